@@ -1,0 +1,68 @@
+"""Every error that kdcache raises on purpose: one tree, each with a message, a hint and an exit code.
+
+    KdcacheError            1  the work failed
+    ├── RecipeError         2  the recipe, a flag or a file named by them is not usable
+    │   └── DataError       2  a data file: missing column, unreadable line, empty text, unseen label
+    ├── ModelError          1  a model cannot do what is asked of it: a layer it lacks, a width that does not fit
+    ├── NonFiniteError      1  a teacher or a loss gave NaN or infinity
+    ├── StorageError        1  the disk is full, or a file cannot be written
+    ├── LockedError         1  another process is writing the same directory
+    ├── DamageError         3  a file is missing, truncated, altered, or not what its manifest says
+    └── MismatchError       4  the cache, or a piece of it, is not the one that is asked for
+
+The message says what is wrong with the value and what was expected; the hint names the key or command that cures it.
+The command line prints both on one line each and exits with ``exit_code``; the traceback shows only with ``KDCACHE_DEBUG=1``.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class KdcacheError(Exception):
+    """Base of all; ``hint`` is the cure, in the imperative, or empty where there is none to give."""
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class RecipeError(KdcacheError, ValueError):
+    """The recipe, an override or a flag is not usable."""
+
+    exit_code = 2
+
+
+class DataError(RecipeError):
+    """A data file is not usable; the message names the file and, where there is one, the line."""
+
+
+class ModelError(KdcacheError, ValueError):
+    """A model cannot do what is asked of it."""
+
+
+class NonFiniteError(KdcacheError, ArithmeticError):
+    """A teacher output or a loss is NaN or infinite."""
+
+
+class StorageError(KdcacheError, OSError):
+    """A file could not be written: disk full, permission, quota."""
+
+
+class LockedError(KdcacheError):
+    """Another process holds the lock of the directory."""
+
+
+class DamageError(KdcacheError):
+    """A file of a cache or checkpoint is missing, truncated, altered or malformed."""
+
+    exit_code = 3
+
+
+class MismatchError(KdcacheError):
+    """What exists does not match what is asked for; nothing was changed."""
+
+    exit_code = 4
