@@ -1,0 +1,240 @@
+"""A run directory: where each thing lies, and which stages are finished with which inputs.
+
+    runs/<name>/
+      recipe.toml     the resolved recipe        teachers/    the co-finetuned teachers and their shared head
+      run.json        stage records              cache/       what the teachers said
+      metrics.jsonl   every logged loss          student/     the student, loadable by transformers
+      results.json    scores                     baseline/    the same student without teachers (a run directory itself)
+      report.html     the page of the run        checkpoints/ what an interrupted stage continues from
+
+A stage record holds, key by key, all that the stage's result depends on: the values of its recipe keys and the sha256 of
+every local file they name. A stage whose record equals what the recipe says now is finished and skipped; where they
+differ, the keys that differ can be named. Torch-free, and standard library only: the command line imports it at start.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from kdcache.errors import DamageError, StorageError
+
+if TYPE_CHECKING:
+    from kdcache.recipe import Recipe
+
+Stage = Literal["teachers", "cache", "student", "baseline"]
+Inputs = dict[str, str]  # recipe key or file path -> JSON value or sha256
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """The layout under ``root``; nothing is made on disk before ``create``."""
+
+    root: Path
+
+    @property
+    def recipe_file(self) -> Path:
+        return self.root / "recipe.toml"
+
+    @property
+    def record(self) -> Path:
+        return self.root / "run.json"
+
+    @property
+    def teachers(self) -> Path:
+        return self.root / "teachers"
+
+    @property
+    def cache(self) -> Path:
+        return self.root / "cache"
+
+    @property
+    def student(self) -> Path:
+        return self.root / "student"
+
+    @property
+    def baseline(self) -> RunDirectory:
+        return RunDirectory(self.root / "baseline")
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        return self.root / "metrics.jsonl"
+
+    @property
+    def results(self) -> Path:
+        return self.root / "results.json"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report.html"
+
+    def create(self, recipe_toml: str) -> None:
+        """Make the directory and write the resolved recipe into it."""
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(
+                f"cannot make the run directory '{self.root}': {error.strerror}", "Give another --output-dir."
+            ) from error
+        write_durably(self.recipe_file, recipe_toml)
+
+
+@dataclass(frozen=True)
+class StageState:
+    """What is known of a stage: ``changed`` names the inputs that differ from those it was started with."""
+
+    status: Literal["new", "started", "finished"]
+    changed: tuple[str, ...] = ()
+
+    @property
+    def current(self) -> bool:
+        """Finished, with exactly the inputs of now."""
+        return self.status == "finished" and not self.changed
+
+
+def stage_state(run: RunDirectory, stage: Stage, inputs: Inputs) -> StageState:
+    """Compare the stage's record with the inputs of now; DamageError where ``run.json`` is not readable."""
+    entry = read_record(run).get("stages", {}).get(stage)
+    if entry is None:
+        return StageState("new")
+    return StageState(entry["status"], tuple(differences(entry["inputs"], inputs)))
+
+
+def mark_started(run: RunDirectory, stage: Stage, inputs: Inputs) -> None:
+    """Record the inputs before the first byte of the stage's result is written."""
+    _update(run, stage, {"status": "started", "inputs": inputs, "digest": digest(inputs)})
+
+
+def mark_finished(run: RunDirectory, stage: Stage, inputs: Inputs, seconds: float) -> None:
+    """Record that the stage's result is complete; ``seconds`` of its last, possibly resumed, execution."""
+    finished = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    entry = {"status": "finished", "inputs": inputs, "digest": digest(inputs), "finished": finished, "seconds": round(seconds, 1)}
+    _update(run, stage, entry)
+
+
+def read_record(run: RunDirectory) -> dict[str, Any]:
+    """``run.json``, or an empty record."""
+    try:
+        record = json.loads(run.record.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise DamageError(f"'{run.record}' is not readable: {error}", "Delete it to have the stages looked at anew.") from error
+    if not isinstance(record, dict) or record.get("format") != 1:
+        raise DamageError(f"'{run.record}' is not a stage record of format 1", "Delete it to have the stages looked at anew.")
+    return record
+
+
+def differences(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
+    """``key: old value -> new value`` for every key that differs, in the order of the keys."""
+    lines = []
+    for key in sorted(old.keys() | new.keys()):
+        before, after = old.get(key), new.get(key)
+        if before != after:
+            file = (before or after or "").startswith("sha256:")
+            lines.append(
+                f"{key}: contents differ" if file and before and after else f"{key}: {before or 'none'} -> {after or 'none'}"
+            )
+    return lines
+
+
+def digest(inputs: Inputs) -> str:
+    """sha256 of the inputs in canonical JSON."""
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+_TRANSFER = {"transfer", "transfer_rows"}  # of the data section: what only the dump and the student see
+_SOFT = {"method", "paper", "temperature", "t_squared", "hidden_direction", "teachers", "teacher_layers", "missing", "weights"}
+_NEVER = {"licence", "checkpoint_steps"}  # change no result
+
+
+def stage_inputs(recipe: Recipe, stage: Stage, *, upstream: str = "") -> Inputs:
+    """All that the stage's result depends on; ``upstream`` is the identity of what the stage before made."""
+    document = recipe.model_dump(mode="json")
+    data, distill = document["data"], document["distill"]
+    labelled = {key: value for key, value in data.items() if key not in _TRANSFER}
+    trained = [{key: value for key, value in teacher.items() if key != "layers"} for teacher in document["teachers"]]
+    optimisation = {key: value for key, value in distill.items() if key not in _SOFT}
+    parts: dict[Stage, dict[str, Any]] = {
+        "teachers": {"data": labelled, "teachers": trained, "cofinetune": document["cofinetune"]},
+        "cache": {"data": data, "teachers": document["teachers"], "dump": document["dump"], "student": _layers(document)},
+        "student": {"data": data, "student": document["student"], "distill": distill},
+        "baseline": {"data": labelled, "student": document["student"], "distill": optimisation},
+    }
+    return dict(_flatten(parts[stage])) | ({"upstream": upstream} if upstream else {})
+
+
+def file_identity(path: Path) -> str:
+    """ "sha256:…" of a file, or "" where it is missing: the identity of an upstream stage's record of its own result."""
+    try:
+        with path.open("rb") as opened:
+            return "sha256:" + hashlib.file_digest(opened, "sha256").hexdigest()
+    except FileNotFoundError:
+        return ""
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Write beside, fsync, rename: a reader sees the old text or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise StorageError(
+            f"cannot write '{path}': {error.strerror}", "Free some space, or give another --output-dir."
+        ) from error
+
+
+def _update(run: RunDirectory, stage: Stage, entry: dict[str, Any]) -> None:
+    record = read_record(run)
+    stages = dict(record.get("stages", {})) | {stage: entry}
+    write_durably(run.record, json.dumps({"format": 1, "stages": stages}, indent=1, sort_keys=True) + "\n")
+
+
+def _layers(document: dict[str, Any]) -> dict[str, Any]:
+    student = document["student"] or {}
+    return {"layers": student.get("layers")} if document["dump"]["layers"] == "even" else {}
+
+
+def _flatten(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Nested tables and named lists of tables as dotted keys, the way ``--set`` spells them; files as their contents."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            if name not in _NEVER:
+                yield from _flatten(inner, f"{key}.{name}" if key else name)
+    elif isinstance(value, list) and value and all(isinstance(entry, dict) and "name" in entry for entry in value):
+        for entry in value:
+            yield from _flatten(entry, f"{key}.{entry['name']}")
+    elif isinstance(value, list) and any(_is_local(entry) for entry in value):
+        for position, entry in enumerate(value):
+            yield from _flatten(entry, f"{key}.{position}")
+    elif _is_local(value):
+        yield from _contents(Path(value), key)
+    elif value is not None:
+        yield key, json.dumps(value, ensure_ascii=False)
+
+
+def _is_local(value: Any) -> bool:
+    return isinstance(value, str) and Path(value).is_absolute() and Path(value).exists()  # recipes hold absolute paths
+
+
+def _contents(path: Path, key: str) -> Iterator[tuple[str, str]]:
+    """A path counts by what is in it, so that a moved checkout is the same run."""
+    if path.is_file():
+        yield key, file_identity(path)
+        return
+    for file in sorted(found for found in path.rglob("*") if found.is_file()):
+        yield f"{key}/{file.relative_to(path)}", file_identity(file)
