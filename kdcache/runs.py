@@ -175,7 +175,7 @@ def stage_inputs(recipe: Recipe, stage: Stage, *, upstream: str = "") -> Inputs:
 
 
 def file_identity(path: Path) -> str:
-    """ "sha256:…" of a file, or "" where it is missing: the identity of an upstream stage's record of its own result."""
+    """The file as ``sha256:…``, or the empty string where it is missing: what an upstream stage made, in one line."""
     try:
         with path.open("rb") as opened:
             return "sha256:" + hashlib.file_digest(opened, "sha256").hexdigest()

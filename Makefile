@@ -1,0 +1,54 @@
+# Everything runs in a local .venv that the first target makes; the steps are those of README and Dockerfile.
+# make PYTHON=python3.12 ... picks the interpreter; WORKERS=1 runs the tests in one process.
+
+PYTHON ?= python3
+WORKERS ?= 2
+VENV := .venv
+RUN := $(VENV)/bin
+
+.PHONY: setup demo test check lint types imports docs bench clean
+
+setup: $(VENV)/.kdcache
+
+$(VENV)/.kdcache: constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "kdcache needs Python 3.11 or newer; name one: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(RUN)/python -m pip install -c constraints.txt pip
+	$(RUN)/python -m pip install -c constraints.txt torch
+	$(RUN)/python -m pip install -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.kdcache
+	$(RUN)/python -m pip install -c constraints.txt -e '.[hub]' --group dev
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.kdcache
+	$(RUN)/python -m pip install -c constraints.txt --group docs
+	@touch $@
+
+# The whole pipeline on real text with two real teachers: about five minutes on two cores, downloads about 120 MB.
+demo: setup
+	$(RUN)/kdcache pipelines prepare quickstart
+	$(RUN)/kdcache run quickstart/quickstart.toml
+
+lint: $(VENV)/.dev
+	$(RUN)/ruff format --check .
+	$(RUN)/ruff check .
+
+types: $(VENV)/.dev
+	$(RUN)/mypy
+
+imports: $(VENV)/.dev
+	$(RUN)/lint-imports --no-cache
+
+# With coverage always, so that `make check test` runs the tests once. One thread per worker: the models are tiny.
+test: $(VENV)/.dev
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(RUN)/python -m pytest -q -n $(WORKERS) --dist loadgroup --cov --cov-report=term:skip-covered
+
+check: lint types imports test
+
+docs: $(VENV)/.docs
+	$(RUN)/sphinx-build -W --keep-going -b html docs docs/_build/html
+
+clean:
+	rm -rf $(VENV) docs/_build quickstart .coverage .mypy_cache .ruff_cache .pytest_cache
