@@ -1,0 +1,154 @@
+"""Checkpoint directories that survive kill -9 and power loss at any moment, and in which damage is found.
+
+A checkpoint is a directory of one file per key of the state, written to a temporary name, every file synced, then renamed:
+under its final name it is complete. ``checkpoint.json`` in it lists every file with size and SHA-256, and what the
+checkpoint belongs to (``identity``), so that a run with other settings refuses it instead of mixing two trainings.
+Older ones are removed only after the new one is durable. Files are streamed: no second copy of the state in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import pickle
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from kdcache.errors import DamageError, MismatchError
+from kdcache.training.durable import DurableFile, publish_directory, write_durably
+
+RECORD = "checkpoint.json"
+_PREFIX = "step-"
+
+
+def save(
+    directory: Path, state: Mapping[str, Any], *, step: int, identity: Mapping[str, Any] | None = None, keep: int = 1
+) -> Path:
+    """Write ``state`` as the checkpoint of ``step``; leaves the ``keep`` newest ones.
+
+    Values are what ``torch.save`` takes and ``torch.load(weights_only=True)`` gives back. Raises StorageError.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    clean(directory)
+    final = directory / f"{_PREFIX}{step:08d}"
+    if final.exists():  # written by an earlier run that was killed right after; out of the way in one step, so never half there
+        final.rename(directory / f".{final.name}.old.tmp")
+    temporary = directory / f".{final.name}.tmp"
+    temporary.mkdir()
+    files = {f"{key}.pt": _write(temporary / f"{key}.pt", value) for key, value in state.items()}
+    record = {"format": 1, "step": step, "identity": dict(identity or {}), "files": files}
+    write_durably(temporary / RECORD, json.dumps(record, indent=1).encode())
+    publish_directory(temporary, final)
+    clean(directory)
+    for old in _steps(directory)[:-keep]:
+        old.rename(directory / f".{old.name}.old.tmp")
+        clean(directory)
+    return final
+
+
+def load_latest(directory: Path, *, identity: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
+    """The newest complete checkpoint as saved, or None where there is none; half-written ones are ignored.
+
+    Raises DamageError naming the file that is missing, truncated or altered; MismatchError (exit 4) naming what differs
+    where ``identity`` is given and is not that of the checkpoint.
+    """
+    found = _steps(directory)
+    return load(found[-1], identity=identity) if found else None
+
+
+def load_step(directory: Path, step: int) -> dict[str, Any]:
+    """The checkpoint of that step; DamageError where it is gone."""
+    return load(directory / f"{_PREFIX}{step:08d}")
+
+
+def load(checkpoint: Path, *, identity: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """One checkpoint directory, checked before anything is decoded."""
+    record = _read_record(checkpoint)
+    if identity is not None:
+        _check_identity(checkpoint, record["identity"], identity)
+    return {name.removesuffix(".pt"): _read(checkpoint / name, entry) for name, entry in record["files"].items()}
+
+
+def clean(directory: Path) -> None:
+    """Remove what an interrupted ``save`` left behind."""
+    for leftover in directory.glob(f".{_PREFIX}*.tmp"):
+        shutil.rmtree(leftover)
+
+
+def _steps(directory: Path) -> list[Path]:
+    return sorted(path for path in directory.glob(f"{_PREFIX}*") if path.is_dir()) if directory.is_dir() else []
+
+
+class _Digest(io.RawIOBase):
+    """A file-like for ``torch.save``: passes bytes on to a durable file and digests them."""
+
+    def __init__(self, file: DurableFile) -> None:
+        self._file = file
+        self.sha256 = hashlib.sha256()
+        self.size = 0
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        self._file.write(view)
+        self.sha256.update(view)
+        self.size += len(view)
+        return len(view)
+
+
+def _write(path: Path, value: Any) -> dict[str, Any]:
+    with DurableFile(path) as file:
+        digest = _Digest(file)
+        torch.save(value, cast("io.BytesIO", digest))
+    return {"size": digest.size, "sha256": digest.sha256.hexdigest()}
+
+
+def _read_record(checkpoint: Path) -> dict[str, Any]:
+    path = checkpoint / RECORD
+    try:
+        record = json.loads(path.read_bytes())
+        assert isinstance(record["files"], dict)
+        assert isinstance(record["identity"], dict)
+    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+        raise DamageError(f"checkpoint file '{path}' is missing or unreadable: {error}", _afresh(checkpoint)) from error
+    return cast("dict[str, Any]", record)
+
+
+def _read(path: Path, entry: Mapping[str, Any]) -> Any:
+    try:
+        with path.open("rb") as file:
+            size, found = path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DamageError(f"checkpoint file '{path}' is missing or unreadable: {error}", _afresh(path.parent)) from error
+    if (size, found) != (entry["size"], entry["sha256"]):
+        message = f"checkpoint file '{path}' is damaged: {size} bytes with SHA-256 {found[:12]}…, expected {entry['size']} bytes with {entry['sha256'][:12]}…"
+        raise DamageError(message, _afresh(path.parent))
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        raise DamageError(f"checkpoint file '{path}' cannot be decoded: {error}", _afresh(path.parent)) from error
+
+
+def _check_identity(checkpoint: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    wanted = json.loads(json.dumps(wanted))
+    differing = [key for key in sorted({*saved, *wanted}) if saved.get(key) != wanted.get(key)]
+    if differing:
+        changes = "; ".join(f"{key}: {_short(saved.get(key))} then, {_short(wanted.get(key))} now" for key in differing)
+        message = f"checkpoint '{checkpoint}' belongs to another training: {changes}"
+        raise MismatchError(message, f"Restore these settings, or start afresh: rm -r '{checkpoint.parent}'")
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else text[:37] + "…"
+
+
+def _afresh(checkpoint: Path) -> str:
+    return f"Remove it (rm -r '{checkpoint}') and run the same command again: it starts from the checkpoint before, or afresh."

@@ -1,0 +1,301 @@
+"""The training loop of co-finetuning and distillation: one process, any device, exact resume.
+
+What is trained, on which batches and with which losses is the trainee's business; the loop owns the optimizer, the schedule, mixed
+precision (through accelerate), clipping, checkpoints and the choice of the best epoch. A trainee yields the losses of a
+step one after the other and each is back-propagated as it comes, so the activations of one loss are gone before those
+of the next are made: teacher by teacher in co-finetuning, micro-batch by micro-batch everywhere. Gradients add up, hence
+a trainee weights its losses so that their sum is the loss of the whole batch.
+
+Resume is exact because a checkpoint holds all that the next step depends on: weights, moments, schedule, the states of the
+random generators, the place in the epoch and the running sums of the log. On the CPU in float32 the weights come out bit-equal.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from kdcache.errors import NonFiniteError, RecipeError
+from kdcache.training import checkpoints as checkpoint_files
+from kdcache.training.optim import adamw, linear_schedule
+from kdcache.training.seeding import restore_rng_state, rng_state, seed_everything
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from kdcache.progress import Progress
+    from kdcache.recipe import OptimSection
+
+Metrics = dict[str, float]
+
+
+class Trainee(Protocol):
+    """What is trained. ``model`` holds all trainable parameters; the loop moves it to the device."""
+
+    model: nn.Module
+    steps_per_epoch: int
+
+    def batches(self, epoch: int, first_step: int) -> Iterator[Any]:
+        """The batches of ``epoch`` (from 0) from step ``first_step`` of it on; one item is one optimizer step's batch."""
+
+    def losses(self, batch: Any) -> Iterator[tuple[Tensor, Mapping[str, float | Tensor]]]:
+        """Losses (scalars) whose sum is the batch's, each with its terms for the log; each is back-propagated before the next is asked for."""
+
+    def evaluate(self, epoch: int) -> Metrics:
+        """Called without gradients and in eval mode at the end of an epoch.
+
+        The epoch with the highest ``score`` is the best; the last one is where that key is absent or nan.
+        """
+
+    def keep_best(self, epoch: int, metrics: Metrics) -> None:
+        """Keep the weights as they are now, durably: no epoch was better so far."""
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """``identity`` names all that the outcome depends on besides the fields here (data, models); a checkpoint of another one is refused."""
+
+    epochs: int
+    learning_rate: float
+    warmup: float = 0.1
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    precision: Literal["float32", "bf16", "fp16"] = "float32"
+    checkpoint_steps: int = 200
+    log_steps: int = 10
+    seed: int = 0
+    identity: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_section(cls, section: OptimSection, identity: Mapping[str, Any]) -> LoopSettings:
+        return cls(
+            epochs=section.epochs,
+            learning_rate=section.learning_rate,
+            warmup=section.warmup,
+            weight_decay=section.weight_decay,
+            max_grad_norm=section.max_grad_norm,
+            precision=section.precision,
+            checkpoint_steps=section.checkpoint_steps,
+            seed=section.seed,
+            identity=identity,
+        )
+
+    def full_identity(self, steps_per_epoch: int) -> dict[str, Any]:
+        """What a checkpoint must agree on; how often checkpoints and log lines are written is free."""
+        names = ("epochs", "learning_rate", "warmup", "weight_decay", "max_grad_norm", "precision", "log_steps", "seed")
+        return {**{name: getattr(self, name) for name in names}, "steps_per_epoch": steps_per_epoch, **self.identity}
+
+
+@dataclass
+class _Place:
+    """Where the training is; a checkpoint holds it."""
+
+    epoch: int = 0
+    step_in_epoch: int = 0
+    step: int = 0  # optimizer steps done
+    best_epoch: int = -1
+    best_score: float = -math.inf
+    logged_steps: int = 0  # steps whose terms are in ``sums``
+    sums: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """``best_epoch`` (from 0) is the last one kept by ``keep_best``."""
+
+    best_epoch: int
+    steps: int
+
+
+def train(
+    trainee: Trainee,
+    settings: LoopSettings,
+    *,
+    checkpoints: Path,
+    progress: Progress,
+    on_metrics: Callable[[dict[str, Any]], None],
+) -> Outcome:
+    """Train to the end, from the newest checkpoint in ``checkpoints`` where there is one.
+
+    ``on_metrics`` gets one dict every ``log_steps`` steps and one per epoch, each with ``event``, ``step`` and ``epoch``;
+    the first is ``{"event": "start", "step": n}``, lines beyond which an earlier run wrote in vain.
+
+    Raises NonFiniteError naming step and term; MismatchError where the checkpoint belongs to another training; DamageError,
+    StorageError. Interrupted at any moment, the newest checkpoint is valid.
+    """
+    run = _Run(trainee, settings, checkpoints, progress, on_metrics)
+    run.resume()
+    total = settings.epochs * trainee.steps_per_epoch
+    progress.start("train", total, "steps")
+    progress.advance(run.place.step)
+    while run.place.epoch < settings.epochs:
+        run.epoch()
+    progress.finish()
+    return Outcome(run.place.best_epoch, run.place.step)
+
+
+def micro_batches(rows: int, count: int) -> list[slice]:
+    """``rows`` cut into at most ``count`` runs of nearly equal length, none of them empty."""
+    count = max(1, min(count, rows))
+    edges = [round(index * rows / count) for index in range(count + 1)]
+    return [slice(start, stop) for start, stop in itertools.pairwise(edges)]
+
+
+class _Run:
+    """The state of one training in this process."""
+
+    def __init__(
+        self,
+        trainee: Trainee,
+        settings: LoopSettings,
+        checkpoints: Path,
+        progress: Progress,
+        on_metrics: Callable[[dict[str, Any]], None],
+    ) -> None:
+        self.trainee, self.settings, self.checkpoints = trainee, settings, checkpoints
+        self.progress, self.on_metrics = progress, on_metrics
+        self.place = _Place()
+        self.identity = settings.full_identity(trainee.steps_per_epoch)
+        self.accelerator = make_accelerator(settings.precision)
+        trainee.model.to(self.accelerator.device)
+        plain = adamw(trainee.model.named_parameters(), settings.learning_rate, settings.weight_decay)
+        self.parameters = [parameter for group in plain.param_groups for parameter in group["params"]]
+        self.schedule = linear_schedule(plain, settings.epochs * trainee.steps_per_epoch, settings.warmup)
+        self.optimizer = self.accelerator.prepare_optimizer(plain, device_placement=False)
+        seed_everything(settings.seed)
+
+    def epoch(self) -> None:
+        """The rest of the current epoch, its evaluation, and a checkpoint that stands at the start of the next."""
+        place = self.place
+        self.trainee.model.train()
+        for batch in self.trainee.batches(place.epoch, place.step_in_epoch):
+            loss = self.step(batch)
+            self.progress.advance(1, loss=loss)
+            in_the_middle = place.step_in_epoch < self.trainee.steps_per_epoch
+            if in_the_middle and place.step % self.settings.checkpoint_steps == 0:
+                self.save()
+        if place.step_in_epoch != self.trainee.steps_per_epoch:
+            raise RuntimeError(f"the trainee gave {place.step_in_epoch} batches, not {self.trainee.steps_per_epoch}")
+        self.evaluate()
+        place.epoch, place.step_in_epoch = place.epoch + 1, 0
+        self.save()
+
+    def step(self, batch: Any) -> float:
+        """One optimizer step; the batch's loss."""
+        terms: dict[str, float | Tensor] = {}
+        losses: list[Tensor] = []
+        pending = self.trainee.losses(batch)
+        while True:
+            with self.accelerator.autocast():
+                item = next(pending, None)
+            if item is None:
+                break
+            loss, parts = item
+            self.accelerator.backward(loss)
+            losses.append(loss.detach().float())
+            for name, value in parts.items():
+                terms[name] = terms.get(name, 0.0) + (value.detach() if isinstance(value, Tensor) else value)
+            del item, loss, parts
+        total = float(torch.stack(losses).sum())
+        values = {name: float(value) for name, value in terms.items()}
+        self._check_finite(total, values)
+        norm = self.accelerator.clip_grad_norm_(self.parameters, self.settings.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._log({"loss": total, "grad_norm": float(norm), **values})
+        return total
+
+    def _check_finite(self, total: float, values: Mapping[str, float]) -> None:
+        bad = [f"{name} = {value}" for name, value in values.items() if not math.isfinite(value)]
+        if bad or not math.isfinite(total):
+            where = ", ".join(bad) or f"loss = {total}"
+            message = f"training loss is not finite at step {self.place.step + 1} (epoch {self.place.epoch + 1}): {where}"
+            raise NonFiniteError(message, "Lower learning_rate, raise warmup, or use precision bf16 or float32 instead of fp16.")
+
+    def _log(self, values: Mapping[str, float]) -> None:
+        place = self.place
+        place.step += 1
+        place.step_in_epoch += 1
+        learning_rate = self.schedule.learning_rate
+        self.schedule.step()
+        place.logged_steps += 1
+        for name, value in values.items():
+            place.sums[name] = place.sums.get(name, 0.0) + value
+        if place.logged_steps == self.settings.log_steps or place.step_in_epoch == self.trainee.steps_per_epoch:
+            means = {name: value / place.logged_steps for name, value in place.sums.items()}
+            self._say("steps", steps=place.logged_steps, learning_rate=learning_rate, **means)
+            place.logged_steps, place.sums = 0, {}
+
+    def evaluate(self) -> None:
+        """Scores of the epoch; keeps it where none before was better."""
+        place = self.place
+        self.trainee.model.eval()
+        with torch.no_grad(), self.accelerator.autocast():
+            metrics = self.trainee.evaluate(place.epoch)
+        score = metrics.get("score", math.nan)
+        if math.isnan(score) or score > place.best_score or place.best_epoch < 0:
+            place.best_epoch, place.best_score = place.epoch, -math.inf if math.isnan(score) else score
+            self.trainee.keep_best(place.epoch, metrics)
+        self._say("epoch", **metrics)
+        shown = " · ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        self.progress.note(f"epoch {place.epoch + 1} of {self.settings.epochs}: {shown or 'done'}")
+
+    def _say(self, event: str, **values: float) -> None:
+        self.on_metrics({"event": event, "step": self.place.step, "epoch": self.place.epoch + 1, **values})
+
+    def save(self) -> None:
+        """A checkpoint of this moment."""
+        state = {
+            "model": self.trainee.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "rest": {
+                "place": vars(self.place),
+                "schedule": self.schedule.state_dict(),
+                "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
+                "rng": rng_state(),
+            },
+        }
+        checkpoint_files.save(self.checkpoints, state, step=self.place.step, identity=self.identity)
+
+    def resume(self) -> None:
+        """Go on from the newest checkpoint; from the start where there is none."""
+        state = checkpoint_files.load_latest(self.checkpoints, identity=self.identity)
+        if state is not None:
+            self.trainee.model.load_state_dict(state.pop("model"))
+            self.optimizer.load_state_dict(state.pop("optimizer"))
+            rest = state.pop("rest")
+            self.schedule.load_state_dict(rest["schedule"])
+            if self.accelerator.scaler and rest["scaler"]:
+                self.accelerator.scaler.load_state_dict(rest["scaler"])
+            self.place = _Place(**rest["place"])
+            restore_rng_state(rest["rng"])
+            self.progress.note(f"resumed at step {self.place.step} (epoch {self.place.epoch + 1})")
+        self.on_metrics({"event": "start", "step": self.place.step, "epoch": self.place.epoch + 1})
+
+
+def make_accelerator(precision: str) -> Accelerator:
+    """An accelerator of one process; RecipeError where the device cannot do ``precision``."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    mixed = {"float32": "no", "bf16": "bf16", "fp16": "fp16"}[precision]
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed:
+        AcceleratorState._reset_state()  # accelerate keeps one precision per process; stages of one run may differ
+    try:
+        accelerator = Accelerator(mixed_precision=mixed)
+    except ValueError as error:
+        AcceleratorState._reset_state()
+        raise RecipeError(f"precision '{precision}' does not work on this machine: {error}", "Use float32.") from error
+    if accelerator.num_processes > 1:
+        raise RecipeError(
+            f"kdcache trains in one process; it was started in {accelerator.num_processes}",
+            "Start it with python, not accelerate launch.",
+        )
+    return accelerator

@@ -1,0 +1,47 @@
+"""metrics.jsonl: one JSON object per logged step and per epoch, safe against interruption.
+
+Every line names its stage. When a stage starts or resumes, its lines beyond the step of the checkpoint are dropped, so no
+step is there twice; lines of other stages, which share the file, stay.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+class MetricsLog:
+    """Callable for ``loop.train(on_metrics=...)``; lines of the kind ``start`` only say from which step on lines are dropped."""
+
+    def __init__(self, path: Path, stage: str) -> None:
+        self._path = path
+        self._stage = stage
+
+    def __call__(self, line: Mapping[str, Any]) -> None:
+        if line.get("event") == "start":
+            self._drop_after(int(line["step"]))
+            return
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"stage": self._stage, **line}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _drop_after(self, step: int) -> None:
+        if not self._path.exists():
+            return
+        lines = self._path.read_text(encoding="utf-8").splitlines()
+        kept = [line for line in lines if self._stays(line, step)]
+        temporary = self._path.with_name(self._path.name + ".tmp")
+        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        temporary.replace(self._path)
+
+    def _stays(self, line: str, step: int) -> bool:
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError:  # torn by a kill
+            return False
+        return bool(entry.get("stage") != self._stage or int(entry.get("step", 0)) <= step)

@@ -1,0 +1,76 @@
+"""AdamW with the usual parameter groups, and the linear schedule.
+
+Biases and norm weights (all parameters of at most one dimension) get no weight decay. The fused kernel is used wherever
+torch has one: on two CPU cores the plain loop over 200M parameters takes longer than the forward pass of a small teacher.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+
+def adamw(
+    named_parameters: Iterable[tuple[str, torch.nn.Parameter]], learning_rate: float, weight_decay: float
+) -> torch.optim.AdamW:
+    """AdamW (betas 0.9 and 0.999) over the parameters that require a gradient; move the model to its device first."""
+    trainable = [parameter for _, parameter in named_parameters if parameter.requires_grad]
+    groups = [
+        {"params": [parameter for parameter in trainable if parameter.ndim > 1], "weight_decay": weight_decay},
+        {"params": [parameter for parameter in trainable if parameter.ndim <= 1], "weight_decay": 0.0},
+    ]
+    fused = all(parameter.device.type in ("cpu", "cuda") for parameter in trainable)
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=learning_rate, fused=fused)
+
+
+def warmup_then_decay(step: int, total_steps: int, warmup: float) -> float:
+    """Factor of the learning rate at optimizer step ``step`` (from 0): linear from 0 to 1 over the warm-up, then down to 0.
+
+    The first step's factor is 1/warm-up steps rather than 0, so that no step is spent on nothing.
+    """
+    warmup_steps = round(warmup * total_steps)
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    return max(0.0, (total_steps - step) / max(1, total_steps - warmup_steps))
+
+
+class LinearSchedule:
+    """Sets the learning rate of every group; ``step()`` after each optimizer step.
+
+    Not a ``LambdaLR``, which warns when fp16's gradient scaler skips the very first optimizer steps.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, total_steps: int, warmup: float) -> None:
+        self._optimizer = optimizer
+        self._peaks = [float(group["lr"]) for group in optimizer.param_groups]
+        self._total_steps = total_steps
+        self._warmup = warmup
+        self._at(0)
+
+    def _at(self, step: int) -> None:
+        self._step = step
+        factor = warmup_then_decay(step, self._total_steps, self._warmup)
+        for group, peak in zip(self._optimizer.param_groups, self._peaks, strict=True):
+            group["lr"] = peak * factor
+
+    def step(self) -> None:
+        self._at(self._step + 1)
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the first group, for the metrics."""
+        return float(self._optimizer.param_groups[0]["lr"])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self._step, "peaks": self._peaks}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._peaks = list(state["peaks"])
+        self._at(int(state["step"]))
+
+
+def linear_schedule(optimizer: torch.optim.Optimizer, total_steps: int, warmup: float) -> LinearSchedule:
+    """Linear warm-up over ``warmup`` (a share of all steps), then linear decay to zero at ``total_steps``."""
+    return LinearSchedule(optimizer, total_steps, warmup)
