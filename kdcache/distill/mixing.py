@@ -1,0 +1,33 @@
+"""How the teachers' soft labels come together: pure functions from all teachers' logits to those the student is taught.
+
+What goes out are logits again (softmax(m/T) is the mixture), so that every soft-label loss takes the same input, whether
+it works on probabilities or on logits.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Mixing(Protocol):
+    """From N teachers to M targets: (logits [M, batch, classes], weights [M, batch])."""
+
+    def __call__(self, teacher_logits: Tensor, weights: Tensor, temperature: float, /) -> tuple[Tensor, Tensor]:
+        """Shapes: teacher_logits [teachers, batch, classes], weights [teachers, batch]."""
+        ...
+
+
+def each_teacher(teacher_logits: Tensor, weights: Tensor, _temperature: float, /) -> tuple[Tensor, Tensor]:
+    """Sum of losses: every teacher is a target of its own, with its own weight."""
+    return teacher_logits, weights
+
+
+def mean_probability(teacher_logits: Tensor, weights: Tensor, temperature: float, /) -> tuple[Tensor, Tensor]:
+    """One target: the mean of the teachers' softened probabilities, each teacher with its share of the weights on the row."""
+    shares = (weights / weights.sum(dim=0)).unsqueeze(-1)
+    log_mean = torch.logsumexp(F.log_softmax(teacher_logits / temperature, dim=-1) + shares.log(), dim=0, keepdim=True)
+    return temperature * log_mean, torch.ones_like(weights[:1])

@@ -1,0 +1,42 @@
+"""How much a teacher counts on a row: pure functions of student logits, teacher logits and labels.
+
+All three are at hand whether the teachers are live or cached, so a weighting never needs a new dump. Each has a form for
+rows without a label. A new weighting is one function here and one row in ``methods.METHODS``.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Weighting(Protocol):
+    """Weights [teachers, batch] of the teachers' terms; no gradient flows through them."""
+
+    def __call__(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, /) -> Tensor:
+        """Shapes: student_logits [batch, classes], teacher_logits [teachers, batch, classes], labels [batch], -1 = none."""
+        ...
+
+
+def one(_student_logits: Tensor, teacher_logits: Tensor, _labels: Tensor, /) -> Tensor:
+    """Every teacher counts alike on every row."""
+    return torch.ones(teacher_logits.shape[:2], dtype=teacher_logits.dtype, device=teacher_logits.device)
+
+
+def inverse_cross_entropy(_student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, /) -> Tensor:
+    """1 / (1 + CE(y, softmax(z_i))): a teacher that is wrong on a row teaches less there (MT-BERT, section 3.2, eq. 2).
+
+    Rows without a label weigh 1: nothing says that the teacher is wrong.
+    """
+    return 1.0 / (1.0 + teacher_cross_entropy(teacher_logits, labels))
+
+
+def teacher_cross_entropy(teacher_logits: Tensor, labels: Tensor) -> Tensor:
+    """CE(y, softmax(z_i)) as [teachers, batch]; 0 on rows without a label."""
+    labelled = labels >= 0
+    index = labels.clamp(min=0).expand(teacher_logits.shape[:2]).unsqueeze(-1)
+    losses = -F.log_softmax(teacher_logits, dim=-1).gather(-1, index).squeeze(-1)
+    return torch.where(labelled, losses, torch.zeros_like(losses))

@@ -1,0 +1,196 @@
+"""Each loss against the formula written out in plain Python loops."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from kdcache.distill.losses import (
+    DistillationLoss,
+    HiddenProjections,
+    balanced_mean,
+    mean_squared_error,
+    plain_sum,
+    share_of_variance,
+    soft_cross_entropy,
+    task_loss,
+)
+from kdcache.distill.mixing import each_teacher, mean_probability
+from kdcache.distill.targets import Hidden
+from kdcache.distill.weighting import inverse_cross_entropy, one, teacher_cross_entropy
+
+TEACHERS, ROWS, CLASSES = 3, 5, 4
+
+
+def softmax(values: list[float]) -> list[float]:
+    exponentials = [math.exp(value) for value in values]
+    return [value / sum(exponentials) for value in exponentials]
+
+
+def cross_entropy(target: list[float], predicted: list[float]) -> float:
+    return -sum(p * math.log(q) for p, q in zip(target, predicted, strict=True))
+
+
+@pytest.fixture
+def student() -> Tensor:
+    return torch.randn(ROWS, CLASSES, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+@pytest.fixture
+def teachers() -> Tensor:
+    return 2 * torch.randn(TEACHERS, ROWS, CLASSES, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+LABELS = torch.tensor([0, -1, 3, 2, -1])
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("t_squared", [False, True])
+def test_distillation_loss_is_equation_of_the_paper(
+    student: Tensor, teachers: Tensor, temperature: float, t_squared: bool
+) -> None:
+    expected = 0.0
+    for row in range(ROWS):
+        q = softmax([value / temperature for value in student[row].tolist()])
+        for teacher in range(TEACHERS):
+            logits = teachers[teacher, row].tolist()
+            p = softmax([value / temperature for value in logits])
+            label = int(LABELS[row])
+            weight = 1.0 if label < 0 else 1.0 / (1.0 - math.log(softmax(logits)[label]))
+            expected += weight * cross_entropy(p, q) / ROWS
+    expected *= temperature**2 if t_squared else 1.0
+    loss = DistillationLoss(temperature, t_squared=t_squared)(student, teachers, LABELS)
+    assert loss.item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_task_loss_counts_labelled_rows_only(student: Tensor) -> None:
+    rows = [row for row in range(ROWS) if LABELS[row] >= 0]
+    expected = sum(-math.log(softmax(student[row].tolist())[int(LABELS[row])]) for row in rows) / len(rows)
+    assert task_loss(student, LABELS).item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_task_loss_without_labels_is_zero_and_so_is_its_gradient(student: Tensor) -> None:
+    student.requires_grad_()
+    loss = task_loss(student, torch.full((ROWS,), -1))
+    loss.backward()
+    assert loss.item() == 0.0
+    assert student.grad is not None
+    assert torch.equal(student.grad, torch.zeros_like(student))
+
+
+def test_micro_batches_with_the_count_of_the_step_add_up(student: Tensor) -> None:
+    labelled = int((LABELS >= 0).sum())
+    parts = sum(task_loss(student[rows], LABELS[rows], labelled) for rows in (slice(0, 2), slice(2, 5)))
+    assert torch.allclose(torch.as_tensor(parts), task_loss(student, LABELS))
+
+
+def test_weights_are_one_without_label_and_below_one_with_it(student: Tensor, teachers: Tensor) -> None:
+    weights = inverse_cross_entropy(student, teachers, LABELS)
+    assert torch.equal(weights[:, LABELS < 0], torch.ones(TEACHERS, 2, dtype=torch.float64))
+    assert bool((weights[:, LABELS >= 0] < 1).all())
+    assert torch.equal(teacher_cross_entropy(teachers, LABELS)[:, LABELS < 0], torch.zeros(TEACHERS, 2, dtype=torch.float64))
+
+
+def test_mean_probability_is_the_mean_of_softened_probabilities(teachers: Tensor) -> None:
+    weights = one(torch.empty(0), teachers, LABELS)
+    mixed, shares = mean_probability(teachers, weights, 2.0)
+    expected = (teachers / 2.0).softmax(dim=-1).mean(dim=0, keepdim=True)
+    assert torch.allclose((mixed / 2.0).softmax(dim=-1), expected)
+    assert torch.equal(shares, torch.ones(1, ROWS, dtype=torch.float64))
+
+
+def test_mean_probability_of_unequal_weights(teachers: Tensor) -> None:
+    weights = torch.tensor([1.0, 3.0, 0.0], dtype=torch.float64)[:, None].expand(TEACHERS, ROWS)
+    mixed, _ = mean_probability(teachers, weights, 1.0)
+    probabilities = teachers.softmax(dim=-1)
+    assert torch.allclose(mixed.softmax(dim=-1)[0], 0.25 * probabilities[0] + 0.75 * probabilities[1])
+
+
+def test_each_teacher_leaves_logits_and_weights_alone(student: Tensor, teachers: Tensor) -> None:
+    weights = inverse_cross_entropy(student, teachers, LABELS)
+    assert each_teacher(teachers, weights, 1.0) == (teachers, weights)
+
+
+def test_cross_entropy_of_equal_distributions_is_their_entropy(teachers: Tensor) -> None:
+    probabilities = teachers[0].softmax(dim=-1)
+    expected = -(probabilities * probabilities.log()).sum(dim=-1)
+    assert torch.allclose(soft_cross_entropy(teachers[0], teachers[:1], 1.0)[0], expected)
+
+
+def test_mean_squared_error_in_plain_loops() -> None:
+    a, b = torch.randn(7, 3), torch.randn(7, 3)
+    expected = sum((x - y) ** 2 for p, q in zip(a.tolist(), b.tolist(), strict=True) for x, y in zip(p, q, strict=True)) / 21
+    assert mean_squared_error(a, b).item() == pytest.approx(expected, rel=1e-5)
+    weights = torch.rand(7)
+    weighted = sum(
+        w * (x - y) ** 2
+        for w, p, q in zip(weights.tolist(), a.tolist(), b.tolist(), strict=True)
+        for x, y in zip(p, q, strict=True)
+    )
+    assert mean_squared_error(a, b, token_weights=weights).item() == pytest.approx(weighted / 21, rel=1e-5)
+
+
+def test_mean_squared_error_without_a_covered_token_is_zero() -> None:
+    a = torch.randn(0, 3, requires_grad=True)
+    loss = mean_squared_error(a, torch.randn(0, 3))
+    loss.backward()
+    assert loss.item() == 0.0
+
+
+def test_reductions() -> None:
+    losses = {(0, 1): torch.tensor(2.0), (1, 1): torch.tensor(6.0)}
+    shares = share_of_variance(losses, {(0, 1): 2.0, (1, 1): 3.0})
+    assert plain_sum(losses).item() == 8.0
+    assert balanced_mean(shares).item() == 1.5
+    assert share_of_variance({(0, 1): torch.tensor(0.0)}, {(0, 1): 0.0})[0, 1].item() == 0.0
+
+
+BATCH, LENGTH, WIDTH = 2, 4, 6
+DIMS = {(0, 1): 3, (0, 2): 3, (1, 1): 5, (1, 2): 5}
+POSITIONS = {0: [0, 1, 2, 4, 5], 1: [0, 2, 3, 4]}
+
+
+def hidden_targets() -> dict[tuple[int, int], Hidden]:
+    def target(teacher: int, dim: int) -> Hidden:
+        positions = torch.tensor(POSITIONS[teacher])
+        return Hidden(torch.randn(len(positions), dim), None, None, None, None, positions)
+
+    return {pair: target(pair[0], dim) for pair, dim in DIMS.items()}
+
+
+def test_student_to_teacher_projects_the_student_with_one_matrix_per_pair() -> None:
+    torch.manual_seed(0)
+    states, targets = [torch.randn(BATCH, LENGTH, WIDTH) for _ in range(3)], hidden_targets()
+    projections = HiddenProjections(DIMS, WIDTH, "student-to-teacher", seed=3)
+    assert sorted(tuple(matrix.shape) for matrix in projections.parameters()) == [(8, WIDTH), (8, WIDTH)]
+    sides = projections(states, targets)
+    assert set(sides) == set(DIMS)
+    for (teacher, layer), (student, target) in sides.items():
+        rows = slice(0, 3) if teacher == 0 else slice(3, 8)
+        matrix = projections.matrices[f"layer{layer}"][rows]
+        for place, position in enumerate(POSITIONS[teacher]):
+            token = states[layer][position // LENGTH, position % LENGTH]
+            assert torch.allclose(student[place], matrix @ token, atol=1e-6)
+        assert torch.equal(target, targets[teacher, layer].values)
+
+
+def test_teacher_to_student_projects_the_teacher() -> None:
+    torch.manual_seed(0)
+    states, targets = [torch.randn(BATCH, LENGTH, WIDTH) for _ in range(3)], hidden_targets()
+    projections = HiddenProjections(DIMS, WIDTH, "teacher-to-student", seed=3)
+    for (teacher, layer), (student, target) in projections(states, targets).items():
+        matrix = projections.matrices[f"layer{layer}-teacher{teacher}"]
+        assert matrix.shape == (WIDTH, DIMS[teacher, layer])
+        assert torch.equal(student, states[layer].flatten(0, 1)[POSITIONS[teacher]])
+        assert torch.allclose(target, targets[teacher, layer].values @ matrix.T, atol=1e-6)
+
+
+@pytest.mark.parametrize("direction", ["student-to-teacher", "teacher-to-student"])
+def test_projections_are_seeded(direction: str) -> None:
+    first, again, other = (HiddenProjections(DIMS, WIDTH, direction, seed=seed) for seed in (1, 1, 2))  # type: ignore[arg-type]
+    for a, b, c in zip(first.parameters(), again.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+        assert not torch.equal(a, c)

@@ -1,0 +1,55 @@
+"""The table of methods, and that a new method is a row."""
+
+from __future__ import annotations
+
+import pytest
+
+from kdcache.distill.methods import METHODS, find_method
+from kdcache.distill.objective import objective_settings
+from kdcache.errors import RecipeError
+from kdcache.recipe import DistillSection, WeightsSection
+
+
+def test_known_methods_are_found_by_name() -> None:
+    assert [find_method(name).name for name in ("mt-bert", "kd", "fine-tune")] == ["mt-bert", "kd", "fine-tune"]
+    assert [name for name, method in METHODS.items() if not method.uses_teachers] == ["fine-tune"]
+    assert [name for name, method in METHODS.items() if method.hidden] == ["mt-bert"]
+
+
+def test_unknown_method_names_the_known_ones() -> None:
+    with pytest.raises(RecipeError, match="mt-bert, kd, fine-tune") as caught:
+        find_method("mt_bert")
+    assert "'mt-bert'" in caught.value.hint
+    assert caught.value.exit_code == 2
+
+
+def test_paper_means_plain_sums_teacher_to_student_and_all_weights_one() -> None:
+    section = DistillSection(paper=True, temperature=2.0, weights=WeightsSection(task=0.5, soft=0.2, hidden=0.0))
+    settings = objective_settings(section)
+    assert (settings.task, settings.soft, settings.hidden) == (1.0, 1.0, 1.0)
+    assert settings.direction == "teacher-to-student"
+    assert not settings.balanced
+    assert not settings.t_squared
+    assert settings.temperature == 2.0
+
+
+def test_default_is_balanced_with_the_weights_of_the_recipe() -> None:
+    settings = objective_settings(DistillSection())
+    assert settings.balanced
+    assert (settings.task, settings.soft, settings.hidden) == (1.0, 1.0, 0.1)
+    assert settings.direction == "student-to-teacher"
+
+
+@pytest.mark.parametrize(
+    ("method", "weights", "logits", "hidden"),
+    [
+        ("mt-bert", {}, True, True),
+        ("mt-bert", {"hidden": 0.0}, True, False),
+        ("mt-bert", {"soft": 0.0}, False, True),
+        ("kd", {}, True, False),
+        ("fine-tune", {}, False, False),
+    ],
+)
+def test_only_what_has_a_weight_is_read(method: str, weights: dict[str, float], logits: bool, hidden: bool) -> None:
+    settings = objective_settings(DistillSection(method=method, weights=WeightsSection(**weights)))
+    assert (settings.needs_logits, settings.needs_hidden) == (logits, hidden)
