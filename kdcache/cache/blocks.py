@@ -1,0 +1,34 @@
+"""The arrays of a cache: what a teacher said of one part, and the bases that its hidden states are projected on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a teacher predicts for the ``n`` texts of a part."""
+
+    logits: np.ndarray  # float32[n, classes], raw: never a probability
+    pooled: np.ndarray | None = None  # float32[n, width]
+
+
+@dataclass(frozen=True)
+class HiddenBlock:
+    """Hidden states of one layer and part, packed: one row per token. int8: value = code * scale, codes in -127..127."""
+
+    values: np.ndarray  # float32 | float16 | int8 [T, dim]
+    scales: np.ndarray | None = None  # float32[T], for int8 only
+
+
+@dataclass(frozen=True)
+class Basis:
+    """The frozen projection P and mean m of one layer; what is stored is ``P (h - m)``. ``components`` is None for 'none'."""
+
+    components: np.ndarray | None  # float32[dim, width], rows orthonormal
+    mean: np.ndarray | None  # float32[width]
+    explained_variance: np.ndarray | None  # float32[dim], variance of the stored coordinates on the sample
+    total_variance: float  # mean over the width of the variance of h over the sample's tokens
+    target_variance: float  # mean over dim of the variance over tokens of what is stored

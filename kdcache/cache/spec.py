@@ -1,0 +1,79 @@
+"""Everything that the bytes of a cache depend on, as plain values.
+
+Stale is judged by comparing these: what exists must equal what is asked for in every field here, or the dump refuses and
+names the field. Anything that is not in these values must not change a byte of the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+Projection = Literal["none", "pca", "random"]
+StoredDtype = Literal["float32", "float16", "int8"]
+Scope = Literal["full", "logits"]
+HeadKind = Literal["shared", "own"]
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """The task: names of the text columns, and of the labels in class order."""
+
+    text_columns: tuple[str, ...]
+    label_names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How texts are put into parts: the seed of their order, and texts per part."""
+
+    seed: int
+    part_size: int
+
+
+@dataclass(frozen=True)
+class Fingerprints:
+    """sha256 (hex) of a teacher's weights, config, head and tokenizer."""
+
+    weights: str
+    config: str
+    head: str
+    tokenizer: str
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """What is stored of one layer; ``dim`` is the teacher's width where ``projection`` is 'none'."""
+
+    projection: Projection
+    dim: int
+    dtype: StoredDtype
+
+
+@dataclass(frozen=True)
+class TargetSpec:
+    """What a teacher predicts per text. Format 1 knows class logits; the shape leaves room for vectors and scores."""
+
+    kind: str = "class-logits"
+    shape: tuple[int, ...] = ()
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True)
+class TeacherSpec:
+    """One teacher as it was run."""
+
+    name: str
+    head: HeadKind
+    fingerprints: Fingerprints
+    depth: int  # blocks
+    width: int  # of its hidden states
+    max_length: int  # tokens
+    truncation: str  # such as 'longest_first'
+    backend: str  # 'torch' or 'onnxruntime'
+    precision: str  # of the forward pass
+    target: TargetSpec
+    pooled: int | None  # width of the stored pooled vector
+    sample_texts: int  # on which bases and variances are fitted
+    layers: Mapping[int, LayerSpec] = field(default_factory=dict)
