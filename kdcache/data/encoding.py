@@ -1,0 +1,265 @@
+"""Texts to tokens with their character spans and roles, and tokens to padded batches.
+
+Teachers and students go through the same ``encode``, so that a cached teacher saw exactly what a live one would see, and so
+that the spans of two tokenizers can be aligned later. Only fast tokenizers will do: the slow ones know no spans. The
+tokenizers library is called directly, because the dictionaries that transformers builds on top of it cost more than the
+tokenisation itself. Nothing is padded before ``pad``: a batch is as long as its longest text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kdcache.cache.tokens import FIRST, LAST, MIDDLE, OTHER, TEXT
+from kdcache.errors import ModelError, RecipeError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+TRUNCATION = "longest_first"  # and from the right: recorded with every teacher, because the cached bytes depend on it
+_CHUNK = 4096  # texts whose Encoding objects are alive at once
+_truncating = threading.Lock()  # a tokenizer's truncation is state of the object: set, used and put back under this lock
+
+
+@dataclass(frozen=True)
+class EncodedTexts:
+    """``n`` texts as ``T`` tokens in a row, without padding; row ``i`` is ``offsets[i]:offsets[i + 1]``.
+
+    ``starts`` and ``ends`` are the span of a token in code points of its own column, exactly as the tokenizer says: 0:0 for
+    special tokens, and of width zero for the lone spaces of byte-level BPE. ``segments`` is the column (0 or 1), -1 for special
+    tokens. ``token_type_ids`` is None where the model takes none.
+    """
+
+    input_ids: np.ndarray  # int32[T]
+    offsets: np.ndarray  # int64[n + 1]
+    starts: np.ndarray  # int32[T]
+    ends: np.ndarray  # int32[T]
+    segments: np.ndarray  # int8[T]
+    roles: np.ndarray  # int8[T], of kdcache.cache.tokens
+    token_type_ids: np.ndarray | None  # int8[T]
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64[n], tokens per text."""
+        return np.diff(self.offsets)
+
+    def select(self, rows: Sequence[int] | np.ndarray) -> EncodedTexts:
+        """The texts at ``rows``, in that order."""
+        rows = np.asarray(rows, dtype=np.int64)
+        places = self._places(rows)
+        offsets = np.concatenate([[0], np.cumsum(self.lengths[rows])]).astype(np.int64)
+        types = None if self.token_type_ids is None else self.token_type_ids[places]
+        starts, ends, segments, roles = (values[places] for values in (self.starts, self.ends, self.segments, self.roles))
+        return EncodedTexts(self.input_ids[places], offsets, starts, ends, segments, roles, types)
+
+    def _places(self, rows: np.ndarray) -> np.ndarray:
+        """Where the tokens of ``rows`` lie: int64, row after row."""
+        lengths = self.lengths[rows]
+        shifts = self.offsets[rows] - np.concatenate([[0], np.cumsum(lengths)[:-1]])
+        places: np.ndarray = np.arange(lengths.sum()) + np.repeat(shifts, lengths)
+        return places
+
+
+def load_tokenizer(model: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The fast tokenizer of a model directory or hub name.
+
+    Raises RecipeError where there is none to be had, ModelError where it is a slow one.
+    """
+    from transformers import AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, revision=revision)
+    except Exception as error:  # the loaders of transformers raise OSError, ValueError, KeyError, TypeError, JSON errors …
+        looked_at = Path(model).expanduser().absolute()
+        where = f"the directory '{looked_at}'" if looked_at.is_dir() else f"'{model}' (no directory '{looked_at}')"
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise RecipeError(
+            f"no tokenizer could be loaded from {where}: {reason[0]}",
+            "Give a directory with tokenizer.json, or a hub name that is in reach or already downloaded.",
+        ) from error
+    require_fast(tokenizer)
+    return tokenizer
+
+
+def require_fast(tokenizer: PreTrainedTokenizerBase) -> Any:
+    """The ``tokenizers.Tokenizer`` behind it; ModelError where there is none."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise ModelError(
+            f"tokenizer {type(tokenizer).__name__} of '{tokenizer.name_or_path}' is a slow one: it knows no character spans",
+            "Convert it to tokenizer.json once, with transformers.convert_slow_tokenizer.",
+        )
+    return backend
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[tuple[str, ...]], max_length: int) -> EncodedTexts:
+    """Tokens of texts of one or two columns each, cut to ``max_length`` tokens (special ones included).
+
+    Pairs lose tokens of the longer column first, from the right. Raises ModelError where ``max_length`` leaves no room for text.
+    """
+    backend = require_fast(tokenizer)
+    columns = len(texts[0]) if texts else 1
+    if columns not in (1, 2) or any(len(text) != columns for text in texts):
+        raise ModelError(f"texts of one or two columns can be encoded, all alike; the first one here has {columns}")
+    _check_max_length(tokenizer, backend, max_length, pair=columns == 2)
+    with_types = "token_type_ids" in tokenizer.model_input_names
+    chunks = []
+    with _truncated(backend, max_length):  # also for the probe: some tokenizers are saved with padding switched on
+        roles = _special_roles(backend, pair=columns == 2)
+        for first in range(0, len(texts), _CHUNK):
+            chunk = texts[first : first + _CHUNK]
+            encodings = backend.encode_batch([text[0] for text in chunk] if columns == 1 else list(chunk))
+            chunks.append(_pack(encodings, roles, with_types=with_types))
+    return _joined(chunks, with_types=with_types)
+
+
+def _check_max_length(tokenizer: PreTrainedTokenizerBase, backend: Any, max_length: int, *, pair: bool) -> None:
+    special = backend.num_special_tokens_to_add(pair)
+    least = special + (2 if pair else 1)
+    if not least <= max_length < 2**31:
+        raise ModelError(
+            f"max_length {max_length} does not fit tokenizer '{tokenizer.name_or_path}': it adds {special} special tokens, "
+            f"so at least {least} are needed, and no more than {2**31 - 1} are possible",
+            "Set max_length in [data], or in the section of that model, to what the model can take, e.g. 128.",
+        )
+
+
+@contextmanager
+def _truncated(backend: Any, max_length: int) -> Iterator[None]:
+    with _truncating:
+        truncation, padding = backend.truncation, backend.padding
+        backend.no_padding()
+        backend.enable_truncation(max_length, strategy=TRUNCATION, direction="right")
+        try:
+            yield
+        finally:
+            if truncation is None:
+                backend.no_truncation()
+            else:
+                backend.enable_truncation(**truncation)
+            if padding is not None:
+                backend.enable_padding(**padding)
+
+
+def _special_roles(backend: Any, *, pair: bool) -> np.ndarray:
+    """Roles of the special tokens of one text, in order: they are the same for every text, so one probe tells them.
+
+    The first token is FIRST where it precedes the text; what stands between the columns is MIDDLE; the first one after the
+    text is LAST; the rest is OTHER (language codes, or the [CLS] that XLNet puts last).
+    """
+    probe = backend.encode("a", "a" if pair else None)
+    sequence = [-1 if segment is None else segment for segment in probe.sequence_ids]
+    text = [place for place, segment in enumerate(sequence) if segment >= 0]
+    special = [place for place, segment in enumerate(sequence) if segment < 0]
+    if len(set(sequence) - {-1}) < (2 if pair else 1):  # the tokenizer knows no "a": judge by order alone
+        order = len(special)
+        return np.array([FIRST, *[MIDDLE] * (order - 2), LAST][:order], dtype=np.int8)
+    after = [place for place in special if place > text[-1]]
+    roles = []
+    for place in special:
+        if place == 0:
+            roles.append(FIRST)
+        elif text[0] < place < text[-1]:
+            roles.append(MIDDLE)
+        else:
+            roles.append(LAST if after and place == after[0] else OTHER)
+    return np.array(roles, dtype=np.int8)
+
+
+def _pack(encodings: Sequence[Any], special_roles: np.ndarray, *, with_types: bool) -> EncodedTexts:
+    def flat(values: Sequence[Sequence[int]], dtype: type) -> np.ndarray:
+        return np.fromiter(chain.from_iterable(values), dtype=dtype, count=total)
+
+    ids = [encoding.ids for encoding in encodings]
+    lengths = np.array([len(row) for row in ids], dtype=np.int64)
+    total = int(lengths.sum())
+    spans = np.array(list(chain.from_iterable(encoding.offsets for encoding in encodings)), dtype=np.int32).reshape(total, 2)
+    sequence = chain.from_iterable(encoding.sequence_ids for encoding in encodings)
+    segments = np.fromiter((-1 if segment is None else segment for segment in sequence), dtype=np.int8, count=total)
+    roles = np.full(total, TEXT, dtype=np.int8)
+    roles[segments < 0] = np.tile(special_roles, len(encodings))
+    types = flat([encoding.type_ids for encoding in encodings], np.int8) if with_types else None
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    starts, ends = np.ascontiguousarray(spans[:, 0]), np.ascontiguousarray(spans[:, 1])
+    return EncodedTexts(flat(ids, np.int32), offsets, starts, ends, segments, roles, types)
+
+
+def _joined(chunks: Sequence[EncodedTexts], *, with_types: bool) -> EncodedTexts:
+    def joined(name: str, dtype: type) -> np.ndarray:
+        return np.concatenate([np.empty(0, dtype), *(getattr(chunk, name) for chunk in chunks)])
+
+    lengths = np.concatenate([np.empty(0, np.int64), *(chunk.lengths for chunk in chunks)])
+    return EncodedTexts(
+        input_ids=joined("input_ids", np.int32),
+        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        starts=joined("starts", np.int32),
+        ends=joined("ends", np.int32),
+        segments=joined("segments", np.int8),
+        roles=joined("roles", np.int8),
+        token_type_ids=joined("token_type_ids", np.int8) if with_types else None,
+    )
+
+
+def tokenizer_json(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Its ``tokenizer.json`` in one canonical form, with truncation and padding nulled: they are state, not the tokenizer."""
+    document = json.loads(require_fast(tokenizer).to_str())
+    document["truncation"] = document["padding"] = None
+    return json.dumps(document, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """sha256, in hex, of ``tokenizer_json``: two tokenizers that agree in it give the same tokens for every text."""
+    return hashlib.sha256(tokenizer_json(tokenizer).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def pad(encoded: EncodedTexts, rows: Sequence[int] | np.ndarray, pad_token_id: int) -> dict[str, torch.Tensor]:
+    """The texts at ``rows`` as model inputs: int64 [batch, longest of rows], padded on the right.
+
+    Keys: ``input_ids``, ``attention_mask`` and, where the model takes them, ``token_type_ids`` (padded with 0).
+    """
+    import torch
+
+    rows = np.asarray(rows, dtype=np.int64)
+    lengths = encoded.lengths[rows]
+    places = encoded._places(rows)
+    mask = np.arange(lengths.max(initial=0))[None, :] < lengths[:, None]
+
+    def padded(values: np.ndarray, filler: int) -> torch.Tensor:
+        table = np.full(mask.shape, filler, dtype=np.int64)
+        table[mask] = values[places]
+        return torch.from_numpy(table)
+
+    batch = {"input_ids": padded(encoded.input_ids, pad_token_id), "attention_mask": torch.from_numpy(mask.astype(np.int64))}
+    if encoded.token_type_ids is not None:
+        batch["token_type_ids"] = padded(encoded.token_type_ids, 0)
+    return batch
+
+
+def token_budget_batches(lengths: np.ndarray, tokens_per_batch: int) -> list[np.ndarray]:
+    """Rows cut into batches whose padded size (rows x longest) stays within ``tokens_per_batch``; at least one row each.
+
+    Rows are sorted by length (stable), the longest first: what does not fit into memory fails in the first batch, not in the last.
+    """
+    order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")
+    batches, first = [], 0
+    while first < len(order):
+        rows = max(1, tokens_per_batch // max(1, int(lengths[order[first]])))
+        batches.append(order[first : first + rows])
+        first += rows
+    return batches

@@ -1,0 +1,190 @@
+"""A task: the examples of every split and each distinct text once, under an id that depends on nothing but the text.
+
+    Rows (files.py, hub.py)  ->  texts, labels, groups of a split  ->  Examples by text id + texts  ->  TaskData
+
+Examples keep their duplicates and the order of their file; texts are stored and run once. Which texts go to validation or are
+taken from the transfer files is decided by a seeded hash of the text id, so it depends neither on the order of the rows nor
+on the version of any library. What is odd in the data but no error is counted in ``DataCounts`` and shown to the user:
+duplicates, conflicting labels, texts that train and test share, transfer texts that would leak the evaluation.
+
+Rows of train may lack a label (an empty cell, or null): they count as label -1 and are distilled like transfer texts. Rows of
+validation and test may not, because they are scored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from kdcache.data.counts import DataCounts, count_rows
+from kdcache.data.files import Rows, read_rows
+from kdcache.data.labels import NO_LABEL, label_cells, label_numbers, names_of
+from kdcache.data.texts import as_array, column_texts, ids_of, seeded_keys
+from kdcache.errors import DataError
+
+if TYPE_CHECKING:
+    from kdcache.recipe import DataSection
+
+
+@dataclass(frozen=True)
+class Examples:
+    """The rows of a split. Many may share a text."""
+
+    text_ids: np.ndarray  # uint8[n, 16]
+    labels: np.ndarray  # int64[n], -1 = none
+    groups: tuple[str, ...] | None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """All that a recipe's data section names, read and checked."""
+
+    texts: dict[bytes, tuple[str, ...]]  # each distinct text once, in order of first use
+    splits: dict[str, Examples]  # of 'train', 'validation', 'test', 'transfer': those that exist
+    label_names: tuple[str, ...]  # in class order
+    text_columns: tuple[str, ...]
+    counts: DataCounts
+
+
+@dataclass(frozen=True)
+class LabelledTexts:
+    """The rows of one file, in its order: what ``evaluate`` needs."""
+
+    texts: tuple[tuple[str, ...], ...]
+    text_ids: np.ndarray  # uint8[n, 16]
+    labels: np.ndarray  # int64[n], -1 = none
+    label_names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Split:
+    rows: Rows
+    texts: list[tuple[str, ...]]
+    ids: list[bytes]
+    labels: list[str | None]
+    groups: tuple[str, ...] | None
+
+    def take(self, keep: Sequence[bool]) -> _Split:
+        def kept(values: Sequence[object]) -> list:  # type: ignore[type-arg]  # of what the field holds
+            return [value for value, wanted in zip(values, keep, strict=True) if wanted]
+
+        rows = Rows(self.rows.source, {}, kept(self.rows.lines), self.rows.unit, self.rows.class_names)
+        groups = None if self.groups is None else tuple(kept(self.groups))
+        return _Split(rows, kept(self.texts), kept(self.ids), kept(self.labels), groups)
+
+
+def load_task(section: DataSection) -> TaskData:
+    """Read every file that the section names. Raises DataError (exit 2) with file, line and cure."""
+    splits = {"train": _read_split(section, section.train, "train")}
+    names = _class_order(section, splits["train"])
+    if section.validation_fraction:
+        splits["train"], splits["validation"] = _split_off(splits["train"], section.validation_fraction, section.seed)
+    elif section.validation is not None:
+        splits["validation"] = _read_split(section, section.validation, "validation")
+    if section.test is not None:
+        splits["test"] = _read_split(section, section.test, "test")
+    examples = {name: _examples(name, split, names, section) for name, split in splits.items()}
+    texts = {identity: text for split in splits.values() for identity, text in zip(split.ids, split.texts, strict=True)}
+    transfer, dropped = _transfer(section, splits)
+    if transfer:
+        texts |= transfer
+        examples["transfer"] = Examples(as_array(list(transfer)), np.full(len(transfer), NO_LABEL, dtype=np.int64), None)
+    counts = count_rows({name: split.ids for name, split in splits.items()}, {name: rows.labels for name, rows in examples.items()},
+                        names, len(transfer), dropped)  # fmt: skip
+    return TaskData(texts, examples, names, tuple(section.text), counts)
+
+
+def read_examples(
+    source: str, text: Sequence[str], label: str | None, label_names: Sequence[str] | None = None, split: str = "test"
+) -> LabelledTexts:
+    """The rows of one file or hub data set, in order; labels all -1 where ``label`` is None.
+
+    ``label_names`` gives the class order and what is known; sorted as found where None. Raises DataError as ``load_task`` does,
+    also for rows without a label where a label column is named: they could not be scored.
+    """
+    rows = read_rows(source, split)
+    texts = column_texts(rows, text)
+    ids = ids_of(rows, texts)
+    labels = np.full(len(texts), NO_LABEL, dtype=np.int64)
+    names = tuple(label_names or ())
+    if label is not None:
+        cells = label_cells(rows, label)
+        names = names or names_of(cells, rows.class_names.get(label))
+        labels = label_numbers(rows, cells, names, scored=True)
+    return LabelledTexts(tuple(texts), as_array(ids), labels, names)
+
+
+def _read_split(section: DataSection, source: str, split: str) -> _Split:
+    rows = read_rows(source, split)
+    texts = column_texts(rows, section.text)
+    groups = None
+    if section.group is not None:
+        groups = tuple("" if value is None else str(value) for value in rows.column(section.group, "group"))
+    return _Split(rows, texts, ids_of(rows, texts), label_cells(rows, section.label), groups)
+
+
+def _class_order(section: DataSection, train: _Split) -> tuple[str, ...]:
+    names = tuple(section.labels or names_of(train.labels, train.rows.class_names.get(section.label)))
+    if not any(label is not None for label in train.labels):
+        raise DataError(
+            f"{train.rows.source} has no label in its column '{section.label}'; training needs labelled rows",
+            "Texts without labels belong in data.transfer.",
+        )
+    if len(names) < 2:
+        raise DataError(
+            f"{train.rows.source} has only the label '{names[0]}'; a classifier needs two or more",
+            "Check data.label, or name all classes with data.labels.",
+        )
+    return names
+
+
+def _examples(name: str, split: _Split, names: tuple[str, ...], section: DataSection) -> Examples:
+    listed = "data.labels" if section.labels else "training"
+    labels = label_numbers(split.rows, split.labels, names, scored=name != "train", listed_by=listed)
+    return Examples(as_array(split.ids), labels, split.groups)
+
+
+def _split_off(train: _Split, fraction: float, seed: int) -> tuple[_Split, _Split]:
+    """Train and validation: all rows of a text go to one side; texts with an unlabelled row stay in train."""
+    unlabelled = {identity for identity, label in zip(train.ids, train.labels, strict=True) if label is None}
+    keys = seeded_keys(train.ids, seed, "validation")
+    chosen = [key < fraction * 2**64 and identity not in unlabelled for identity, key in zip(train.ids, keys, strict=True)]
+    rest = [not side for side in chosen]
+    if not any(chosen) or not any(rest):
+        raise DataError(
+            f"data.validation_fraction = {fraction} splits the {len(chosen):,} rows of {train.rows.source} into "
+            f"{sum(rest):,} for training and {sum(chosen):,} for validation; both need some",
+            "Give another data.validation_fraction or data.seed, or a validation file.",
+        )
+    return train.take(rest), train.take(chosen)
+
+
+def _transfer(section: DataSection, splits: dict[str, _Split]) -> tuple[dict[bytes, tuple[str, ...]], dict[str, int]]:
+    """The transfer texts that are used, in seeded order, and how many rows were dropped for which reason."""
+    evaluation = {identity for name, split in splits.items() if name != "train" for identity in split.ids}
+    train = set(splits["train"].ids)
+    found: dict[bytes, tuple[str, ...]] = {}
+    dropped = {"found in validation or test": 0, "already in train": 0, "duplicates": 0, "beyond transfer_rows": 0}
+    for source in section.transfer:
+        rows = read_rows(source, "train")
+        texts = column_texts(rows, section.text)
+        for identity, text in zip(ids_of(rows, texts), texts, strict=True):
+            if identity in evaluation:
+                dropped["found in validation or test"] += 1
+            elif identity in train:
+                dropped["already in train"] += 1
+            elif identity in found:
+                dropped["duplicates"] += 1
+            else:
+                found[identity] = text
+    keys = seeded_keys(list(found), section.seed, "transfer")
+    order = [identity for _, identity in sorted(zip(keys, found, strict=True))]
+    used = order[: section.transfer_rows]
+    dropped["beyond transfer_rows"] = len(order) - len(used)
+    return {identity: found[identity] for identity in used}, dropped
