@@ -7,6 +7,7 @@ until they are on the device: what travels is what was stored.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -103,7 +104,7 @@ class Batch:
         if pieces <= 1:
             return (self,)
         borders = np.linspace(0, len(self), pieces + 1).round().astype(int)
-        return tuple(self._rows(int(first), int(last)) for first, last in zip(borders[:-1], borders[1:], strict=True))
+        return tuple(self._rows(int(first), int(last)) for first, last in itertools.pairwise(borders))
 
     def _rows(self, first: int, last: int) -> Batch:
         length = self.inputs["attention_mask"].shape[1]
@@ -166,7 +167,7 @@ class TargetSource(Protocol):
     def coverage(self) -> dict[str, float]: ...
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
-        """This process's share of every global batch of ``epoch`` from ``first_step`` on."""
+        """One process's share of every global batch of ``epoch`` from ``first_step`` on."""
         ...
 
     def target_dim(self, teacher: str, layer: int) -> int: ...

@@ -1,0 +1,148 @@
+"""Alignment of a student's tokens with a teacher's: which teacher tokens make up the target of which student token.
+
+A loss between tokens of two vocabularies is undefined without it. Student token t takes the mean of the teacher tokens that
+overlap its character span, weighted by the overlap; [CLS] or <s>, separators and the last [SEP] or </s> meet by role; what
+nothing overlaps (zero-width tokens, padding-like specials, text that the teacher truncated) has no target and is masked.
+
+All texts of a part are aligned at once: (text, segment) and characters go on one number line, where candidates are found by
+binary search. Nothing is assumed of the spans: they may be unsorted, equal (byte fallback), nested or empty.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdcache.cache.tokens import FIRST, LAST, MIDDLE, TEXT, Tokens
+
+_CANDIDATES_AT_ONCE = 1 << 22  # bounds memory where a damaged or hostile cache holds spans that all overlap
+
+Pairs = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]  # student token, teacher token, overlap
+
+
+@dataclass(frozen=True, eq=False)
+class Alignment:
+    """Entries of a sparse matrix, rows = student tokens, columns = teacher tokens; ``dst`` ascends."""
+
+    src: NDArray[np.int64]
+    dst: NDArray[np.int64]
+    weight: NDArray[np.float32]
+
+
+@dataclass(frozen=True, eq=False)
+class PartAlignment:
+    """Alignment of n texts as compressed rows, one for each student token.
+
+    ``first`` int64[S + 1] bounds the entries of a token; ``src`` int32 counts teacher tokens from the start of their text,
+    so that texts can be picked freely; the ``weight`` float32 of a token sum to one. The identity holds no arrays.
+    """
+
+    tokens: int
+    first: NDArray[np.int64] | None = None
+    src: NDArray[np.int32] | None = None
+    weight: NDArray[np.float32] | None = None
+
+    @property
+    def identical(self) -> bool:
+        return self.first is None
+
+    @property
+    def covered(self) -> NDArray[np.bool_]:
+        """Which student tokens have a target, bool[S]."""
+        return np.ones(self.tokens, np.bool_) if self.first is None else self.first[1:] > self.first[:-1]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for array in (self.first, self.src, self.weight) if array is not None)
+
+
+def align(student: Tokens, teacher: Tokens, identical: bool = False) -> PartAlignment:
+    """Align the same n texts as two tokenizers cut them. ``identical`` says that the cuts are known to be the same.
+
+    Raises ValueError where the two do not hold the same number of texts.
+    """
+    if len(student.offsets) != len(teacher.offsets):
+        raise ValueError(f"{len(student.offsets) - 1} texts of the student, {len(teacher.offsets) - 1} of the teacher")
+    count = int(student.offsets[-1])
+    if identical:
+        return PartAlignment(count)
+    student_text, teacher_text = _text_of(student), _text_of(teacher)
+    pieces = (_overlaps(student, teacher, student_text, teacher_text), _roles(student, teacher, student_text, teacher_text))
+    dst, src, overlap = (np.concatenate(arrays) for arrays in zip(*pieces, strict=True))
+    order = np.lexsort((src, dst))
+    dst, src, overlap = dst[order], src[order], overlap[order]
+    total = np.bincount(dst, weights=overlap, minlength=count)
+    weight = (overlap / total[dst]).astype(np.float32)
+    local = (src - teacher.offsets[:-1][teacher_text[src]]).astype(np.int32)
+    return PartAlignment(count, _bounds(dst, count), local, weight)
+
+
+def ranges(starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The concatenation of ``arange(start, start + length)`` over all pairs."""
+    ends = np.cumsum(lengths)
+    total = int(ends[-1]) if len(ends) else 0
+    return np.repeat(starts - (ends - lengths), lengths) + np.arange(total)
+
+
+def _text_of(tokens: Tokens) -> NDArray[np.int64]:
+    return np.repeat(np.arange(len(tokens.offsets) - 1), np.diff(tokens.offsets))
+
+
+def _bounds(dst: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+    return np.concatenate([[0], np.cumsum(np.bincount(dst, minlength=count))]).astype(np.int64)
+
+
+def _overlaps(student: Tokens, teacher: Tokens, student_text: NDArray[np.int64], teacher_text: NDArray[np.int64]) -> Pairs:
+    """Pairs of text tokens that share characters of the same text and segment."""
+    stride = 1 + max(int(tokens.ends.max(initial=0)) for tokens in (student, teacher))
+
+    def on_the_line(tokens: Tokens, text: NDArray[np.int64]) -> tuple[NDArray[np.int64], ...]:
+        sound = (tokens.starts >= 0) & (tokens.segments >= 0) & (tokens.segments <= 1)  # or they would reach into other texts
+        at = np.flatnonzero((tokens.roles == TEXT) & (tokens.ends > tokens.starts) & sound)
+        origin = (text[at] * 2 + tokens.segments[at]) * stride
+        return at, origin + tokens.starts[at], origin + tokens.ends[at]
+
+    student_at, student_start, student_end = on_the_line(student, student_text)
+    teacher_at, teacher_start, teacher_end = on_the_line(teacher, teacher_text)
+    by_start = np.argsort(teacher_start, kind="stable")
+    teacher_at, teacher_start, teacher_end = teacher_at[by_start], teacher_start[by_start], teacher_end[by_start]
+    # every teacher token before `low` ends by the student token's start, every one from `high` on starts at its end or later
+    low = np.searchsorted(np.maximum.accumulate(teacher_end), student_start, side="right")
+    high = np.searchsorted(teacher_start, student_end, side="left")
+    found: list[Pairs] = []
+    for piece in _pieces(np.maximum(high - low, 0)):
+        counts = np.maximum(high[piece] - low[piece], 0)
+        row = np.repeat(np.arange(piece.start, piece.stop), counts)
+        column = ranges(low[piece], counts)
+        overlap = np.minimum(student_end[row], teacher_end[column]) - np.maximum(student_start[row], teacher_start[column])
+        real = overlap > 0
+        found.append((student_at[row[real]], teacher_at[column[real]], overlap[real].astype(np.float64)))
+    return tuple(np.concatenate(arrays) for arrays in zip(*found, strict=True))  # type: ignore[return-value]
+
+
+def _roles(student: Tokens, teacher: Tokens, student_text: NDArray[np.int64], teacher_text: NDArray[np.int64]) -> Pairs:
+    """Pairs of special tokens of the same text and role, each with the same weight."""
+    student_at = np.flatnonzero(np.isin(student.roles, (FIRST, MIDDLE, LAST)))
+    teacher_at = np.flatnonzero(np.isin(teacher.roles, (FIRST, MIDDLE, LAST)))
+    roles = 1 + max(FIRST, MIDDLE, LAST)
+    student_key = student_text[student_at] * roles + student.roles[student_at]
+    teacher_key = teacher_text[teacher_at] * roles + teacher.roles[teacher_at]
+    by_key = np.argsort(teacher_key, kind="stable")
+    teacher_at, teacher_key = teacher_at[by_key], teacher_key[by_key]
+    low = np.searchsorted(teacher_key, student_key, side="left")
+    counts = np.searchsorted(teacher_key, student_key, side="right") - low
+    return np.repeat(student_at, counts), teacher_at[ranges(low, counts)], np.ones(int(counts.sum()))
+
+
+def _pieces(counts: NDArray[np.int64]) -> list[slice]:
+    """Consecutive slices of the student tokens with a bounded number of candidates each; at least one slice."""
+    upto = np.cumsum(counts)
+    total = int(upto[-1]) if len(upto) else 0
+    borders = np.searchsorted(upto, np.arange(_CANDIDATES_AT_ONCE, total, _CANDIDATES_AT_ONCE), side="right")
+    edges = np.unique(np.concatenate([[0], borders, [len(counts)]]))
+    if len(edges) == 1:
+        return [slice(0, 0)]
+    return [slice(int(a), int(b)) for a, b in itertools.pairwise(edges)]

@@ -1,0 +1,44 @@
+"""The order of an epoch: a pure function of (seed, epoch, window) and of which part each example's text lies in.
+
+Parts are put in a seeded order; an example of the p-th part gets the key p + W * u with u uniform in [0, 1), and the
+examples are taken by ascending key. At key x only parts p with x - W < p <= x have examples, so a window of W parts slides
+over the cache: the first batches need the first part alone, a part is read once, and it can go once its last example is out.
+The steps of an epoch are consecutive slices of this order and a process takes its slice of every step, so a run continues in
+the middle of an epoch, with another number of processes too, from three integers: seed, epoch, step.
+
+Only raw outputs of the bit generator are used: numpy keeps those streams for ever, those of its distributions not (NEP 19).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+def epoch_order(parts: NDArray[np.integer], *, seed: int, epoch: int, window: int) -> NDArray[np.int64]:
+    """Positions of all examples in the order of ``epoch``; ``parts`` [n] is the part number of each example's text."""
+    uniform = _uniform(seed, epoch, len(parts))
+    numbers, which = np.unique(parts, return_inverse=True)
+    position = np.empty(len(numbers), np.int64)
+    position[np.argsort(_uniform(seed, epoch, len(numbers), purpose=1), kind="stable")] = np.arange(len(numbers))
+    return np.argsort(position[which] + window * uniform, kind="stable")
+
+
+def step_count(examples: int, batch_size: int) -> int:
+    """Steps of an epoch; the last may hold fewer rows than ``batch_size``."""
+    return -(-examples // batch_size)
+
+
+def step_rows(order: NDArray[np.int64], step: int, batch_size: int, *, rank: int = 0, world: int = 1) -> NDArray[np.int64]:
+    """What process ``rank`` of ``world`` takes of step ``step``: near-equal, consecutive shares, in the order of the epoch."""
+    rows = order[step * batch_size : (step + 1) * batch_size]
+    return rows[rank * len(rows) // world : (rank + 1) * len(rows) // world]
+
+
+def _uniform(seed: int, epoch: int, count: int, purpose: int = 0) -> NDArray[np.float64]:
+    raw = np.random.PCG64(np.random.SeedSequence([seed, epoch, purpose])).random_raw(count)
+    return (np.asarray(raw, np.uint64) >> np.uint64(11)).astype(np.float64) * 2.0**-53
