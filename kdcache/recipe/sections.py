@@ -1,0 +1,215 @@
+"""The sections of a recipe: every key with its type, its bounds and its default."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from kdcache.errors import RecipeError
+
+DATA_FILE_ENDINGS = (".tsv", ".csv", ".jsonl", ".ndjson", ".parquet")
+
+T = TypeVar("T")
+
+
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _distinct(values: list[T]) -> list[T]:
+    if len(set(values)) < len(values):
+        raise ValueError(f"each may be named once, but these are named more often: {values}")
+    return values
+
+
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+NotNegative = Annotated[float, Field(ge=0.0)]
+AboveZero = Annotated[float, Field(gt=0.0)]
+Positive = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what numpy, torch and Python's own generators all take
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}\z")]
+NonEmpty = Annotated[str, Field(min_length=1)]
+Strings = Annotated[list[NonEmpty], BeforeValidator(_listed), AfterValidator(_distinct)]  # one string may stand for a list of one
+LayerNumbers = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1), AfterValidator(_distinct)]  # 0 = embeddings
+BlockNumbers = Annotated[list[Positive], Field(min_length=1), AfterValidator(_distinct)]
+Precision = Literal["float32", "bf16", "fp16"]
+Projection = Literal["none", "pca", "random"]
+StoredDtype = Literal["float32", "float16", "int8"]
+Head = Literal["shared", "own"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class DataSection(_Section):
+    """Where the examples come from. ``text`` holds one column, or two for pairs."""
+
+    train: NonEmpty  # a file (tsv, csv, jsonl, parquet), or a hub data set: NAME, NAME:CONFIG, NAME:CONFIG/SPLIT
+    validation: NonEmpty | None = None
+    validation_fraction: Fraction = 0.0  # split off train by text id, where there is no validation file
+    test: NonEmpty | None = None
+    transfer: Strings = []  # texts without labels, for the teachers and the distillation only
+    transfer_rows: Positive | None = None  # at most so many transfer texts, chosen by text id
+    text: Annotated[Strings, Field(min_length=1, max_length=2)]
+    label: NonEmpty
+    group: NonEmpty | None = None
+    labels: Annotated[Strings, Field(min_length=2)] | None = None  # label names in class order; sorted as found where not given
+    max_length: Positive = 128
+    seed: Seed = 0
+    licence: str = ""
+
+    @model_validator(mode="after")
+    def _keys_that_fit_together(self) -> DataSection:
+        if self.validation and self.validation_fraction:
+            raise ValueError("give validation or validation_fraction, not both")
+        if self.label in self.text:
+            raise ValueError(f"the column '{self.label}' is both text and label")
+        return self
+
+
+class TeacherSection(_Section):
+    """One teacher. ``head = "own"`` takes an already fine-tuned classifier as it is."""
+
+    name: Name
+    model: NonEmpty
+    head: Head = "shared"
+    revision: str | None = None
+    max_length: Positive | None = None  # data.max_length where not given
+    layers: LayerNumbers | None = None  # dump.layers where not given
+    licence: str = ""
+
+
+class OptimSection(_Section):
+    """What both trainings share. The schedule is linear warm-up, then linear decay to zero."""
+
+    epochs: Positive = 3
+    batch_size: Positive = 32
+    learning_rate: AboveZero = 2e-5
+    warmup: Fraction = 0.1  # share of all optimizer steps
+    weight_decay: NotNegative = 0.01
+    max_grad_norm: AboveZero = 1.0
+    accumulation: Positive = 1  # micro-batches per optimizer step; batch_size is that of the step
+    precision: Precision = "float32"
+    checkpoint_steps: Positive = 200
+    select_by: Literal["accuracy", "macro_f1", "matthews", "loss"] = "accuracy"
+    seed: Seed = 0
+
+    @model_validator(mode="after")
+    def _micro_batches_have_rows(self) -> OptimSection:
+        if self.accumulation > self.batch_size:
+            raise ValueError(
+                f"accumulation {self.accumulation} cuts a batch of {self.batch_size} into more pieces than it has rows"
+            )
+        return self
+
+
+class CofinetuneSection(OptimSection):
+    """Joint training of the teachers (MT-BERT, section 3.1)."""
+
+    pooling: Literal["attention", "cls", "mean"] = "attention"
+    width: Positive | None = None  # of the shared space; the widest teacher where not given
+    gradient_checkpointing: bool = False
+
+
+class DumpSection(_Section):
+    """What the cache stores of each teacher."""
+
+    backend: Literal["torch", "onnxruntime"] = "torch"
+    layers: Literal["even", "all", "last"] | LayerNumbers = "even"
+    projection: Projection = "pca"
+    dim: Positive = 128
+    dtype: StoredDtype = "int8"
+    pooled: bool = False
+    part_size: Positive = 4096  # texts
+    sample_texts: Positive = 2048  # on which bases and variances are fitted
+    tokens_per_batch: Positive = 4096  # padded tokens of one forward pass
+    precision: Precision = "float32"
+    seed: Seed = 0
+
+
+class StudentSection(_Section):
+    """The student: ``init_from`` is a hub name, a directory or ``teacher:NAME``; or ``config`` for random weights."""
+
+    init_from: NonEmpty | None = None
+    config: dict[str, Any] | None = None
+    tokenizer: NonEmpty | None = None  # where init_from has none, or for config
+    layers: Positive | BlockNumbers | None = None  # the first K, or the (1-based) layers to keep; None keeps all
+    head: Literal["standard", "shared"] = "standard"
+    max_length: Positive | None = None
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> StudentSection:
+        if (self.init_from is None) == (self.config is None):
+            raise ValueError("give either init_from or config")
+        if self.config is not None and self.tokenizer is None:
+            raise ValueError("config needs tokenizer: a hub name or a directory")
+        return self
+
+
+class WeightsSection(_Section):
+    """Factors of the loss terms."""
+
+    task: NotNegative = 1.0
+    soft: NotNegative = 1.0
+    hidden: NotNegative = 0.1
+
+
+class DistillSection(OptimSection):
+    """Training of the student from cached (or live) targets."""
+
+    learning_rate: AboveZero = 5e-5
+    method: str = "mt-bert"
+    paper: bool = False  # plain sums, teacher-to-student, all weights 1
+    temperature: AboveZero = 1.0
+    t_squared: bool = False
+    hidden_direction: Literal["student-to-teacher", "teacher-to-student"] = "student-to-teacher"
+    teachers: Annotated[Strings, Field(min_length=1)] | None = None  # of the cache; all where not given
+    teacher_layers: dict[str, list[Annotated[int, Field(ge=0)]]] | None = (
+        None  # per teacher, one for each student layer; else even
+    )
+    missing: Literal["error", "skip"] = "error"  # train rows whose text the cache lacks
+    window: Positive = 8  # parts from which a batch is drawn
+    dropout: Fraction | None = None  # of the student; that of its config where not given
+    weights: WeightsSection = WeightsSection()
+
+
+class Recipe(_Section):
+    """A whole pipeline."""
+
+    name: Name
+    licence: str = ""
+    data: DataSection
+    teachers: list[TeacherSection] = []
+    cofinetune: CofinetuneSection = CofinetuneSection()
+    dump: DumpSection = DumpSection()
+    student: StudentSection | None = None
+    distill: DistillSection = DistillSection()
+
+    @model_validator(mode="after")
+    def _teachers_can_be_told_apart(self) -> Recipe:
+        names = [teacher.name for teacher in self.teachers]
+        for position, name in enumerate(names):
+            if name.lower() in (other.lower() for other in names[:position]):  # directories that ignore case would be one
+                raise ValueError(f"two teachers are called '{name}'; names must differ, and not by case alone")
+        origin = (self.student.init_from or "") if self.student else ""
+        if names and origin.startswith("teacher:") and origin.removeprefix("teacher:") not in names:
+            raise ValueError(f"student.init_from is '{origin}', but the teachers are: {', '.join(names)}")
+        return self
+
+    def teacher(self, name: str) -> TeacherSection:
+        """The teacher of that name; RecipeError names those there are."""
+        for teacher in self.teachers:
+            if teacher.name == name:
+                return teacher
+        known = ", ".join(teacher.name for teacher in self.teachers) or "none"
+        raise RecipeError(
+            f"recipe '{self.name}' has no teacher '{name}'; it has: {known}", "Name one of these, or add a [[teachers]] table."
+        )
+
+    def require_student(self) -> StudentSection:
+        """The student section; RecipeError where the recipe has none."""
+        if self.student is None:
+            raise RecipeError(f"recipe '{self.name}' has no [student] section", "Add [student] with init_from.")
+        return self.student
