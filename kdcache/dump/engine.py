@@ -1,0 +1,142 @@
+"""One teacher over the texts of one part: forward passes in, arrays in the order of the part out.
+
+Texts are run sorted by length, in batches of a token budget, because padding is wasted work; the results are put back where
+the part has them. Batches are a pure function of the part and the settings, so that a part that is dumped again after a
+crash gets the same bytes. What is stored is projected on the device and quantised batch by batch: a part never exists in
+memory at full width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from kdcache.cache.blocks import Basis, HiddenBlock, Outputs
+from kdcache.cache.tokens import Tokens
+from kdcache.data.encoding import EncodedTexts, pad, token_budget_batches
+from kdcache.dump.projection import Moments, Projector
+from kdcache.dump.quantise import cure_of, quantise, unstorable_token
+from kdcache.errors import NonFiniteError
+
+if TYPE_CHECKING:
+    from kdcache.cache.spec import LayerSpec, TeacherSpec
+    from kdcache.teachers.backends import TeacherBackend, TeacherOutput
+
+OnBatch = Callable[[int], None]  # called with the number of texts after every forward pass
+
+
+@dataclass(frozen=True)
+class TextBatches:
+    """The texts of a part (or of the sample) as one teacher reads them. ``text_ids`` uint8 [n, 16] name them in errors."""
+
+    encoded: EncodedTexts
+    text_ids: np.ndarray
+    pad_token_id: int
+    tokens_per_batch: int
+    teacher: str
+
+    def run(
+        self, backend: TeacherBackend, layers: Sequence[int], *, pooled: bool = False
+    ) -> Iterator[tuple[np.ndarray, TeacherOutput]]:
+        """One forward pass after the other: the rows of the batch and what the teacher gave for them."""
+        for rows in token_budget_batches(self.encoded.lengths, self.tokens_per_batch):
+            yield rows, backend.run(pad(self.encoded, rows, self.pad_token_id), layers, pooled)
+
+    def tokens(self) -> Tokens:
+        """Spans, segments and roles as a cache stores them."""
+        return Tokens(self.encoded.offsets, self.encoded.starts, self.encoded.ends, self.encoded.segments, self.encoded.roles)
+
+    def places(self, rows: np.ndarray) -> np.ndarray:
+        """int64: where the tokens of ``rows``, row after row, lie among the tokens of the part."""
+        lengths = self.encoded.lengths[rows]
+        shifts = self.encoded.offsets[rows] - np.concatenate([[0], np.cumsum(lengths)[:-1]])
+        places: np.ndarray = np.arange(int(lengths.sum())) + np.repeat(shifts, lengths)
+        return places
+
+    def text_of_token(self, rows: np.ndarray, token: int) -> str:
+        """The id, in hex, of the text that packed token ``token`` of a batch with ``rows`` belongs to."""
+        ends = np.cumsum(self.encoded.lengths[rows])
+        return self.text_of_row(int(rows[np.searchsorted(ends, token, side="right")]))
+
+    def text_of_row(self, row: int) -> str:
+        return bytes(self.text_ids[row]).hex()
+
+
+def fit_moments(
+    batches: TextBatches, backend: TeacherBackend, layers: Mapping[int, LayerSpec], on_batch: OnBatch
+) -> dict[int, Moments]:
+    """Mean and (co)variance of the hidden states of ``layers`` over the tokens of the sample."""
+    moments: dict[int, Moments] = {}
+    for rows, output in batches.run(backend, tuple(layers)):
+        for layer, spec in layers.items():
+            hidden = output.hidden[layer]
+            _refuse_hidden(batches, rows, hidden.cpu().numpy(), "float32", layer)
+            if layer not in moments:
+                moments[layer] = Moments(hidden.shape[1], cross=spec.projection != "none")
+            moments[layer].add(hidden)
+        on_batch(len(rows))
+    return moments
+
+
+def run_part(
+    batches: TextBatches,
+    backend: TeacherBackend,
+    spec: TeacherSpec,
+    layers: Sequence[int],
+    bases: Mapping[int, Basis],
+    on_batch: OnBatch,
+) -> tuple[Outputs, dict[int, HiddenBlock]]:
+    """Outputs and the stored form of the hidden states of ``layers``, in the part's order.
+
+    Raises NonFiniteError with teacher, text id and layer for what is not finite or does not fit the stored type.
+    """
+    texts, tokens = len(batches.encoded), int(batches.encoded.offsets[-1])
+    projectors = {layer: Projector(bases[layer], backend.device) for layer in layers}
+    hidden = {layer: _empty_block(tokens, spec.layers[layer]) for layer in layers}
+    logits = np.empty((texts, *spec.target.shape), np.float32)
+    pooled = None if spec.pooled is None else np.empty((texts, spec.pooled), np.float32)
+    for rows, output in batches.run(backend, layers, pooled=pooled is not None):
+        logits[rows] = _finite_rows(batches, rows, output.logits.cpu().numpy(), "logits")
+        if pooled is not None and output.pooled is not None:
+            pooled[rows] = _finite_rows(batches, rows, output.pooled.cpu().numpy(), "pooled vector")
+        places = batches.places(rows)
+        for layer in layers:
+            _store(hidden[layer], places, _storable(batches, rows, projectors[layer](output.hidden[layer]), spec, layer))
+        on_batch(len(rows))
+    return Outputs(logits, pooled), hidden
+
+
+def _empty_block(tokens: int, spec: LayerSpec) -> HiddenBlock:
+    scales = np.empty(tokens, np.float32) if spec.dtype == "int8" else None
+    return HiddenBlock(np.empty((tokens, spec.dim), np.dtype(spec.dtype)), scales)
+
+
+def _store(whole: HiddenBlock, places: np.ndarray, piece: HiddenBlock) -> None:
+    whole.values[places] = piece.values
+    if whole.scales is not None and piece.scales is not None:
+        whole.scales[places] = piece.scales
+
+
+def _storable(batches: TextBatches, rows: np.ndarray, values: np.ndarray, spec: TeacherSpec, layer: int) -> HiddenBlock:
+    dtype = spec.layers[layer].dtype
+    _refuse_hidden(batches, rows, values, dtype, layer)
+    return quantise(values, dtype)
+
+
+def _finite_rows(batches: TextBatches, rows: np.ndarray, values: np.ndarray, what: str) -> np.ndarray:
+    finite = np.isfinite(values).all(axis=1)
+    if not finite.all():
+        text = batches.text_of_row(int(rows[np.argmin(finite)]))
+        raise NonFiniteError(f"teacher '{batches.teacher}', text {text}, {what}: NaN or infinity", cure_of("float32"))
+    return values
+
+
+def _refuse_hidden(batches: TextBatches, rows: np.ndarray, values: np.ndarray, dtype: str, layer: int) -> None:
+    found = unstorable_token(values, dtype)
+    if found is not None:
+        token, reason = found
+        text = batches.text_of_token(rows, token)
+        raise NonFiniteError(f"teacher '{batches.teacher}', text {text}, layer {layer}: {reason}", cure_of(dtype))

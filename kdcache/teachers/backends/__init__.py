@@ -1,0 +1,34 @@
+"""Backends that run a teacher: PyTorch, or ONNX Runtime on a graph exported here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kdcache.errors import ModelError
+from kdcache.teachers.backends.base import TeacherBackend, TeacherOutput
+
+if TYPE_CHECKING:
+    from kdcache.teachers.teacher import Teacher
+
+__all__ = ["TeacherBackend", "TeacherOutput", "open_backend"]
+
+
+def open_backend(kind: str, teacher: Teacher, layers: Sequence[int], *, precision: str, work_dir: Path) -> TeacherBackend:
+    """A backend for ``teacher`` that can give ``layers``; ``work_dir`` keeps what is costly to make (exported graphs).
+
+    Raises ModelError for a layer that the teacher lacks, an unknown kind, or a precision that the kind cannot run.
+    """
+    for layer in layers:
+        if not 0 <= layer <= teacher.depth:
+            raise ModelError(f"teacher '{teacher.name}' has no layer {layer}: its layers are 0 to {teacher.depth}")
+    if kind == "torch":
+        from kdcache.teachers.backends.torch_backend import TorchBackend
+
+        return TorchBackend(teacher, precision=precision)
+    if kind == "onnxruntime":
+        from kdcache.teachers.backends.onnx_backend import OnnxBackend
+
+        return OnnxBackend(teacher, precision=precision, work_dir=work_dir)
+    raise ModelError(f"there is no teacher backend '{kind}'; expected torch or onnxruntime", "Set dump.backend.")

@@ -1,0 +1,119 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from kdcache.data.encoding import encode, pad
+from kdcache.errors import ModelError, NonFiniteError
+from kdcache.teachers.backends import onnx_backend, onnx_export, open_backend
+from kdcache.teachers.bundle import load_teacher
+from kdcache.teachers.teacher import Teacher
+from kdcache.testing.backends import TEXTS, BackendContract
+
+
+class TestOnnx(BackendContract):
+    kind = "onnxruntime"
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def teacher(cls, bundle: Path) -> Teacher:
+        return load_teacher(bundle, "bert")
+
+
+class TestOnnxWithAdapter(BackendContract):
+    kind = "onnxruntime"
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def teacher(cls, bundle: Path) -> Teacher:
+        return load_teacher(bundle, "roberta")
+
+
+class TestOnnxWithItsOwnHead(BackendContract):
+    kind = "onnxruntime"
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def teacher(cls, bundle: Path) -> Teacher:
+        return load_teacher(bundle, "own")
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("kept")
+
+
+def test_the_graph_is_kept_and_the_parity_recorded(bundle: Path, kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher = load_teacher(bundle, "distil")
+    backend = open_backend("onnxruntime", teacher, [1], precision="float32", work_dir=kept)
+    assert float(backend.record["max_abs_difference_to_torch"]) < 1e-5
+    assert backend.record["providers"] == "CPUExecutionProvider" or "CUDA" in backend.record["providers"]
+    json.dumps(dict(backend.record))
+    monkeypatch.setattr(onnx_export, "_export", lambda *_: pytest.fail("exported again"))
+    open_backend("onnxruntime", teacher, [2, 3], precision="float32", work_dir=kept)
+
+
+def test_a_kept_graph_that_was_cut_short_is_exported_again(bundle: Path, kept: Path) -> None:
+    teacher = load_teacher(bundle, "distil")
+    graph = onnx_export.exported(teacher, precision="float32", work_dir=kept) / "model.onnx"
+    graph.write_bytes(graph.read_bytes()[:1000])
+    backend = open_backend("onnxruntime", teacher, [1], precision="float32", work_dir=kept)
+    assert graph.stat().st_size > 1000
+    assert float(backend.record["max_abs_difference_to_torch"]) < 1e-5
+
+
+def test_a_graph_of_other_weights_is_found_out(bundle: Path, kept: Path) -> None:
+    teacher = load_teacher(bundle, "distil")
+    onnx_export.exported(teacher, precision="float32", work_dir=kept)
+    with torch.no_grad():
+        next(teacher.model.parameters()).normal_()  # and the fingerprint stays: as if two teachers shared one
+    with pytest.raises(ModelError, match="teacher 'distil' differs between ONNX Runtime and PyTorch by") as caught:
+        open_backend("onnxruntime", teacher, [1], precision="float32", work_dir=kept)
+    assert 'dump.backend = "torch"' in caught.value.hint
+
+
+def test_a_teacher_of_nan_is_named(bundle: Path, kept: Path) -> None:
+    teacher = load_teacher(bundle, "distil")
+    with torch.no_grad():
+        next(teacher.model.parameters()).fill_(torch.nan)
+    with pytest.raises(NonFiniteError, match="teacher 'distil'"):
+        open_backend("onnxruntime", teacher, [1], precision="float32", work_dir=kept)
+
+
+def test_a_teacher_that_cannot_be_exported_is_named_with_the_cure(bundle: Path, tmp_path: Path) -> None:
+    teacher = load_teacher(bundle, "distil")
+
+    class Untraceable(torch.nn.Module):
+        def forward(self, *_: object, **__: object) -> object:
+            raise RuntimeError("this model\nhas its own mind")
+
+    teacher.model = Untraceable()  # type: ignore[assignment]
+    with pytest.raises(ModelError, match=r"teacher 'distil' cannot be exported to ONNX: RuntimeError: this model$") as caught:
+        open_backend("onnxruntime", teacher, [1], precision="float32", work_dir=tmp_path)
+    assert 'dump.backend = "torch"' in caught.value.hint
+    assert not list((tmp_path / "onnx").iterdir())
+
+
+def test_half_precision(bundle: Path, kept: Path) -> None:
+    teacher = load_teacher(bundle, "distil")
+    backend = open_backend("onnxruntime", teacher, [2], precision="fp16", work_dir=kept)
+    encoded = encode(teacher.tokenizer, TEXTS, teacher.max_length)
+    inputs = pad(encoded, range(len(TEXTS)), int(teacher.tokenizer.pad_token_id))
+    output = backend.run(inputs, [2], False)
+    exact = open_backend("torch", teacher, [2], precision="float32", work_dir=kept).run(inputs, [2], False)
+    assert output.hidden[2].dtype == torch.float32
+    torch.testing.assert_close(output.hidden[2], exact.hidden[2].cpu(), atol=0.05, rtol=0.05)
+
+
+def test_bf16_is_refused_with_the_cure(bundle: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="cannot run in bf16; it runs in float32 or fp16"):
+        open_backend("onnxruntime", load_teacher(bundle, "distil"), [2], precision="bf16", work_dir=tmp_path)
+
+
+def test_cuda_is_asked_of_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> None:
+        raise OSError(name)
+
+    monkeypatch.setattr(onnx_backend.ctypes, "CDLL", missing)
+    assert not onnx_backend.cuda_loads()
