@@ -1,0 +1,43 @@
+"""kdcache: multi-teacher distillation from a cache; the teachers run only once.
+
+From Python, for a training loop of one's own (docs/examples)::
+
+    cache = kdcache.open_cache("runs/sst2/cache")
+    batches = kdcache.loader(cache, tokenizer, batch_size=32, max_length=128)
+    soft = kdcache.losses.DistillationLoss(temperature=2.0)
+
+Everything is imported on first use: ``import kdcache`` and the cache commands import no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kdcache.cache.reader import open_cache
+    from kdcache.distill import losses
+    from kdcache.distill.loader import loader
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "loader", "losses", "open_cache"]
+
+_PLACES = {
+    "open_cache": ("kdcache.cache.reader", "open_cache"),
+    "loader": ("kdcache.distill.loader", "loader"),
+    "losses": ("kdcache.distill.losses", None),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module 'kdcache' has no attribute '{name}'; it has: {', '.join(__all__)}")
+    module, attribute = _PLACES[name]
+    found = importlib.import_module(module)
+    value = found if attribute is None else getattr(found, attribute)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

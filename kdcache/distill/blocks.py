@@ -6,6 +6,7 @@ Encoders differ in where they keep their blocks, not in how: a ``ModuleList`` th
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
@@ -50,7 +51,7 @@ def blocks_to_keep(layers: int | Sequence[int] | None, depth: int, source: str) 
             raise ModelError(
                 f"student.layers names layer {layer}, but '{source}' has layers 1 to {depth}", f"Choose from 1 to {depth}."
             )
-    if not chosen or any(later <= earlier for earlier, later in zip(chosen, chosen[1:], strict=False)):
+    if not chosen or any(later <= earlier for earlier, later in itertools.pairwise(chosen)):
         raise ModelError(
             f"student.layers is {list(chosen)}; expected at least one layer, in rising order, none twice",
             "Example: layers = [1, 3, 5]",
@@ -94,7 +95,8 @@ def _must_load_again(encoder: PreTrainedModel, source: str) -> None:
     with torch.device("meta"):
         rebuilt = type(encoder)(encoder.config)
     ours, theirs = encoder.state_dict(), rebuilt.state_dict()
-    differing = sorted(name for name in ours.keys() | theirs.keys() if _shape(ours, name) != _shape(theirs, name))
+    names = (name for name in ours.keys() | theirs.keys() if not name.startswith("pooler."))  # classifiers may do without
+    differing = sorted(name for name in names if _shape(ours, name) != _shape(theirs, name))
     if differing:
         raise ModelError(
             f"'{source}' cut to {encoder.config.num_hidden_layers} layers would not load again: its config makes "
@@ -112,12 +114,3 @@ def set_dropout(config: PretrainedConfig, dropout: float | None) -> None:
     for name in _DROPOUTS if dropout is not None else ():
         if hasattr(config, name):
             setattr(config, name, dropout)
-
-
-def longest_input(encoder: PreTrainedModel) -> int | None:
-    """Tokens that its position embeddings can take; None where positions are not a table."""
-    table = getattr(getattr(encoder, "embeddings", None), "position_embeddings", None)
-    if not isinstance(table, nn.Embedding):
-        return None
-    reserved = 0 if table.padding_idx is None else table.padding_idx + 1  # RoBERTa and MPNet count from behind the padding index
-    return table.num_embeddings - reserved

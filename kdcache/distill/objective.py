@@ -24,7 +24,6 @@ from kdcache.distill.losses import (
     task_loss,
 )
 from kdcache.distill.methods import Method, find_method
-from kdcache.errors import NonFiniteError
 
 if TYPE_CHECKING:
     from kdcache.distill.student import StudentModel
@@ -164,17 +163,3 @@ class DistillationModel(nn.Module):
             losses = share_of_variance(losses, self.variances)
         terms |= {f"hidden/{self.teachers[i]}/{j}": loss for (i, j), loss in sorted(losses.items())}
         return balanced_mean(losses) if self.settings.balanced else plain_sum(losses)
-
-
-def as_numbers(loss: Tensor, terms: dict[str, Tensor]) -> dict[str, float]:
-    """``loss`` and the terms as floats, with a single transfer from the device; NonFiniteError where one is NaN or infinite."""
-    names = ["loss", *terms]
-    numbers = torch.stack([loss.detach().float(), *(term.detach().float() for term in terms.values())]).tolist()
-    values = dict(zip(names, numbers, strict=True))
-    broken = [name for name, number in values.items() if number != number or number in (float("inf"), float("-inf"))]
-    if broken:
-        raise NonFiniteError(
-            f"the loss term '{broken[-1]}' is {values[broken[-1]]}",
-            "Lower distill.learning_rate, or set distill.precision = 'float32'.",
-        )
-    return values
