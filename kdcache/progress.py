@@ -150,7 +150,7 @@ def format_bytes(count: float) -> str:
         if count < 999.5:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
         count /= 1000
-    return f"{count:,.3g} {_UNITS[-1]}"
+    return f"{format_rate(count)} {_UNITS[-1]}"
 
 
 def format_seconds(seconds: float) -> str:

@@ -66,11 +66,6 @@ def read_rows(source: str, split: str = "train") -> Rows:
     return read_hub(source, split)
 
 
-def is_file_name(source: str) -> bool:
-    """Whether a value means a file by its look alone: it ends like one that can be read."""
-    return Path(source).suffix.lower() in _READERS
-
-
 def _read_file(path: Path) -> Rows:
     reader = _READERS.get(path.suffix.lower())
     if reader is None:

@@ -1,0 +1,96 @@
+"""What all tests share: no network, one thread, a small review task and three tiny teachers of three tokenizers."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+os.environ |= {
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}  # before any import reads them
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models gain nothing from threads, and one thread repeats exactly
+
+from kdcache.testing.tiny import make_model, reviews, write_reviews
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _home_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Nothing is read from or left in the user's home; processes that tests start inherit it."""
+    os.environ["KDCACHE_HOME"] = str(tmp_path_factory.mktemp("kdcache-home"))
+
+
+@dataclass(frozen=True)
+class ReviewTask:
+    """TSV files with the columns ``sentence`` and ``label`` (0, 1); the transfer file has no labels. No text is in two files."""
+
+    directory: Path
+    train: Path  # 96 rows
+    validation: Path  # 32 rows
+    test: Path  # 32 rows
+    transfer: Path  # 24 rows
+
+
+@pytest.fixture(scope="session")
+def review_task(tmp_path_factory: pytest.TempPathFactory) -> ReviewTask:
+    directory = tmp_path_factory.mktemp("reviews")
+    rows = reviews(184, seed=1)
+    return ReviewTask(
+        directory,
+        train=write_reviews(directory / "train.tsv", rows[:96]),
+        validation=write_reviews(directory / "dev.tsv", rows[96:128]),
+        test=write_reviews(directory / "test.tsv", rows[128:160]),
+        transfer=write_reviews(directory / "more.tsv", rows[160:], labelled=False),
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Random encoders with their tokenizers: WordPiece 4 x 16, byte-level BPE 4 x 24, Unigram 2 x 16 (blocks x width)."""
+    directory = tmp_path_factory.mktemp("models")
+    return {
+        "bert": make_model(directory / "bert", "bert", seed=1),
+        "roberta": make_model(directory / "roberta", "roberta", width=24, seed=2),
+        "xlm": make_model(directory / "xlm", "xlm-roberta", depth=2, seed=3),
+    }
+
+
+@pytest.fixture(scope="session")
+def review_recipe(review_task: ReviewTask, tiny_models: dict[str, Path]) -> Path:
+    """A recipe over the review task with the tiny teachers; copy it with overrides (``load_recipe(path, [...])``)."""
+    teachers = "".join(f'[[teachers]]\nname = "{name}"\nmodel = "{path}"\n' for name, path in tiny_models.items())
+    path = review_task.directory / "reviews.toml"
+    path.write_text(f"""\
+name = "reviews"
+[data]
+train = "train.tsv"
+validation = "dev.tsv"
+test = "test.tsv"
+transfer = ["more.tsv"]
+text = ["sentence"]
+label = "label"
+max_length = 32
+{teachers}
+[cofinetune]
+epochs = 1
+batch_size = 16
+learning_rate = 1e-3
+[dump]
+dim = 8
+part_size = 32
+sample_texts = 64
+tokens_per_batch = 512
+[student]
+init_from = "teacher:bert"
+layers = 2
+[distill]
+epochs = 1
+batch_size = 16
+learning_rate = 1e-3
+window = 2
+""")
+    return path
