@@ -55,6 +55,31 @@ def publish_directory(temporary: Path, final: Path) -> None:
         raise _storage_error(final, error) from error
 
 
+def publish_file(temporary: Path, final: Path) -> None:
+    """Rename a synced file over ``final``; then it is there for good. Raises StorageError."""
+    try:
+        temporary.replace(final)
+        _sync_directory(final.parent)
+    except OSError as error:
+        raise _storage_error(final, error) from error
+
+
+def sync_tree(directory: Path) -> None:
+    """Sync files that another library wrote, and their directories. Raises StorageError."""
+    try:
+        for path in sorted(directory.rglob("*")):
+            if path.is_file():
+                descriptor = os.open(path, os.O_RDONLY)
+                try:
+                    os.fsync(descriptor)
+                finally:
+                    os.close(descriptor)
+            else:
+                _sync_directory(path)
+    except OSError as error:
+        raise _storage_error(directory, error) from error
+
+
 def _sync_directory(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -244,8 +244,8 @@ class _Run:
             place.best_epoch, place.best_score = place.epoch, -math.inf if math.isnan(score) else score
             self.trainee.keep_best(place.epoch, metrics)
         self._say("epoch", **metrics)
-        shown = " · ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-        self.progress.note(f"epoch {place.epoch + 1} of {self.settings.epochs}: {shown or 'done'}")
+        shown = "" if math.isnan(score) else f", score {score:.4f} (best so far: epoch {place.best_epoch + 1})"
+        self.progress.note(f"epoch {place.epoch + 1} of {self.settings.epochs} done{shown}")
 
     def _say(self, event: str, **values: float) -> None:
         self.on_metrics({"event": event, "step": self.place.step, "epoch": self.place.epoch + 1, **values})
@@ -278,6 +278,11 @@ class _Run:
             restore_rng_state(rest["rng"])
             self.progress.note(f"resumed at step {self.place.step} (epoch {self.place.epoch + 1})")
         self.on_metrics({"event": "start", "step": self.place.step, "epoch": self.place.epoch + 1})
+
+
+def default_device() -> torch.device:
+    """Where models run outside training: CUDA where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def make_accelerator(precision: str) -> Accelerator:

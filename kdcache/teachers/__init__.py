@@ -1,0 +1,1 @@
+"""Teachers: encoders under one shared head or with a head of their own, their co-finetuning, and the backends that run them."""

@@ -1,0 +1,221 @@
+"""A teachers directory: what co-finetuning leaves behind, and how its pieces belong together.
+
+    teachers/
+      bert/                    save_pretrained of encoder and tokenizer: AutoModel loads it (a teacher with its own head: the whole
+                               classifier, AutoModelForSequenceClassification loads it)
+      roberta/                 likewise, and adapter.safetensors where its width is not that of the shared space
+      shared_head.safetensors  pooling and dense layer; absent where every teacher has its own head
+      teachers.json            pooling, width, labels; per teacher head kind, max_length, source, scores, fingerprints
+
+teachers.json is written last: a directory without it is not a bundle. Everything is written under a temporary name, synced and renamed.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kdcache.cache.spec import Fingerprints
+from kdcache.data.encoding import load_tokenizer
+from kdcache.errors import DamageError, KdcacheError, MismatchError, ModelError
+from kdcache.teachers.fingerprints import fingerprint_teacher
+from kdcache.teachers.head import Pooling, SharedHead
+from kdcache.teachers.teacher import HeadKind, Teacher, TeacherModel, load_classifier, load_encoder
+from kdcache.training.durable import publish_directory, publish_file, sync_tree, write_durably
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+RECORD = "teachers.json"
+HEAD_FILE = "shared_head.safetensors"
+ADAPTER_FILE = "adapter.safetensors"
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class TeacherRecord:
+    """One teacher of the bundle. ``class_order`` of an own head: for each task label the index of its output."""
+
+    head: HeadKind
+    adapter: bool
+    depth: int
+    width: int
+    max_length: int
+    source: str
+    revision: str | None
+    licence: str
+    fingerprints: Fingerprints
+    class_order: tuple[int, ...] | None = None
+    scores: Mapping[str, float] = field(default_factory=dict)  # on validation; empty without one
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """teachers.json. ``width``, ``pooling`` and ``dropout`` are of the shared head, None where there is none."""
+
+    label_names: tuple[str, ...]
+    text_columns: tuple[str, ...]
+    teachers: Mapping[str, TeacherRecord]
+    pooling: Pooling | None = None
+    width: int | None = None
+    dropout: float | None = None
+    mean_scores: Mapping[str, float] = field(default_factory=dict)  # of the teachers' mean probability, on validation
+    training: Mapping[str, Any] = field(default_factory=dict)  # settings and data digests it came from, the best epoch
+
+
+def is_bundle(directory: Path) -> bool:
+    return (directory / RECORD).is_file()
+
+
+def read_bundle(directory: Path) -> Bundle:
+    """teachers.json as plain values. ModelError where there is none, DamageError where it is not one."""
+    path = directory / RECORD
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise ModelError(
+            f"'{directory}' holds no teachers: there is no {RECORD}", "Make them with: kdcache cofinetune RECIPE"
+        ) from error
+    try:
+        document = json.loads(text)
+        if document.pop("format") != _FORMAT:
+            raise ValueError("unknown format")
+        teachers = {name: _record(entry) for name, entry in document.pop("teachers").items()}
+        label_names, text_columns = tuple(document.pop("label_names")), tuple(document.pop("text_columns"))
+        return Bundle(label_names, text_columns, teachers, **document)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamageError(
+            f"'{path}' is not a record of teachers: {error}", "Make the teachers again: kdcache cofinetune RECIPE"
+        ) from error
+
+
+def _record(entry: dict[str, Any]) -> TeacherRecord:
+    order = entry.pop("class_order", None)
+    fingerprints = Fingerprints(**entry.pop("fingerprints"))
+    return TeacherRecord(**entry, fingerprints=fingerprints, class_order=None if order is None else tuple(order))
+
+
+def write_bundle(directory: Path, bundle: Bundle) -> None:
+    """Write teachers.json, durably and at once; the files that it describes are there already."""
+    document = {"format": _FORMAT, **asdict(bundle)}
+    temporary = directory / f".{RECORD}.tmp"
+    write_durably(temporary, (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode())
+    publish_file(temporary, directory / RECORD)
+
+
+def teacher_names(directory: Path) -> list[str]:
+    """Names of the teachers of the bundle, in its order."""
+    return list(read_bundle(directory).teachers)
+
+
+def save_teacher(directory: Path, name: str, model: TeacherModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write ``directory/name/``; an existing one is replaced."""
+    from safetensors.torch import save_file
+
+    directory.mkdir(parents=True, exist_ok=True)
+    temporary = directory / f".{name}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.encoder.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    if model.adapter is not None:
+        save_file({key: tensor.contiguous() for key, tensor in model.adapter.state_dict().items()}, temporary / ADAPTER_FILE)
+    sync_tree(temporary)
+    shutil.rmtree(directory / name, ignore_errors=True)
+    publish_directory(temporary, directory / name)
+
+
+def save_shared_head(directory: Path, head: SharedHead) -> None:
+    """Write ``shared_head.safetensors``."""
+    from safetensors.torch import save
+
+    directory.mkdir(parents=True, exist_ok=True)
+    temporary = directory / f".{HEAD_FILE}.tmp"
+    write_durably(temporary, save({key: tensor.cpu().contiguous() for key, tensor in head.state_dict().items()}))
+    publish_file(temporary, directory / HEAD_FILE)
+
+
+def load_shared_head(directory: Path, bundle: Bundle | None = None) -> SharedHead:
+    """The shared head, in eval mode. ModelError where the bundle has none, DamageError where its file is not readable."""
+    bundle = bundle or read_bundle(directory)
+    if bundle.width is None or bundle.pooling is None:
+        raise ModelError(f"the teachers in '{directory}' share no head: each has its own", 'Use student.head = "standard".')
+    head = SharedHead(bundle.width, len(bundle.label_names), bundle.pooling, bundle.dropout or 0.0)
+    _load_tensors(directory / HEAD_FILE, head)
+    return head.eval()
+
+
+def load_teacher(directory: Path, name: str, bundle: Bundle | None = None) -> Teacher:
+    """A teacher ready to run: in eval mode, in float32, on the CPU.
+
+    Raises ModelError where the bundle has no such teacher, DamageError where a file is missing or unreadable, and MismatchError
+    (exit 4) where the files are not those that teachers.json describes: the caches of the one must not be taken for the other's.
+    """
+    bundle = bundle or read_bundle(directory)
+    if name not in bundle.teachers:
+        raise ModelError(
+            f"'{directory}' has no teacher '{name}'; it has: {', '.join(bundle.teachers)}",
+            f"Add it: kdcache cofinetune RECIPE --add {name}",
+        )
+    record = bundle.teachers[name]
+    model, tokenizer = _load_parts(directory, name, record, bundle)
+    fingerprints = fingerprint_teacher(model, tokenizer)
+    _check_fingerprints(directory / name, record.fingerprints, fingerprints)
+    return Teacher(
+        name, model, tokenizer, record.head, record.depth, record.width, record.max_length, fingerprints, bundle.label_names
+    )
+
+
+def fingerprints_on_disk(directory: Path, name: str, record: TeacherRecord, bundle: Bundle) -> Fingerprints:
+    """Of a teacher that was saved just now, as ``load_teacher`` will find them."""
+    return fingerprint_teacher(*_load_parts(directory, name, record, bundle))
+
+
+def _load_parts(
+    directory: Path, name: str, record: TeacherRecord, bundle: Bundle
+) -> tuple[TeacherModel, PreTrainedTokenizerBase]:
+    place = directory / name
+    try:
+        tokenizer = load_tokenizer(str(place))
+        if record.head == "own":
+            return TeacherModel(load_classifier(str(place)), None, None, record.class_order).eval(), tokenizer
+        encoder = load_encoder(str(place))
+    except KdcacheError as error:
+        raise DamageError(
+            f"teacher directory '{place}' cannot be read: {error.message}", "Make the teachers again: kdcache cofinetune RECIPE"
+        ) from error
+    head = load_shared_head(directory, bundle)
+    adapter = None
+    if record.adapter:
+        adapter = torch.nn.Linear(record.width, head.width, bias=False)
+        _load_tensors(place / ADAPTER_FILE, adapter)
+    return TeacherModel(encoder, adapter, head).eval(), tokenizer
+
+
+def _load_tensors(path: Path, module: torch.nn.Module) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        module.load_state_dict(load_file(path))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise DamageError(
+            f"'{path}' is missing, truncated or not what teachers.json describes: {reason}",
+            "Make the teachers again: kdcache cofinetune RECIPE",
+        ) from error
+
+
+def _check_fingerprints(place: Path, recorded: Fingerprints, found: Fingerprints) -> None:
+    differing = [key for key, value in asdict(recorded).items() if getattr(found, key) != value]
+    if differing:
+        changes = ", ".join(f"{key} {getattr(recorded, key)[:12]}… then, {getattr(found, key)[:12]}… now" for key in differing)
+        raise MismatchError(
+            f"teacher '{place}' is not the one that teachers.json describes: {changes}",
+            "Put the files back, or make the teachers again: kdcache cofinetune RECIPE",
+        )

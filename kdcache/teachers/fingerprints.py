@@ -1,0 +1,72 @@
+"""What identifies a teacher: sha256 over the bytes of its tensors and over the part of its config that changes outputs.
+
+Over tensors, not over files: a file that is saved again by another version of a library, with the same numbers, is the same teacher.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from kdcache.cache.spec import Fingerprints
+from kdcache.data.encoding import tokenizer_fingerprint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from kdcache.teachers.teacher import TeacherModel
+
+_VOLATILE = {
+    "_name_or_path", "architectures", "dtype", "finetuning_task", "gradient_checkpointing", "id2label", "label2id", "max_length",
+    "output_attentions", "output_hidden_states", "problem_type", "return_dict", "tokenizer_class", "torch_dtype", "transformers_version",
+    "use_cache",
+}  # fmt: skip
+
+
+def fingerprint_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """sha256 over name, dtype, shape and bytes of every tensor, sorted by name."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors, key=lambda item: item[0]):
+        values = tensor.detach().cpu().contiguous()
+        values.reshape(-1)
+        header = json.dumps([name, str(values.dtype).removeprefix("torch."), list(values.shape)])
+        digest.update(len(header).to_bytes(4, "little") + header.encode())
+        digest.update(
+            memoryview(values.view(torch.uint8).numpy() if values.ndim else values.reshape(1).view(torch.uint8).numpy())
+        )
+    return digest.hexdigest()
+
+
+def fingerprint_config(config: Mapping[str, Any]) -> str:
+    """sha256 of the config as canonical JSON, without keys that do not change what the model computes."""
+    lasting = {key: value for key, value in config.items() if key not in _VOLATILE}
+    return hashlib.sha256(json.dumps(lasting, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def fingerprint_teacher(model: TeacherModel, tokenizer: PreTrainedTokenizerBase) -> Fingerprints:
+    """Weights: the encoder without pooler. Head: shared head and adapter, or the classifier's own head and its class order."""
+    state = {name: tensor for name, tensor in model.encoder.state_dict().items() if not _is_unused(model, name)}
+    prefix = f"{model.encoder.base_model_prefix}." if model.head is None else ""
+    encoder = [(name, tensor) for name, tensor in state.items() if name.startswith(prefix)]
+    head = [(name, tensor) for name, tensor in state.items() if not name.startswith(prefix)]
+    kind: dict[str, Any] = {"kind": "own", "class_order": None if model.class_order is None else model.class_order.tolist()}
+    if model.head is not None:
+        kind = {"kind": "shared", "pooling": model.head.pooling_name}
+        head = [(f"head.{name}", tensor) for name, tensor in model.head.state_dict().items()]
+        head += [(f"adapter.{name}", tensor) for name, tensor in (model.adapter.state_dict() if model.adapter else {}).items()]
+    described = json.dumps(kind, sort_keys=True) + fingerprint_tensors(head)
+    return Fingerprints(
+        weights=fingerprint_tensors(encoder),
+        config=fingerprint_config(model.encoder.config.to_diff_dict()),
+        head=hashlib.sha256(described.encode()).hexdigest(),
+        tokenizer=tokenizer_fingerprint(tokenizer),
+    )
+
+
+def _is_unused(model: TeacherModel, name: str) -> bool:
+    return model.head is not None and name.startswith("pooler.")

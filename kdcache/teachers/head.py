@@ -1,0 +1,99 @@
+"""The shared head: one pooling and one dense prediction layer for all teachers (MT-BERT, section 3.1).
+
+Because every teacher is read out through the same parameters, their representations come to lie in one space; that is what
+makes the hidden states of several teachers a consistent target for one student.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from kdcache.errors import ModelError
+
+Pooling = Literal["attention", "cls", "mean"]
+POOLINGS: tuple[Pooling, ...] = ("attention", "cls", "mean")
+_INITIAL_RANGE = 0.02  # of BERT
+
+
+class AttentionPooling(nn.Module):
+    """softmax(q · tanh(W h)) over the valid tokens, as weights of their mean."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(width, width)
+        self.query = nn.Parameter(torch.empty(width))
+        nn.init.normal_(self.dense.weight, std=_INITIAL_RANGE)
+        nn.init.zeros_(self.dense.bias)
+        nn.init.normal_(self.query, std=_INITIAL_RANGE)
+
+    def forward(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
+        """[batch, tokens, width] and [batch, tokens] to [batch, width]."""
+        scores = (torch.tanh(self.dense(hidden)) @ self.query).to(_wide(hidden))
+        weights = torch.softmax(scores.masked_fill(attention_mask == 0, -torch.inf), dim=1)
+        return torch.einsum("bl,blw->bw", weights.to(hidden.dtype), hidden)
+
+
+class FirstToken(nn.Module):
+    """The vector of the first token ([CLS], <s>)."""
+
+    def forward(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:  # noqa: ARG002 - all poolings are called alike
+        """[batch, tokens, width] to [batch, width]."""
+        return hidden[:, 0]
+
+
+class MeanPooling(nn.Module):
+    """The mean over the valid tokens."""
+
+    def forward(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
+        """[batch, tokens, width] and [batch, tokens] to [batch, width]."""
+        mask = attention_mask.to(hidden.dtype).unsqueeze(-1)
+        return (hidden * mask).sum(dim=1) / mask.sum(dim=1)
+
+
+def _wide(hidden: Tensor) -> torch.dtype:
+    """Softmax over tokens is done in float32 at least."""
+    return torch.promote_types(hidden.dtype, torch.float32)
+
+
+def _new_pooling(pooling: Pooling, width: int) -> nn.Module:
+    if pooling == "attention":
+        return AttentionPooling(width)
+    return FirstToken() if pooling == "cls" else MeanPooling()
+
+
+class SharedHead(nn.Module):
+    """Pooling, dropout, dense layer. ``width`` is that of the shared space, ``classes`` the number of labels."""
+
+    def __init__(self, width: int, classes: int, pooling: Pooling = "attention", dropout: float = 0.1) -> None:
+        super().__init__()
+        if pooling not in POOLINGS:
+            raise ModelError(
+                f"pooling '{pooling}' is not known; expected one of {', '.join(POOLINGS)}", "Set cofinetune.pooling."
+            )
+        self.width, self.classes, self.pooling_name, self.dropout_rate = width, classes, pooling, dropout
+        self.pooling = _new_pooling(pooling, width)
+        self.dropout = nn.Dropout(dropout)
+        self.dense = nn.Linear(width, classes)
+        nn.init.normal_(self.dense.weight, std=_INITIAL_RANGE)
+        nn.init.zeros_(self.dense.bias)
+
+    def forward(self, hidden: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """``hidden`` [batch, tokens, width] and ``attention_mask`` [batch, tokens] to logits [batch, classes] and pooled [batch, width]."""
+        pooled = self.pooling(hidden, attention_mask)
+        return self.dense(self.dropout(pooled)), pooled
+
+
+def new_adapter(encoder_width: int, shared_width: int) -> nn.Linear | None:
+    """A_i: None, the identity, for an encoder of the shared width; else a linear map without bias.
+
+    No bias, because the encoder's last layer norm has one already. The initial weight is that of a semi-orthogonal matrix, so that
+    the geometry of the narrower encoder's states reaches the shared space unchanged.
+    """
+    if encoder_width == shared_width:
+        return None
+    adapter = nn.Linear(encoder_width, shared_width, bias=False)
+    nn.init.orthogonal_(adapter.weight)
+    return adapter

@@ -1,0 +1,88 @@
+"""Where a teacher comes from: the pretrained encoder, or the fine-tuned classifier, that the recipe names, loaded and checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from kdcache.data.encoding import load_tokenizer, tokenizer_fingerprint
+from kdcache.errors import ModelError
+from kdcache.teachers.fingerprints import fingerprint_config, fingerprint_tensors
+from kdcache.teachers.head import SharedHead, new_adapter
+from kdcache.teachers.teacher import (
+    TeacherModel,
+    check_max_length,
+    class_order_of,
+    depth_and_width,
+    load_classifier,
+    load_encoder,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from kdcache.recipe import TeacherSection
+
+
+@dataclass(frozen=True)
+class Source:
+    """A loaded model and its tokenizer; ``class_order`` and ``note`` only where the head is its own."""
+
+    section: TeacherSection
+    network: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int
+    class_order: tuple[int, ...] | None = None
+    note: str = ""
+
+    @property
+    def depth(self) -> int:
+        return depth_and_width(self.network)[0]
+
+    @property
+    def width(self) -> int:
+        return depth_and_width(self.network)[1]
+
+    def identity(self) -> dict[str, Any]:
+        """What the outcome of a training depends on, of this teacher."""
+        return {
+            "head": self.section.head,
+            "weights": fingerprint_tensors(self.network.state_dict().items()),
+            "config": fingerprint_config(self.network.config.to_diff_dict()),
+            "tokenizer": tokenizer_fingerprint(self.tokenizer),
+            "max_length": self.max_length,
+            "class_order": None if self.class_order is None else list(self.class_order),
+        }
+
+
+def open_source(section: TeacherSection, default_max_length: int, label_names: Sequence[str]) -> Source:
+    """Load what the section names. Raises ModelError where it cannot be loaded, lacks weights, has too few positions or other labels."""
+    max_length = section.max_length or default_max_length
+    own = section.head == "own"
+    network = (load_classifier if own else load_encoder)(section.model, section.revision)
+    tokenizer = load_tokenizer(section.model, section.revision)
+    check_max_length(section.name, network, max_length)
+    _check_vocabulary(section.name, network, tokenizer)
+    if not own:
+        return Source(section, network, tokenizer, max_length)
+    order, generic = class_order_of(section.name, network.config.id2label or {}, label_names)
+    note = f"teacher '{section.name}' names its labels LABEL_0 …: taken in the order {', '.join(label_names)}" if generic else ""
+    return Source(section, network, tokenizer, max_length, order, note)
+
+
+def _check_vocabulary(name: str, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = int(network.config.vocab_size)
+    highest = max(tokenizer.get_vocab().values())
+    if highest >= rows:
+        raise ModelError(
+            f"teacher '{name}': its tokenizer has token ids up to {highest}, its model embeds only {rows}",
+            "Give the tokenizer that belongs to the model.",
+        )
+    if tokenizer.pad_token_id is None:
+        raise ModelError(f"teacher '{name}': its tokenizer has no padding token", "Set pad_token in its tokenizer_config.json.")
+
+
+def under_shared_head(sources: Mapping[str, Source], head: SharedHead) -> dict[str, TeacherModel]:
+    """Models that share ``head``; adapters of encoders of another width are drawn from torch's generator, in order."""
+    return {name: TeacherModel(source.network, new_adapter(source.width, head.width), head) for name, source in sources.items()}

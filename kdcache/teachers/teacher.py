@@ -1,0 +1,214 @@
+"""A teacher: an encoder that AutoModel knows, an adapter where its width differs, and a head, shared or its own.
+
+Encoders are used without their pooler: the shared head pools itself, and a pooler that the checkpoint lacks would come with
+fresh random weights. Any other weight that the checkpoint lacks is an error for the same reason.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from kdcache.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from kdcache.cache.spec import Fingerprints
+    from kdcache.teachers.head import SharedHead
+
+HeadKind = Literal["shared", "own"]
+
+
+@dataclass(frozen=True)
+class TeacherForward:
+    """``logits`` [batch, classes] in the task's class order; ``pooled`` [batch, width]: the shared head's, or the first
+    token's last state where the head is the teacher's own; ``hidden_states`` as in transformers: index 0 embeddings, k after block k,
+    each [batch, tokens, width].
+    """
+
+    logits: Tensor
+    pooled: Tensor
+    hidden_states: tuple[Tensor, ...] | None
+
+
+class TeacherModel(nn.Module):
+    """``encoder`` is an encoder without head where ``head`` is a SharedHead, else the whole sequence classifier."""
+
+    class_order: Tensor | None
+
+    def __init__(
+        self,
+        encoder: PreTrainedModel,
+        adapter: nn.Linear | None,
+        head: SharedHead | None,
+        class_order: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.adapter = adapter
+        self.head = head
+        order = None if class_order is None else torch.tensor(list(class_order))
+        self.register_buffer("class_order", order, persistent=False)
+        self._takes = accepted_inputs(encoder)
+
+    def forward(self, inputs: Mapping[str, Tensor], *, hidden_states: bool = False) -> TeacherForward:
+        """``inputs`` as the tokenizer gives them, each [batch, tokens]; names that the encoder does not take are left out."""
+        taken = {name: tensor for name, tensor in inputs.items() if name in self._takes}
+        if self.head is None:
+            return self._own(taken, hidden_states)
+        output = self.encoder(**taken, output_hidden_states=hidden_states)
+        last = output.last_hidden_state
+        logits, pooled = self.head(last if self.adapter is None else self.adapter(last), inputs["attention_mask"])
+        return TeacherForward(logits, pooled, output.hidden_states if hidden_states else None)
+
+    def _own(self, inputs: dict[str, Tensor], hidden_states: bool) -> TeacherForward:
+        output = self.encoder(**inputs, output_hidden_states=True)
+        logits = output.logits if self.class_order is None else output.logits[:, self.class_order]
+        return TeacherForward(logits, output.hidden_states[-1][:, 0], output.hidden_states if hidden_states else None)
+
+
+@dataclass
+class Teacher:
+    """A teacher ready to run. ``fingerprints`` are computed from the files it was loaded from."""
+
+    name: str
+    model: TeacherModel
+    tokenizer: PreTrainedTokenizerBase
+    head_kind: HeadKind
+    depth: int
+    width: int
+    max_length: int
+    fingerprints: Fingerprints
+    label_names: tuple[str, ...]
+
+
+def accepted_inputs(model: nn.Module) -> frozenset[str]:
+    """Names of the tensors that the model's forward takes."""
+    known = {"input_ids", "attention_mask", "token_type_ids"}
+    return frozenset(known & set(inspect.signature(model.forward).parameters))
+
+
+def load_encoder(model: str, revision: str | None = None) -> PreTrainedModel:
+    """The bare encoder in float32, without pooler. ModelError where it cannot be loaded or lacks weights."""
+    from transformers import MODEL_MAPPING, AutoConfig
+
+    be_quiet()
+    with _explained(model):
+        config = AutoConfig.from_pretrained(model, revision=revision)
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"'{model}' is an encoder-decoder ({config.model_type}); teachers are encoders", "Choose an encoder, e.g. BERT."
+        )
+    try:
+        model_class = MODEL_MAPPING[type(config)]
+    except KeyError as error:
+        raise ModelError(
+            f"'{model}' ({config.model_type}) is not a model that AutoModel knows", "Choose an encoder, e.g. BERT."
+        ) from error
+    options = {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(model_class).parameters else {}
+    return _load(model_class, model, revision, config, options)
+
+
+def load_classifier(model: str, revision: str | None = None) -> PreTrainedModel:
+    """A fine-tuned sequence classifier in float32. ModelError where it cannot be loaded or has no classification head."""
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    be_quiet()
+    with _explained(model):
+        config = AutoConfig.from_pretrained(model, revision=revision)
+    return _load(AutoModelForSequenceClassification, model, revision, config, {})
+
+
+def _load(loader: Any, model: str, revision: str | None, config: Any, options: dict[str, Any]) -> PreTrainedModel:
+    with _explained(model):
+        loaded, report = loader.from_pretrained(
+            model, revision=revision, config=config, dtype=torch.float32, output_loading_info=True, **options
+        )
+    missing = sorted(key for key in report["missing_keys"] if not _is_pooler(key) or loader.__name__.startswith("AutoModelFor"))
+    mismatched = sorted(str(key) for key in report.get("mismatched_keys", ()))
+    if missing or mismatched:
+        names = ", ".join([*missing, *mismatched][:4]) + (" …" if len(missing) + len(mismatched) > 4 else "")
+        raise ModelError(
+            f"the weights of '{model}' lack {names}, which would be random numbers",
+            'A teacher with head = "own" must be a fine-tuned sequence classifier; an encoder takes head = "shared".',
+        )
+    return cast("PreTrainedModel", loaded.eval())
+
+
+def _is_pooler(key: str) -> bool:
+    return key.startswith("pooler.") or ".pooler." in key
+
+
+class _explained:  # noqa: N801 - reads as a statement
+    """Errors of transformers' loaders become a ModelError that says what was looked for."""
+
+    def __init__(self, model: str) -> None:
+        self._model = model
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, Exception):
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ModelError(
+                f"no model could be loaded from '{self._model}': {first}",
+                "Give a directory made by save_pretrained, or a hub name that is in reach or already downloaded.",
+            ) from error
+
+
+def be_quiet() -> None:
+    """No progress bars and no load reports of transformers on stderr: what is wrong with a model is an error of ours."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+def depth_and_width(model: PreTrainedModel) -> tuple[int, int]:
+    """Number of blocks and width of the hidden states."""
+    return int(model.config.num_hidden_layers), int(model.config.hidden_size)
+
+
+def position_limit(model: PreTrainedModel) -> int | None:
+    """The longest input in tokens, special ones included; None where positions are relative only.
+
+    RoBERTa and its kin number positions from ``padding_idx + 1``, so that many rows of their table are out of use.
+    """
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+    return None
+
+
+def check_max_length(name: str, model: PreTrainedModel, max_length: int) -> None:
+    """ModelError where ``max_length`` is more than the positions of the model."""
+    limit = position_limit(model)
+    if limit is not None and max_length > limit:
+        raise ModelError(
+            f"teacher '{name}' takes at most {limit} tokens, max_length is {max_length}",
+            f"Set data.max_length, or max_length of that teacher, to {limit} or less.",
+        )
+
+
+def class_order_of(name: str, id2label: Mapping[Any, str], label_names: Sequence[str]) -> tuple[tuple[int, ...], bool]:
+    """For each task label the classifier's output index, and whether the labels are only generic (LABEL_0 …), hence taken by index.
+
+    Names are compared without case. Raises ModelError where they are not the task's.
+    """
+    own = {int(index): str(label) for index, label in id2label.items()}
+    if len(own) == len(label_names) and all(label.upper() == f"LABEL_{index}" for index, label in own.items()):
+        return tuple(range(len(own))), True
+    places = {label.casefold(): index for index, label in own.items()}
+    wanted = [label.casefold() for label in label_names]
+    if len(places) != len(own) or len(set(wanted)) != len(wanted) or set(places) != set(wanted):
+        raise ModelError(
+            f"teacher '{name}' predicts {', '.join(own[index] for index in sorted(own))}; the task's labels are {', '.join(label_names)}",
+            "Set data.labels to the task's labels in class order, or correct id2label in the model's config.json.",
+        )
+    return tuple(places[label] for label in wanted), False
