@@ -7,9 +7,10 @@
       results.json    scores                     baseline/    the same student without teachers (a run directory itself)
       report.html     the page of the run        checkpoints/ what an interrupted stage continues from
 
-A stage record holds, key by key, all that the stage's result depends on: the values of its recipe keys and the sha256 of
-every local file they name. A stage whose record equals what the recipe says now is finished and skipped; where they
-differ, the keys that differ can be named. Torch-free, and standard library only: the command line imports it at start.
+A stage record is written when the stage is finished. It holds, key by key, all that the result depends on: the values of its
+recipe keys and the sha256 of every local file they name. A stage whose record equals what the recipe says now is skipped;
+where they differ, the keys that differ can be named. What to do then is the stage's own decision: teachers and cache judge
+what exists by their own fingerprints. Standard library only.
 """
 
 from __future__ import annotations
@@ -89,37 +90,22 @@ class RunDirectory:
         write_durably(self.recipe_file, recipe_toml)
 
 
-@dataclass(frozen=True)
-class StageState:
-    """What is known of a stage: ``changed`` names the inputs that differ from those it was started with."""
-
-    status: Literal["new", "started", "finished"]
-    changed: tuple[str, ...] = ()
-
-    @property
-    def current(self) -> bool:
-        """Finished, with exactly the inputs of now."""
-        return self.status == "finished" and not self.changed
-
-
-def stage_state(run: RunDirectory, stage: Stage, inputs: Inputs) -> StageState:
-    """Compare the stage's record with the inputs of now; DamageError where ``run.json`` is not readable."""
+def changes(run: RunDirectory, stage: Stage, inputs: Inputs) -> list[str] | None:
+    """What differs between the inputs of now and those the stage was finished with: [] nothing, None not finished yet."""
     entry = read_record(run).get("stages", {}).get(stage)
-    if entry is None:
-        return StageState("new")
-    return StageState(entry["status"], tuple(differences(entry["inputs"], inputs)))
-
-
-def mark_started(run: RunDirectory, stage: Stage, inputs: Inputs) -> None:
-    """Record the inputs before the first byte of the stage's result is written."""
-    _update(run, stage, {"status": "started", "inputs": inputs, "digest": digest(inputs)})
+    return None if entry is None else differences(entry["inputs"], inputs)
 
 
 def mark_finished(run: RunDirectory, stage: Stage, inputs: Inputs, seconds: float) -> None:
     """Record that the stage's result is complete; ``seconds`` of its last, possibly resumed, execution."""
     finished = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    entry = {"status": "finished", "inputs": inputs, "digest": digest(inputs), "finished": finished, "seconds": round(seconds, 1)}
-    _update(run, stage, entry)
+    entry = {"inputs": inputs, "digest": digest(inputs), "finished": finished, "seconds": round(seconds, 1)}
+    _update(run, {**read_record(run).get("stages", {}), stage: entry})
+
+
+def forget(run: RunDirectory, stage: Stage) -> None:
+    """Drop the stage's record, before what it made is made anew."""
+    _update(run, {name: entry for name, entry in read_record(run).get("stages", {}).items() if name != stage})
 
 
 def read_record(run: RunDirectory) -> dict[str, Any]:
@@ -198,9 +184,7 @@ def write_durably(path: Path, text: str) -> None:
         ) from error
 
 
-def _update(run: RunDirectory, stage: Stage, entry: dict[str, Any]) -> None:
-    record = read_record(run)
-    stages = dict(record.get("stages", {})) | {stage: entry}
+def _update(run: RunDirectory, stages: dict[str, Any]) -> None:
     write_durably(run.record, json.dumps({"format": 1, "stages": stages}, indent=1, sort_keys=True) + "\n")
 
 

@@ -1,0 +1,73 @@
+"""``kdcache env``: what a bug report needs to know about the machine and the installed versions."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from kdcache.cli.options import Json
+from kdcache.cli.output import human_bytes, out
+
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "accelerate",
+    "numpy",
+    "pyarrow",
+    "zarr",
+    "safetensors",
+    "onnxruntime-gpu",
+    "datasets",
+)
+
+
+def env(json: Json = False) -> None:  # noqa: ARG001  (its callback switches the output)
+    """Show versions, devices, cores, memory and the directory of kept files.
+
+    Example: kdcache env --json
+    """
+    document = environment()
+    out.document(document)
+    out.dict(document | {"memory": human_bytes(document["memory"])})
+
+
+def environment() -> dict[str, Any]:
+    """Versions, devices and sizes (bytes); an optional package that is missing says so."""
+    return {
+        "kdcache": metadata.version("kdcache"),
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cores": os.cpu_count(),
+        "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "devices": _devices(),
+        "onnxruntime": _providers(),
+        "home": os.environ.get("KDCACHE_HOME") or str(Path.home() / ".cache" / "kdcache"),
+        "versions": {name: _version(name) for name in _PACKAGES},
+    }
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _devices() -> list[str]:
+    import torch
+
+    found = [f"cuda:{index} {torch.cuda.get_device_name(index)}" for index in range(torch.cuda.device_count())]
+    return [*found, *(["mps"] if torch.backends.mps.is_available() else []), f"cpu ({torch.get_num_threads()} threads)"]
+
+
+def _providers() -> list[str]:
+    """What this onnxruntime was built with; whether a provider works is known only from a session."""
+    try:
+        import onnxruntime
+    except ImportError:
+        return ["not installed"]
+    return [str(name) for name in onnxruntime.get_available_providers()]

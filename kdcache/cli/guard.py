@@ -1,0 +1,63 @@
+"""The one place where exceptions become an error line, a hint and an exit code.
+
+0 done · 1 failed · 2 usage or recipe · 3 damage or a difference found · 4 refused, does not match · 130 interrupted
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import os
+import shlex
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import typer
+
+from kdcache.cli.output import out
+from kdcache.errors import KdcacheError
+
+INTERRUPTED = 130
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def guarded(command: Callable[..., None]) -> Callable[..., None]:
+    """``command`` with its exceptions reported; typer sees only an exit code."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except (typer.Exit, typer.Abort, typer.BadParameter):
+            raise
+        except BrokenPipeError:  # the reader of stdout has seen enough (kdcache ... | head)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(0) from None
+        except (Exception, KeyboardInterrupt) as error:
+            message, hint, code = explain(error)
+            if os.environ.get("KDCACHE_DEBUG") == "1":
+                traceback.print_exc()
+            out.error(message, hint)
+            raise typer.Exit(code) from None
+
+    return run
+
+
+def explain(error: BaseException) -> tuple[str, str, int]:
+    """(message, hint, exit code) of any exception."""
+    if isinstance(error, KdcacheError):
+        return error.message, error.hint, error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", f"Continue with the same command: {shlex.join(['kdcache', *sys.argv[1:]])}", INTERRUPTED
+    if isinstance(error, OSError) and error.errno in _FULL:
+        where = f" while writing '{error.filename}'" if error.filename else ""
+        return f"the disk is full{where}", "Free some space and run the same command again: it continues.", 1
+    if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
+        return f"out of memory: {_first_line(error)}", "Lower batch_size or dump.tokens_per_batch, or raise accumulation.", 1
+    return f"unexpected: {type(error).__name__}: {_first_line(error)}", "See where it happened with KDCACHE_DEBUG=1.", 1
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or ["no message"])[0]

@@ -1,0 +1,63 @@
+"""The ``kdcache`` program: commands by name, each behind the guard that turns exceptions into exit codes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+
+import typer
+
+from kdcache.cli import cache, cofinetune, distill, dump, env, evaluate, pipelines, report, run
+from kdcache.cli.guard import guarded
+from kdcache.cli.output import out
+
+
+def _group(about: str) -> typer.Typer:
+    return typer.Typer(
+        help=about, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
+    )
+
+
+app = _group(
+    "Multi-teacher distillation of language models from a cache: the teachers run only once.\n\n"
+    "Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 failed, 2 usage or recipe, 3 damage or a difference "
+    "found, 4 refused because something does not match, 130 interrupted."
+)
+_cache = _group("Look at caches and check them.")
+_pipelines = _group("The recipes that come with kdcache.")
+
+
+def _add(group: typer.Typer, name: str, command: Callable[..., None]) -> None:
+    group.command(name)(guarded(command))
+
+
+_add(app, "cofinetune", cofinetune.cofinetune)
+_add(app, "dump-teachers", dump.dump_teachers)
+_add(app, "distill", distill.distill)
+_add(app, "run", run.run)
+_add(app, "evaluate", evaluate.evaluate)
+_add(app, "report", report.report)
+_add(app, "env", env.env)
+_add(_cache, "info", cache.info)
+_add(_cache, "verify", cache.verify)
+for _name in ("ls", "cp", "validate", "prepare"):
+    _add(_pipelines, _name, getattr(pipelines, _name))
+app.add_typer(_cache, name="cache")
+app.add_typer(_pipelines, name="pipelines")
+
+
+@app.callback(invoke_without_command=True)
+def _root(context: typer.Context, version: bool = typer.Option(False, "--version", help="Show the version.")) -> None:
+    if version:
+        from importlib.metadata import version as installed
+
+        out.text(installed("kdcache"))
+    elif context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+        raise typer.Exit(2)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the program and leave with its exit code."""
+    out.json = False
+    app(args=list(sys.argv[1:] if arguments is None else arguments), prog_name="kdcache")

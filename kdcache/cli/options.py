@@ -1,0 +1,60 @@
+"""Arguments and flags that several commands share, and what they make: a recipe and its run directory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kdcache.cli.output import out
+
+if TYPE_CHECKING:
+    from kdcache.progress import Progress
+    from kdcache.recipe import Recipe
+    from kdcache.runs import RunDirectory
+
+
+def _json_mode(value: bool) -> bool:
+    out.json = value
+    return value
+
+
+RecipeFile = Annotated[
+    Path, typer.Argument(metavar="RECIPE", help="Pipeline file (TOML); see: kdcache pipelines ls", show_default=False)
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Override a recipe key, e.g. distill.seed=1. Repeatable.", show_default=False
+    ),
+]
+OutputDir = Annotated[Path, typer.Option("--output-dir", metavar="DIR", help="Where the run directory <name>/ is made.")]
+Json = Annotated[bool, typer.Option("--json", callback=_json_mode, help="Print the result as JSON.")]
+RUNS = Path("runs")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A recipe with the directory of its run; ``teachers`` and ``cache`` lie in it unless flags say otherwise."""
+
+    recipe: Recipe
+    run: RunDirectory
+    teachers: Path
+    cache: Path
+    progress: Progress
+
+
+def open_job(
+    recipe: Path, settings: list[str] | None, output_dir: Path, *, teachers: Path | None = None, cache: Path | None = None
+) -> Job:
+    """Read the recipe, make its run directory, write the resolved recipe into it."""
+    from kdcache.progress import RichProgress
+    from kdcache.recipe import dump_toml, load_recipe
+    from kdcache.runs import RunDirectory
+
+    loaded = load_recipe(recipe, settings)
+    run = RunDirectory(output_dir / loaded.name)
+    run.create(dump_toml(loaded))
+    return Job(loaded, run, teachers or run.teachers, cache or run.cache, RichProgress())

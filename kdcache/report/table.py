@@ -1,0 +1,101 @@
+"""The results table: teachers, the student without teachers, the student; parameters, latency and scores.
+
+Rows are plain values read from ``results.json``, so the table can be drawn anywhere, long after the models are gone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kdcache.report.metrics import standard_error
+
+METRICS = ("accuracy", "macro_f1", "matthews")
+_TITLES = {"accuracy": "accuracy", "macro_f1": "macro-F1", "matthews": "Matthews"}
+
+
+@dataclass(frozen=True)
+class ResultRow:
+    """One model. ``latency_ms`` per text, on the machine named beside the table."""
+
+    model: str
+    parameters: int | None
+    latency_ms: float | None
+    scores: Mapping[str, Mapping[str, float]]  # split -> metric -> value
+
+
+def result_rows(results: Mapping[str, Any], baseline: Mapping[str, Any] | None = None) -> list[ResultRow]:
+    """Teachers, then the student without teachers, then the student, from the ``results.json`` of the two runs."""
+    rows = [_row(f"teacher {name}", entry, entry.get("scores", {})) for name, entry in results.get("teachers", {}).items()]
+    if baseline is not None:
+        rows.append(_row("student without teachers", baseline.get("student", {}), baseline.get("scores", {})))
+    title = (
+        "student without teachers" if results.get("method") == "fine-tune" else f"student, {results.get('method', 'distilled')}"
+    )
+    return [*rows, _row(title, results.get("student", {}), results.get("scores", {}))]
+
+
+def _row(model: str, entry: Mapping[str, Any], scores: Mapping[str, Mapping[str, float]]) -> ResultRow:
+    return ResultRow(model, entry.get("parameters"), entry.get("latency_ms"), scores)
+
+
+def table(rows: Sequence[ResultRow]) -> tuple[list[str], list[list[Any]]]:
+    """(columns, rows): every metric of the test split, else of validation, and the validation accuracy beside it."""
+    splits = [split for split in ("test", "validation") if any(split in row.scores for row in rows)]
+    columns = ["model", "parameters", "ms/text"]
+    wanted: list[tuple[str, str]] = []
+    for position, split in enumerate(splits):
+        for metric in METRICS if position == 0 else METRICS[:1]:
+            wanted.append((split, metric))
+            columns.append(f"{split} {_TITLES[metric]}")
+    body = [
+        [
+            row.model,
+            millions(row.parameters),
+            None if row.latency_ms is None else f"{row.latency_ms:.1f}",
+            *(_shown(row.scores.get(split, {}).get(metric)) for split, metric in wanted),
+        ]
+        for row in rows
+    ]
+    return columns, body
+
+
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A Markdown table; text columns to the left, the rest to the right."""
+    aligned = ["---" if position == 0 else "---:" for position in range(len(columns))]
+    lines = [columns, aligned, *([("" if value is None else str(value)) for value in row] for row in rows)]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def verdict(results: Mapping[str, Any], baseline: Mapping[str, Any]) -> str:
+    """One honest sentence on whether the distilled student is better than the same one without teachers, by more than chance.
+
+    Both are scored on the same rows, so the error of the difference is at most that of two independent samples; one seed
+    of each says nothing about the spread over seeds, which the sentence says as well.
+    """
+    split = "test" if "test" in results.get("scores", {}) else "validation"
+    ours, theirs = (run.get("scores", {}).get(split, {}) for run in (results, baseline))
+    rows = int(results.get("rows", {}).get(split, 0))
+    if "accuracy" not in ours or "accuracy" not in theirs or not rows:
+        return "There is no labelled split to compare the students on."
+    gain = 100 * (ours["accuracy"] - theirs["accuracy"])
+    error = 100 * math.hypot(standard_error(ours["accuracy"], rows), standard_error(theirs["accuracy"], rows))
+    size = f"{abs(gain):.1f} points of {split} accuracy ({theirs['accuracy']:.3f} -> {ours['accuracy']:.3f}, {rows} rows, standard error of the difference {error:.1f})"
+    if gain > 2 * error:
+        return f"The distilled student is better than the same student without teachers by {size}; one seed each."
+    if gain > 0:
+        return f"The distilled student is ahead of the same student without teachers by {size}: within chance for one seed each."
+    if gain < -2 * error:
+        return f"The distilled student is worse than the same student without teachers by {size}; one seed each."
+    return f"The distilled student is not better than the same student without teachers: behind by {size}; one seed each."
+
+
+def millions(parameters: int | None) -> str | None:
+    """22713216 -> '22.7M'."""
+    return None if parameters is None else f"{parameters / 1e6:.1f}M"
+
+
+def _shown(score: float | None) -> str | None:
+    return None if score is None or math.isnan(score) else f"{score:.4f}"
