@@ -8,6 +8,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from kdcache import __version__
 from kdcache.cli.options import Json
 from kdcache.cli.output import human_bytes, out
 
@@ -38,7 +39,7 @@ def env(json: Json = False) -> None:  # noqa: ARG001  (its callback switches the
 def environment() -> dict[str, Any]:
     """Versions, devices and sizes (bytes); an optional package that is missing says so."""
     return {
-        "kdcache": metadata.version("kdcache"),
+        "kdcache": __version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "cores": os.cpu_count(),

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import typer
 
+from kdcache import __version__
 from kdcache.cli import cache, cofinetune, distill, dump, env, evaluate, pipelines, report, run
 from kdcache.cli.guard import guarded
 from kdcache.cli.output import out
@@ -49,9 +50,7 @@ app.add_typer(_pipelines, name="pipelines")
 @app.callback(invoke_without_command=True)
 def _root(context: typer.Context, version: bool = typer.Option(False, "--version", help="Show the version.")) -> None:
     if version:
-        from importlib.metadata import version as installed
-
-        out.text(installed("kdcache"))
+        out.text(__version__)
     elif context.invoked_subcommand is None:
         typer.echo(context.get_help())
         raise typer.Exit(2)

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kdcache import __version__
 from kdcache.cli.options import Job
 from kdcache.errors import MismatchError
 
@@ -51,10 +52,10 @@ def dump(job: Job, *, repair: bool = False) -> DumpReport:
 
 
 def distill(job: Job, *, live_teachers: Path | None = None, replace: bool = False) -> DistillResult:
-    """Train the recipe's student from the cache."""
+    """Train the recipe's student from the cache, or with the teachers running live."""
     from kdcache.distill import stage
 
-    inputs = _student_inputs(job)
+    inputs = student_inputs(job, live=live_teachers is not None)
     _keep_or_replace(job.run, "student", inputs, replace=replace)
     return _train_student(job, job.run, "student", inputs, stage.distill, live_teachers)
 
@@ -77,14 +78,14 @@ def baseline(job: Job, *, replace: bool = False) -> DistillResult:
     return _train_student(changed(job, recipe=alone), run, "baseline", inputs, stage.distill, None)
 
 
-def is_finished(job: Job, stage: Stage) -> bool:
+def is_finished(job: Job, stage: Stage, *, live: bool = False) -> bool:
     """The stage is recorded as finished with the inputs of now, and its result is there."""
     from kdcache.runs import changes, stage_inputs
 
     if stage == "cache":
         return (job.cache / "manifest.json").exists() and changes(job.run, stage, _cache_inputs(job)) == []
     if stage == "student":
-        return job.run.results.exists() and changes(job.run, stage, _student_inputs(job)) == []
+        return job.run.results.exists() and changes(job.run, stage, student_inputs(job, live=live)) == []
     result = job.teachers / "teachers.json" if stage == "teachers" else job.run.baseline.results
     return result.exists() and changes(job.run, stage, stage_inputs(job.recipe, stage)) == []
 
@@ -94,12 +95,12 @@ def provenance() -> dict[str, Any]:
     import platform
     from importlib.metadata import version
 
-    packages = ("kdcache", "torch", "transformers", "tokenizers", "numpy")
+    packages = ("torch", "transformers", "tokenizers", "numpy")
     return {
         "command": shlex.join(["kdcache", *sys.argv[1:]]),
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
-        "versions": {name: version(name) for name in packages},
+        "versions": {"kdcache": __version__} | {name: version(name) for name in packages},
     }
 
 
@@ -139,7 +140,11 @@ def _cache_inputs(job: Job) -> Inputs:
     return stage_inputs(job.recipe, "cache", upstream=file_identity(job.teachers / "teachers.json"))
 
 
-def _student_inputs(job: Job) -> Inputs:
-    from kdcache.runs import file_identity, stage_inputs
+def student_inputs(job: Job, *, live: bool = False) -> Inputs:
+    """The student depends on the cache through its identity, so a cache that moved or was repaired is the same cache."""
+    from kdcache.cache.manifest import read_manifest
+    from kdcache.runs import stage_inputs
 
-    return stage_inputs(job.recipe, "student", upstream=file_identity(job.cache / "manifest.json"))
+    return stage_inputs(job.recipe, "student", upstream=read_manifest(job.cache).identity) | (
+        {"live_teachers": "true"} if live else {}
+    )

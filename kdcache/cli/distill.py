@@ -1,0 +1,48 @@
+"""``kdcache distill``: train a student from a cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kdcache.cli import stages
+from kdcache.cli.options import RUNS, Json, OutputDir, RecipeFile, Settings, open_job
+from kdcache.cli.output import out
+
+
+def distill(
+    recipe: RecipeFile,
+    cache: Annotated[Path, typer.Option(metavar="PATH", help="The cache of the teachers' targets.", show_default=False)],
+    settings: Settings = None,
+    output_dir: OutputDir = RUNS,
+    live_teachers: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Run the teachers of this directory in every step instead, for comparison.", show_default=False
+        ),
+    ] = None,
+    replace: Annotated[bool, typer.Option("--replace", help="Replace a student made with other settings.")] = False,
+    json: Json = False,  # noqa: ARG001  (its callback switches the output)
+) -> None:
+    """Train the recipe's student on targets streamed from a cache; no teacher is loaded.
+
+    Interrupted, it continues with the same command.
+
+    Example: kdcache distill sst2.toml --cache runs/sst2/cache --set distill.seed=1 --set name="sst2-seed1"
+    """
+    from kdcache.report.page import read_results
+    from kdcache.report.table import result_rows, table
+
+    job = open_job(recipe, settings, output_dir, cache=cache)
+    job.recipe.require_student()
+    if stages.is_finished(job, "student", live=live_teachers is not None) and not replace:
+        job.progress.note("student: finished already with these settings, skipped")
+    else:
+        stages.distill(job, live_teachers=live_teachers, replace=replace)
+    results = read_results(job.run)
+    out.document(results)
+    out.table(*table(result_rows(results)))
+    out.note(f"student: {job.run.student}")
+    out.hint(f"Score it elsewhere with: kdcache evaluate {job.run.student} --data FILE")

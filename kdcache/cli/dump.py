@@ -1,0 +1,53 @@
+"""``kdcache dump-teachers``: run each teacher once over the data, into a cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kdcache.cli import stages
+from kdcache.cli.options import RUNS, Json, OutputDir, RecipeFile, Settings, open_job
+from kdcache.cli.output import out
+
+
+def dump_teachers(
+    recipe: RecipeFile,
+    settings: Settings = None,
+    output_dir: OutputDir = RUNS,
+    teachers: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Teachers directory; that of the run where not given.", show_default=False)
+    ] = None,
+    cache: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="Cache to write; that of the run where not given.", show_default=False)
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be run and written, and run only a warm-up batch.")
+    ] = False,
+    repair: Annotated[bool, typer.Option("--repair", help="Verify the cache first and dump again what is damaged.")] = False,
+    json: Json = False,  # noqa: ARG001  (its callback switches the output)
+) -> None:
+    """Run each teacher once over the data and store soft labels and hidden states in a cache.
+
+    Interrupted, it continues with the same command. In a finished cache only what is missing is dumped: a new teacher, layer
+    or text; what no longer matches is refused with exit code 4.
+
+    Example: kdcache dump-teachers sst2.toml --dry-run
+
+    Example: kdcache dump-teachers sst2.toml --repair
+    """
+    job = open_job(recipe, settings, output_dir, teachers=teachers, cache=cache)
+    if dry_run:
+        from kdcache.dump.plan import plan_dump
+
+        plan = plan_dump(job.recipe, job.teachers, job.cache, progress=job.progress)
+        out.document(plan.as_dict())
+        for line in plan.lines():
+            out.text(line)
+        return
+    report = stages.dump(job, repair=repair)
+    out.document(report.as_dict())
+    for line in (*report.counts.lines(), *report.lines()):
+        out.text(line)
+    out.hint(f"Distil a student from it: kdcache distill {recipe} --cache {job.cache}")

@@ -1,0 +1,40 @@
+"""``kdcache evaluate``: scores of a saved model on a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kdcache.cli.options import Json
+from kdcache.cli.output import out
+
+
+def evaluate(
+    model: Annotated[
+        Path,
+        typer.Argument(metavar="MODEL_DIR", help="Directory of a student or of any sequence classifier.", show_default=False),
+    ],
+    data: Annotated[
+        str, typer.Option(metavar="FILE", help="tsv, csv, jsonl or parquet file, or a hub data set name.", show_default=False)
+    ],
+    text: Annotated[
+        list[str] | None, typer.Option(metavar="COLUMN", help="Text column; twice for pairs.", show_default=False)
+    ] = None,
+    label: Annotated[str | None, typer.Option(metavar="COLUMN", help="Label column.", show_default=False)] = None,
+    max_length: Annotated[int | None, typer.Option(min=1, help="Tokens at most.", show_default=False)] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Rows of 128 tokens in one forward pass.")] = 32,
+    json: Json = False,  # noqa: ARG001  (its callback switches the output)
+) -> None:
+    """Score a model: accuracy, macro-F1, Matthews correlation, loss.
+
+    A student of kdcache knows its text and label columns; other models need --text and --label.
+
+    Example: kdcache evaluate runs/sst2/student --data data/test.tsv --json
+    """
+    from kdcache.distill.evaluation import evaluate_model
+
+    scores = evaluate_model(model, data, text=text, label=label, max_length=max_length, batch=batch)
+    out.document(scores)
+    out.dict(scores)

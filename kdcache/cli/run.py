@@ -1,0 +1,45 @@
+"""``kdcache run``: all stages of a recipe, finished ones skipped, and the results table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from kdcache.cli import report, stages
+from kdcache.cli.options import RUNS, Json, OutputDir, RecipeFile, Settings, open_job
+
+
+def run(
+    recipe: RecipeFile,
+    settings: Settings = None,
+    output_dir: OutputDir = RUNS,
+    no_baseline: Annotated[bool, typer.Option("--no-baseline", help="Leave out the same student without teachers.")] = False,
+    replace: Annotated[bool, typer.Option("--replace", help="Replace a student made with other settings.")] = False,
+    json: Json = False,
+) -> None:
+    """Co-finetune, dump, distill and evaluate; stages that are finished with the same settings are skipped.
+
+    For comparison it also trains the same student without teachers. Interrupted, it continues with the same command.
+
+    Example: kdcache run quickstart/quickstart.toml
+
+    Example: kdcache run sst2.toml --set distill.seed=1 --set name="sst2-seed1"
+    """
+    job = open_job(recipe, settings, output_dir)
+    job.recipe.require_student()
+    todo: dict[Any, Callable[[], object]] = {
+        "teachers": lambda: stages.cofinetune(job),
+        "cache": lambda: stages.dump(job),
+        "baseline": lambda: stages.baseline(job, replace=replace),
+        "student": lambda: stages.distill(job, replace=replace),
+    }
+    if no_baseline or job.recipe.distill.method == "fine-tune":
+        del todo["baseline"]
+    for stage, work in todo.items():
+        if stages.is_finished(job, stage):
+            job.progress.note(f"{stage}: finished already, skipped")
+        else:
+            work()
+    report.report(job.run.root, json=json)
