@@ -28,9 +28,10 @@ def epoch_order(parts: NDArray[np.integer], *, seed: int, epoch: int, window: in
     return np.argsort(position[which] + window * uniform, kind="stable")
 
 
-def step_count(examples: int, batch_size: int) -> int:
-    """Steps of an epoch; the last may hold fewer rows than ``batch_size``."""
-    return -(-examples // batch_size)
+def step_count(examples: int, batch_size: int, world: int = 1) -> int:
+    """Steps of an epoch. The last may hold fewer rows than ``batch_size``; with fewer than ``world`` it is left out."""
+    full, rest = divmod(examples, batch_size)
+    return full + (rest >= world)
 
 
 def step_rows(order: NDArray[np.int64], step: int, batch_size: int, *, rank: int = 0, world: int = 1) -> NDArray[np.int64]:

@@ -1,0 +1,71 @@
+"""What of a cache is used: splits, teachers and their layers, each checked by name before anything is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from kdcache.errors import MismatchError, RecipeError
+
+if TYPE_CHECKING:
+    from kdcache.cache.reader import Cache
+
+LayerMap = dict[str, tuple[int, ...]]
+
+
+def splits_of(cache: Cache, split: str, with_transfer: bool) -> tuple[str, ...]:
+    """``split``, and 'transfer' behind it where it is wanted and there."""
+    extra = ("transfer",) if with_transfer and split != "transfer" and "transfer" in cache.splits else ()
+    return (split, *extra)
+
+
+def chosen_teachers(
+    cache: Cache, teachers: Sequence[str] | None, layer_map: Mapping[str, tuple[int, ...]] | None
+) -> tuple[tuple[str, ...], LayerMap]:
+    """The teachers to use, and the layer map of those that have one.
+
+    Raises MismatchError where the cache lacks a teacher or layer, RecipeError where layer maps differ in length.
+    """
+    names = tuple(cache.teachers) if teachers is None else tuple(teachers)
+    for name in names:
+        if name not in cache.teachers:
+            known = ", ".join(cache.teachers) or "none"
+            raise MismatchError(
+                f"cache '{cache.path}' has no teacher '{name}'; it has: {known}",
+                "Choose among these with distill.teachers, or add the teacher: kdcache dump-teachers",
+            )
+    chosen = {name: tuple(layer_map[name]) for name in names if layer_map and name in layer_map}
+    lengths = {name: len(layers) for name, layers in chosen.items()}
+    if len(set(lengths.values())) > 1:
+        told = ", ".join(f"{name}: {length}" for name, length in lengths.items())
+        raise RecipeError(
+            f"the layer map must give one teacher layer per student layer for every teacher; it gives {told}",
+            "Make the lists in distill.teacher_layers equally long.",
+        )
+    for name, layers in chosen.items():
+        _check_layers(cache, name, layers)
+    return names, chosen
+
+
+def even_layer_map(cache: Cache, teachers: Sequence[str] | None, student_layers: int) -> LayerMap:
+    """The teacher layer g(j) = round(j * depth / K) for each student layer j = 1..K, for every teacher (MT-BERT, section 3.2)."""
+    names, _ = chosen_teachers(cache, teachers, None)
+    steps = range(1, student_layers + 1)
+    return {name: tuple(round(j * cache.teachers[name].depth / student_layers) for j in steps) for name in names}
+
+
+def largest_max_length(cache: Cache) -> int:
+    """The longest that any teacher of the cache was given, in tokens."""
+    return max((spec.max_length for spec in cache.teachers.values()), default=128)
+
+
+def _check_layers(cache: Cache, name: str, layers: Sequence[int]) -> None:
+    stored = cache.teachers[name].layers
+    lacking = sorted({layer for layer in layers if layer not in stored})
+    if lacking:
+        known = ", ".join(str(layer) for layer in sorted(stored)) or "none"
+        wanted = ", ".join(str(layer) for layer in lacking)
+        raise MismatchError(
+            f"cache '{cache.path}' has no hidden states of layer {wanted} of teacher '{name}'; it has layers: {known}",
+            "Add them to dump.layers and run kdcache dump-teachers again: only what is missing is dumped.",
+        )

@@ -1,0 +1,209 @@
+"""The same batches with teachers that run now: what a cache replaces, and what it is measured against.
+
+Order, alignment and batch structure are those of ``CachedBatches``; only the values come from a forward pass. With
+``projection = "none"`` and float32 the two agree to the rounding that different padding causes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+
+from kdcache.data.encoding import TRUNCATION, EncodedTexts, encode, pad, token_budget_batches, tokenizer_fingerprint
+from kdcache.distill.align_store import StudentTokens, student_tokens
+from kdcache.distill.alignment import align
+from kdcache.distill.assembly import Ragged, Rows, alignment_pieces, student_inputs
+from kdcache.distill.choice import chosen_teachers, splits_of
+from kdcache.distill.epochs import Epochs
+from kdcache.distill.examples import JoinedExamples, join_examples
+from kdcache.distill.parts import DecodedPart, TeacherPart, Texts, texts_of
+from kdcache.distill.targets import Batch, Hidden, Targets
+from kdcache.errors import MismatchError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from kdcache.cache.blocks import Basis
+    from kdcache.cache.reader import Cache
+    from kdcache.cache.tokens import Tokens
+    from kdcache.teachers.backends import TeacherBackend, TeacherOutput
+    from kdcache.teachers.teacher import Teacher
+
+_TOKENS_PER_PASS = 4096  # padded tokens of one forward pass over a split
+
+
+@dataclass(frozen=True, eq=False)
+class _Running:
+    """A teacher that is ready, and what turns its hidden states into what the cache stores."""
+
+    teacher: Teacher
+    backend: TeacherBackend
+    layers: tuple[int, ...]
+    same_tokens: bool  # as the student's
+    bases: Mapping[int, Basis]
+
+    def run(self, encoded: EncodedTexts, rows: np.ndarray, layers: Sequence[int]) -> TeacherOutput:
+        return self.backend.run(pad(encoded, rows, int(self.teacher.tokenizer.pad_token_id or 0)), layers, False)
+
+    def target(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        """[tokens, dim] as stored before quantisation; a tensor that autograd may keep, which those of inference mode are not."""
+        basis = self.bases.get(layer)
+        if basis is None or basis.components is None or basis.mean is None:
+            return hidden.clone()
+        mean, components = (torch.tensor(array, device=hidden.device) for array in (basis.mean, basis.components))
+        return (hidden - mean) @ components.T
+
+
+class LiveBatches:
+    """A ``TargetSource`` whose teachers run on every batch. The cache gives texts, examples, order and variances.
+
+    ``teachers`` are loaded ones, by name a subset of the cache's; ``backends`` may say, per name, what runs them (torch in
+    float32 where it does not). With ``project`` hidden states go through the stored bases, else they come at full width.
+    The other parameters, and the errors, are those of ``CachedBatches``; MismatchError too where a teacher is not the one
+    that the cache was dumped from.
+    """
+
+    def __init__(
+        self,
+        cache: Cache,
+        student_tokenizer: PreTrainedTokenizerBase,
+        split: str = "train",
+        with_transfer: bool = True,
+        *,
+        teachers: Sequence[Teacher],
+        batch_size: int,
+        max_length: int,
+        layer_map: Mapping[str, tuple[int, ...]] | None = None,
+        backends: Mapping[str, TeacherBackend] | None = None,
+        project: bool = True,
+        seed: int = 0,
+        window: int = 8,
+        missing: Literal["error", "skip"] = "error",
+        hidden: bool = False,
+        logits: bool = True,
+        rank: int = 0,
+        world: int = 1,
+        texts: Texts | None = None,
+    ) -> None:
+        self.cache = cache
+        names = [teacher.name for teacher in teachers]
+        self.teachers, self.layer_map = chosen_teachers(cache, names, layer_map if hidden else None)
+        examples = join_examples(cache, splits_of(cache, split, with_transfer), missing=missing, hidden=bool(self.layer_map))
+        self.skipped = examples.skipped
+        self.epochs = Epochs(examples, batch_size, seed, window, rank, world)
+        self._student = StudentTokens(student_tokenizer, max_length)
+        self._project, self._logits, self._texts = project, logits, texts
+        self._running = [self._ready(teacher, (backends or {}).get(teacher.name)) for teacher in teachers]
+        self._part_texts: dict[int, Sequence[tuple[str, ...]]] = {}
+        self._covered = np.zeros((len(names), 2), np.int64)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps of an epoch, the same in every process."""
+        return self.epochs.steps
+
+    @property
+    def coverage(self) -> dict[str, float]:
+        """Per teacher with hidden states, the share of student tokens that have a target, over the batches so far."""
+        pairs = zip(self.teachers, self._covered.tolist(), strict=True)
+        return {name: covered / tokens for name, (covered, tokens) in pairs if tokens}
+
+    def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
+        """The share of process ``rank`` of every step of ``epoch`` from ``first_step`` on; targets lie on the teachers' device."""
+        order = self.epochs.order(epoch)
+        for step in range(first_step, self.steps_per_epoch):
+            yield self._batch(self.epochs.rows(order, step))
+
+    def target_dim(self, teacher: str, layer: int) -> int:
+        """Width of the targets of a teacher's layer."""
+        spec = self.cache.teachers[teacher]
+        return spec.layers[layer].dim if self._project else spec.width
+
+    def target_variance(self, teacher: str, layer: int) -> float:
+        """Mean over dimensions of the variance over tokens of the target."""
+        basis = self.cache.basis(teacher, layer)
+        return basis.target_variance if self._project else basis.total_variance
+
+    def logits_for(self, split: str) -> torch.Tensor:
+        """The teachers' logits of every example of ``split`` in its order, [N, n, C] float32, in main memory."""
+        examples = join_examples(self.cache, (split,))
+        texts = self._texts_at(examples, np.arange(len(examples)))
+        found = torch.empty(len(self._running), len(examples), len(self.cache.task.label_names))
+        for index, running in enumerate(self._running):
+            encoded = encode(running.teacher.tokenizer, texts, running.teacher.max_length)
+            for rows in token_budget_batches(encoded.lengths, _TOKENS_PER_PASS):
+                found[index, torch.from_numpy(rows)] = running.run(encoded, rows, ()).logits.cpu()
+        return found
+
+    def _ready(self, teacher: Teacher, backend: TeacherBackend | None) -> _Running:
+        from kdcache.teachers.backends.torch_backend import TorchBackend
+
+        _check_same(self.cache, teacher)
+        layers = tuple(sorted(set(self.layer_map.get(teacher.name, ()))))
+        bases = {layer: self.cache.basis(teacher.name, layer) for layer in layers} if self._project else {}
+        same = self._student.agrees_with(tokenizer_fingerprint(teacher.tokenizer), teacher.max_length, TRUNCATION)
+        return _Running(teacher, backend or TorchBackend(teacher, precision="float32"), layers, same, bases)
+
+    def _texts_at(self, examples: JoinedExamples, places: np.ndarray) -> list[tuple[str, ...]]:
+        found = []
+        for part, row in zip(examples.parts[places].tolist(), examples.rows[places].tolist(), strict=True):
+            if part not in self._part_texts:
+                self._part_texts[part] = texts_of(self.cache, self.cache.parts[part].name, self._texts)
+            found.append(self._part_texts[part][row])
+        return found
+
+    def _batch(self, examples: np.ndarray) -> Batch:
+        joined = self.epochs.examples
+        texts = self._texts_at(joined, examples)
+        student = encode(self._student.tokenizer, texts, self._student.max_length)
+        targets = self._targets(texts, student) if self._running and (self._logits or self.layer_map) else None
+        rows = _rows(student, ())
+        inputs = student_inputs(rows, Ragged(rows, [student.offsets]), int(self._student.tokenizer.pad_token_id or 0))
+        return Batch(inputs, torch.from_numpy(joined.labels[examples]), joined.text_ids[examples], targets)
+
+    def _targets(self, texts: Sequence[tuple[str, ...]], student: EncodedTexts) -> Targets:
+        logits: list[torch.Tensor] = []
+        hidden: dict[tuple[int, int], Hidden] = {}
+        for index, running in enumerate(self._running):
+            encoded = encode(running.teacher.tokenizer, texts, running.teacher.max_length)
+            output = running.run(encoded, np.arange(len(texts)), running.layers)
+            logits.append(output.logits.clone())
+            if running.layers:
+                hidden |= self._hidden(index, running, student, student_tokens(encoded), output)
+        return Targets(self.teachers, torch.stack(logits) if self._logits else torch.empty(len(logits), len(texts), 0), hidden)
+
+    def _hidden(
+        self, index: int, running: _Running, student: EncodedTexts, teacher: Tokens, output: TeacherOutput
+    ) -> dict[tuple[int, int], Hidden]:
+        same = running.same_tokens and np.array_equal(student.offsets, teacher.offsets)
+        alignment = align(student_tokens(student), teacher, identical=same)
+        self._covered[index] += int(alignment.covered.sum()), alignment.tokens
+        rows = _rows(student, (TeacherPart(None, teacher.offsets, {}, alignment),))
+        pieces = alignment_pieces(rows, 0, Ragged(rows, [student.offsets]), Ragged(rows, [teacher.offsets]))
+        values = {layer: running.target(layer, output.hidden[layer]) for layer in running.layers}
+        device = next(iter(values.values())).device
+        src, dst, weight = (None if one is None else one.to(device) for one in (pieces.src, pieces.dst, pieces.weight))
+        positions = pieces.positions.to(device)
+        wanted = enumerate(self.layer_map[running.teacher.name], start=1)
+        return {(index, layer): Hidden(values[own], None, src, dst, weight, positions) for layer, own in wanted}
+
+
+def _rows(student: EncodedTexts, teachers: tuple[TeacherPart, ...]) -> Rows:
+    """A batch that is one part, whole and in order."""
+    count = len(student.offsets) - 1
+    return Rows([DecodedPart(student, teachers)], np.zeros(count, np.int64), np.arange(count))
+
+
+def _check_same(cache: Cache, teacher: Teacher) -> None:
+    stored, live = cache.teachers[teacher.name].fingerprints, teacher.fingerprints
+    for piece in ("weights", "config", "head", "tokenizer"):
+        if getattr(stored, piece) != getattr(live, piece):
+            raise MismatchError(
+                f"teacher '{teacher.name}' is not the one of cache '{cache.path}': {piece} {getattr(live, piece)[:12]}, "
+                f"in the cache {getattr(stored, piece)[:12]}",
+                "Give the teachers that the cache was dumped from, or dump these into a new cache.",
+            )

@@ -1,0 +1,196 @@
+"""Batches with cached targets: what a student's training step needs, without a teacher in sight.
+
+Whole parts are read and decoded in the background, a few beyond the window from which batches are drawn; batches are put
+together in one more thread and wait in a short queue. The order is that of ``kdcache.distill.order``, so the state of an
+epoch is three integers and any machine continues it. Every file's digest is checked by the reader before its rows are used.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+
+from kdcache.distill.align_store import StudentTokens
+from kdcache.distill.assembly import Ragged, Rows, cached_targets, student_inputs
+from kdcache.distill.choice import chosen_teachers, even_layer_map, largest_max_length, splits_of
+from kdcache.distill.epochs import Epochs
+from kdcache.distill.examples import join_examples
+from kdcache.distill.parts import DecodedPart, PartDecoder, Texts
+from kdcache.distill.prefetch import PartWindow, Shelf, Timetable, in_background
+from kdcache.distill.targets import Batch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from kdcache.cache.reader import Cache
+
+MEMORY_BYTES = 2 << 30
+
+
+class CachedBatches:
+    """A ``TargetSource`` over a cache.
+
+    ``split`` (and 'transfer' with it, where the cache has it and ``with_transfer``) says which examples; ``teachers`` is any
+    subset of the cache's, in the order given. ``layer_map`` gives per teacher one of its stored layers for each student
+    layer 1..K and is read where ``hidden``; ``logits=False`` reads none. ``max_length`` is the student's, in tokens.
+    ``missing='skip'`` leaves out examples whose text the cache lacks. ``texts`` (id -> columns) replaces the cache's own.
+    ``batch_size`` is that of the step over all ``world`` processes; this one takes share ``rank``. ``memory_bytes`` bounds what
+    stays decoded besides the parts in the window.
+
+    Raises MismatchError where teachers, layers, splits or texts are not in the cache, and DamageError, from ``batches``,
+    before a row of a damaged file is used.
+    """
+
+    def __init__(
+        self,
+        cache: Cache,
+        student_tokenizer: PreTrainedTokenizerBase,
+        split: str = "train",
+        with_transfer: bool = True,
+        *,
+        batch_size: int,
+        max_length: int,
+        teachers: Sequence[str] | None = None,
+        layer_map: Mapping[str, tuple[int, ...]] | None = None,
+        seed: int = 0,
+        window: int = 8,
+        missing: Literal["error", "skip"] = "error",
+        hidden: bool = False,
+        logits: bool = True,
+        rank: int = 0,
+        world: int = 1,
+        texts: Texts | None = None,
+        memory_bytes: int = MEMORY_BYTES,
+    ) -> None:
+        self.cache = cache
+        self.teachers, self.layer_map = chosen_teachers(cache, teachers, layer_map if hidden else None)
+        examples = join_examples(cache, splits_of(cache, split, with_transfer), missing=missing, hidden=bool(self.layer_map))
+        self.skipped = examples.skipped
+        self.epochs = Epochs(examples, batch_size, seed, window, rank, world)
+        self._pad_token_id = int(student_tokenizer.pad_token_id or 0)
+        student = StudentTokens(student_tokenizer, max_length)
+        self._decode = PartDecoder(cache, student, self.teachers, self.layer_map, logits, texts)
+        self._has_targets = bool(self.teachers) and (logits or bool(self.layer_map))
+        self._shelf: Shelf[DecodedPart] = Shelf(memory_bytes)
+        self._covered: dict[int, list[tuple[int, int]]] = {}  # part -> per teacher: covered and all student tokens
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps of an epoch, the same in every process."""
+        return self.epochs.steps
+
+    @property
+    def coverage(self) -> dict[str, float]:
+        """Per teacher with hidden states, the share of student tokens that have a target, over the parts read so far."""
+        seen = list(self._covered.values())
+        totals = {name: np.array([part[index] for part in seen]).sum(axis=0) for index, name in enumerate(self.teachers) if seen}
+        return {name: float(covered / tokens) for name, (covered, tokens) in totals.items() if tokens}
+
+    def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
+        """The share of process ``rank`` of every step of ``epoch`` from ``first_step`` on. Closing the iterator ends its threads."""
+        return in_background(functools.partial(self._walk, epoch, first_step))
+
+    def target_dim(self, teacher: str, layer: int) -> int:
+        """Width of the stored targets of a teacher's layer."""
+        return self.cache.teachers[teacher].layers[layer].dim
+
+    def target_variance(self, teacher: str, layer: int) -> float:
+        """Mean over dimensions of the variance over tokens of what is stored."""
+        return self.cache.basis(teacher, layer).target_variance
+
+    def logits_for(self, split: str) -> torch.Tensor:
+        """The teachers' logits of every example of ``split`` in its order, [N, n, C] float32."""
+        return cached_logits(self.cache, self.teachers, split)
+
+    def _walk(self, epoch: int, first_step: int) -> Iterator[Batch]:
+        order = self.epochs.order(epoch)
+        mine, steps = self.epochs.shares(order, first_step)
+        timetable = Timetable.of(self.epochs.examples.parts[mine], steps)
+        window = PartWindow(self._decoded, self._shelf, timetable)
+        try:
+            for step in range(first_step, self.steps_per_epoch):
+                rows = self.epochs.rows(order, step)
+                parts, part_of = np.unique(self.epochs.examples.parts[rows], return_inverse=True)
+                yield self._batch(rows, Rows(window.parts(step, parts.tolist()), part_of, self.epochs.examples.rows[rows]))
+        finally:
+            window.close()
+
+    def _decoded(self, index: int) -> DecodedPart:
+        part = self._decode(index)
+        alignments = [teacher.alignment for teacher in part.teachers]
+        self._covered[index] = [(0, 0) if one is None else (int(one.covered.sum()), one.tokens) for one in alignments]
+        return part
+
+    def _batch(self, examples: np.ndarray, rows: Rows) -> Batch:
+        tokens = Ragged(rows, [part.student.offsets for part in rows.parts])
+        targets = cached_targets(rows, self.teachers, self.layer_map, tokens) if self._has_targets else None
+        joined = self.epochs.examples
+        labels = torch.from_numpy(joined.labels[examples])
+        return Batch(student_inputs(rows, tokens, self._pad_token_id), labels, joined.text_ids[examples], targets)
+
+
+def cached_logits(cache: Cache, teachers: Sequence[str], split: str) -> torch.Tensor:
+    """Logits of every example of ``split`` in its order, [N, n, C] float32. MismatchError where a text is not in the cache."""
+    examples = join_examples(cache, (split,))
+    tables = []
+    for teacher in teachers:
+        table = np.empty((len(examples), len(cache.task.label_names)), np.float32)
+        for part in np.unique(examples.parts).tolist():
+            mine = examples.parts == part
+            table[mine] = cache.outputs(teacher, cache.parts[part].name).logits[examples.rows[mine]]
+        tables.append(table)
+    shape = (len(tables), len(examples), len(cache.task.label_names))
+    return torch.from_numpy(np.stack(tables)) if tables else torch.empty(shape)
+
+
+def loader(
+    cache: Cache | str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    split: str = "train",
+    batch_size: int = 32,
+    student_layers: int | None = None,
+    layer_map: Mapping[str, tuple[int, ...]] | None = None,
+    max_length: int | None = None,
+    teachers: Sequence[str] | None = None,
+    with_transfer: bool = True,
+    seed: int = 0,
+    window: int = 8,
+    missing: Literal["error", "skip"] = "error",
+    rank: int = 0,
+    world: int = 1,
+    texts: Texts | None = None,
+) -> CachedBatches:
+    """Batches of a cache for a student with ``tokenizer``: iterate ``loader(...).batches(epoch)``.
+
+    Logits always come along. Hidden states do where ``student_layers`` = K is given, by the map g(j) = j * depth / K that
+    dumps use by default, or where ``layer_map`` says which of each teacher's layers student layer 1..K learns from.
+    ``max_length`` is that of the teachers where not given. Errors are those of ``CachedBatches``.
+    """
+    from kdcache.cache.reader import open_cache
+
+    opened = open_cache(cache) if isinstance(cache, str | Path) else cache
+    if layer_map is None and student_layers is not None:
+        layer_map = even_layer_map(opened, teachers, student_layers)
+    return CachedBatches(
+        opened,
+        tokenizer,
+        split,
+        with_transfer,
+        batch_size=batch_size,
+        max_length=largest_max_length(opened) if max_length is None else max_length,
+        teachers=teachers,
+        layer_map=layer_map,
+        seed=seed,
+        window=window,
+        missing=missing,
+        hidden=layer_map is not None,
+        rank=rank,
+        world=world,
+        texts=texts,
+    )

@@ -1,0 +1,115 @@
+"""One part of a cache, decoded for one student: its tokens, and per teacher logits, hidden states and alignment.
+
+Hidden states stay as they were stored (int8 stays int8); only what the student's method uses is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from kdcache.cache.ids import id_list
+from kdcache.distill.alignment import PartAlignment
+from kdcache.errors import DamageError, MismatchError
+
+if TYPE_CHECKING:
+    from kdcache.cache.blocks import HiddenBlock
+    from kdcache.cache.reader import Cache
+    from kdcache.cache.tokens import Tokens
+    from kdcache.data.encoding import EncodedTexts
+    from kdcache.distill.align_store import StudentTokens
+
+Texts = Mapping[bytes, tuple[str, ...]]
+
+
+@dataclass(frozen=True, eq=False)
+class TeacherPart:
+    """What one teacher says of the n texts of a part. ``hidden`` is keyed by the teacher's layer number."""
+
+    logits: np.ndarray | None  # float32[n, C]
+    offsets: np.ndarray | None  # int64[n + 1], of the teacher's tokens
+    hidden: Mapping[int, HiddenBlock]
+    alignment: PartAlignment | None
+
+
+@dataclass(frozen=True, eq=False)
+class DecodedPart:
+    """A part as batches are cut from it."""
+
+    student: EncodedTexts
+    teachers: tuple[TeacherPart, ...]
+
+    @property
+    def nbytes(self) -> int:
+        arrays = [array for array in vars(self.student).values() if array is not None]
+        for teacher in self.teachers:
+            arrays += [array for array in (teacher.logits, teacher.offsets) if array is not None]
+            arrays += [array for block in teacher.hidden.values() for array in (block.values, block.scales) if array is not None]
+        aligned = sum(teacher.alignment.nbytes for teacher in self.teachers if teacher.alignment is not None)
+        return aligned + sum(int(array.nbytes) for array in arrays)
+
+
+@dataclass(frozen=True, eq=False)
+class PartDecoder:
+    """Reads a part; safe to call from several threads. ``layers``: per teacher, the layers to read (none: no hidden states)."""
+
+    cache: Cache
+    student: StudentTokens
+    teachers: tuple[str, ...]
+    layers: Mapping[str, tuple[int, ...]]
+    logits: bool
+    texts: Texts | None = None
+
+    def __call__(self, index: int) -> DecodedPart:
+        name = self.cache.parts[index].name
+        text_ids = self.cache.text_ids(name)
+        student = self.student.encoded(text_ids, lambda: texts_of(self.cache, name, self.texts))
+        return DecodedPart(student, tuple(self._teacher(teacher, name, text_ids, student) for teacher in self.teachers))
+
+    def _teacher(self, teacher: str, part: str, text_ids: np.ndarray, student: EncodedTexts) -> TeacherPart:
+        logits = self.cache.outputs(teacher, part).logits if self.logits else None
+        layers = self.layers.get(teacher, ())
+        if not layers:
+            return TeacherPart(logits, None, {}, None)
+        tokens = self.cache.tokens(teacher, part)
+        hidden = {layer: self.cache.hidden(teacher, part, layer) for layer in sorted(set(layers))}
+        for layer, block in hidden.items():
+            if len(block.values) != tokens.offsets[-1]:
+                raise DamageError(
+                    f"cache '{self.cache.path}': layer {layer} of teacher '{teacher}' has {len(block.values)} tokens in {part}, "
+                    f"and the token file says {tokens.offsets[-1]}",
+                    "Find out what is damaged with: kdcache cache verify",
+                )
+        return TeacherPart(logits, tokens.offsets, hidden, self._alignment(teacher, text_ids, student, tokens))
+
+    def _alignment(self, teacher: str, text_ids: np.ndarray, student: EncodedTexts, tokens: Tokens) -> PartAlignment:
+        spec = self.cache.teachers[teacher]
+        same = self.student.agrees_with(spec.fingerprints.tokenizer, spec.max_length, spec.truncation)
+        if same and np.array_equal(student.offsets, tokens.offsets):  # not so where another tokenizers version cut otherwise
+            return PartAlignment(len(student.input_ids))
+        return self.student.aligned(text_ids, student, tokens)
+
+
+def texts_of(cache: Cache, part: str, texts: Texts | None) -> Sequence[tuple[str, ...]]:
+    """The texts of a part from the cache, or from ``texts`` by id where given.
+
+    Raises MismatchError where the cache came without texts and they are not given.
+    """
+    if texts is not None:
+        ids = id_list(cache.text_ids(part))
+        lacking = [one for one in ids if one not in texts]
+        if lacking:
+            raise MismatchError(
+                f"{len(lacking)} texts of {part} of cache '{cache.path}' are not among the texts given; the first is {lacking[0].hex()}",
+                "Give the texts of the data that the cache was dumped from.",
+            )
+        return [texts[one] for one in ids]
+    if not cache.has_text:
+        raise MismatchError(
+            f"cache '{cache.path}' came without its texts, which the student's tokenizer needs",
+            "Give them as texts={text id: columns}, or pull the cache with its texts.",
+        )
+    return cache.texts(part)
