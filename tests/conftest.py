@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 os.environ |= {
     "HF_HUB_OFFLINE": "1",
@@ -16,6 +17,10 @@ os.environ |= {
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models gain nothing from threads, and one thread repeats exactly
 
 from kdcache.testing.tiny import make_model, reviews, write_reviews
+
+# The same examples on every run, and no time limit per example: the first one pays for imports.
+settings.register_profile("kdcache", deadline=None, derandomize=True, database=None)
+settings.load_profile("kdcache")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kdcache.cache.tokens import FIRST, LAST, MIDDLE, OTHER, TEXT
+from kdcache.cache.tokens import FIRST, LAST, MIDDLE, OTHER, TEXT, Tokens
 from kdcache.errors import ModelError, RecipeError
 
 if TYPE_CHECKING:
@@ -53,6 +53,11 @@ class EncodedTexts:
         return len(self.offsets) - 1
 
     @property
+    def tokens(self) -> Tokens:
+        """What the cache remembers of them, and what alignment needs."""
+        return Tokens(self.offsets, self.starts, self.ends, self.segments, self.roles)
+
+    @property
     def lengths(self) -> np.ndarray:
         """int64[n], tokens per text."""
         return np.diff(self.offsets)
@@ -83,16 +88,17 @@ def load_tokenizer(model: str, revision: str | None = None) -> PreTrainedTokeniz
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    looked_at = Path(model).expanduser().absolute()
+    where = f"the directory '{looked_at}'" if looked_at.is_dir() else f"'{model}' (there is no directory '{looked_at}')"
+    hint = "Give a directory with tokenizer.json, or a hub name that is in reach or already downloaded."
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, revision=revision)
     except Exception as error:  # the loaders of transformers raise OSError, ValueError, KeyError, TypeError, JSON errors …
-        looked_at = Path(model).expanduser().absolute()
-        where = f"the directory '{looked_at}'" if looked_at.is_dir() else f"'{model}' (no directory '{looked_at}')"
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise RecipeError(
-            f"no tokenizer could be loaded from {where}: {reason[0]}",
-            "Give a directory with tokenizer.json, or a hub name that is in reach or already downloaded.",
-        ) from error
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise RecipeError(f"no tokenizer could be loaded from {where}: {reason}", hint) from error
+    words = set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)
+    if len(words) < 2:  # transformers 5 makes an empty tokenizer where it finds a config alone; T5's has one word
+        raise RecipeError(f"no tokenizer could be loaded from {where}: it holds a model, but no tokenizer files", hint)
     require_fast(tokenizer)
     return tokenizer
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from kdcache.data.files import Rows
@@ -19,20 +20,21 @@ def parse_spec(spec: str, split: str) -> tuple[str, str | None, str]:
 def read_hub(spec: str, split: str) -> Rows:
     """One split of a hub data set. Raises DataError where the extra is missing, the hub out of reach, or the name unknown."""
     name, config, split = parse_spec(spec, split)
+    no_file = f"there is no data file '{Path(spec).absolute()}'"
     try:
         import datasets
     except ImportError as error:
         raise DataError(
-            f"'{spec}' is no file, and data sets by hub name need the package 'datasets'",
+            f"{no_file}, and data sets by hub name ('{spec}') need the package 'datasets'",
             "Give the path of a file, or install the extra: pip install 'kdcache[hub]'",
         ) from error
     datasets.disable_progress_bars()
     try:
         table = datasets.load_dataset(name, config, split=split)
     except Exception as error:  # datasets and huggingface_hub raise a dozen unrelated kinds, requests' own among them
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise DataError(
-            f"'{spec}' is no file, and the hub data set '{name}' (config {config or 'default'}, split '{split}') "
+            f"{no_file}, and the hub data set '{name}' (config {config or 'default'}, split '{split}') "
             f"could not be loaded: {reason}",
             "Check the name as NAME:CONFIG/SPLIT and the connection, or give the path of a file.",
         ) from error

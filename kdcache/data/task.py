@@ -15,14 +15,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kdcache.cache.ids import id_array
 from kdcache.data.counts import DataCounts, count_rows
 from kdcache.data.files import Rows, read_rows
 from kdcache.data.labels import NO_LABEL, label_cells, label_numbers, names_of
-from kdcache.data.texts import as_array, column_texts, ids_of, seeded_keys
+from kdcache.data.texts import column_texts, ids_of, seeded_keys
 from kdcache.errors import DataError
 
 if TYPE_CHECKING:
@@ -71,12 +73,11 @@ class _Split:
     groups: tuple[str, ...] | None
 
     def take(self, keep: Sequence[bool]) -> _Split:
-        def kept(values: Sequence[object]) -> list:  # type: ignore[type-arg]  # of what the field holds
-            return [value for value, wanted in zip(values, keep, strict=True) if wanted]
-
-        rows = Rows(self.rows.source, {}, kept(self.rows.lines), self.rows.unit, self.rows.class_names)
-        groups = None if self.groups is None else tuple(kept(self.groups))
-        return _Split(rows, kept(self.texts), kept(self.ids), kept(self.labels), groups)
+        """The rows where ``keep`` is true."""
+        rows = Rows(self.rows.source, {}, list(compress(self.rows.lines, keep)), self.rows.unit, self.rows.class_names)
+        groups = None if self.groups is None else tuple(compress(self.groups, keep))
+        texts, ids, labels = list(compress(self.texts, keep)), list(compress(self.ids, keep)), list(compress(self.labels, keep))
+        return _Split(rows, texts, ids, labels, groups)
 
 
 def load_task(section: DataSection) -> TaskData:
@@ -94,9 +95,10 @@ def load_task(section: DataSection) -> TaskData:
     transfer, dropped = _transfer(section, splits)
     if transfer:
         texts |= transfer
-        examples["transfer"] = Examples(as_array(list(transfer)), np.full(len(transfer), NO_LABEL, dtype=np.int64), None)
-    counts = count_rows({name: split.ids for name, split in splits.items()}, {name: rows.labels for name, rows in examples.items()},
-                        names, len(transfer), dropped)  # fmt: skip
+        examples["transfer"] = Examples(id_array(transfer), np.full(len(transfer), NO_LABEL, dtype=np.int64), None)
+    ids = {name: split.ids for name, split in splits.items()}
+    labels = {name: examples[name].labels for name in splits}
+    counts = count_rows(ids, labels, names, transfer=len(transfer), dropped=dropped)
     return TaskData(texts, examples, names, tuple(section.text), counts)
 
 
@@ -117,7 +119,7 @@ def read_examples(
         cells = label_cells(rows, label)
         names = names or names_of(cells, rows.class_names.get(label))
         labels = label_numbers(rows, cells, names, scored=True)
-    return LabelledTexts(tuple(texts), as_array(ids), labels, names)
+    return LabelledTexts(tuple(texts), id_array(ids), labels, names)
 
 
 def _read_split(section: DataSection, source: str, split: str) -> _Split:
@@ -147,7 +149,7 @@ def _class_order(section: DataSection, train: _Split) -> tuple[str, ...]:
 def _examples(name: str, split: _Split, names: tuple[str, ...], section: DataSection) -> Examples:
     listed = "data.labels" if section.labels else "training"
     labels = label_numbers(split.rows, split.labels, names, scored=name != "train", listed_by=listed)
-    return Examples(as_array(split.ids), labels, split.groups)
+    return Examples(id_array(split.ids), labels, split.groups)
 
 
 def _split_off(train: _Split, fraction: float, seed: int) -> tuple[_Split, _Split]:

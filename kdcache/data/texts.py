@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from hashlib import blake2b
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from kdcache.cache.ids import text_id
 from kdcache.errors import DataError
 
@@ -42,21 +40,14 @@ def _unusable(rows: Rows, row: int, name: str, value: object) -> DataError:
 
 
 def ids_of(rows: Rows, texts: Sequence[tuple[str, ...]]) -> list[bytes]:
-    """Text ids. Raises DataError for a text that is no Unicode (a lone surrogate out of a JSON escape)."""
+    """Text ids. Raises DataError with the line for a text that is no Unicode (half of a surrogate pair out of a JSON escape)."""
     ids = []
     for row, text in enumerate(texts):
         try:
             ids.append(text_id(text))
-        except UnicodeEncodeError as error:
-            raise DataError(
-                f"{rows.place(row)}: the text is no valid Unicode ({error.reason})", "Write the character, or both of its halves."
-            ) from error
+        except DataError as error:
+            raise DataError(f"{rows.place(row)}: {error.message}", error.hint) from error
     return ids
-
-
-def as_array(ids: Sequence[bytes]) -> np.ndarray:
-    """Text ids as uint8[n, 16]."""
-    return np.frombuffer(b"".join(ids), dtype=np.uint8).reshape(len(ids), 16)
 
 
 def seeded_keys(ids: Sequence[bytes], seed: int, purpose: str) -> list[int]:
