@@ -177,7 +177,7 @@ def _config(section: StudentSection, source: str) -> PretrainedConfig:
     be_quiet()
     if section.config is None:
         try:
-            return AutoConfig.from_pretrained(source)
+            return cast("PretrainedConfig", AutoConfig.from_pretrained(source))
         except Exception as error:  # transformers raises OSError, ValueError, KeyError … for a missing or foreign directory
             raise _not_loadable(source, error) from error
     values = dict(section.config)
@@ -185,7 +185,7 @@ def _config(section: StudentSection, source: str) -> PretrainedConfig:
     if not isinstance(model_type, str):
         raise RecipeError("student.config has no model_type", 'Example: config = { model_type = "bert", num_hidden_layers = 4 }')
     try:
-        return cast("PretrainedConfig", AutoConfig.for_model(model_type, **values))
+        return AutoConfig.for_model(model_type, **values)
     except Exception as error:  # unknown type, or a value of the wrong kind
         raise RecipeError(
             f"student.config is not usable: {_first_line(error)}", "Check model_type and the keys of that config."
@@ -204,8 +204,7 @@ def _network(section: StudentSection, source: str, config: PretrainedConfig) -> 
             "Choose an encoder, e.g. BERT, RoBERTa, DistilBERT, MPNet, ELECTRA or DeBERTa.",
         )
     model_class: Any = known[type(config)]
-    poolers = not standard and "add_pooling_layer" in inspect.signature(model_class.__init__).parameters
-    options = {"add_pooling_layer": False} if poolers else {}
+    options = {} if standard else without_pooler(model_class)
     try:
         if section.config is not None:
             return cast("PreTrainedModel", model_class(config, **options).float())
@@ -216,6 +215,12 @@ def _network(section: StudentSection, source: str, config: PretrainedConfig) -> 
         raise _not_loadable(source, error) from error
     _check_complete(model, report, source)
     return cast("PreTrainedModel", model)
+
+
+def without_pooler(model_class: Any) -> dict[str, bool]:
+    """The option that leaves out a pooler, for encoder classes that know it: the shared head pools itself."""
+    takes = inspect.signature(model_class.__init__).parameters
+    return {"add_pooling_layer": False} if "add_pooling_layer" in takes else {}
 
 
 def _check_complete(model: PreTrainedModel, report: Mapping[str, Any], source: str) -> None:

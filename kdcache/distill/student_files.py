@@ -15,13 +15,13 @@ import shutil
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from kdcache.data.encoding import encode, load_tokenizer, pad
-from kdcache.distill.student import Student, StudentModel
+from kdcache.distill.student import Student, StudentModel, without_pooler
 from kdcache.errors import DamageError, ModelError, RecipeError
 from kdcache.teachers.teacher import be_quiet
 from kdcache.training.durable import publish_directory, sync_tree
@@ -133,7 +133,7 @@ def load_student(directory: Path) -> Student:
     network = _load_network(directory, shared=record is not None and record.shared_head is not None)
     tokenizer = load_tokenizer(str(directory))
     if record is None:
-        id2label = {int(index): str(name) for index, name in network.config.id2label.items()}
+        id2label = {int(index): str(name) for index, name in (network.config.id2label or {}).items()}
         names = tuple(id2label[index] for index in sorted(id2label))
         longest = min(int(tokenizer.model_max_length), 512)
         return Student(StudentModel(network).eval(), tokenizer, names, longest, str(directory))
@@ -142,12 +142,13 @@ def load_student(directory: Path) -> Student:
 
 
 def _load_network(directory: Path, *, shared: bool) -> PreTrainedModel:
-    from transformers import AutoModel, AutoModelForSequenceClassification
+    from transformers import MODEL_MAPPING, AutoConfig, AutoModelForSequenceClassification
 
     be_quiet()
-    loader = AutoModel if shared else AutoModelForSequenceClassification
-    options = {"add_pooling_layer": False} if shared and _has_pooler_option(directory) else {}
     try:
+        config = AutoConfig.from_pretrained(directory)
+        loader: Any = MODEL_MAPPING[type(config)] if shared else AutoModelForSequenceClassification
+        options = without_pooler(loader) if shared else {}
         model, report = loader.from_pretrained(directory, dtype=torch.float32, output_loading_info=True, **options)
     except Exception as error:  # transformers raises OSError, ValueError, safetensors errors …
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -159,15 +160,6 @@ def _load_network(directory: Path, *, shared: bool) -> PreTrainedModel:
             "Give the directory of a student, or of a fine-tuned sequence classifier.",
         )
     return cast("PreTrainedModel", model)
-
-
-def _has_pooler_option(directory: Path) -> bool:
-    import inspect
-
-    from transformers import MODEL_MAPPING, AutoConfig
-
-    model_class = MODEL_MAPPING[type(AutoConfig.from_pretrained(directory))]
-    return "add_pooling_layer" in inspect.signature(model_class.__init__).parameters
 
 
 def _with_shared_head(network: PreTrainedModel, record: StudentRecord, directory: Path) -> StudentModel:

@@ -1,0 +1,121 @@
+"""What a student learns from and is scored on, and how that joins a cache.
+
+The recipe's data files decide on examples, labels and splits, so that corrected labels need no new dump; where the files are
+not at hand (a cache that a colleague made), the cache's own examples do. Either way a row meets its targets by text id.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+import numpy as np
+
+from kdcache.cache.ids import id_list
+from kdcache.data.task import Examples, load_task
+from kdcache.errors import DataError, MismatchError
+
+if TYPE_CHECKING:
+    from kdcache.cache.reader import Cache
+    from kdcache.recipe import DataSection
+
+
+class ExamplesOf(Protocol):
+    """Examples of the data files and those of a cache look alike."""
+
+    @property
+    def text_ids(self) -> np.ndarray: ...
+
+    @property
+    def labels(self) -> np.ndarray: ...
+
+
+@dataclass(frozen=True, eq=False)
+class StudentData:
+    """``texts`` by id; ``splits`` of train, validation, test and transfer, those that there are; ``origin`` for the record."""
+
+    texts: Mapping[bytes, tuple[str, ...]]
+    splits: Mapping[str, ExamplesOf]
+    label_names: tuple[str, ...]
+    text_columns: tuple[str, ...]
+    origin: str  # "recipe" or "cache"
+
+    def texts_of(self, split: str) -> list[tuple[str, ...]]:
+        """The text of every example of ``split``, in its order."""
+        return [self.texts[identity] for identity in id_list(self.splits[split].text_ids)]
+
+    def digest(self) -> str:
+        """sha256 over ids and labels of every split: what a resumed training must agree on."""
+        digest = hashlib.sha256()
+        for name in sorted(self.splits):
+            split = self.splits[name]
+            digest.update(name.encode() + split.text_ids.tobytes() + np.asarray(split.labels, np.int64).tobytes())
+        return digest.hexdigest()
+
+
+def student_data(section: DataSection, cache: Cache | None) -> StudentData:
+    """The recipe's data, or that of the cache where the recipe's training file is not there.
+
+    Raises DataError for files that are there and not usable, or not there and no cache to stand in; MismatchError where label
+    names or text columns are not those of the cache.
+    """
+    try:
+        task = load_task(section)
+    except DataError:
+        if cache is None or Path(section.train).exists() or not cache.has_text:
+            raise
+        return _data_of(cache)
+    data = StudentData(task.texts, dict(task.splits), task.label_names, task.text_columns, "recipe")
+    if cache is not None:
+        _check_same_task(data, cache)
+    return data
+
+
+def _data_of(cache: Cache) -> StudentData:
+    texts = {
+        identity: text
+        for part in cache.parts
+        for identity, text in zip(id_list(cache.text_ids(part.name)), cache.texts(part.name), strict=True)
+    }
+    splits = {name: cache.examples(name) for name in cache.splits}
+    return StudentData(texts, splits, tuple(cache.task.label_names), tuple(cache.task.text_columns), "cache")
+
+
+def _check_same_task(data: StudentData, cache: Cache) -> None:
+    if data.label_names != tuple(cache.task.label_names):
+        raise MismatchError(
+            f"the labels of the data are {', '.join(data.label_names)}; those of cache '{cache.path}' are {', '.join(cache.task.label_names)}",
+            "Set data.labels to the cache's labels in their order, or dump the teachers of this task: kdcache dump-teachers",
+        )
+    if len(data.text_columns) != len(cache.task.text_columns):
+        raise MismatchError(
+            f"the data has {len(data.text_columns)} text columns, cache '{cache.path}' has {len(cache.task.text_columns)}",
+            "Set data.text to the columns that were dumped.",
+        )
+
+
+class CacheWithData:
+    """A cache that answers with the examples of ``data`` and with everything else of its own."""
+
+    def __init__(self, cache: Cache, data: StudentData) -> None:
+        self._cache = cache
+        self._data = data
+        self.splits = tuple(data.splits)
+
+    def examples(self, split: str) -> Any:
+        """The examples of the data, not those that the cache was dumped with."""
+        if split not in self._data.splits:
+            raise MismatchError(f"the data has no split '{split}'; it has: {', '.join(self.splits)}", "Name its file in [data].")
+        found = self._data.splits[split]
+        return Examples(found.text_ids, np.asarray(found.labels, np.int64), None)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cache, name)
+
+
+def with_data(cache: Cache, data: StudentData) -> Cache:
+    """``cache`` with the examples of ``data`` in the place of its own."""
+    return cast("Cache", CacheWithData(cache, data)) if data.origin == "recipe" else cache

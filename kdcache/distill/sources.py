@@ -1,0 +1,191 @@
+"""Where a student's batches come from: which teachers, which of their layers, cached or live or none.
+
+Everything that the recipe chooses is checked against the cache here, before a model is trained on it.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kdcache.data.encoding import encode, pad
+from kdcache.distill.choice import LayerMap, chosen_teachers, even_layer_map
+from kdcache.distill.data import with_data
+from kdcache.distill.loader import CachedBatches
+from kdcache.distill.plain import PlainBatches
+from kdcache.errors import MismatchError, RecipeError
+from kdcache.training.loop import default_device
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+    from kdcache.cache.reader import Cache
+    from kdcache.distill.data import StudentData
+    from kdcache.distill.objective import ObjectiveSettings
+    from kdcache.distill.student import Student
+    from kdcache.distill.targets import TargetSource
+    from kdcache.recipe import DistillSection
+
+_LATENCY_TEXTS = 30
+_THROUGHPUT_TEXTS = 96
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Measured on this machine, after a warm-up, tokenisation left out. ``latency_ms``: median of single texts."""
+
+    device: str
+    latency_ms: float
+    texts_per_second: float  # in batches of 32 texts
+
+
+@dataclass(frozen=True)
+class TeacherFacts:
+    """What is known of a teacher that is at hand."""
+
+    parameters: int
+    speed: Speed
+
+
+def open_source(
+    section: DistillSection,
+    settings: ObjectiveSettings,
+    data: StudentData,
+    student: Student,
+    cache: Cache | None,
+    live_teachers: Path | None,
+) -> TargetSource:
+    """The source that the recipe asks for. Methods without teachers take no transfer texts: these carry no label.
+
+    Raises RecipeError where a method needs teachers and there is no cache; MismatchError where the cache lacks something.
+    """
+    uses_teachers = settings.method.uses_teachers
+    common = {"batch_size": section.batch_size, "max_length": student.max_length, "seed": section.seed}
+    if cache is None:
+        if uses_teachers:
+            raise RecipeError(
+                f"method '{settings.method.name}' learns from teachers, and there is no cache",
+                "Give the cache of their targets with --cache, or set distill.method = 'fine-tune'.",
+            )
+        return PlainBatches(data, student.tokenizer, **common)
+    names, layer_map = choose(section, settings, cache, student.model.depth)
+    joined = with_data(cache, data)
+    shared = common | {
+        "window": section.window,
+        "missing": section.missing,
+        "with_transfer": uses_teachers and "transfer" in data.splits,
+        "layer_map": layer_map,
+        "hidden": settings.needs_hidden,
+        "logits": settings.needs_logits,
+        "texts": None if cache.has_text else data.texts,
+    }
+    if live_teachers is not None and uses_teachers:
+        return _live(joined, student.tokenizer, names, live_teachers, shared)
+    return CachedBatches(joined, student.tokenizer, teachers=names, **shared)  # type: ignore[arg-type]  # plain keywords
+
+
+def choose(
+    section: DistillSection, settings: ObjectiveSettings, cache: Cache, student_layers: int
+) -> tuple[tuple[str, ...], LayerMap]:
+    """Teachers and layer map: g(j) = round(j * depth / K) of the design, or what ``distill.teacher_layers`` says.
+
+    A layer that the cache lacks is never replaced by another. Raises MismatchError naming the stored ones, RecipeError for
+    lists of the wrong length and for teachers that are not used.
+    """
+    if not settings.method.uses_teachers:
+        return (), {}
+    names, _ = chosen_teachers(cache, section.teachers, None)
+    if not settings.needs_hidden:
+        return names, {}
+    layer_map = even_layer_map(cache, names, student_layers)
+    for name, layers in (section.teacher_layers or {}).items():
+        if name not in names:
+            raise RecipeError(
+                f"distill.teacher_layers names teacher '{name}', which is not used; used are: {', '.join(names)}",
+                "Take it out there, or add it to distill.teachers.",
+            )
+        if len(layers) != student_layers:
+            raise RecipeError(
+                f"distill.teacher_layers gives {len(layers)} layers for teacher '{name}'; the student has {student_layers} layers",
+                "Name one teacher layer for each student layer.",
+            )
+        layer_map[name] = tuple(layers)
+    return chosen_teachers(cache, names, layer_map)
+
+
+def _live(
+    cache: Cache,
+    tokenizer: PreTrainedTokenizerBase,
+    names: Sequence[str],
+    directory: Path,
+    options: Mapping[str, object],
+) -> TargetSource:
+    from kdcache.distill.live import LiveBatches
+    from kdcache.teachers.bundle import load_teacher
+
+    teachers = [load_teacher(directory, name) for name in names]
+    return LiveBatches(cache, tokenizer, teachers=teachers, **options)  # type: ignore[arg-type]  # plain keywords
+
+
+def teachers_beside(cache: Path | None, run_root: Path) -> Path | None:
+    """The directory of co-finetuned teachers that is at hand: the run's own, or the one beside the cache."""
+    from kdcache.teachers.bundle import is_bundle
+
+    candidates = [run_root / "teachers", *([cache.parent / "teachers"] if cache is not None else [])]
+    return next((directory for directory in candidates if is_bundle(directory)), None)
+
+
+def check_teachers(
+    directory: Path | None, cache: Cache, names: Sequence[str], texts: Sequence[tuple[str, ...]]
+) -> dict[str, TeacherFacts]:
+    """Compare the teachers at hand, files and all, with those of the cache, and measure them one at a time on ``texts``.
+
+    Raises MismatchError where one is another: then the cache would teach what these teachers do not say.
+    """
+    from kdcache.teachers.bundle import load_teacher, teacher_names
+
+    known = teacher_names(directory) if directory is not None else []
+    facts: dict[str, TeacherFacts] = {}
+    for name in [name for name in names if name in known]:
+        assert directory is not None
+        teacher = load_teacher(directory, name)
+        stored, found = asdict(cache.teachers[name].fingerprints), asdict(teacher.fingerprints)
+        differing = [
+            f"{key} ({stored[key][:12]} in the cache, {found[key][:12]} there)" for key in stored if stored[key] != found[key]
+        ]
+        if differing:
+            raise MismatchError(
+                f"teacher '{name}' in '{directory}' is not the one of cache '{cache.path}'; they differ in {', '.join(differing)}",
+                "Dump again with kdcache dump-teachers, or move those teachers away from beside the cache.",
+            )
+        parameters = sum(parameter.numel() for parameter in teacher.model.parameters())
+        facts[name] = TeacherFacts(parameters, measure_speed(teacher.model, teacher.tokenizer, teacher.max_length, texts))
+    return facts
+
+
+def measure_speed(
+    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, max_length: int, texts: Sequence[tuple[str, ...]]
+) -> Speed:
+    """Median milliseconds of a single text, and texts per second in batches of 32, on the device that training would take."""
+    import torch
+
+    device = default_device()
+    model.to(device).eval()
+    texts = texts[:_THROUGHPUT_TEXTS]
+    encoded, padding = encode(tokenizer, texts, max_length), int(tokenizer.pad_token_id or 0)
+
+    def seconds(rows: Sequence[int]) -> float:
+        inputs = {name: tensor.to(device) for name, tensor in pad(encoded, rows, padding).items()}
+        started = time.perf_counter()
+        model(inputs).logits.cpu()  # the copy waits for the device
+        return time.perf_counter() - started
+
+    with torch.no_grad():
+        singles = [seconds([row]) for row in [0, 0, *range(min(len(texts), _LATENCY_TEXTS))]][2:]
+        whole = sum(seconds(range(first, min(first + 32, len(texts)))) for first in range(0, len(texts), 32))
+    return Speed(device.type, round(1000 * statistics.median(singles), 3), round(len(texts) / whole, 1))

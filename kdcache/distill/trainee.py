@@ -1,0 +1,72 @@
+"""A student in training, as the shared loop sees it: batches with targets in, losses out, the best epoch kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kdcache.distill.evaluation import EncodedSplit, selection_score, split_scores
+from kdcache.distill.objective import DistillationModel, step_counts
+from kdcache.training import checkpoints
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from kdcache.distill.targets import Batch, TargetSource
+
+
+class DistillTrainee:
+    """``distillation`` holds student and projections; ``best`` is the directory that keeps the best epoch's student."""
+
+    def __init__(
+        self,
+        distillation: DistillationModel,
+        source: TargetSource,
+        validation: EncodedSplit | None,
+        best: Path,
+        identity: Mapping[str, Any],
+        *,
+        accumulation: int = 1,
+        select_by: str = "accuracy",
+    ) -> None:
+        self.model: nn.Module = distillation
+        self.steps_per_epoch = source.steps_per_epoch
+        self._student = distillation.student
+        self._source = source
+        self._validation = validation
+        self._best = best
+        self._identity = identity
+        self._accumulation = accumulation
+        self._select_by = select_by
+
+    def batches(self, epoch: int, first_step: int) -> Iterator[Batch]:
+        """One batch per optimizer step."""
+        return self._source.batches(epoch, first_step)
+
+    def losses(self, batch: Batch) -> Iterator[tuple[Tensor, dict[str, float | Tensor]]]:
+        """The loss of each micro-batch, divided by the counts of the whole step, and its terms before their weights."""
+        device = next(self.model.parameters()).device
+        counts = step_counts([batch])
+        for piece in batch.split(self._accumulation):
+            loss, terms = self.model(piece.to(device, non_blocking=True), counts)
+            yield loss, dict(terms)
+
+    def evaluate(self, epoch: int) -> dict[str, float]:  # noqa: ARG002 - of the protocol
+        """Scores on validation; nothing without one, which makes the last epoch the best."""
+        if self._validation is None:
+            return {}
+        found = split_scores(self._student, self._validation)
+        return {
+            "score": selection_score(found, self._select_by),
+            **{f"validation/{name}": value for name, value in found.items()},
+        }
+
+    def keep_best(self, epoch: int, metrics: dict[str, float]) -> None:  # noqa: ARG002 - of the protocol
+        """Keep the student's weights durably; the projections have served."""
+        checkpoints.save(self._best, {"student": self._student.state_dict()}, step=epoch + 1, identity=self._identity)
+
+    def load_best(self, epoch: int) -> None:
+        """Put the weights of ``epoch`` (from 0) back into the student."""
+        state = checkpoints.load_step(self._best, epoch + 1)["student"]
+        self._student.load_state_dict(state)
