@@ -79,15 +79,14 @@ class RunDirectory:
     def report(self) -> Path:
         return self.root / "report.html"
 
-    def create(self, recipe_toml: str) -> None:
-        """Make the directory and write the resolved recipe into it."""
+    def create(self) -> None:
+        """Make the directory; StorageError where that is not possible."""
         try:
             self.root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StorageError(
                 f"cannot make the run directory '{self.root}': {error.strerror}", "Give another --output-dir."
             ) from error
-        write_durably(self.recipe_file, recipe_toml)
 
 
 def changes(run: RunDirectory, stage: Stage, inputs: Inputs) -> list[str] | None:

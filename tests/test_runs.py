@@ -72,7 +72,7 @@ def test_files_count_by_content(recipe: Path, tmp_path: Path) -> None:
 
 def test_changes_are_named_by_key(recipe: Path, tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "run")
-    run.create("")
+    run.create()
     now = stage_inputs(load_recipe(recipe), "teachers")
     assert changes(run, "teachers", now) is None
     mark_finished(run, "teachers", now, 1.0)
@@ -86,7 +86,7 @@ def test_changes_are_named_by_key(recipe: Path, tmp_path: Path) -> None:
 
 def test_an_added_teacher_is_named(recipe: Path, tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "run")
-    run.create("")
+    run.create()
     mark_finished(run, "teachers", stage_inputs(load_recipe(recipe), "teachers"), 1.0)
     recipe.write_text(RECIPE.replace("[student]", '[[teachers]]\nname = "new"\nmodel = "hub/new"\n[student]'))
     lines = changes(run, "teachers", stage_inputs(load_recipe(recipe), "teachers"))
@@ -116,7 +116,7 @@ def test_a_damaged_record_is_named(tmp_path: Path, text: str) -> None:
 def test_a_run_directory_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="cannot make the run directory"):
-        RunDirectory(tmp_path / "file" / "run").create("")
+        RunDirectory(tmp_path / "file" / "run").create()
 
 
 def test_the_baseline_is_a_run_inside_the_run(tmp_path: Path) -> None:

@@ -14,9 +14,14 @@ from kdcache.cli.output import out
 
 def distill(
     recipe: RecipeFile,
-    cache: Annotated[Path, typer.Option(metavar="PATH", help="The cache of the teachers' targets.", show_default=False)],
     settings: Settings = None,
     output_dir: OutputDir = RUNS,
+    cache: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PATH", help="The cache of the teachers' targets; that of the run where not given.", show_default=False
+        ),
+    ] = None,
     live_teachers: Annotated[
         Path | None,
         typer.Option(

@@ -49,12 +49,11 @@ class Job:
 def open_job(
     recipe: Path, settings: list[str] | None, output_dir: Path, *, teachers: Path | None = None, cache: Path | None = None
 ) -> Job:
-    """Read the recipe, make its run directory, write the resolved recipe into it."""
+    """Read the recipe and say where its run lies; nothing is written."""
     from kdcache.progress import RichProgress
-    from kdcache.recipe import dump_toml, load_recipe
+    from kdcache.recipe import load_recipe
     from kdcache.runs import RunDirectory
 
     loaded = load_recipe(recipe, settings)
     run = RunDirectory(output_dir / loaded.name)
-    run.create(dump_toml(loaded))
     return Job(loaded, run, teachers or run.teachers, cache or run.cache, RichProgress())

@@ -35,6 +35,8 @@ def run(
         "baseline": lambda: stages.baseline(job, replace=replace),
         "student": lambda: stages.distill(job, replace=replace),
     }
+    if not job.recipe.teachers:
+        del todo["teachers"], todo["cache"]
     if no_baseline or job.recipe.distill.method == "fine-tune":
         del todo["baseline"]
     for stage, work in todo.items():

@@ -10,6 +10,9 @@ import shlex
 import shutil
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace as replaced
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,46 +29,37 @@ if TYPE_CHECKING:
 
 def cofinetune(job: Job, *, add: str | None = None) -> CofinetuneResult:
     """Co-finetune all teachers, or ``add`` one to those that are there."""
-    from kdcache.runs import mark_finished, stage_inputs
+    from kdcache.runs import stage_inputs
     from kdcache.teachers import cofinetune as stage
 
-    started = time.perf_counter()
     work = job.run.checkpoints / "cofinetune"
-    if add is None:
-        result = stage.cofinetune(job.recipe, job.teachers, work, progress=job.progress, metrics=job.run.metrics)
-    else:
-        result = stage.add_teacher(job.recipe, add, job.teachers, work, progress=job.progress, metrics=job.run.metrics)
-    mark_finished(job.run, "teachers", stage_inputs(job.recipe, "teachers"), time.perf_counter() - started)
-    return result
+    with _recorded(job, job.run, "teachers", stage_inputs(job.recipe, "teachers")):
+        if add is None:
+            return stage.cofinetune(job.recipe, job.teachers, work, progress=job.progress, metrics=job.run.metrics)
+        return stage.add_teacher(job.recipe, add, job.teachers, work, progress=job.progress, metrics=job.run.metrics)
 
 
 def dump(job: Job, *, repair: bool = False) -> DumpReport:
     """Run each teacher once over the data; what the cache holds already is left."""
     from kdcache.dump.stage import dump_teachers
-    from kdcache.runs import mark_finished
 
-    started = time.perf_counter()
-    inputs = _cache_inputs(job)
-    report = dump_teachers(job.recipe, job.teachers, job.cache, progress=job.progress, repair=repair, provenance=provenance())
-    mark_finished(job.run, "cache", inputs, time.perf_counter() - started)
-    return report
+    with _recorded(job, job.run, "cache", _cache_inputs(job)):
+        return dump_teachers(job.recipe, job.teachers, job.cache, progress=job.progress, repair=repair, provenance=provenance())
 
 
 def distill(job: Job, *, live_teachers: Path | None = None, replace: bool = False) -> DistillResult:
     """Train the recipe's student from the cache, or with the teachers running live."""
-    from kdcache.distill import stage
+    from kdcache.distill.stage import distill as train
 
     inputs = student_inputs(job, live=live_teachers is not None)
     _keep_or_replace(job.run, "student", inputs, replace=replace)
-    return _train_student(job, job.run, "student", inputs, stage.distill, live_teachers)
+    with _recorded(job, job.run, "student", inputs):
+        return train(job.recipe, cache_at_hand(job), job.run.root, live_teachers=live_teachers, progress=job.progress)
 
 
 def baseline(job: Job, *, replace: bool = False) -> DistillResult:
-    """The same student without teachers, with the same seed and settings, in ``baseline/``."""
-    from dataclasses import replace as changed
-
-    from kdcache.distill import stage
-    from kdcache.recipe import dump_toml
+    """The same student without teachers, with the same seed, settings and order of rows, in ``baseline/``."""
+    from kdcache.distill.stage import distill as train
     from kdcache.runs import stage_inputs
 
     inputs = stage_inputs(job.recipe, "baseline")
@@ -73,9 +67,23 @@ def baseline(job: Job, *, replace: bool = False) -> DistillResult:
     alone = job.recipe.model_copy(
         update={"distill": job.recipe.distill.model_copy(update={"method": "fine-tune", "paper": False})}
     )
-    run = job.run.baseline
-    run.create(dump_toml(alone))
-    return _train_student(changed(job, recipe=alone), run, "baseline", inputs, stage.distill, None)
+    with _recorded(replaced(job, recipe=alone), job.run.baseline, "baseline", inputs):
+        return train(alone, cache_at_hand(job), job.run.baseline.root, progress=job.progress)
+
+
+@contextmanager
+def _recorded(job: Job, place: RunDirectory, stage: Stage, inputs: Inputs) -> Iterator[None]:
+    """Around a stage: the run directory before it; recipe, inputs and time once it is complete."""
+    from kdcache.recipe import dump_toml
+    from kdcache.runs import mark_finished, write_durably
+
+    started = time.perf_counter()
+    place.create()
+    if not place.recipe_file.exists():
+        write_durably(place.recipe_file, dump_toml(job.recipe))
+    yield
+    write_durably(place.recipe_file, dump_toml(job.recipe))
+    mark_finished(job.run, stage, inputs, time.perf_counter() - started)
 
 
 def is_finished(job: Job, stage: Stage, *, live: bool = False) -> bool:
@@ -90,6 +98,11 @@ def is_finished(job: Job, stage: Stage, *, live: bool = False) -> bool:
     return result.exists() and changes(job.run, stage, stage_inputs(job.recipe, stage)) == []
 
 
+def cache_at_hand(job: Job) -> Path | None:
+    """The run's own cache where there is one; one named by a flag in any case, so that its absence is an error."""
+    return job.cache if job.cache != job.run.cache or job.cache.exists() else None
+
+
 def provenance() -> dict[str, Any]:
     """The command and where it ran: kept in the manifest, apart from identity."""
     import platform
@@ -102,17 +115,6 @@ def provenance() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "versions": {"kdcache": __version__} | {name: version(name) for name in packages},
     }
-
-
-def _train_student(
-    job: Job, run: RunDirectory, stage: Stage, inputs: Inputs, train: Any, live_teachers: Path | None
-) -> DistillResult:
-    from kdcache.runs import mark_finished
-
-    started = time.perf_counter()
-    result: DistillResult = train(job.recipe, job.cache, run.root, live_teachers=live_teachers, progress=job.progress)
-    mark_finished(job.run, stage, inputs, time.perf_counter() - started)
-    return result
 
 
 def _keep_or_replace(run: RunDirectory, stage: Stage, inputs: Inputs, *, replace: bool) -> None:

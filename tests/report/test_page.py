@@ -18,7 +18,8 @@ from tests.report.test_table import results
 @pytest.fixture
 def run(tmp_path: Path) -> RunDirectory:
     directory = RunDirectory(tmp_path / "reviews")
-    directory.create('name = "reviews"  # <escaped>\n')
+    directory.create()
+    directory.recipe_file.write_text('name = "reviews"  # <escaped>\n')
     directory.results.write_text(json.dumps(results(0.84)))
     lines = [
         {"stage": "distill", "event": "steps", "step": step, "epoch": 1, "loss": 2.0 / step, "hidden": 100.0 * step, "steps": 10}
