@@ -74,7 +74,7 @@ class StudentTokens:
             assert made.first is not None and made.src is not None and made.weight is not None
             save_arrays(path, {"first": made.first, "src": made.src, "weight": made.weight})
             return made
-        return PartAlignment(len(student.input_ids), **kept)  # type: ignore[arg-type]
+        return PartAlignment(len(student.input_ids), **kept)
 
     def _path(self, kind: str, *made_of: bytes | str) -> Path:
         digest = hashlib.sha256(f"{_FORMAT}\0{self.fingerprint}\0{self.max_length}\0{TRUNCATION}".encode())

@@ -172,18 +172,19 @@ def loader(
     dumps use by default, or where ``layer_map`` says which of each teacher's layers student layer 1..K learns from.
     ``max_length`` is that of the teachers where not given. Errors are those of ``CachedBatches``.
     """
-    from kdcache.cache.reader import open_cache
+    if isinstance(cache, str | Path):
+        from kdcache.cache.reader import open_cache
 
-    opened = open_cache(cache) if isinstance(cache, str | Path) else cache
+        cache = open_cache(cache)
     if layer_map is None and student_layers is not None:
-        layer_map = even_layer_map(opened, teachers, student_layers)
+        layer_map = even_layer_map(cache, teachers, student_layers)
     return CachedBatches(
-        opened,
+        cache,
         tokenizer,
         split,
         with_transfer,
         batch_size=batch_size,
-        max_length=largest_max_length(opened) if max_length is None else max_length,
+        max_length=largest_max_length(cache) if max_length is None else max_length,
         teachers=teachers,
         layer_map=layer_map,
         seed=seed,

@@ -1,0 +1,346 @@
+"""Cached batches: right values for every row, in the promised order, for any process and after any interruption."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+
+from kdcache.cache.ids import text_id
+from kdcache.data.encoding import encode, pad
+from kdcache.distill.align_store import student_tokens
+from kdcache.distill.alignment import align
+from kdcache.distill.loader import CachedBatches, cached_logits, loader
+from kdcache.errors import DamageError, MismatchError, RecipeError
+from kdcache.testing import tiny
+from kdcache.testing.memory_cache import MemoryCache, MemoryTeacher, Text, truth, truth_logits
+
+if TYPE_CHECKING:
+    from kdcache.distill.targets import Batch
+
+MAP = {"bert": (2, 4), "roberta": (4, 4), "xlm": (2, 4)}
+
+
+@pytest.fixture(autouse=True)
+def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KDCACHE_HOME", str(tmp_path / "home"))
+
+
+@pytest.fixture(scope="module")
+def tokenizers() -> dict[str, Any]:
+    return {
+        "student": tiny.wordpiece_tokenizer(),
+        "roberta": tiny.bytelevel_tokenizer(),
+        "xlm": tiny.sentencepiece_tokenizer(),
+    }
+
+
+def texts(count: int) -> list[Text]:
+    odd = [("crème brûlée naïve 👍🏽",), ("日本語 の film",), ("  spaces   good  ",), ("good " * 70,)]
+    return [*odd, *((text,) for text, _ in tiny.reviews(count - len(odd), seed=3))]
+
+
+def cache_of(tokenizers: dict[str, Any], count: int = 60, part_size: int = 8, dtype: str = "float32", **more: Any) -> MemoryCache:
+    """Train repeats one text; two of its texts are transfer texts without a label."""
+    known = texts(count)
+    parts = [known[start : start + part_size] for start in range(0, count, part_size)]
+    teachers = {
+        "bert": MemoryTeacher(tokenizers["student"], dtype=dtype),
+        "roberta": MemoryTeacher(tokenizers["roberta"], dtype=dtype),
+        "xlm": MemoryTeacher(tokenizers["xlm"], max_length=40, dtype=dtype),
+    }
+    rows = [(text, index % 2) for index, text in enumerate(known[:-2])]
+    splits = {"train": [*rows, rows[0]], "transfer": [(text, -1) for text in known[-2:]]}
+    return MemoryCache(parts, teachers, splits, **more)
+
+
+def batches_of(cache: MemoryCache, tokenizers: dict[str, Any], **options: Any) -> CachedBatches:
+    options = {"batch_size": 7, "max_length": 64, "layer_map": MAP, "hidden": True, "window": 3, "seed": 5, **options}
+    return CachedBatches(cache, tokenizers["student"], **options)  # type: ignore[arg-type]
+
+
+def expected_row(cache: MemoryCache, tokenizers: dict[str, Any], teacher: str, layer: int, text: Text) -> dict[int, np.ndarray]:
+    """Student token -> target, from the definition."""
+    spec = cache.memory_teachers[teacher]
+    student = student_tokens(encode(tokenizers["student"], [text], 64))
+    encoded = student_tokens(encode(spec.tokenizer, [text], spec.max_length))
+    values = truth(teacher, layer, text, int(encoded.offsets[-1]), spec.layers[layer])
+    aligned = align(student, encoded)
+    assert aligned.first is not None and aligned.src is not None and aligned.weight is not None
+    return {
+        token: aligned.weight[low:high] @ values[aligned.src[low:high]]
+        for token, (low, high) in enumerate(zip(aligned.first[:-1], aligned.first[1:], strict=True))
+        if high > low
+    }
+
+
+def check_batch(batch: Batch, cache: MemoryCache, tokenizers: dict[str, Any], tolerance: float = 1e-5) -> None:
+    by_id = {text_id(text): text for part in cache.part_texts for text in part}
+    rows = [by_id[one.tobytes()] for one in batch.text_ids]
+    encoded = encode(tokenizers["student"], rows, 64)
+    inputs = pad(encoded, np.arange(len(rows)), tokenizers["student"].pad_token_id)
+    assert batch.inputs.keys() == inputs.keys()
+    assert all(torch.equal(batch.inputs[name], tensor) for name, tensor in inputs.items())
+    length = inputs["input_ids"].shape[1]
+    assert batch.targets is not None
+    for index, teacher in enumerate(batch.targets.teachers):
+        wanted = np.stack([truth_logits(teacher, text, 2) for text in rows])
+        assert np.array_equal(batch.targets.logits[index].numpy(), wanted)
+        for student_layer, layer in enumerate(MAP[teacher], start=1):
+            hidden = batch.targets.hidden[index, student_layer]
+            places = {
+                row * length + token: value
+                for row, text in enumerate(rows)
+                for token, value in expected_row(cache, tokenizers, teacher, layer, text).items()
+            }
+            assert hidden.positions.tolist() == sorted(places)
+            np.testing.assert_allclose(hidden.aligned().numpy(), np.stack([places[p] for p in sorted(places)]), atol=tolerance)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float16", 5e-3), ("int8", 3e-2)])
+def test_every_row_has_its_own_targets(tokenizers: dict[str, Any], dtype: str, tolerance: float) -> None:
+    cache = cache_of(tokenizers, dtype=dtype)
+    source = batches_of(cache, tokenizers)
+    seen = []
+    for batch in source.batches(0):
+        check_batch(batch, cache, tokenizers, tolerance)
+        assert batch.targets is not None
+        assert batch.targets.hidden[1, 1].values.dtype == getattr(torch, dtype), "targets travel as they were stored"
+        seen += [one.tobytes() for one in batch.text_ids]
+    rows = [*cache.split_rows["train"], *cache.split_rows["transfer"]]
+    assert sorted(seen) == sorted(text_id(text) for text, _ in rows)
+    assert source.coverage["bert"] == 1.0
+    assert 0.5 < source.coverage["xlm"] < 1.0, "truncated at 40 tokens, it cannot cover the long text"
+
+
+def test_labels_follow_their_texts(tokenizers: dict[str, Any]) -> None:
+    cache = cache_of(tokenizers)
+    labels = {text_id(text): label for rows in cache.split_rows.values() for text, label in rows}
+    for batch in batches_of(cache, tokenizers).batches(1):
+        assert batch.labels.tolist() == [labels[one.tobytes()] for one in batch.text_ids]
+
+
+def same(one: Batch, other: Batch) -> bool:
+    assert one.targets is not None and other.targets is not None
+    pairs = [(one.labels, other.labels), (one.targets.logits, other.targets.logits)]
+    pairs += [(tensor, other.inputs[name]) for name, tensor in one.inputs.items()]
+    for key, hidden in one.targets.hidden.items():
+        pairs += [
+            (hidden.aligned(), other.targets.hidden[key].aligned()),
+            (hidden.positions, other.targets.hidden[key].positions),
+        ]
+    return np.array_equal(one.text_ids, other.text_ids) and all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_an_epoch_continues_in_the_middle(tokenizers: dict[str, Any]) -> None:
+    cache = cache_of(tokenizers)
+    whole = list(batches_of(cache, tokenizers).batches(2))
+    for first in (0, 1, 4, len(whole) - 1, len(whole)):
+        rest = list(batches_of(cache, tokenizers).batches(2, first))
+        assert len(rest) == len(whole) - first
+        assert all(same(a, b) for a, b in zip(rest, whole[first:], strict=True))
+
+
+def test_one_source_serves_many_epochs_without_reading_again(tokenizers: dict[str, Any]) -> None:
+    cache = cache_of(tokenizers)
+    source = batches_of(cache, tokenizers)
+    first = [batch.text_ids.tobytes() for batch in source.batches(0)]
+    assert set(cache.reads.values()) == {1}
+    second = [batch.text_ids.tobytes() for batch in source.batches(1)]
+    assert set(cache.reads.values()) == {1}, "with memory for all parts, none is read twice"
+    assert first != second
+    assert [batch.text_ids.tobytes() for batch in source.batches(0)] == first
+
+
+def test_memory_decides_what_stays_but_not_what_comes(tokenizers: dict[str, Any]) -> None:
+    cache = cache_of(tokenizers)
+    poor, rich = batches_of(cache, tokenizers, memory_bytes=1), batches_of(cache, tokenizers)
+    for epoch in range(2):
+        assert all(same(a, b) for a, b in zip(poor.batches(epoch), rich.batches(epoch), strict=True))
+    assert max(cache.reads.values()) == 3, "each part once per epoch for the poor one, once for the rich one"
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_processes_partition_every_step(tokenizers: dict[str, Any], world: int) -> None:
+    cache = cache_of(tokenizers)
+    alone = batches_of(cache, tokenizers)
+    ranks = [batches_of(cache, tokenizers, rank=rank, world=world) for rank in range(world)]
+    assert len({source.steps_per_epoch for source in ranks}) == 1
+    for whole, *shares in zip(alone.batches(0), *(source.batches(0) for source in ranks), strict=False):
+        assert np.array_equal(np.concatenate([share.text_ids for share in shares]), whole.text_ids)
+        for share in shares:
+            check_batch(share, cache, tokenizers)
+
+
+def test_a_last_step_too_short_for_all_processes_is_left_out(tokenizers: dict[str, Any]) -> None:
+    cache = cache_of(tokenizers)
+    rows = sum(map(len, cache.split_rows.values()))
+    source = batches_of(cache, tokenizers, batch_size=rows - 1, rank=1, world=2)
+    assert source.steps_per_epoch == 1
+    assert len(list(source.batches(0))) == 1
+    with pytest.raises(RecipeError, match="cannot be shared"):
+        batches_of(cache, tokenizers, batch_size=1, rank=1, world=2)
+
+
+def test_only_what_is_asked_for_is_read(tokenizers: dict[str, Any]) -> None:
+    cache = cache_of(tokenizers)
+    batch = next(batches_of(cache, tokenizers, teachers=["xlm", "bert"], hidden=False).batches(0))
+    assert batch.targets is not None and batch.targets.teachers == ("xlm", "bert") and not batch.targets.hidden
+    assert {what for what, _ in cache.reads} == {"texts", "outputs xlm", "outputs bert"}
+    cache.reads.clear()
+    batch = next(batches_of(cache, tokenizers, teachers=["roberta"], logits=False).batches(0))
+    assert batch.targets is not None and batch.targets.logits.shape == (1, 7, 0)
+    assert {what for what, _ in cache.reads} == {"tokens roberta", "hidden roberta 4"}, "texts are encoded once and kept"
+    cache.reads.clear()
+    assert next(batches_of(cache, tokenizers, teachers=[], hidden=False).batches(0)).targets is None
+    assert not cache.reads
+
+
+def test_start_up_and_the_first_batch_touch_one_part(tokenizers: dict[str, Any]) -> None:
+    touched: list[int] = []
+    first: list[int] = []
+    released = threading.Event()
+
+    def on_read(_what: str, part: int) -> None:
+        touched.append(part)
+        if part not in first:
+            assert released.wait(60)
+
+    cache = cache_of(tokenizers, count=200, part_size=50, on_read=on_read)
+    source = batches_of(cache, tokenizers, window=2)
+    assert not touched, "nothing is scanned at start"
+    first += {int(source.epochs.examples.parts[row]) for row in source.epochs.rows(source.epochs.order(0), 0)}
+    assert len(first) == 1
+    batches = source.batches(0)
+    next(batches)
+    released.set()
+    batches.close()  # type: ignore[attr-defined]
+
+
+def threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("kdcache")]
+
+
+@pytest.mark.parametrize("error", [DamageError("file x is damaged", "repair"), KeyboardInterrupt(), RuntimeError("any")])
+def test_what_a_thread_raises_reaches_the_consumer(tokenizers: dict[str, Any], error: BaseException) -> None:
+    def on_read(what: str, part: int) -> None:
+        if what == "hidden bert 2" and part == 3:
+            raise error
+
+    cache = cache_of(tokenizers, on_read=on_read)
+    with pytest.raises(type(error)) as raised:
+        list(batches_of(cache, tokenizers).batches(0))
+    assert raised.value is error
+    assert not threads()
+
+
+def test_no_thread_outlives_its_consumer(tokenizers: dict[str, Any]) -> None:
+    cache = cache_of(tokenizers)
+    source = batches_of(cache, tokenizers)
+    for _ in source.batches(0):
+        break
+    assert not threads()
+    held = source.batches(0)
+    next(held)
+    assert threads()
+    held.close()  # type: ignore[attr-defined]
+    assert not threads()
+    with pytest.raises(ZeroDivisionError):
+        for _ in source.batches(0):
+            raise ZeroDivisionError
+    assert not threads()
+    list(source.batches(0))
+    assert not threads()
+
+
+def test_a_process_that_ends_with_an_open_iterator_does_not_hang() -> None:
+    import subprocess
+    import sys
+
+    code = (
+        "from kdcache.distill.prefetch import in_background; import itertools\n"
+        "held = in_background(lambda: itertools.count())\nprint(next(held))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "0\n")
+
+
+def test_timing_of_the_threads_changes_nothing(tokenizers: dict[str, Any]) -> None:
+    rng = np.random.default_rng(0)
+    quick = cache_of(tokenizers)
+    slow = cache_of(tokenizers, on_read=lambda _what, _part: time.sleep(float(rng.random()) * 0.004))
+    pairs: Iterator[tuple[Batch, Batch]] = zip(
+        batches_of(quick, tokenizers).batches(0), batches_of(slow, tokenizers).batches(0), strict=True
+    )
+    assert all(same(one, other) for one, other in pairs)
+
+
+def test_texts_that_the_cache_lacks(tokenizers: dict[str, Any]) -> None:
+    cache = cache_of(tokenizers)
+    cache.split_rows = {"train": [*cache.split_rows["train"], (("never seen",), 1), (("nor this",), 0)]}
+    cache.splits = ("train",)
+    with pytest.raises(MismatchError, match=f"lacks 2 of the 61 texts of 'train'; the first, {text_id(('never seen',)).hex()}"):
+        batches_of(cache, tokenizers)
+    source = batches_of(cache, tokenizers, missing="skip")
+    assert source.skipped == 2
+    assert sum(len(batch) for batch in source.batches(0)) == 59
+    cache.split_rows = {"train": [(("never seen",), 1)]}
+    with pytest.raises(MismatchError, match="holds the text of none of the 1 examples of 'train'"):
+        batches_of(cache, tokenizers, missing="skip")
+
+
+def test_texts_that_are_there_with_logits_only(tokenizers: dict[str, Any]) -> None:
+    cache = cache_of(tokenizers, scopes=["full"] * 7 + ["logits"])
+    with pytest.raises(MismatchError, match="with logits only, without hidden states"):
+        batches_of(cache, tokenizers)
+    assert batches_of(cache, tokenizers, hidden=False).skipped == 0
+    assert batches_of(cache, tokenizers, missing="skip").skipped == 4
+
+
+def test_names_that_the_cache_does_not_know(tokenizers: dict[str, Any]) -> None:
+    cache = cache_of(tokenizers)
+    with pytest.raises(MismatchError, match="no teacher 'gpt'; it has: bert, roberta, xlm"):
+        batches_of(cache, tokenizers, teachers=["gpt"])
+    with pytest.raises(MismatchError, match="no hidden states of layer 3 of teacher 'xlm'; it has layers: 2, 4"):
+        batches_of(cache, tokenizers, layer_map={"xlm": (3, 4)})
+    with pytest.raises(RecipeError, match="bert: 1, roberta: 2"):
+        batches_of(cache, tokenizers, layer_map={"bert": (2,), "roberta": (2, 4)})
+    with pytest.raises(RecipeError, match="window is 0"):
+        batches_of(cache, tokenizers, window=0)
+
+
+def test_a_cache_without_texts_takes_them_from_the_caller(tokenizers: dict[str, Any]) -> None:
+    cache = cache_of(tokenizers, has_text=False)
+    with pytest.raises(MismatchError, match="came without its texts"):
+        list(batches_of(cache, tokenizers).batches(0))
+    given = {text_id(text): text for part in cache.part_texts for text in part}
+    for batch in batches_of(cache, tokenizers, texts=given).batches(0):
+        check_batch(batch, cache, tokenizers)
+    given.popitem()
+    with pytest.raises(MismatchError, match="1 texts of part-00007"):
+        list(batches_of(cache, {**tokenizers, "student": tokenizers["roberta"]}, texts=given).batches(0))
+
+
+def test_logits_of_a_split_come_in_its_order(tokenizers: dict[str, Any]) -> None:
+    cache = cache_of(tokenizers)
+    table = batches_of(cache, tokenizers, teachers=["xlm", "bert"]).logits_for("train")
+    rows = cache.split_rows["train"]
+    for index, teacher in enumerate(("xlm", "bert")):
+        assert np.array_equal(table[index].numpy(), np.stack([truth_logits(teacher, text, 2) for text, _ in rows]))
+    assert cached_logits(cache, (), "train").shape == (0, len(rows), 2)  # type: ignore[arg-type]
+
+
+def test_the_public_helper_chooses_what_is_usual(tokenizers: dict[str, Any]) -> None:
+    cache = cache_of(tokenizers)
+    source = loader(cache, tokenizers["student"], student_layers=2, batch_size=5)  # type: ignore[arg-type]
+    assert source.layer_map == {"bert": (2, 4), "roberta": (2, 4), "xlm": (2, 4)}
+    assert source.target_dim("xlm", 4) == 5 and source.target_variance("xlm", 4) == 4.5
+    batch = next(source.batches(0))
+    assert batch.inputs["input_ids"].shape[0] == 5 and batch.targets is not None and len(batch.targets.hidden) == 6
+    assert not loader(cache, tokenizers["student"]).layer_map  # type: ignore[arg-type]
