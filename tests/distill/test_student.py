@@ -14,6 +14,8 @@ from kdcache.distill.student import Student, build_student, student_depth
 from kdcache.distill.student_files import load_student, read_record, save_student, student_record
 from kdcache.errors import DamageError, ModelError, RecipeError
 from kdcache.recipe import StudentSection
+from kdcache.teachers.bundle import load_teacher
+from kdcache.testing.teachers import make_teachers
 from kdcache.testing.tiny import Family, make_model
 
 LABELS = ("negative", "positive")
@@ -198,3 +200,63 @@ def test_record_says_how_to_feed_the_student(tmp_path: Path, models: dict[str, P
         read_record(tmp_path / "student")
     with pytest.raises(RecipeError, match="no model directory"):
         read_record(tmp_path / "elsewhere")
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("run") / "teachers"
+    return make_teachers(directory, {"bert": "bert", "own": "roberta"}, label_names=LABELS, own_heads=["own"])
+
+
+def test_starts_from_a_teacher(teachers: Path) -> None:
+    student = build(StudentSection(init_from="teacher:bert", layers=2), teachers_dir=teachers)
+    teacher = load_teacher(teachers, "bert")
+    kept = student.model.network.base_model.encoder.layer[1].parameters()
+    for mine, theirs in zip(kept, teacher.model.encoder.encoder.layer[1].parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    assert build(StudentSection(init_from="teacher:own", layers=1), teachers_dir=teachers).model.depth == 1
+    with pytest.raises(ModelError, match="no teacher 'gpt'; it holds: bert, own"):
+        build(StudentSection(init_from="teacher:gpt"), teachers_dir=teachers)
+
+
+def test_shared_head_is_the_teachers(teachers: Path) -> None:
+    student = build(StudentSection(init_from="teacher:bert", head="shared"), teachers_dir=teachers)
+    assert student.model.adapter is None
+    assert all(parameter.requires_grad for parameter in student.model.parameters())
+    teacher = load_teacher(teachers, "bert")
+    inputs = {"input_ids": torch.tensor([[1, 5, 6, 2]]), "attention_mask": torch.ones(1, 4, dtype=torch.long)}
+    with torch.no_grad():
+        assert torch.allclose(student.model.eval()(inputs).logits, teacher.model(inputs).logits, atol=1e-6)
+
+
+def test_shared_head_needs_one(tmp_path: Path, models: dict[str, Path]) -> None:
+    section = StudentSection(init_from=str(models["bert"]), head="shared")
+    with pytest.raises(ModelError, match="shared head"):
+        build(section)
+    only_own = make_teachers(tmp_path / "teachers", {"own": "bert"}, label_names=LABELS, own_heads=["own"])
+    (only_own / "shared_head.safetensors").unlink()
+    with pytest.raises((ModelError, DamageError)):
+        build(section, teachers_dir=only_own)
+
+
+def test_shared_head_with_adapter_loads_with_kdcache_and_runs_as_onnx(tmp_path: Path, teachers: Path) -> None:
+    import onnxruntime
+
+    source = make_model(tmp_path / "wide", "distilbert", width=24, depth=2)
+    student = build(StudentSection(init_from=str(source), head="shared", layers=1), teachers_dir=teachers, dropout=0.0)
+    assert student.model.adapter is not None
+    save_student(tmp_path / "student", student, record_of(student), "card")
+    loaded = load_student(tmp_path / "student")
+    encoded = student.tokenizer(
+        ["the film is good", "a very long and rather tired story of it"], padding=True, return_tensors="pt"
+    )
+    with torch.no_grad():
+        expected = student.model(dict(encoded)).logits
+        assert torch.equal(loaded.model(dict(encoded)).logits, expected)
+    session = onnxruntime.InferenceSession(tmp_path / "student" / "model.onnx", providers=["CPUExecutionProvider"])
+    names = [node.name for node in session.get_inputs()]
+    (found,) = session.run(["logits"], {name: encoded[name].numpy() for name in names})
+    assert torch.allclose(torch.from_numpy(found), expected, atol=1e-5)
+    (tmp_path / "student" / "shared_head.safetensors").write_bytes(b"x" * 40)
+    with pytest.raises(DamageError, match="shared_head"):
+        load_student(tmp_path / "student")
