@@ -10,7 +10,8 @@ from typing import Any
 
 from kdcache import __version__
 from kdcache.cli.options import Json
-from kdcache.cli.output import human_bytes, out
+from kdcache.cli.output import out
+from kdcache.progress import format_bytes
 
 _PACKAGES = (
     "torch",
@@ -33,7 +34,7 @@ def env(json: Json = False) -> None:  # noqa: ARG001  (its callback switches the
     """
     document = environment()
     out.document(document)
-    out.dict(document | {"memory": human_bytes(document["memory"])})
+    out.dict(document | {"memory": format_bytes(document["memory"])})
 
 
 def environment() -> dict[str, Any]:

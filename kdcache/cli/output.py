@@ -78,15 +78,6 @@ def table_lines(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[s
     return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]
 
 
-def human_bytes(count: float) -> str:
-    """1536 -> '1.5 kB'; powers of 1000."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
-
-
 def _cell(value: Any) -> str:
     if value is None:
         return ""
