@@ -70,7 +70,7 @@ def _save(directory: Path, name: str, source: Path, head: SharedHead | None, max
     encoder = load_classifier(str(source)) if head is None else load_encoder(str(source))
     depth, width = depth_and_width(encoder)
     adapter = None if head is None else new_adapter(width, head.width)
-    order = None if head is not None else tuple(range(int(encoder.config.num_labels)))
+    order = None if head is not None else tuple(range(len(encoder.config.id2label or {})))
     model = TeacherModel(encoder, adapter, head, order).eval()
     tokenizer = load_tokenizer(str(source))
     save_teacher(directory, name, model, tokenizer)

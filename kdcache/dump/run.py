@@ -1,0 +1,184 @@
+"""One teacher over everything that is missing of it: load it, fit its bases, run its parts, free it.
+
+The part before is written while a part is run: one writer thread, at most one part waiting. An error of the thread stops the
+run at the next part; what was committed until then stays.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kdcache.data.encoding import encode
+from kdcache.dump.engine import TextBatches, fit_moments, run_part
+from kdcache.dump.projection import fit_basis
+from kdcache.teachers.backends import open_backend
+from kdcache.teachers.bundle import load_teacher
+
+if TYPE_CHECKING:
+    from kdcache.cache.blocks import Basis
+    from kdcache.cache.writer import CacheWriter, PartTask
+    from kdcache.dump.specs import PreparedTeacher
+    from kdcache.progress import Progress
+    from kdcache.teachers.backends import TeacherBackend
+
+
+@dataclass(frozen=True)
+class TeacherRun:
+    """What running one teacher came to. ``record`` is the backend's: device, and parity where it is not torch."""
+
+    teacher: str
+    parts: int
+    texts: int
+    tokens: int  # of the texts of full parts
+    bytes: int
+    seconds: float
+    record: Mapping[str, str]
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        counts = {"parts": self.parts, "texts": self.texts, "tokens": self.tokens, "bytes": self.bytes}
+        return {**counts, "seconds": round(self.seconds, 1), **self.record}
+
+    def line(self) -> str:
+        """For people."""
+        rate = self.texts / self.seconds if self.seconds else 0.0
+        return f"{self.teacher}: {self.texts:,} texts, {self.bytes:,} bytes in {self.seconds:.1f} s ({rate:,.0f} texts/s)"
+
+
+def run_teacher(
+    writer: CacheWriter,
+    teacher: PreparedTeacher,
+    missing: Sequence[PartTask],
+    teachers_dir: Path,
+    tokens_per_batch: int,
+    progress: Progress,
+) -> TeacherRun:
+    """Run ``missing`` and write it. Raises NonFiniteError (teacher, text, layer), StorageError, and what the backend raises."""
+    started = time.perf_counter()
+    texts = sum(len(task.part.text_ids) for task in missing)
+    tokens = 0
+    with open_teacher(teacher, teachers_dir) as backend:
+        bases = _bases(writer, teacher, backend, tokens_per_batch, progress)
+        progress.start(f"dump {teacher.name}", texts, "texts")
+        with _OnePartBehind(progress) as behind:
+            for task in missing:
+                batches = text_batches(teacher, writer.texts_of(task.part), task.part.text_ids, tokens_per_batch)
+                outputs, hidden = run_part(batches, backend, teacher.spec, task.layers, bases, progress.advance)
+                spans = batches.tokens() if task.part.scope == "full" and teacher.spec.layers else None
+                tokens += 0 if spans is None else int(spans.offsets[-1])
+                behind.write(_write_part(writer, teacher.name, task, outputs, spans, hidden))
+        progress.finish()
+        record = dict(backend.record)
+    return TeacherRun(teacher.name, len(missing), texts, tokens, behind.bytes_written, time.perf_counter() - started, record)
+
+
+@contextmanager
+def open_teacher(teacher: PreparedTeacher, teachers_dir: Path) -> Iterator[TeacherBackend]:
+    """The teacher on the device, for as long as the block runs; its memory is free afterwards."""
+    spec = teacher.spec
+    loaded = load_teacher(teachers_dir, spec.name)
+    backend = open_backend(spec.backend, loaded, tuple(spec.layers), precision=spec.precision, work_dir=work_directory())
+    try:
+        yield backend
+    finally:
+        backend.close()
+        del backend, loaded
+        gc.collect()
+
+
+def work_directory() -> Path:
+    """Where exported graphs are kept: ``KDCACHE_HOME``, or ``~/.cache/kdcache``."""
+    return Path(os.environ.get("KDCACHE_HOME") or Path.home() / ".cache" / "kdcache")
+
+
+def lacks_bases(writer: CacheWriter, teacher: PreparedTeacher) -> bool:
+    """Whether a layer has no basis yet, or lost it."""
+    return bool(teacher.spec.layers.keys() - writer.bases(teacher.name).keys())
+
+
+def _bases(
+    writer: CacheWriter, teacher: PreparedTeacher, backend: TeacherBackend, tokens_per_batch: int, progress: Progress
+) -> dict[int, Basis]:
+    """The stored bases, and those of layers that have none yet: fitted on the sample and stored."""
+    bases = dict(writer.bases(teacher.name))
+    layers = {layer: spec for layer, spec in teacher.spec.layers.items() if layer not in bases}
+    if not layers:
+        return bases
+    ids, texts = _sample(writer, teacher.spec.sample_texts)
+    progress.start(f"fit bases of {teacher.name}", len(texts), "texts")
+    moments = fit_moments(text_batches(teacher, texts, ids, tokens_per_batch), backend, layers, progress.advance)
+    progress.finish()
+    fitted = {
+        layer: fit_basis(moments[layer], spec.projection, spec.dim, seed=teacher.seed, name=teacher.name, layer=layer)
+        for layer, spec in layers.items()
+    }
+    writer.write_bases(teacher.name, fitted)
+    return bases | fitted
+
+
+def _sample(writer: CacheWriter, size: int) -> tuple[np.ndarray, list[tuple[str, ...]]]:
+    """The first ``size`` texts of the full parts: a random sample, since texts enter parts in seeded order."""
+    ids: list[np.ndarray] = []
+    texts: list[tuple[str, ...]] = []
+    for part in writer.parts:
+        if part.scope == "full" and len(texts) < size:
+            ids.append(part.text_ids[: size - len(texts)])
+            texts += writer.texts_of(part)[: size - len(texts)]
+    return np.concatenate(ids), texts
+
+
+def text_batches(
+    teacher: PreparedTeacher, texts: Sequence[tuple[str, ...]], text_ids: np.ndarray, tokens_per_batch: int
+) -> TextBatches:
+    """``texts`` with their ids uint8 [n, 16] as the teacher reads them."""
+    encoded = encode(teacher.tokenizer, texts, teacher.spec.max_length)
+    return TextBatches(encoded, text_ids, teacher.pad_token_id, tokens_per_batch, teacher.name)
+
+
+def _write_part(writer: CacheWriter, name: str, task: PartTask, outputs: Any, tokens: Any, hidden: Any) -> Callable[[], int]:
+    """The write as a call without arguments, bound to the values of this turn of the loop."""
+    kept = outputs if task.outputs else None
+    return lambda: writer.write_part(name, task.part, outputs=kept, tokens=tokens, hidden=hidden)
+
+
+class _OnePartBehind:
+    """Writes one part in a thread while the next one is run."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.bytes_written = 0
+        self._progress = progress
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kdcache-write")
+        self._pending: Future[int] | None = None
+
+    def write(self, action: Callable[[], int]) -> None:
+        """Start ``action`` once the part before is on the disk; raises what that one raised."""
+        self._settle()
+        self._pending = self._executor.submit(action)
+
+    def __enter__(self) -> _OnePartBehind:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            if kind is None:
+                self._settle()
+        finally:
+            self._executor.shutdown(wait=True)  # after an error of the teacher, the part before is still committed
+
+    def _settle(self) -> None:
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            written = pending.result()
+            self.bytes_written += written
+            self._progress.advance(0, bytes_done=written)

@@ -1,0 +1,160 @@
+"""What a dump is asked to store, worked out before any teacher runs: specs that the cache compares with what it holds.
+
+Every teacher is loaded once for this, so that what is compared are the fingerprints of the files as they are now and not
+what a record says of them.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kdcache.cache.spec import LayerSpec, TargetSpec, TaskSpec, TeacherSpec
+from kdcache.data.encoding import TRUNCATION, tokenizer_json
+from kdcache.dump.layers import resolve_layers
+from kdcache.dump.projection import check_dim
+from kdcache.errors import MismatchError, ModelError
+from kdcache.teachers.bundle import load_teacher
+from kdcache.teachers.teacher import check_max_length
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from kdcache.data.task import TaskData
+    from kdcache.recipe import Recipe, TeacherSection
+    from kdcache.teachers.bundle import Bundle
+    from kdcache.teachers.teacher import Teacher
+
+_TEACHER_PREFIX = "teacher:"
+_IN_FULL = ("train", "transfer")  # with hidden states; validation and test texts get logits only
+
+Texts = dict[bytes, tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class PreparedTeacher:
+    """A teacher as the cache will know it, and the tokenizer that its texts go through; without its weights."""
+
+    spec: TeacherSpec
+    tokenizer: PreTrainedTokenizerBase
+    tokenizer_json: str
+    seed: int  # of random projections
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    @property
+    def pad_token_id(self) -> int:
+        return int(self.tokenizer.pad_token_id or 0)
+
+
+def task_spec(task: TaskData) -> TaskSpec:
+    """Columns and labels of the task."""
+    return TaskSpec(text_columns=task.text_columns, label_names=task.label_names)
+
+
+def scopes(task: TaskData) -> tuple[Texts, Texts]:
+    """The texts to run in full, and those whose logits alone are wanted; a text that is in both is run in full."""
+    full: Texts = {}
+    logits_only: Texts = {}
+    for split, examples in task.splits.items():
+        into = full if split in _IN_FULL else logits_only
+        for row in examples.text_ids:
+            identity = bytes(row)
+            into[identity] = task.texts[identity]
+    return full, {identity: text for identity, text in logits_only.items() if identity not in full}
+
+
+def check_task(task: TaskData, bundle: Bundle, teachers_dir: Path) -> None:
+    """MismatchError where the teachers were trained on other text columns or labels than those of the data."""
+    for what, of_teachers, of_data in (
+        ("text columns", bundle.text_columns, task.text_columns),
+        ("labels, in class order,", bundle.label_names, task.label_names),
+    ):
+        if of_teachers != of_data:
+            raise MismatchError(
+                f"the {what} of the data are {', '.join(of_data)}; the teachers in '{teachers_dir}' know {', '.join(of_teachers)}",
+                "Set data.text and data.labels as they were when the teachers were trained, or train them again: kdcache cofinetune.",
+            )
+
+
+def prepare_teachers(recipe: Recipe, bundle: Bundle, teachers_dir: Path, classes: int) -> list[PreparedTeacher]:
+    """The recipe's teachers in order, one in memory at a time.
+
+    Raises ModelError for a teacher that is not there, a layer or a dimension that it lacks; MismatchError where its files are
+    not those that co-finetuning left.
+    """
+    if not recipe.teachers:
+        raise ModelError(f"recipe '{recipe.name}' names no teachers: there is nothing to dump", "Add a [[teachers]] table.")
+    student_layers = student_depth(recipe, {name: record.depth for name, record in bundle.teachers.items()})
+    return [_prepare(recipe, section, teachers_dir, classes, student_layers) for section in recipe.teachers]
+
+
+def student_depth(recipe: Recipe, teacher_depths: Mapping[str, int]) -> int | None:
+    """K, the number of student layers; None where the recipe has no student."""
+    student = recipe.student
+    if student is None:
+        return None
+    if student.layers is not None:
+        return student.layers if isinstance(student.layers, int) else len(student.layers)
+    origin = student.init_from or ""
+    if origin.startswith(_TEACHER_PREFIX):
+        name = recipe.teacher(origin.removeprefix(_TEACHER_PREFIX)).name
+        return teacher_depths.get(name)
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.for_model(**student.config) if student.config is not None else AutoConfig.from_pretrained(origin)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(
+            f"the student's depth, on which dump.layers depends, is not to be had from '{origin or student.config}': {reason}",
+            "Set student.layers, or list the layers in dump.layers.",
+        ) from error
+    return int(config.num_hidden_layers)
+
+
+def _prepare(
+    recipe: Recipe, section: TeacherSection, teachers_dir: Path, classes: int, student_layers: int | None
+) -> PreparedTeacher:
+    teacher = load_teacher(teachers_dir, section.name)
+    max_length = section.max_length or recipe.data.max_length
+    check_max_length(section.name, teacher.model.encoder, max_length)
+    spec = TeacherSpec(
+        name=section.name,
+        head=teacher.head_kind,
+        fingerprints=teacher.fingerprints,
+        depth=teacher.depth,
+        width=teacher.width,
+        max_length=max_length,
+        truncation=TRUNCATION,
+        backend=recipe.dump.backend,
+        precision=recipe.dump.precision,
+        target=TargetSpec(shape=(classes,)),
+        pooled=_pooled_width(teacher) if recipe.dump.pooled else None,
+        sample_texts=recipe.dump.sample_texts,
+        layers=_layer_specs(recipe, section, teacher, student_layers),
+    )
+    prepared = PreparedTeacher(spec, teacher.tokenizer, tokenizer_json(teacher.tokenizer), recipe.dump.seed)
+    del teacher
+    gc.collect()
+    return prepared
+
+
+def _layer_specs(recipe: Recipe, section: TeacherSection, teacher: Teacher, student_layers: int | None) -> dict[int, LayerSpec]:
+    dump = recipe.dump
+    setting = dump.layers if section.layers is None else section.layers
+    layers = resolve_layers(setting, teacher.depth, student_layers, section.name)
+    return {
+        layer: LayerSpec(dump.projection, check_dim(dump.projection, dump.dim, teacher.width, section.name, layer), dump.dtype)
+        for layer in layers
+    }
+
+
+def _pooled_width(teacher: Teacher) -> int:
+    """The shared head pools in the shared space; a teacher with its own head gives its first token's last state."""
+    return teacher.width if teacher.model.head is None else teacher.model.head.width

@@ -1,0 +1,129 @@
+"""The dump, from recipe and teachers to a published cache.
+
+    kdcache dump-teachers RECIPE
+
+Texts get their parts; every teacher is checked against what the cache holds before any of them runs; then one teacher after
+the other runs over what is missing of it, part by part, while the part before is being written. The same command continues
+an interrupted dump and extends a finished one: what exists is never run again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kdcache.cache.spec import Settings
+from kdcache.cache.writer import open_writer
+from kdcache.data.task import load_task
+from kdcache.dump.card import cache_card
+from kdcache.dump.plan import check_free_space
+from kdcache.dump.provenance import dump_provenance, earlier_provenance
+from kdcache.dump.run import TeacherRun, lacks_bases, run_teacher
+from kdcache.dump.specs import check_task, prepare_teachers, scopes, task_spec
+from kdcache.errors import MismatchError
+from kdcache.teachers.bundle import read_bundle
+
+if TYPE_CHECKING:
+    from kdcache.cache.writer import CacheWriter
+    from kdcache.data.counts import DataCounts
+    from kdcache.data.task import TaskData
+    from kdcache.progress import Progress
+    from kdcache.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class DumpReport:
+    """What a dump did. ``runs`` has an entry for each teacher that ran; empty where nothing was missing."""
+
+    cache: Path
+    identity: str
+    texts: int
+    parts: int
+    runs: tuple[TeacherRun, ...]
+    seconds: float
+    counts: DataCounts
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able; what ``--json`` prints."""
+        return {
+            "cache": str(self.cache),
+            "identity": self.identity,
+            "texts": self.texts,
+            "parts": self.parts,
+            "teachers": {run.teacher: run.as_dict() for run in self.runs},
+            "seconds": round(self.seconds, 1),
+            "data": self.counts.as_dict(),
+        }
+
+    def lines(self) -> list[str]:
+        """For people."""
+        ran = [run.line() for run in self.runs] or ["nothing was missing: no teacher ran"]
+        return [*ran, f"{self.texts:,} texts in {self.parts:,} parts", f"identity {self.identity}"]
+
+
+def dump_teachers(
+    recipe: Recipe,
+    teachers_dir: Path,
+    cache_dir: Path,
+    *,
+    progress: Progress,
+    repair: bool = False,
+    provenance: Mapping[str, Any] | None = None,
+) -> DumpReport:
+    """Bring the cache in ``cache_dir`` to what the recipe asks for, and publish it.
+
+    With ``repair`` everything is verified first, and what is damaged is dumped again. ``provenance`` (the command, say) goes
+    into the manifest, outside the identity. Raises MismatchError (exit 4) before anything is run where what exists was made
+    from something else; StorageError, NonFiniteError and LockedError as they occur: what is committed by then stays.
+    """
+    started = time.perf_counter()
+    task = load_task(recipe.data)
+    bundle = read_bundle(teachers_dir)
+    check_task(task, bundle, teachers_dir)
+    teachers = prepare_teachers(recipe, bundle, teachers_dir, len(task.label_names))
+    settings = Settings(seed=recipe.dump.seed, part_size=recipe.dump.part_size)
+    with open_writer(cache_dir, task_spec(task), settings, repair=repair) as writer:
+        for teacher in teachers:
+            writer.declare_teacher(teacher.spec, teacher.tokenizer_json)  # refuses what is stale, before anything is written
+        writer.add_texts(*scopes(task))
+        missing = {teacher.name: writer.declare_teacher(teacher.spec, teacher.tokenizer_json) for teacher in teachers}
+        refuse_partial_teachers(writer, missing)
+        check_free_space(writer, teachers, missing, cache_dir)
+        runs = tuple(
+            run_teacher(writer, teacher, missing[teacher.name], teachers_dir, recipe.dump.tokens_per_batch, progress)
+            for teacher in teachers
+            if missing[teacher.name] or lacks_bases(writer, teacher)
+        )
+        write_examples(writer, task)
+        record = dump_provenance(recipe, bundle, runs, provenance or {}, earlier_provenance(cache_dir))
+        manifest = writer.publish(
+            record, card=cache_card(recipe, task, [teacher.spec for teacher in teachers], bundle, _bytes_in(cache_dir))
+        )
+        texts = sum(len(part.text_ids) for part in writer.parts)
+        return DumpReport(
+            cache_dir, manifest.identity, texts, len(writer.parts), runs, time.perf_counter() - started, task.counts
+        )
+
+
+def refuse_partial_teachers(writer: CacheWriter, declared: Collection[str]) -> None:
+    """MismatchError where a teacher of the cache that the recipe does not name would lack texts that are added now."""
+    known = writer.base.contents.teachers if writer.base is not None else {}
+    for name in known.keys() - declared:
+        if writer.missing(name):
+            raise MismatchError(
+                f"cache '{writer.root}' holds teacher '{name}', which the recipe does not name and which would lack the new texts",
+                f"Add teacher '{name}' to the recipe, or dump into a new directory.",
+            )
+
+
+def write_examples(writer: CacheWriter, task: TaskData) -> None:
+    """Labels and groups of every split: written anew each time, because they can change without a dump."""
+    for split, examples in task.splits.items():
+        writer.write_examples(split, examples.text_ids, examples.labels, examples.groups)
+
+
+def _bytes_in(cache_dir: Path) -> int:
+    return sum(path.stat().st_size for path in cache_dir.rglob("*") if path.is_file())
