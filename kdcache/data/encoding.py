@@ -199,7 +199,12 @@ def _pack(encodings: Sequence[Any], special_roles: np.ndarray, *, with_types: bo
     sequence = chain.from_iterable(encoding.sequence_ids for encoding in encodings)
     segments = np.fromiter((-1 if segment is None else segment for segment in sequence), dtype=np.int8, count=total)
     roles = np.full(total, TEXT, dtype=np.int8)
-    roles[segments < 0] = np.tile(special_roles, len(encodings))
+    special = segments < 0
+    if special.sum() != len(special_roles) * len(encodings):
+        raise ModelError(
+            f"the tokenizer adds {len(special_roles)} special tokens to some texts and not to others; roles need one pattern"
+        )
+    roles[special] = np.tile(special_roles, len(encodings))
     types = flat([encoding.type_ids for encoding in encodings], np.int8) if with_types else None
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     starts, ends = np.ascontiguousarray(spans[:, 0]), np.ascontiguousarray(spans[:, 1])

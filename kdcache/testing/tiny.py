@@ -6,6 +6,8 @@ Unigram), the special tokens, the width and the depth.
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -53,7 +55,7 @@ def write_reviews(path: Path, rows: Sequence[tuple[str, int]], *, labelled: bool
 
 
 def corpus() -> list[str]:
-    """The text on which tiny tokenizers are trained: made-up reviews with some accents, CJK and emoji."""
+    """The text that tiny tokenizers know: made-up reviews with some accents, CJK and emoji."""
     return [text for text, _ in reviews(400, seed=7)] + [
         "crème brûlée naïve café",
         "日本語 の テキスト",
@@ -62,9 +64,29 @@ def corpus() -> list[str]:
     ] * 5
 
 
+def _frequent_pieces(backend: Any, count: int) -> tuple[list[str], list[tuple[str, int]]]:
+    """The characters of ``corpus()``, and its ``count`` most telling beginnings and ends of words with their frequency.
+
+    The library's WordPiece and Unigram trainers give another vocabulary on every run; these counts do not, and what two
+    processes of one test build has to be the same tokenizer. Ends of words are marked by a leading NUL.
+    """
+    words: Counter[str] = Counter()
+    for line in corpus():
+        text = backend.normalizer.normalize_str(line)
+        words.update(word for word, _ in backend.pre_tokenizer.pre_tokenize_str(text))
+    pieces: Counter[str] = Counter()
+    for word, frequency in words.items():
+        for cut in range(2, len(word) + 1):
+            pieces[word[:cut]] += frequency
+        for cut in range(1, len(word) - 1):
+            pieces["\0" + word[cut:]] += frequency
+    ranked = sorted(pieces.items(), key=lambda item: (-item[1] * len(item[0]), item[0]))
+    return sorted(set("".join(words))), ranked[:count]
+
+
 def wordpiece_tokenizer(*, lowercase: bool = True, vocab_size: int = 300) -> PreTrainedTokenizerBase:
-    """A BERT tokenizer (uncased or cased) trained on ``corpus()``."""
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    """A BERT tokenizer (uncased or cased) over pieces of ``corpus()``."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     backend = Tokenizer(models.WordPiece(unk_token="[UNK]"))
@@ -72,9 +94,12 @@ def wordpiece_tokenizer(*, lowercase: bool = True, vocab_size: int = 300) -> Pre
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     backend.decoder = decoders.WordPiece()
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    backend.train_from_iterator(
-        corpus(), trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=False)
-    )
+    characters, pieces = _frequent_pieces(backend, vocab_size)
+    tokens = [*special, *characters, *(f"##{character}" for character in characters)]
+    tokens += [piece.replace("\0", "##") for piece, _ in pieces]
+    vocabulary = {token: number for number, token in enumerate(dict.fromkeys(tokens)) if number < vocab_size}
+    backend.model = models.WordPiece(vocabulary, unk_token="[UNK]")
+    backend.add_special_tokens(special)
     cls, sep = backend.token_to_id("[CLS]"), backend.token_to_id("[SEP]")
     backend.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", cls), ("[SEP]", sep)]
@@ -105,8 +130,8 @@ def bytelevel_tokenizer(*, vocab_size: int = 400) -> PreTrainedTokenizerBase:
 
 
 def sentencepiece_tokenizer(*, vocab_size: int = 300) -> PreTrainedTokenizerBase:
-    """An XLM-RoBERTa-like tokenizer (Unigram over Metaspace) trained on ``corpus()``."""
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    """An XLM-RoBERTa-like tokenizer (Unigram over Metaspace) over pieces of ``corpus()``."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     backend = Tokenizer(models.Unigram())
@@ -114,8 +139,12 @@ def sentencepiece_tokenizer(*, vocab_size: int = 300) -> PreTrainedTokenizerBase
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
     backend.decoder = decoders.Metaspace()
     special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
-    trainer = trainers.UnigramTrainer(vocab_size=vocab_size, special_tokens=special, unk_token="<unk>", show_progress=False)
-    backend.train_from_iterator(corpus(), trainer)
+    characters, pieces = _frequent_pieces(backend, vocab_size)
+    scores = dict.fromkeys(special, 0.0) | dict.fromkeys(characters, -12.0)
+    for piece, frequency in pieces:
+        scores.setdefault(piece.removeprefix("\0"), math.log(frequency) - 10.0)
+    backend.model = models.Unigram(list(scores.items())[:vocab_size], unk_id=special.index("<unk>"))
+    backend.add_special_tokens(special)
     backend.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
     )
@@ -151,7 +180,8 @@ def make_model(
     config = AutoConfig.for_model(family, **sizes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = (AutoModel if classes is None else AutoModelForSequenceClassification).from_config(config, dtype=torch.float32)
+        auto: Any = AutoModel if classes is None else AutoModelForSequenceClassification
+        model = auto.from_config(config, dtype=torch.float32)
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
