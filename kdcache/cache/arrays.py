@@ -1,0 +1,154 @@
+"""One zarr array per file: encoding and decoding of the arrays in ``hidden/``, byte for byte the same with every zarr version.
+
+The bytes are those that zarr-python writes for a sharded array (``chunks``, one shard, crc32c on each inner chunk and on the
+index); a test compares them. They are laid out here because a digest is only worth something if it does not depend on which
+zarr release happens to be installed, and because a reader that knows the layout can read straight into the result, check
+every chunk, and never allocate by what a file claims: the size of a shard follows from its shape.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Protocol
+
+import google_crc32c
+import numpy as np
+
+from kdcache.cache.canonical import canonical_json
+
+if TYPE_CHECKING:
+    from kdcache.cache.files import Buffer
+
+CHUNK_BYTES = 1 << 20  # inner chunks are at most this, and at least half of it where an array needs more than one
+_CRC = 4
+_INDEX_ENTRY = 16  # offset and size, uint64 each
+
+
+class Source(Protocol):
+    """A file that is read from front to back."""
+
+    def readinto(self, view: memoryview) -> None: ...
+
+
+class ArrayDamageError(ValueError):
+    """A chunk or the index of a shard is not what its checksum says."""
+
+
+def chunk_rows(shape: tuple[int, ...], itemsize: int) -> int:
+    """Rows of one inner chunk: as few chunks of at most 1 MiB as hold the array, all of the same height."""
+    rows = shape[0]
+    row_bytes = itemsize * int(np.prod(shape[1:], dtype=np.int64))
+    count = max(1, -(-rows // max(1, CHUNK_BYTES // max(1, row_bytes))))
+    return max(1, -(-rows // count))
+
+
+def chunk_count(shape: tuple[int, ...], itemsize: int) -> int:
+    """Inner chunks of an array; 0 where it has no rows, and then no shard either."""
+    return -(-shape[0] // chunk_rows(shape, itemsize))
+
+
+def shard_bytes(shape: tuple[int, ...], itemsize: int) -> int:
+    """Size of the shard file of an array."""
+    count = chunk_count(shape, itemsize)
+    chunk = itemsize * chunk_rows(shape, itemsize) * int(np.prod(shape[1:], dtype=np.int64))
+    return count * (chunk + _CRC + _INDEX_ENTRY) + _CRC if count else 0
+
+
+def shard_name(dimensions: int) -> str:
+    """Path of the only shard inside the directory of an array."""
+    return "c" + "/0" * dimensions
+
+
+def group_metadata() -> bytes:
+    """The ``zarr.json`` of a part: a group without attributes."""
+    return canonical_json({"attributes": {}, "node_type": "group", "zarr_format": 3})
+
+
+def array_metadata(shape: tuple[int, ...], dtype: str) -> bytes:
+    """The ``zarr.json`` of an array; a reader accepts these bytes and no others."""
+    itemsize = np.dtype(dtype).itemsize
+    rows, rest = chunk_rows(shape, itemsize), list(shape[1:])
+    little = {"configuration": {"endian": "little"}, "name": "bytes"}
+    crc32c = {"name": "crc32c"}
+    sharding = {
+        "chunk_shape": [rows, *rest],
+        "codecs": [{"name": "bytes"} if itemsize == 1 else little, crc32c],
+        "index_codecs": [little, crc32c],
+        "index_location": "end",
+    }
+    shard_rows = rows * max(1, chunk_count(shape, itemsize))
+    document: dict[str, Any] = {
+        "attributes": {},
+        "chunk_grid": {"configuration": {"chunk_shape": [shard_rows, *rest]}, "name": "regular"},
+        "chunk_key_encoding": {"configuration": {"separator": "/"}, "name": "default"},
+        "codecs": [{"configuration": sharding, "name": "sharding_indexed"}],
+        "data_type": dtype,
+        "dimension_names": ["token", "dim"][: len(shape)],
+        "fill_value": -128 if dtype == "int8" else "NaN",
+        "node_type": "array",
+        "shape": list(shape),
+        "storage_transformers": [],
+        "zarr_format": 3,
+    }
+    return canonical_json(document)
+
+
+def encode_shard(values: np.ndarray) -> list[Buffer]:
+    """The shard file of an array with at least one row, as buffers to be written one after the other."""
+    values = np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("<"))
+    rows, step = len(values), chunk_rows(values.shape, values.itemsize)
+    fill = -128 if values.dtype == np.int8 else np.nan
+    buffers: list[Buffer] = []
+    index = []
+    position = 0
+    for start in range(0, rows, step):
+        chunk = values[start : start + step]
+        if len(chunk) < step:  # a shard holds whole chunks; what lies beyond the array is loud
+            chunk = np.concatenate([chunk, np.full((step - len(chunk), *values.shape[1:]), fill, dtype=values.dtype)])
+        data = chunk.data.cast("B")
+        buffers += [data, _checksum(data)]
+        index.append((position, len(data) + _CRC))
+        position += len(data) + _CRC
+    return [*buffers, *_index(index)]
+
+
+def decode_shard(source: Source, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """Read the array of a shard of known shape straight into place. Raises ArrayDamageError.
+
+    The caller has checked that the file is ``shard_bytes`` long.
+    """
+    values = np.empty(shape, dtype=np.dtype(dtype).newbyteorder("<"))
+    if not shape[0]:
+        return values
+    step = chunk_rows(shape, values.itemsize)
+    crc = bytearray(_CRC)
+    sizes = []
+    for start in range(0, shape[0], step):
+        chunk = values[start : start + step]
+        padded = chunk if len(chunk) == step else np.empty((step, *shape[1:]), dtype=values.dtype)
+        view = padded.data.cast("B")
+        source.readinto(view)
+        source.readinto(memoryview(crc))
+        if _checksum(view) != crc:
+            raise ArrayDamageError(f"rows {start} to {start + len(chunk) - 1} do not match their crc32c")
+        if padded is not chunk:
+            chunk[...] = padded[: len(chunk)]
+        sizes.append(len(view) + _CRC)
+    expected = b"".join(_index([(start * size, size) for start, size in enumerate(sizes)]))
+    found = bytearray(len(expected))
+    source.readinto(memoryview(found))
+    if found != expected:
+        raise ArrayDamageError("the index of its chunks is not that of an array of this shape")
+    return values
+
+
+def _index(entries: Iterable[tuple[int, int]]) -> list[bytes]:
+    data = b"".join(struct.pack("<QQ", offset, size) for offset, size in entries)
+    return [data, _checksum(data)]
+
+
+def _checksum(data: Buffer) -> bytes:
+    view = np.frombuffer(data, dtype=np.uint8)
+    view.flags.writeable = False  # all that google_crc32c takes
+    return struct.pack("<I", google_crc32c.value(view))

@@ -1,0 +1,109 @@
+"""What a cache holds, as a value: the manifest without provenance and digests of itself.
+
+A writer grows one of these from a manifest and from commit records; publishing turns it into the next manifest. A component
+(the outputs of a part, one layer of a part) exists if all of its files are listed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from kdcache.cache import layout
+
+if TYPE_CHECKING:
+    from kdcache.cache.files import FileDigest
+    from kdcache.cache.spec import Scope, Settings, TaskSpec, TeacherSpec
+
+
+@dataclass(frozen=True)
+class PartInfo:
+    """A part: texts that were run together and lie in one file of each kind."""
+
+    name: str
+    scope: Scope
+    texts: int
+
+
+@dataclass(frozen=True)
+class SplitInfo:
+    """A split: number of examples, and the file that has them."""
+
+    examples: int
+    file: str
+
+
+@dataclass
+class Contents:
+    """Everything that the identity of a cache is made of."""
+
+    task: TaskSpec
+    settings: Settings
+    has_text: bool
+    parts: list[PartInfo] = field(default_factory=list)
+    splits: dict[str, SplitInfo] = field(default_factory=dict)
+    teachers: dict[str, TeacherSpec] = field(default_factory=dict)
+    tokens: dict[str, dict[str, int]] = field(default_factory=dict)  # teacher -> part -> tokens
+    files: dict[str, FileDigest] = field(default_factory=dict)
+    lost: dict[str, FileDigest] = field(default_factory=dict)  # found damaged: to be written again
+
+    def copy(self) -> Contents:
+        """Contents that can grow without changing these."""
+        tokens = {name: dict(parts) for name, parts in self.tokens.items()}
+        return Contents(
+            self.task, self.settings, self.has_text, list(self.parts), dict(self.splits), dict(self.teachers), tokens,
+            dict(self.files), dict(self.lost),
+        )  # fmt: skip
+
+    def has_outputs(self, teacher: str, part: PartInfo) -> bool:
+        return layout.outputs_file(teacher, part.name) in self.files
+
+    def has_tokens(self, teacher: str, part: PartInfo) -> bool:
+        return part.name in self.tokens.get(teacher, {}) and layout.tokens_file(teacher, part.name) in self.files
+
+    def has_layer(self, teacher: str, part: PartInfo, layer: int) -> bool:
+        if not self.has_tokens(teacher, part) or layout.group_file(teacher, part.name) not in self.files:
+            return False
+        tokens = self.tokens[teacher][part.name]
+        paths = layout.layer_files(teacher, part.name, layer, self.teachers[teacher].layers[layer], tokens)
+        return all(path in self.files for path in paths)
+
+    def layer_is_complete(self, teacher: str, layer: int) -> bool:
+        """Whether a layer has its basis and all parts that hidden states are stored for."""
+        full = (part for part in self.parts if part.scope == "full")
+        return layout.basis_file(teacher, layer) in self.files and all(self.has_layer(teacher, part, layer) for part in full)
+
+    def teacher_is_complete(self, teacher: str) -> bool:
+        """Whether a teacher has its tokenizer and the outputs of all parts; its layers apart."""
+        has_tokenizer = layout.tokenizer_file(teacher) in self.files
+        return has_tokenizer and all(self.has_outputs(teacher, part) for part in self.parts)
+
+    def expected_files(self) -> dict[str, str]:
+        """Every file that belongs to these contents -> the component it belongs to, for messages."""
+        expected = {split.file: f"examples of '{name}'" for name, split in self.splits.items()}
+        for part in self.parts:
+            expected[layout.ids_file(part.name)] = f"text ids of {part.name}"
+            if self.has_text:
+                expected[layout.text_file(part.name)] = f"text of {part.name}"
+        for name, teacher in self.teachers.items():
+            expected[layout.tokenizer_file(name)] = f"tokenizer of teacher '{name}'"
+            expected |= {
+                layout.basis_file(name, layer): f"basis of layer {layer} of teacher '{name}'" for layer in teacher.layers
+            }
+            for part in self.parts:
+                expected |= self._part_files(teacher, part)
+        return expected
+
+    def _part_files(self, teacher: TeacherSpec, part: PartInfo) -> dict[str, str]:
+        where = f"teacher '{teacher.name}', {part.name}"
+        files = {layout.outputs_file(teacher.name, part.name): f"outputs of {where}"}
+        tokens = self.tokens.get(teacher.name, {}).get(part.name)
+        if tokens is None:
+            return files
+        files[layout.tokens_file(teacher.name, part.name)] = f"tokens of {where}"
+        if teacher.layers:
+            files[layout.group_file(teacher.name, part.name)] = f"hidden states of {where}"
+        for layer, spec in teacher.layers.items():
+            for path in layout.layer_files(teacher.name, part.name, layer, spec, tokens):
+                files[path] = f"layer {layer} of {where}"
+        return files

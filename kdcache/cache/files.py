@@ -1,0 +1,148 @@
+"""The only place that writes: every file arrives whole and durable, or not at all.
+
+A file is written under a temporary name, fsynced, renamed, and its directory fsynced; none of zarr, pyarrow and safetensors
+does that by itself. Each system step goes through one small object, ``disk``, which fault injection replaces to die or to
+fail at the n-th step. So what is tested is the order of steps that runs in production.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import secrets
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from kdcache.errors import StorageError
+
+Buffer = bytes | bytearray | memoryview
+TEMPORARY = ".tmp"  # names: .<name>.<random>.tmp
+
+
+@dataclass(frozen=True)
+class FileDigest:
+    """What a manifest says of a file."""
+
+    size: int
+    sha256: str
+
+
+def digest_bytes(data: Buffer) -> FileDigest:
+    """Size and sha256 of bytes in memory."""
+    return FileDigest(len(data), hashlib.sha256(data).hexdigest())
+
+
+class Disk:
+    """The system steps, one method each. Stateless, so that a replacement can wrap it."""
+
+    def write(self, path: Path, buffers: list[Buffer]) -> None:
+        with path.open("xb") as file:
+            for buffer in buffers:
+                file.write(buffer)
+
+    def fsync(self, path: Path) -> None:
+        _fsync(path)
+
+    def rename(self, source: Path, target: Path) -> None:
+        source.replace(target)
+
+    def fsync_directory(self, path: Path) -> None:
+        _fsync(path)
+
+    def make_directory(self, path: Path) -> None:
+        path.mkdir()
+
+    def remove(self, path: Path) -> None:
+        path.unlink()
+
+
+disk: Disk = Disk()
+
+
+@contextlib.contextmanager
+def use_disk(replacement: Disk) -> Iterator[None]:
+    """Send every step through ``replacement`` while the block runs."""
+    global disk
+    before, disk = disk, replacement
+    try:
+        yield
+    finally:
+        disk = before
+
+
+def write_file(path: Path, data: Buffer | Iterable[Buffer]) -> FileDigest:
+    """Write ``data`` to ``path``, durably and atomically, and give back its size and sha256.
+
+    Missing directories are made. An existing file is replaced in one step. Raises StorageError (disk full, permission).
+    """
+    buffers = [data] if isinstance(data, bytes | bytearray | memoryview) else list(data)
+    digest = hashlib.sha256()
+    for buffer in buffers:
+        digest.update(buffer)
+    temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}{TEMPORARY}"
+    make_directory(path.parent)
+    try:
+        _step(path, lambda: disk.write(temporary, buffers))
+        _step(path, lambda: disk.fsync(temporary))
+        _step(path, lambda: disk.rename(temporary, path))
+        _step(path, lambda: disk.fsync_directory(path.parent))
+    except StorageError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+    return FileDigest(sum(len(buffer) for buffer in buffers), digest.hexdigest())
+
+
+def make_directory(path: Path) -> None:
+    """Make ``path`` and its parents, each made durable in its own parent. Raises StorageError."""
+    missing = []
+    while not path.is_dir():
+        missing.append(path)
+        path = path.parent
+    for directory in reversed(missing):
+        with contextlib.suppress(FileExistsError):
+            _step(directory, lambda directory=directory: disk.make_directory(directory))  # type: ignore[misc]
+        _step(directory, lambda directory=directory: disk.fsync_directory(directory.parent))  # type: ignore[misc]
+
+
+def remove_file(path: Path) -> None:
+    """Remove ``path`` if it is there. Raises StorageError."""
+    with contextlib.suppress(FileNotFoundError):
+        _step(path, lambda: disk.remove(path))
+
+
+def remove_temporaries(root: Path) -> int:
+    """Remove what an interrupted writer left under temporary names; gives back how many files. The caller holds the lock."""
+    removed = 0
+    for directory, _, names in os.walk(root):
+        for name in names:
+            if name.startswith(".") and name.endswith(TEMPORARY):
+                remove_file(Path(directory) / name)
+                removed += 1
+    return removed
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _step(path: Path, action: Callable[[], None]) -> None:
+    try:
+        action()
+    except (FileNotFoundError, FileExistsError):
+        raise
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        hint = (
+            "Free some space and run the same command again: what is written is kept."
+            if full
+            else "Make the place writable and run the same command again."
+        )
+        raise StorageError(f"cannot write '{path}': {error.strerror or error}", hint) from error

@@ -1,0 +1,141 @@
+"""Commit records: what a dump has completed and not yet published, under ``.dump/``.
+
+Each record is one small file, written after the files it speaks of, and says their sizes and digests. Whatever moment a
+writer dies, the next one reads the manifest (if there is one) and the records, and knows exactly what is there. Records
+belong to the manifest that was valid when they were made: once another one is in place, they are done and are removed.
+
+    base.json                     identity of the manifest that this dump starts from, task, settings
+    damaged.json                  files that a repair found damaged and that count as missing
+    parts/part-00003.json         texts of a new part
+    splits/train.json             examples
+    teachers/<name>/teacher.json  specification and tokenizer
+    teachers/<name>/layer-04.json       basis
+    teachers/<name>/part-00003.json     outputs, tokens and layers of one part: grows with what is written
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kdcache.cache import layout
+from kdcache.cache.canonical import NotCanonicalError, canonical_json, digest_of, parse_json
+from kdcache.cache.contents import Contents, PartInfo, SplitInfo
+from kdcache.cache.files import FileDigest, remove_file, write_file
+from kdcache.cache.schema import files_document, teacher_document, teacher_from_document
+from kdcache.errors import DamageError
+
+if TYPE_CHECKING:
+    from kdcache.cache.spec import TeacherSpec
+
+
+class Journal:
+    """The records of one cache directory. The caller holds its lock."""
+
+    def __init__(self, root: Path) -> None:
+        self.directory = root / layout.STATE
+        self._part_files: dict[tuple[str, str], dict[str, FileDigest]] = {}
+
+    def begin(self, base: Mapping[str, Any]) -> None:
+        """Say what this dump starts from: identity, task, settings, text."""
+        self._write("base.json", dict(base))
+
+    def base(self) -> dict[str, Any] | None:
+        """What an unfinished dump started from; None where there is none."""
+        return self._read(self.directory / "base.json") if (self.directory / "base.json").is_file() else None
+
+    def clear(self) -> None:
+        """Remove all records; ``base.json`` first, without which the others count for nothing."""
+        remove_file(self.directory / "base.json")
+        for path in self._records():
+            remove_file(path)
+
+    def apply(self, contents: Contents) -> None:
+        """Add what the records say to the contents of the manifest. Raises DamageError for a record that is not whole."""
+        damaged = self.directory / "damaged.json"
+        if damaged.is_file():
+            for name, digest in _digests(self._read(damaged)).items():
+                contents.files.pop(name, None)
+                contents.lost[name] = digest
+        for path in self._records():
+            if path.parent != self.directory:
+                self._apply(contents, path, self._read(path))
+
+    def add_part(self, part: PartInfo, files: Mapping[str, FileDigest]) -> None:
+        self._write(f"parts/{part.name}.json", {"scope": part.scope, "texts": part.texts, "files": files_document(files)})
+
+    def add_split(self, name: str, split: SplitInfo, files: Mapping[str, FileDigest]) -> None:
+        self._write(f"splits/{name}.json", {"examples": split.examples, "file": split.file, "files": files_document(files)})
+
+    def add_teacher(self, spec: TeacherSpec, files: Mapping[str, FileDigest]) -> None:
+        record = {"spec": teacher_document(spec), "files": files_document(files)}
+        self._write(f"teachers/{spec.name}/teacher.json", record)
+
+    def add_basis(self, teacher: str, layer: int, files: Mapping[str, FileDigest]) -> None:
+        self._write(f"teachers/{teacher}/{layout.layer_name(layer)}.json", {"files": files_document(files)})
+
+    def add_teacher_part(self, teacher: str, part: str, tokens: int | None, files: Mapping[str, FileDigest]) -> None:
+        """One commit record per teacher and part; a later write of more layers adds to it."""
+        known = self._part_files.setdefault((teacher, part), {})
+        known.update(files)
+        record: dict[str, Any] = {"files": files_document(known)}
+        if tokens is not None:
+            record["tokens"] = tokens
+        self._write(f"teachers/{teacher}/{part}.json", record)
+
+    def add_damaged(self, lost: Mapping[str, FileDigest]) -> None:
+        """Let files count as missing, in the manifest's list and in the records, until they are written again."""
+        if not lost:
+            return
+        for path in self._records():
+            record = self._read(path)
+            if path.parent != self.directory and lost.keys() & record["files"].keys():
+                record["files"] = {name: file for name, file in record["files"].items() if name not in lost}
+                self._write(str(path.relative_to(self.directory)), record)
+        for files in self._part_files.values():
+            for name in lost.keys() & files.keys():
+                del files[name]
+        place = self.directory / "damaged.json"
+        before = _digests(self._read(place)) if place.is_file() else {}
+        self._write("damaged.json", {"files": files_document({**before, **lost})})
+
+    def _apply(self, contents: Contents, path: Path, record: dict[str, Any]) -> None:
+        files = _digests(record)
+        contents.files.update(files)
+        kind, name = path.relative_to(self.directory).parts[0], path.stem
+        if kind == "parts":
+            part = PartInfo(name, record["scope"], record["texts"])
+            if all(known.name != name for known in contents.parts):
+                contents.parts.append(part)
+        elif kind == "splits":
+            contents.splits[name] = SplitInfo(record["examples"], record["file"])
+        elif name == "teacher":
+            teacher = teacher_from_document(path.parent.name, record["spec"])
+            contents.teachers[teacher.name] = teacher
+        elif name.startswith("part-"):
+            self._part_files[path.parent.name, name] = files
+            if "tokens" in record:
+                contents.tokens.setdefault(path.parent.name, {})[name] = record["tokens"]
+
+    def _records(self) -> list[Path]:
+        return sorted(path for path in self.directory.rglob("*.json") if path.name not in ("holder.json", "base.json"))
+
+    def _write(self, name: str, record: dict[str, Any]) -> None:
+        write_file(self.directory / name, canonical_json({**record, "checksum": digest_of(record)}))
+
+    def _read(self, path: Path) -> dict[str, Any]:
+        try:
+            record: dict[str, Any] = parse_json(path.read_bytes())
+            if record.pop("checksum") != digest_of(record):
+                raise ValueError("its checksum does not match")
+        except (OSError, NotCanonicalError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DamageError(
+                f"commit record '{path}' is damaged: {error}",
+                f"Remove '{self.directory}' and run the command again: what is not in the manifest is dumped again.",
+            ) from error
+        return record
+
+
+def _digests(record: dict[str, Any]) -> dict[str, FileDigest]:
+    return {path: FileDigest(file["bytes"], file["sha256"]) for path, file in record["files"].items()}

@@ -1,0 +1,105 @@
+"""Where everything lies in a cache: paths follow from names and numbers, so no file can name a path of its own.
+
+A manifest lists its files with digests; the list must be exactly what these functions derive from the rest of it.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from kdcache.cache.arrays import shard_name
+
+if TYPE_CHECKING:
+    from kdcache.cache.spec import LayerSpec
+
+MANIFEST = "manifest.json"
+CARD = "README.md"
+STATE = ".dump"  # of a dump under way: lock, records
+
+PART_NAME = re.compile(r"part-[0-9]{5}")
+TEACHER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+SPLIT_NAME = re.compile(r"[a-z][a-z0-9_-]{0,31}")
+
+
+def part_name(index: int) -> str:
+    """``part-00000`` and so on."""
+    return f"part-{index:05d}"
+
+
+def layer_name(layer: int) -> str:
+    """``layer-04`` and so on."""
+    return f"layer-{layer:02d}"
+
+
+def ids_file(part: str) -> str:
+    """The text ids of a part, in the order in which every file of the part has them."""
+    return f"texts/{part}.arrow"
+
+
+def text_file(part: str) -> str:
+    """The text columns of a part."""
+    return f"text/{part}.arrow"
+
+
+def examples_file(split: str, sha256: str) -> str:
+    """The examples of a split. Content-addressed: a replaced split is another file, and readers of the old one keep theirs."""
+    return f"data/{split}-{sha256[:16]}.arrow"
+
+
+def teacher_directory(teacher: str) -> str:
+    """All of a teacher: removing it removes the teacher."""
+    return f"teachers/{teacher}"
+
+
+def outputs_file(teacher: str, part: str) -> str:
+    """Logits and pooled vectors."""
+    return f"teachers/{teacher}/outputs/{part}.arrow"
+
+
+def tokens_file(teacher: str, part: str) -> str:
+    """Spans, segments and roles."""
+    return f"teachers/{teacher}/tokens/{part}.arrow"
+
+
+def basis_file(teacher: str, layer: int) -> str:
+    """Projection and variances of a layer. One file per layer, so that a layer can come later and files stay immutable."""
+    return f"teachers/{teacher}/basis/{layer_name(layer)}.safetensors"
+
+
+def tokenizer_file(teacher: str) -> str:
+    """The teacher's tokenizer.json."""
+    return f"teachers/{teacher}/tokenizer/tokenizer.json"
+
+
+def group_directory(teacher: str, part: str) -> str:
+    """The zarr group of a part."""
+    return f"teachers/{teacher}/hidden/{part}.zarr"
+
+
+def group_file(teacher: str, part: str) -> str:
+    """Metadata of the zarr group of a part."""
+    return f"{group_directory(teacher, part)}/zarr.json"
+
+
+def array_shapes(layer: int, spec: LayerSpec, tokens: int) -> dict[str, tuple[tuple[int, ...], str]]:
+    """The arrays of a layer: name inside the group -> shape and dtype."""
+    arrays: dict[str, tuple[tuple[int, ...], str]] = {layer_name(layer): ((tokens, spec.dim), spec.dtype)}
+    if spec.dtype == "int8":
+        arrays[f"{layer_name(layer)}-scale"] = ((tokens,), "float32")
+    return arrays
+
+
+def array_files(teacher: str, part: str, name: str, shape: tuple[int, ...]) -> tuple[str, str | None]:
+    """Metadata and shard of one array; no shard where the array has no rows."""
+    directory = f"{group_directory(teacher, part)}/{name}"
+    return f"{directory}/zarr.json", f"{directory}/{shard_name(len(shape))}" if shape[0] else None
+
+
+def layer_files(teacher: str, part: str, layer: int, spec: LayerSpec, tokens: int) -> list[str]:
+    """All files of one layer of one part, the group's metadata apart."""
+    files: list[str] = []
+    for name, (shape, _) in array_shapes(layer, spec, tokens).items():
+        metadata, shard = array_files(teacher, part, name, shape)
+        files += [metadata, *([shard] if shard else [])]
+    return files

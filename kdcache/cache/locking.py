@@ -1,0 +1,49 @@
+"""One writer per cache directory: a lock of the operating system, which dies with its owner.
+
+A side file says who holds it, so that the refusal can name a process and a machine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+from kdcache.cache import layout
+from kdcache.cache.canonical import NotCanonicalError, canonical_json, parse_json
+from kdcache.cache.files import make_directory, write_file
+from kdcache.errors import LockedError, StorageError
+
+
+@contextlib.contextmanager
+def hold_lock(root: Path) -> Iterator[None]:
+    """Hold the lock of a cache directory while the block runs. Raises LockedError, which names the holder."""
+    from filelock import FileLock, Timeout
+
+    state = root / layout.STATE
+    make_directory(state)
+    lock = FileLock(state / "lock", timeout=0, thread_local=False)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise LockedError(
+            f"cache '{root}' is being written by {_holder(state)}",
+            "Wait until it is done, or stop that process and run this again.",
+        ) from error
+    except OSError as error:
+        raise StorageError(f"cannot lock '{root}': {error.strerror or error}", "Make the directory writable.") from error
+    try:
+        write_file(state / "holder.json", canonical_json({"host": socket.gethostname(), "pid": os.getpid()}))
+        yield
+    finally:
+        lock.release()
+
+
+def _holder(state: Path) -> str:
+    try:
+        holder = parse_json((state / "holder.json").read_bytes())
+        return f"process {holder['pid']} on {holder['host']}"
+    except (OSError, NotCanonicalError, KeyError, TypeError):
+        return "another process"

@@ -1,0 +1,79 @@
+"""Finding out what a directory holds before anything is written: manifest, records, leftovers, damage."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from kdcache.cache import layout
+from kdcache.cache.contents import Contents
+from kdcache.cache.files import remove_temporaries
+from kdcache.cache.journal import Journal
+from kdcache.cache.manifest import Manifest, read_manifest
+from kdcache.cache.repair import drop_damaged
+from kdcache.cache.spec import Settings, TaskSpec
+from kdcache.cache.stale import check_task
+from kdcache.errors import DamageError, MismatchError
+
+
+def refuse_other_directory(root: Path) -> None:
+    """Raises MismatchError where a directory holds other things than a cache, DamageError where it lost its manifest."""
+    if root.exists() and not root.is_dir():
+        raise MismatchError(f"'{root}' is a file, not a directory", "Name another directory for the cache.")
+    if not root.is_dir() or (root / layout.MANIFEST).exists() or (root / layout.STATE / "base.json").exists():
+        return
+    names = sorted(path.name for path in root.iterdir() if not path.name.startswith("."))
+    if {"texts", "teachers"} & set(names):
+        raise DamageError(
+            f"cache '{root}' has lost its {layout.MANIFEST}", "Restore it from a copy, or dump into a new directory."
+        )
+    if names:
+        raise MismatchError(f"directory '{root}' holds '{names[0]}' and no cache", "Name an empty directory, or a new one.")
+
+
+def open_contents(
+    root: Path, task: TaskSpec, settings: Settings, has_text: bool, repair: bool
+) -> tuple[Manifest | None, Contents, Journal]:
+    """The manifest, if there is one, and the contents that it and the records amount to. The caller holds the lock."""
+    base = read_manifest(root) if (root / layout.MANIFEST).exists() else None
+    journal = Journal(root)
+    begun = journal.base()
+    identity = base.identity if base else ""
+    if begun is not None and begun["identity"] != identity:
+        if base is None:
+            raise DamageError(
+                f"cache '{root}' has lost its {layout.MANIFEST}", "Restore it from a copy, or dump into a new directory."
+            )
+        begun = None  # published already: the writer died before it removed its records
+    contents = base.contents.copy() if base else _begun(begun) or Contents(task, settings, has_text)
+    check_task(root, (contents.task, contents.settings, contents.has_text), (task, settings, has_text))
+    remove_temporaries(root)
+    if begun is None:
+        journal.clear()
+        journal.begin({"identity": identity, **_record(contents)})
+    else:
+        journal.apply(contents)
+    if repair:
+        drop_damaged(root, contents, journal)
+    return base, contents, journal
+
+
+def _record(contents: Contents) -> dict[str, Any]:
+    task, settings = contents.task, contents.settings
+    return {
+        "text_columns": list(task.text_columns),
+        "label_names": list(task.label_names),
+        "seed": settings.seed,
+        "part_size": settings.part_size,
+        "text": "stored" if contents.has_text else "absent",
+    }
+
+
+def _begun(record: dict[str, Any] | None) -> Contents | None:
+    if record is None:
+        return None
+    return Contents(
+        TaskSpec(tuple(record["text_columns"]), tuple(record["label_names"])),
+        Settings(record["seed"], record["part_size"]),
+        record["text"] == "stored",
+    )

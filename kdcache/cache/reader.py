@@ -1,0 +1,227 @@
+"""Reading a cache: open the manifest, then only what is asked for.
+
+    cache = kdcache.open_cache("runs/sst2/cache")
+    cache.outputs("bert", "part-00000").logits
+
+Opening reads the manifest and nothing else. A file's size and sha256 are checked at the process's first read of it, crc32c of
+array chunks at every read; a file that is missing, truncated or altered is a DamageError that names it. All methods may be
+called from several threads. Arrays are as large as the manifest says, never as a file claims; those of Arrow files are
+read-only views.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+
+from kdcache.cache import layout, tables
+from kdcache.cache.bases import BasisDamageError, decode_basis
+from kdcache.cache.digests import CheckedFiles
+from kdcache.cache.hidden import decode_layer
+from kdcache.cache.ids import ID_BYTES, IdIndex
+from kdcache.cache.manifest import Manifest, read_manifest
+from kdcache.cache.tokens import OTHER, Tokens
+from kdcache.errors import MismatchError
+
+if TYPE_CHECKING:
+    from kdcache.cache.blocks import Basis, HiddenBlock, Outputs
+    from kdcache.cache.contents import PartInfo
+    from kdcache.cache.spec import LayerSpec, Settings, TaskSpec, TeacherSpec
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ExamplesTable:
+    """The examples of a split, in the order of its data; many may share a text."""
+
+    text_ids: np.ndarray  # uint8[n, 16]
+    labels: np.ndarray  # int64[n], -1 = no label
+    groups: tuple[str, ...] | None
+
+
+def open_cache(path: str | Path) -> Cache:
+    """Open a cache directory for reading. Raises DamageError (no or damaged manifest), MismatchError (newer format)."""
+    root = Path(path)
+    return Cache(root, read_manifest(root))
+
+
+class Cache:
+    """An open cache; made by ``open_cache``. Holds the manifest and, once asked for, the ids of its texts."""
+
+    def __init__(self, path: Path, manifest: Manifest, *, trust_earlier: bool = True) -> None:
+        self.path = path
+        self.manifest = manifest
+        self._contents = manifest.contents
+        self._files = CheckedFiles(path, manifest.contents.files, trust_earlier=trust_earlier)
+        self._parts = {part.name: part for part in manifest.contents.parts}
+        self._index: tuple[IdIndex, np.ndarray, np.ndarray] | None = None
+        self._index_lock = threading.Lock()
+
+    @property
+    def identity(self) -> str:
+        """sha256 (hex) that names the content: equal identities, equal bytes in every data file."""
+        return self.manifest.identity
+
+    @property
+    def task(self) -> TaskSpec:
+        """Text columns and label names."""
+        return self._contents.task
+
+    @property
+    def settings(self) -> Settings:
+        """Seed and part size of the dump."""
+        return self._contents.settings
+
+    @property
+    def teachers(self) -> dict[str, TeacherSpec]:
+        """Specifications by teacher name."""
+        return dict(self._contents.teachers)
+
+    @property
+    def parts(self) -> tuple[PartInfo, ...]:
+        """Name, scope and number of texts of every part, in order."""
+        return tuple(self._contents.parts)
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """Names of the splits."""
+        return tuple(self._contents.splits)
+
+    @property
+    def has_text(self) -> bool:
+        """Whether the texts themselves are stored."""
+        return self._contents.has_text
+
+    def examples(self, split: str) -> ExamplesTable:
+        """The examples of a split. MismatchError where there is no such split."""
+        if split not in self._contents.splits:
+            raise self._no("split", split, self._contents.splits)
+        info = self._contents.splits[split]
+        ids, labels, groups = self._table(info.file, lambda data: tables.decode_examples(data, info.examples))
+        if len(labels) and not -1 <= labels.min() <= labels.max() < len(self.task.label_names):
+            raise self._files.damage(info.file, f"has a label that is not one of the {len(self.task.label_names)} of the task")
+        return ExamplesTable(ids, labels, groups)
+
+    def text_ids(self, part_name: str) -> np.ndarray:
+        """Ids of the texts of a part in its order, ``uint8[n, 16]``."""
+        part = self._part(part_name)
+        return self._table(layout.ids_file(part.name), lambda data: tables.decode_ids(data, part.texts))
+
+    def texts(self, part_name: str) -> list[tuple[str, ...]]:
+        """The texts of a part in its order. MismatchError where the cache stores none."""
+        part = self._part(part_name)
+        if not self.has_text:
+            raise MismatchError(f"cache '{self.path}' was made without its texts", "Give the data that it was made from.")
+        columns = self.task.text_columns
+        return self._table(layout.text_file(part.name), lambda data: tables.decode_text(data, columns, part.texts))
+
+    def locate(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where texts lie: index into ``parts`` (int32[m]) and row in that part (int32[m]); -1 where a text is absent.
+
+        A text that is in a 'full' and in a 'logits' part is found in the full one. The first call reads all text ids.
+        """
+        index, part_of, row_of = self._text_index()
+        found = index.find(ids)
+        absent = found < 0
+        place = np.where(absent, 0, found)
+        if not len(index):
+            return np.full(len(ids), -1, dtype=np.int32), np.full(len(ids), -1, dtype=np.int32)
+        return np.where(absent, -1, part_of[place]).astype(np.int32), np.where(absent, -1, row_of[place]).astype(np.int32)
+
+    def outputs(self, teacher: str, part_name: str) -> Outputs:
+        """Logits ``float32[n, classes]`` and pooled vectors of a part."""
+        spec, part = self._teacher(teacher), self._part(part_name)
+        path = layout.outputs_file(teacher, part.name)
+        return self._table(path, lambda data: tables.decode_outputs(data, part.texts, spec.target.shape[0], spec.pooled))
+
+    def token_count(self, teacher: str, part_name: str) -> int:
+        """Tokens of a part, from the manifest alone; MismatchError where none are stored of it."""
+        self._teacher(teacher)
+        counts = self._contents.tokens.get(teacher, {})
+        part = self._part(part_name)
+        if part.name not in counts:
+            raise MismatchError(
+                f"cache '{self.path}' has no tokens of teacher '{teacher}' in {part.name} (scope '{part.scope}')",
+                "Hidden states and tokens are stored of train and transfer texts only.",
+            )
+        return counts[part.name]
+
+    def tokens(self, teacher: str, part_name: str) -> Tokens:
+        """Spans, segments and roles of the tokens of a part."""
+        count, part = self.token_count(teacher, part_name), self._part(part_name)
+        path = layout.tokens_file(teacher, part.name)
+        tokens = self._table(path, lambda data: tables.decode_tokens(data, part.texts, count))
+        if count and not 0 <= tokens.roles.min() <= tokens.roles.max() <= OTHER:
+            raise self._files.damage(path, "has a token of unknown role")
+        return tokens
+
+    def hidden(self, teacher: str, part_name: str, layer: int) -> HiddenBlock:
+        """Hidden states of one layer of a part, as stored: one row per token."""
+        spec = self._layer(teacher, layer)
+        count = self.token_count(teacher, part_name)
+        return decode_layer(self._files, teacher, part_name, layer, spec, count)
+
+    def basis(self, teacher: str, layer: int) -> Basis:
+        """Projection, mean and variances of one layer."""
+        spec, path = self._layer(teacher, layer), layout.basis_file(teacher, layer)
+        return self._table(path, lambda data: decode_basis(data, spec, self._teacher(teacher).width))
+
+    def tokenizer_json(self, teacher: str) -> str:
+        """The teacher's tokenizer.json, truncation and padding nulled."""
+        self._teacher(teacher)
+        return self._table(layout.tokenizer_file(teacher), lambda data: data.decode("utf-8"))
+
+    def check_present(self, paths: list[str]) -> None:
+        """Presence and size of files, by their names in the manifest, without reading them. Raises DamageError."""
+        for path in paths:
+            self._files.check_present(path)
+
+    def _table(self, path: str, decode: Callable[[bytes], T]) -> T:
+        data = self._files.read(path)
+        try:
+            return decode(data)
+        except (tables.TableDamageError, BasisDamageError, UnicodeDecodeError) as error:
+            raise self._files.damage(path, error) from error
+
+    def _text_index(self) -> tuple[IdIndex, np.ndarray, np.ndarray]:
+        with self._index_lock:
+            if self._index is None:
+                order = sorted(range(len(self.parts)), key=lambda index: self.parts[index].scope != "full")
+                ids = [self.text_ids(self.parts[index].name) for index in order]
+                sizes = [len(one) for one in ids]
+                rows = [np.arange(size, dtype=np.int32) for size in sizes]
+                empty = np.zeros((0, ID_BYTES), dtype=np.uint8)
+                self._index = (
+                    IdIndex(np.concatenate([empty, *ids])),
+                    np.repeat(np.array(order, dtype=np.int32), sizes),
+                    np.concatenate([np.zeros(0, dtype=np.int32), *rows]),
+                )
+            return self._index
+
+    def _part(self, name: str) -> PartInfo:
+        if name not in self._parts:
+            raise self._no("part", name, self._parts)
+        return self._parts[name]
+
+    def _teacher(self, name: str) -> TeacherSpec:
+        if name not in self._contents.teachers:
+            raise self._no("teacher", name, self._contents.teachers)
+        return self._contents.teachers[name]
+
+    def _layer(self, teacher: str, layer: int) -> LayerSpec:
+        layers = self._teacher(teacher).layers
+        if layer not in layers:
+            raise self._no(f"layer of teacher '{teacher}'", layer, layers)
+        return layers[layer]
+
+    def _no(self, what: str, name: object, known: object) -> MismatchError:
+        there = [str(one) for one in known][:20]  # type: ignore[attr-defined]
+        return MismatchError(
+            f"cache '{self.path}' has no {what} {name!r}; it has: {', '.join(there) or 'none'}", "Name one of these."
+        )

@@ -1,0 +1,198 @@
+"""The shape of a manifest: strict pydantic models with a bound on every count, and the way to and from ``Contents``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from kdcache.cache.contents import Contents, PartInfo, SplitInfo
+from kdcache.cache.files import FileDigest
+from kdcache.cache.spec import Fingerprints, LayerSpec, Settings, TargetSpec, TaskSpec, TeacherSpec
+
+FORMAT = "kdcache"
+VERSION = 1
+
+Count = Annotated[int, Field(ge=0, le=2**40)]
+Size = Annotated[int, Field(ge=1, le=2**20)]
+Hex = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+:/ -]{0,127}$")]
+Label = Annotated[str, Field(min_length=1, max_length=1000)]
+Digits = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,3})$")]
+PartName = Annotated[str, Field(pattern=r"^part-[0-9]{5}$")]
+TeacherName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+SplitName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,31}$")]
+Path_ = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*){0,7}$", max_length=240)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class TaskModel(_Strict):
+    text_columns: Annotated[list[Label], Field(min_length=1, max_length=8)]
+    label_names: Annotated[list[Label], Field(min_length=1, max_length=65536)]
+
+
+class SettingsModel(_Strict):
+    seed: Annotated[int, Field(ge=-(2**53) + 1, le=2**53 - 1)]
+    part_size: Size
+
+
+class PartModel(_Strict):
+    name: PartName
+    scope: Literal["full", "logits"]
+    texts: Size
+
+
+class SplitModel(_Strict):
+    examples: Count
+    file: Path_
+
+
+class FingerprintsModel(_Strict):
+    weights: Hex
+    config: Hex
+    head: Hex
+    tokenizer: Hex
+
+
+class LayerModel(_Strict):
+    projection: Literal["none", "pca", "random"]
+    dim: Annotated[int, Field(ge=1, le=65536)]
+    dtype: Literal["float32", "float16", "int8"]
+
+
+class TargetModel(_Strict):
+    kind: Literal["class-logits"]
+    shape: Annotated[list[Annotated[int, Field(ge=1, le=65536)]], Field(min_length=1, max_length=1)]
+    dtype: Literal["float32"]
+
+
+class TeacherModel(_Strict):
+    head: Literal["shared", "own"]
+    fingerprints: FingerprintsModel
+    depth: Annotated[int, Field(ge=0, le=9999)]
+    width: Annotated[int, Field(ge=1, le=65536)]
+    max_length: Size
+    truncation: Word
+    backend: Word
+    precision: Word
+    target: TargetModel
+    pooled: Annotated[int, Field(ge=0, le=65536)]  # 0: no pooled vector
+    sample_texts: Count
+    layers: Annotated[dict[Digits, LayerModel], Field(max_length=1000)]
+    tokens: Annotated[dict[PartName, Annotated[int, Field(ge=0, le=2**31 - 1)]], Field(max_length=100_000)]
+
+
+class FileModel(_Strict):
+    bytes: Count
+    sha256: Hex
+
+
+class ManifestModel(_Strict):
+    format: Literal["kdcache"]
+    version: Literal[1]
+    task: TaskModel
+    settings: SettingsModel
+    text: Literal["stored", "absent"]
+    parts: Annotated[list[PartModel], Field(max_length=100_000)]
+    splits: Annotated[dict[SplitName, SplitModel], Field(max_length=64)]
+    teachers: Annotated[dict[TeacherName, TeacherModel], Field(max_length=1000)]
+    files: Annotated[dict[Path_, FileModel], Field(max_length=1_000_000)]
+    provenance: dict[str, Any]
+    identity: Hex
+    checksum: Hex
+
+
+def contents_document(contents: Contents) -> dict[str, Any]:
+    """The part of a manifest that its identity is computed from, as plain JSON values."""
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "task": {"text_columns": list(contents.task.text_columns), "label_names": list(contents.task.label_names)},
+        "settings": {"seed": contents.settings.seed, "part_size": contents.settings.part_size},
+        "text": "stored" if contents.has_text else "absent",
+        "parts": [{"name": part.name, "scope": part.scope, "texts": part.texts} for part in contents.parts],
+        "splits": {name: {"examples": split.examples, "file": split.file} for name, split in contents.splits.items()},
+        "teachers": {
+            name: {**teacher_document(spec), "tokens": dict(contents.tokens.get(name, {}))}
+            for name, spec in contents.teachers.items()
+        },
+        "files": files_document(contents.files),
+    }
+
+
+def files_document(files: Mapping[str, FileDigest]) -> dict[str, dict[str, int | str]]:
+    """Files with size and sha256 as JSON values."""
+    return {path: {"bytes": digest.size, "sha256": digest.sha256} for path, digest in files.items()}
+
+
+def teacher_document(spec: TeacherSpec) -> dict[str, Any]:
+    """A teacher's specification as JSON values; the name is its key."""
+    prints = spec.fingerprints
+    return {
+        "head": spec.head,
+        "fingerprints": {
+            "weights": prints.weights,
+            "config": prints.config,
+            "head": prints.head,
+            "tokenizer": prints.tokenizer,
+        },
+        "depth": spec.depth,
+        "width": spec.width,
+        "max_length": spec.max_length,
+        "truncation": spec.truncation,
+        "backend": spec.backend,
+        "precision": spec.precision,
+        "target": {"kind": spec.target.kind, "shape": list(spec.target.shape), "dtype": spec.target.dtype},
+        "pooled": spec.pooled or 0,
+        "sample_texts": spec.sample_texts,
+        "layers": {
+            str(layer): {"projection": one.projection, "dim": one.dim, "dtype": one.dtype} for layer, one in spec.layers.items()
+        },
+    }
+
+
+def teacher_from_document(name: str, document: dict[str, Any]) -> TeacherSpec:
+    """The inverse of ``teacher_document``. Raises ValueError (pydantic's) where it is not one."""
+    return _teacher(name, TeacherModel.model_validate({"tokens": {}, **document}))
+
+
+def _teacher(name: str, model: TeacherModel) -> TeacherSpec:
+    return TeacherSpec(
+        name=name,
+        head=model.head,
+        fingerprints=Fingerprints(**model.fingerprints.model_dump()),
+        depth=model.depth,
+        width=model.width,
+        max_length=model.max_length,
+        truncation=model.truncation,
+        backend=model.backend,
+        precision=model.precision,
+        target=TargetSpec(model.target.kind, tuple(model.target.shape), model.target.dtype),
+        pooled=model.pooled or None,
+        sample_texts=model.sample_texts,
+        layers={
+            int(layer): LayerSpec(one.projection, one.dim, one.dtype) for layer, one in sorted(model.layers.items(), key=_number)
+        },
+    )
+
+
+def _number(item: tuple[str, LayerModel]) -> int:
+    return int(item[0])
+
+
+def contents_of(model: ManifestModel) -> Contents:
+    """The contents that a valid manifest describes."""
+    return Contents(
+        task=TaskSpec(tuple(model.task.text_columns), tuple(model.task.label_names)),
+        settings=Settings(model.settings.seed, model.settings.part_size),
+        has_text=model.text == "stored",
+        parts=[PartInfo(part.name, part.scope, part.texts) for part in model.parts],
+        splits={name: SplitInfo(split.examples, split.file) for name, split in model.splits.items()},
+        teachers={name: _teacher(name, teacher) for name, teacher in model.teachers.items()},
+        tokens={name: dict(teacher.tokens) for name, teacher in model.teachers.items()},
+        files={path: FileDigest(file.bytes, file.sha256) for path, file in model.files.items()},
+    )

@@ -1,0 +1,58 @@
+"""Stale is judged per component: what exists must equal what is asked for in every field that its bytes depend on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from kdcache.cache.spec import Fingerprints, LayerSpec, Settings, TaskSpec, TeacherSpec
+from kdcache.errors import MismatchError
+
+_HINT = "Ask for what the cache was made with, or dump into a new directory."
+_TEACHER_HINT = "Ask for what the cache was made with, give the teacher another name, or dump into a new directory."
+_OF_LAYERS = ("layers", "sample_texts")  # a teacher's outputs do not depend on these
+
+
+def check_task(root: Path, old: tuple[TaskSpec, Settings, bool], new: tuple[TaskSpec, Settings, bool]) -> None:
+    """Raises MismatchError, which names the field, where a cache was made for another task or with other settings."""
+    for one, other in zip(old[:2], new[:2], strict=True):
+        for name, before, now in _differences(one, other):
+            raise MismatchError(f"cache '{root}' was made with {name} {_show(before)}; now it is {_show(now)}", _HINT)
+    if old[2] != new[2]:
+        raise MismatchError(f"cache '{root}' was made {_text(old[2])}; it is asked for {_text(new[2])}", _HINT)
+
+
+def check_teacher(root: Path, old: TeacherSpec, new: TeacherSpec, existing_layers: set[int]) -> None:
+    """Raises MismatchError where a teacher, or a layer that exists of it, differs from what is asked for."""
+    for name, before, now in _differences(old, new):
+        if name not in _OF_LAYERS:
+            raise _mismatch(root, old.name, name, before, now)
+    if existing_layers and new.layers and old.sample_texts != new.sample_texts:
+        raise _mismatch(root, old.name, "sample_texts", old.sample_texts, new.sample_texts)
+    for layer in sorted(existing_layers & new.layers.keys()):
+        for name, before, now in _differences(old.layers[layer], new.layers[layer]):
+            raise _mismatch(root, old.name, f"{name} of layer {layer}", before, now)
+
+
+def _differences(old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
+    for one in fields(old):
+        before, now = getattr(old, one.name), getattr(new, one.name)
+        if isinstance(before, Fingerprints):
+            yield from ((f"{name} (sha256)", was[:12], is_[:12]) for name, was, is_ in _differences(before, now))
+        elif before != now and not isinstance(before, dict | LayerSpec):
+            yield one.name, before, now
+
+
+def _mismatch(root: Path, teacher: str, name: str, before: Any, now: Any) -> MismatchError:
+    message = f"cache '{root}' holds teacher '{teacher}' with {name} {_show(before)}; now it is {_show(now)}"
+    return MismatchError(message, _TEACHER_HINT)
+
+
+def _show(value: Any) -> str:
+    return repr(list(value)) if isinstance(value, tuple) else repr(value)
+
+
+def _text(stored: bool) -> str:
+    return "with its texts" if stored else "without its texts"

@@ -1,0 +1,149 @@
+"""Which text lies in which part: the plan of a dump, and its restoration from what a recipe gives.
+
+New texts are sorted by a keyed hash of their id and cut into parts, so the plan is a function of the set of texts and the
+seed. Parts are recorded one by one, in order: what is left after an interruption is cut exactly as it would have been.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kdcache.cache import layout, tables
+from kdcache.cache.contents import Contents, PartInfo
+from kdcache.cache.files import digest_bytes, write_file
+from kdcache.cache.ids import id_array, id_list, seeded_order, text_id
+from kdcache.errors import DamageError, MismatchError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from kdcache.cache.digests import CheckedFiles
+    from kdcache.cache.journal import Journal
+    from kdcache.cache.spec import Scope
+
+Texts = Mapping[bytes, tuple[str, ...]]
+
+
+class TextPlan:
+    """The parts of a cache that is open for writing, with their ids and, where given or stored, their texts."""
+
+    def __init__(self, root: Path, contents: Contents, journal: Journal, files: CheckedFiles) -> None:
+        self._root, self._contents, self._journal, self._files = root, contents, journal, files
+        self._given: list[Texts] = []
+        self._ids: dict[str, np.ndarray] = {}
+
+    def ids(self, part: PartInfo) -> np.ndarray:
+        """Ids of a part, ``uint8[n, 16]``."""
+        if part.name not in self._ids:
+            path = layout.ids_file(part.name)
+            if path not in self._files:
+                raise self._lost(path)
+            try:
+                self._ids[part.name] = tables.decode_ids(self._files.read(path), part.texts)
+            except tables.TableDamageError as error:
+                raise self._files.damage(path, error) from error
+        return self._ids[part.name]
+
+    def texts(self, part: PartInfo) -> list[tuple[str, ...]]:
+        """Texts of a part: as given to ``add``, else as stored."""
+        ids = id_list(self.ids(part))
+        for given in self._given:
+            if all(one in given for one in ids):
+                return [given[one] for one in ids]
+        if not self._contents.has_text:
+            mixed = [self._find(one) for one in ids]
+            if all(text is not None for text in mixed):
+                return [text for text in mixed if text is not None]
+            raise MismatchError(
+                f"cache '{self._root}' does not store its texts, and {part.name} holds some that were not given",
+                "Give the texts that it was made from, or dump into a new directory.",
+            )
+        path = layout.text_file(part.name)
+        try:
+            return tables.decode_text(self._files.read(path), self._contents.task.text_columns, part.texts)
+        except tables.TableDamageError as error:
+            raise self._files.damage(path, error) from error
+
+    def add(self, full: Texts, logits_only: Texts) -> None:
+        """Put new texts into new parts: first those wanted in full, then those of which logits alone are wanted."""
+        self._given += [full, logits_only]
+        self._restore(full, logits_only)
+        known = self._known("full")
+        self._append("full", [one for one in full if one not in known])
+        known = self._known("full") | self._known("logits")
+        self._append("logits", [one for one in logits_only if one not in known])
+
+    def _append(self, scope: Scope, ids: Iterable[bytes]) -> None:
+        ordered = seeded_order(set(ids), self._contents.settings.seed)
+        size = self._contents.settings.part_size
+        for start in range(0, len(ordered), size):
+            chunk = ordered[start : start + size]
+            part = PartInfo(layout.part_name(len(self._contents.parts)), scope, len(chunk))
+            array = id_array(chunk)
+            self._check(chunk)
+            files = {layout.ids_file(part.name): tables.encode_ids(array)}
+            if self._contents.has_text:
+                files[layout.text_file(part.name)] = self._encode_text(chunk)
+            self._commit(part, files)
+            self._contents.parts.append(part)
+            self._ids[part.name] = array
+
+    def _commit(self, part: PartInfo, files: Mapping[str, bytes]) -> None:
+        self._contents.files.update({path: write_file(self._root / path, data) for path, data in files.items()})
+        paths = (layout.ids_file(part.name), layout.text_file(part.name))
+        self._journal.add_part(part, {path: self._contents.files[path] for path in paths if path in self._contents.files})
+
+    def _check(self, ids: Iterable[bytes]) -> None:
+        columns = len(self._contents.task.text_columns)
+        for one in ids:
+            text = self._find(one) or ()
+            if len(text) != columns or text_id(text) != one:
+                raise ValueError(f"text {one.hex()} is not the {columns} columns that its id is the hash of")
+
+    def _encode_text(self, ids: Iterable[bytes]) -> bytes:
+        texts = [text for one in ids if (text := self._find(one)) is not None]
+        return tables.encode_text(self._contents.task.text_columns, texts)
+
+    def _find(self, one: bytes) -> tuple[str, ...] | None:
+        return next((given[one] for given in self._given if one in given), None)
+
+    def _known(self, scope: Scope) -> set[bytes]:
+        return {one for part in self._contents.parts if part.scope == scope for one in id_list(self.ids(part))}
+
+    def _restore(self, full: Texts, logits_only: Texts) -> None:
+        """Write damaged text files again. What comes back must be the old file, or every target would change its text."""
+        for part in self._contents.parts:
+            if layout.ids_file(part.name) not in self._files and layout.text_file(part.name) in self._files:
+                path = layout.text_file(part.name)
+                stored = tables.decode_text(self._files.read(path), self._contents.task.text_columns, part.texts)
+                self._restore_file(part, layout.ids_file(part.name), tables.encode_ids(id_array(map(text_id, stored))))
+        self._restore_plan("full", full)
+        self._restore_plan("logits", logits_only)
+        for part in self._contents.parts:
+            path = layout.text_file(part.name)
+            if self._contents.has_text and path not in self._files:
+                self._restore_file(part, path, self._encode_text(id_list(self.ids(part))))
+
+    def _restore_plan(self, scope: Scope, given: Texts) -> None:
+        lost = [part for part in self._contents.parts if part.scope == scope and layout.ids_file(part.name) not in self._files]
+        if not lost:
+            return
+        whole = [part for part in self._contents.parts if layout.ids_file(part.name) in self._files]
+        known = {one for part in whole if part.scope in ("full", scope) for one in id_list(self.ids(part))}
+        left = seeded_order((one for one in given if one not in known), self._contents.settings.seed)
+        for part in lost:
+            chunk, left = left[: part.texts], left[part.texts :]
+            self._restore_file(part, layout.ids_file(part.name), tables.encode_ids(id_array(chunk)))
+
+    def _restore_file(self, part: PartInfo, path: str, data: bytes) -> None:
+        if digest_bytes(data) != self._contents.lost.get(path):
+            raise self._lost(path)
+        self._commit(part, {path: data})
+
+    def _lost(self, path: str) -> DamageError:
+        return DamageError(
+            f"'{self._root / path}' is damaged, and the texts that were given do not give it back",
+            "Use the data that the cache was made from with --repair, or dump into a new directory.",
+        )

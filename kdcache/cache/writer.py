@@ -1,0 +1,302 @@
+"""Writing a cache: lock, find out what is there, add what is missing, publish.
+
+    with open_writer(path, task, settings) as writer:
+        writer.add_texts(full, logits_only)
+        for missing in writer.declare_teacher(spec, tokenizer_json):
+            writer.write_part(spec.name, missing.part, outputs=..., tokens=..., hidden=...)
+        writer.write_examples("train", text_ids, labels, None)
+        writer.publish(provenance)
+
+Files come first, then the commit record that speaks of them, the manifest last. The same calls continue an interrupted dump
+and extend a finished one. While that goes on, the old manifest stays valid: no file that it lists is changed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kdcache.cache import layout, tables
+from kdcache.cache.bases import check_basis, decode_basis, encode_basis
+from kdcache.cache.checks import check_outputs, check_tokens
+from kdcache.cache.completion import complete_contents
+from kdcache.cache.contents import Contents, PartInfo, SplitInfo
+from kdcache.cache.digests import CheckedFiles
+from kdcache.cache.files import FileDigest, digest_bytes, write_file
+from kdcache.cache.hidden import encode_layers
+from kdcache.cache.locking import hold_lock
+from kdcache.cache.manifest import Manifest, make_manifest
+from kdcache.cache.opening import open_contents, refuse_other_directory
+from kdcache.cache.stale import check_teacher
+from kdcache.cache.texts import TextPlan, Texts
+from kdcache.errors import MismatchError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from kdcache.cache.blocks import Basis, HiddenBlock, Outputs
+    from kdcache.cache.journal import Journal
+    from kdcache.cache.spec import Scope, Settings, TaskSpec, TeacherSpec
+    from kdcache.cache.tokens import Tokens
+
+
+@dataclass(frozen=True)
+class Part:
+    """Texts that are run together. Scope 'full' gets everything, 'logits' gets outputs alone."""
+
+    name: str
+    scope: Scope
+    text_ids: np.ndarray  # uint8[n, 16]
+
+
+@dataclass(frozen=True)
+class PartTask:
+    """What is still missing of one teacher and part."""
+
+    part: Part
+    outputs: bool
+    layers: tuple[int, ...]
+
+
+@contextlib.contextmanager
+def open_writer(
+    path: str | Path, task: TaskSpec, settings: Settings, *, store_text: bool = True, repair: bool = False
+) -> Iterator[CacheWriter]:
+    """Open a cache directory for writing; makes it where there is none, continues what was interrupted.
+
+    With ``repair`` everything is verified first, and files that are damaged count as missing. Raises LockedError where another
+    process writes, MismatchError where the cache was made for another task or with other settings, DamageError, StorageError.
+    """
+    root = Path(path)
+    refuse_other_directory(root)
+    with hold_lock(root):
+        base, contents, journal = open_contents(root, task, settings, store_text, repair)
+        yield CacheWriter(root, base, contents, journal)
+
+
+class CacheWriter:
+    """The open cache; made by ``open_writer``. One thread at a time writes; reading calls may come from others."""
+
+    def __init__(self, root: Path, base: Manifest | None, contents: Contents, journal: Journal) -> None:
+        self.root = root
+        self.base = base  # the manifest that this run starts from
+        self._contents = contents
+        self._journal = journal
+        self._files = CheckedFiles(root, contents.files)
+        self._texts = TextPlan(root, contents, journal, self._files)
+        self._asked: dict[str, TeacherSpec] = {}
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """All parts, old and new, in their order."""
+        return tuple(Part(part.name, part.scope, self._texts.ids(part)) for part in self._contents.parts)
+
+    def add_texts(self, full: Texts, logits_only: Texts) -> None:
+        """Give every text that is new a place in a new part, in the seeded order; known texts are left where they are.
+
+        A text known as 'logits' and wanted 'full' goes into a new full part. With ``repair``, damaged text files are written
+        again from what is given here.
+        """
+        self._texts.add(full, logits_only)
+
+    def texts_of(self, part: Part) -> list[tuple[str, ...]]:
+        """The texts of a part, in its order. MismatchError where they were neither given nor stored."""
+        return self._texts.texts(self._part(part.name))
+
+    def declare_teacher(self, spec: TeacherSpec, tokenizer_json: str) -> tuple[PartTask, ...]:
+        """Say how a teacher is run; gives back what is still missing of it. MismatchError where what exists differs.
+
+        Layers of the cache that ``spec`` does not name stay, unless there are texts that they lack: then it refuses.
+        """
+        old = self._contents.teachers.get(spec.name)
+        existing = self._existing_layers(spec.name)
+        if old is not None and (existing or self._has_any(spec.name)):
+            check_teacher(self.root, old, spec, existing)
+            kept = {layer: old.layers[layer] for layer in existing}
+            if existing and not spec.layers:
+                spec = replace(spec, sample_texts=old.sample_texts)
+        else:
+            self._refuse_case_twin(spec.name)
+            kept = {}
+        merged = replace(spec, layers=dict(sorted({**spec.layers, **kept}.items())))
+        self._asked[spec.name] = replace(spec, layers=dict(spec.layers))
+        self._write_teacher(merged, old, tokenizer_json)
+        self._refuse_partial_layers(merged, set(spec.layers))
+        return self.missing(spec.name)
+
+    def missing(self, name: str) -> tuple[PartTask, ...]:
+        """What is missing of a declared teacher, as ``declare_teacher`` says it."""
+        tasks = []
+        for part in self._contents.parts:
+            outputs = not self._contents.has_outputs(name, part)
+            wanted = self._contents.teachers[name].layers if part.scope == "full" else ()
+            layers = tuple(layer for layer in wanted if not self._contents.has_layer(name, part, layer))
+            if outputs or layers:
+                tasks.append(PartTask(Part(part.name, part.scope, self._texts.ids(part)), outputs, layers))
+        return tuple(tasks)
+
+    def bases(self, name: str) -> dict[int, Basis]:
+        """The bases that exist of a declared teacher, by layer."""
+        spec = self._contents.teachers[name]
+        there = {layer: layout.basis_file(name, layer) for layer in spec.layers if layout.basis_file(name, layer) in self._files}
+        return {layer: decode_basis(self._files.read(path), spec.layers[layer], spec.width) for layer, path in there.items()}
+
+    def write_bases(self, name: str, bases: Mapping[int, Basis]) -> None:
+        """Add bases of layers. MismatchError where a layer has another one already: hidden states depend on it."""
+        spec = self._contents.teachers[name]
+        for layer, basis in sorted(bases.items()):
+            check_basis(basis, spec.layers[layer], spec.width)
+            path, data = layout.basis_file(name, layer), encode_basis(basis)
+            if path in self._files:
+                if self._files.read(path) != data:
+                    raise MismatchError(
+                        f"layer {layer} of teacher '{name}' has another basis in cache '{self.root}'", "Use that one."
+                    )
+                continue
+            self._journal.add_basis(name, layer, self._write({path: data}))
+
+    def write_part(
+        self, name: str, part: Part, *, outputs: Outputs | None, tokens: Tokens | None, hidden: Mapping[int, HiddenBlock]
+    ) -> int:
+        """Write what was missing of one teacher and part, durably, then its commit record; gives back the bytes written.
+
+        Components that exist already are left as they are. ``tokens`` are needed with hidden states. Raises NonFiniteError
+        (text id, layer), ValueError for shapes that do not fit the declaration, StorageError.
+        """
+        spec, info = self._contents.teachers[name], self._part(part.name)
+        ids = self._texts.ids(info)
+        if info.scope == "logits" and (hidden or tokens is not None):
+            raise ValueError(f"{info.name} gets outputs alone: it holds validation or test texts")
+        files: dict[str, Any] = {}
+        if outputs is not None and not self._contents.has_outputs(name, info):
+            check_outputs(outputs, spec, info.name, ids)
+            files[layout.outputs_file(name, info.name)] = tables.encode_outputs(outputs)
+        if tokens is not None:
+            check_tokens(tokens, info.name, len(ids))
+            files |= self._token_files(name, info, tokens)
+        new = {layer: block for layer, block in hidden.items() if not self._contents.has_layer(name, info, layer)}
+        if new:
+            if tokens is None:
+                raise ValueError(f"hidden states of {info.name} need the tokens that they belong to")
+            files |= encode_layers(spec, info.name, ids, tokens.offsets, new)
+        return self._commit_part(name, info, None if tokens is None else len(tokens.starts), files)
+
+    def write_examples(self, split: str, text_ids: np.ndarray, labels: np.ndarray, groups: Sequence[str] | None) -> None:
+        """Set the examples of a split; another version replaces an old one when the cache is published."""
+        if not layout.SPLIT_NAME.fullmatch(split):
+            raise ValueError(f"'{split}' is not a name of a split")
+        classes = len(self._contents.task.label_names)
+        if labels.shape != (len(text_ids),) or (len(labels) and not -1 <= labels.min() <= labels.max() < classes):
+            raise ValueError(f"labels of '{split}' must be {len(text_ids)} numbers from -1 to {classes - 1}")
+        data = tables.encode_examples(text_ids, labels, groups)
+        path = layout.examples_file(split, digest_bytes(data).sha256)
+        info = SplitInfo(len(text_ids), path)
+        if self._contents.splits.get(split) == info and path in self._files:
+            return
+        files = self._write({path: data})
+        self._journal.add_split(split, info, files)
+        self._contents.splits[split] = info
+
+    def publish(self, provenance: Mapping[str, Any], card: str = "") -> Manifest:
+        """Write the card and then the manifest, and forget the records. Gives back the manifest.
+
+        Where nothing changed, the manifest stays as it is. Raises MismatchError where a teacher of the cache lacks texts that
+        were added, KdcacheError where a declared teacher is not complete.
+        """
+        published = self.base.contents if self.base else None
+        contents = complete_contents(self.root, self._contents, published, self._asked)
+        manifest = make_manifest(contents, provenance)
+        if card:
+            write_file(self.root / layout.CARD, card.encode("utf-8"))
+        if self.base is not None and self.base.identity == manifest.identity:
+            manifest = self.base
+        else:
+            write_file(self.root / layout.MANIFEST, manifest.to_bytes())
+        self._journal.clear()
+        self.base = manifest
+        return manifest
+
+    def _write(self, files: Mapping[str, Any]) -> dict[str, FileDigest]:
+        written = {path: write_file(self.root / path, data) for path, data in files.items()}
+        self._contents.files.update(written)
+        return written
+
+    def _commit_part(self, name: str, part: PartInfo, tokens: int | None, files: Mapping[str, Any]) -> int:
+        if not files:
+            return 0
+        written = {path: write_file(self.root / path, data) for path, data in files.items()}
+        self._journal.add_teacher_part(name, part.name, tokens, written)
+        self._contents.files.update(written)
+        if tokens is not None:
+            self._contents.tokens.setdefault(name, {})[part.name] = tokens
+        return sum(digest.size for digest in written.values())
+
+    def _token_files(self, name: str, part: PartInfo, tokens: Tokens) -> dict[str, bytes]:
+        path, data = layout.tokens_file(name, part.name), tables.encode_tokens(tokens)
+        if not self._contents.has_tokens(name, part):
+            return {path: data}
+        if self._contents.files[path].sha256 != digest_bytes(data).sha256:
+            raise MismatchError(
+                f"teacher '{name}' cuts {part.name} into other tokens than those in cache '{self.root}'",
+                "Use the tokenizer that the cache was made with, or dump into a new directory.",
+            )
+        return {}
+
+    def _write_teacher(self, spec: TeacherSpec, old: TeacherSpec | None, tokenizer_json: str) -> None:
+        path, data = layout.tokenizer_file(spec.name), tokenizer_json.encode("utf-8")
+        known = self._contents.files.get(path)
+        same = known is not None and known.sha256 == digest_bytes(data).sha256
+        if old is not None and known is not None and not same and self._has_any(spec.name):
+            raise MismatchError(
+                f"cache '{self.root}' holds teacher '{spec.name}' with another tokenizer.json",
+                "Use that tokenizer, give the teacher another name, or dump into a new directory.",
+            )
+        if same and old == spec:
+            return
+        files = {path: known} if same and known is not None else self._write({path: data})
+        self._journal.add_teacher(spec, files)
+        self._contents.teachers[spec.name] = spec
+
+    def _refuse_case_twin(self, name: str) -> None:
+        for known in self._contents.teachers:
+            if known != name and known.casefold() == name.casefold():
+                raise MismatchError(
+                    f"cache '{self.root}' has a teacher '{known}'; '{name}' differs in case only", "Choose another name."
+                )
+
+    def _refuse_partial_layers(self, spec: TeacherSpec, asked: set[int]) -> None:
+        for layer in sorted(spec.layers.keys() - asked):
+            if not self._contents.layer_is_complete(spec.name, layer):
+                raise MismatchError(
+                    f"cache '{self.root}' holds layer {layer} of teacher '{spec.name}', which the new texts would lack",
+                    f"Ask for layers {', '.join(map(str, spec.layers))}, or dump into a new directory.",
+                )
+
+    def _has_any(self, name: str) -> bool:
+        if self.base is not None and name in self.base.contents.teachers:
+            return True
+        return any(
+            self._contents.has_outputs(name, part) or self._contents.has_tokens(name, part) for part in self._contents.parts
+        )
+
+    def _existing_layers(self, name: str) -> set[int]:
+        spec = self._contents.teachers.get(name)
+        if spec is None:
+            return set()
+        published = set(self.base.contents.teachers[name].layers) if self.base and name in self.base.contents.teachers else set()
+        return published | {layer for layer in spec.layers if self._layer_has_any(name, layer)}
+
+    def _layer_has_any(self, name: str, layer: int) -> bool:
+        contents = self._contents
+        return layout.basis_file(name, layer) in contents.files or any(
+            contents.has_layer(name, part, layer) for part in contents.parts
+        )
+
+    def _part(self, name: str) -> PartInfo:
+        for part in self._contents.parts:
+            if part.name == name:
+                return part
+        raise ValueError(f"there is no {name} in cache '{self.root}'")

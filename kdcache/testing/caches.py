@@ -1,0 +1,148 @@
+"""Small made-up caches: no teacher is run, every number is a function of the text, so any two dumps of a text agree.
+
+What a real dump gets from a teacher comes from a hash here. That makes resuming, extending and repairing testable in
+milliseconds, and gives tests of readers a cache whose every value they can compute.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from kdcache.cache.blocks import Basis, HiddenBlock, Outputs
+from kdcache.cache.ids import id_array, id_list, text_id
+from kdcache.cache.manifest import Manifest
+from kdcache.cache.spec import Fingerprints, LayerSpec, Settings, TargetSpec, TaskSpec, TeacherSpec
+from kdcache.cache.tokens import FIRST, LAST, TEXT, Tokens
+from kdcache.cache.writer import CacheWriter, open_writer
+
+TASK = TaskSpec(("sentence",), ("bad", "good"))
+SETTINGS = Settings(seed=3, part_size=4)
+LAYERS = {2: LayerSpec("pca", 3, "int8"), 4: LayerSpec("none", 6, "float32")}
+
+Texts = dict[bytes, tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a made-up dump is asked for."""
+
+    train: Texts
+    test: Texts
+    teachers: tuple[TeacherSpec, ...]
+    task: TaskSpec = TASK
+    settings: Settings = SETTINGS
+    store_text: bool = True
+
+
+def made_texts(count: int, prefix: str = "text") -> Texts:
+    """``count`` distinct texts of one to six words."""
+    lines = [" ".join([f"{prefix} {index}", *["word"] * (index % 5)]) for index in range(count)]
+    return {text_id((line,)): (line,) for line in lines}
+
+
+def made_teacher(name: str = "bert", layers: Mapping[int, LayerSpec] | None = None, **fields: object) -> TeacherSpec:
+    """A teacher of width 6 and depth 4."""
+    print_ = hashlib.sha256(name.encode()).hexdigest()
+    values: dict[str, object] = {
+        "name": name, "head": "shared", "fingerprints": Fingerprints(print_, print_, print_, print_), "depth": 4, "width": 6,
+        "max_length": 16, "truncation": "longest_first", "backend": "torch", "precision": "float32",
+        "target": TargetSpec(shape=(2,)), "pooled": 5, "sample_texts": 8, "layers": LAYERS if layers is None else layers,
+    }  # fmt: skip
+    return TeacherSpec(**(values | fields))  # type: ignore[arg-type]
+
+
+def made_plan(train: int = 10, test: int = 5, teachers: Sequence[str] = ("bert", "roberta")) -> Plan:
+    """The usual small cache: 3 full parts, 2 parts with logits alone, two teachers."""
+    return Plan(made_texts(train, "train"), made_texts(test, "test"), tuple(made_teacher(name) for name in teachers))
+
+
+def dump(path: Path, plan: Plan, *, repair: bool = False, provenance: Mapping[str, object] | None = None) -> Manifest:
+    """Bring the cache at ``path`` to ``plan``, as a dump does."""
+    with open_writer(path, plan.task, plan.settings, store_text=plan.store_text, repair=repair) as writer:
+        writer.add_texts(plan.train, plan.test)
+        for spec in plan.teachers:
+            dump_teacher(writer, spec)
+        for split, texts in (("train", plan.train), ("test", plan.test)):
+            ids = id_array(texts)
+            writer.write_examples(split, ids, np.arange(len(ids), dtype=np.int64) % 3 - 1, None)
+        return writer.publish(provenance or {"command": "made up"}, card="# made up\n")
+
+
+def dump_teacher(writer: CacheWriter, spec: TeacherSpec) -> None:
+    """Write what is missing of one teacher."""
+    missing = writer.declare_teacher(spec, tokenizer_json(spec.name))
+    there = writer.bases(spec.name)
+    wanted = {layer for task in missing for layer in task.layers}
+    writer.write_bases(spec.name, {layer: made_basis(spec, layer) for layer in sorted(wanted - there.keys())})
+    for task in missing:
+        texts = writer.texts_of(task.part)
+        full = task.part.scope == "full"
+        writer.write_part(
+            spec.name,
+            task.part,
+            outputs=made_outputs(spec, task.part.text_ids) if task.outputs else None,
+            tokens=made_tokens(texts) if full else None,
+            hidden={layer: made_hidden(spec, layer, texts) for layer in task.layers},
+        )
+
+
+def tokenizer_json(name: str) -> str:
+    """A stand-in for a tokenizer."""
+    return f'{{"model":"{name}"}}'
+
+
+def made_outputs(spec: TeacherSpec, ids: np.ndarray) -> Outputs:
+    """Logits and pooled vectors of texts, from their ids."""
+    pooled = None if spec.pooled is None else _rows(f"{spec.name}/pooled", id_list(ids), spec.pooled)
+    return Outputs(_rows(f"{spec.name}/logits", id_list(ids), spec.target.shape[0]), pooled)
+
+
+def made_tokens(texts: Sequence[tuple[str, ...]]) -> Tokens:
+    """One token per word between two special ones."""
+    starts, ends, segments, roles, lengths = [], [], [], [], []
+    for columns in texts:
+        starts.append(0), ends.append(0), segments.append(-1), roles.append(FIRST)
+        count = 2
+        for segment, text in enumerate(columns):
+            position = 0
+            for word in text.split(" "):
+                starts.append(position), ends.append(position + len(word)), segments.append(segment), roles.append(TEXT)
+                position += len(word) + 1
+                count += 1
+        starts.append(0), ends.append(0), segments.append(-1), roles.append(LAST)
+        lengths.append(count)
+    offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
+    return Tokens(
+        offsets, np.array(starts, np.int32), np.array(ends, np.int32), np.array(segments, np.int8), np.array(roles, np.int8)
+    )
+
+
+def made_hidden(spec: TeacherSpec, layer: int, texts: Sequence[tuple[str, ...]]) -> HiddenBlock:
+    """Hidden states of the tokens of texts, from text and token number."""
+    one = spec.layers[layer]
+    keys = [text_id(text) + bytes([token]) for text in texts for token in range(int(made_tokens([text]).offsets[-1]))]
+    values = _rows(f"{spec.name}/{layer}", keys, one.dim)
+    if one.dtype == "int8":
+        codes = np.clip(np.round(values * 127), -127, 127).astype(np.int8)
+        return HiddenBlock(codes, np.full(len(keys), 1 / 127, dtype=np.float32))
+    return HiddenBlock(values.astype(one.dtype))
+
+
+def made_basis(spec: TeacherSpec, layer: int) -> Basis:
+    """The first ``dim`` unit vectors."""
+    one = spec.layers[layer]
+    if one.projection == "none":
+        return Basis(None, None, None, 2.0, 2.0)
+    components = np.eye(one.dim, spec.width, dtype=np.float32)
+    return Basis(components, np.zeros(spec.width, np.float32), np.ones(one.dim, np.float32), 2.0, 1.5)
+
+
+def _rows(name: str, keys: Sequence[bytes], width: int) -> np.ndarray:
+    """float32[n, width] in -1..1: row by row a hash of name and key."""
+    data = b"".join(hashlib.shake_128(name.encode() + key).digest(width) for key in keys)
+    return ((np.frombuffer(data, dtype=np.uint8).reshape(-1, width).astype(np.float32) - 127.5) / 127.5).astype(np.float32)
