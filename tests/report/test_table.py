@@ -91,3 +91,9 @@ def test_the_card_of_a_shared_head_does_not_promise_transformers() -> None:
     document["student"]["head"] = "shared"
     assert "pipeline(" not in model_card(document)
     assert "model.onnx" in model_card(document)
+
+
+def test_a_licence_in_prose_is_no_metadata() -> None:
+    card = model_card(results(0.84) | {"licence": "the data: for research; teachers: Apache-2.0"})
+    assert "license:" not in card
+    assert "- Licence: the data: for research" in card

@@ -1,0 +1,111 @@
+"""The program itself: help, usage, speed, what it does not import, Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from kdcache import __version__
+from kdcache.cli.main import app
+from tests.cli.commands import kdcache
+
+HEAVY = ("torch", "transformers", "accelerate", "onnxruntime", "datasets", "pyarrow", "zarr", "pydantic", "rich.table")
+COMMANDS = [
+    *(("cofinetune",), ("dump-teachers",), ("distill",), ("run",), ("evaluate",), ("report",), ("env",)),
+    *(("cache", "info"), ("cache", "verify"), ("pipelines", "ls"), ("pipelines", "cp"), ("pipelines", "validate")),
+    ("pipelines", "prepare"),
+]
+
+
+def python(code: str, *, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=timeout, check=False)
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = f"import sys\nfrom kdcache.cli.main import main\ntry: main(['--help'])\nexcept SystemExit as left: code = left.code\n\
+assert code == 0\nfound = [name for name in {HEAVY!r} if name in sys.modules]\nassert not found, found"
+    done = python(code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_help_answers_within_half_a_second() -> None:
+    def seconds() -> float:
+        started = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "kdcache", "--help"], capture_output=True, check=True)
+        return time.perf_counter() - started
+
+    assert min(seconds() for _ in range(5)) < 0.5  # the least of five: what else the machine does is not ours
+
+
+def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    said = kdcache(capsys, "--help")
+    assert said.code == 0
+    for name in ("cofinetune", "dump-teachers", "distill", "run", "evaluate", "report", "cache", "pipelines", "env"):
+        assert f"\n  {name}" in said.out
+    assert "Exit codes" in said.out
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_every_command_has_an_example(command: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    said = kdcache(capsys, *command, "--help")
+    assert said.code == 0
+    assert f"Example: kdcache {' '.join(command)}" in said.out
+
+
+def test_no_command_is_left_out_of_the_list() -> None:
+    named = {(command.name,) for command in app.registered_commands}
+    for group in app.registered_groups:
+        assert group.typer_instance is not None
+        named |= {(group.name, command.name) for command in group.typer_instance.registered_commands}
+    assert named == set(COMMANDS)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [(), ("cache",), ("pipelines",), ("nonsense",), ("run",), ("run", "x.toml", "--nonsense"), ("evaluate", ".")],
+    ids=str,
+)
+def test_wrong_usage_is_2(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    assert kdcache(capsys, *arguments).code == 2
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert kdcache(capsys, "--version").out == f"{__version__}\n"
+
+
+def test_env_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    said = kdcache(capsys, "env", "--json")
+    document = json.loads(said.out)
+    assert said.code == 0
+    assert document["kdcache"] == __version__
+    assert document["versions"]["torch"].startswith("2.")
+    assert document["home"] == os.environ["KDCACHE_HOME"]
+    assert document["devices"][-1].startswith("cpu")
+    assert not said.err
+
+
+def test_env_for_humans(capsys: pytest.CaptureFixture[str]) -> None:
+    said = kdcache(capsys, "env")
+    assert said.out.startswith("kdcache ")
+    assert "  torch " in said.out
+
+
+def test_ctrl_c_leaves_with_130_and_says_how_to_continue(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    os.mkfifo(recipe)  # reading it waits for a writer
+    command = [sys.executable, "-m", "kdcache", "pipelines", "validate", str(recipe)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as child:
+        writer = os.open(recipe, os.O_WRONLY)  # opens once the command is reading
+        child.send_signal(signal.SIGINT)
+        assert child.stderr is not None
+        said = child.stderr.read()
+        os.close(writer)
+    assert child.returncode == 130
+    assert said == f"error: interrupted\nhint: Continue with the same command: kdcache pipelines validate {recipe}\n"

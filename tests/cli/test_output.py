@@ -1,0 +1,43 @@
+"""What goes to which stream, for humans and as JSON."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from kdcache.cli.output import Output, table_lines
+
+
+def test_a_human_sees_text_and_no_json(capsys: pytest.CaptureFixture[str]) -> None:
+    out = Output()
+    out.document({"a": 1})
+    out.text("line")
+    out.dict({"name": "x", "more": {"rows": 3, "list": [1, 2]}})
+    out.table(("name", "score"), [("x", 0.5), ("long name", None)])
+    out.note("by the way")
+    out.hint("do this")
+    out.error("it\nbroke", "mend it")
+    captured = capsys.readouterr()
+    assert (
+        captured.out
+        == "line\nname  x\nmore\n  rows  3\n  list  1, 2\nname        score\n---------  ------\nx          0.5000\nlong name\n"
+    )
+    assert captured.err == "by the way\nhint: do this\nerror: it broke\nhint: mend it\n"
+
+
+def test_json_mode_prints_one_document_on_stdout(capsys: pytest.CaptureFixture[str]) -> None:
+    out = Output()
+    out.json = True
+    out.document({"score": float("nan"), "rows": (1, 2), "name": "é"})
+    out.text("line")
+    out.dict({"a": 1})
+    out.table(("a",), [(1,)])
+    out.error("broke", "mend it")
+    captured = capsys.readouterr()
+    assert json.loads(captured.out) == {"score": None, "rows": [1, 2], "name": "é"}
+    assert json.loads(captured.err) == {"error": "broke", "hint": "mend it"}
+
+
+def test_numbers_stand_to_the_right() -> None:
+    assert table_lines(("n", "rows"), [("a", 1), ("b", 100)]) == ["n  rows", "-  ----", "a     1", "b   100"]

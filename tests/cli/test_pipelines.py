@@ -1,0 +1,71 @@
+"""Pipelines: listed, copied, checked; in a checkout and in an installed wheel."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from kdcache.cli import pipelines
+from kdcache.recipe import load_recipe
+from tests.cli.commands import kdcache
+
+NAMES = ["mind", "quickstart", "rte", "sst2"]
+
+
+def test_ls(capsys: pytest.CaptureFixture[str]) -> None:
+    said = kdcache(capsys, "pipelines", "ls", "--json")
+    assert [entry["name"] for entry in json.loads(said.out)] == NAMES
+    assert all(len(entry["about"]) > 30 for entry in json.loads(said.out))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_pipeline_is_valid_and_says_what_it_does_needs_costs_and_reached(name: str) -> None:
+    path = pipelines.folder() / f"{name}.toml"
+    recipe = load_recipe(path)
+    assert recipe.name == name
+    assert len(recipe.teachers) >= 2
+    assert recipe.student is not None
+    comments = "\n".join(line for line in path.read_text().splitlines() if line.startswith("#")).lower()
+    for word in ("does", "needs", "costs", "reached"):
+        assert word in comments
+
+
+def test_cp_and_validate(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert kdcache(capsys, "pipelines", "cp", "sst2").out == "sst2.toml\n"
+    assert kdcache(capsys, "pipelines", "cp", "sst2", tmp_path / "mine.toml").code == 0
+    assert (tmp_path / "mine.toml").read_text() == (pipelines.folder() / "sst2.toml").read_text()
+    said = kdcache(capsys, "pipelines", "validate", "mine.toml", "--set", "distill.seed=3", "--json")
+    assert json.loads(said.out)["recipe"]["distill"]["seed"] == 3
+    assert kdcache(capsys, "pipelines", "validate", "mine.toml").out.startswith("mine.toml is valid: 'sst2', teachers: ")
+
+
+def test_cp_overwrites_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "sst2.toml").write_text("mine")
+    said = kdcache(capsys, "pipelines", "cp", "sst2", tmp_path)
+    assert said.code == 2
+    assert "exists already" in said.err
+    assert (tmp_path / "sst2.toml").read_text() == "mine"
+
+
+@pytest.mark.parametrize("command", ["cp", "prepare"])
+def test_an_unknown_pipeline_names_those_there_are(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    said = kdcache(capsys, "pipelines", command, "sst3")
+    assert said.code == 2
+    assert ("quickstart" in said.err) is True
+
+
+def test_an_installed_wheel_carries_the_pipelines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ``pyproject.toml`` promises hatch, in the place where ``folder`` looks first."""
+    import tomllib
+
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+    included = project["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
+    assert included == {"pipelines": "kdcache/pipelines"}
+    package = tmp_path / "kdcache" / "cli"
+    package.mkdir(parents=True)
+    (tmp_path / "kdcache" / "pipelines").mkdir()
+    monkeypatch.setattr(pipelines, "__file__", str(package / "pipelines.py"))
+    assert pipelines.folder() == tmp_path / "kdcache" / "pipelines"
