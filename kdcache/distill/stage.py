@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kdcache.cache.files import write_file
 from kdcache.distill.data import StudentData, student_data
 from kdcache.distill.evaluation import EncodedSplit, encode_split
 from kdcache.distill.objective import DistillationModel, ObjectiveSettings, objective_settings
@@ -29,7 +30,6 @@ from kdcache.distill.trainee import DistillTrainee
 from kdcache.report.cards import model_card
 from kdcache.runs import RunDirectory
 from kdcache.teachers.fingerprints import fingerprint_tensors
-from kdcache.training.durable import publish_file, write_durably
 from kdcache.training.loop import LoopSettings, train
 from kdcache.training.metrics_log import MetricsLog
 
@@ -169,7 +169,5 @@ def _save(
         student, name=recipe.name, method=settings.method.name, text_columns=data.text_columns, label_column=recipe.data.label
     )
     save_student(run.student, student, record, model_card(results))
-    temporary = run.results.with_name(f".{run.results.name}.tmp")
-    write_durably(temporary, (json.dumps(results, indent=2, ensure_ascii=False) + "\n").encode())
-    publish_file(temporary, run.results)
+    write_file(run.results, (json.dumps(results, indent=2, ensure_ascii=False) + "\n").encode())
     shutil.rmtree(run.checkpoints / STAGE, ignore_errors=True)  # the student is safe: nothing is left to continue

@@ -87,7 +87,6 @@ def save_student(directory: Path, student: Student, record: StudentRecord, card:
         _save_shared_head(model, temporary / HEAD_FILE)
         export_onnx(student, len(record.text_columns), temporary / ONNX_FILE)
     sync_tree(temporary)
-    shutil.rmtree(directory, ignore_errors=True)
     publish_directory(temporary, directory)
 
 
