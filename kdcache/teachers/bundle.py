@@ -21,13 +21,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from kdcache.cache.files import write_file
 from kdcache.cache.spec import Fingerprints
 from kdcache.data.encoding import load_tokenizer
 from kdcache.errors import DamageError, KdcacheError, MismatchError, ModelError
 from kdcache.teachers.fingerprints import fingerprint_teacher
 from kdcache.teachers.head import Pooling, SharedHead
 from kdcache.teachers.teacher import HeadKind, Teacher, TeacherModel, load_classifier, load_encoder
-from kdcache.training.durable import publish_directory, publish_file, sync_tree, write_durably
+from kdcache.training.durable import publish_directory, sync_tree
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -104,9 +105,7 @@ def _record(entry: dict[str, Any]) -> TeacherRecord:
 def write_bundle(directory: Path, bundle: Bundle) -> None:
     """Write teachers.json, durably and at once; the files that it describes are there already."""
     document = {"format": _FORMAT, **asdict(bundle)}
-    temporary = directory / f".{RECORD}.tmp"
-    write_durably(temporary, (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode())
-    publish_file(temporary, directory / RECORD)
+    write_file(directory / RECORD, (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def teacher_names(directory: Path) -> list[str]:
@@ -126,7 +125,6 @@ def save_teacher(directory: Path, name: str, model: TeacherModel, tokenizer: Pre
     if model.adapter is not None:
         save_file({key: tensor.contiguous() for key, tensor in model.adapter.state_dict().items()}, temporary / ADAPTER_FILE)
     sync_tree(temporary)
-    shutil.rmtree(directory / name, ignore_errors=True)
     publish_directory(temporary, directory / name)
 
 
@@ -135,9 +133,7 @@ def save_shared_head(directory: Path, head: SharedHead) -> None:
     from safetensors.torch import save
 
     directory.mkdir(parents=True, exist_ok=True)
-    temporary = directory / f".{HEAD_FILE}.tmp"
-    write_durably(temporary, save({key: tensor.cpu().contiguous() for key, tensor in head.state_dict().items()}))
-    publish_file(temporary, directory / HEAD_FILE)
+    write_file(directory / HEAD_FILE, save({key: tensor.cpu().contiguous() for key, tensor in head.state_dict().items()}))
 
 
 def load_shared_head(directory: Path, bundle: Bundle | None = None) -> SharedHead:

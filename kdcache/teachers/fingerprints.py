@@ -33,12 +33,9 @@ def fingerprint_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors, key=lambda item: item[0]):
         values = tensor.detach().cpu().contiguous()
-        values.reshape(-1)
         header = json.dumps([name, str(values.dtype).removeprefix("torch."), list(values.shape)])
         digest.update(len(header).to_bytes(4, "little") + header.encode())
-        digest.update(
-            memoryview(values.view(torch.uint8).numpy() if values.ndim else values.reshape(1).view(torch.uint8).numpy())
-        )
+        digest.update(values.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

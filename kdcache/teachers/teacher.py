@@ -106,7 +106,7 @@ def load_encoder(model: str, revision: str | None = None) -> PreTrainedModel:
             f"'{model}' is an encoder-decoder ({config.model_type}); teachers are encoders", "Choose an encoder, e.g. BERT."
         )
     try:
-        model_class = MODEL_MAPPING[type(config)]
+        model_class: Any = MODEL_MAPPING[type(config)]
     except KeyError as error:
         raise ModelError(
             f"'{model}' ({config.model_type}) is not a model that AutoModel knows", "Choose an encoder, e.g. BERT."

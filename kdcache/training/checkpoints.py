@@ -20,7 +20,7 @@ from typing import Any, cast
 import torch
 
 from kdcache.errors import DamageError, MismatchError
-from kdcache.training.durable import DurableFile, publish_directory, write_durably
+from kdcache.training.durable import DurableFile, publish_directory, remove_directory, write_durably
 
 RECORD = "checkpoint.json"
 _PREFIX = "step-"
@@ -36,18 +36,14 @@ def save(
     directory.mkdir(parents=True, exist_ok=True)
     clean(directory)
     final = directory / f"{_PREFIX}{step:08d}"
-    if final.exists():  # written by an earlier run that was killed right after; out of the way in one step, so never half there
-        final.rename(directory / f".{final.name}.old.tmp")
     temporary = directory / f".{final.name}.tmp"
     temporary.mkdir()
     files = {f"{key}.pt": _write(temporary / f"{key}.pt", value) for key, value in state.items()}
     record = {"format": 1, "step": step, "identity": dict(identity or {}), "files": files}
     write_durably(temporary / RECORD, json.dumps(record, indent=1).encode())
     publish_directory(temporary, final)
-    clean(directory)
     for old in _steps(directory)[:-keep]:
-        old.rename(directory / f".{old.name}.old.tmp")
-        clean(directory)
+        remove_directory(old)
     return final
 
 

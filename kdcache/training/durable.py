@@ -1,14 +1,17 @@
-"""Files that are on the disk when the call returns: written, synced, renamed, the directory synced.
+"""Large files and whole directories that are on the disk when the call returns: written, synced, renamed, the parent synced.
 
-Checkpoints are too large to hold in memory a second time, so they are streamed here rather than passed as bytes.
+Checkpoints and models are too large to hold in memory a second time, so they are streamed here rather than passed as bytes.
+Every step goes through the ``disk`` of ``kdcache.cache.files``, where fault injection dies or fails at the n-th step.
 """
 
 from __future__ import annotations
 
-import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
+from kdcache.cache import files
 from kdcache.errors import StorageError
 
 
@@ -17,26 +20,21 @@ class DurableFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._file = path.open("wb")
+        _step(path, lambda: files.disk.write(path, []))
+        self._file = path.open("ab")
 
     def write(self, data: memoryview | bytes) -> None:
-        try:
-            self._file.write(data)
-        except OSError as error:
-            raise _storage_error(self._path, error) from error
+        _step(self._path, lambda: self._file.write(data))
 
     def __enter__(self) -> DurableFile:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
         try:
-            if kind is None:
-                self._file.flush()
-                os.fsync(self._file.fileno())
-        except OSError as error:
-            raise _storage_error(self._path, error) from error
+            _step(self._path, self._file.close)
         finally:
-            self._file.close()
+            if kind is None:
+                _step(self._path, lambda: files.disk.fsync(self._path))
 
 
 def write_durably(path: Path, data: bytes) -> None:
@@ -46,50 +44,36 @@ def write_durably(path: Path, data: bytes) -> None:
 
 
 def publish_directory(temporary: Path, final: Path) -> None:
-    """Rename a directory whose files are synced; then it is there for good. Raises StorageError."""
-    try:
-        _sync_directory(temporary)
-        temporary.rename(final)
-        _sync_directory(final.parent)
-    except OSError as error:
-        raise _storage_error(final, error) from error
-
-
-def publish_file(temporary: Path, final: Path) -> None:
-    """Rename a synced file over ``final``; then it is there for good. Raises StorageError."""
-    try:
-        temporary.replace(final)
-        _sync_directory(final.parent)
-    except OSError as error:
-        raise _storage_error(final, error) from error
+    """Rename a directory whose files are synced; then it is there for good, in place of what was there. Raises StorageError."""
+    _step(final, lambda: files.disk.fsync_directory(temporary))
+    replaced = temporary.with_name(f".{final.name}.old.tmp")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if final.exists():
+        _step(final, lambda: files.disk.rename(final, replaced))
+    _step(final, lambda: files.disk.rename(temporary, final))
+    _step(final, lambda: files.disk.fsync_directory(final.parent))
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def sync_tree(directory: Path) -> None:
     """Sync files that another library wrote, and their directories. Raises StorageError."""
+    for path in sorted(directory.rglob("*")):
+        sync = files.disk.fsync if path.is_file() else files.disk.fsync_directory
+        _step(path, lambda path=path, sync=sync: sync(path))  # type: ignore[misc]
+
+
+def remove_directory(path: Path) -> None:
+    """Out of sight in one step, then gone: interrupted, it is not left half there."""
+    hidden = path.with_name(f".{path.name}.old.tmp")
+    shutil.rmtree(hidden, ignore_errors=True)
+    _step(path, lambda: files.disk.rename(path, hidden))
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _step(path: Path, action: Callable[[], object]) -> None:
     try:
-        for path in sorted(directory.rglob("*")):
-            if path.is_file():
-                descriptor = os.open(path, os.O_RDONLY)
-                try:
-                    os.fsync(descriptor)
-                finally:
-                    os.close(descriptor)
-            else:
-                _sync_directory(path)
+        action()
     except OSError as error:
-        raise _storage_error(directory, error) from error
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _storage_error(path: Path, error: OSError) -> StorageError:
-    reason = error.strerror or str(error)
-    return StorageError(
-        f"'{path}' could not be written: {reason}", "Free disk space or fix the permission, then run the same command again."
-    )
+        reason = error.strerror or str(error)
+        hint = "Free disk space, or make the place writable, then run the same command again: it continues."
+        raise StorageError(f"cannot write '{path}': {reason}", hint) from error

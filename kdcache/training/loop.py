@@ -285,6 +285,12 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def check_precision(precision: str, device: torch.device) -> None:
+    """RecipeError where training in ``precision`` does not work on ``device``: fp16 needs the gradient scaler of a GPU."""
+    if precision == "fp16" and device.type == "cpu":
+        raise RecipeError("precision 'fp16' needs a GPU; this machine trains on the CPU", "Use float32, or bf16.")
+
+
 def make_accelerator(precision: str) -> Accelerator:
     """An accelerator of one process; RecipeError where the device cannot do ``precision``."""
     from accelerate import Accelerator
@@ -293,11 +299,8 @@ def make_accelerator(precision: str) -> Accelerator:
     mixed = {"float32": "no", "bf16": "bf16", "fp16": "fp16"}[precision]
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed:
         AcceleratorState._reset_state()  # accelerate keeps one precision per process; stages of one run may differ
-    try:
-        accelerator = Accelerator(mixed_precision=mixed)
-    except ValueError as error:
-        AcceleratorState._reset_state()
-        raise RecipeError(f"precision '{precision}' does not work on this machine: {error}", "Use float32.") from error
+    accelerator = Accelerator(mixed_precision=mixed)
+    check_precision(precision, accelerator.device)
     if accelerator.num_processes > 1:
         raise RecipeError(
             f"kdcache trains in one process; it was started in {accelerator.num_processes}",

@@ -1,0 +1,200 @@
+"""The loop: accumulation, exact resume in the middle of an epoch, refusals, the log."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from kdcache.errors import DamageError, MismatchError, NonFiniteError, RecipeError
+from kdcache.progress import SilentProgress
+from kdcache.training.loop import LoopSettings, Outcome, check_precision, micro_batches, train
+from kdcache.training.metrics_log import MetricsLog
+
+SETTINGS = LoopSettings(epochs=3, learning_rate=0.05, checkpoint_steps=2, log_steps=2, seed=3, identity={"data": "a"})
+
+
+@dataclass
+class Regression:
+    """A network with dropout on fixed data; dies at an optimizer step if told to. All three generators are used."""
+
+    die_at: int = -1
+    micro: int = 1
+    poison_at: int = -1
+    scores: tuple[float, ...] = (0.5, 0.9, 0.7)
+    steps_per_epoch: int = 5
+    dropout: float = 0.5
+    kept: list[int] = field(default_factory=list)
+    seen: int = 0
+
+    def __post_init__(self) -> None:
+        torch.manual_seed(0)
+        self.model: nn.Module = nn.Sequential(nn.Linear(4, 8), nn.Dropout(self.dropout), nn.Linear(8, 1))
+        generator = torch.Generator().manual_seed(1)
+        self.inputs = torch.randn(20, 4, generator=generator)
+        self.targets = self.inputs.sum(dim=1, keepdim=True)
+
+    def batches(self, epoch: int, first_step: int) -> Iterator[Any]:
+        order = np.random.default_rng(epoch).permutation(20)
+        for step in range(first_step, self.steps_per_epoch):
+            if self.die_at == epoch * self.steps_per_epoch + step:
+                raise KeyboardInterrupt
+            yield order[step * 4 : step * 4 + 4]
+
+    def losses(self, batch: Any) -> Iterator[tuple[Tensor, Mapping[str, float | Tensor]]]:
+        self.seen += 1
+        jitter = random.random() + float(np.random.rand())
+        for part in micro_batches(len(batch), self.micro):
+            rows = batch[part]
+            error = ((self.model(self.inputs[rows]) - self.targets[rows]) ** 2).mean() * (len(rows) / len(batch))
+            poison = torch.nan if self.seen - 1 == self.poison_at else 1.0
+            yield error * (1 + 0.01 * jitter) * poison, {"squares": error.detach() * poison, "one": 1.0 / self.micro}
+
+    def evaluate(self, epoch: int) -> dict[str, float]:
+        assert not self.model.training
+        return {"score": self.scores[epoch], "validation": 1.0}
+
+    def keep_best(self, epoch: int, metrics: Mapping[str, float]) -> None:  # noqa: ARG002
+        self.kept.append(epoch)
+
+
+def run(trainee: Regression, directory: Path, settings: LoopSettings = SETTINGS) -> Outcome:
+    log = MetricsLog(directory / "metrics.jsonl", "toy")
+    return train(trainee, settings, checkpoints=directory / "checkpoints", progress=SilentProgress(), on_metrics=log)
+
+
+def weights(trainee: Regression) -> bytes:
+    return b"".join(parameter.detach().numpy().tobytes() for parameter in trainee.model.parameters())
+
+
+def lines(directory: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, list[dict[str, Any]]]:
+    directory = tmp_path_factory.mktemp("undisturbed")
+    trainee = Regression()
+    assert run(trainee, directory) == Outcome(best_epoch=1, steps=15)
+    assert trainee.kept == [0, 1]
+    return weights(trainee), lines(directory)
+
+
+@pytest.mark.parametrize("die_at", range(15))
+def test_resume_is_bit_equal_wherever_it_stopped(
+    die_at: int, undisturbed: tuple[bytes, list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(Regression(die_at=die_at), tmp_path)
+    random.seed(99), np.random.seed(99), torch.manual_seed(99)
+    resumed = Regression()
+    assert run(resumed, tmp_path) == Outcome(best_epoch=1, steps=15)
+    assert weights(resumed) == undisturbed[0]
+    assert lines(tmp_path) == undisturbed[1]  # no line doubled, none lost, the means of the log the same
+
+
+def test_a_finished_training_is_not_run_again(undisturbed: tuple[bytes, list[dict[str, Any]]], tmp_path: Path) -> None:
+    run(Regression(), tmp_path)
+    again = Regression()
+    assert run(again, tmp_path).best_epoch == 1
+    assert again.seen == 0
+    assert weights(again) == undisturbed[0]
+    assert lines(tmp_path) == undisturbed[1]
+
+
+def test_micro_batches_add_up_to_the_batch(tmp_path: Path) -> None:
+    outcomes = []
+    for micro in (1, 3):
+        trainee = Regression(micro=micro, dropout=0.0)
+        run(trainee, tmp_path / str(micro))
+        outcomes.append(torch.cat([parameter.detach().flatten() for parameter in trainee.model.parameters()]))
+    torch.testing.assert_close(*outcomes)
+    one, three = (lines(tmp_path / name) for name in ("1", "3"))
+    assert [line.keys() for line in one] == [line.keys() for line in three]
+    assert one[0]["squares"] == pytest.approx(three[0]["squares"])
+    assert one[0]["one"] == pytest.approx(three[0]["one"])
+
+
+def test_lines_say_what_a_step_was_made_of(undisturbed: tuple[bytes, list[dict[str, Any]]]) -> None:
+    steps = [line for line in undisturbed[1] if line["event"] == "steps"]
+    epochs = [line for line in undisturbed[1] if line["event"] == "epoch"]
+    assert [line["step"] for line in steps] == [2, 4, 5, 7, 9, 10, 12, 14, 15]
+    assert {"stage", "loss", "squares", "grad_norm", "learning_rate", "epoch"} <= steps[0].keys()
+    assert [(line["epoch"], line["score"]) for line in epochs] == [(1, 0.5), (2, 0.9), (3, 0.7)]
+
+
+def test_without_a_score_the_last_epoch_is_kept(tmp_path: Path) -> None:
+    trainee = Regression(scores=(float("nan"),) * 3)
+    assert run(trainee, tmp_path).best_epoch == 2
+    assert trainee.kept == [0, 1, 2]
+
+
+def test_other_settings_are_refused_and_named(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(Regression(die_at=7), tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(MismatchError, match=r"data: \"a\" then, \"b\" now") as caught:
+        run(Regression(), tmp_path, replace(SETTINGS, identity={"data": "b"}))
+    assert "start afresh" in caught.value.hint
+    with pytest.raises(MismatchError, match=r"learning_rate: 0\.05 then, 0\.1 now"):
+        run(Regression(), tmp_path, replace(SETTINGS, learning_rate=0.1))
+    assert sorted(tmp_path.rglob("*")) == before
+    run(Regression(), tmp_path, replace(SETTINGS, checkpoint_steps=3))  # how often they are written is free
+
+
+@pytest.mark.parametrize("name", ["model.pt", "optimizer.pt", "rest.pt", "checkpoint.json"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "delete"])
+def test_a_damaged_checkpoint_is_named(name: str, damage: str, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(Regression(die_at=7), tmp_path)
+    (path,) = (tmp_path / "checkpoints").glob(f"*/{name}")
+    content = bytearray(path.read_bytes())
+    if damage == "flip":
+        content[len(content) // 2] ^= 0x80
+        path.write_bytes(content)
+    elif damage == "truncate":
+        path.write_bytes(content[: len(content) // 2])
+    else:
+        path.unlink()
+    with pytest.raises(DamageError, match=name):
+        run(Regression(), tmp_path)
+
+
+def test_a_loss_that_is_not_finite_names_step_and_term(tmp_path: Path) -> None:
+    with pytest.raises(NonFiniteError, match=r"step 4 \(epoch 1\): squares = nan"):
+        run(Regression(poison_at=3), tmp_path)
+    resumed = Regression()
+    run(resumed, tmp_path)  # the checkpoint before it is still good
+    assert resumed.seen == 13
+
+
+def test_fp16_needs_a_gpu() -> None:
+    with pytest.raises(RecipeError, match="fp16"):
+        check_precision("fp16", torch.device("cpu"))
+    check_precision("fp16", torch.device("cuda"))
+    check_precision("bf16", torch.device("cpu"))
+
+
+def test_bf16_trains(tmp_path: Path) -> None:
+    trainee = Regression()
+    run(trainee, tmp_path, replace(SETTINGS, precision="bf16"))
+    assert all(parameter.dtype == torch.float32 for parameter in trainee.model.parameters())
+    full = Regression()
+    run(full, tmp_path / "float32")  # in one process with the other precision
+    assert weights(full) != weights(trainee)
+
+
+@pytest.mark.parametrize(("rows", "count", "sizes"), [(8, 4, [2, 2, 2, 2]), (3, 4, [1, 1, 1]), (7, 2, [4, 3]), (1, 1, [1])])
+def test_micro_batches_cover_the_rows_once(rows: int, count: int, sizes: list[int]) -> None:
+    parts = micro_batches(rows, count)
+    assert [part.stop - part.start for part in parts] == sizes
+    assert parts[0].start == 0
+    assert parts[-1].stop == rows
