@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from kdcache.cache import layout
 from kdcache.errors import MismatchError, RecipeError
 
 if TYPE_CHECKING:
@@ -57,6 +58,22 @@ def even_layer_map(cache: Cache, teachers: Sequence[str] | None, student_layers:
 def largest_max_length(cache: Cache) -> int:
     """The longest that any teacher of the cache was given, in tokens."""
     return max((spec.max_length for spec in cache.teachers.values()), default=128)
+
+
+def files_used(cache: Cache, parts: Sequence[int], teachers: Sequence[str], layers: LayerMap, *, logits: bool) -> list[str]:
+    """The files that batches from ``parts`` are made of, by their names in the manifest; those with texts left out."""
+    files: list[str] = []
+    for part in (cache.parts[index].name for index in parts):
+        files.append(layout.ids_file(part))
+        for teacher in teachers:
+            if logits:
+                files.append(layout.outputs_file(teacher, part))
+            if layers.get(teacher):
+                tokens, stored = cache.token_count(teacher, part), cache.teachers[teacher].layers
+                files += [layout.tokens_file(teacher, part), layout.group_file(teacher, part)]
+                for layer in sorted(set(layers[teacher])):
+                    files += layout.layer_files(teacher, part, layer, stored[layer], tokens)
+    return files
 
 
 def _check_layers(cache: Cache, name: str, layers: Sequence[int]) -> None:

@@ -17,7 +17,7 @@ import torch
 
 from kdcache.distill.align_store import StudentTokens
 from kdcache.distill.assembly import Ragged, Rows, cached_targets, student_inputs
-from kdcache.distill.choice import chosen_teachers, even_layer_map, largest_max_length, splits_of
+from kdcache.distill.choice import chosen_teachers, even_layer_map, files_used, largest_max_length, splits_of
 from kdcache.distill.epochs import Epochs
 from kdcache.distill.examples import join_examples
 from kdcache.distill.parts import DecodedPart, PartDecoder, Texts
@@ -42,8 +42,8 @@ class CachedBatches:
     ``batch_size`` is that of the step over all ``world`` processes; this one takes share ``rank``. ``memory_bytes`` bounds what
     stays decoded besides the parts in the window.
 
-    Raises MismatchError where teachers, layers, splits or texts are not in the cache, and DamageError, from ``batches``,
-    before a row of a damaged file is used.
+    Raises MismatchError where teachers, layers, splits or texts are not in the cache, and DamageError: at once where a file
+    that will be used is missing or has another size, from ``batches`` before a row of a file with other bytes is used.
     """
 
     def __init__(
@@ -72,6 +72,8 @@ class CachedBatches:
         examples = join_examples(cache, splits_of(cache, split, with_transfer), missing=missing, hidden=bool(self.layer_map))
         self.skipped = examples.skipped
         self.epochs = Epochs(examples, batch_size, seed, window, rank, world)
+        parts = np.unique(examples.parts).tolist()
+        cache.check_present(files_used(cache, parts, self.teachers, self.layer_map, logits=logits))
         self._pad_token_id = int(student_tokenizer.pad_token_id or 0)
         student = StudentTokens(student_tokenizer, max_length)
         self._decode = PartDecoder(cache, student, self.teachers, self.layer_map, logits, texts)
@@ -165,6 +167,7 @@ def loader(
     rank: int = 0,
     world: int = 1,
     texts: Texts | None = None,
+    memory_bytes: int = MEMORY_BYTES,
 ) -> CachedBatches:
     """Batches of a cache for a student with ``tokenizer``: iterate ``loader(...).batches(epoch)``.
 
@@ -194,4 +197,5 @@ def loader(
         rank=rank,
         world=world,
         texts=texts,
+        memory_bytes=memory_bytes,
     )

@@ -111,6 +111,13 @@ class MemoryCache:
         spec = self.memory_teachers[teacher]
         return encode(spec.tokenizer, list(self.part_texts[self._at(part)]), spec.max_length)
 
+    def check_present(self, paths: list[str]) -> None:
+        """Memory is always there."""
+        assert all(isinstance(path, str) for path in paths)
+
+    def token_count(self, teacher: str, part: str) -> int:
+        return int(self.encoded(teacher, part).offsets[-1])
+
     def outputs(self, teacher: str, part: str) -> Outputs:
         texts = self.part_texts[self._read(f"outputs {teacher}", part)]
         return Outputs(np.stack([truth_logits(teacher, text, 2) for text in texts]))
