@@ -10,6 +10,13 @@ import typer
 from kdcache.cli import report, stages
 from kdcache.cli.options import RUNS, Json, OutputDir, RecipeFile, Settings, open_job
 
+_DOES = {
+    "teachers": "co-finetuning under one shared head",
+    "cache": "each teacher runs once over the data",
+    "baseline": "the student without teachers, for comparison",
+    "student": "the student is trained",
+}
+
 
 def run(
     recipe: RecipeFile,
@@ -43,5 +50,6 @@ def run(
         if stages.is_finished(job, stage):
             job.progress.note(f"{stage}: finished already, skipped")
         else:
+            job.progress.note(f"{stage}: {_DOES[stage]}")
             work()
     report.report(job.run.root, json=json)

@@ -147,6 +147,6 @@ def student_inputs(job: Job, *, live: bool = False) -> Inputs:
     from kdcache.cache.manifest import read_manifest
     from kdcache.runs import stage_inputs
 
-    return stage_inputs(job.recipe, "student", upstream=read_manifest(job.cache).identity) | (
-        {"live_teachers": "true"} if live else {}
-    )
+    cache = cache_at_hand(job)
+    inputs = stage_inputs(job.recipe, "student", upstream=read_manifest(cache).identity if cache is not None else "")
+    return inputs | ({"live_teachers": "true"} if live else {})

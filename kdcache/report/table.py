@@ -83,6 +83,8 @@ def verdict(results: Mapping[str, Any], baseline: Mapping[str, Any]) -> str:
     gain = 100 * (ours["accuracy"] - theirs["accuracy"])
     error = 100 * math.hypot(standard_error(ours["accuracy"], rows), standard_error(theirs["accuracy"], rows))
     size = f"{abs(gain):.1f} points of {split} accuracy ({theirs['accuracy']:.3f} -> {ours['accuracy']:.3f}, {rows} rows, standard error of the difference {error:.1f})"
+    if gain == 0:
+        return f"The distilled student scores exactly what the same student without teachers does: {theirs['accuracy']:.3f} on {rows} rows of {split}."
     if gain > 2 * error:
         return f"The distilled student is better than the same student without teachers by {size}; one seed each."
     if gain > 0:
@@ -93,8 +95,10 @@ def verdict(results: Mapping[str, Any], baseline: Mapping[str, Any]) -> str:
 
 
 def millions(parameters: int | None) -> str | None:
-    """22713216 -> '22.7M'."""
-    return None if parameters is None else f"{parameters / 1e6:.1f}M"
+    """22713216 -> '22.7M'; below a million in thousands."""
+    if parameters is None:
+        return None
+    return f"{parameters / 1e6:.1f}M" if parameters >= 1e6 else f"{parameters / 1e3:.1f}k"
 
 
 def _shown(score: float | None) -> str | None:

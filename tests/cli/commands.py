@@ -1,10 +1,12 @@
-"""How the tests of the command line call it: in this process, with exit code, stdout and stderr."""
+"""How the tests of the command line call it: in this process, through the real entry point."""
 
 from __future__ import annotations
 
+import contextlib
+import io
+import json
 from dataclasses import dataclass
-
-import pytest
+from typing import Any
 
 from kdcache.cli.main import main
 
@@ -17,13 +19,18 @@ class Said:
     out: str
     err: str
 
+    @property
+    def document(self) -> Any:
+        return json.loads(self.out)
 
-def kdcache(capsys: pytest.CaptureFixture[str], *arguments: object) -> Said:
-    """Run ``kdcache ARGUMENTS`` through the real entry point."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as left:
-        main([str(argument) for argument in arguments])
-    captured = capsys.readouterr()
-    code = left.value.code
-    assert isinstance(code, int)
-    return Said(code, captured.out, captured.err)
+
+def kdcache(*arguments: object) -> Said:
+    """Run ``kdcache ARGUMENTS``; its exit code and what it printed."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main([str(argument) for argument in arguments])
+        except SystemExit as left:
+            assert isinstance(left.code, int)
+            return Said(left.code, out.getvalue(), err.getvalue())
+    raise AssertionError("the program always leaves with an exit code")

@@ -44,8 +44,8 @@ def test_help_answers_within_half_a_second() -> None:
     assert min(seconds() for _ in range(5)) < 0.5  # the least of five: what else the machine does is not ours
 
 
-def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
-    said = kdcache(capsys, "--help")
+def test_help_lists_every_command() -> None:
+    said = kdcache("--help")
     assert said.code == 0
     for name in ("cofinetune", "dump-teachers", "distill", "run", "evaluate", "report", "cache", "pipelines", "env"):
         assert f"\n  {name}" in said.out
@@ -53,8 +53,8 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_every_command_has_an_example(command: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
-    said = kdcache(capsys, *command, "--help")
+def test_every_command_has_an_example(command: tuple[str, ...]) -> None:
+    said = kdcache(*command, "--help")
     assert said.code == 0
     assert f"Example: kdcache {' '.join(command)}" in said.out
 
@@ -72,16 +72,16 @@ def test_no_command_is_left_out_of_the_list() -> None:
     [(), ("cache",), ("pipelines",), ("nonsense",), ("run",), ("run", "x.toml", "--nonsense"), ("evaluate", ".")],
     ids=str,
 )
-def test_wrong_usage_is_2(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
-    assert kdcache(capsys, *arguments).code == 2
+def test_wrong_usage_is_2(arguments: tuple[str, ...]) -> None:
+    assert kdcache(*arguments).code == 2
 
 
-def test_version(capsys: pytest.CaptureFixture[str]) -> None:
-    assert kdcache(capsys, "--version").out == f"{__version__}\n"
+def test_version() -> None:
+    assert kdcache("--version").out == f"{__version__}\n"
 
 
-def test_env_as_json(capsys: pytest.CaptureFixture[str]) -> None:
-    said = kdcache(capsys, "env", "--json")
+def test_env_as_json() -> None:
+    said = kdcache("env", "--json")
     document = json.loads(said.out)
     assert said.code == 0
     assert document["kdcache"] == __version__
@@ -91,8 +91,8 @@ def test_env_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert not said.err
 
 
-def test_env_for_humans(capsys: pytest.CaptureFixture[str]) -> None:
-    said = kdcache(capsys, "env")
+def test_env_for_humans() -> None:
+    said = kdcache("env")
     assert said.out.startswith("kdcache ")
     assert "  torch " in said.out
 

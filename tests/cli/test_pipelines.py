@@ -14,8 +14,8 @@ from tests.cli.commands import kdcache
 NAMES = ["mind", "quickstart", "rte", "sst2"]
 
 
-def test_ls(capsys: pytest.CaptureFixture[str]) -> None:
-    said = kdcache(capsys, "pipelines", "ls", "--json")
+def test_ls() -> None:
+    said = kdcache("pipelines", "ls", "--json")
     assert [entry["name"] for entry in json.loads(said.out)] == NAMES
     assert all(len(entry["about"]) > 30 for entry in json.loads(said.out))
 
@@ -32,27 +32,27 @@ def test_every_pipeline_is_valid_and_says_what_it_does_needs_costs_and_reached(n
         assert word in comments
 
 
-def test_cp_and_validate(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cp_and_validate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert kdcache(capsys, "pipelines", "cp", "sst2").out == "sst2.toml\n"
-    assert kdcache(capsys, "pipelines", "cp", "sst2", tmp_path / "mine.toml").code == 0
+    assert kdcache("pipelines", "cp", "sst2").out == "sst2.toml\n"
+    assert kdcache("pipelines", "cp", "sst2", tmp_path / "mine.toml").code == 0
     assert (tmp_path / "mine.toml").read_text() == (pipelines.folder() / "sst2.toml").read_text()
-    said = kdcache(capsys, "pipelines", "validate", "mine.toml", "--set", "distill.seed=3", "--json")
+    said = kdcache("pipelines", "validate", "mine.toml", "--set", "distill.seed=3", "--json")
     assert json.loads(said.out)["recipe"]["distill"]["seed"] == 3
-    assert kdcache(capsys, "pipelines", "validate", "mine.toml").out.startswith("mine.toml is valid: 'sst2', teachers: ")
+    assert kdcache("pipelines", "validate", "mine.toml").out.startswith("mine.toml is valid: 'sst2', teachers: ")
 
 
-def test_cp_overwrites_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_cp_overwrites_nothing(tmp_path: Path) -> None:
     (tmp_path / "sst2.toml").write_text("mine")
-    said = kdcache(capsys, "pipelines", "cp", "sst2", tmp_path)
+    said = kdcache("pipelines", "cp", "sst2", tmp_path)
     assert said.code == 2
     assert "exists already" in said.err
     assert (tmp_path / "sst2.toml").read_text() == "mine"
 
 
 @pytest.mark.parametrize("command", ["cp", "prepare"])
-def test_an_unknown_pipeline_names_those_there_are(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    said = kdcache(capsys, "pipelines", command, "sst3")
+def test_an_unknown_pipeline_names_those_there_are(command: str) -> None:
+    said = kdcache("pipelines", command, "sst3")
     assert said.code == 2
     assert ("quickstart" in said.err) is True
 

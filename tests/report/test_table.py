@@ -54,7 +54,6 @@ def test_markdown_has_one_line_per_row() -> None:
         (0.90, 0.80, "is better than"),
         (0.82, 0.81, "within chance"),
         (0.81, 0.82, "is not better than"),
-        (0.82, 0.82, "is not better than"),
         (0.70, 0.82, "is worse than"),
     ],
 )
@@ -64,12 +63,16 @@ def test_the_verdict_follows_the_standard_error(ours: float, theirs: float, phra
     assert f"{abs(ours - theirs) * 100:.1f} points of test accuracy" in sentence
 
 
+def test_a_draw_is_called_a_draw() -> None:
+    assert "scores exactly what" in verdict(results(0.82), results(0.82, "fine-tune"))
+
+
 def test_no_verdict_without_scored_rows() -> None:
     assert "no labelled split" in verdict(results(0.9, rows=0), results(0.8))
 
 
 def test_millions() -> None:
-    assert (millions(17_210_112), millions(None)) == ("17.2M", None)
+    assert (millions(17_210_112), millions(12_345), millions(None)) == ("17.2M", "12.3k", None)
 
 
 def test_the_card_says_what_the_student_is() -> None:

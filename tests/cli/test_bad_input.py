@@ -1,0 +1,218 @@
+"""Bad input, one row each: the exit code, what the message names, what the hint offers. Nothing is lost by any of them."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from kdcache.cache import files
+from kdcache.cache.locking import hold_lock
+from kdcache.cache.reader import open_cache
+from kdcache.errors import LockedError
+from kdcache.testing.faults import failing_disk
+from kdcache.testing.tiny import make_model
+from tests.cli.commands import Said, kdcache
+from tests.cli.conftest import FinishedRun
+
+TRAIN = "sentence\tlabel\n" + "".join(f"film number {row} is fine\t{row % 2}\n" for row in range(24))
+
+
+def _write(text: str | bytes) -> Callable[[Path], Path]:
+    def write(folder: Path) -> Path:
+        path = folder / "bad.tsv"
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return path
+
+    return write
+
+
+RECIPES = [
+    pytest.param("", "there is no recipe", "pipelines ls", id="no recipe"),
+    pytest.param("name = ", "TOML", "", id="not TOML"),
+    pytest.param(
+        'name = "x"\n[data]\ntrain = "t"\ntext = ["s"]\nlabel = "l"\nmaxlength = 3\n', "maxlength", "max_length", id="unknown key"
+    ),
+    pytest.param('name = "x"\n', "data", "", id="missing section"),
+    pytest.param(
+        'name = "x"\n[data]\ntrain = "t"\ntext = ["s"]\nlabel = "l"\nmax_length = "long"\n',
+        "data.max_length",
+        "",
+        id="wrong type",
+    ),
+]
+
+
+@pytest.mark.parametrize(("text", "named", "cure"), RECIPES)
+def test_recipes(text: str, named: str, cure: str, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    if text:
+        recipe.write_text(text)
+    check(kdcache("pipelines", "validate", recipe), 2, named, cure)
+
+
+@pytest.mark.parametrize(
+    ("setting", "named"),
+    [("distill.epochs", "section.key=value"), ("distill.epoch=3", "distill.epoch"), ("teachers.nobody.model=x", "nobody")],
+)
+def test_overrides(setting: str, named: str, review_recipe: Path) -> None:
+    check(kdcache("pipelines", "validate", review_recipe, "--set", setting), 2, named)
+
+
+DATA = [
+    pytest.param(None, (), "there is no data file", "", id="missing file"),
+    pytest.param(_write("text\tlabel\na\t0\n"), (), "'text', 'label'", "", id="wrong text column"),
+    pytest.param(_write("sentence\tclass\na\t0\n"), (), "'sentence', 'class'", "", id="wrong label column"),
+    pytest.param(_write(TRAIN + " \t1\n"), (), "26", "", id="empty text"),
+    pytest.param(_write(TRAIN.encode() + b"caf\xe9\t1\n"), (), "bad.tsv", "", id="not UTF-8"),
+    pytest.param(_write(TRAIN + "one\ttwo\tthree\n"), (), "26", "", id="too many fields"),
+    pytest.param(_write(TRAIN), ("data.labels=[\"0\", \"2\"]",), "'1'", "", id="label that is not in data.labels"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "settings", "named", "cure"), DATA)
+def test_data_files(
+    make: Callable[[Path], Path] | None, settings: tuple[str, ...], named: str, cure: str, review_recipe: Path, tmp_path: Path
+) -> None:
+    path = make(tmp_path) if make else tmp_path / "nothing.tsv"
+    flags = [word for setting in (f"data.train={path}", *settings) for word in ("--set", setting)]
+    check(kdcache("cofinetune", review_recipe, "--output-dir", tmp_path, *flags), 2, named, cure)
+
+
+def test_a_label_that_training_never_saw(review_recipe: Path, tmp_path: Path) -> None:
+    test = tmp_path / "test.tsv"
+    test.write_text("sentence\tlabel\na new film\tmaybe\n")
+    check(kdcache("cofinetune", review_recipe, "--output-dir", tmp_path, "--set", f"data.test={test}"), 2, "maybe")
+
+
+COMMANDS = [
+    pytest.param("cofinetune", ("--set", "teachers.bert.model=/nowhere/bert"), 1, "/nowhere/bert", id="no such teacher"),
+    pytest.param("cofinetune", ("--add", "nobody"), 2, "nobody", id="add a teacher that the recipe lacks"),
+    pytest.param("cofinetune", ("--set", "teachers=[]"), 2, "no teachers", id="no teachers"),
+    pytest.param("dump-teachers", ("--set", "dump.layers=[9]"), 1, "9", id="layer that does not exist"),
+    pytest.param("dump-teachers", ("--set", "dump.dim=64", "--cache", "new"), 1, "64", id="more dimensions than the teacher has"),
+    pytest.param("dump-teachers", ("--teachers", "nowhere"), 1, "nowhere", id="no teachers directory"),
+    pytest.param("dump-teachers", ("--set", "data.max_length=4"), 4, "max_length", id="stale max_length"),
+    pytest.param("distill", ("--cache", "nowhere"), 3, "nowhere", id="no such cache"),
+    pytest.param("distill", ("--replace", "--set", "student.layers=9"), 1, "9", id="student deeper than its source"),
+    pytest.param("distill", ("--replace", "--set", "distill.method=magic"), 2, "mt-bert", id="unknown method"),
+    pytest.param("distill", ("--replace", "--set", 'distill.teachers=["nobody"]'), 4, "nobody", id="teacher that the cache lacks"),
+    pytest.param("distill", ("--replace", "--set", 'data.labels=["1","0"]'), 4, "labels", id="another label set"),
+    pytest.param("distill", ("--replace", "--set", 'student.init_from="teacher:nobody"'), 2, "nobody", id="student of no teacher"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("command", "arguments", "code", "named"), COMMANDS)
+def test_commands(
+    command: str,
+    arguments: tuple[str, ...],
+    code: int,
+    named: str,
+    copied: FinishedRun,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    identity = open_cache(copied.root / "cache").identity
+    check(copied.call(command, *arguments), code, named)
+    assert open_cache(copied.root / "cache").identity == identity
+
+
+PATHS = [
+    pytest.param(("evaluate", "nowhere", "--data", "x.tsv"), "nowhere", id="no model"),
+    pytest.param(("report", "nowhere"), "results.json", id="no run"),
+    pytest.param(("cache", "info", "nowhere"), "nowhere", id="no cache"),
+    pytest.param(("cache", "verify", "nowhere"), "nowhere", id="no cache to verify"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "named"), PATHS)
+def test_paths(arguments: tuple[str, ...], named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    check(kdcache(*arguments), 2, named)
+
+
+def test_evaluate_names_the_columns_there_are(finished: FinishedRun, tmp_path: Path) -> None:
+    data = tmp_path / "data.tsv"
+    data.write_text("review\tstars\ngood\t1\n")
+    check(kdcache("evaluate", finished.root / "student", "--data", data), 2, "'review', 'stars'")
+    check(kdcache("evaluate", finished.root / "student", "--data", data, "--text", "review"), 2, "label")
+
+
+def test_an_output_directory_that_is_a_file(review_recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    check(kdcache("cofinetune", review_recipe, "--output-dir", tmp_path / "file"), 1, "run directory", "--output-dir")
+
+
+def test_texts_that_the_cache_lacks(copied: FinishedRun, tmp_path: Path) -> None:
+    train = tmp_path / "train.tsv"
+    train.write_text((copied.recipe.parent / "train.tsv").read_text() + "a text of tomorrow\t1\n")
+    change = ("--replace", "--set", f"data.train={train}")
+    check(copied.call("distill", *change), 4, "lacks 1 of", "dump-teachers")
+    skipped = copied.call("distill", *change, "--set", "distill.missing=skip", "--json")
+    assert (skipped.code, skipped.document["skipped_rows"]) == (0, 1)
+
+
+def test_teachers_with_other_weights(copied: FinishedRun) -> None:
+    from safetensors.torch import load_file, save_file
+
+    path = copied.root / "teachers" / "bert" / "model.safetensors"
+    weights = load_file(path)
+    weights["embeddings.LayerNorm.weight"] += 0.01
+    save_file(weights, path, metadata={"format": "pt"})
+    check(copied.call("dump-teachers"), 4, "weights")
+    check(copied.call("distill", "--replace"), 4, "weights")
+
+
+def test_a_teacher_whose_output_is_not_finite(review_recipe: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    model = make_model(tmp_path / "broken", "bert", classes=2)
+    weights = load_file(model / "model.safetensors")
+    weights["bert.encoder.layer.2.output.LayerNorm.bias"][0] = torch.nan
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    recipe = tmp_path / "broken.toml"
+    head, _, rest = review_recipe.read_text().partition("[[teachers]]")
+    _, _, rest = rest.partition("[cofinetune]")
+    folder = review_recipe.parent
+    text = f'{head}[[teachers]]\nname = "broken"\nmodel = "{model}"\nhead = "own"\n[cofinetune]{rest}'
+    for name in ("train", "dev", "test", "more"):
+        text = text.replace(f'"{name}.tsv"', f'"{folder / name}.tsv"')
+    recipe.write_text(text.replace("teacher:bert", "teacher:broken"))
+    runs = ("--output-dir", tmp_path / "runs")
+    first = kdcache("cofinetune", recipe, *runs)
+    if first.code == 0:  # scored and registered; the dump refuses it
+        first = kdcache("dump-teachers", recipe, *runs)
+    check(first, 1, "broken")
+
+
+def test_a_full_disk_loses_nothing(copied: FinishedRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    identity = open_cache(copied.root / "cache").identity
+    cache = copied.runs / "cache-2"
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "disk", failing_disk(40, errno.ENOSPC))
+        check(copied.call("dump-teachers", "--cache", cache), 1, "full", "same command again")
+    assert not (cache / "manifest.json").exists()
+    again = copied.call("dump-teachers", "--cache", cache, "--json")
+    assert (again.code, again.document["identity"]) == (0, identity)
+
+
+def test_a_cache_that_another_process_writes(copied: FinishedRun) -> None:
+    with hold_lock(copied.root / "cache"):
+        check(copied.call("dump-teachers"), LockedError.exit_code, "cache")
+
+
+def check(said: Said, code: int, named: str, cure: str = "") -> None:
+    """One error line that names the thing, a hint, nothing on stdout, no traceback."""
+    assert said.code == code, said.err
+    errors = [line for line in said.err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, said.err
+    assert named in errors[0]
+    assert not errors[0].startswith("error: unexpected")
+    if cure:
+        assert any(cure in line for line in said.err.splitlines() if line.startswith("hint: ")), said.err
+    assert said.out == ""
+    assert "Traceback" not in said.err
