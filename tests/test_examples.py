@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+import kdcache
 from kdcache.dump.stage import dump_teachers
 from kdcache.progress import SilentProgress
 from kdcache.recipe import load_recipe
@@ -48,3 +51,11 @@ def test_example_trains_and_saves(cache: Path, tmp_path: Path, name: str) -> Non
 def test_the_plain_loop_is_short() -> None:
     source = (EXAMPLES / "plain_loop.py").read_text().split("def main", 1)[1].splitlines()
     assert len(source) <= 45
+
+
+def test_importing_kdcache_imports_no_torch() -> None:
+    code = "import sys, kdcache; kdcache.open_cache, kdcache.__version__; assert not {'torch', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    with pytest.raises(AttributeError, match="it has: __version__, loader, losses, open_cache"):
+        _ = kdcache.opencache
+    assert set(dir(kdcache)) == set(kdcache.__all__)

@@ -18,14 +18,10 @@ from kdcache.report.curves import read_curves, scales
 from kdcache.report.metrics import scores
 
 if TYPE_CHECKING:
-    from kdcache.cache.reader import Cache
     from kdcache.distill.data import StudentData
-    from kdcache.distill.evaluation import EncodedSplit
-    from kdcache.distill.objective import ObjectiveSettings
     from kdcache.distill.sources import Speed, TeacherFacts
-    from kdcache.distill.student import Student
     from kdcache.distill.targets import TargetSource
-    from kdcache.recipe import Recipe
+    from kdcache.distill.training import Training
 
 STAGE = "distill"  # in metrics.jsonl
 SCORED = ("validation", "test")
@@ -61,63 +57,72 @@ def teacher_scores(source: TargetSource, data: StudentData, *, missing: str) -> 
     return TeacherScores(each, mean)
 
 
-def build_results(
-    recipe: Recipe,
-    settings: ObjectiveSettings,
-    student: Student,
-    data: StudentData,
-    source: TargetSource,
-    cache: Cache | None,
-    *,
-    student_scores: Mapping[str, Mapping[str, float]],
-    teachers: TeacherScores,
-    facts: Mapping[str, TeacherFacts],
-    speed: Speed,
-    best_epoch: int,
-    seconds: float,
-    targets: str,
-    metrics: Path,
-) -> dict[str, Any]:
-    """All of it as JSON-able values; numbers that were measured here (latency, seconds) differ from run to run."""
-    assert recipe.student is not None
-    head = {
+@dataclass(frozen=True)
+class Measured:
+    """What came out of a training. Times and speeds differ from run to run; ``best_epoch`` counts from 0."""
+
+    scores: Mapping[str, Mapping[str, float]]  # of the student: split -> metric
+    teachers: TeacherScores
+    facts: Mapping[str, TeacherFacts]  # of the teachers that were at hand
+    speed: Speed  # of the student
+    best_epoch: int
+    training_seconds: float  # of this process: a resumed training took longer
+    seconds: float
+
+
+def build_results(training: Training, measured: Measured, metrics: Path) -> dict[str, Any]:
+    """The contents of results.json."""
+    recipe, cache, source = training.recipe, training.cache, training.source
+    method = training.settings.method
+    return {
         "format": 1,
         "name": recipe.name,
         "licence": recipe.licence,
-        "method": settings.method.name,
-        "method_title": settings.method.title,
-        "method_source": settings.method.source,
+        "method": method.name,
+        "method_title": method.title,
+        "method_source": method.source,
         "seed": recipe.distill.seed,
-        "scores": {split: dict(values) for split, values in student_scores.items()},
-    }
-    return head | {
-        "teachers": {name: _teacher(found, facts.get(name)) for name, found in teachers.each.items()},
-        "teachers_mean": {"scores": dict(teachers.mean)},
-        "student": {
-            "init_from": recipe.student.init_from or student.source,
-            "head": recipe.student.head,
-            "layers": student.model.depth,
-            "width": student.model.width,
-            "parameters": student.parameters,
-            "latency_ms": speed.latency_ms,
-            "texts_per_second": speed.texts_per_second,
-        },
-        "text_columns": list(data.text_columns),
-        "label_names": list(data.label_names),
-        "max_length": student.max_length,
-        "rows": {name: len(split.labels) for name, split in data.splits.items()},
-        "labelled_rows": {name: int((split.labels >= 0).sum()) for name, split in data.splits.items()},
-        "data_from": data.origin,
+        "scores": {split: dict(values) for split, values in measured.scores.items()},
+        "teachers": {name: _teacher(found, measured.facts.get(name)) for name, found in measured.teachers.each.items()},
+        "teachers_mean": {"scores": dict(measured.teachers.mean)},
+        "student": _student(training, measured.speed),
+        **_data(training),
         "settings": recipe.distill.model_dump(mode="json"),
-        "best_epoch": best_epoch + 1,
+        "best_epoch": measured.best_epoch + 1,
         "cache_identity": cache.identity if cache is not None else None,
-        "targets": targets,
+        "targets": training.targets,
         "layer_map": {name: list(layers) for name, layers in source.layer_map.items()},
         "coverage": dict(source.coverage),
         "skipped_rows": source.skipped,
         "scales": scales([curve for curve in read_curves(metrics, "steps") if curve.stage == STAGE]),
-        "seconds": round(seconds, 1),
-        "machine": machine(speed.device),
+        "training_seconds": round(measured.training_seconds, 1),
+        "seconds": round(measured.seconds, 1),
+        "machine": machine(measured.speed.device),
+    }
+
+
+def _student(training: Training, speed: Speed) -> dict[str, Any]:
+    section, student = training.recipe.require_student(), training.student
+    return {
+        "init_from": section.init_from or student.source,
+        "head": section.head,
+        "layers": student.model.depth,
+        "width": student.model.width,
+        "parameters": student.parameters,
+        "latency_ms": speed.latency_ms,
+        "texts_per_second": speed.texts_per_second,
+    }
+
+
+def _data(training: Training) -> dict[str, Any]:
+    data = training.data
+    return {
+        "text_columns": list(data.text_columns),
+        "label_names": list(data.label_names),
+        "max_length": training.student.max_length,
+        "rows": {name: len(split.labels) for name, split in data.splits.items()},
+        "labelled_rows": {name: int((split.labels >= 0).sum()) for name, split in data.splits.items()},
+        "data_from": data.origin,
     }
 
 
@@ -140,10 +145,3 @@ def machine(device: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {"kdcache": __version__} | {package: version(package) for package in _PACKAGES},
     }
-
-
-def student_scores_on(student: Student, splits: Mapping[str, EncodedSplit]) -> dict[str, dict[str, float]]:
-    """Scores on validation and test, those that there are."""
-    from kdcache.distill.evaluation import split_scores
-
-    return {name: split_scores(student.model, split) for name, split in splits.items()}

@@ -141,7 +141,7 @@ def teachers_beside(cache: Path | None, run_root: Path) -> Path | None:
 
 
 def check_teachers(
-    directory: Path | None, cache: Cache, names: Sequence[str], texts: Sequence[tuple[str, ...]]
+    directory: Path | None, cache: Cache | None, names: Sequence[str], texts: Sequence[tuple[str, ...]]
 ) -> dict[str, TeacherFacts]:
     """Compare the teachers at hand, files and all, with those of the cache, and measure them one at a time on ``texts``.
 
@@ -149,10 +149,10 @@ def check_teachers(
     """
     from kdcache.teachers.bundle import load_teacher, teacher_names
 
-    known = teacher_names(directory) if directory is not None else []
-    facts: dict[str, TeacherFacts] = {}
+    if directory is None or cache is None or not names:
+        return {}
+    known, facts = teacher_names(directory), {}
     for name in [name for name in names if name in known]:
-        assert directory is not None
         teacher = load_teacher(directory, name)
         stored, found = asdict(cache.teachers[name].fingerprints), asdict(teacher.fingerprints)
         differing = [

@@ -19,23 +19,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdcache.cache.files import write_file
-from kdcache.distill.data import StudentData, student_data
-from kdcache.distill.evaluation import EncodedSplit, encode_split
-from kdcache.distill.objective import DistillationModel, ObjectiveSettings, objective_settings
-from kdcache.distill.results import SCORED, STAGE, build_results, student_scores_on, teacher_scores
-from kdcache.distill.sources import check_teachers, measure_speed, open_source, teachers_beside
-from kdcache.distill.student import Student, build_student
+from kdcache.distill.evaluation import EncodedSplit, encode_split, split_scores
+from kdcache.distill.results import SCORED, STAGE, Measured, build_results, teacher_scores
+from kdcache.distill.sources import check_teachers, measure_speed
 from kdcache.distill.student_files import save_student, student_record
 from kdcache.distill.trainee import DistillTrainee
+from kdcache.distill.training import Training, prepare
 from kdcache.report.cards import model_card
 from kdcache.runs import RunDirectory
-from kdcache.teachers.fingerprints import fingerprint_tensors
 from kdcache.training.loop import LoopSettings, train
 from kdcache.training.metrics_log import MetricsLog
 
 if TYPE_CHECKING:
-    from kdcache.cache.reader import Cache
-    from kdcache.distill.targets import TargetSource
     from kdcache.progress import Progress
     from kdcache.recipe import Recipe
 
@@ -64,81 +59,38 @@ def distill(
     MismatchError (exit 4), DamageError (exit 3), NonFiniteError, StorageError.
     """
     run, started = RunDirectory(run_root), time.perf_counter()
-    settings = objective_settings(recipe.distill)
-    section = recipe.require_student()
-    opened = _open(cache)
-    data = student_data(recipe.data, opened)
-    teachers_dir = live_teachers or teachers_beside(cache, run_root)
-    student = build_student(
-        section, data.label_names, max_length=recipe.data.max_length, seed=recipe.distill.seed,
-        dropout=recipe.distill.dropout, teachers_dir=teachers_dir,
-    )  # fmt: skip
-    source = open_source(recipe.distill, settings, data, student, opened, live_teachers)
-    facts = {}
-    if opened is not None and source.teachers:
-        facts = check_teachers(teachers_dir, opened, source.teachers, _some_texts(data))
+    training = prepare(recipe, cache, run_root, live_teachers)
+    source, student, data = training.source, training.student, training.data
+    facts = check_teachers(training.teachers_dir, training.cache, source.teachers, training.some_texts())
     said = teacher_scores(source, data, missing=recipe.distill.missing)  # before training: a cache that lacks texts says so now
     if source.skipped:
         progress.note(f"{source.skipped} rows are left out: the cache lacks their texts")
     splits = {
         name: encode_split(student, data.texts_of(name), data.splits[name].labels) for name in SCORED if name in data.splits
     }
-    targets = "none" if not source.teachers else "live" if live_teachers else "cache"
-    best = _train(recipe, settings, student, data, source, opened, splits.get("validation"), targets, run, progress)
-    scores = student_scores_on(student, splits)
-    speed = measure_speed(student.model, student.tokenizer, student.max_length, _some_texts(data))
-    results = build_results(
-        recipe, settings, student, data, source, opened, student_scores=scores, teachers=said, facts=facts, speed=speed,
-        best_epoch=best, seconds=time.perf_counter() - started, targets=targets, metrics=run.metrics,
-    )  # fmt: skip
-    _save(recipe, student, data, settings, results, run)
+    trained = time.perf_counter()
+    best = _train(training, splits.get("validation"), run, progress)
+    seconds = time.perf_counter() - trained
+    scores = {name: split_scores(student.model, split) for name, split in splits.items()}
+    speed = measure_speed(student.model, student.tokenizer, student.max_length, training.some_texts())
+    measured = Measured(scores, said, facts, speed, best, seconds, time.perf_counter() - started)
+    results = build_results(training, measured, run.metrics)
+    _save(training, results, run)
     return DistillResult(run.student, results)
 
 
-def _open(cache: Path | None) -> Cache | None:
-    if cache is None:
-        return None
-    from kdcache.cache.reader import open_cache
-
-    return open_cache(cache)
-
-
-def _some_texts(data: StudentData) -> list[tuple[str, ...]]:
-    """What speed is measured on: the first texts of the test split, or of what there is."""
-    return data.texts_of(next(name for name in ("test", "validation", "train") if name in data.splits))[:96]
-
-
-def _train(
-    recipe: Recipe,
-    settings: ObjectiveSettings,
-    student: Student,
-    data: StudentData,
-    source: TargetSource,
-    cache: Cache | None,
-    validation: EncodedSplit | None,
-    targets: str,
-    run: RunDirectory,
-    progress: Progress,
-) -> int:
+def _train(training: Training, validation: EncodedSplit | None, run: RunDirectory, progress: Progress) -> int:
     """Train; the student then has the weights of the best epoch (from 0), which is returned."""
-    section = recipe.distill
-    pairs = {
-        (index, layer): (name, own)
-        for index, name in enumerate(source.teachers)
-        for layer, own in enumerate(source.layer_map.get(name, ()), start=1)
-    }
-    model = DistillationModel(
-        student.model,
-        settings,
-        source.teachers,
-        dims={pair: source.target_dim(*layer) for pair, layer in pairs.items()},
-        variances={pair: source.target_variance(*layer) for pair, layer in pairs.items()},
-        seed=section.seed,
-    )
-    identity = _identity(recipe, model, source, data, cache, targets)
-    place = run.checkpoints / STAGE
+    section, place, model = training.recipe.distill, run.checkpoints / STAGE, training.model()
+    identity = training.identity(model)
     trainee = DistillTrainee(
-        model, source, validation, place / "best", identity, accumulation=section.accumulation, select_by=section.select_by
+        model,
+        training.source,
+        validation,
+        place / "best",
+        identity,
+        accumulation=section.accumulation,
+        select_by=section.select_by,
     )
     loop = replace(LoopSettings.from_section(section, identity), log_steps=1)
     outcome = train(trainee, loop, checkpoints=place, progress=progress, on_metrics=MetricsLog(run.metrics, STAGE))
@@ -146,28 +98,15 @@ def _train(
     return outcome.best_epoch
 
 
-def _identity(
-    recipe: Recipe, model: DistillationModel, source: TargetSource, data: StudentData, cache: Cache | None, targets: str
-) -> dict[str, Any]:
-    """All that the weights depend on besides what the loop knows itself; a checkpoint of another training is refused by it."""
-    section = recipe.distill.model_dump(mode="json", exclude={"checkpoint_steps"})
-    return {f"distill.{key}": value for key, value in section.items()} | {
-        "initial weights": fingerprint_tensors(model.state_dict().items()),
-        "data": data.digest(),
-        "text columns": list(data.text_columns),
-        "cache": cache.identity if cache is not None else None,
-        "targets": targets,
-        "teachers": list(source.teachers),
-        "layers": {name: list(layers) for name, layers in source.layer_map.items()},
-    }
-
-
-def _save(
-    recipe: Recipe, student: Student, data: StudentData, settings: ObjectiveSettings, results: dict[str, Any], run: RunDirectory
-) -> None:
+def _save(training: Training, results: dict[str, Any], run: RunDirectory) -> None:
+    recipe = training.recipe
     record = student_record(
-        student, name=recipe.name, method=settings.method.name, text_columns=data.text_columns, label_column=recipe.data.label
+        training.student,
+        name=recipe.name,
+        method=training.settings.method.name,
+        text_columns=training.data.text_columns,
+        label_column=recipe.data.label,
     )
-    save_student(run.student, student, record, model_card(results))
+    save_student(run.student, training.student, record, model_card(results))
     write_file(run.results, (json.dumps(results, indent=2, ensure_ascii=False) + "\n").encode())
     shutil.rmtree(run.checkpoints / STAGE, ignore_errors=True)  # the student is safe: nothing is left to continue

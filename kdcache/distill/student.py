@@ -135,13 +135,6 @@ def build_student(
     return Student(model, tokenizer, tuple(label_names), length, source)
 
 
-def student_depth(section: StudentSection, teachers_dir: Path | None = None) -> int:
-    """Number of layers that the student will have, from configs alone."""
-    source = _source(section, teachers_dir)
-    depth = int(_config(section, source).num_hidden_layers)
-    return depth if section.config is not None else len(blocks_to_keep(section.layers, depth, source))
-
-
 def _source(section: StudentSection, teachers_dir: Path | None) -> str:
     """A hub name or directory; for a config its model type, which names it in messages."""
     if section.config is not None:

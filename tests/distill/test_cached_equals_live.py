@@ -8,14 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from kdcache.cache.reader import open_cache
-from kdcache.distill.data import student_data
 from kdcache.distill.methods import METHODS
-from kdcache.distill.objective import DistillationModel, objective_settings
-from kdcache.distill.sources import open_source
 from kdcache.distill.stage import distill
-from kdcache.distill.student import build_student
 from kdcache.distill.trainee import DistillTrainee
+from kdcache.distill.training import prepare
 from kdcache.progress import SilentProgress
 from kdcache.recipe import Recipe
 from tests.distill.conftest import TinyRun
@@ -30,21 +26,9 @@ CASES = [
 
 def losses(recipe: Recipe, run: TinyRun, cache: Path, live: bool, place: Path) -> Iterator[dict[str, float]]:
     """Every loss term of every step of one epoch, with plain SGD updates in between."""
-    opened, settings = open_cache(cache), objective_settings(recipe.distill)
-    data = student_data(recipe.data, opened)
-    student = build_student(
-        recipe.require_student(), data.label_names, max_length=32, seed=0, dropout=0.0, teachers_dir=run.teachers
-    )
-    source = open_source(recipe.distill, settings, data, student, opened, run.teachers if live else None)
-    pairs = {
-        (index, layer): (name, own)
-        for index, name in enumerate(source.teachers)
-        for layer, own in enumerate(source.layer_map.get(name, ()), start=1)
-    }
-    dims = {pair: source.target_dim(*layer) for pair, layer in pairs.items()}
-    variances = {pair: source.target_variance(*layer) for pair, layer in pairs.items()}
-    model = DistillationModel(student.model, settings, source.teachers, dims=dims, variances=variances).train()
-    trainee = DistillTrainee(model, source, None, place, {}, accumulation=recipe.distill.accumulation)
+    training = prepare(recipe, cache, place, run.teachers if live else None)
+    model = training.model().train()
+    trainee = DistillTrainee(model, training.source, None, place, {}, accumulation=recipe.distill.accumulation)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     for batch in trainee.batches(0, 0):
         terms: dict[str, float] = {}
@@ -59,7 +43,7 @@ def losses(recipe: Recipe, run: TinyRun, cache: Path, live: bool, place: Path) -
 
 @pytest.mark.parametrize("overrides", CASES, ids=[" ".join(case) for case in CASES])
 def test_loss_terms_agree_in_every_step(tiny_run: TinyRun, tmp_path: Path, overrides: list[str]) -> None:
-    recipe = tiny_run.recipe(*overrides)
+    recipe = tiny_run.recipe(*overrides, "distill.dropout=0.0")
     cached = list(losses(recipe, tiny_run, tiny_run.exact, False, tmp_path))
     live = list(losses(recipe, tiny_run, tiny_run.exact, True, tmp_path))
     assert len(cached) == (6 if "distill.method=fine-tune" in overrides else 8)
@@ -69,7 +53,7 @@ def test_loss_terms_agree_in_every_step(tiny_run: TinyRun, tmp_path: Path, overr
 
 def test_projected_and_quantised_targets_stay_close(tiny_run: TinyRun, tmp_path: Path) -> None:
     """PCA in int8 against live teachers through the same basis: what quantisation alone costs."""
-    recipe = tiny_run.recipe()
+    recipe = tiny_run.recipe("distill.dropout=0.0")
     cached = list(losses(recipe, tiny_run, tiny_run.cache, False, tmp_path))
     live = list(losses(recipe, tiny_run, tiny_run.cache, True, tmp_path))
     for ours, theirs in zip(cached, live, strict=True):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from kdcache.distill.stage import DistillResult, distill
-from kdcache.errors import KdcacheError, MismatchError, ModelError, RecipeError
+from kdcache.errors import DamageError, KdcacheError, MismatchError, ModelError, RecipeError
 from kdcache.progress import SilentProgress
 from kdcache.recipe import Recipe
 from kdcache.testing.teachers import make_teachers
@@ -221,3 +221,34 @@ def test_without_validation_the_last_epoch_is_kept(tiny_run: TinyRun, tmp_path: 
     result = run(tiny_run.recipe("distill.epochs=2").model_copy(update={"data": data}), tiny_run.cache, tmp_path)
     assert result.results["best_epoch"] == 2
     assert set(result.scores) == {"test"}
+
+
+def test_damage_is_found_before_the_rows_are_used(tiny_run: TinyRun, tmp_path: Path, copied: Copy) -> None:
+    cache, student = copied(tiny_run.cache), make_model(tmp_path / "student", "bert", depth=2)
+    damaged = max(
+        (path for path in (cache / "teachers" / "xlm" / "hidden").rglob("*") if path.is_file()), key=lambda p: p.stat().st_size
+    )
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+    with pytest.raises(DamageError) as caught:
+        run(tiny_run.recipe(f'student.init_from="{student}"'), cache, tmp_path / "run")
+    assert str(damaged.relative_to(cache)) in caught.value.message
+    assert caught.value.exit_code == 3
+    assert not (tmp_path / "run" / "student").exists()
+
+
+def test_pairs_of_texts(tiny_run: TinyRun, tmp_path: Path) -> None:
+    lines_of = ["first\tsecond\tlabel", *(f"{text}\tthe plot is {text.split()[1]}\t{label}" for text, label in reviews(48))]
+    (tmp_path / "pairs.tsv").write_text("\n".join(lines_of) + "\n")
+    student = make_model(tmp_path / "model", "bert", depth=1)
+    recipe = tiny_run.recipe(
+        "distill.method=fine-tune", f'student.init_from="{student}"', "student.layers=1", "data.transfer=[]", 'data.text=["first", "second"]',
+        *(f'data.{split}="{tmp_path / "pairs.tsv"}"' for split in ("train", "validation", "test")),
+    )  # fmt: skip
+    result = run(recipe, None, tmp_path / "run")
+    assert result.results["text_columns"] == ["first", "second"]
+    from kdcache.distill.evaluation import evaluate_model
+
+    found = evaluate_model(result.student, str(tmp_path / "pairs.tsv"))
+    assert found["accuracy"] == result.scores["test"]["accuracy"]

@@ -1,0 +1,94 @@
+"""What is trained on what: everything that a recipe chooses, opened and checked, before the first step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from kdcache.distill.data import StudentData, student_data
+from kdcache.distill.objective import DistillationModel, ObjectiveSettings, objective_settings
+from kdcache.distill.sources import open_source, teachers_beside
+from kdcache.distill.student import Student, build_student
+from kdcache.teachers.fingerprints import fingerprint_tensors
+
+if TYPE_CHECKING:
+    from kdcache.cache.reader import Cache
+    from kdcache.distill.targets import TargetSource
+    from kdcache.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Training:
+    """A training that is ready to start; the student still has its initial weights."""
+
+    recipe: Recipe
+    settings: ObjectiveSettings
+    data: StudentData
+    student: Student
+    source: TargetSource
+    cache: Cache | None
+    targets: Literal["cache", "live", "none"]
+    teachers_dir: Path | None  # the teachers that are at hand
+
+    def model(self) -> DistillationModel:
+        """The student with the projections and the loss that the recipe chooses."""
+        source = self.source
+        pairs = {
+            (index, layer): (name, own)
+            for index, name in enumerate(source.teachers)
+            for layer, own in enumerate(source.layer_map.get(name, ()), start=1)
+        }
+        return DistillationModel(
+            self.student.model,
+            self.settings,
+            source.teachers,
+            dims={pair: source.target_dim(*layer) for pair, layer in pairs.items()},
+            variances={pair: source.target_variance(*layer) for pair, layer in pairs.items()},
+            seed=self.recipe.distill.seed,
+        )
+
+    def identity(self, model: DistillationModel) -> dict[str, Any]:
+        """All that the weights depend on; the loop refuses to go on from a checkpoint of another training."""
+        section = self.recipe.distill.model_dump(mode="json", exclude={"checkpoint_steps"})
+        return {f"distill.{key}": value for key, value in section.items()} | {
+            "initial weights": fingerprint_tensors(model.state_dict().items()),
+            "data": self.data.digest(),
+            "text columns": list(self.data.text_columns),
+            "max_length": self.student.max_length,
+            "cache": self.cache.identity if self.cache is not None else None,
+            "targets": self.targets,
+            "teachers": list(self.source.teachers),
+            "layers": {name: list(layers) for name, layers in self.source.layer_map.items()},
+        }
+
+    def some_texts(self) -> list[tuple[str, ...]]:
+        """What speed is measured on: the first texts of the test split, or of what there is."""
+        return self.data.texts_of(next(name for name in ("test", "validation", "train") if name in self.data.splits))[:96]
+
+
+def prepare(recipe: Recipe, cache: Path | None, run_root: Path, live_teachers: Path | None) -> Training:
+    """Open cache and data, build the student, choose teachers and layers. Raises what ``stage.distill`` raises."""
+    settings, section = objective_settings(recipe.distill), recipe.require_student()
+    opened = _open(cache)
+    data = student_data(recipe.data, opened)
+    teachers_dir = live_teachers or teachers_beside(cache, run_root)
+    student = build_student(
+        section,
+        data.label_names,
+        max_length=recipe.data.max_length,
+        seed=recipe.distill.seed,
+        dropout=recipe.distill.dropout,
+        teachers_dir=teachers_dir,
+    )
+    source = open_source(recipe.distill, settings, data, student, opened, live_teachers)
+    targets: Literal["cache", "live", "none"] = "none" if not source.teachers else "live" if live_teachers else "cache"
+    return Training(recipe, settings, data, student, source, opened, targets, teachers_dir)
+
+
+def _open(cache: Path | None) -> Cache | None:
+    if cache is None:
+        return None
+    from kdcache.cache.reader import open_cache
+
+    return open_cache(cache)
