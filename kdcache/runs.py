@@ -168,6 +168,11 @@ def file_identity(path: Path) -> str:
         return ""
 
 
+def home() -> Path:
+    """Where kdcache keeps what it can make again, outside runs and caches: ``KDCACHE_HOME``, or ``~/.cache/kdcache``."""
+    return Path(os.environ.get("KDCACHE_HOME") or Path.home() / ".cache" / "kdcache")
+
+
 def write_durably(path: Path, text: str) -> None:
     """Write beside, fsync, rename: a reader sees the old text or the new one."""
     temporary = path.with_name(path.name + ".tmp")

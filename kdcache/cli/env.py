@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import platform
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 from kdcache import __version__
 from kdcache.cli.options import Json
 from kdcache.cli.output import out
 from kdcache.progress import format_bytes
+from kdcache.runs import home
 
 _PACKAGES = (
     "torch",
@@ -47,7 +47,7 @@ def environment() -> dict[str, Any]:
         "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "devices": _devices(),
         "onnxruntime": _providers(),
-        "home": os.environ.get("KDCACHE_HOME") or str(Path.home() / ".cache" / "kdcache"),
+        "home": str(home()),
         "versions": {name: _version(name) for name in _PACKAGES},
     }
 
@@ -67,9 +67,11 @@ def _devices() -> list[str]:
 
 
 def _providers() -> list[str]:
-    """What this onnxruntime was built with; whether a provider works is known only from a session."""
+    """What onnxruntime can use here. It names every provider it was built with, so those of a GPU count only with its driver."""
     try:
         import onnxruntime
     except ImportError:
         return ["not installed"]
-    return [str(name) for name in onnxruntime.get_available_providers()]
+    from kdcache.teachers.backends.onnx_backend import cuda_loads
+
+    return [str(name) for name in onnxruntime.get_available_providers() if name == "CPUExecutionProvider" or cuda_loads()]

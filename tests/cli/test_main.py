@@ -87,6 +87,7 @@ def test_env_as_json() -> None:
     assert document["kdcache"] == __version__
     assert document["versions"]["torch"].startswith("2.")
     assert document["home"] == os.environ["KDCACHE_HOME"]
+    assert "CPUExecutionProvider" in document["onnxruntime"]
     assert document["devices"][-1].startswith("cpu")
     assert not said.err
 
