@@ -5,15 +5,20 @@ read-only. A file is found by a digest of everything it was made from: ids of th
 tokens themselves. So a changed cache or tokenizer never meets an old file, and everything here may be deleted at any time.
 A file that is damaged, or a directory that cannot be written, costs time and nothing else.
 
+Files appear whole, by a rename, but are not synced to the disk as those of a cache are: what a power cut tears is found by
+its digest and made again, and a student's first epoch does not wait for a disk to sync.
+
 The format is one line of JSON (arrays by name with dtype and length, sha256 of the rest), then the arrays' bytes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
+import secrets
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -21,11 +26,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kdcache.cache.files import write_file
 from kdcache.cache.tokens import Tokens
 from kdcache.data.encoding import TRUNCATION, EncodedTexts, encode, tokenizer_fingerprint
 from kdcache.distill.alignment import PartAlignment, align
-from kdcache.errors import StorageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -96,10 +99,14 @@ def save_arrays(path: Path, arrays: Arrays) -> None:
     body = b"".join(np.ascontiguousarray(array).tobytes() for array in arrays.values())
     fields = {name: [array.dtype.str, len(array)] for name, array in arrays.items()}
     header = json.dumps({"sha256": hashlib.sha256(body).hexdigest(), "arrays": fields})
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(path, header.encode() + b"\n" + body)
-    except (OSError, StorageError) as error:
+        temporary.write_bytes(header.encode() + b"\n" + body)
+        temporary.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         if not _told:
             _told.append(str(error))
             log.warning("student tokens and alignments cannot be kept under %s and will be made again: %s", home(), error)

@@ -41,20 +41,29 @@ class Ragged:
         for bounds, mine in zip(offsets, members, strict=True):
             text = rows.rows[mine]
             starts[mine] = bounds[text]
-            self.lengths[mine] = bounds[text + 1] - bounds[text]
+            self.lengths[mine] = bounds[text + 1] - starts[mine]
         self.offsets = np.concatenate([[0], np.cumsum(self.lengths)]).astype(np.int64)
-        self._places = [
-            (ranges(self.offsets[:-1][mine], self.lengths[mine]), ranges(starts[mine], self.lengths[mine])) for mine in members
-        ]
+        by_part = np.concatenate(members)
+        self._there = np.split(
+            ranges(starts[by_part], self.lengths[by_part]), np.cumsum([self.lengths[mine].sum() for mine in members])[:-1]
+        )
+        self._order = None  # of the tokens as they come part by part, in row order
+        if len(members) > 1:
+            came = np.concatenate([[0], np.cumsum(self.lengths[by_part])])
+            first = np.empty(len(rows), np.int64)
+            first[by_part] = came[:-1]
+            self._order = ranges(first, self.lengths)
 
     def gather(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
         """The packed values of the rows, in row order, from one packed array per part."""
-        if len(arrays) == 1:
-            return arrays[0].take(self._places[0][1], axis=0)
-        packed = np.empty((int(self.offsets[-1]), *arrays[0].shape[1:]), arrays[0].dtype)
-        for (here, there), array in zip(self._places, arrays, strict=True):
-            packed[here] = array.take(there, axis=0)
-        return packed
+        if self._order is None:
+            return arrays[0].take(self._there[0], axis=0)
+        grouped = np.empty((len(self._order), *arrays[0].shape[1:]), arrays[0].dtype)
+        begin = 0
+        for array, there in zip(arrays, self._there, strict=True):
+            array.take(there, axis=0, out=grouped[begin : begin + len(there)], mode="clip")  # 'raise' would copy twice
+            begin += len(there)
+        return grouped.take(self._order, axis=0)
 
 
 def student_inputs(rows: Rows, tokens: Ragged, pad_token_id: int) -> dict[str, torch.Tensor]:
@@ -93,30 +102,18 @@ class Pieces:
 
 def alignment_pieces(rows: Rows, teacher: int, student_tokens: Ragged, teacher_tokens: Ragged) -> Pieces:
     """Cut a teacher's alignment of whole parts down to the rows of a batch."""
-    alignments = [part.teachers[teacher].alignment for part in rows.parts]
     places = flat_places(student_tokens)
+    alignments = [part.teachers[teacher].alignment for part in rows.parts]
     if all(alignment is not None and alignment.identical for alignment in alignments):
         return Pieces(None, None, None, torch.from_numpy(places))
-    firsts, sources, weights = zip(*(_explicit(part, teacher) for part in rows.parts), strict=True)
-    counts = student_tokens.gather([first[1:] for first in firsts]) - student_tokens.gather([first[:-1] for first in firsts])
-    entries = Ragged(rows, [first[part.student.offsets] for first, part in zip(firsts, rows.parts, strict=True)])
-    src = entries.gather(sources) + np.repeat(teacher_tokens.offsets[:-1], entries.lengths)
+    parts = [part.explicit[teacher] for part in rows.parts]
+    counts = student_tokens.gather([part.past for part in parts]) - student_tokens.gather([part.first for part in parts])
+    entries = Ragged(rows, [part.texts for part in parts])
+    src = entries.gather([part.src for part in parts]) + np.repeat(teacher_tokens.offsets[:-1], entries.lengths)
+    weight = entries.gather([part.weight for part in parts])
     covered = counts > 0
     dst = np.repeat(np.arange(int(covered.sum())), counts[covered])
-    return Pieces(
-        torch.from_numpy(src), torch.from_numpy(dst), torch.from_numpy(entries.gather(weights)), torch.from_numpy(places[covered])
-    )
-
-
-def _explicit(part: DecodedPart, teacher: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """An alignment's arrays; those of the identity are made where other parts of the batch have none (rare)."""
-    alignment = part.teachers[teacher].alignment
-    assert alignment is not None
-    if alignment.first is not None and alignment.src is not None and alignment.weight is not None:
-        return alignment.first, alignment.src, alignment.weight
-    lengths = np.diff(part.student.offsets)
-    local = ranges(np.zeros(len(lengths), np.int64), lengths).astype(np.int32)
-    return np.arange(alignment.tokens + 1), local, np.ones(alignment.tokens, np.float32)
+    return Pieces(*(torch.from_numpy(array) for array in (src, dst, weight, places[covered])))
 
 
 def cached_targets(

@@ -5,6 +5,7 @@ Hidden states stay as they were stored (int8 stays int8); only what the student'
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kdcache.cache.ids import id_list
-from kdcache.distill.alignment import PartAlignment
+from kdcache.distill.alignment import PartAlignment, ranges
 from kdcache.errors import DamageError, MismatchError
 
 if TYPE_CHECKING:
@@ -36,11 +37,27 @@ class TeacherPart:
 
 
 @dataclass(frozen=True, eq=False)
+class Explicit:
+    """Entries of an alignment: ``texts`` bounds those of each text, ``first`` and ``past`` those of each student token."""
+
+    texts: np.ndarray  # int64[n + 1]
+    first: np.ndarray  # int64[S]
+    past: np.ndarray  # int64[S]
+    src: np.ndarray
+    weight: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
 class DecodedPart:
     """A part as batches are cut from it."""
 
     student: EncodedTexts
     teachers: tuple[TeacherPart, ...]
+
+    @functools.cached_property
+    def explicit(self) -> tuple[Explicit, ...]:
+        """Per teacher with hidden states its alignment entry by entry, that of the identity too."""
+        return tuple(_explicit(teacher.alignment, self.student.offsets) for teacher in self.teachers)
 
     @property
     def nbytes(self) -> int:
@@ -50,6 +67,18 @@ class DecodedPart:
             arrays += [array for block in teacher.hidden.values() for array in (block.values, block.scales) if array is not None]
         aligned = sum(teacher.alignment.nbytes for teacher in self.teachers if teacher.alignment is not None)
         return aligned + sum(int(array.nbytes) for array in arrays)
+
+
+def _explicit(alignment: PartAlignment | None, offsets: np.ndarray) -> Explicit:
+    if alignment is None:
+        none = np.zeros(0, np.int64)
+        return Explicit(none, none, none, none, none)
+    bounds, src, weight = alignment.first, alignment.src, alignment.weight
+    if bounds is None or src is None or weight is None:
+        lengths = np.diff(offsets)
+        bounds, weight = np.arange(alignment.tokens + 1), np.ones(alignment.tokens, np.float32)
+        src = ranges(np.zeros(len(lengths), np.int64), lengths).astype(np.int32)
+    return Explicit(bounds[offsets], bounds[:-1], bounds[1:], src, weight)
 
 
 @dataclass(frozen=True, eq=False)

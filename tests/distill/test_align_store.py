@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 
-from kdcache.cache.files import Disk, use_disk
 from kdcache.cache.ids import id_array, text_id
 from kdcache.data.encoding import encode
 from kdcache.distill import align_store
@@ -99,21 +100,17 @@ def test_a_damaged_file_is_made_again(damage: object) -> None:
     assert path.read_bytes() == sound
 
 
-class FullDisk(Disk):
-    def write(self, path: Path, buffers: object) -> None:  # noqa: ARG002
-        import errno
-
-        raise OSError(errno.ENOSPC, "No space left on device", str(path))
-
-
 def test_a_disk_that_takes_nothing_is_told_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(align_store, "_told", [])
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(Path, "replace", Mock(side_effect=full))
     student = StudentTokens(tiny.wordpiece_tokenizer(), 16)
-    with use_disk(FullDisk()), caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.WARNING):
         for _ in range(2):
             assert len(student.encoded(IDS, lambda: TEXTS)) == 3
     assert len(caplog.records) == 1
     assert "No space left" in caplog.text
+    assert not [path for path in home().rglob("*") if path.is_file()], "nothing half-written is left behind"
 
 
 def test_arrays_come_back_as_they_were(tmp_path: Path) -> None:
