@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kdcache import __version__
 from kdcache.cache.layout import MANIFEST
 from kdcache.cache.manifest import read_manifest
 from kdcache.errors import KdcacheError
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from kdcache.recipe import Recipe
     from kdcache.teachers.bundle import Bundle, TeacherRecord
 
-_PACKAGES = ("kdcache", "torch", "transformers", "tokenizers", "zarr", "pyarrow", "numpy", "safetensors")
+_PACKAGES = ("torch", "transformers", "tokenizers", "zarr", "pyarrow", "numpy", "safetensors")
 
 
 def dump_provenance(
@@ -76,7 +77,7 @@ def _strings(scores: Mapping[str, float]) -> dict[str, str]:
 
 
 def _versions() -> dict[str, str]:
-    found = {}
+    found = {"kdcache": __version__}
     for name in _PACKAGES:
         try:
             found[name] = version(name)

@@ -6,7 +6,6 @@ run at the next part; what was committed until then stays.
 
 from __future__ import annotations
 
-import gc
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -93,8 +92,7 @@ def open_teacher(teacher: PreparedTeacher, teachers_dir: Path) -> Iterator[Teach
         yield backend
     finally:
         backend.close()
-        del backend, loaded
-        gc.collect()
+        loaded.model.to("meta")  # frees the weights now, whatever still refers to the modules
 
 
 def work_directory() -> Path:

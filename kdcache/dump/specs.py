@@ -6,7 +6,6 @@ what a record says of them.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,10 +138,8 @@ def _prepare(
         sample_texts=recipe.dump.sample_texts,
         layers=_layer_specs(recipe, section, teacher, student_layers),
     )
-    prepared = PreparedTeacher(spec, teacher.tokenizer, tokenizer_json(teacher.tokenizer), recipe.dump.seed)
-    del teacher
-    gc.collect()
-    return prepared
+    teacher.model.to("meta")  # frees the weights before the next teacher is loaded
+    return PreparedTeacher(spec, teacher.tokenizer, tokenizer_json(teacher.tokenizer), recipe.dump.seed)
 
 
 def _layer_specs(recipe: Recipe, section: TeacherSection, teacher: Teacher, student_layers: int | None) -> dict[int, LayerSpec]:

@@ -9,8 +9,9 @@ an interrupted dump and extends a finished one: what exists is never run again.
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,13 +24,14 @@ from kdcache.dump.plan import check_free_space
 from kdcache.dump.provenance import dump_provenance, earlier_provenance
 from kdcache.dump.run import TeacherRun, lacks_bases, run_teacher
 from kdcache.dump.specs import check_task, prepare_teachers, scopes, task_spec
-from kdcache.errors import MismatchError
+from kdcache.errors import DamageError, MismatchError
 from kdcache.teachers.bundle import read_bundle
 
 if TYPE_CHECKING:
     from kdcache.cache.writer import CacheWriter
     from kdcache.data.counts import DataCounts
     from kdcache.data.task import TaskData
+    from kdcache.dump.specs import PreparedTeacher, Texts
     from kdcache.progress import Progress
     from kdcache.recipe import Recipe
 
@@ -86,11 +88,11 @@ def dump_teachers(
     teachers = prepare_teachers(recipe, bundle, teachers_dir, len(task.label_names))
     settings = Settings(seed=recipe.dump.seed, part_size=recipe.dump.part_size)
     with open_writer(cache_dir, task_spec(task), settings, repair=repair) as writer:
-        for teacher in teachers:
-            writer.declare_teacher(teacher.spec, teacher.tokenizer_json)  # refuses what is stale, before anything is written
-        writer.add_texts(*scopes(task))
+        full, logits_only = scopes(task)
+        refuse_stale(writer, teachers)
+        refuse_forgotten_teachers(writer, teachers, full, logits_only)
+        writer.add_texts(full, logits_only)
         missing = {teacher.name: writer.declare_teacher(teacher.spec, teacher.tokenizer_json) for teacher in teachers}
-        refuse_partial_teachers(writer, missing)
         check_free_space(writer, teachers, missing, cache_dir)
         runs = tuple(
             run_teacher(writer, teacher, missing[teacher.name], teachers_dir, recipe.dump.tokens_per_batch, progress)
@@ -108,15 +110,27 @@ def dump_teachers(
         )
 
 
-def refuse_partial_teachers(writer: CacheWriter, declared: Collection[str]) -> None:
-    """MismatchError where a teacher of the cache that the recipe does not name would lack texts that are added now."""
+def refuse_stale(writer: CacheWriter, teachers: Sequence[PreparedTeacher]) -> None:
+    """MismatchError where a teacher differs from what the cache holds of it; asked before new texts get their parts."""
+    for teacher in teachers:
+        with contextlib.suppress(DamageError):  # under repair: text ids that are lost come back with the texts
+            writer.declare_teacher(teacher.spec, teacher.tokenizer_json)
+
+
+def refuse_forgotten_teachers(writer: CacheWriter, teachers: Sequence[PreparedTeacher], full: Texts, logits_only: Texts) -> None:
+    """MismatchError where the cache has a teacher that the recipe does not name, and that would lack the new texts."""
     known = writer.base.contents.teachers if writer.base is not None else {}
-    for name in known.keys() - declared:
-        if writer.missing(name):
-            raise MismatchError(
-                f"cache '{writer.root}' holds teacher '{name}', which the recipe does not name and which would lack the new texts",
-                f"Add teacher '{name}' to the recipe, or dump into a new directory.",
-            )
+    forgotten = sorted(known.keys() - {teacher.name for teacher in teachers})
+    if not forgotten:
+        return
+    in_full = {bytes(row) for part in writer.parts if part.scope == "full" for row in part.text_ids}
+    anywhere = in_full | {bytes(row) for part in writer.parts for row in part.text_ids}
+    new = len(full.keys() - in_full) + len(logits_only.keys() - anywhere)
+    if new:
+        raise MismatchError(
+            f"cache '{writer.root}' holds teacher '{forgotten[0]}', which the recipe does not name and which would lack {new:,} new texts",
+            f"Add teacher '{forgotten[0]}' to the recipe, or dump into a new directory.",
+        )
 
 
 def write_examples(writer: CacheWriter, task: TaskData) -> None:

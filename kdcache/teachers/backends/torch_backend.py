@@ -50,8 +50,8 @@ class TorchBackend:
         return TeacherOutput(forward.logits.float(), vector, hidden)
 
     def close(self) -> None:
-        self._model.cpu()
         if self.device == "cuda":
+            self._model.cpu()
             torch.cuda.empty_cache()
 
     def _autocast(self) -> AbstractContextManager[Any]:

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import re
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from kdcache.dump.stage import DumpReport, dump_teachers
+from kdcache.progress import SilentProgress
+from kdcache.recipe import Recipe, load_recipe
+from kdcache.teachers.backends.torch_backend import TorchBackend
+from kdcache.testing.teachers import make_teachers
+
+
+@dataclass(frozen=True)
+class Workbench:
+    """A recipe, teachers and a place for a cache, all of this test alone."""
+
+    recipe_file: Path
+    teachers: Path
+    cache: Path
+
+    def recipe(self, *overrides: str) -> Recipe:
+        return load_recipe(self.recipe_file, list(overrides))
+
+    def dump(self, *overrides: str, repair: bool = False, cache: Path | None = None) -> DumpReport:
+        return dump_teachers(
+            self.recipe(*overrides), self.teachers, cache or self.cache, progress=SilentProgress(), repair=repair
+        )
+
+    def only(self, *names: str) -> Workbench:
+        """The same with these teachers alone."""
+        head, *tables = re.split(r"^(?=\[)", self.recipe_file.read_text(), flags=re.MULTILINE)
+        kept = [
+            table
+            for table in tables
+            if not table.startswith("[[teachers]]") or any(f'name = "{name}"' in table for name in names)
+        ]
+        path = self.cache.parent / f"{'-'.join(names)}.toml"
+        path.write_text(re.sub(r'"(\w+\.tsv)"', rf'"{self.recipe_file.parent}/\1"', "".join([head, *kept])))
+        return Workbench(path, self.teachers, self.cache)
+
+
+@pytest.fixture(scope="session")
+def tiny_teachers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    families = {"bert": "bert", "roberta": "roberta", "xlm": "xlm-roberta"}
+    return make_teachers(tmp_path_factory.mktemp("bundle"), families, widths={"roberta": 24}, own_heads=["xlm"])  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def bench(tmp_path: Path, review_recipe: Path, tiny_teachers: Path) -> Workbench:
+    """The shared recipe (three teachers, parts of 32 texts) over teachers that the test may change."""
+    shutil.copytree(tiny_teachers, tmp_path / "teachers")
+    return Workbench(review_recipe, tmp_path / "teachers", tmp_path / "cache")
+
+
+@pytest.fixture
+def forward_passes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[tuple[str, tuple[int, ...]]]]:
+    """How many texts went through which teacher, asked for which layers."""
+    texts: Counter[tuple[str, tuple[int, ...]]] = Counter()
+    names: dict[int, str] = {}
+    make: Callable[..., None] = TorchBackend.__init__
+    run = TorchBackend.run
+
+    def counting_init(self: TorchBackend, teacher: object, *, precision: str) -> None:
+        make(self, teacher, precision=precision)
+        names[id(self)] = teacher.name  # type: ignore[attr-defined]
+
+    def counting_run(self: TorchBackend, inputs: dict, layers: tuple[int, ...], pooled: bool) -> object:  # type: ignore[type-arg]
+        texts[names[id(self)], tuple(layers)] += len(inputs["input_ids"])
+        return run(self, inputs, layers, pooled)
+
+    monkeypatch.setattr(TorchBackend, "__init__", counting_init)
+    monkeypatch.setattr(TorchBackend, "run", counting_run)
+    yield texts
