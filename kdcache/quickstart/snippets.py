@@ -1,7 +1,7 @@
 """Rated movie-review snippets cut into train, validation, test and transfer files.
 
-The source gives one snippet per review with the mean of at least 20 human ratings from -4 to 4. The label is the rating's
-sign; snippets between -0.5 and 0.5, on which the raters did not agree on a sign, are left out. Which split a snippet
+The source gives one snippet per review with the mean of many human ratings from -4 to 4. The label is the mean's sign; snippets
+between -0.5 and 0.5, on which the raters did not agree, are left out. Which split a snippet
 goes to is decided by a hash of its letters and digits alone, so that copies that differ in case or punctuation cannot lie
 in two splits, and no library version or row order matters.
 """
