@@ -20,7 +20,7 @@ def check_outputs(outputs: Outputs, spec: TeacherSpec, part: str, ids: np.ndarra
     """Raises ValueError for a wrong shape or dtype, NonFiniteError (with text id) for NaN or infinity."""
     wanted = {"logits": (outputs.logits, spec.target.shape[0])}
     if (outputs.pooled is None) != (spec.pooled is None):
-        raise ValueError(f"teacher '{spec.name}' is declared with pooled {spec.pooled}, its outputs say otherwise")
+        raise ValueError(f"teacher '{spec.name}' is declared with pooled {spec.pooled}, its outputs of {part} say otherwise")
     if outputs.pooled is not None and spec.pooled is not None:
         wanted["pooled"] = (outputs.pooled, spec.pooled)
     for name, (values, width) in wanted.items():

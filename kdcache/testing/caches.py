@@ -7,18 +7,21 @@ milliseconds, and gives tests of readers a cache whose every value they can comp
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from kdcache.cache.blocks import Basis, HiddenBlock, Outputs
 from kdcache.cache.ids import id_array, id_list, text_id
-from kdcache.cache.manifest import Manifest
 from kdcache.cache.spec import Fingerprints, LayerSpec, Settings, TargetSpec, TaskSpec, TeacherSpec
 from kdcache.cache.tokens import FIRST, LAST, TEXT, Tokens
 from kdcache.cache.writer import CacheWriter, open_writer
+
+if TYPE_CHECKING:
+    from kdcache.cache.manifest import Manifest
 
 TASK = TaskSpec(("sentence",), ("bad", "good"))
 SETTINGS = Settings(seed=3, part_size=4)
@@ -77,8 +80,7 @@ def dump_teacher(writer: CacheWriter, spec: TeacherSpec) -> None:
     """Write what is missing of one teacher."""
     missing = writer.declare_teacher(spec, tokenizer_json(spec.name))
     there = writer.bases(spec.name)
-    wanted = {layer for task in missing for layer in task.layers}
-    writer.write_bases(spec.name, {layer: made_basis(spec, layer) for layer in sorted(wanted - there.keys())})
+    writer.write_bases(spec.name, {layer: made_basis(spec, layer) for layer in sorted(spec.layers.keys() - there.keys())})
     for task in missing:
         texts = writer.texts_of(task.part)
         full = task.part.scope == "full"
@@ -104,22 +106,16 @@ def made_outputs(spec: TeacherSpec, ids: np.ndarray) -> Outputs:
 
 def made_tokens(texts: Sequence[tuple[str, ...]]) -> Tokens:
     """One token per word between two special ones."""
-    starts, ends, segments, roles, lengths = [], [], [], [], []
+    rows: list[tuple[int, int, int, int]] = []
+    lengths = []
     for columns in texts:
-        starts.append(0), ends.append(0), segments.append(-1), roles.append(FIRST)
-        count = 2
-        for segment, text in enumerate(columns):
-            position = 0
-            for word in text.split(" "):
-                starts.append(position), ends.append(position + len(word)), segments.append(segment), roles.append(TEXT)
-                position += len(word) + 1
-                count += 1
-        starts.append(0), ends.append(0), segments.append(-1), roles.append(LAST)
-        lengths.append(count)
-    offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
-    return Tokens(
-        offsets, np.array(starts, np.int32), np.array(ends, np.int32), np.array(segments, np.int8), np.array(roles, np.int8)
-    )
+        words = [row for segment, text in enumerate(columns) for row in _words(text, segment)]
+        rows += [(0, 0, -1, FIRST), *words, (0, 0, -1, LAST)]
+        lengths.append(len(words) + 2)
+    table = np.array(rows, dtype=np.int32).reshape(-1, 4)
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    starts, ends, segments, roles = (np.ascontiguousarray(column) for column in table.T)
+    return Tokens(offsets, starts, ends, segments.astype(np.int8), roles.astype(np.int8))
 
 
 def made_hidden(spec: TeacherSpec, layer: int, texts: Sequence[tuple[str, ...]]) -> HiddenBlock:
@@ -140,6 +136,13 @@ def made_basis(spec: TeacherSpec, layer: int) -> Basis:
         return Basis(None, None, None, 2.0, 2.0)
     components = np.eye(one.dim, spec.width, dtype=np.float32)
     return Basis(components, np.zeros(spec.width, np.float32), np.ones(one.dim, np.float32), 2.0, 1.5)
+
+
+def _words(text: str, segment: int) -> Iterator[tuple[int, int, int, int]]:
+    position = 0
+    for word in text.split(" "):
+        yield position, position + len(word), segment, TEXT
+        position += len(word) + 1
 
 
 def _rows(name: str, keys: Sequence[bytes], width: int) -> np.ndarray:

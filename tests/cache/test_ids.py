@@ -1,0 +1,62 @@
+"""Text ids: a worked vector that docs/cache-format.md repeats, and finding rows by id."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kdcache.cache.ids import IdIndex, id_array, id_list, seeded_order, text_id
+from kdcache.errors import DataError
+
+
+def test_worked_vector() -> None:
+    assert text_id(["a fine film"]).hex() == "6b788f3d0d5201d4894e69126378a6ca"
+    data = bytes.fromhex("0b00000000000000") + b"a fine film"
+    assert hashlib.blake2b(data, digest_size=16).digest() == text_id(["a fine film"])
+    assert (
+        text_id(["crème", "日本"])
+        == hashlib.blake2b(b"\x06\0\0\0\0\0\0\0cr\xc3\xa8me\x06\0\0\0\0\0\0\0\xe6\x97\xa5\xe6\x9c\xac", digest_size=16).digest()
+    )
+
+
+def test_columns_are_kept_apart() -> None:
+    assert len({text_id(columns) for columns in (["ab", "c"], ["a", "bc"], ["abc"], ["abc", ""], ["", "abc"])}) == 5
+
+
+def test_half_a_surrogate_pair_is_an_error() -> None:
+    with pytest.raises(DataError, match="not valid Unicode"):
+        text_id(["bad \ud800"])
+
+
+def test_seeded_order_depends_on_ids_and_seed_alone() -> None:
+    ids = [text_id([str(number)]) for number in range(50)]
+    assert seeded_order(ids, 1) == seeded_order(reversed(ids), 1)
+    assert seeded_order(ids, 1) != seeded_order(ids, 2) != seeded_order(ids, -2)
+    key = (7).to_bytes(8, "little", signed=True)
+    assert seeded_order(ids, 7) == sorted(ids, key=lambda one: hashlib.blake2b(one, digest_size=16, key=key).digest())
+
+
+@given(
+    st.lists(st.binary(min_size=16, max_size=16), max_size=30),
+    st.lists(st.binary(min_size=16, max_size=16), max_size=10),
+    st.data(),
+)
+def test_index_finds_first_row_or_nothing(ids: list[bytes], others: list[bytes], data: st.DataObject) -> None:
+    query = others + (data.draw(st.lists(st.sampled_from(ids))) if ids else [])
+    found = IdIndex(id_array(ids)).find(id_array(query))
+    assert found.tolist() == [ids.index(one) if one in ids else -1 for one in query]
+    assert id_list(id_array(ids)) == ids
+
+
+def test_index_tells_apart_ids_that_share_half() -> None:
+    ids = [b"A" * 8 + bytes([number]) * 8 for number in range(20)]
+    assert IdIndex(id_array(ids)).find(id_array([*ids[::-1], b"A" * 8 + b"\xff" * 8])).tolist() == [*range(19, -1, -1), -1]
+
+
+def test_index_refuses_other_arrays() -> None:
+    with pytest.raises(ValueError, match="uint8"):
+        IdIndex(np.zeros((3, 8), np.uint8))
