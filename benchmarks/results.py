@@ -88,13 +88,18 @@ def task_settings(task: Task, data: Path, weights: Path) -> list[str]:
     settings += [f"teachers.{name}.model={json.dumps(str((weights / folder).resolve()))}" for name, folder in TEACHERS.items()]
     settings += [f"student.init_from={json.dumps(str((weights / 'minilm-l6').resolve()))}"]
     if task.transfer:
-        settings += [f"data.transfer={json.dumps([str((data / task.transfer).resolve())])}", f"data.transfer_rows={task.transfer_rows}"]
+        settings += [
+            f"data.transfer={json.dumps([str((data / task.transfer).resolve())])}",
+            f"data.transfer_rows={task.transfer_rows}",
+        ]
     return settings
 
 
 def make_teachers(name: str, settings: list[str]) -> None:
     """Co-finetune and dump; both continue where they were interrupted and do nothing when they are complete."""
-    timed("cofinetune", name, ["cofinetune", TASKS[name].recipe, *flags(settings)], done=RUNS / name / "teachers" / "teachers.json")
+    timed(
+        "cofinetune", name, ["cofinetune", TASKS[name].recipe, *flags(settings)], done=RUNS / name / "teachers" / "teachers.json"
+    )
     timed("dump", name, ["dump-teachers", TASKS[name].recipe, *flags(settings)], done=RUNS / name / "cache" / "manifest.json")
 
 
@@ -102,7 +107,12 @@ def make_students(name: str, settings: list[str]) -> None:
     """Every method and seed of the matrix, from the one cache."""
     for label, student, overrides in students(name):
         own = [*settings, *overrides, f'name="{student}"']
-        timed(label, student, ["distill", TASKS[name].recipe, "--cache", str(RUNS / name / "cache"), *flags(own)], done=RUNS / student / "results.json")
+        timed(
+            label,
+            student,
+            ["distill", TASKS[name].recipe, "--cache", str(RUNS / name / "cache"), *flags(own)],
+            done=RUNS / student / "results.json",
+        )
 
 
 def students(name: str) -> Iterator[tuple[str, str, list[str]]]:
@@ -114,7 +124,11 @@ def students(name: str) -> Iterator[tuple[str, str, list[str]]]:
             yield method, run_name(name, method, seed), plain
         if task.transfer:
             for method in WITH_TRANSFER:
-                yield f"{method} + transfer", run_name(name, f"{method} + transfer", seed), [*METHODS[method], f"distill.seed={seed}"]
+                yield (
+                    f"{method} + transfer",
+                    run_name(name, f"{method} + transfer", seed),
+                    [*METHODS[method], f"distill.seed={seed}"],
+                )
 
 
 def run_name(task: str, method: str, seed: int) -> str:
@@ -141,7 +155,10 @@ def timed(label: str, run: str, words: list[str], *, done: Path) -> None:
 
 def section(name: str) -> str:
     """One task as Markdown: teachers, then every student with mean and spread over seeds."""
-    rows = ["| model | seeds | validation accuracy | test accuracy | test macro-F1 | test Matthews |", "|---|---|---|---|---|---|"]
+    rows = [
+        "| model | seeds | validation accuracy | test accuracy | test macro-F1 | test Matthews |",
+        "|---|---|---|---|---|---|",
+    ]
     found: dict[str, list[dict[str, object]]] = {}
     for label, student, _ in students(name):
         path = RUNS / student / "results.json"

@@ -1,0 +1,96 @@
+"""Cached against live on real teachers: every loss term of every step of one epoch, side by side.
+
+    python benchmarks/cached_equals_live.py pipelines/sst2.toml --teachers runs/sst2/teachers --rows 512 [--set KEY=VALUE ...]
+
+Two caches of the recipe's first rows are dumped and distilled from, each against the same teachers run live on each batch:
+float32 without projection, where all must agree to rounding, and the recipe's own projection and dtype, where live teachers
+go through the same basis, so that what remains is quantisation. Dropout in the student is off; plain SGD moves the weights,
+so that a difference in one step would carry into the next. Prints JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from kdcache.data.task import load_task
+from kdcache.distill.trainee import DistillTrainee
+from kdcache.distill.training import prepare
+from kdcache.dump.stage import dump_teachers
+from kdcache.progress import RichProgress
+from kdcache.recipe import Recipe, load_recipe
+
+EXACT = ['dump.projection="none"', 'dump.dtype="float32"']
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe")
+    parser.add_argument("--teachers", type=Path, required=True, help="directory of the co-finetuned teachers")
+    parser.add_argument("--rows", type=int, default=512)
+    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
+    arguments = parser.parse_args()
+    report: dict[str, object] = {"rows": arguments.rows, "torch": torch.__version__, "threads": torch.get_num_threads()}
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        overrides = [*arguments.overrides, "distill.dropout=0.0"]
+        for label, more in (("none, float32", EXACT), ("as in the recipe", [])):
+            recipe = first_rows(load_recipe(arguments.recipe, [*overrides, *more]), arguments.rows, place / "train.tsv")
+            cache = place / label.replace(", ", "-").replace(" ", "-")
+            dump_teachers(recipe, arguments.teachers, cache, progress=RichProgress())
+            report[label] = compare(recipe, arguments.teachers, cache, place)
+    json.dump(report, sys.stdout, indent=2)
+    print()
+
+
+def first_rows(recipe: Recipe, rows: int, file: Path) -> Recipe:
+    """The recipe on its first training rows, written to ``file``, with no other split."""
+    task = load_task(recipe.data)
+    train = task.splits["train"]
+    with file.open("w", encoding="utf-8") as out:
+        print("\t".join([*recipe.data.text, recipe.data.label]), file=out)
+        for text_id, label in zip(train.text_ids[:rows], train.labels[:rows], strict=True):
+            print("\t".join([*task.texts[text_id.tobytes()], task.label_names[label]]), file=out)
+    changes = {"train": str(file), "validation": None, "validation_fraction": 0.0, "test": None, "transfer": []}
+    data = recipe.data.model_copy(update={**changes, "transfer_rows": None, "labels": list(task.label_names)})
+    return recipe.model_copy(update={"data": data})
+
+
+def compare(recipe: Recipe, teachers: Path, cache: Path, place: Path) -> dict[str, object]:
+    """Largest and median relative difference of each term over the steps of an epoch."""
+    cached = list(losses(recipe, cache, None, place))
+    live = list(losses(recipe, cache, teachers, place))
+    assert len(cached) == len(live)
+    found: dict[str, object] = {"steps": len(cached)}
+    for term in cached[0]:
+        relative = sorted(abs(ours[term] - theirs[term]) / abs(theirs[term]) for ours, theirs in zip(cached, live, strict=True))
+        found[term] = {
+            "max": f"{relative[-1]:.1e}",
+            "median": f"{relative[len(relative) // 2]:.1e}",
+            "first": round(live[0][term], 5),
+        }
+    return found
+
+
+def losses(recipe: Recipe, cache: Path, live: Path | None, place: Path) -> Iterator[dict[str, float]]:
+    """Every loss term of every step, with a step of plain SGD after each."""
+    training = prepare(recipe, cache, place, live)
+    model = training.model().train()
+    trainee = DistillTrainee(model, training.source, None, place, {})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    for batch in trainee.batches(0, 0):
+        for loss, terms in trainee.losses(batch):
+            loss.backward()
+            yield {"loss": loss.item(), **{name: torch.as_tensor(value).item() for name, value in terms.items()}}
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+if __name__ == "__main__":
+    main()
