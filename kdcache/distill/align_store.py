@@ -14,6 +14,7 @@ The format is one line of JSON (arrays by name with dtype and length, sha256 of 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import logging
@@ -57,20 +58,26 @@ class StudentTokens:
         """Whether a teacher's tokens are the student's tokens."""
         return (fingerprint, max_length, truncation) == (self.fingerprint, self.max_length, TRUNCATION)
 
-    def encoded(self, text_ids: np.ndarray, texts: Callable[[], Sequence[tuple[str, ...]]]) -> EncodedTexts:
-        """The texts of a part, whose ids are ``text_ids`` uint8[n, 16]; ``texts`` is called only where they are not kept."""
-        path = self._path("tokens", text_ids.tobytes(), json.dumps(self._types), version("tokenizers"))
+    def encoded(self, text_ids: np.ndarray, texts: Callable[[], Sequence[tuple[str, ...]]], *, keep: bool = True) -> EncodedTexts:
+        """The texts of a part, whose ids are ``text_ids`` uint8[n, 16]; ``texts`` is called only where they are not kept.
+
+        ``keep=False`` where some of the texts are stand-ins: then nothing is written under their ids.
+        """
+        path = self._path("tokens", text_ids.tobytes(), json.dumps(self._types), _tokenizers_version())
         kept = load_arrays(path, {"input_ids", "offsets", "starts", "ends", "segments", "roles"})
         if kept is None:
             encoded = encode(self.tokenizer, texts(), self.max_length)
-            save_arrays(path, {name: array for name, array in vars(encoded).items() if array is not None})
+            if keep:
+                save_arrays(path, {name: array for name, array in vars(encoded).items() if array is not None})
             return encoded
         return EncodedTexts(**{"token_type_ids": None, **kept})  # type: ignore[arg-type]
 
-    def aligned(self, text_ids: np.ndarray, student: EncodedTexts, teacher: Tokens) -> PartAlignment:
-        """The alignment of a part's texts with a teacher that cuts them otherwise."""
+    def aligned(self, text_ids: np.ndarray, student: EncodedTexts, teacher: Tokens, *, keep: bool = True) -> PartAlignment:
+        """The alignment of a part's texts with a teacher that cuts them otherwise; ``keep`` as above."""
+        if not keep:
+            return align(student_tokens(student), teacher)
         parts = (teacher.offsets, teacher.starts, teacher.ends, teacher.segments, teacher.roles)
-        path = self._path("alignment", text_ids.tobytes(), version("tokenizers"), *(array.tobytes() for array in parts))
+        path = self._path("alignment", text_ids.tobytes(), _tokenizers_version(), *(array.tobytes() for array in parts))
         kept = load_arrays(path, {"first", "src", "weight"})
         if kept is None:
             made = align(student_tokens(student), teacher)
@@ -85,6 +92,11 @@ class StudentTokens:
             data = piece.encode() if isinstance(piece, str) else piece
             digest.update(len(data).to_bytes(8, "little") + data)
         return self._directory / f"{kind}-{digest.hexdigest()[:40]}.bin"
+
+
+@functools.cache
+def _tokenizers_version() -> str:
+    return version("tokenizers")
 
 
 def student_tokens(encoded: EncodedTexts) -> Tokens:

@@ -20,7 +20,7 @@ from kdcache.distill.assembly import Ragged, Rows, alignment_pieces, student_inp
 from kdcache.distill.choice import chosen_teachers, splits_of
 from kdcache.distill.epochs import Epochs
 from kdcache.distill.examples import JoinedExamples, join_examples
-from kdcache.distill.parts import DecodedPart, TeacherPart, Texts, texts_of
+from kdcache.distill.parts import DecodedPart, TeacherPart, Texts, check_texts, texts_of
 from kdcache.distill.targets import Batch, Hidden, Targets
 from kdcache.errors import MismatchError
 
@@ -93,6 +93,7 @@ class LiveBatches:
         names = [teacher.name for teacher in teachers]
         self.teachers, self.layer_map = chosen_teachers(cache, names, layer_map if hidden else None)
         examples = join_examples(cache, splits_of(cache, split, with_transfer), missing=missing, hidden=bool(self.layer_map))
+        check_texts(cache, texts, examples)
         self.skipped = examples.skipped
         self.epochs = Epochs(examples, batch_size, seed, window, rank, world)
         self._student = StudentTokens(student_tokenizer, max_length)
@@ -131,6 +132,7 @@ class LiveBatches:
     def logits_for(self, split: str) -> torch.Tensor:
         """The teachers' logits of every example of ``split`` in its order, [N, n, C] float32, in main memory."""
         examples = join_examples(self.cache, (split,))
+        check_texts(self.cache, self._texts, examples)
         texts = self._texts_at(examples, np.arange(len(examples)))
         found = torch.empty(len(self._running), len(examples), len(self.cache.task.label_names))
         for index, running in enumerate(self._running):

@@ -20,7 +20,7 @@ from kdcache.distill.assembly import Ragged, Rows, cached_targets, student_input
 from kdcache.distill.choice import chosen_teachers, even_layer_map, files_used, largest_max_length, splits_of
 from kdcache.distill.epochs import Epochs
 from kdcache.distill.examples import join_examples
-from kdcache.distill.parts import DecodedPart, PartDecoder, Texts
+from kdcache.distill.parts import DecodedPart, PartDecoder, Texts, check_texts
 from kdcache.distill.prefetch import PartWindow, Shelf, Timetable, in_background
 from kdcache.distill.targets import Batch
 
@@ -70,6 +70,7 @@ class CachedBatches:
         self.cache = cache
         self.teachers, self.layer_map = chosen_teachers(cache, teachers, layer_map if hidden else None)
         examples = join_examples(cache, splits_of(cache, split, with_transfer), missing=missing, hidden=bool(self.layer_map))
+        check_texts(cache, texts, examples)
         self.skipped = examples.skipped
         self.epochs = Epochs(examples, batch_size, seed, window, rank, world)
         parts = np.unique(examples.parts).tolist()

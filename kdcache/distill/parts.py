@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from kdcache.cache.tokens import Tokens
     from kdcache.data.encoding import EncodedTexts
     from kdcache.distill.align_store import StudentTokens
+    from kdcache.distill.examples import JoinedExamples
 
 Texts = Mapping[bytes, tuple[str, ...]]
 
@@ -95,10 +96,11 @@ class PartDecoder:
     def __call__(self, index: int) -> DecodedPart:
         name = self.cache.parts[index].name
         text_ids = self.cache.text_ids(name)
-        student = self.student.encoded(text_ids, lambda: texts_of(self.cache, name, self.texts))
-        return DecodedPart(student, tuple(self._teacher(teacher, name, text_ids, student) for teacher in self.teachers))
+        keep = self.texts is None or all(one in self.texts for one in id_list(text_ids))
+        student = self.student.encoded(text_ids, lambda: texts_of(self.cache, name, self.texts), keep=keep)
+        return DecodedPart(student, tuple(self._teacher(teacher, name, text_ids, student, keep) for teacher in self.teachers))
 
-    def _teacher(self, teacher: str, part: str, text_ids: np.ndarray, student: EncodedTexts) -> TeacherPart:
+    def _teacher(self, teacher: str, part: str, text_ids: np.ndarray, student: EncodedTexts, keep: bool) -> TeacherPart:
         logits = self.cache.outputs(teacher, part).logits if self.logits else None
         layers = self.layers.get(teacher, ())
         if not layers:
@@ -112,33 +114,34 @@ class PartDecoder:
                     f"and the token file says {tokens.offsets[-1]}",
                     "Find out what is damaged with: kdcache cache verify",
                 )
-        return TeacherPart(logits, tokens.offsets, hidden, self._alignment(teacher, text_ids, student, tokens))
+        return TeacherPart(logits, tokens.offsets, hidden, self._alignment(teacher, text_ids, student, tokens, keep))
 
-    def _alignment(self, teacher: str, text_ids: np.ndarray, student: EncodedTexts, tokens: Tokens) -> PartAlignment:
+    def _alignment(self, teacher: str, text_ids: np.ndarray, student: EncodedTexts, tokens: Tokens, keep: bool) -> PartAlignment:
         spec = self.cache.teachers[teacher]
         same = self.student.agrees_with(spec.fingerprints.tokenizer, spec.max_length, spec.truncation)
         if same and np.array_equal(student.offsets, tokens.offsets):  # not so where another tokenizers version cut otherwise
             return PartAlignment(len(student.input_ids))
-        return self.student.aligned(text_ids, student, tokens)
+        return self.student.aligned(text_ids, student, tokens, keep=keep)
 
 
-def texts_of(cache: Cache, part: str, texts: Texts | None) -> Sequence[tuple[str, ...]]:
-    """The texts of a part from the cache, or from ``texts`` by id where given.
-
-    Raises MismatchError where the cache came without texts and they are not given.
-    """
-    if texts is not None:
-        ids = id_list(cache.text_ids(part))
-        lacking = [one for one in ids if one not in texts]
-        if lacking:
-            raise MismatchError(
-                f"{len(lacking)} texts of {part} of cache '{cache.path}' are not among the texts given; the first is {lacking[0].hex()}",
-                "Give the texts of the data that the cache was dumped from.",
-            )
-        return [texts[one] for one in ids]
-    if not cache.has_text:
+def check_texts(cache: Cache, texts: Texts | None, examples: JoinedExamples) -> None:
+    """MismatchError where a text that will be learned from is neither in the cache nor among those given."""
+    if texts is None and not cache.has_text:
         raise MismatchError(
             f"cache '{cache.path}' came without its texts, which the student's tokenizer needs",
             "Give them as texts={text id: columns}, or pull the cache with its texts.",
         )
-    return cache.texts(part)
+    lacking = [] if texts is None else [one for one in id_list(examples.text_ids) if one not in texts]
+    if lacking:
+        raise MismatchError(
+            f"{len(lacking)} of the {len(examples)} examples have a text that is not among the texts given; the first is {lacking[0].hex()}",
+            "Give the texts of the data that the cache was dumped from.",
+        )
+
+
+def texts_of(cache: Cache, part: str, texts: Texts | None) -> Sequence[tuple[str, ...]]:
+    """The texts of a part from the cache, or from ``texts`` by id where given; empty ones stand in for those not given."""
+    if texts is None:
+        return cache.texts(part)
+    empty = ("",) * len(cache.task.text_columns)
+    return [texts.get(one, empty) for one in id_list(cache.text_ids(part))]

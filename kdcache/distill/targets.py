@@ -43,6 +43,8 @@ class Hidden:
         values = self.values.to(torch.float32)
         if self.src is None or self.dst is None or self.weight is None:
             return values if self.scales is None else values * self.scales[:, None]
+        if not len(self.positions):
+            return values.new_empty(0, values.shape[1])
         weight = self.weight if self.scales is None else self.weight * self.scales[self.src]
         first = torch.searchsorted(self.dst, torch.arange(len(self.positions), device=self.dst.device))
         return torch.nn.functional.embedding_bag(self.src, values, first, mode="sum", per_sample_weights=weight)

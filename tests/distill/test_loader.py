@@ -318,13 +318,24 @@ def test_names_that_the_cache_does_not_know(tokenizers: dict[str, Any]) -> None:
 def test_a_cache_without_texts_takes_them_from_the_caller(tokenizers: dict[str, Any]) -> None:
     cache = cache_of(tokenizers, has_text=False)
     with pytest.raises(MismatchError, match="came without its texts"):
-        list(batches_of(cache, tokenizers).batches(0))
+        batches_of(cache, tokenizers)
     given = {text_id(text): text for part in cache.part_texts for text in part}
     for batch in batches_of(cache, tokenizers, texts=given).batches(0):
         check_batch(batch, cache, tokenizers)
-    given.popitem()
-    with pytest.raises(MismatchError, match="1 texts of part-00007"):
-        list(batches_of(cache, {**tokenizers, "student": tokenizers["roberta"]}, texts=given).batches(0))
+    assert not any(what == "texts" for what, _ in cache.reads)
+    one = given.popitem()[0].hex()
+    with pytest.raises(MismatchError, match=f"1 of the 61 examples have a text that is not among .* first is {one}"):
+        batches_of(cache, tokenizers, texts=given)
+
+
+def test_texts_of_rows_that_are_not_learned_from_may_be_absent(tokenizers: dict[str, Any]) -> None:
+    """And what stands in for them is not kept: the next student, who has all texts, must not meet it."""
+    cache = cache_of(tokenizers, has_text=False)
+    given = {text_id(text): text for part in cache.part_texts for text in part}
+    train = {text_id(text): text for text, _ in cache.split_rows["train"]}
+    for texts, with_transfer in ((train, False), (given, True)):
+        for batch in batches_of(cache, tokenizers, texts=texts, with_transfer=with_transfer).batches(0):
+            check_batch(batch, cache, tokenizers)
 
 
 def test_logits_of_a_split_come_in_its_order(tokenizers: dict[str, Any]) -> None:
