@@ -1,10 +1,10 @@
 """Runs a training again and again in forked children that kill themselves, and prints what became of it.
 
-    python tests/distill/killed.py RECIPE CACHE ROOT OVERRIDES POINT...
+    python tests/distill/killed.py RECIPE CACHE OVERRIDES ATTEMPTS
 
-One process imports everything once; each child gets one POINT: ``step:N`` (SIGKILL in optimizer step N), ``save:N`` and
-``saved:N`` (before and after the N-th checkpoint write), ``disk:N`` (before the N-th system step of writing), ``end`` (none).
-Children run one after the other on the same run directory. Prints a JSON list of their exit statuses.
+ATTEMPTS is JSON: run directory -> list of points. One process imports everything once; each child gets one point: ``step:N``
+(SIGKILL in optimizer step N), ``save:N`` and ``saved:N`` (before and after the N-th checkpoint write), ``disk:N`` (before the
+N-th system step of writing), ``end`` (none). Prints JSON: run directory -> exit statuses.
 """
 
 from __future__ import annotations
@@ -59,16 +59,30 @@ def arm(point: str) -> None:
             setattr(files.disk, name, lambda *args, original=original: (step(), original(*args))[1])
 
 
-def main(recipe_file: str, cache: str, root: str, overrides: str, *points: str) -> None:
+def import_all() -> None:
+    """What children would each import for themselves."""
+    import accelerate
+    import zarr
+    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, MODEL_MAPPING, BertConfig, RobertaConfig, XLMRobertaConfig
+
+    assert accelerate
+    assert zarr
+    assert MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[BertConfig]
+    assert [MODEL_MAPPING[kind] for kind in (BertConfig, RobertaConfig, XLMRobertaConfig)]
+
+
+def main(recipe_file: str, cache: str, overrides: str, attempts: str) -> None:
+    import_all()
     recipe = load_recipe(recipe_file, json.loads(overrides))
-    statuses = []
-    for point in points:
-        child = os.fork()
-        if child == 0:
-            arm(point)
-            distill(recipe, Path(cache), Path(root), progress=SilentProgress())
-            os._exit(0)
-        statuses.append(os.waitpid(child, 0)[1])
+    statuses: dict[str, list[int]] = {}
+    for root, points in json.loads(attempts).items():
+        for point in points:
+            child = os.fork()
+            if child == 0:
+                arm(point)
+                distill(recipe, Path(cache), Path(root), progress=SilentProgress())
+                os._exit(0)
+            statuses.setdefault(root, []).append(os.waitpid(child, 0)[1])
     print(json.dumps(statuses))
 
 
