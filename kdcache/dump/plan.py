@@ -154,9 +154,7 @@ def plan_dump(recipe: Recipe, teachers_dir: Path, cache_dir: Path, *, progress: 
     return DumpPlan(cache_dir, task.counts, len(full), len(logits_only), known, existing, tuple(plans), free_bytes(cache_dir))
 
 
-def check_free_space(
-    writer: CacheWriter, teachers: Sequence[PreparedTeacher], missing: Mapping[str, Sequence[PartTask]], cache_dir: Path
-) -> None:
+def check_free_space(writer: CacheWriter, teachers: Sequence[PreparedTeacher], missing: Mapping[str, Sequence[PartTask]]) -> None:
     """StorageError where what is missing clearly needs more than the disk has free; tokens are counted on a few texts."""
     needed = 0
     for teacher in teachers:
@@ -167,10 +165,10 @@ def check_free_space(
             texts = len(task.part.text_ids)
             needed += outputs_bytes(texts, teacher.spec) if task.outputs else 0
             needed += sum(hidden_bytes(int(per_text * texts), teacher.spec.layers[layer]) for layer in task.layers)
-    free = free_bytes(cache_dir)
+    free = free_bytes(writer.root)
     if needed > free:
         raise StorageError(
-            f"the dump needs about {format_bytes(needed)}, but the disk of '{cache_dir}' has {format_bytes(free)} free",
+            f"the dump needs about {format_bytes(needed)}, but the disk of '{writer.root}' has {format_bytes(free)} free",
             'Free some space, or store less: dump.dtype = "int8", a smaller dump.dim, fewer dump.layers '
             "(kdcache dump-teachers --dry-run says what each one costs).",
         )

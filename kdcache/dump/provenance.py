@@ -1,18 +1,21 @@
 """How a cache came about: what the manifest says outside the identity, as strings and integers.
 
-A teacher that did not run this time keeps the record of the run that made it, so that extending a cache loses nothing.
+A teacher that did not run this time keeps the record of the run that made it, so that extending a cache, or continuing a dump
+that was interrupted, loses nothing.
 """
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdcache import __version__
-from kdcache.cache.layout import MANIFEST
+from kdcache.cache.files import remove_file, write_file
+from kdcache.cache.layout import MANIFEST, STATE
 from kdcache.cache.manifest import read_manifest
 from kdcache.errors import KdcacheError
 
@@ -22,29 +25,20 @@ if TYPE_CHECKING:
     from kdcache.teachers.bundle import Bundle, TeacherRecord
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "zarr", "pyarrow", "numpy", "safetensors")
+_SUFFIX = ".run"  # of records in the directory of a dump under way
 
 
-def dump_provenance(
-    recipe: Recipe, bundle: Bundle, runs: Sequence[TeacherRun], given: Mapping[str, Any], earlier: Mapping[str, Any]
-) -> dict[str, Any]:
+def dump_provenance(recipe: Recipe, bundle: Bundle, cache_dir: Path, given: Mapping[str, Any]) -> dict[str, Any]:
     """``given`` (of the caller: the command, the system) with recipe, versions, time, and a record per teacher."""
-    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    teachers = dict(earlier.get("teachers", {}))
+    teachers = dict(_earlier(cache_dir).get("teachers", {}))
     for section in recipe.teachers:
-        known = teachers.get(section.name, {})
-        teachers[section.name] = {**known, **_origin(bundle.teachers[section.name])}
-    for run in runs:
-        teachers[run.teacher] |= {
-            "dumped": now,
-            "texts_run": run.texts,
-            "seconds": f"{run.seconds:.1f}",
-            "texts_per_second": f"{run.texts / run.seconds:.1f}" if run.seconds else "",
-            **run.record,
-        }
+        teachers[section.name] = {**teachers.get(section.name, {}), **_origin(bundle.teachers[section.name])}
+    for name, record in _remembered(cache_dir).items():
+        teachers[name] = {**teachers.get(name, {}), **record}
     return {
         **given,
         "versions": {**_versions(), **given.get("versions", {})},
-        "published": now,
+        "published": _now(),
         "recipe": recipe.name,
         "licence": recipe.licence,
         "data_licence": recipe.data.licence,
@@ -53,7 +47,30 @@ def dump_provenance(
     }
 
 
-def earlier_provenance(cache_dir: Path) -> dict[str, Any]:
+def remember_run(cache_dir: Path, run: TeacherRun) -> None:
+    """Keep what is known of a finished run until the cache is published, even if this process does not live to see it."""
+    record = {
+        "dumped": _now(),
+        "texts_run": run.texts,
+        "seconds": f"{run.seconds:.1f}",
+        "texts_per_second": f"{run.texts / run.seconds:.1f}" if run.seconds else "",
+        **run.record,
+    }
+    write_file(cache_dir / STATE / f"{run.teacher}{_SUFFIX}", json.dumps(record).encode())
+
+
+def forget_runs(cache_dir: Path) -> None:
+    """The manifest has them now."""
+    for path in (cache_dir / STATE).glob(f"*{_SUFFIX}"):
+        remove_file(path)
+
+
+def _remembered(cache_dir: Path) -> dict[str, dict[str, Any]]:
+    paths = sorted((cache_dir / STATE).glob(f"*{_SUFFIX}"))
+    return {path.name.removesuffix(_SUFFIX): json.loads(path.read_bytes()) for path in paths}
+
+
+def _earlier(cache_dir: Path) -> dict[str, Any]:
     """The provenance of the cache as it was published before; empty where it was not, or is not readable."""
     if not (cache_dir / MANIFEST).is_file():
         return {}
@@ -61,6 +78,10 @@ def earlier_provenance(cache_dir: Path) -> dict[str, Any]:
         return read_manifest(cache_dir).provenance
     except KdcacheError:
         return {}
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def _origin(record: TeacherRecord) -> dict[str, Any]:

@@ -21,6 +21,7 @@ import numpy as np
 from kdcache.data.encoding import encode
 from kdcache.dump.engine import TextBatches, fit_moments, run_part
 from kdcache.dump.projection import fit_basis
+from kdcache.progress import format_bytes, format_rate, format_seconds
 from kdcache.teachers.backends import open_backend
 from kdcache.teachers.bundle import load_teacher
 
@@ -52,7 +53,8 @@ class TeacherRun:
     def line(self) -> str:
         """For people."""
         rate = self.texts / self.seconds if self.seconds else 0.0
-        return f"{self.teacher}: {self.texts:,} texts, {self.bytes:,} bytes in {self.seconds:.1f} s ({rate:,.0f} texts/s)"
+        took = f"{format_seconds(self.seconds)} ({format_rate(rate)} texts/s)"
+        return f"{self.teacher}: {self.texts:,} texts, {format_bytes(self.bytes)} in {took}"
 
 
 def run_teacher(

@@ -21,7 +21,7 @@ from kdcache.cache.writer import open_writer
 from kdcache.data.task import load_task
 from kdcache.dump.card import cache_card
 from kdcache.dump.plan import check_free_space
-from kdcache.dump.provenance import dump_provenance, earlier_provenance
+from kdcache.dump.provenance import dump_provenance, forget_runs, remember_run
 from kdcache.dump.run import TeacherRun, lacks_bases, run_teacher
 from kdcache.dump.specs import check_task, prepare_teachers, scopes, task_spec
 from kdcache.errors import DamageError, MismatchError
@@ -92,22 +92,29 @@ def dump_teachers(
         refuse_stale(writer, teachers)
         refuse_forgotten_teachers(writer, teachers, full, logits_only)
         writer.add_texts(full, logits_only)
-        missing = {teacher.name: writer.declare_teacher(teacher.spec, teacher.tokenizer_json) for teacher in teachers}
-        check_free_space(writer, teachers, missing, cache_dir)
-        runs = tuple(
-            run_teacher(writer, teacher, missing[teacher.name], teachers_dir, recipe.dump.tokens_per_batch, progress)
-            for teacher in teachers
-            if missing[teacher.name] or lacks_bases(writer, teacher)
-        )
+        runs = run_missing(writer, teachers, teachers_dir, recipe.dump.tokens_per_batch, progress)
         write_examples(writer, task)
-        record = dump_provenance(recipe, bundle, runs, provenance or {}, earlier_provenance(cache_dir))
-        manifest = writer.publish(
-            record, card=cache_card(recipe, task, [teacher.spec for teacher in teachers], bundle, _bytes_in(cache_dir))
-        )
+        record = dump_provenance(recipe, bundle, cache_dir, provenance or {})
+        card = cache_card(recipe, task, [teacher.spec for teacher in teachers], bundle, _bytes_in(cache_dir))
+        identity = writer.publish(record, card=card).identity
+        forget_runs(cache_dir)
         texts = sum(len(part.text_ids) for part in writer.parts)
-        return DumpReport(
-            cache_dir, manifest.identity, texts, len(writer.parts), runs, time.perf_counter() - started, task.counts
-        )
+        return DumpReport(cache_dir, identity, texts, len(writer.parts), runs, time.perf_counter() - started, task.counts)
+
+
+def run_missing(
+    writer: CacheWriter, teachers: Sequence[PreparedTeacher], teachers_dir: Path, tokens_per_batch: int, progress: Progress
+) -> tuple[TeacherRun, ...]:
+    """One teacher after the other over what the cache lacks of it; teachers that lack nothing are not loaded."""
+    missing = {teacher.name: writer.declare_teacher(teacher.spec, teacher.tokenizer_json) for teacher in teachers}
+    check_free_space(writer, teachers, missing)
+    runs = []
+    for teacher in teachers:
+        if missing[teacher.name] or lacks_bases(writer, teacher):
+            run = run_teacher(writer, teacher, missing[teacher.name], teachers_dir, tokens_per_batch, progress)
+            remember_run(writer.root, run)
+            runs.append(run)
+    return tuple(runs)
 
 
 def refuse_stale(writer: CacheWriter, teachers: Sequence[PreparedTeacher]) -> None:

@@ -17,6 +17,8 @@ from kdcache.dump.quantise import dequantise
 from kdcache.errors import MismatchError, ModelError
 from kdcache.teachers.bundle import load_teacher
 from kdcache.teachers.teacher import Teacher
+from kdcache.testing.teachers import make_teachers
+from kdcache.testing.tiny import reviews
 from tests.dump.conftest import Workbench
 
 FULL_TEXTS, LOGITS_TEXTS = 96 + 24, 32 + 32
@@ -227,6 +229,66 @@ def test_provenance_and_card(bench: Workbench) -> None:
     assert open_cache(bench.cache).manifest.provenance["teachers"]["bert"]["dumped"] >= made
 
 
+def test_an_interruption_does_not_lose_how_a_teacher_was_run(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    load = run.load_teacher
+
+    def interrupted(directory: Path, name: str) -> Teacher:
+        if name == "xlm":
+            raise KeyboardInterrupt
+        return load(directory, name)
+
+    monkeypatch.setattr(run, "load_teacher", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        bench.dump()
+    monkeypatch.undo()
+    report = bench.dump()
+    assert [one.teacher for one in report.runs] == ["xlm"]
+    teachers = open_cache(bench.cache).manifest.provenance["teachers"]
+    assert {name for name, record in teachers.items() if record["device"] and record["texts_run"] == 184} == {
+        "bert",
+        "roberta",
+        "xlm",
+    }
+    assert not list((bench.cache / ".dump").glob("*.run"))
+
+
+def test_pairs_of_texts(bench: Workbench, tmp_path: Path) -> None:
+    rows = [(one, other, label) for (one, label), (other, _) in zip(reviews(20, seed=8), reviews(20, seed=9), strict=True)]
+    pairs = tmp_path / "pairs.tsv"
+    pairs.write_text("premise\thypothesis\tlabel\n" + "".join(f"{one}\t{other}\t{label}\n" for one, other, label in rows))
+    recipe = tmp_path / "pairs.toml"
+    recipe.write_text(f"""\
+name = "pairs"
+[data]
+train = "{pairs}"
+text = ["premise", "hypothesis"]
+label = "label"
+max_length = 24
+[[teachers]]
+name = "bert"
+model = "none"
+[[teachers]]
+name = "xlm"
+model = "none"
+[dump]
+layers = [4]
+projection = "none"
+dtype = "float32"
+""")
+    families = {"bert": "bert", "xlm": "xlm-roberta"}
+    teachers = make_teachers(tmp_path / "pair-teachers", families, text_columns=("premise", "hypothesis"))  # type: ignore[arg-type]
+    Workbench(recipe, teachers, bench.cache).dump()
+    cache = open_cache(bench.cache)
+    for name in families:
+        teacher = load_teacher(teachers, name)
+        tokens, hidden = cache.tokens(name, "part-00000"), cache.hidden(name, "part-00000", 4).values
+        assert set(tokens.segments.tolist()) == {-1, 0, 1}
+        for row, text in enumerate(cache.texts("part-00000")):
+            logits, _, states = _forward(teacher, text, max_length=24)
+            np.testing.assert_allclose(cache.outputs(name, "part-00000").logits[row], logits, atol=1e-5)
+            np.testing.assert_allclose(hidden[tokens.offsets[row] : tokens.offsets[row + 1]], states[4], atol=1e-5)
+
+
 def test_the_onnx_backend_agrees_and_its_parity_is_recorded(bench: Workbench, tmp_path: Path) -> None:
     bench = bench.only("bert")
     narrow = ("dump.layers=[2]", "dump.projection=none", "dump.dtype=float32")
@@ -277,8 +339,6 @@ def stale_bench(tmp_path_factory: pytest.TempPathFactory, review_recipe: Path, t
 
 @pytest.mark.parametrize("what", ["weights", "head", "tokenizer"])
 def test_a_changed_teacher_is_refused_and_named(bench: Workbench, tiny_teachers: Path, tmp_path: Path, what: str) -> None:
-    from kdcache.testing.teachers import make_teachers
-
     bench.dump("dump.layers=[2]")
     others = tmp_path / "others"
     families = {"bert": "bert", "roberta": "roberta", "xlm": "xlm-roberta"}
