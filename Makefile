@@ -43,7 +43,7 @@ imports: $(VENV)/.dev
 
 # With coverage always, so that `make check test` runs the tests once. One thread per worker: the models are tiny.
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(RUN)/python -m pytest -q -n $(WORKERS) --dist loadgroup --cov --cov-report=term:skip-covered
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(RUN)/python -m pytest -q -n $(WORKERS) --dist loadfile --cov --cov-report=term:skip-covered
 
 check: lint types imports test
 
