@@ -50,5 +50,9 @@ check: lint types imports test
 docs: $(VENV)/.docs
 	$(RUN)/sphinx-build -W --keep-going -b html docs docs/_build/html
 
+# Minutes, no downloads. The measurements on real models are in benchmarks/results.py and benchmarks/cached_equals_live.py.
+bench: $(VENV)/.dev
+	$(RUN)/python benchmarks/loader.py
+
 clean:
 	rm -rf $(VENV) docs/_build quickstart .coverage .mypy_cache .ruff_cache .pytest_cache
