@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 _LATENCY_TEXTS = 30
 _THROUGHPUT_TEXTS = 96
+_SECONDS = 2.0  # at most, for each of the two; a busy machine must not hold up the training
 
 
 @dataclass(frozen=True)
@@ -185,7 +186,19 @@ def measure_speed(
         model(inputs).logits.cpu()  # the copy waits for the device
         return time.perf_counter() - started
 
+    def measured(batches: Sequence[Sequence[int]]) -> list[tuple[int, float]]:
+        """(texts, seconds) of each batch, as many as fit into the time allowed, one at least."""
+        found, ends = [], time.perf_counter() + _SECONDS
+        for rows in batches:
+            found.append((len(rows), seconds(rows)))
+            if time.perf_counter() > ends:
+                break
+        return found
+
     with torch.no_grad():
-        singles = [seconds([row]) for row in [0, 0, *range(min(len(texts), _LATENCY_TEXTS))]][2:]
-        whole = sum(seconds(range(first, min(first + 32, len(texts)))) for first in range(0, len(texts), 32))
-    return Speed(device.type, round(1000 * statistics.median(singles), 3), round(len(texts) / whole, 1))
+        seconds([0]), seconds([0])
+        singles = measured([[row] for row in range(min(len(texts), _LATENCY_TEXTS))])
+        whole = measured([range(first, min(first + 32, len(texts))) for first in range(0, len(texts), 32)])
+    latency = statistics.median(time_taken for _, time_taken in singles)
+    rate = sum(count for count, _ in whole) / sum(time_taken for _, time_taken in whole)
+    return Speed(device.type, round(1000 * latency, 3), round(rate, 1))
