@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kdcache.cache.files import write_file
+from kdcache.cache.files import make_directory, write_file
 from kdcache.cache.spec import Fingerprints
 from kdcache.data.encoding import load_tokenizer
 from kdcache.errors import DamageError, KdcacheError, MismatchError, ModelError
@@ -117,7 +117,7 @@ def save_teacher(directory: Path, name: str, model: TeacherModel, tokenizer: Pre
     """Write ``directory/name/``; an existing one is replaced."""
     from safetensors.torch import save_file
 
-    directory.mkdir(parents=True, exist_ok=True)
+    make_directory(directory)
     temporary = directory / f".{name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     model.encoder.save_pretrained(temporary)
@@ -132,7 +132,6 @@ def save_shared_head(directory: Path, head: SharedHead) -> None:
     """Write ``shared_head.safetensors``."""
     from safetensors.torch import save
 
-    directory.mkdir(parents=True, exist_ok=True)
     write_file(directory / HEAD_FILE, save({key: tensor.cpu().contiguous() for key, tensor in head.state_dict().items()}))
 
 

@@ -17,6 +17,7 @@ from kdcache.training import checkpoints, loop
 
 if TYPE_CHECKING:
     import numpy as np
+    from transformers import PreTrainedModel
 
     from kdcache.data.task import Examples, TaskData
     from kdcache.progress import Progress
@@ -78,8 +79,9 @@ def train(
     if validation is None:
         progress.note("there is no validation data: the last epoch is kept")
     texts = {name: _encoded(source, train_rows, validation) for name, source in sources.items()}
-    for model in models.values():
-        _prepare(model, gradient_checkpointing=settings.gradient_checkpointing)
+    if settings.gradient_checkpointing:
+        for source in sources.values():
+            _checkpoint_activations(source.network)
     container = nn.ModuleList(models.values())
 
     def keep(epoch: int, scores: Mapping[str, float]) -> None:
@@ -113,6 +115,7 @@ def _encoded(source: Source, train_rows: LabelledRows, validation: LabelledRows 
     return TeacherTexts(encode(source.tokenizer, train_rows.texts, source.max_length), held_out, pad_token_id)
 
 
-def _prepare(model: TeacherModel, *, gradient_checkpointing: bool) -> None:
-    if gradient_checkpointing:
-        model.encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+def _checkpoint_activations(network: PreTrainedModel) -> None:
+    """Recompute activations in the backward pass; transformers 5 renamed the method on the way."""
+    enable = getattr(network, "activation_checkpointing_enable", None) or network.gradient_checkpointing_enable
+    enable({"use_reentrant": False})

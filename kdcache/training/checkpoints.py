@@ -19,6 +19,7 @@ from typing import Any, cast
 
 import torch
 
+from kdcache.cache.files import make_directory
 from kdcache.errors import DamageError, MismatchError
 from kdcache.training.durable import DurableFile, publish_directory, remove_directory, write_durably
 
@@ -33,7 +34,7 @@ def save(
 
     Values are what ``torch.save`` takes and ``torch.load(weights_only=True)`` gives back. Raises StorageError.
     """
-    directory.mkdir(parents=True, exist_ok=True)
+    make_directory(directory)
     clean(directory)
     final = directory / f"{_PREFIX}{step:08d}"
     temporary = directory / f".{final.name}.tmp"

@@ -6,13 +6,14 @@ Every step goes through the ``disk`` of ``kdcache.cache.files``, where fault inj
 
 from __future__ import annotations
 
+import contextlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 
 from kdcache.cache import files
-from kdcache.errors import StorageError
+from kdcache.errors import LockedError, StorageError
 
 
 class DurableFile:
@@ -70,10 +71,43 @@ def remove_directory(path: Path) -> None:
     shutil.rmtree(hidden, ignore_errors=True)
 
 
+def remove_leftovers(directory: Path) -> None:
+    """Remove what an interrupted writer left in ``directory`` under temporary names (``.<name>.tmp``)."""
+    for path in directory.glob(".*.tmp"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+@contextlib.contextmanager
+def hold_lock(directory: Path, what: str) -> Iterator[None]:
+    """Only one process at a time does ``what`` in ``directory``; LockedError in the second. The lock dies with its owner."""
+    from filelock import FileLock, Timeout
+
+    files.make_directory(directory)
+    lock = FileLock(directory / ".lock", timeout=0, thread_local=False)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        hint = "Wait until it is done, or stop it and run the same command again: it continues."
+        raise LockedError(f"another process is at work on the {what} in '{directory}'", hint) from error
+    except OSError as error:
+        raise _storage_error(directory, error) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def _step(path: Path, action: Callable[[], object]) -> None:
     try:
         action()
     except OSError as error:
-        reason = error.strerror or str(error)
-        hint = "Free disk space, or make the place writable, then run the same command again: it continues."
-        raise StorageError(f"cannot write '{path}': {reason}", hint) from error
+        raise _storage_error(path, error) from error
+
+
+def _storage_error(path: Path, error: OSError) -> StorageError:
+    reason = error.strerror or str(error)
+    hint = "Free disk space, or make the place writable, then run the same command again: it continues."
+    return StorageError(f"cannot write '{path}': {reason}", hint)

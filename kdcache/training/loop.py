@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from kdcache.errors import NonFiniteError, RecipeError
 from kdcache.training import checkpoints as checkpoint_files
+from kdcache.training.durable import hold_lock
 from kdcache.training.optim import adamw, linear_schedule
 from kdcache.training.seeding import restore_rng_state, rng_state, seed_everything
 
@@ -128,16 +129,16 @@ def train(
     the first is ``{"event": "start", "step": n}``, lines beyond which an earlier run wrote in vain.
 
     Raises NonFiniteError naming step and term; MismatchError where the checkpoint belongs to another training; DamageError,
-    StorageError. Interrupted at any moment, the newest checkpoint is valid.
+    StorageError; LockedError where another process trains there. Interrupted at any moment, the newest checkpoint is valid.
     """
-    run = _Run(trainee, settings, checkpoints, progress, on_metrics)
-    run.resume()
-    total = settings.epochs * trainee.steps_per_epoch
-    progress.start("train", total, "steps")
-    progress.advance(run.place.step)
-    while run.place.epoch < settings.epochs:
-        run.epoch()
-    progress.finish()
+    with hold_lock(checkpoints, "training"):
+        run = _Run(trainee, settings, checkpoints, progress, on_metrics)
+        run.resume()
+        progress.start("train", settings.epochs * trainee.steps_per_epoch, "steps")
+        progress.advance(run.place.step)
+        while run.place.epoch < settings.epochs:
+            run.epoch()
+        progress.finish()
     return Outcome(run.place.best_epoch, run.place.step)
 
 

@@ -1,17 +1,25 @@
-"""Co-finetuning that is interrupted, in this process and by SIGKILL, ends with the weights of an undisturbed one."""
+"""Co-finetuning that is interrupted, by Ctrl-C and by SIGKILL, leaves byte for byte what an undisturbed run leaves."""
 
 from __future__ import annotations
 
+import json
+import random
+import signal
+import subprocess
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 
+from kdcache.cache import files
+from kdcache.errors import DamageError, LockedError, MismatchError, StorageError
 from kdcache.progress import SilentProgress
+from kdcache.recipe import Recipe, dump_toml
 from kdcache.teachers.cofinetune import cofinetune
+from kdcache.testing.faults import failing_disk
+from kdcache.training.durable import hold_lock
 
-if TYPE_CHECKING:
-    from kdcache.recipe import Recipe
+from .conftest import files_in
 
 
 class Interrupting(SilentProgress):
@@ -20,30 +28,99 @@ class Interrupting(SilentProgress):
     def __init__(self, after: int) -> None:
         self.left = after
 
-    def advance(self, count: int, *, bytes_done: int = 0, **values: float) -> None:
+    def advance(self, count: int, *, bytes_done: int = 0, **values: float) -> None:  # noqa: ARG002
         self.left -= 1 if "loss" in values else 0
         if self.left == 0:
             raise KeyboardInterrupt
 
 
-def files(directory: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(directory)): path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()}
+def run(recipe: Recipe, root: Path, progress: SilentProgress | None = None) -> bool:
+    return cofinetune(recipe, root / "teachers", root / "work", progress=progress or SilentProgress()).reused
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, bytes]]:
+def kept() -> dict[str, bytes]:
+    """What the undisturbed run of this module left."""
     return {}
 
 
-@pytest.mark.parametrize("after", [1, 3, 5, 6, 9, 12])
-def test_interrupted_training_continues_to_the_same_bytes(
-    after: int, recipe: Recipe, tmp_path: Path, undisturbed: dict[str, dict[str, bytes]]
-) -> None:
-    if not undisturbed:
-        cofinetune(recipe, tmp_path / "whole", tmp_path / "whole-work", progress=SilentProgress())
-        undisturbed["teachers"] = files(tmp_path / "whole")
+@pytest.fixture
+def undisturbed(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory, kept: dict[str, bytes]) -> dict[str, bytes]:
+    if not kept:
+        whole = tmp_path_factory.mktemp("whole")
+        run(recipe, whole)
+        kept.update(files_in(whole))
+        assert {"teachers/teachers.json", "work/metrics.jsonl"} <= kept.keys()
+        assert not [name for name in kept if "joint" in name or ".tmp" in name]  # nothing is left behind
+    return kept
+
+
+@pytest.mark.parametrize("after", range(1, 7))
+def test_ctrl_c_loses_nothing(after: int, recipe: Recipe, undisturbed: dict[str, bytes], tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
-        cofinetune(recipe, tmp_path / "teachers", tmp_path / "work", progress=Interrupting(after))
+        run(recipe, tmp_path, Interrupting(after))
     assert not (tmp_path / "teachers" / "teachers.json").exists()
-    cofinetune(recipe, tmp_path / "teachers", tmp_path / "work", progress=SilentProgress())
-    assert files(tmp_path / "teachers") == undisturbed["teachers"]
+    assert not run(recipe, tmp_path)
+    assert files_in(tmp_path) == undisturbed
+    assert run(recipe, tmp_path)  # and once more: nothing to do
+    assert files_in(tmp_path) == undisturbed
+
+
+def test_kill_minus_nine_loses_nothing(recipe: Recipe, tmp_path: Path) -> None:
+    rng = random.Random(0)
+    plans = {
+        "steps": ["step:1", "step:2", "step:3", "step:2", "step:1"],
+        "around checkpoints": ["save:1", "saved:1", "save:1", "saved:2", "save:2", "saved:1"],
+        "moments": [f"after:{rng.uniform(0.02, 0.5):.2f}" for _ in range(5)],
+        "writes of the first checkpoint": [f"disk:{number}" for number in range(1, 13)],
+        "writes anywhere": [f"disk:{rng.randint(2, 30)}" for _ in range(8)],
+        "writes of the teachers": ["saved:5", *(f"disk:{number}" for number in range(1, 25, 2))],
+    }
+    (tmp_path / "recipe.toml").write_text(dump_toml(recipe))
+    script = Path(__file__).with_name("killed.py")
+    points = json.dumps({name: [*plan, "end"] for name, plan in plans.items()})
+    command = [sys.executable, str(script), str(tmp_path / "recipe.toml"), str(tmp_path), points]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    undisturbed = files_in(tmp_path / "whole")
+    for name, statuses in json.loads(done.stdout.splitlines()[-1]).items():
+        assert statuses[-1] == 0, name
+        assert statuses.count(signal.SIGKILL) >= (0 if name == "moments" else 5), name  # it may be done before the moment comes
+        assert files_in(tmp_path / name) == undisturbed, name
+
+
+@pytest.mark.parametrize("step", [1, 9, 10, 14, 33, 58, 62, 67, 76, 78])
+def test_a_full_disk_is_one_clear_error_and_loses_nothing(
+    step: int, recipe: Recipe, undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    with files.use_disk(failing_disk(step)), pytest.raises(StorageError, match="No space left") as caught:
+        run(recipe, tmp_path)
+    assert "run the same command again" in caught.value.hint
+    run(recipe, tmp_path)
+    assert files_in(tmp_path) == undisturbed
+
+
+def test_another_recipe_does_not_continue_it(recipe: Recipe, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe, tmp_path, Interrupting(3))
+    changed = recipe.cofinetune.model_copy(update={"learning_rate": 1e-3})
+    with pytest.raises(MismatchError, match=r"cofinetune\.learning_rate"):
+        run(recipe.model_copy(update={"cofinetune": changed}), tmp_path)
+    free = recipe.cofinetune.model_copy(update={"checkpoint_steps": 1})
+    run(recipe.model_copy(update={"cofinetune": free}), tmp_path)
+
+
+def test_a_damaged_checkpoint_is_found(recipe: Recipe, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe, tmp_path, Interrupting(3))
+    (weights,) = (tmp_path / "work" / "joint" / "checkpoints").glob("*/model.pt")
+    content = bytearray(weights.read_bytes())
+    content[-2000] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(DamageError, match=r"model\.pt"):
+        run(recipe, tmp_path)
+
+
+def test_two_processes_do_not_write_the_same_teachers(recipe: Recipe, tmp_path: Path) -> None:
+    with hold_lock(tmp_path / "work", "teachers"), pytest.raises(LockedError, match="another process"):
+        run(recipe, tmp_path)
