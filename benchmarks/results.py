@@ -21,6 +21,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = Path("runs")
@@ -153,43 +154,71 @@ def timed(label: str, run: str, words: list[str], *, done: Path) -> None:
     record.write_text(json.dumps(times | {label: round(time.perf_counter() - started, 1)}))
 
 
+Results = dict[str, Any]
+
+
 def section(name: str) -> str:
-    """One task as Markdown: teachers, then every student with mean and spread over seeds."""
-    rows = [
-        "| model | seeds | validation accuracy | test accuracy | test macro-F1 | test Matthews |",
-        "|---|---|---|---|---|---|",
-    ]
-    found: dict[str, list[dict[str, object]]] = {}
+    """One task as Markdown: teachers, then every student with mean and spread over seeds; the scales of the loss terms; times."""
+    found: dict[str, list[Results]] = {}
     for label, student, _ in students(name):
         path = RUNS / student / "results.json"
         if path.exists():
             found.setdefault(label, []).append(json.loads(path.read_text()))
-    if found:
-        rows += teacher_rows(next(iter(found.values()))[0])
+    rows = [
+        "| model | seeds | validation accuracy | test accuracy | test macro-F1 | test Matthews | training, s |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    rows += teacher_rows(found)
     rows += [student_row(label, results) for label, results in found.items()]
-    return f"### {name}\n\n" + "\n".join(rows) + "\n\n"
+    return "\n\n".join([f"### {name}", "\n".join(rows), scale_table(found), time_lines(name)]) + "\n\n"
 
 
-def teacher_rows(results: dict[str, object]) -> list[str]:
-    teachers = results.get("teachers")
-    assert isinstance(teachers, dict)
-    return [f"| teacher {name} | | " + " | ".join(score_cells([scores])) + " |" for name, scores in teachers.items()]
+def teacher_rows(found: dict[str, list[Results]]) -> list[str]:
+    """The teachers and their mean, as the cached logits have them; the same in every student's results."""
+    taught = next((results[0] for results in found.values() if results[0]["teachers"]), None)
+    if taught is None:
+        return []
+    rows = [f"| teacher {name} | | {cells([teacher['scores']])} | |" for name, teacher in taught["teachers"].items()]
+    return [*rows, f"| mean of the teachers | | {cells([taught['teachers_mean']['scores']])} | |"]
 
 
-def student_row(label: str, results: list[dict[str, object]]) -> str:
-    scores = [result["scores"] for result in results]
-    return f"| student, {label} | {len(results)} | " + " | ".join(score_cells(scores)) + " |"
+def student_row(label: str, results: list[Results]) -> str:
+    seconds = statistics.median(float(result["training_seconds"]) for result in results)
+    return f"| student, {label} | {len(results)} | {cells([result['scores'] for result in results])} | {seconds:.0f} |"
 
 
-def score_cells(scores: list[dict[str, dict[str, float]]]) -> list[str]:  # type: ignore[type-arg]
-    """Mean ± sample standard deviation per column."""
+def cells(scores: list[dict[str, dict[str, float]]]) -> str:
+    """Mean ± sample standard deviation over seeds, one cell per column."""
     columns = (("validation", "accuracy"), ("test", "accuracy"), ("test", "macro_f1"), ("test", "matthews"))
-    cells = []
+    made = []
     for split, metric in columns:
         values = [float(score[split][metric]) for score in scores if split in score]
         spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-        cells.append(f"{statistics.mean(values):.4f}{spread}" if values else "")
-    return cells
+        made.append(f"{statistics.mean(values):.4f}{spread}" if values else "")
+    return " | ".join(made)
+
+
+def scale_table(found: dict[str, list[Results]]) -> str:
+    """Every loss term before its weight, of the first seed: median over the steps."""
+    scales = {label: {row["term"]: row["median"] for row in results[0]["scales"]} for label, results in found.items()}
+    terms = sorted({term for medians in scales.values() for term in medians if term != "learning_rate"})
+    rows = [f"| loss term, median | {' | '.join(found)} |", "|---" * (1 + len(found)) + "|"]
+    for term in terms:
+        values = [f"{medians[term]:.3g}" if term in medians else "" for medians in scales.values()]
+        rows.append(f"| {term} | {' | '.join(values)} |")
+    return "\n".join(rows)
+
+
+def time_lines(name: str) -> str:
+    """Wall times of the two stages that run once, and what the cache takes on disk."""
+    record = RUNS / name / "times.json"
+    times = json.loads(record.read_text()) if record.exists() else {}
+    lines = [f"- {stage}: {seconds:.0f} s" for stage, seconds in times.items()]
+    cache = RUNS / name / "cache"
+    if cache.exists():
+        size = sum(file.stat().st_size for file in cache.rglob("*") if file.is_file())
+        lines.append(f"- cache: {size / 1e6:.1f} MB on disk")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
