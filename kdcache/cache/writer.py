@@ -124,15 +124,15 @@ class CacheWriter:
         merged = replace(spec, layers=dict(sorted({**spec.layers, **kept}.items())))
         self._asked[spec.name] = replace(spec, layers=dict(spec.layers))
         self._write_teacher(merged, old, tokenizer_json)
-        self._refuse_partial_layers(merged, set(spec.layers))
+        self._refuse_partial_layers(spec)
         return self.missing(spec.name)
 
     def missing(self, name: str) -> tuple[PartTask, ...]:
-        """What is missing of a declared teacher, as ``declare_teacher`` says it."""
+        """What is missing of what was asked for of a declared teacher, as ``declare_teacher`` says it."""
         tasks = []
         for part in self._contents.parts:
             outputs = not self._contents.has_outputs(name, part)
-            wanted = self._contents.teachers[name].layers if part.scope == "full" else ()
+            wanted = sorted(self._asked[name].layers) if part.scope == "full" else ()
             layers = tuple(layer for layer in wanted if not self._contents.has_layer(name, part, layer))
             if outputs or layers:
                 tasks.append(PartTask(Part(part.name, part.scope, self._texts.ids(part)), outputs, layers))
@@ -267,27 +267,25 @@ class CacheWriter:
                     f"cache '{self.root}' has a teacher '{known}'; '{name}' differs in case only", "Choose another name."
                 )
 
-    def _refuse_partial_layers(self, spec: TeacherSpec, asked: set[int]) -> None:
-        for layer in sorted(spec.layers.keys() - asked):
+    def _refuse_partial_layers(self, spec: TeacherSpec) -> None:
+        for layer in sorted(self._published_layers(spec.name) - spec.layers.keys()):
             if not self._contents.layer_is_complete(spec.name, layer):
                 raise MismatchError(
                     f"cache '{self.root}' holds layer {layer} of teacher '{spec.name}', which the new texts would lack",
-                    f"Ask for layers {', '.join(map(str, spec.layers))}, or dump into a new directory.",
+                    f"Ask for layer {layer} as well, or dump into a new directory.",
                 )
 
     def _has_any(self, name: str) -> bool:
-        if self.base is not None and name in self.base.contents.teachers:
-            return True
-        return any(
-            self._contents.has_outputs(name, part) or self._contents.has_tokens(name, part) for part in self._contents.parts
-        )
+        published = self.base is not None and name in self.base.contents.teachers
+        return published or any(self._contents.has_outputs(name, part) for part in self._contents.parts)
+
+    def _published_layers(self, name: str) -> set[int]:
+        return set(self.base.contents.teachers[name].layers) if self.base and name in self.base.contents.teachers else set()
 
     def _existing_layers(self, name: str) -> set[int]:
         spec = self._contents.teachers.get(name)
-        if spec is None:
-            return set()
-        published = set(self.base.contents.teachers[name].layers) if self.base and name in self.base.contents.teachers else set()
-        return published | {layer for layer in spec.layers if self._layer_has_any(name, layer)}
+        begun = {layer for layer in spec.layers if self._layer_has_any(name, layer)} if spec else set()
+        return self._published_layers(name) | begun
 
     def _layer_has_any(self, name: str, layer: int) -> bool:
         contents = self._contents

@@ -45,7 +45,9 @@ class UnsyncedDisk(Disk):
 class FaultyDisk(Disk):
     """Counts the steps of a disk and, at step ``at`` (from 1), calls ``strike``, which must not return."""
 
-    def __init__(self, at: int | None = None, strike: Callable[[], NoReturn] | None = None, *, once: bool = False, real: Disk | None = None) -> None:
+    def __init__(
+        self, at: int | None = None, strike: Callable[[], NoReturn] | None = None, *, once: bool = False, real: Disk | None = None
+    ) -> None:
         self.steps: list[str] = []
         self._at, self._strike, self._once = at, strike, once
         self._real = real or files.disk

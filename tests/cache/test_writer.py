@@ -197,6 +197,21 @@ def test_what_another_run_began_and_left_is_not_published(tmp_path: Path) -> Non
     assert verify(tmp_path / "c") == []
 
 
+def test_a_layer_that_another_run_began_is_left_out(pristine: Path, plan: Plan, copy_of: Copy) -> None:
+    path = copy_of(pristine)
+    spec = made_teacher("bert", MORE_LAYERS)
+    with open_writer(path, TASK, SETTINGS) as writer:
+        task = writer.declare_teacher(spec, tokenizer_json("bert"))[0]
+        writer.write_bases("bert", {3: made_basis(spec, 3)})
+        texts = writer.texts_of(task.part)
+        writer.write_part("bert", task.part, outputs=None, tokens=made_tokens(texts), hidden={3: made_hidden(spec, 3, texts)})
+    with open_writer(path, TASK, SETTINGS) as writer:
+        assert writer.declare_teacher(plan.teachers[0], tokenizer_json("bert")) == ()
+        assert writer.publish({}).identity == open_cache(pristine).identity
+    assert all("layer-03" in file for file in unreferenced(path))
+    assert verify(path) == []
+
+
 def test_an_unfinished_teacher_is_not_published(tmp_path: Path, plan: Plan) -> None:
     with open_writer(tmp_path / "c", TASK, SETTINGS) as writer:
         writer.add_texts(plan.train, plan.test)
