@@ -58,7 +58,7 @@ METHODS: dict[str, list[str]] = {
     "mt-bert": ["distill.method=mt-bert"],
     "mt-bert, paper": ["distill.method=mt-bert", "distill.paper=true"],
 }
-WITH_TRANSFER = ("kd", "mt-bert", "mt-bert, paper")
+WITH_TRANSFER = ("kd", "mt-bert")
 
 
 def main() -> None:
