@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from kdcache.cache import layout
 from kdcache.errors import MismatchError, RecipeError
+from kdcache.teachers.layer_map import even_layers
 
 if TYPE_CHECKING:
     from kdcache.cache.reader import Cache
@@ -51,8 +52,7 @@ def chosen_teachers(
 def even_layer_map(cache: Cache, teachers: Sequence[str] | None, student_layers: int) -> LayerMap:
     """The teacher layer g(j) = round(j * depth / K) for each student layer j = 1..K, for every teacher (MT-BERT, section 3.2)."""
     names, _ = chosen_teachers(cache, teachers, None)
-    steps = range(1, student_layers + 1)
-    return {name: tuple(round(j * cache.teachers[name].depth / student_layers) for j in steps) for name in names}
+    return {name: even_layers(cache.teachers[name].depth, student_layers) for name in names}
 
 
 def largest_max_length(cache: Cache) -> int:

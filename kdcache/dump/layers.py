@@ -1,4 +1,4 @@
-"""Which teacher layers are stored: the layer map of MT-BERT (section 3.2) turned into numbers.
+"""Which teacher layers are stored: the setting of a recipe turned into numbers.
 
 A layer number is an index into the encoder's hidden states: 0 is the embeddings, k the output of block k, the depth the last.
 """
@@ -8,20 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kdcache.errors import ModelError, RecipeError
-
-
-def even_layers(depth: int, student_layers: int) -> tuple[int, ...]:
-    """The teacher layer g(j) = round(j·depth/K) for each student layer j = 1..K, in the order of j.
-
-    The last student layer always meets the last teacher layer. A student deeper than the teacher meets some layers twice.
-    """
-    return tuple(round(j * depth / student_layers) for j in range(1, student_layers + 1))
+from kdcache.teachers.layer_map import even_layers
 
 
 def resolve_layers(setting: str | Sequence[int], depth: int, student_layers: int | None, name: str) -> tuple[int, ...]:
     """The distinct layers of teacher ``name`` that ``setting`` asks for, in rising order.
 
-    ``setting`` is 'even' (what ``even_layers`` gives), 'all' (every block), 'last', or a list of layer numbers.
+    ``setting`` is 'even' (what ``even_layers`` gives), 'all' (every block), 'last', 'none' (soft labels only), or a list.
     Raises ModelError where the teacher has no such layer, RecipeError for 'even' without a student to be even with.
     """
     if setting == "even":
@@ -35,8 +28,10 @@ def resolve_layers(setting: str | Sequence[int], depth: int, student_layers: int
         return tuple(range(1, depth + 1))
     if setting == "last":
         return (depth,)
+    if setting == "none":
+        return ()
     if isinstance(setting, str):
-        raise RecipeError(f"dump.layers is '{setting}'; expected even, all, last or a list of layer numbers")
+        raise RecipeError(f"dump.layers is '{setting}'; expected even, all, last, none or a list of layer numbers")
     return tuple(sorted({check_layer(layer, depth, name) for layer in setting}))
 
 

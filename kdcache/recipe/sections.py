@@ -117,7 +117,7 @@ class DumpSection(_Section):
     """What the cache stores of each teacher."""
 
     backend: Literal["torch", "onnxruntime"] = "torch"
-    layers: Literal["even", "all", "last"] | LayerNumbers = "even"
+    layers: Literal["even", "all", "last", "none"] | LayerNumbers = "even"
     projection: Projection = "pca"
     dim: Positive = 128
     dtype: StoredDtype = "int8"

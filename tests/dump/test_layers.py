@@ -1,7 +1,8 @@
 import pytest
 
-from kdcache.dump.layers import even_layers, resolve_layers
+from kdcache.dump.layers import resolve_layers
 from kdcache.errors import ModelError, RecipeError
+from kdcache.teachers.layer_map import even_layers
 
 
 def test_the_paper_s_layer_map() -> None:
@@ -26,7 +27,7 @@ def test_settings() -> None:
     assert resolve_layers("all", 3, None, "bert") == (1, 2, 3)
     assert resolve_layers("last", 3, None, "bert") == (3,)
     assert resolve_layers([3, 0, 3], 3, None, "bert") == (0, 3)
-    assert resolve_layers([], 3, None, "bert") == ()  # soft labels only
+    assert resolve_layers("none", 3, None, "bert") == ()  # soft labels only
 
 
 def test_a_layer_that_does_not_exist_is_named_with_the_depth() -> None:

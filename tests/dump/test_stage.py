@@ -34,6 +34,14 @@ def _forward(teacher: Teacher, text: tuple[str, ...], max_length: int = 32) -> t
     return forward.logits[0].numpy(), forward.pooled[0].numpy(), [state[0].numpy() for state in forward.hidden_states]
 
 
+def test_soft_labels_alone(bench: Workbench) -> None:
+    bench.dump("dump.layers=none")
+    cache = open_cache(bench.cache)
+    assert {name: dict(spec.layers) for name, spec in cache.teachers.items()} == {"bert": {}, "roberta": {}, "xlm": {}}
+    assert cache.outputs("bert", cache.parts[0].name).logits.shape == (32, 2)
+    assert not list(bench.cache.rglob("*.zarr"))
+
+
 def test_what_is_read_back_is_what_the_teachers_say(bench: Workbench) -> None:
     report = bench.dump(*EXACT)
     cache = open_cache(bench.cache)
