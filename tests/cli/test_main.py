@@ -109,12 +109,16 @@ def test_env_for_humans() -> None:
 def test_ctrl_c_leaves_with_130_and_says_how_to_continue(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.toml"
     os.mkfifo(recipe)  # reading it waits for a writer
-    command = [sys.executable, "-m", "kdcache", "pipelines", "validate", str(recipe)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as child:
+    # a suite that runs in the background ignores SIGINT, and children inherit that
+    start = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from kdcache.cli.main import main; main()"
+    command = [sys.executable, "-c", start, "pipelines", "validate", str(recipe)]
+    child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
         writer = os.open(recipe, os.O_WRONLY)  # opens once the command is reading
         child.send_signal(signal.SIGINT)
-        assert child.stderr is not None
-        said = child.stderr.read()
+        _, said = child.communicate(timeout=60)
         os.close(writer)
+    finally:
+        child.kill()
     assert child.returncode == 130
     assert said == f"error: interrupted\nhint: Continue with the same command: kdcache pipelines validate {recipe}\n"
