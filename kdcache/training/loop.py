@@ -22,15 +22,14 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from kdcache.errors import NonFiniteError, RecipeError
+from kdcache.errors import NonFiniteError
 from kdcache.training import checkpoints as checkpoint_files
 from kdcache.training.durable import hold_lock
 from kdcache.training.optim import adamw, linear_schedule
+from kdcache.training.precision import make_accelerator
 from kdcache.training.seeding import restore_rng_state, rng_state, seed_everything
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
-
     from kdcache.progress import Progress
     from kdcache.recipe import OptimSection
 
@@ -207,17 +206,19 @@ class _Run:
         total = float(torch.stack(losses).sum())
         values = {name: float(value) for name, value in terms.items()}
         self._check_finite(total, values)
-        norm = self.accelerator.clip_grad_norm_(self.parameters, self.settings.max_grad_norm)
+        norm = float(self.accelerator.clip_grad_norm_(self.parameters, self.settings.max_grad_norm))
+        if self.accelerator.scaler is None:  # with one, infinite gradients are expected at first: it skips the step
+            self._check_finite(norm, {}, "gradient norm")
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self._log({"loss": total, "grad_norm": float(norm), **values})
+        self._log({"loss": total, "grad_norm": norm, **values})
         return total
 
-    def _check_finite(self, total: float, values: Mapping[str, float]) -> None:
-        bad = [f"{name} = {value}" for name, value in values.items() if not math.isfinite(value)]
+    def _check_finite(self, total: float, parts: Mapping[str, float], what: str = "loss") -> None:
+        bad = [f"{name} = {value}" for name, value in parts.items() if not math.isfinite(value)]
         if bad or not math.isfinite(total):
-            where = ", ".join(bad) or f"loss = {total}"
-            message = f"training loss is not finite at step {self.place.step + 1} (epoch {self.place.epoch + 1}): {where}"
+            where = ", ".join(bad) or f"{what} = {total}"
+            message = f"training is not finite at step {self.place.step + 1} (epoch {self.place.epoch + 1}): {where}"
             raise NonFiniteError(message, "Lower learning_rate, raise warmup, or use precision bf16 or float32 instead of fp16.")
 
     def _log(self, values: Mapping[str, float]) -> None:
@@ -284,27 +285,3 @@ class _Run:
 def default_device() -> torch.device:
     """Where models run outside training: CUDA where there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def check_precision(precision: str, device: torch.device) -> None:
-    """RecipeError where training in ``precision`` does not work on ``device``: fp16 needs the gradient scaler of a GPU."""
-    if precision == "fp16" and device.type == "cpu":
-        raise RecipeError("precision 'fp16' needs a GPU; this machine trains on the CPU", "Use float32, or bf16.")
-
-
-def make_accelerator(precision: str) -> Accelerator:
-    """An accelerator of one process; RecipeError where the device cannot do ``precision``."""
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
-
-    mixed = {"float32": "no", "bf16": "bf16", "fp16": "fp16"}[precision]
-    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed:
-        AcceleratorState._reset_state()  # accelerate keeps one precision per process; stages of one run may differ
-    accelerator = Accelerator(mixed_precision=mixed)
-    check_precision(precision, accelerator.device)
-    if accelerator.num_processes > 1:
-        raise RecipeError(
-            f"kdcache trains in one process; it was started in {accelerator.num_processes}",
-            "Start it with python, not accelerate launch.",
-        )
-    return accelerator

@@ -7,6 +7,7 @@ step is there twice; lines of other stages, which share the file, stay.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,7 +27,7 @@ class MetricsLog:
             return
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"stage": self._stage, **line}) + "\n")
+            file.write(json.dumps({"stage": self._stage, **_finite(line)}, allow_nan=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
 
@@ -45,3 +46,8 @@ class MetricsLog:
         except json.JSONDecodeError:  # torn by a kill
             return False
         return bool(entry.get("stage") != self._stage or int(entry.get("step", 0)) <= step)
+
+
+def _finite(line: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON knows no NaN and no infinity: null, as a score without labels or the norm of an fp16 step that was skipped."""
+    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in line.items()}

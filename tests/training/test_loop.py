@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from kdcache.errors import DamageError, MismatchError, NonFiniteError, RecipeError
 from kdcache.progress import SilentProgress
-from kdcache.training.loop import LoopSettings, Outcome, check_precision, micro_batches, train
+from kdcache.training.loop import LoopSettings, Outcome, micro_batches, train
 from kdcache.training.metrics_log import MetricsLog
+from kdcache.training.precision import check_precision
 
 SETTINGS = LoopSettings(epochs=3, learning_rate=0.05, checkpoint_steps=2, log_steps=2, seed=3, identity={"data": "a"})
 
@@ -174,6 +175,21 @@ def test_a_loss_that_is_not_finite_names_step_and_term(tmp_path: Path) -> None:
     resumed = Regression()
     run(resumed, tmp_path)  # the checkpoint before it is still good
     assert resumed.seen == 13
+
+
+def test_a_gradient_that_is_not_finite_is_not_applied(tmp_path: Path) -> None:
+    trainee = Regression()
+    calls = 0
+
+    def poison(gradient: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return gradient * torch.inf if calls == 3 else gradient
+
+    next(trainee.model.parameters()).register_hook(poison)
+    with pytest.raises(NonFiniteError, match=r"step 3 \(epoch 1\): gradient norm = (inf|nan)"):
+        run(trainee, tmp_path)
+    assert all(torch.isfinite(parameter).all() for parameter in trainee.model.parameters())
 
 
 def test_fp16_needs_a_gpu() -> None:
