@@ -18,7 +18,6 @@ import functools
 import hashlib
 import json
 import logging
-import os
 import secrets
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -30,6 +29,7 @@ import numpy as np
 from kdcache.cache.tokens import Tokens
 from kdcache.data.encoding import TRUNCATION, EncodedTexts, encode, tokenizer_fingerprint
 from kdcache.distill.alignment import PartAlignment, align
+from kdcache.runs import home
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,11 +37,6 @@ if TYPE_CHECKING:
 _FORMAT = 1  # to be raised whenever encode or align would give something else for the same input
 Arrays = dict[str, np.ndarray]
 log = logging.getLogger(__name__)
-
-
-def home() -> Path:
-    """Where kdcache keeps what it can make again: ``KDCACHE_HOME``, or ``~/.cache/kdcache``."""
-    return Path(os.environ.get("KDCACHE_HOME") or Path.home() / ".cache" / "kdcache")
 
 
 class StudentTokens:

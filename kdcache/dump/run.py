@@ -6,7 +6,6 @@ run at the next part; what was committed until then stays.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,6 +21,7 @@ from kdcache.data.encoding import encode
 from kdcache.dump.engine import TextBatches, fit_moments, run_part
 from kdcache.dump.projection import fit_basis
 from kdcache.progress import format_bytes, format_rate, format_seconds
+from kdcache.runs import home
 from kdcache.teachers.backends import open_backend
 from kdcache.teachers.bundle import load_teacher
 
@@ -89,17 +89,12 @@ def open_teacher(teacher: PreparedTeacher, teachers_dir: Path) -> Iterator[Teach
     """The teacher on the device, for as long as the block runs; its memory is free afterwards."""
     spec = teacher.spec
     loaded = load_teacher(teachers_dir, spec.name)
-    backend = open_backend(spec.backend, loaded, tuple(spec.layers), precision=spec.precision, work_dir=work_directory())
+    backend = open_backend(spec.backend, loaded, tuple(spec.layers), precision=spec.precision, work_dir=home())
     try:
         yield backend
     finally:
         backend.close()
         loaded.model.to("meta")  # frees the weights now, whatever still refers to the modules
-
-
-def work_directory() -> Path:
-    """Where exported graphs are kept: ``KDCACHE_HOME``, or ``~/.cache/kdcache``."""
-    return Path(os.environ.get("KDCACHE_HOME") or Path.home() / ".cache" / "kdcache")
 
 
 def lacks_bases(writer: CacheWriter, teacher: PreparedTeacher) -> bool:
