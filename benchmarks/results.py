@@ -18,7 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,7 @@ def main() -> None:
     run.add_argument("--weights", type=Path, default=Path("weights"))
     run.add_argument("--data", type=Path, default=Path("data"))
     run.add_argument("--only", choices=("teachers", "students"), help="one half of the work")
+    run.add_argument("--seeds", type=int, nargs="*", help="of the students; all of the task's where not given")
     commands.add_parser("collect", help="write docs/results-tables.md from the finished runs")
     arguments = parser.parse_args()
     if arguments.command == "collect":
@@ -80,7 +81,7 @@ def main() -> None:
     if arguments.only != "students":
         make_teachers(arguments.task, settings)
     if arguments.only != "teachers":
-        make_students(arguments.task, settings)
+        make_students(arguments.task, settings, arguments.seeds or TASKS[arguments.task].seeds)
 
 
 def task_settings(task: Task, data: Path, weights: Path) -> list[str]:
@@ -104,9 +105,9 @@ def make_teachers(name: str, settings: list[str]) -> None:
     timed("dump", name, ["dump-teachers", TASKS[name].recipe, *flags(settings)], done=RUNS / name / "cache" / "manifest.json")
 
 
-def make_students(name: str, settings: list[str]) -> None:
-    """Every method and seed of the matrix, from the one cache."""
-    for label, student, overrides in students(name):
+def make_students(name: str, settings: list[str], seeds: Sequence[int]) -> None:
+    """Every method of the matrix with these seeds, from the one cache."""
+    for label, student, overrides in students(name, seeds):
         own = [*settings, *overrides, f'name="{student}"']
         timed(
             label,
@@ -116,10 +117,10 @@ def make_students(name: str, settings: list[str]) -> None:
         )
 
 
-def students(name: str) -> Iterator[tuple[str, str, list[str]]]:
+def students(name: str, seeds: Sequence[int]) -> Iterator[tuple[str, str, list[str]]]:
     """(label, run name, overrides) of each student of the task."""
     task = TASKS[name]
-    for seed in task.seeds:
+    for seed in seeds:
         for method, overrides in METHODS.items():
             plain = [*overrides, f"distill.seed={seed}", *(["data.transfer=[]"] if task.transfer else [])]
             yield method, run_name(name, method, seed), plain
@@ -160,7 +161,7 @@ Results = dict[str, Any]
 def section(name: str) -> str:
     """One task as Markdown: teachers, then every student with mean and spread over seeds; the scales of the loss terms; times."""
     found: dict[str, list[Results]] = {}
-    for label, student, _ in students(name):
+    for label, student, _ in students(name, TASKS[name].seeds):
         path = RUNS / student / "results.json"
         if path.exists():
             found.setdefault(label, []).append(json.loads(path.read_text()))
