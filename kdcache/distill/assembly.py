@@ -31,6 +31,22 @@ class Rows:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def longest_first(self) -> np.ndarray:
+        """The order of the rows by their student tokens, so that micro-batches are of like length and hold little padding."""
+        lengths = np.empty(len(self), np.int64)
+        for index, part in enumerate(self.parts):
+            mine = self.part_of == index
+            lengths[mine] = part.student.lengths[self.rows[mine]]
+        return longest_first(lengths)
+
+    def take(self, order: np.ndarray) -> Rows:
+        return Rows(self.parts, self.part_of[order], self.rows[order])
+
+
+def longest_first(lengths: np.ndarray) -> np.ndarray:
+    """Places by falling length; equal ones keep their order."""
+    return np.argsort(-lengths, kind="stable")
+
 
 class Ragged:
     """Where the tokens of a batch's rows lie in the packed arrays of its parts, one offsets array per part."""

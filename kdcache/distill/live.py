@@ -16,7 +16,7 @@ import torch
 from kdcache.data.encoding import TRUNCATION, EncodedTexts, encode, pad, token_budget_batches, tokenizer_fingerprint
 from kdcache.distill.align_store import StudentTokens, student_tokens
 from kdcache.distill.alignment import align
-from kdcache.distill.assembly import Ragged, Rows, alignment_pieces, student_inputs
+from kdcache.distill.assembly import Ragged, Rows, alignment_pieces, longest_first, student_inputs
 from kdcache.distill.choice import chosen_teachers, splits_of
 from kdcache.distill.epochs import Epochs
 from kdcache.distill.examples import JoinedExamples, join_examples
@@ -162,6 +162,8 @@ class LiveBatches:
         joined = self.epochs.examples
         texts = self._texts_at(joined, examples)
         student = encode(self._student.tokenizer, texts, self._student.max_length)
+        order = longest_first(student.lengths)
+        examples, texts, student = examples[order], [texts[place] for place in order], student.select(order)
         targets = self._targets(texts, student) if self._running and (self._logits or self.layer_map) else None
         rows = _rows(student, ())
         inputs = student_inputs(rows, Ragged(rows, [student.offsets]), int(self._student.tokenizer.pad_token_id or 0))

@@ -130,6 +130,8 @@ class CachedBatches:
         return part
 
     def _batch(self, examples: np.ndarray, rows: Rows) -> Batch:
+        order = rows.longest_first()
+        examples, rows = examples[order], rows.take(order)
         tokens = Ragged(rows, [part.student.offsets for part in rows.parts])
         targets = cached_targets(rows, self.teachers, self.layer_map, tokens) if self._has_targets else None
         joined = self.epochs.examples

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kdcache.data.encoding import encode, pad
+from kdcache.distill.assembly import longest_first
 from kdcache.distill.epochs import Epochs
 from kdcache.distill.examples import JoinedExamples
 from kdcache.distill.targets import Batch
@@ -52,6 +53,7 @@ class PlainBatches:
         order, joined = self._epochs.order(epoch), self._epochs.examples
         for step in range(first_step, self.steps_per_epoch):
             rows = self._epochs.rows(order, step)
+            rows = rows[longest_first(self._encoded.lengths[rows])]
             inputs = pad(self._encoded, rows, self._pad_token_id)
             yield Batch(inputs, torch.from_numpy(joined.labels[rows]), joined.text_ids[rows], None)
 
