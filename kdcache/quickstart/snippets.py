@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from kdcache.errors import DamageError
 
 MARGIN = 0.5
-SPLITS = {"test": 2000, "validation": 500, "train": 1500, "transfer": 4000}
+SPLITS = {"test": 3000, "validation": 500, "train": 1200, "transfer": 3000}
 
 
 @dataclass(frozen=True)
