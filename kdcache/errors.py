@@ -7,6 +7,9 @@
     ├── NonFiniteError      1  a teacher or a loss gave NaN or infinity
     ├── StorageError        1  the disk is full, or a file cannot be written
     ├── LockedError         1  another process is writing the same directory
+    ├── RemoteError         1  a remote could not be reached, or refused
+    │   ├── RemoteAccessError   1  the credentials do not allow it
+    │   └── MissingObjectError  1  the remote has no such object
     ├── DamageError         3  a file is missing, truncated, altered, or not what its manifest says
     └── MismatchError       4  the cache, or a piece of it, is not the one that is asked for
 
@@ -54,6 +57,18 @@ class StorageError(KdcacheError, OSError):
 
 class LockedError(KdcacheError):
     """Another process holds the lock of the directory."""
+
+
+class RemoteError(KdcacheError):
+    """A remote could not be reached, timed out or refused; the message never holds credentials."""
+
+
+class RemoteAccessError(RemoteError):
+    """The credentials do not allow what was asked for."""
+
+
+class MissingObjectError(RemoteError):
+    """The remote has no object of that key."""
 
 
 class DamageError(KdcacheError):

@@ -1,0 +1,1 @@
+"""Sharing caches through a remote: push, pull, grow, collect. Torch-free."""

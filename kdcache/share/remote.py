@@ -1,0 +1,80 @@
+"""The seam between the sharing protocol and the place where a team keeps its caches.
+
+A remote is a flat space of named objects. It promises little: an object is written whole or not at all, and a name listed
+after a write has ended shows that object. Everything else that push, pull and gc guarantee is built on these calls, and on
+``create``, where the store has it. A directory on a shared disk and an object store are the two implementations; each passes
+the same contract test class, ``kdcache.testing.remote_contract``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An object that is there. ``modified``: seconds since 1970 on the store's own clock, whole seconds at worst."""
+
+    key: str
+    size: int
+    modified: float
+
+
+class Remote(Protocol):
+    """Objects by key (relative POSIX paths of the layout, see ``kdcache.share.layout``). Safe to call from several threads.
+
+    Every method raises RemoteError (exit code 1: unreachable, refused, timed out; message without credentials, the cure in
+    the hint) and its subclass RemoteAccessError (the credentials do not allow it). Passing faults are retried inside.
+    """
+
+    @property
+    def url(self) -> str:
+        """Where it is, for messages: never with credentials."""
+        ...
+
+    @property
+    def conditional(self) -> bool:
+        """Whether ``create`` is decided by the store. Where it is not, refs are written under keys that no other writer uses."""
+        ...
+
+    def list(self, prefix: str) -> Iterator[Entry]:
+        """Every object whose key starts with ``prefix``, in the order of keys."""
+        ...
+
+    def head(self, key: str) -> Entry | None:
+        """The object of that key; None where there is none."""
+        ...
+
+    def read(self, key: str, *, start: int = 0, length: int | None = None) -> Iterator[bytes]:
+        """The bytes, in blocks of at most a few MiB; MissingObjectError where there is no such object.
+
+        May end early without a word where a connection breaks: the caller knows size and digest.
+        """
+        ...
+
+    def read_bytes(self, key: str, limit: int) -> bytes:
+        """All bytes of a small object; MissingObjectError, or DamageError where it has more than ``limit``."""
+        ...
+
+    def write(self, key: str, source: Path | bytes) -> None:
+        """Put an object in place whole; an existing one is replaced. Memory does not grow with the size of a file."""
+        ...
+
+    def create(self, key: str, data: bytes) -> bool:
+        """Put a small object in place if there is none of that key: True where it was made by this call, False where another was there.
+
+        A response that was lost is recognised: where the object that is there has exactly ``data``, it is one's own. So
+        ``data`` must be unique to the caller (a random token in it). Without ``conditional`` this is check-then-write.
+        """
+        ...
+
+    def delete(self, key: str) -> None:
+        """Remove an object; nothing happens where there is none."""
+        ...
+
+    def now(self) -> float:
+        """Seconds since 1970 on the store's own clock: that of ``Entry.modified``, not of this machine."""
+        ...
