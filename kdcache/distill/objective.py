@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from kdcache.distill.targets import Batch, Targets
     from kdcache.recipe import DistillSection
 
+PROJECTIONS = "projections."  # how the names of the W_ij start in DistillationModel
+
 
 @dataclass(frozen=True)
 class ObjectiveSettings:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from kdcache.cache.files import write_file
 from kdcache.distill.evaluation import EncodedSplit, encode_split, split_scores
+from kdcache.distill.objective import PROJECTIONS
 from kdcache.distill.results import SCORED, STAGE, Measured, build_results, teacher_scores
 from kdcache.distill.sources import check_teachers, measure_speed
 from kdcache.distill.student_files import save_student, student_record
@@ -92,7 +93,8 @@ def _train(training: Training, validation: EncodedSplit | None, run: RunDirector
         accumulation=section.accumulation,
         select_by=section.select_by,
     )
-    loop = replace(LoopSettings.from_section(section, identity), log_steps=1)
+    own_rates = {PROJECTIONS: section.projection_learning_rate or 10 * section.learning_rate}
+    loop = replace(LoopSettings.from_section(section, identity), log_steps=1, own_rates=own_rates)
     outcome = train(trainee, loop, checkpoints=place, progress=progress, on_metrics=MetricsLog(run.metrics, STAGE))
     trainee.load_best(outcome.best_epoch)
     return outcome.best_epoch

@@ -71,6 +71,7 @@ class LoopSettings:
     checkpoint_steps: int = 200
     log_steps: int = 10
     seed: int = 0
+    own_rates: Mapping[str, float] = field(default_factory=dict)  # learning rates of parameters by the start of their names
     identity: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -89,7 +90,7 @@ class LoopSettings:
 
     def full_identity(self, steps_per_epoch: int) -> dict[str, Any]:
         """What a checkpoint must agree on; how often checkpoints and log lines are written is free."""
-        names = ("epochs", "learning_rate", "warmup", "weight_decay", "max_grad_norm", "precision", "log_steps", "seed")
+        names = ("epochs", "learning_rate", "warmup", "weight_decay", "max_grad_norm", "precision", "log_steps", "seed", "own_rates")
         return {**{name: getattr(self, name) for name in names}, "steps_per_epoch": steps_per_epoch, **self.identity}
 
 
@@ -165,7 +166,7 @@ class _Run:
         self.identity = settings.full_identity(trainee.steps_per_epoch)
         self.accelerator = make_accelerator(settings.precision)
         trainee.model.to(self.accelerator.device)
-        plain = adamw(trainee.model.named_parameters(), settings.learning_rate, settings.weight_decay)
+        plain = adamw(trainee.model.named_parameters(), settings.learning_rate, settings.weight_decay, settings.own_rates)
         self.parameters = [parameter for group in plain.param_groups for parameter in group["params"]]
         self.schedule = linear_schedule(plain, settings.epochs * trainee.steps_per_epoch, settings.warmup)
         self.optimizer = self.accelerator.prepare_optimizer(plain, device_placement=False)

@@ -6,23 +6,37 @@ torch has one: on two CPU cores the plain loop over 200M parameters takes longer
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 
 
 def adamw(
-    named_parameters: Iterable[tuple[str, torch.nn.Parameter]], learning_rate: float, weight_decay: float
+    named_parameters: Iterable[tuple[str, torch.nn.Parameter]],
+    learning_rate: float,
+    weight_decay: float,
+    own_rates: Mapping[str, float] | None = None,
 ) -> torch.optim.AdamW:
-    """AdamW (betas 0.9 and 0.999) over the parameters that require a gradient; move the model to its device first."""
-    trainable = [parameter for _, parameter in named_parameters if parameter.requires_grad]
-    groups = [
-        {"params": [parameter for parameter in trainable if parameter.ndim > 1], "weight_decay": weight_decay},
-        {"params": [parameter for parameter in trainable if parameter.ndim <= 1], "weight_decay": 0.0},
+    """AdamW (betas 0.9 and 0.999) over the parameters that require a gradient; move the model to its device first.
+
+    ``own_rates``: learning rates of parameters whose names start with a prefix; they do not decay.
+    """
+    rates = own_rates or {}
+    shared: list[torch.nn.Parameter] = []
+    apart: dict[str, list[torch.nn.Parameter]] = {prefix: [] for prefix in rates}
+    for name, parameter in named_parameters:
+        if parameter.requires_grad:
+            prefix = next((prefix for prefix in rates if name.startswith(prefix)), None)
+            (shared if prefix is None else apart[prefix]).append(parameter)
+    groups: list[dict[str, Any]] = [
+        {"params": [parameter for parameter in shared if parameter.ndim > 1], "weight_decay": weight_decay},
+        {"params": [parameter for parameter in shared if parameter.ndim <= 1], "weight_decay": 0.0},
+        *({"params": apart[prefix], "weight_decay": 0.0, "lr": rate} for prefix, rate in rates.items()),
     ]
-    fused = all(parameter.device.type in ("cpu", "cuda") for parameter in trainable)
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=learning_rate, fused=fused)
+    groups = [group for group in groups if group["params"]]
+    fused = all(parameter.device.type in ("cpu", "cuda") for group in groups for parameter in group["params"])
+    return torch.optim.AdamW(groups, lr=learning_rate, fused=fused)
 
 
 def warmup_then_decay(step: int, total_steps: int, warmup: float) -> float:

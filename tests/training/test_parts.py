@@ -26,6 +26,16 @@ def test_biases_and_norms_do_not_decay_and_the_frozen_are_left_out() -> None:
     assert [(len(group["params"]), group["weight_decay"]) for group in groups] == [(1, 0.01), (3, 0.0)]
 
 
+def test_parameters_named_apart_have_their_own_rate_and_follow_the_schedule() -> None:
+    model = torch.nn.ModuleDict({"student": torch.nn.Linear(2, 3), "projections": torch.nn.Linear(3, 4, bias=False)})
+    optimizer = adamw(model.named_parameters(), 0.1, 0.01, {"projections.": 1.0})
+    schedule = linear_schedule(optimizer, 10, 0.0)
+    schedule.step()
+    found = {id(group["params"][0]): (group["lr"], group["weight_decay"]) for group in optimizer.param_groups}
+    assert found[id(model["projections"].weight)] == (pytest.approx(0.9), 0.0)
+    assert found[id(model["student"].weight)] == (pytest.approx(0.09), 0.01)
+
+
 def test_the_schedule_warms_up_and_ends_at_zero() -> None:
     factors = [warmup_then_decay(step, 10, 0.2) for step in range(11)]
     assert factors[:3] == pytest.approx([1 / 3, 2 / 3, 1.0])
