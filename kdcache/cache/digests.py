@@ -11,14 +11,16 @@ import hashlib
 import os
 import stat
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
-from kdcache.errors import DamageError
+from kdcache.cache.selection import not_here, not_yet_here
+from kdcache.errors import DamageError, KdcacheError
 
 if TYPE_CHECKING:
     from kdcache.cache.files import FileDigest
+    from kdcache.cache.selection import LocalSelection
 
 Key = tuple[int, int, int, int, str]  # device, inode, size, time of change, sha256
 
@@ -27,6 +29,18 @@ _in_progress: dict[Key, threading.Lock] = {}
 _guard = threading.Lock()
 
 REPAIR_HINT = "Write it again with: kdcache dump-teachers RECIPE --repair"
+
+
+class Arrivals(Protocol):
+    """Files of a cache that are on their way here, from a remote or from anywhere. Safe to call from several threads."""
+
+    def wait_for(self, path: str) -> None:
+        """Give back once the file, by its name in the manifest, is there whole; it is fetched before all others."""
+        ...
+
+    def expect(self, paths: Sequence[str]) -> None:
+        """Say in which order files will be wanted from now on; those that are there already are left out."""
+        ...
 
 
 class CheckedFile:
@@ -61,25 +75,55 @@ class CheckedFile:
 
 
 class CheckedFiles:
-    """The files that a manifest lists, under the directory of the cache. Safe to use from several threads."""
+    """The files that a manifest lists, under the directory of the cache. Safe to use from several threads.
 
-    def __init__(self, root: Path, files: Mapping[str, FileDigest], *, trust_earlier: bool = True) -> None:
+    A file that is not there is damage, unless ``local`` says that it was never pulled, or ``arrivals`` brings it.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        files: Mapping[str, FileDigest],
+        *,
+        trust_earlier: bool = True,
+        local: LocalSelection | None = None,
+        arrivals: Arrivals | None = None,
+    ) -> None:
         self.root = root
         self._files = files
         self._trust_earlier = trust_earlier  # False: digest again, for verify
+        self._local = local
+        self._arrivals = arrivals
 
     def __contains__(self, path: str) -> bool:
         return path in self._files
 
     def check_present(self, path: str) -> os.stat_result:
-        """Presence, kind and size, without reading. Raises DamageError."""
+        """Presence, kind and size, without reading; waits for a file that is on its way. Raises DamageError, MismatchError."""
+        found = self.found(path)
+        if found is None and self._arrivals is not None and self._is_selected(path):
+            self._arrivals.wait_for(path)
+            found = self.found(path)
+        if found is None:
+            raise self._missing(path)
+        return found
+
+    def check_coming(self, path: str) -> None:
+        """As ``check_present``, but without waiting: a file that is on its way is as good as there."""
+        if self.found(path) is None and (self._arrivals is None or not self._is_selected(path)):
+            raise self._missing(path)
+
+    def found(self, path: str) -> os.stat_result | None:
+        """A plain file of the right size, or None where there is nothing. Raises DamageError for anything else."""
         digest = self._files[path]
         place = self.root
         for step in path.split("/"):
             place = place / step
             try:
                 found = place.lstat()
-            except (FileNotFoundError, NotADirectoryError) as error:
+            except FileNotFoundError:
+                return None
+            except NotADirectoryError as error:
                 raise DamageError(f"'{place}' is missing", REPAIR_HINT) from error
             except OSError as error:
                 raise DamageError(f"'{place}' cannot be read: {error.strerror}", REPAIR_HINT) from error
@@ -90,6 +134,16 @@ class CheckedFiles:
         if found.st_size != digest.size:
             raise DamageError(f"'{place}' has {found.st_size} bytes, the manifest says {digest.size}", REPAIR_HINT)
         return found
+
+    def _is_selected(self, path: str) -> bool:
+        return self._local is None or self._local.selection.takes(path)
+
+    def _missing(self, path: str) -> KdcacheError:
+        if self._local is not None and not self._is_selected(path):
+            return not_here(self.root, self._local, path)
+        if self._local is not None and not self._local.complete:
+            return not_yet_here(self.root, self._local, path)
+        return DamageError(f"'{self.root / path}' is missing", REPAIR_HINT)
 
     @contextlib.contextmanager
     def open(self, path: str) -> Iterator[CheckedFile]:

@@ -12,7 +12,7 @@ read-only views.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -25,12 +25,15 @@ from kdcache.cache.digests import CheckedFiles
 from kdcache.cache.hidden import decode_layer
 from kdcache.cache.ids import ID_BYTES, IdIndex
 from kdcache.cache.manifest import Manifest, read_manifest
+from kdcache.cache.selection import local_selection
 from kdcache.cache.tokens import OTHER, Tokens
 from kdcache.errors import MismatchError
 
 if TYPE_CHECKING:
     from kdcache.cache.blocks import Basis, HiddenBlock, Outputs
     from kdcache.cache.contents import PartInfo
+    from kdcache.cache.digests import Arrivals
+    from kdcache.cache.selection import LocalSelection
     from kdcache.cache.spec import LayerSpec, Settings, TaskSpec, TeacherSpec
 
 T = TypeVar("T")
@@ -45,20 +48,39 @@ class ExamplesTable:
     groups: tuple[str, ...] | None
 
 
-def open_cache(path: str | Path) -> Cache:
-    """Open a cache directory for reading. Raises DamageError (no or damaged manifest), MismatchError (newer format)."""
+def open_cache(path: str | Path, *, arrivals: Arrivals | None = None, incomplete: bool = False) -> Cache:
+    """Open a cache directory for reading, whole or a part of it (``.selection.json``).
+
+    ``arrivals`` brings the files that are selected and not there yet; without it such a cache is refused, unless ``incomplete``.
+    Raises DamageError (no or damaged manifest or selection), MismatchError (newer format; files still to be fetched).
+    """
     root = Path(path)
-    return Cache(root, read_manifest(root))
+    manifest = read_manifest(root)
+    local = local_selection(root, manifest.contents)
+    cache = Cache(root, manifest, local=local, arrivals=arrivals)
+    if local is not None and not local.complete and arrivals is None and not incomplete:
+        cache.check_present(sorted(local.selection.covers(manifest.contents)))
+    return cache
 
 
 class Cache:
     """An open cache; made by ``open_cache``. Holds the manifest and, once asked for, the ids of its texts."""
 
-    def __init__(self, path: Path, manifest: Manifest, *, trust_earlier: bool = True) -> None:
+    def __init__(
+        self,
+        path: Path,
+        manifest: Manifest,
+        *,
+        trust_earlier: bool = True,
+        local: LocalSelection | None = None,
+        arrivals: Arrivals | None = None,
+    ) -> None:
         self.path = path
         self.manifest = manifest
+        self.local = local  # what of the whole is here; None: everything
+        self._arrivals = arrivals
         self._contents = manifest.contents
-        self._files = CheckedFiles(path, manifest.contents.files, trust_earlier=trust_earlier)
+        self._files = CheckedFiles(path, manifest.contents.files, trust_earlier=trust_earlier, local=local, arrivals=arrivals)
         self._parts = {part.name: part for part in manifest.contents.parts}
         self._index: tuple[IdIndex, np.ndarray, np.ndarray] | None = None
         self._index_lock = threading.Lock()
@@ -178,9 +200,17 @@ class Cache:
         return self._table(layout.tokenizer_file(teacher), lambda data: data.decode("utf-8"))
 
     def check_present(self, paths: list[str]) -> None:
-        """Presence and size of files, by their names in the manifest, without reading them. Raises DamageError."""
+        """Presence and size of files, by their names in the manifest, without reading them; those on their way count as there.
+
+        Raises DamageError, and MismatchError for files that were not pulled.
+        """
         for path in paths:
-            self._files.check_present(path)
+            self._files.check_coming(path)
+
+    def expect(self, paths: Sequence[str]) -> None:
+        """Say in which order files will be wanted, so that those that are on their way come in this order."""
+        if self._arrivals is not None:
+            self._arrivals.expect(paths)
 
     def _table(self, path: str, decode: Callable[[bytes], T]) -> T:
         data = self._files.read(path)

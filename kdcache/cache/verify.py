@@ -9,13 +9,19 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kdcache.cache import layout
 from kdcache.cache.digests import CheckedFiles
 from kdcache.cache.ids import id_list, text_id
 from kdcache.cache.manifest import read_manifest
 from kdcache.cache.reader import Cache
-from kdcache.errors import DamageError
+from kdcache.cache.selection import SELECTION, local_selection
+from kdcache.errors import DamageError, MismatchError
+
+if TYPE_CHECKING:
+    from kdcache.cache.manifest import Manifest
+    from kdcache.cache.selection import LocalSelection
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,7 @@ class Damage:
 def verify(path: str | Path, *, on_bytes: Callable[[int], None] | None = None) -> list[Damage]:
     """Everything that is wrong with a cache; empty where it is whole. ``on_bytes`` hears of bytes as they are read.
 
+    Of a part of a cache that was pulled, what is selected is verified; what is still to be fetched is no damage: see ``to_come``.
     Raises MismatchError for a newer format. Files that belong to nothing are no damage: see ``unreferenced``.
     """
     root = Path(path)
@@ -36,22 +43,48 @@ def verify(path: str | Path, *, on_bytes: Callable[[int], None] | None = None) -
         manifest = read_manifest(root)
     except DamageError as error:
         return [Damage(layout.MANIFEST, error.message)]
+    try:
+        local = local_selection(root, manifest.contents)
+    except DamageError as error:
+        return [Damage(SELECTION, error.message)]
     files = CheckedFiles(root, manifest.contents.files, trust_earlier=False)
+    absent = set(_absent(root, manifest, local))
     found = {}
-    for name in sorted(manifest.contents.files):
+    for name in sorted(manifest.contents.files.keys() - absent):
         try:
             files.check(name, on_bytes)
         except DamageError as error:
             found[name] = Damage(name, error.message)
-    cache = Cache(root, manifest)  # trusts what was digested a moment ago
+    cache = Cache(root, manifest, local=local)  # trusts what was digested a moment ago
     for name, check in _meanings(cache):
-        if name not in found:
+        if name not in found and name not in absent:
             try:
                 check()
+            except MismatchError:  # needs a file that is not here: nothing can be said of this one yet
+                if local is None:
+                    raise
             except DamageError as error:
                 file = next((known for known in manifest.contents.files if f"'{root / known}'" in error.message), name)
                 found.setdefault(file, Damage(file, error.message))
     return [found[name] for name in sorted(found)]
+
+
+def to_come(path: str | Path) -> list[str]:
+    """Files of an unfinished pull or reading through that are selected and not there yet. Raises as ``open_cache``."""
+    root = Path(path)
+    manifest = read_manifest(root)
+    local = local_selection(root, manifest.contents)
+    if local is None or local.complete:
+        return []
+    return [name for name in _absent(root, manifest, local) if local.selection.takes(name)]
+
+
+def _absent(root: Path, manifest: Manifest, local: LocalSelection | None) -> list[str]:
+    """Files that need not be there and are not: outside the selection, or still to be fetched."""
+    if local is None:
+        return []
+    names = sorted(manifest.contents.files)
+    return [name for name in names if not (local.complete and local.selection.takes(name)) and not os.path.lexists(root / name)]
 
 
 def unreferenced(path: str | Path) -> list[str]:
@@ -64,7 +97,7 @@ def unreferenced(path: str | Path) -> list[str]:
         if place == root and layout.STATE in directories:
             directories.remove(layout.STATE)
         found += [(place / name).relative_to(root).as_posix() for name in names]
-    return sorted(name for name in found if name not in listed and name not in (layout.MANIFEST, layout.CARD))
+    return sorted(name for name in found if name not in listed and name not in (layout.MANIFEST, layout.CARD, SELECTION))
 
 
 def _meanings(cache: Cache) -> Iterator[tuple[str, Callable[[], object]]]:
