@@ -1,0 +1,76 @@
+"""What every measurement here shares: interleaved rounds, medians with their spread, and what machine it was.
+
+Machines are noisy, so nothing is timed once and nothing is compared across runs: the things to be compared take turns, and a
+ratio is formed within each round before its median is taken. The spread is the distance between the quartiles.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("torch", "transformers", "numpy", "zarr", "pyarrow")
+
+
+def rounds(contenders: Mapping[str, Callable[[], float]], count: int) -> dict[str, list[float]]:
+    """``count`` rounds in which each contender measures itself once, in turning order."""
+    names = list(contenders)
+    found: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(count):
+        shift = number % len(names)
+        for name in names[shift:] + names[:shift]:
+            found[name].append(contenders[name]())
+    return found
+
+
+def summary(values: Sequence[float]) -> dict[str, float]:
+    """Median and distance of the quartiles, of all measured values."""
+    quartiles = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
+    return {"median": quartiles[1], "spread": quartiles[2] - quartiles[0], "n": len(values)}
+
+
+def ratio(values: Sequence[float], reference: Sequence[float]) -> dict[str, float]:
+    """Of two contenders, round by round."""
+    return summary([value / base for value, base in zip(values, reference, strict=True)])
+
+
+def peak_memory_mb() -> float:
+    """Largest resident memory of this process so far, MB."""
+    scale = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 1e6
+
+
+def machine() -> dict[str, Any]:
+    """What a reader must know to place a figure."""
+    import torch
+
+    facts: dict[str, Any] = {"processor": _processor(), "cores": os.cpu_count(), "python": platform.python_version()}
+    facts |= {"load before": round(os.getloadavg()[0], 1), "threads": torch.get_num_threads()}
+    if torch.cuda.is_available():
+        facts["gpu"] = torch.cuda.get_device_name()
+    return facts | {name: version(name) for name in PACKAGES}
+
+
+def in_a_process(script: str, arguments: Sequence[str]) -> dict[str, Any]:
+    """Run a benchmark script in a process of its own (peak memory is per process) and read the JSON that it prints."""
+    command = [sys.executable, str(Path(__file__).parent / script), *arguments]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -1,0 +1,261 @@
+"""What a student's step costs: plain, from the cache, fed from memory, from soft labels alone, with live teachers.
+
+    python benchmarks/steps.py quickstart/quickstart.toml --teachers runs/quickstart/teachers --cache runs/quickstart/cache
+    python benchmarks/steps.py pipelines/sst2.toml --teachers runs/sst2/teachers --cache runs/sst2/cache --set KEY=VALUE ...
+
+Every contender trains the same student on the same rows in the same order, and they take turns: a few steps of one, a few of the
+next. `memory` is the step of `cached` with its targets lying ready on the device: what the cache costs is the difference.
+`ideal` for `cached` against `fine-tune` is student FLOPs / (student + projection FLOPs), counted by torch; `predicted` for
+`live` is what the teachers' forward passes, measured alone on the same batches, add to a step. Peak memory is that of a process
+that runs one contender only. Prints JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from measure import in_a_process, machine, peak_memory_mb, ratio, rounds, summary
+
+from kdcache.cache.reader import open_cache
+from kdcache.distill.objective import DistillationModel, step_counts
+from kdcache.distill.training import Training, prepare
+from kdcache.recipe import load_recipe
+from kdcache.training.loop import default_device
+from kdcache.training.optim import adamw
+
+if TYPE_CHECKING:
+    from kdcache.distill.targets import Batch
+
+CONTENDERS = ("fine-tune", "cached", "memory", "logits only", "live")
+METHODS = {"fine-tune": ["distill.method=fine-tune"], "logits only": ["distill.weights.hidden=0.0"]}
+PHASES = ("data", "forward", "loss", "backward", "optimizer")
+
+
+def main() -> None:
+    arguments = parse()
+    if arguments.alone:
+        runner = Runner.of(arguments.alone, arguments, arguments.counts[0])
+        runner.steps(arguments.steps)
+        json.dump({"peak_mb": peak_memory_mb(), "gpu_peak_mb": torch.cuda.max_memory_allocated() / 1e6}, sys.stdout)
+        return
+    report: dict[str, Any] = {"machine": machine(), "recipe": arguments.recipe, "steps per turn": arguments.steps}
+    for count in arguments.counts:
+        print(f"{count} teachers", file=sys.stderr, flush=True)
+        report[f"{count} teachers"] = compare(arguments, count)
+    json.dump(report, sys.stdout, indent=2)
+    print()
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe")
+    parser.add_argument("--teachers", type=Path, required=True, help="directory of the co-finetuned teachers")
+    parser.add_argument("--cache", type=Path, required=True)
+    parser.add_argument("--counts", type=int, nargs="*", default=[1, 2, 3], help="numbers of teachers to measure with")
+    parser.add_argument("--contenders", nargs="*", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("--steps", type=int, default=6, help="of one contender's turn")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--alone", choices=CONTENDERS, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    there = len(open_cache(arguments.cache).teachers)
+    arguments.counts = [count for count in arguments.counts if count <= there]
+    return arguments
+
+
+def compare(arguments: argparse.Namespace, count: int) -> dict[str, Any]:
+    """All contenders with the first ``count`` teachers of the cache: steps per second, ratios, phases, memory."""
+    runners = {name: Runner.of(name, arguments, count) for name in arguments.contenders}
+    for runner in runners.values():
+        runner.steps(2)  # warm-up: allocations, kernels, digests of the first parts
+        runner.seconds = dict.fromkeys(PHASES, 0.0)
+    turns = rounds(
+        {name: lambda runner=runner: runner.steps(arguments.steps) for name, runner in runners.items()}, arguments.rounds
+    )
+    rates = {name: [arguments.steps / seconds for seconds in taken] for name, taken in turns.items()}
+    found: dict[str, Any] = {"steps per second": {name: summary(values) for name, values in rates.items()}}
+    pairs = [
+        ("cached", "memory"),
+        ("cached", "fine-tune"),
+        ("logits only", "fine-tune"),
+        ("live", "fine-tune"),
+        ("cached", "live"),
+    ]
+    found["ratio of steps per second"] = {
+        f"{one} / {other}": ratio(rates[one], rates[other]) for one, other in pairs if one in rates and other in rates
+    }
+    found["share of time"] = {name: runner.shares() for name, runner in runners.items()}
+    if "cached" in runners and "fine-tune" in runners:
+        plain, taught = runners["fine-tune"].flops(), runners["cached"].flops()
+        found["ideal cached / fine-tune by FLOPs"] = plain / taught
+    if "live" in runners and "cached" in runners:
+        found["teachers alone"] = predict(runners, arguments, statistics_of=rates)
+    for runner in runners.values():
+        runner.close()
+    settings = [flag for override in arguments.overrides for flag in ("--set", override)]
+    common = [arguments.recipe, "--teachers", str(arguments.teachers), "--cache", str(arguments.cache), *settings]
+    found["peak memory, MB"] = {
+        name: in_a_process("steps.py", [*common, "--counts", str(count), "--steps", "10", "--alone", name]) for name in runners
+    }
+    return found
+
+
+def predict(
+    runners: dict[str, Runner], arguments: argparse.Namespace, *, statistics_of: dict[str, list[float]]
+) -> dict[str, Any]:
+    """Seconds per step of the teachers' forward passes alone, and the rate with live teachers that follows from them."""
+    live = runners["live"]
+    seconds = summary([live.teachers_alone() for _ in range(max(3, arguments.rounds // 2))])
+    fed = summary([1 / rate for rate in statistics_of["memory" if "memory" in statistics_of else "cached"]])
+    predicted = 1 / (seconds["median"] + fed["median"])
+    return {
+        "seconds per step": seconds,
+        "predicted steps per second, live": predicted,
+        "predicted speed-up of the cache": 1 / fed["median"] / predicted,
+    }
+
+
+@dataclass
+class Runner:
+    """One contender: a student, its optimizer, and an endless stream of batches."""
+
+    name: str
+    training: Training
+    model: DistillationModel
+    optimizer: torch.optim.Optimizer
+    batches: Iterator[Batch]
+    accumulation: int
+    autocast: bool
+    device: torch.device
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+
+    @classmethod
+    def of(cls, name: str, arguments: argparse.Namespace, count: int) -> Runner:
+        names = list(open_cache(arguments.cache).teachers)[:count]
+        overrides = [
+            *arguments.overrides,
+            *METHODS.get(name, ["distill.method=mt-bert"]),
+            f"distill.teachers={json.dumps(names)}",
+        ]
+        recipe = load_recipe(arguments.recipe, overrides)
+        training = prepare(recipe, arguments.cache, arguments.cache.parent, arguments.teachers if name == "live" else None)
+        device = default_device()
+        torch.manual_seed(0)
+        model = training.model().to(device).train()
+        section = recipe.distill
+        return cls(
+            name,
+            training,
+            model,
+            adamw(model.named_parameters(), section.learning_rate, section.weight_decay),
+            from_memory(training, device) if name == "memory" else endless(training.source.batches),
+            section.accumulation,
+            section.precision == "bf16",
+            device,
+        )
+
+    def steps(self, count: int) -> float:
+        """Seconds of ``count`` optimizer steps; what each phase took is added to ``seconds``."""
+        began = time.perf_counter()
+        for _ in range(count):
+            self.step()
+        return time.perf_counter() - began
+
+    def step(self) -> None:
+        clock = Clock(self.seconds, self.device)
+        batch = next(self.batches)
+        pieces = [piece.to(self.device, non_blocking=True) for piece in batch.split(self.accumulation)]
+        counts = step_counts([batch])
+        clock.lap("data")
+        for piece in pieces:
+            precision = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocast)
+            with precision, after(self.model.student, lambda: clock.lap("forward")):
+                loss, _ = self.model(piece, counts)
+            clock.lap("loss")
+            loss.backward()
+            clock.lap("backward")
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0, foreach=True)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        clock.lap("optimizer")
+
+    def shares(self) -> dict[str, float]:
+        """Of the time of a step."""
+        total = sum(self.seconds.values())
+        return {phase: round(seconds / total, 4) for phase, seconds in self.seconds.items()}
+
+    def flops(self) -> int:
+        """Of forward and backward of one batch, as torch counts matrix products."""
+        from torch.utils.flop_counter import FlopCounterMode
+
+        batch = next(self.batches)
+        with FlopCounterMode(display=False) as counter:
+            loss, _ = self.model(batch.to(self.device), step_counts([batch]))
+            loss.backward()
+        self.optimizer.zero_grad()
+        return counter.get_total_flops()
+
+    def teachers_alone(self, steps: int = 4) -> float:
+        """Seconds per step of making live targets and nothing else."""
+        began = time.perf_counter()
+        for _ in range(steps):
+            next(self.batches)
+        return (time.perf_counter() - began) / steps
+
+    def close(self) -> None:
+        close = getattr(self.batches, "close", None)
+        if close is not None:
+            close()
+
+
+class Clock:
+    """Adds what passed since the last lap to a phase; waits for the device first."""
+
+    def __init__(self, seconds: dict[str, float], device: torch.device) -> None:
+        self._seconds, self._device, self._last = seconds, device, time.perf_counter()
+
+    def lap(self, phase: str) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self._seconds[phase] += now - self._last
+        self._last = now
+
+
+class after:  # noqa: N801 - reads as a phrase
+    """Call ``action`` whenever the forward pass of ``module`` ends, inside the block."""
+
+    def __init__(self, module: torch.nn.Module, action: Callable[[], None]) -> None:
+        self._handle = module.register_forward_hook(lambda *_: action())
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        self._handle.remove()
+
+
+def endless(batches: Callable[[int], Iterator[Batch]]) -> Iterator[Batch]:
+    for epoch in itertools.count():
+        yield from batches(epoch)
+
+
+def from_memory(training: Training, device: torch.device, count: int = 64) -> Iterator[Batch]:
+    """The first batches of the cache over and over, made once; on a GPU their targets lie there already."""
+    ready: Sequence[Batch] = list(itertools.islice(training.source.batches(0), count))
+    if device.type == "cuda":
+        ready = [batch.to(device) for batch in ready]
+    return itertools.cycle(ready)
+
+
+if __name__ == "__main__":
+    main()
