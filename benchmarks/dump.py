@@ -1,0 +1,160 @@
+"""What a dump adds to running the teacher: rows per second against a bare forward loop over the same batches.
+
+    python benchmarks/dump.py quickstart/quickstart.toml --teachers runs/quickstart/teachers --texts 2048
+
+Per teacher and backend the two take turns: `bare` runs the model over the length-sorted batches and looks at nothing but the
+logits; `dump` does what `kdcache dump-teachers` does over the same texts, into a fresh cache whose bases are there already. The
+pass that fits the bases is timed apart, and so is what the writer thread spends on writing (it overlaps with the next
+part). onnxruntime stands beside torch where it is installed; the export is not timed. Prints JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from measure import machine, ratio, rounds, summary
+
+from kdcache.cache.spec import Settings
+from kdcache.cache.writer import CacheWriter, open_writer
+from kdcache.data.task import load_task
+from kdcache.dump.engine import fit_moments, run_part
+from kdcache.dump.projection import fit_basis
+from kdcache.dump.run import open_teacher, text_batches
+from kdcache.dump.specs import PreparedTeacher, prepare_teachers, scopes, task_spec
+from kdcache.recipe import Recipe, load_recipe
+from kdcache.teachers.bundle import read_bundle
+
+if TYPE_CHECKING:
+    from kdcache.dump.engine import TextBatches
+    from kdcache.teachers.backends import TeacherBackend
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe")
+    parser.add_argument("--teachers", type=Path, required=True, help="directory of the co-finetuned teachers")
+    parser.add_argument("--texts", type=int, default=2048)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--backends", nargs="*", default=["torch", "onnxruntime"])
+    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
+    arguments = parser.parse_args()
+    report: dict[str, Any] = {"machine": machine(), "recipe": arguments.recipe, "texts": arguments.texts}
+    for backend in arguments.backends:
+        sizes = f"dump.part_size={max(1, arguments.texts // 4)}"
+        recipe = load_recipe(arguments.recipe, [*arguments.overrides, f"dump.backend={backend}", sizes])
+        report[backend] = measure_backend(recipe, arguments)
+    if {"torch", "onnxruntime"} <= report.keys():
+        report["onnxruntime / torch, rows per second of the bare loop"] = {
+            name: report["onnxruntime"][name]["bare, rows per second"]["median"] / found["bare, rows per second"]["median"]
+            for name, found in report["torch"].items()
+        }
+    json.dump(report, sys.stdout, indent=2)
+    print()
+
+
+def measure_backend(recipe: Recipe, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Every teacher of the recipe through one backend."""
+    task = load_task(recipe.data)
+    bundle = read_bundle(arguments.teachers)
+    texts = dict(list(scopes(task)[0].items())[: arguments.texts])
+    found = {}
+    for teacher in prepare_teachers(recipe, bundle, arguments.teachers, len(task.label_names)):
+        print(f"{recipe.dump.backend}: {teacher.name}", file=sys.stderr, flush=True)
+        settings = Settings(recipe.dump.seed, recipe.dump.part_size)
+        with tempfile.TemporaryDirectory() as folder, open_writer(Path(folder) / "cache", task_spec(task), settings) as writer:
+            writer.add_texts(texts, {})
+            writer.declare_teacher(teacher.spec, teacher.tokenizer_json)
+            with open_teacher(teacher, arguments.teachers) as backend:
+                found[teacher.name] = Contest(writer, teacher, backend, recipe).run(arguments.rounds)
+    return found
+
+
+class Contest:
+    """The bare loop and the dump of one teacher, over the same parts."""
+
+    def __init__(self, writer: CacheWriter, teacher: PreparedTeacher, backend: TeacherBackend, recipe: Recipe) -> None:
+        self.teacher, self.backend = teacher, backend
+        self.layers = tuple(teacher.spec.layers)
+        self.tokens_per_batch = recipe.dump.tokens_per_batch
+        self.parts = [(part, writer.texts_of(part)) for part in writer.parts]
+        self.writer = writer
+        self.writing: list[float] = []
+
+    def run(self, count: int) -> dict[str, Any]:
+        texts = sum(len(part) for _, part in self.parts)
+        began = time.perf_counter()
+        bases = self.fit()
+        fitting = time.perf_counter() - began
+        self.writer.write_bases(self.teacher.name, bases)
+        self.bare()  # warm-up
+        taken = rounds({"bare": self.bare, "dump": lambda: self.dump(bases)}, count)
+        rates = {name: [texts / seconds for seconds in values] for name, values in taken.items()}
+        return {
+            **{f"{name}, rows per second": summary(values) for name, values in rates.items()},
+            "time of the dump / time of the bare loop": ratio(taken["dump"], taken["bare"]),
+            "writing / time of the dump": ratio(self.writing, taken["dump"]),
+            "fitting the bases, s": fitting,
+        }
+
+    def fit(self) -> dict[int, Any]:
+        part, texts = self.parts[0]
+        batches = self.batches(texts, part.text_ids)
+        moments = fit_moments(batches, self.backend, self.teacher.spec.layers, lambda _: None)
+        return {
+            layer: fit_basis(moments[layer], spec.projection, spec.dim, seed=0, name=self.teacher.name, layer=layer)
+            for layer, spec in self.teacher.spec.layers.items()
+        }
+
+    def bare(self) -> float:
+        """Tokenisation and forward passes; the logits are waited for."""
+        began = time.perf_counter()
+        for part, texts in self.parts:
+            for _, output in self.batches(texts, part.text_ids).run(self.backend, self.layers):
+                output.logits.cpu()
+        return time.perf_counter() - began
+
+    def dump(self, bases: dict[int, Any]) -> float:
+        """The same and everything else: projection, quantisation, and the files of every part, written one part behind."""
+        from concurrent.futures import Future, ThreadPoolExecutor
+
+        began, writing, pending = time.perf_counter(), 0.0, None
+        with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(1) as thread:
+            for part, texts in self.parts:
+                batches = self.batches(texts, part.text_ids)
+                outputs, hidden = run_part(batches, self.backend, self.teacher.spec, self.layers, bases, lambda _: None)
+                writing += 0.0 if pending is None else pending.result()
+                pending = thread.submit(self.write, Path(folder), part.name, batches, outputs, hidden)
+            assert isinstance(pending, Future)
+            writing += pending.result()
+            taken = time.perf_counter() - began
+        self.writing.append(writing)
+        return taken
+
+    def write(self, folder: Path, name: str, batches: TextBatches, outputs: Any, hidden: Any) -> float:
+        """The files of a part as the writer of a cache makes them, durable and with digests; seconds."""
+        from kdcache.cache import layout, tables
+        from kdcache.cache.files import write_file
+        from kdcache.cache.hidden import encode_layers
+
+        began, spec, tokens = time.perf_counter(), self.teacher.spec, batches.tokens()
+        files: dict[str, Any] = {
+            layout.outputs_file(spec.name, name): tables.encode_outputs(outputs),
+            layout.tokens_file(spec.name, name): tables.encode_tokens(tokens),
+            **encode_layers(spec, name, batches.text_ids, tokens.offsets, hidden),
+        }
+        for path, data in files.items():
+            write_file(folder / path, data)
+        return time.perf_counter() - began
+
+    def batches(self, texts: Any, text_ids: Any) -> TextBatches:
+        return text_batches(self.teacher, texts, text_ids, self.tokens_per_batch)
+
+
+if __name__ == "__main__":
+    main()
