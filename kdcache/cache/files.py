@@ -38,7 +38,7 @@ def digest_bytes(data: Buffer) -> FileDigest:
 class Disk:
     """The system steps, one method each. Stateless, so that a replacement can wrap it."""
 
-    def write(self, path: Path, buffers: list[Buffer]) -> None:
+    def write(self, path: Path, buffers: Iterable[Buffer]) -> None:
         with path.open("xb") as file:
             for buffer in buffers:
                 file.write(buffer)
@@ -82,18 +82,28 @@ def write_file(path: Path, data: Buffer | Iterable[Buffer]) -> FileDigest:
     digest = hashlib.sha256()
     for buffer in buffers:
         digest.update(buffer)
+    _put(path, buffers, lambda: None)
+    return FileDigest(sum(len(buffer) for buffer in buffers), digest.hexdigest())
+
+
+def write_stream(path: Path, blocks: Iterable[Buffer], check: Callable[[], None]) -> None:
+    """As ``write_file``, a block at a time; the file takes its name only if ``check`` raises nothing once all are written."""
+    _put(path, blocks, check)
+
+
+def _put(path: Path, blocks: Iterable[Buffer], check: Callable[[], None]) -> None:
     temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}{TEMPORARY}"
     make_directory(path.parent)
     try:
-        _step(path, lambda: disk.write(temporary, buffers))
+        _step(path, lambda: disk.write(temporary, blocks))
+        check()
         _step(path, lambda: disk.fsync(temporary))
         _step(path, lambda: disk.rename(temporary, path))
         _step(path, lambda: disk.fsync_directory(path.parent))
-    except StorageError:
+    except Exception:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
-    return FileDigest(sum(len(buffer) for buffer in buffers), digest.hexdigest())
 
 
 def make_directory(path: Path) -> None:

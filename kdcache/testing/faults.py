@@ -17,7 +17,7 @@ import errno
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -52,7 +52,7 @@ class FaultyDisk(Disk):
         self._at, self._strike, self._once = at, strike, once
         self._real = real or files.disk
 
-    def write(self, path: Path, buffers: list[Buffer]) -> None:
+    def write(self, path: Path, buffers: Iterable[Buffer]) -> None:
         if self._comes("write", path):
             data = b"".join(bytes(buffer) for buffer in buffers)
             self._real.write(path, [data[: len(data) // 2]])

@@ -1,0 +1,140 @@
+"""The document of a ref: one version of a name, or the removal of some. Strict and bounded, for it comes from somebody else.
+
+Its bytes are canonical JSON with a checksum over all of it, so that a flipped bit is damage and never another version; name and
+number stand inside as well, so that a document under another key is seen.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from kdcache.cache.canonical import NotCanonicalError, canonical_json, digest_of, parse_json
+from kdcache.errors import DamageError, MismatchError
+from kdcache.share import layout
+
+MAX_BYTES = 1 << 16
+MAX_REMOVED = 5000  # versions that one tombstone can name
+VERSION = 1
+_HINT = "Nobody writes such a ref: restore that object from a backup of the remote, or delete it."
+
+Hex = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Number = Annotated[int, Field(ge=1, le=layout.MAX_NUMBER)]
+Count = Annotated[int, Field(ge=0, le=2**53 - 1)]
+
+
+@dataclass(frozen=True)
+class Ref:
+    """A version of a name. ``manifest`` and ``identity`` are empty where it is a tombstone, which ``removes`` earlier ones."""
+
+    name: str
+    number: int
+    manifest: str  # sha256 of the manifest's bytes
+    identity: str
+    tag: str | None
+    removes: tuple[int, ...] | Literal["all"] | None
+    made: str  # UTC, such as 2026-11-20T08:30:00Z, on the store's clock
+    key: str
+    size: int = 0  # bytes of all files of the cache
+    files: int = 0
+
+    def drops(self, other: Ref) -> bool:
+        """Whether this is a tombstone of ``other``."""
+        if self.removes is None or other.number >= self.number or other.name != self.name:
+            return False
+        return self.removes == "all" or other.number in self.removes
+
+    @property
+    def pinned(self) -> str:
+        """A reference to this version and no other: ``name@number``."""
+        return f"{self.name}@{self.number}"
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class _Version(_Strict):
+    format: Literal["kdcache-ref"]
+    version: Literal[1]
+    name: Annotated[str, Field(pattern=rf"^{layout.NAME.pattern}$")]
+    number: Number
+    made: Annotated[str, Field(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z$")]
+    token: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
+    checksum: Hex
+    manifest: Hex
+    identity: Hex
+    tag: Annotated[str, Field(pattern=rf"^{layout.TAG.pattern}$")] = ""
+    bytes: Count
+    files: Count
+
+
+class _Tombstone(_Strict):
+    format: Literal["kdcache-ref"]
+    version: Literal[1]
+    name: Annotated[str, Field(pattern=rf"^{layout.NAME.pattern}$")]
+    number: Number
+    made: Annotated[str, Field(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z$")]
+    token: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
+    checksum: Hex
+    removes: Literal["all"] | Annotated[list[Number], Field(min_length=1, max_length=MAX_REMOVED)]
+
+
+def ref_bytes(ref: Ref, token: str) -> bytes:
+    """The object of a ref; ``token`` (16 hex digits) is its writer's own, so that no two writers write the same bytes."""
+    document: dict[str, Any] = {
+        "format": "kdcache-ref",
+        "version": VERSION,
+        "name": ref.name,
+        "number": ref.number,
+        "made": ref.made,
+        "token": token,
+    }
+    if ref.removes is None:
+        document |= {"manifest": ref.manifest, "identity": ref.identity, "bytes": ref.size, "files": ref.files}
+        document |= {"tag": ref.tag} if ref.tag else {}
+    else:
+        document |= {"removes": ref.removes if ref.removes == "all" else list(ref.removes)}
+    return canonical_json({**document, "checksum": digest_of(document)})
+
+
+def parse_ref(data: bytes, key: str) -> Ref:
+    """Check the bytes of the object ``key``. Raises DamageError; MismatchError where a newer kdcache wrote it."""
+    document = _document(data, key)
+    kind = _Tombstone if "removes" in document else _Version
+    try:
+        model = kind.model_validate(document)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(step)[:80] for step in first["loc"])
+        raise DamageError(f"'{key}' is not a valid ref: {where}: {first['msg']}", _HINT) from error
+    place = layout.parse_ref_key(key)
+    if place is None or place[:2] != (model.name, model.number):
+        raise DamageError(f"'{key}' holds version {model.number} of '{model.name}'", _HINT)
+    if isinstance(model, _Tombstone):
+        removes: Any = "all" if model.removes == "all" else tuple(model.removes)
+        return Ref(model.name, model.number, "", "", None, removes, model.made, key)
+    return Ref(
+        model.name, model.number, model.manifest, model.identity, model.tag or None, None, model.made, key, model.bytes, model.files
+    )  # fmt: skip
+
+
+def _document(data: bytes, key: str) -> dict[str, Any]:
+    try:
+        document = parse_json(data)
+    except NotCanonicalError as error:
+        raise DamageError(f"'{key}' is damaged: {str(error)[:200]}", _HINT) from error
+    if not isinstance(document, dict):
+        raise DamageError(f"'{key}' is damaged: it is not a JSON object", _HINT)
+    version = document.get("version")
+    if document.get("format") == "kdcache-ref" and isinstance(version, int) and version > VERSION:
+        raise MismatchError(
+            f"'{key}' is a ref of format {version}; this kdcache reads format {VERSION}",
+            "Upgrade it with: pip install -U kdcache",
+        )
+    rest = {name: value for name, value in document.items() if name != "checksum"}
+    if digest_of(rest) != document.get("checksum"):
+        raise DamageError(f"'{key}' was edited or damaged: its checksum does not match", _HINT)
+    return document

@@ -1,0 +1,208 @@
+"""Versions of a name: numbered, immutable, one line, each made by create-if-absent after the ones before were read.
+
+Who loses the race for a number reads again and takes the next one, so no version is lost. The number only grows: ``rm`` is a
+version of its own (a tombstone) that drops earlier ones, and the newest ref is never deleted. On a store without conditional
+writes two writers may make two refs of one number; both stay, and readers are told (``fork``) until a version comes on top.
+"""
+
+from __future__ import annotations
+
+import random
+import secrets
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Literal
+
+from kdcache.errors import MismatchError, MissingObjectError, RemoteError
+from kdcache.share import layout
+from kdcache.share.parallel import gather
+from kdcache.share.ref_document import MAX_BYTES, Ref, parse_ref, ref_bytes
+
+if TYPE_CHECKING:
+    from kdcache.share.remote import Entry, Remote
+
+__all__ = ["Ref", "history", "live", "publish", "resolve", "tombstone"]
+
+ATTEMPTS = 100  # races for a number that may be lost before giving up
+
+
+def history(remote: Remote, name: str, known: Mapping[str, Ref] | None = None) -> tuple[Ref, ...]:
+    """Every ref of a name that is there, tombstones and what they drop included, oldest first. ``known``: refs by key, read before.
+
+    Raises DamageError for a damaged one.
+    """
+    return read_refs(remote, remote.list(layout.refs_of(layout.check_name(name))), known or {})
+
+
+def all_histories(remote: Remote) -> dict[str, tuple[Ref, ...]]:
+    """``history`` of every name. Raises DamageError."""
+    names: dict[str, list[Ref]] = defaultdict(list)
+    for ref in read_refs(remote, remote.list(layout.REFS), {}):
+        names[ref.name].append(ref)
+    return {name: tuple(refs) for name, refs in sorted(names.items())}
+
+
+def read_refs(remote: Remote, entries: Iterable[Entry], known: Mapping[str, Ref]) -> tuple[Ref, ...]:
+    """The refs among listed objects, by name and number. One that went away since is left out. Raises DamageError."""
+    keys = [entry.key for entry in entries if layout.parse_ref_key(entry.key)]
+    found = gather(keys, lambda key: known.get(key) or _read(remote, key), workers=min(8, max(1, len(keys))))
+    return tuple(sorted((ref for ref in found if ref), key=lambda ref: (ref.name, ref.number, ref.key)))
+
+
+def live(refs: Sequence[Ref]) -> tuple[Ref, ...]:
+    """The versions of one name's history that can be had: no tombstones, nothing that one of them drops."""
+    tombstones = [ref for ref in refs if ref.removes is not None]
+    return tuple(ref for ref in refs if ref.removes is None and not any(one.drops(ref) for one in tombstones))
+
+
+def resolve(remote: Remote, reference: str) -> Ref:
+    """The version that ``name``, ``name@3``, ``name@tag`` or ``name@digest`` (of identity or manifest, 6 digits or more) means.
+
+    Raises RecipeError where it is no reference, MismatchError where there is no such version (it says which there are) or where
+    two writers made the same number, DamageError.
+    """
+    name, version = layout.split_reference(reference)
+    refs = history(remote, name)
+    found = live(refs)
+    if not found:
+        raise _nothing(remote, name, refs)
+    if version is None:
+        return _one(remote, reference, [ref for ref in found if ref.number == found[-1].number])
+    matching = _matching(found, version)
+    if not matching:
+        raise _no_version(remote, name, version, refs, found)
+    return _one(remote, reference, matching)
+
+
+def publish(
+    remote: Remote,
+    name: str,
+    manifest_sha: str,
+    identity: str,
+    tag: str | None,
+    *,
+    size: int = 0,
+    files: int = 0,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Ref:
+    """Make the next version of a name, or give back its newest one where that has this manifest (and tag, where one is asked for).
+
+    Manifest and files must be there. Raises MismatchError where the tag belongs to another version.
+    """
+    wanted = Ref(layout.check_name(name), 0, manifest_sha, identity, tag and layout.check_tag(tag), None, "", "", size, files)
+
+    def already(refs: Sequence[Ref]) -> Ref | None:
+        newest = newest_like(refs, manifest_sha, tag)
+        taken = next((ref for ref in live(refs) if tag and ref.tag == tag and ref.manifest != manifest_sha), None)
+        if newest is None and taken:
+            raise MismatchError(f"tag '{tag}' of '{name}' is version {taken.number} already", "Choose another tag.")
+        return newest
+
+    return _append(remote, wanted, already, sleep)
+
+
+def tombstone(
+    remote: Remote, name: str, removes: tuple[int, ...] | Literal["all"], *, sleep: Callable[[float], None] = time.sleep
+) -> Ref:
+    """Drop versions of a name by a version that says so."""
+    return _append(remote, Ref(layout.check_name(name), 0, "", "", None, removes, "", ""), lambda _: None, sleep)
+
+
+def newest_like(refs: Sequence[Ref], manifest_sha: str, tag: str | None) -> Ref | None:
+    """The newest version, where it alone is the newest, has that manifest and, where one is asked for, that tag."""
+    found = live(refs)
+    if not found or refs[-1].number != found[-1].number or len([ref for ref in refs if ref.number == found[-1].number]) > 1:
+        return None
+    newest = found[-1]
+    return newest if newest.manifest == manifest_sha and tag in (None, newest.tag) else None
+
+
+def _append(remote: Remote, wanted: Ref, already: Callable[[Sequence[Ref]], Ref | None], sleep: Callable[[float], None]) -> Ref:
+    token, known = secrets.token_hex(8), dict[str, Ref]()
+    for attempt in range(ATTEMPTS):
+        refs = history(remote, wanted.name, known)
+        known = {ref.key: ref for ref in refs}
+        there = already(refs)
+        if there:
+            return there
+        number = refs[-1].number + 1 if refs else 1
+        key = layout.ref_key(wanted.name, number, None if remote.conditional else token)
+        made = replace(wanted, number=number, key=key, made=_timestamp(remote.now()))
+        if remote.create(key, ref_bytes(made, token)):
+            return _stands(remote, made)
+        sleep(random.uniform(0, min(2.0, 0.02 * 2 ** min(attempt, 7))))
+    raise RemoteError(f"others took {ATTEMPTS} versions of '{wanted.name}' on {remote.url} while this one tried", "Try again.")
+
+
+def _stands(remote: Remote, made: Ref) -> Ref:
+    """``made``, unless a later version drops it: its number was read long ago, or somebody removed it at this moment."""
+    after = history(remote, made.name, {made.key: made})
+    dropped = next((ref for ref in after if ref.drops(made)), None)
+    if dropped:
+        raise MismatchError(
+            f"version {made.number} of '{made.name}' was removed by version {dropped.number} while it was being made",
+            "Run the same command again if it is still wanted.",
+        )
+    return made
+
+
+def _read(remote: Remote, key: str) -> Ref | None:
+    try:
+        return parse_ref(remote.read_bytes(key, MAX_BYTES), key)
+    except MissingObjectError:
+        return None  # removed by gc since it was listed
+
+
+def _matching(found: Sequence[Ref], version: str) -> list[Ref]:
+    """All of the newest number with that tag; else all with that number; else all whose identity or manifest begins so."""
+    if version.isdecimal() and len(version) < 10:
+        numbered = [ref for ref in found if ref.number == int(version)]
+        if numbered:
+            return numbered
+    tagged = [ref for ref in found if ref.tag == version]
+    if tagged:
+        return [ref for ref in tagged if ref.number == tagged[-1].number]
+    if not layout.PREFIX.fullmatch(version):
+        return []
+    digested = [ref for ref in found if ref.manifest.startswith(version)]
+    digested = digested or [ref for ref in found if ref.identity.startswith(version)]
+    identities = {ref.identity for ref in digested}
+    return digested[-1:] if len(identities) == 1 else digested
+
+
+def _one(remote: Remote, reference: str, refs: Sequence[Ref]) -> Ref:
+    """The one version that is meant; several are no matter where they point to the same manifest."""
+    if len({ref.manifest for ref in refs}) == 1:
+        return refs[-1]
+    name = refs[-1].name
+    choices = ", ".join(f"{name}@{ref.manifest[:12]} ({ref.made})" for ref in refs)
+    same = len({ref.number for ref in refs}) == 1
+    what = f"version {refs[-1].number} was made twice, by two writers at once" if same else "it fits several versions"
+    raise MismatchError(
+        f"'{reference}' on {remote.url} is not one cache: {what}", f"Name one of {choices}; a later push continues after both."
+    )
+
+
+def _nothing(remote: Remote, name: str, refs: Sequence[Ref]) -> MismatchError:
+    if refs:
+        return MismatchError(f"all versions of '{name}' on {remote.url} were removed", "Push it again, or name another cache.")
+    names = sorted({place[0] for entry in remote.list(layout.REFS) if (place := layout.parse_ref_key(entry.key))})
+    there = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+    hint = f"There is: {there}." if names else "Push one with: kdcache cache push PATH --name NAME"
+    return MismatchError(f"there is no cache '{name}' on {remote.url}", hint)
+
+
+def _no_version(remote: Remote, name: str, version: str, refs: Sequence[Ref], found: Sequence[Ref]) -> MismatchError:
+    dropped = version.isdecimal() and any(str(ref.number) == version for ref in refs)
+    what = f"version {version} of '{name}' on {remote.url} was removed" if dropped else (
+        f"'{name}' on {remote.url} has no version '{version}'"
+    )  # fmt: skip
+    shown = [f"{ref.number}{f' ({ref.tag})' if ref.tag else ''} {ref.identity[:12]}" for ref in found[-10:]]
+    return MismatchError(what, f"There is: {', '.join(shown)}.")
+
+
+def _timestamp(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -1,0 +1,185 @@
+"""Moving files between a cache directory and a remote: streamed, verified on the way, durable on arrival.
+
+What goes up is digested before it is sent, so that a damaged local file is never published. What comes down is digested while it
+is written and takes its name only if size and sha256 are right. A body that ends early is continued where it ended; one that
+arrives whole and wrong is fetched once more, and then it is the object that is damaged.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kdcache.cache.files import FileDigest, write_stream
+from kdcache.errors import DamageError, MissingObjectError, RemoteAccessError, RemoteError
+from kdcache.share import layout
+
+if TYPE_CHECKING:
+    from kdcache.share.remote import Remote
+
+SMALL = 4 << 20  # bytes; files up to here are sent from memory, exactly the bytes that were digested
+_BLOCK = 1 << 20
+_FRUITLESS = 4  # continuations of a body without a byte arriving, before giving up
+_FETCHES = 2  # of an object whose bytes were wrong
+
+OnBytes = Callable[[int], None]
+
+
+def fetch_file(remote: Remote, digest: FileDigest, target: Path, on_bytes: OnBytes | None = None) -> None:
+    """Fetch the data file of that digest to ``target``: atomic, durable, verified.
+
+    Raises DamageError where the object is missing, truncated or altered, RemoteError, StorageError.
+    """
+    fetch_object(remote, layout.file_key(digest.sha256), digest, target, on_bytes)
+
+
+def fetch_object(remote: Remote, key: str, digest: FileDigest, target: Path, on_bytes: OnBytes | None = None) -> None:
+    """``fetch_file`` of any object whose size and sha256 are known."""
+
+    def attempt(body: _Body) -> None:
+        write_stream(target, body, body.check)
+
+    _verified(remote, key, digest, attempt, on_bytes)
+
+
+def check_object(remote: Remote, key: str, digest: FileDigest, on_bytes: OnBytes | None = None) -> None:
+    """Read an object to its end without keeping it. Raises as ``fetch_file``."""
+
+    def attempt(body: _Body) -> None:
+        for _ in body:
+            pass
+        body.check()
+
+    _verified(remote, key, digest, attempt, on_bytes)
+
+
+def send_file(remote: Remote, path: Path, digest: FileDigest) -> None:
+    """Put a local file in place under its digest. Raises DamageError where it is not the file of that digest, RemoteError."""
+    key = layout.file_key(digest.sha256)
+    if digest.size <= SMALL:
+        data = _read(path)
+        if FileDigest(len(data), hashlib.sha256(data).hexdigest()) != digest:
+            raise _not_it(path)
+        remote.write(key, data)
+        return
+    before = _stamp(path)
+    if file_digest(path) != digest:
+        raise _not_it(path)
+    remote.write(key, path)
+    if _stamp(path) != before:
+        remote.delete(key)
+        raise DamageError(f"'{path}' changed while it was sent", "Files of a cache never change: find out what wrote to it.")
+
+
+def file_digest(path: Path, on_bytes: OnBytes | None = None) -> FileDigest:
+    """Size and sha256 of a file, a block at a time. Raises DamageError where it cannot be read."""
+    hasher, size, block = hashlib.sha256(), 0, memoryview(bytearray(_BLOCK))
+    try:
+        with path.open("rb", buffering=0) as file:
+            while count := file.readinto(block):
+                hasher.update(block[:count])
+                size += count
+                if on_bytes:
+                    on_bytes(count)
+    except OSError as error:
+        raise DamageError(f"'{path}' cannot be read: {error.strerror}", "Verify it with: kdcache cache verify PATH") from error
+    return FileDigest(size, hasher.hexdigest())
+
+
+class WrongBytesError(DamageError):
+    """An object arrived to its end and is not what its digest says."""
+
+
+class _Body:
+    """The bytes of an object, continued where a connection broke, and never more than there may be."""
+
+    def __init__(self, remote: Remote, key: str, digest: FileDigest, on_bytes: OnBytes | None) -> None:
+        self._remote, self._key, self._digest, self._on_bytes = remote, key, digest, on_bytes
+        self._hasher, self._size = hashlib.sha256(), 0
+
+    def __iter__(self) -> Iterator[bytes]:
+        fruitless = 0
+        while self._size < self._digest.size and fruitless < _FRUITLESS:
+            before = self._size
+            try:
+                yield from self._blocks()
+            except (MissingObjectError, RemoteAccessError):
+                raise
+            except RemoteError:
+                if self._size == before:
+                    raise
+            fruitless = 0 if self._size > before else fruitless + 1
+            if self._size < self._digest.size:
+                self._expect_whole()
+
+    def _expect_whole(self) -> None:
+        """A body ended early: either the connection broke, or the object itself is too short."""
+        entry = self._remote.head(self._key)
+        if entry is None:
+            raise MissingObjectError(f"'{self._key}' went away from {self._remote.url}")
+        if entry.size != self._digest.size:
+            self._size = entry.size
+            self.check()
+
+    def _blocks(self) -> Iterator[bytes]:
+        for block in self._remote.read(self._key, start=self._size):
+            self._size += len(block)
+            if self._size > self._digest.size:
+                raise self._wrong(f"has more than {self._digest.size} bytes")
+            self._hasher.update(block)
+            if self._on_bytes:
+                self._on_bytes(len(block))
+            yield block
+
+    def check(self) -> None:
+        """Raises WrongBytesError where size or sha256 differ."""
+        if self._size != self._digest.size:
+            raise self._wrong(f"has {self._size} bytes, expected {self._digest.size}")
+        if self._hasher.hexdigest() != self._digest.sha256:
+            raise self._wrong("has other bytes than its name says: its sha256 differs")
+
+    def _wrong(self, what: str) -> WrongBytesError:
+        if self._on_bytes and self._size:
+            self._on_bytes(-self._size)
+        return WrongBytesError(f"'{self._key}' on {self._remote.url} {what}", _REPAIR)
+
+
+_REPAIR = "Somebody who has the cache can repair it: delete that object and push the cache again under the same name."
+
+
+def _verified(remote: Remote, key: str, digest: FileDigest, attempt: Callable[[_Body], None], on_bytes: OnBytes | None) -> None:
+    for fetch in range(_FETCHES):
+        try:
+            attempt(_Body(remote, key, digest, on_bytes))
+        except WrongBytesError:
+            if fetch + 1 == _FETCHES:
+                raise
+        except MissingObjectError as error:
+            raise DamageError(f"'{key}' is missing on {remote.url}", _REPAIR) from error
+        else:
+            return
+
+
+def _read(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(SMALL + 1)
+    except OSError as error:
+        raise DamageError(f"'{path}' cannot be read: {error.strerror}", "Verify it with: kdcache cache verify PATH") from error
+
+
+def _stamp(path: Path) -> tuple[int, int, int]:
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise DamageError(f"'{path}' cannot be read: {error.strerror}", "Verify it with: kdcache cache verify PATH") from error
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _not_it(path: Path) -> DamageError:
+    return DamageError(
+        f"'{path}' is not the file that the manifest lists: it was damaged; nothing of it was published",
+        "Write it again with: kdcache dump-teachers RECIPE --repair",
+    )
