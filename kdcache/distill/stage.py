@@ -93,8 +93,8 @@ def _train(training: Training, validation: EncodedSplit | None, run: RunDirector
         accumulation=section.accumulation,
         select_by=section.select_by,
     )
-    own_rates = {PROJECTIONS: section.projection_learning_rate or 10 * section.learning_rate}
-    loop = replace(LoopSettings.from_section(section, identity), log_steps=1, own_rates=own_rates)
+    rate = section.projection_learning_rate or section.learning_rate * (1 if section.paper else 10)
+    loop = replace(LoopSettings.from_section(section, identity), log_steps=1, own_rates={PROJECTIONS: rate})
     outcome = train(trainee, loop, checkpoints=place, progress=progress, on_metrics=MetricsLog(run.metrics, STAGE))
     trainee.load_best(outcome.best_epoch)
     return outcome.best_epoch

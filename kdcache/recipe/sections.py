@@ -160,7 +160,7 @@ class DistillSection(OptimSection):
     """Training of the student from cached (or live) targets."""
 
     learning_rate: AboveZero = 5e-5
-    projection_learning_rate: AboveZero | None = None  # of the matrices W_ij; ten times learning_rate where not given
+    projection_learning_rate: AboveZero | None = None  # of the W_ij; else ten times learning_rate, once with paper
     method: str = "mt-bert"
     paper: bool = False  # plain sums, teacher-to-student, all weights 1
     temperature: AboveZero = 1.0

@@ -90,7 +90,17 @@ class LoopSettings:
 
     def full_identity(self, steps_per_epoch: int) -> dict[str, Any]:
         """What a checkpoint must agree on; how often checkpoints and log lines are written is free."""
-        names = ("epochs", "learning_rate", "warmup", "weight_decay", "max_grad_norm", "precision", "log_steps", "seed", "own_rates")
+        names = (
+            "epochs",
+            "learning_rate",
+            "warmup",
+            "weight_decay",
+            "max_grad_norm",
+            "precision",
+            "log_steps",
+            "seed",
+            "own_rates",
+        )
         return {**{name: getattr(self, name) for name in names}, "steps_per_epoch": steps_per_epoch, **self.identity}
 
 

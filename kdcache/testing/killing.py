@@ -1,0 +1,68 @@
+"""Trainings that are killed at a chosen moment: forked children that send themselves SIGKILL, or get it from outside.
+
+A process imports everything once and forks a child for each attempt, which costs a fraction of a second. A point is ``step:N``
+(SIGKILL in the child's optimizer step N), ``save:N`` and ``saved:N`` (before and after its N-th checkpoint or best-epoch write),
+``disk:N`` (before its N-th system step of writing), ``after:S`` (S seconds after its start, from outside), ``end`` (never).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from kdcache.cache import files
+from kdcache.training import checkpoints
+
+
+def run_child(action: Callable[[], object], trainee: type[Any], point: str) -> int:
+    """The exit status of a child that runs ``action`` and dies at ``point``; 0 is one that came to its end.
+
+    ``trainee`` is the class whose ``losses`` is called once per optimizer step.
+    """
+    kind, _, number = point.partition(":")
+    child = os.fork()
+    if child == 0:
+        _arm(kind, number, trainee)
+        action()
+        os._exit(0)
+    if kind == "after":
+        time.sleep(float(number))
+        os.kill(child, signal.SIGKILL)
+    return os.waitpid(child, 0)[1]
+
+
+def _arm(kind: str, number: str, trainee: type[Any]) -> None:
+    if kind == "step":
+        trainee.losses = _dying(trainee.losses, int(number))
+    elif kind in ("save", "saved"):
+        checkpoints.save = _dying(checkpoints.save, int(number), after=kind == "saved")
+    elif kind == "disk":
+        step = _dying(lambda: None, int(number))
+        for name in ("write", "fsync", "rename", "fsync_directory"):
+            original = getattr(files.disk, name)
+            setattr(files.disk, name, lambda *args, original=original: (step(), original(*args))[1])
+
+
+def _dying(function: Callable[..., Any], at: int, *, after: bool = False) -> Callable[..., Any]:
+    """``function``, but its ``at``-th call is the last thing that the process does."""
+    calls = 0
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == at and not after:
+            _die()
+        result = function(*args, **kwargs)
+        if calls == at:
+            _die()
+        return result
+
+    return called
+
+
+def _die() -> NoReturn:
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError("still alive")
