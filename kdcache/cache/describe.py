@@ -30,8 +30,32 @@ def describe(cache: Cache) -> dict[str, Any]:
         "examples": {name: split.examples for name, split in contents.splits.items()},
         "bytes": sum(digest.size for digest in contents.files.values()),
         "teachers": {name: _teacher(cache, name) for name in cache.teachers},
+        "selection": _selection(cache),
         "provenance": cache.manifest.provenance,
     }
+
+
+def _selection(cache: Cache) -> dict[str, Any] | None:
+    """What of the cache is here, where that is not all; ``bytes_absent`` are selected and still to be fetched."""
+    if cache.local is None:
+        return None
+    local, files = cache.local, cache.manifest.contents.files
+    selected = local.selection.covers(cache.manifest.contents)
+    absent = set() if local.complete else {path for path in selected if not cache.is_here(path)}
+    teachers = local.selection.teachers
+    return {
+        "teachers": list(cache.teachers) if teachers is None else list(teachers),
+        "text": local.selection.text,
+        "complete": not absent,
+        "origin": local.origin,
+        "bytes_here": sum(files[path].size for path in selected - absent),
+        "bytes_absent": sum(files[path].size for path in absent),
+        "bytes_not_selected": sum(digest.size for path, digest in files.items() if path not in selected),
+    }
+
+
+def _here(cache: Cache, path: str) -> bool:
+    return cache.local is None or cache.local.selection.takes(path)
 
 
 def _teacher(cache: Cache, name: str) -> dict[str, Any]:
@@ -43,8 +67,10 @@ def _teacher(cache: Cache, name: str) -> dict[str, Any]:
     for layer, one in spec.layers.items():
         paths = {path for part, tokens in counts.items() for path in layout.layer_files(name, part, layer, one, tokens)}
         document["layers"][str(layer)]["bytes"] = sum(sizes[path] for path in paths) + sizes[layout.basis_file(name, layer)]
+        document["layers"][str(layer)]["here"] = _here(cache, layout.basis_file(name, layer))
     return {
         **document,
+        "here": _here(cache, layout.tokenizer_file(name)),
         "pooled": spec.pooled,
         "tokens": sum(counts.values()),
         "bytes": sum(sizes.values()),

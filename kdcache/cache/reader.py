@@ -120,6 +120,11 @@ class Cache:
         """Whether the texts themselves are stored."""
         return self._contents.has_text
 
+    @property
+    def has_text_here(self) -> bool:
+        """Whether the texts are stored, and not left out of what was pulled."""
+        return self.has_text and (self.local is None or self.local.selection.text)
+
     def examples(self, split: str) -> ExamplesTable:
         """The examples of a split. MismatchError where there is no such split."""
         if split not in self._contents.splits:
@@ -206,6 +211,10 @@ class Cache:
         """
         for path in paths:
             self._files.check_coming(path)
+
+    def is_here(self, path: str) -> bool:
+        """Whether a file, by its name in the manifest, is in the directory with the right size. Raises DamageError."""
+        return self._files.found(path) is not None
 
     def expect(self, paths: Sequence[str]) -> None:
         """Say in which order files will be wanted, so that those that are on their way come in this order."""

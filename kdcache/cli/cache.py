@@ -24,7 +24,7 @@ def info(path: CachePath, json: Json = False) -> None:  # noqa: ARG001
     from kdcache.cache.describe import describe
     from kdcache.cache.reader import open_cache
 
-    description = describe(open_cache(path))
+    description = describe(open_cache(path, incomplete=True))
     out.document(description)
     _show(description)
 
@@ -35,7 +35,7 @@ def verify(path: CachePath, json: Json = False) -> None:  # noqa: ARG001
     Example: kdcache cache verify runs/sst2/cache
     """
     _require_directory(path)
-    from kdcache.cache.verify import unreferenced
+    from kdcache.cache.verify import to_come, unreferenced
     from kdcache.cache.verify import verify as check
     from kdcache.progress import RichProgress
 
@@ -43,8 +43,10 @@ def verify(path: CachePath, json: Json = False) -> None:  # noqa: ARG001
     progress.start("verify", _size(path), "bytes")
     damages = check(path, on_bytes=lambda count: progress.advance(count, bytes_done=count))
     progress.finish()
-    strays = [] if any(damage.file == "manifest.json" for damage in damages) else unreferenced(path)
-    out.document({"path": str(path), "damaged": [vars(damage) for damage in damages], "unreferenced": strays})
+    readable = not any(damage.file in ("manifest.json", ".selection.json") for damage in damages)
+    strays, coming = (unreferenced(path), to_come(path)) if readable else ([], [])
+    found = {"path": str(path), "damaged": [vars(damage) for damage in damages], "to_come": coming, "unreferenced": strays}
+    out.document(found)
     for damage in damages:
         out.text(f"{damage.file}: {damage.reason}")
     for stray in strays:
@@ -53,7 +55,11 @@ def verify(path: CachePath, json: Json = False) -> None:  # noqa: ARG001
         count = "1 damaged file" if len(damages) == 1 else f"{len(damages)} damaged files"
         out.error(f"cache '{path}' has {count}", "Dump again only what is damaged: kdcache dump-teachers RECIPE --repair")
         raise typer.Exit(3)
-    out.text(f"{path}: every file is what the manifest says")
+    if coming:
+        out.text(f"{path}: not complete: {len(coming):,} selected files were not fetched yet; those that are here are whole")
+        return
+    part = "every selected file" if (path / ".selection.json").exists() else "every file"
+    out.text(f"{path}: {part} is what the manifest says")
 
 
 def _require_directory(path: Path) -> None:
@@ -66,14 +72,17 @@ def _size(path: Path) -> int:
     from kdcache.cache.reader import open_cache
 
     try:
-        return sum(digest.size for digest in open_cache(path).manifest.contents.files.values())
+        cache = open_cache(path, incomplete=True)
+        files = cache.manifest.contents.files
+        names = files if cache.local is None else cache.local.selection.covers(cache.manifest.contents)
+        return sum(files[name].size for name in names)
     except KdcacheError:
         return 0
 
 
 def _show(description: dict[str, Any]) -> None:
     """For humans: the facts, then a line for each teacher and each of its layers."""
-    apart = ("teachers", "provenance", "examples", "bytes")
+    apart = ("teachers", "provenance", "examples", "bytes", "selection")
     examples = ", ".join(f"{split} {count:,}" for split, count in description["examples"].items())
     out.dict(
         {key: value for key, value in description.items() if key not in apart}
@@ -82,11 +91,12 @@ def _show(description: dict[str, Any]) -> None:
             "bytes": format_bytes(description["bytes"]),
             "command": description["provenance"].get("command", ""),
         }
+        | _part(description["selection"])
     )
     rows: list[tuple[Any, ...]] = []
     for name, teacher in description["teachers"].items():
         what = f"{teacher['head']} head, {teacher['depth']} x {teacher['width']}, {teacher['backend']} {teacher['precision']}"
-        rows.append((name, what, teacher["tokens"], format_bytes(teacher["bytes"])))
+        rows.append((name, what, teacher["tokens"], format_bytes(teacher["bytes"]), _absent(teacher)))
         for layer, stored in teacher["layers"].items():
             rows.append(
                 (
@@ -94,7 +104,24 @@ def _show(description: dict[str, Any]) -> None:
                     f"layer {layer}: {stored['projection']} {stored['dim']} {stored['dtype']}",
                     None,
                     format_bytes(stored["bytes"]),
+                    _absent(stored),
                 )
             )
     out.text()
-    out.table(("teacher", "what", "tokens", "size"), rows)
+    partial = description["selection"] is not None
+    out.table(
+        ("teacher", "what", "tokens", "size", *(["here"] if partial else [])), rows if partial else [row[:4] for row in rows]
+    )
+
+
+def _absent(stored: dict[str, Any]) -> str:
+    return "yes" if stored["here"] else "no"
+
+
+def _part(selection: dict[str, Any] | None) -> dict[str, str]:
+    """What ``info`` adds where a part of the cache is here."""
+    if selection is None:
+        return {}
+    here = f"{format_bytes(selection['bytes_here'])}; not pulled: {format_bytes(selection['bytes_not_selected'])}"
+    coming = "" if selection["complete"] else f"; still to be fetched: {format_bytes(selection['bytes_absent'])}"
+    return {"here": here + coming, "text_here": str(selection["text"]), "pulled_from": selection["origin"] or "not known"}

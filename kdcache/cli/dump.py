@@ -26,6 +26,7 @@ def dump_teachers(
         bool, typer.Option("--dry-run", help="Say what would be run and written, and run only a warm-up batch.")
     ] = False,
     repair: Annotated[bool, typer.Option("--repair", help="Verify the cache first and dump again what is damaged.")] = False,
+    no_text: Annotated[bool, typer.Option("--no-text", help="Store text ids and targets, not the texts themselves.")] = False,
     json: Json = False,  # noqa: ARG001  (its callback switches the output)
 ) -> None:
     """Run each teacher once over the data and store soft labels and hidden states in a cache.
@@ -46,7 +47,7 @@ def dump_teachers(
         for line in plan.lines():
             out.text(line)
         return
-    report = stages.dump(job, repair=repair)
+    report = stages.dump(job, repair=repair, no_text=no_text)
     out.document(report.as_dict())
     for line in (*report.counts.lines(), *report.lines()):
         out.text(line)

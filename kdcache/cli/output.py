@@ -8,9 +8,14 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
+
+# Names and texts in a cache may come from somebody else: what steers a terminal (C0, C1, changes of direction), or cannot be
+# printed (half surrogates), is spelled out. The spelling is also JSON's.
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class Output:
@@ -96,6 +101,10 @@ def _lines(values: Mapping[str, Any], indent: str = "") -> list[str]:
     return lines
 
 
+def _spelled(found: re.Match[str]) -> str:
+    return f"\\u{ord(found[0]):04x}"
+
+
 def _finite(data: Any) -> Any:
     if isinstance(data, Mapping):
         return {str(key): _finite(value) for key, value in data.items()}
@@ -105,5 +114,5 @@ def _finite(data: Any) -> Any:
 
 
 def _say(stream: TextIO, line: str) -> None:
-    stream.write(line + "\n")
+    stream.write(_UNPRINTABLE.sub(_spelled, line) + "\n")
     stream.flush()

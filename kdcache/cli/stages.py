@@ -39,12 +39,14 @@ def cofinetune(job: Job, *, add: str | None = None) -> CofinetuneResult:
         return stage.add_teacher(job.recipe, add, job.teachers, work, progress=job.progress, metrics=job.run.metrics)
 
 
-def dump(job: Job, *, repair: bool = False) -> DumpReport:
+def dump(job: Job, *, repair: bool = False, no_text: bool = False) -> DumpReport:
     """Run each teacher once over the data; what the cache holds already is left."""
     from kdcache.dump.stage import dump_teachers
 
     with _recorded(job, job.run, "cache", _cache_inputs(job)):
-        return dump_teachers(job.recipe, job.teachers, job.cache, progress=job.progress, repair=repair, provenance=provenance())
+        return dump_teachers(
+            job.recipe, job.teachers, job.cache, progress=job.progress, repair=repair, no_text=no_text, provenance=provenance()
+        )
 
 
 def distill(job: Job, *, live_teachers: Path | None = None, replace: bool = False) -> DistillResult:

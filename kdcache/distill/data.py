@@ -64,9 +64,14 @@ def student_data(section: DataSection, cache: Cache | None) -> StudentData:
     """
     try:
         task = load_task(section)
-    except DataError:
-        if cache is None or Path(section.train).exists() or not cache.has_text:
+    except DataError as error:
+        if cache is None or Path(section.train).exists():
             raise
+        if not cache.has_text:
+            raise DataError(
+                f"cache '{cache.path}' came without its texts, and the data are not here either: {error.message}",
+                "Name the data that it was made from in [data]: rows join by their text.",
+            ) from error
         return _data_of(cache)
     data = StudentData(task.texts, dict(task.splits), task.label_names, task.text_columns, "recipe")
     if cache is not None:

@@ -94,6 +94,7 @@ def build_results(training: Training, measured: Measured, metrics: Path) -> dict
         "layer_map": {name: list(layers) for name, layers in source.layer_map.items()},
         "coverage": dict(source.coverage),
         "skipped_rows": source.skipped,
+        "joined": {join.split: join.as_dict() for join in training.joins},
         "scales": scales([curve for curve in read_curves(metrics, "steps") if curve.stage == STAGE]),
         "training_seconds": round(measured.training_seconds, 1),
         "seconds": round(measured.seconds, 1),

@@ -83,7 +83,7 @@ def open_source(
         "layer_map": layer_map,
         "hidden": settings.needs_hidden,
         "logits": settings.needs_logits,
-        "texts": None if cache.has_text else data.texts,
+        "texts": None if cache.has_text_here else data.texts,
     }
     if live_teachers is not None and uses_teachers:
         return _live(joined, student.tokenizer, names, live_teachers, shared)

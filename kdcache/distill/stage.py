@@ -32,6 +32,7 @@ from kdcache.training.loop import LoopSettings, train
 from kdcache.training.metrics_log import MetricsLog
 
 if TYPE_CHECKING:
+    from kdcache.cache.reader import Cache
     from kdcache.progress import Progress
     from kdcache.recipe import Recipe
 
@@ -51,16 +52,16 @@ class DistillResult:
 
 
 def distill(
-    recipe: Recipe, cache: Path | None, run_root: Path, *, live_teachers: Path | None = None, progress: Progress
+    recipe: Recipe, cache: Path | Cache | None, run_root: Path, *, live_teachers: Path | None = None, progress: Progress
 ) -> DistillResult:
     """Train the recipe's student and write ``student/``, ``results.json`` and ``metrics.jsonl`` under ``run_root``.
 
-    ``cache`` may be None for methods without teachers. With ``live_teachers``, a teachers directory, targets come from the
+    ``cache`` is a directory, or an open cache that is read through from elsewhere; None for methods without teachers. With ``live_teachers``, a teachers directory, targets come from the
     teachers themselves; the cache still says which texts, layers and projections. Raises RecipeError, DataError, ModelError,
     MismatchError (exit 4), DamageError (exit 3), NonFiniteError, StorageError.
     """
     run, started = RunDirectory(run_root), time.perf_counter()
-    training = prepare(recipe, cache, run_root, live_teachers)
+    training = prepare(recipe, cache, run_root, live_teachers, progress)
     source, student, data = training.source, training.student, training.data
     facts = check_teachers(training.teachers_dir, training.cache, source.teachers, training.some_texts())
     said = teacher_scores(source, data, missing=recipe.distill.missing)  # before training: a cache that lacks texts says so now

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from kdcache.distill.data import StudentData, student_data
+from kdcache.distill.joining import SplitJoin, join_counts
 from kdcache.distill.objective import DistillationModel, ObjectiveSettings, objective_settings
 from kdcache.distill.sources import open_source, teachers_beside
 from kdcache.distill.student import Student, build_student
@@ -15,6 +16,7 @@ from kdcache.teachers.fingerprints import fingerprint_tensors
 if TYPE_CHECKING:
     from kdcache.cache.reader import Cache
     from kdcache.distill.targets import TargetSource
+    from kdcache.progress import Progress
     from kdcache.recipe import Recipe
 
 
@@ -30,6 +32,7 @@ class Training:
     cache: Cache | None
     targets: Literal["cache", "live", "none"]
     teachers_dir: Path | None  # the teachers that are at hand
+    joins: tuple[SplitJoin, ...] = ()  # of the data with the cache, per split
 
     def model(self) -> DistillationModel:
         """The student with the projections and the loss that the recipe chooses."""
@@ -67,12 +70,17 @@ class Training:
         return self.data.texts_of(next(name for name in ("test", "validation", "train") if name in self.data.splits))[:96]
 
 
-def prepare(recipe: Recipe, cache: Path | None, run_root: Path, live_teachers: Path | None) -> Training:
+def prepare(
+    recipe: Recipe, cache: Path | Cache | None, run_root: Path, live_teachers: Path | None, progress: Progress
+) -> Training:
     """Open cache and data, build the student, choose teachers and layers. Raises what ``stage.distill`` raises."""
     settings, section = objective_settings(recipe.distill), recipe.require_student()
     opened = _open(cache)
     data = student_data(recipe.data, opened)
-    teachers_dir = live_teachers or teachers_beside(cache, run_root)
+    joins = join_counts(data, opened) if settings.method.uses_teachers else ()
+    for line in (line for join in joins for line in join.lines()):
+        progress.note(line)
+    teachers_dir = live_teachers or teachers_beside(None if opened is None else opened.path, run_root)
     student = build_student(
         section,
         data.label_names,
@@ -83,12 +91,10 @@ def prepare(recipe: Recipe, cache: Path | None, run_root: Path, live_teachers: P
     )
     source = open_source(recipe.distill, settings, data, student, opened, live_teachers)
     targets: Literal["cache", "live", "none"] = "none" if not source.teachers else "live" if live_teachers else "cache"
-    return Training(recipe, settings, data, student, source, opened, targets, teachers_dir)
+    return Training(recipe, settings, data, student, source, opened, targets, teachers_dir, joins)
 
 
-def _open(cache: Path | None) -> Cache | None:
-    if cache is None:
-        return None
+def _open(cache: Path | Cache | None) -> Cache | None:
     from kdcache.cache.reader import open_cache
 
-    return open_cache(cache)
+    return open_cache(cache) if isinstance(cache, Path) else cache

@@ -201,7 +201,7 @@ def _published(cache_dir: Path) -> Cache | None:
 
 def _refuse_stale(cache: Cache, recipe: Recipe, task: TaskSpec, teachers: Sequence[PreparedTeacher]) -> None:
     settings = Settings(recipe.dump.seed, recipe.dump.part_size)
-    check_cache_task(cache.path, (cache.task, cache.settings, cache.has_text), (task, settings, True))
+    check_cache_task(cache.path, (cache.task, cache.settings, cache.has_text), (task, settings, cache.has_text))
     for teacher in teachers:
         old = cache.teachers.get(teacher.name)
         if old is not None:

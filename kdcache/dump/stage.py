@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kdcache.cache.layout import MANIFEST
+from kdcache.cache.manifest import read_manifest
 from kdcache.cache.spec import Settings
 from kdcache.cache.writer import open_writer
 from kdcache.data.task import load_task
@@ -73,11 +75,13 @@ def dump_teachers(
     *,
     progress: Progress,
     repair: bool = False,
+    no_text: bool = False,
     provenance: Mapping[str, Any] | None = None,
 ) -> DumpReport:
     """Bring the cache in ``cache_dir`` to what the recipe asks for, and publish it.
 
-    With ``repair`` everything is verified first, and what is damaged is dumped again. ``provenance`` (the command, say) goes
+    With ``repair`` everything is verified first, and what is damaged is dumped again. With ``no_text`` the texts themselves are
+    not stored; a cache that is without them stays so. ``provenance`` (the command, say) goes
     into the manifest, outside the identity. Raises MismatchError (exit 4) before anything is run where what exists was made
     from something else; StorageError, NonFiniteError and LockedError as they occur: what is committed by then stays.
     """
@@ -87,7 +91,8 @@ def dump_teachers(
     check_task(task, bundle, teachers_dir)
     teachers = prepare_teachers(recipe, bundle, teachers_dir, len(task.label_names))
     settings = Settings(seed=recipe.dump.seed, part_size=recipe.dump.part_size)
-    with open_writer(cache_dir, task_spec(task), settings, repair=repair) as writer:
+    store_text = not no_text and _has_text(cache_dir)
+    with open_writer(cache_dir, task_spec(task), settings, store_text=store_text, repair=repair) as writer:
         full, logits_only = scopes(task)
         refuse_stale(writer, teachers)
         refuse_forgotten_teachers(writer, teachers, full, logits_only)
@@ -144,6 +149,11 @@ def write_examples(writer: CacheWriter, task: TaskData) -> None:
     """Labels and groups of every split: written anew each time, because they can change without a dump."""
     for split, examples in task.splits.items():
         writer.write_examples(split, examples.text_ids, examples.labels, examples.groups)
+
+
+def _has_text(cache_dir: Path) -> bool:
+    """What is published stays with or without its texts; a new cache is made with them."""
+    return not (cache_dir / MANIFEST).is_file() or read_manifest(cache_dir).contents.has_text
 
 
 def _bytes_in(cache_dir: Path) -> int:
