@@ -16,6 +16,8 @@ os.environ |= {
 }  # before any import reads them
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models gain nothing from threads, and one thread repeats exactly
 
+from kdcache.testing.s3_server import rclone_store as rclone_store  # fixtures of real servers, started when first asked for
+from kdcache.testing.s3_server import seaweedfs as seaweedfs
 from kdcache.testing.tiny import make_model, reviews, write_reviews
 
 # The same examples on every run, and no time limit per example: the first one pays for imports.

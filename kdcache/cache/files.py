@@ -46,6 +46,10 @@ class Disk:
     def fsync(self, path: Path) -> None:
         _fsync(path)
 
+    def link(self, source: Path, target: Path) -> None:
+        """A second name of a file; FileExistsError where the name is taken, decided in one step."""
+        os.link(source, target, follow_symlinks=False)
+
     def rename(self, source: Path, target: Path) -> None:
         source.replace(target)
 
@@ -91,14 +95,30 @@ def write_stream(path: Path, blocks: Iterable[Buffer], check: Callable[[], None]
     _put(path, blocks, check)
 
 
-def _put(path: Path, blocks: Iterable[Buffer], check: Callable[[], None]) -> None:
+def create_file(path: Path, data: Buffer) -> bool:
+    """As ``write_file``, if nothing has that name: of several callers exactly one gets True. Raises StorageError."""
+
+    def publish(temporary: Path) -> None:
+        disk.link(temporary, path)
+        disk.remove(temporary)
+
+    try:
+        _put(path, [data], lambda: None, publish)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _put(
+    path: Path, blocks: Iterable[Buffer], check: Callable[[], None], publish: Callable[[Path], None] | None = None
+) -> None:
     temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}{TEMPORARY}"
     make_directory(path.parent)
     try:
         _step(path, lambda: disk.write(temporary, blocks))
         check()
         _step(path, lambda: disk.fsync(temporary))
-        _step(path, lambda: disk.rename(temporary, path))
+        _step(path, lambda: publish(temporary) if publish else disk.rename(temporary, path))
         _step(path, lambda: disk.fsync_directory(path.parent))
     except Exception:
         with contextlib.suppress(OSError):

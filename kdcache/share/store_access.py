@@ -20,9 +20,9 @@ _ENDPOINTS = {
     "az": ("AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT"),
 }
 SCHEMES = tuple(_ENDPOINTS)
-_RETRIES: Any = {  # about 15 seconds in all where nothing answers
-    "max_retries": 6,
-    "backoff": {"init_backoff": timedelta(milliseconds=200), "max_backoff": timedelta(seconds=10), "base": 2},
+_RETRIES: Any = {  # about ten seconds in all where nothing answers: each wait is drawn from the last one and its double
+    "max_retries": 10,
+    "backoff": {"init_backoff": timedelta(milliseconds=300), "max_backoff": timedelta(seconds=10), "base": 2},
     "retry_timeout": timedelta(minutes=3),
 }
 _runtime: list[int] = []  # the process in which obstore's threads run

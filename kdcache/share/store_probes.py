@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from obstore.store import ObjectStore
 
 PROBES = "probes"  # the folder of keys that are made to learn about a store
-_RACERS = 6
+_RACERS = 2  # more tell more, and some stores let racers wait for seconds; ``kdcache remote check`` has eight
 
 
 def create_holds(store: ObjectStore, place: Place) -> bool:
-    """Several writers create one object at once: exactly one may win, and one that comes later may not. Raises RemoteError."""
+    """Two writers create one object at once: exactly one may win, and one that comes later may not. Raises RemoteError."""
     with _probe(store, "create") as key:
 
         def create(number: int) -> bool:

@@ -63,6 +63,10 @@ class FaultyDisk(Disk):
         self._step("fsync", path)
         self._real.fsync(path)
 
+    def link(self, source: Path, target: Path) -> None:
+        self._step("link", target)
+        self._real.link(source, target)
+
     def rename(self, source: Path, target: Path) -> None:
         self._step("rename", target)
         self._real.rename(source, target)
