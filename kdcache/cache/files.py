@@ -109,9 +109,7 @@ def create_file(path: Path, data: Buffer) -> bool:
     return True
 
 
-def _put(
-    path: Path, blocks: Iterable[Buffer], check: Callable[[], None], publish: Callable[[Path], None] | None = None
-) -> None:
+def _put(path: Path, blocks: Iterable[Buffer], check: Callable[[], None], publish: Callable[[Path], None] | None = None) -> None:
     temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}{TEMPORARY}"
     make_directory(path.parent)
     try:
