@@ -88,6 +88,23 @@ def file_digest(path: Path, on_bytes: OnBytes | None = None) -> FileDigest:
     return FileDigest(size, hasher.hexdigest())
 
 
+def copy_file(source: Path, digest: FileDigest, target: Path) -> None:
+    """A second place for a file that was verified a moment ago; verified on the way all the same. Raises DamageError, StorageError."""
+    hasher = hashlib.sha256()
+
+    def blocks() -> Iterator[bytes]:
+        with source.open("rb") as file:
+            while block := file.read(_BLOCK):
+                hasher.update(block)
+                yield block
+
+    def check() -> None:
+        if hasher.hexdigest() != digest.sha256:
+            raise DamageError(f"'{source}' changed while it was copied", "Run the same command again.")
+
+    write_stream(target, blocks(), check)
+
+
 class WrongBytesError(DamageError):
     """An object arrived to its end and is not what its digest says."""
 

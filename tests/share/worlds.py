@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 from kdcache.cache.files import digest_bytes
 from kdcache.cache.manifest import parse_manifest
 from kdcache.share import layout
 from kdcache.share.intents import Pace
 from kdcache.share.refs import all_histories, live
+from kdcache.share.remote import Remote
+from kdcache.testing.faults import Died
 from kdcache.testing.memory_remote import MemoryRemote
 
 START = 1_800_000_000.0
@@ -32,6 +37,47 @@ class World:
 
     def sleep(self, seconds: float) -> None:
         self.seconds += seconds
+
+
+class Watched:
+    """A remote of which every request is heard first: ``hear(method, key)`` may count, wait or raise."""
+
+    def __init__(self, remote: Remote, hear: Callable[[str, str], None]) -> None:
+        self._remote, self._hear = remote, hear
+
+    url = property(lambda self: self._remote.url)
+    conditional = property(lambda self: self._remote.conditional)
+
+    def __getattr__(self, method: str) -> Any:
+        def request(key: str = "", *arguments: Any, **options: Any) -> Any:
+            self._hear(method, key)
+            return getattr(self._remote, method)(*([key] if key else []), *arguments, **options)
+
+        return request
+
+
+@dataclass
+class Requests:
+    """Counts requests; at number ``die_at`` and at every later one the process is dead."""
+
+    die_at: int | None = None
+    log: list[tuple[str, str]] = field(default_factory=list)
+    _guard: threading.Lock = field(default_factory=threading.Lock)
+
+    def __call__(self, method: str, key: str) -> None:
+        with self._guard:
+            self.log.append((method, key))
+            if self.die_at is not None and len(self.log) >= self.die_at:
+                raise Died
+
+    def keys(self, method: str, prefix: str = "") -> list[str]:
+        return [key for one, key in self.log if one == method and key.startswith(prefix)]
+
+
+def watched(world: World, die_at: int | None = None) -> tuple[Remote, Requests]:
+    """The world's remote, and what is asked of it."""
+    requests = Requests(die_at)
+    return cast("Remote", Watched(world.remote, requests)), requests
 
 
 def broken_refs(remote: MemoryRemote) -> list[str]:

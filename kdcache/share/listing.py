@@ -1,0 +1,123 @@
+"""What is on a remote, and how a directory stands to it: for ``cache ls`` and ``cache status``.
+
+Names are listed from their refs alone, so that a team's store of terabytes is listed in a second. A damaged ref is shown as such
+and hides no other name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kdcache.cache.manifest import read_manifest
+from kdcache.cache.selection import Selection, local_selection
+from kdcache.errors import KdcacheError
+from kdcache.share import layout
+from kdcache.share.presence import missing_of
+from kdcache.share.pull import fetch_manifest
+from kdcache.share.refs import Ref, all_histories, history, live
+
+if TYPE_CHECKING:
+    from kdcache.cache.contents import Contents
+    from kdcache.share.remote import Remote
+
+
+@dataclass(frozen=True)
+class Name:
+    """A name on a remote: its versions that can be had, oldest first; ``problem`` where its refs cannot be read."""
+
+    name: str
+    versions: tuple[Ref, ...]
+    problem: str = ""
+
+    @property
+    def forked(self) -> bool:
+        """Whether two writers made the newest version at once."""
+        newest = [ref for ref in self.versions if ref.number == self.versions[-1].number]
+        return len({ref.manifest for ref in newest}) > 1
+
+
+def names(remote: Remote) -> list[Name]:
+    """Every name with at least one version that can be had, or with a problem."""
+    found = sorted({place[0] for entry in remote.list(layout.REFS) if (place := layout.parse_ref_key(entry.key))})
+    listed = [_name(remote, name) for name in found]
+    return [one for one in listed if one.versions or one.problem]
+
+
+def _name(remote: Remote, name: str) -> Name:
+    try:
+        return Name(name, live(history(remote, name)))
+    except KdcacheError as error:
+        return Name(name, (), error.message)
+
+
+@dataclass(frozen=True)
+class Status:
+    """How a cache directory stands to a remote."""
+
+    path: str
+    identity: str
+    pushed_as: tuple[str, ...]  # name@number, newest last
+    newest: dict[str, str]  # name -> name@number of its newest version, for names that have or had this cache
+    differences: dict[str, list[str]]  # name -> what its newest version has otherwise; empty where it is this one
+    files_missing: int  # on the remote
+    bytes_missing: int
+    not_pulled: int  # files that are not in the directory
+    bytes_not_pulled: int
+    selection: dict[str, Any] | None
+
+
+def status(remote: Remote, path: Path) -> Status:
+    """Compare a cache directory with what is published. Raises DamageError, RemoteError."""
+    manifest = read_manifest(path)
+    contents = manifest.contents
+    local = local_selection(path, contents)
+    here = set(contents.files) if local is None else local.selection.covers(contents)
+    away = contents.files.keys() - here
+    pushed, newest, differences = [], {}, {}
+    for name, refs in all_histories(remote).items():
+        versions = live(refs)
+        mine = [ref for ref in versions if ref.identity == manifest.identity]
+        origin = local is not None and local.origin.partition("@")[0] == name
+        if not mine and not (origin and versions):
+            continue
+        pushed += [ref.pinned for ref in mine]
+        newest[name] = versions[-1].pinned
+        other = versions[-1].identity != manifest.identity
+        differences[name] = differing(contents, fetch_manifest(remote, versions[-1]).contents) if other else []
+    sizes = {layout.file_key(digest.sha256): digest.size for digest in contents.files.values()}
+    missing = missing_of(remote, sizes)
+    return Status(
+        str(path), manifest.identity, tuple(pushed), newest, differences, len(missing), sum(sizes[key] for key in missing),
+        len(away), sum(contents.files[one].size for one in away), None if local is None else _selection(local.selection),
+    )  # fmt: skip
+
+
+def differing(mine: Contents, other: Contents) -> list[str]:
+    """What ``other`` has otherwise than ``mine``, a line for each component; empty where data files are the same."""
+    lines = [f"teacher '{name}' is new there" for name in other.teachers if name not in mine.teachers]
+    lines += [f"teacher '{name}' is not there" for name in mine.teachers if name not in other.teachers]
+    for name in mine.teachers.keys() & other.teachers.keys():
+        here, there = mine.teachers[name], other.teachers[name]
+        if here.fingerprints != there.fingerprints:
+            lines.append(f"teacher '{name}' has other weights, config, head or tokenizer there")
+        lines += [f"layer {layer} of teacher '{name}' is new there" for layer in sorted(there.layers.keys() - here.layers.keys())]
+        lines += [f"layer {layer} of teacher '{name}' is not there" for layer in sorted(here.layers.keys() - there.layers.keys())]
+    texts = [sum(part.texts for part in contents.parts) for contents in (mine, other)]
+    if texts[0] != texts[1]:
+        lines.append(f"it has {texts[1]:,} texts, this one {texts[0]:,}")
+    if mine.has_text != other.has_text:
+        lines.append("the texts are stored there" if other.has_text else "the texts are not stored there")
+    for split in sorted(mine.splits.keys() | other.splits.keys()):
+        if mine.splits.get(split) != other.splits.get(split):
+            lines.append(f"the examples of '{split}' differ")
+    changed = [path for path in mine.files.keys() & other.files.keys() if mine.files[path] != other.files[path]]
+    if changed and not lines:
+        lines.append(f"{len(changed)} files have other bytes, such as '{min(changed)}'")
+    return lines or (["the settings of the dump differ"] if mine.settings != other.settings or mine.task != other.task else [])
+
+
+def _selection(selection: Selection) -> dict[str, Any]:
+    teachers = selection.teachers
+    return {"teachers": None if teachers is None else {name: list(one) for name, one in teachers.items()}, "text": selection.text}

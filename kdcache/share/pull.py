@@ -1,0 +1,229 @@
+"""Pull: a version of a name, or a part of it, into a directory.
+
+The manifest is written last, so a directory without it is no cache, whatever killed the pull; a record in the directory's state
+says which manifest the files belong to, so that the same command goes on with them. Completing a partial pull works on a
+finished cache: files come first, then the wider selection.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kdcache.cache import layout as cache_layout
+from kdcache.cache.canonical import NotCanonicalError, canonical_json, parse_json
+from kdcache.cache.files import FileDigest, make_directory, remove_file, remove_temporaries, write_file
+from kdcache.cache.locking import hold_lock
+from kdcache.cache.manifest import MAX_BYTES, parse_manifest, read_manifest
+from kdcache.cache.opening import refuse_other_directory
+from kdcache.cache.selection import Selection, local_selection, union, write_selection
+from kdcache.errors import DamageError, MismatchError, MissingObjectError
+from kdcache.progress import SilentProgress
+from kdcache.share import layout
+from kdcache.share.parallel import WORKERS, SharedProgress, Stop, for_each
+from kdcache.share.refs import Ref, resolve
+from kdcache.share.transfer import copy_file, fetch_file, file_digest
+
+if TYPE_CHECKING:
+    from kdcache.cache.manifest import Manifest
+    from kdcache.progress import Progress
+    from kdcache.share.remote import Remote
+
+__all__ = ["PullReport", "fetch_file", "fetch_manifest", "fetch_manifest_bytes", "pull"]
+
+RECORD = "pull.json"  # in the state directory, while a first pull is under way
+_READS = 3  # of a manifest whose bytes were wrong
+
+
+@dataclass(frozen=True)
+class PullReport:
+    """What a pull did. ``files_kept`` did not travel: they were there with the right bytes, or another place had the same."""
+
+    reference: str  # name@number
+    identity: str
+    path: str
+    files_fetched: int
+    bytes_fetched: int
+    files_kept: int
+    bytes_kept: int
+    selection: Selection | None  # what of the cache is there now; None: all of it
+
+
+@dataclass
+class _Tally:
+    """Files and bytes."""
+
+    files: int = 0
+    bytes: int = 0
+
+    def add(self, digest: FileDigest, files: int) -> None:
+        self.files += files
+        self.bytes += files * digest.size
+
+
+def fetch_manifest(remote: Remote, ref: Ref) -> Manifest:
+    """The manifest that a version points to, checked. Raises DamageError (missing, altered, invalid), MismatchError (newer)."""
+    return _parsed(remote, ref, fetch_manifest_bytes(remote, ref))
+
+
+def fetch_manifest_bytes(remote: Remote, ref: Ref) -> bytes:
+    """The bytes of the manifest that a version points to; their sha256 is right. Raises DamageError, RemoteError."""
+    key = layout.manifest_key(ref.manifest)
+    hint = "Push the cache again under that name, or pull another version."
+    for _ in range(_READS):
+        try:
+            data = remote.read_bytes(key, MAX_BYTES)
+        except MissingObjectError as error:
+            raise DamageError(f"'{key}', the manifest of {ref.pinned}, is missing on {remote.url}", hint) from error
+        if hashlib.sha256(data).hexdigest() == ref.manifest:
+            return data
+    raise DamageError(f"'{key}' on {remote.url} has other bytes than its name says: its sha256 differs", hint)
+
+
+def pull(
+    remote: Remote,
+    reference: str,
+    target: Path,
+    selection: Selection | None = None,
+    *,
+    progress: Progress | None = None,
+    workers: int = WORKERS,
+) -> PullReport:
+    """Bring the version that ``reference`` means, or the ``selection`` of it, into the directory ``target``.
+
+    What is there already is verified and kept; a selection is added to the one that is there. Raises MismatchError (no such version,
+    or the directory holds something else), DamageError (the remote's objects are not what they should be), LockedError, RemoteError,
+    StorageError.
+    """
+    ref = resolve(remote, reference)
+    data = fetch_manifest_bytes(remote, ref)
+    manifest = _parsed(remote, ref, data)
+    _refuse_other(target, ref)
+    make_directory(target)
+    with hold_lock(target):
+        finished = _refuse_other(target, ref)
+        remove_temporaries(target)
+        wanted = _selection_after(target, manifest, selection, finished)
+        if not finished:
+            write_file(target / cache_layout.STATE / RECORD, canonical_json({"manifest": ref.manifest, "identity": ref.identity}))
+        fetched, kept = _fetch(remote, ref, manifest, wanted, target, progress or SilentProgress(), workers)
+        write_selection(target, wanted, origin=ref.pinned)
+        if not finished:
+            write_file(target / cache_layout.MANIFEST, data)
+        remove_file(target / cache_layout.STATE / RECORD)
+    shown = None if wanted.is_whole else wanted
+    return PullReport(ref.pinned, ref.identity, str(target), fetched.files, fetched.bytes, kept.files, kept.bytes, shown)
+
+
+def _parsed(remote: Remote, ref: Ref, data: bytes) -> Manifest:
+    manifest = parse_manifest(data, f"'{layout.manifest_key(ref.manifest)}' on {remote.url}")
+    if manifest.identity != ref.identity:
+        raise DamageError(
+            f"'{ref.key}' on {remote.url} says identity {ref.identity[:12]}, its manifest {manifest.identity[:12]}",
+            "Push the cache again under that name, or pull another version.",
+        )
+    return manifest
+
+
+def _refuse_other(target: Path, ref: Ref) -> bool:
+    """Whether the directory holds this cache already; False where it is new or this pull was begun in it. MismatchError for all else."""
+    if (target / cache_layout.MANIFEST).exists():
+        identity = read_manifest(target).identity
+        if identity != ref.identity:
+            raise MismatchError(
+                f"'{target}' holds another cache ({identity[:12]}) than {ref.pinned} ({ref.identity[:12]})",
+                "Pull into a directory of its own: --to DIR",
+            )
+        return True
+    record = target / cache_layout.STATE / RECORD
+    if record.exists():
+        begun = _read_record(record)
+        if begun not in ("", ref.manifest):
+            raise MismatchError(
+                f"in '{target}' the pull of another version was begun (manifest {begun[:12]}, not {ref.manifest[:12]})",
+                "Finish that one, remove the directory, or pull into another one: --to DIR",
+            )
+        return False
+    refuse_other_directory(target)
+    if (target / cache_layout.STATE / "base.json").exists():
+        raise MismatchError(f"in '{target}' a dump was begun", "Pull into a directory of its own: --to DIR")
+    return False
+
+
+def _read_record(path: Path) -> str:
+    """The manifest of a pull under way; empty where the record is not readable, and then its files are judged by their digests."""
+    try:
+        record = parse_json(path.read_bytes()[:4096])
+        return str(record["manifest"]) if isinstance(record, dict) else ""
+    except (OSError, NotCanonicalError, KeyError):
+        return ""
+
+
+def _selection_after(target: Path, manifest: Manifest, selection: Selection | None, finished: bool) -> Selection:
+    asked = selection or Selection()
+    if not finished:
+        return asked
+    local = local_selection(target, manifest.contents)
+    return Selection() if local is None else union(local.selection, asked)
+
+
+def _fetch(
+    remote: Remote, ref: Ref, manifest: Manifest, selection: Selection, target: Path, progress: Progress, workers: int
+) -> tuple[_Tally, _Tally]:
+    """Fetch every file of the selection that is not there with the right bytes; gives back what was fetched and what was kept.
+
+    A file that lies in several places travels once.
+    """
+    places: dict[FileDigest, list[str]] = {}
+    for path in sorted(selection.covers(manifest.contents)):
+        places.setdefault(manifest.contents.files[path], []).append(path)
+    fetched, kept = _Tally(), _Tally()
+    progress.start(f"pull {ref.pinned}", sum(digest.size * len(paths) for digest, paths in places.items()), "bytes")
+    shared = SharedProgress(progress)
+
+    def bring(item: tuple[FileDigest, list[str]], stop: Stop) -> None:
+        digest, paths = item
+
+        def arrived(count: int) -> None:
+            stop.check()
+            shared.advance(count, bytes_done=count)
+
+        there = [path for path in paths if _is_there(target, path, digest)]
+        travels = not there
+        if travels:
+            fetch_file(remote, digest, target / paths[0], arrived)
+            there = paths[:1]
+        for path in paths:
+            if path not in there:
+                copy_file(target / there[0], digest, target / path)
+        shared.advance(digest.size * (len(paths) - travels))
+        with shared.guard:
+            fetched.add(digest, int(travels))
+            kept.add(digest, len(paths) - travels)
+
+    for_each(places.items(), bring, workers)
+    progress.finish()
+    return fetched, kept
+
+
+def _is_there(target: Path, path: str, digest: FileDigest) -> bool:
+    """Whether the file is there, plain and whole. A link on the way to it is refused: it would lead a write elsewhere."""
+    for place in _steps(target, path):
+        if place.is_symlink():
+            raise DamageError(
+                f"'{place}' is a link; a cache holds plain files only", "Remove it, or pull into another directory."
+            )
+    place = target / path
+    if not place.is_file() or place.stat().st_size != digest.size:
+        return False
+    return file_digest(place) == digest
+
+
+def _steps(target: Path, path: str) -> Iterable[Path]:
+    place = target
+    for step in path.split("/"):
+        place = place / step
+        yield place

@@ -1,0 +1,100 @@
+"""Verify on the remote: is everything there that a version needs, and are the bytes the right ones.
+
+Without reading data it asks for presence and size of every object; with it every byte, or a seeded share of the files, is read and
+digested and nothing is kept. Everything that is wrong is named, not the first thing alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from kdcache.cache.verify import Damage
+from kdcache.errors import DamageError
+from kdcache.progress import SilentProgress
+from kdcache.share import layout
+from kdcache.share.parallel import WORKERS, SharedProgress, Stop, for_each
+from kdcache.share.presence import sizes_of
+from kdcache.share.pull import fetch_manifest
+from kdcache.share.transfer import check_object
+
+if TYPE_CHECKING:
+    from kdcache.cache.files import FileDigest
+    from kdcache.progress import Progress
+    from kdcache.share.refs import Ref
+    from kdcache.share.remote import Remote
+
+
+def verify_remote(
+    remote: Remote,
+    ref: Ref,
+    *,
+    share: float = 0.0,
+    seed: str = "",
+    progress: Progress | None = None,
+    workers: int = WORKERS,
+) -> list[Damage]:
+    """What is wrong with a version: object and reason; empty where it is whole. ``share`` (0 to 1) of its files is read to the end.
+
+    Which files belong to a share follows from their digests and ``seed``. Raises RemoteError; damage is reported, never raised.
+    """
+    try:
+        manifest = fetch_manifest(remote, ref)
+    except DamageError as error:
+        return [Damage(layout.manifest_key(ref.manifest), error.message)]
+    paths: dict[FileDigest, str] = {}
+    for path, digest in sorted(manifest.contents.files.items()):
+        paths.setdefault(digest, path)
+    found = _presence(remote, paths, workers)
+    chosen = {digest: path for digest, path in paths.items() if digest not in found and _is_chosen(digest, share, seed)}
+    found |= _read(remote, chosen, progress or SilentProgress(), workers)
+    return sorted(found.values(), key=lambda damage: damage.file)
+
+
+def _presence(remote: Remote, paths: Mapping[FileDigest, str], workers: int) -> dict[FileDigest, Damage]:
+    there = sizes_of(remote, [layout.file_key(digest.sha256) for digest in paths], workers)
+    found = {}
+    for digest, path in paths.items():
+        key = layout.file_key(digest.sha256)
+        size = there.get(key)
+        if size is None:
+            found[digest] = Damage(key, f"'{path}' is missing: there is no '{key}' on {remote.url}")
+        elif size != digest.size:
+            found[digest] = Damage(key, f"'{path}' is damaged: '{key}' has {size} bytes, expected {digest.size}")
+    return found
+
+
+def _read(remote: Remote, chosen: Mapping[FileDigest, str], progress: Progress, workers: int) -> dict[FileDigest, Damage]:
+    if not chosen:
+        return {}
+    found: dict[FileDigest, Damage] = {}
+    guard = threading.Lock()
+    progress.start("verify", sum(digest.size for digest in chosen), "bytes")
+    shared = SharedProgress(progress)
+
+    def check(item: tuple[FileDigest, str], stop: Stop) -> None:
+        digest, path = item
+
+        def arrived(count: int) -> None:
+            stop.check()
+            shared.advance(count, bytes_done=count)
+
+        key = layout.file_key(digest.sha256)
+        try:
+            check_object(remote, key, digest, arrived)
+        except DamageError as error:
+            with guard:
+                found[digest] = Damage(key, f"'{path}' is damaged: {error.message}")
+
+    for_each(chosen.items(), check, workers)
+    progress.finish()
+    return found
+
+
+def _is_chosen(digest: FileDigest, share: float, seed: str) -> bool:
+    if share >= 1:
+        return True
+    drawn = hashlib.sha256(f"{seed}\n{digest.sha256}".encode()).digest()[:8]
+    return int.from_bytes(drawn, "big") < share * 2**64
