@@ -20,7 +20,7 @@ from kdcache.errors import DamageError, KdcacheError
 
 if TYPE_CHECKING:
     from kdcache.cache.files import FileDigest
-    from kdcache.cache.selection import LocalSelection
+    from kdcache.cache.selection import LocalSelection, Selection
 
 Key = tuple[int, int, int, int, str]  # device, inode, size, time of change, sha256
 
@@ -38,8 +38,12 @@ class Arrivals(Protocol):
         """Give back once the file, by its name in the manifest, is there whole; it is fetched before all others."""
         ...
 
+    def select(self, selection: Selection) -> None:
+        """Say what will be needed of the cache. MismatchError, StorageError where it cannot be had."""
+        ...
+
     def expect(self, paths: Sequence[str]) -> None:
-        """Say in which order files will be wanted from now on; those that are there already are left out."""
+        """Say in which order files will be wanted next; those that are there already are left out."""
         ...
 
 
@@ -100,8 +104,8 @@ class CheckedFiles:
 
     def check_present(self, path: str) -> os.stat_result:
         """Presence, kind and size, without reading; waits for a file that is on its way. Raises DamageError, MismatchError."""
-        found = self.found(path)
-        if found is None and self._arrivals is not None and self._is_selected(path):
+        found = self._whole_or_none(path)
+        if found is None and self._arrivals is not None:
             self._arrivals.wait_for(path)
             found = self.found(path)
         if found is None:
@@ -110,8 +114,17 @@ class CheckedFiles:
 
     def check_coming(self, path: str) -> None:
         """As ``check_present``, but without waiting: a file that is on its way is as good as there."""
-        if self.found(path) is None and (self._arrivals is None or not self._is_selected(path)):
+        if self._arrivals is None and self.found(path) is None:
             raise self._missing(path)
+
+    def _whole_or_none(self, path: str) -> os.stat_result | None:
+        """``found``; where files can be fetched again, one of another size is as good as absent."""
+        try:
+            return self.found(path)
+        except DamageError:
+            if self._arrivals is None:
+                raise
+            return None
 
     def found(self, path: str) -> os.stat_result | None:
         """A plain file of the right size, or None where there is nothing. Raises DamageError for anything else."""
@@ -135,11 +148,8 @@ class CheckedFiles:
             raise DamageError(f"'{place}' has {found.st_size} bytes, the manifest says {digest.size}", REPAIR_HINT)
         return found
 
-    def _is_selected(self, path: str) -> bool:
-        return self._local is None or self._local.selection.takes(path)
-
     def _missing(self, path: str) -> KdcacheError:
-        if self._local is not None and not self._is_selected(path):
+        if self._local is not None and not self._local.selection.takes(path):
             return not_here(self.root, self._local, path)
         if self._local is not None and not self._local.complete:
             return not_yet_here(self.root, self._local, path)
@@ -207,4 +217,5 @@ class CheckedFiles:
         if file.left:
             file.read_rest()
         if file.hasher.hexdigest() != digest.sha256:
-            raise DamageError(f"'{self.root / path}' is not the file that the manifest lists: its sha256 differs", REPAIR_HINT)
+            hint = REPAIR_HINT if self._arrivals is None else f"Remove it and run the same command again: rm '{self.root / path}'"
+            raise DamageError(f"'{self.root / path}' is not the file that the manifest lists: its sha256 differs", hint)

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from kdcache.cache.blocks import Basis, HiddenBlock, Outputs
     from kdcache.cache.contents import PartInfo
     from kdcache.cache.digests import Arrivals
-    from kdcache.cache.selection import LocalSelection
+    from kdcache.cache.selection import LocalSelection, Selection
     from kdcache.cache.spec import LayerSpec, Settings, TaskSpec, TeacherSpec
 
 T = TypeVar("T")
@@ -51,14 +51,16 @@ class ExamplesTable:
 def open_cache(path: str | Path, *, arrivals: Arrivals | None = None, incomplete: bool = False) -> Cache:
     """Open a cache directory for reading, whole or a part of it (``.selection.json``).
 
-    ``arrivals`` brings the files that are selected and not there yet; without it such a cache is refused, unless ``incomplete``.
+    ``arrivals`` brings whatever is not there yet. Without it a cache that is still to be fetched is refused, unless ``incomplete``.
     Raises DamageError (no or damaged manifest or selection), MismatchError (newer format; files still to be fetched).
     """
     root = Path(path)
     manifest = read_manifest(root)
+    if arrivals is not None:
+        return Cache(root, manifest, arrivals=arrivals)
     local = local_selection(root, manifest.contents)
-    cache = Cache(root, manifest, local=local, arrivals=arrivals)
-    if local is not None and not local.complete and arrivals is None and not incomplete:
+    cache = Cache(root, manifest, local=local)
+    if local is not None and not local.complete and not incomplete:
         cache.check_present(sorted(local.selection.covers(manifest.contents)))
     return cache
 
@@ -215,6 +217,11 @@ class Cache:
     def is_here(self, path: str) -> bool:
         """Whether a file, by its name in the manifest, is in the directory with the right size. Raises DamageError."""
         return self._files.found(path) is not None
+
+    def select(self, selection: Selection) -> None:
+        """Say what will be needed, where a cache is read through from elsewhere; nothing happens for any other."""
+        if self._arrivals is not None:
+            self._arrivals.select(selection)
 
     def expect(self, paths: Sequence[str]) -> None:
         """Say in which order files will be wanted, so that those that are on their way come in this order."""

@@ -10,6 +10,7 @@ import typer
 from kdcache.cli import stages
 from kdcache.cli.options import RUNS, Json, OutputDir, RecipeFile, Settings, open_job
 from kdcache.cli.output import out
+from kdcache.cli.references import find_cache
 
 
 def distill(
@@ -17,9 +18,11 @@ def distill(
     settings: Settings = None,
     output_dir: OutputDir = RUNS,
     cache: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
-            metavar="PATH", help="The cache of the teachers' targets; that of the run where not given.", show_default=False
+            metavar="PATH|NAME",
+            help="The cache of the teachers' targets: a directory, or a name on KDCACHE_REMOTE; that of the run where not given.",
+            show_default=False,
         ),
     ] = None,
     live_teachers: Annotated[
@@ -33,14 +36,17 @@ def distill(
 ) -> None:
     """Train the recipe's student on targets streamed from a cache; no teacher is loaded.
 
-    Interrupted, it continues with the same command.
+    From a name, what the recipe needs is fetched while the student trains, and kept. Interrupted, it continues with the same
+    command.
+
+    Example: kdcache distill sst2.toml --cache sst2-3t
 
     Example: kdcache distill sst2.toml --cache runs/sst2/cache --set distill.seed=1 --set name="sst2-seed1"
     """
     from kdcache.report.page import read_results
     from kdcache.report.table import result_rows, table
 
-    job = open_job(recipe, settings, output_dir, cache=cache)
+    job = open_job(recipe, settings, output_dir, cache=None if cache is None else find_cache(cache))
     job.recipe.require_student()
     if stages.is_finished(job, "student", live=live_teachers is not None) and not replace:
         job.progress.note("student: finished already with these settings, skipped")

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from kdcache.progress import Progress
     from kdcache.recipe import Recipe
     from kdcache.runs import RunDirectory
+    from kdcache.share.reading_through import RemoteCache
 
 
 def _json_mode(value: bool) -> bool:
@@ -44,10 +45,16 @@ class Job:
     teachers: Path
     cache: Path
     progress: Progress
+    remote_cache: RemoteCache | None = None  # in the place of ``cache``: read through from a remote
 
 
 def open_job(
-    recipe: Path, settings: list[str] | None, output_dir: Path, *, teachers: Path | None = None, cache: Path | None = None
+    recipe: Path,
+    settings: list[str] | None,
+    output_dir: Path,
+    *,
+    teachers: Path | None = None,
+    cache: Path | RemoteCache | None = None,
 ) -> Job:
     """Read the recipe and say where its run lies; nothing is written."""
     from kdcache.progress import RichProgress
@@ -56,4 +63,6 @@ def open_job(
 
     loaded = load_recipe(recipe, settings)
     run = RunDirectory(output_dir / loaded.name)
-    return Job(loaded, run, teachers or run.teachers, cache or run.cache, RichProgress())
+    through = None if cache is None or isinstance(cache, Path) else cache
+    place = cache if isinstance(cache, Path) else run.cache
+    return Job(loaded, run, teachers or run.teachers, place, RichProgress(), through)

@@ -56,7 +56,10 @@ def distill(job: Job, *, live_teachers: Path | None = None, replace: bool = Fals
     inputs = student_inputs(job, live=live_teachers is not None)
     _keep_or_replace(job.run, "student", inputs, replace=replace)
     with _recorded(job, job.run, "student", inputs):
-        return train(job.recipe, cache_at_hand(job), job.run.root, live_teachers=live_teachers, progress=job.progress)
+        if job.remote_cache is None:
+            return train(job.recipe, cache_at_hand(job), job.run.root, live_teachers=live_teachers, progress=job.progress)
+        with job.remote_cache.read(job.progress) as cache:
+            return train(job.recipe, cache, job.run.root, live_teachers=live_teachers, progress=job.progress)
 
 
 def baseline(job: Job, *, replace: bool = False) -> DistillResult:
@@ -150,5 +153,9 @@ def student_inputs(job: Job, *, live: bool = False) -> Inputs:
     from kdcache.runs import stage_inputs
 
     cache = cache_at_hand(job)
-    inputs = stage_inputs(job.recipe, "student", upstream=read_manifest(cache).identity if cache is not None else "")
+    if job.remote_cache is not None:
+        upstream = job.remote_cache.ref.identity
+    else:
+        upstream = read_manifest(cache).identity if cache is not None else ""
+    inputs = stage_inputs(job.recipe, "student", upstream=upstream)
     return inputs | ({"live_teachers": "true"} if live else {})

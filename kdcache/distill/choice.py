@@ -60,11 +60,13 @@ def largest_max_length(cache: Cache) -> int:
     return max((spec.max_length for spec in cache.teachers.values()), default=128)
 
 
-def files_used(cache: Cache, parts: Sequence[int], teachers: Sequence[str], layers: LayerMap, *, logits: bool) -> list[str]:
-    """The files that batches from ``parts`` are made of, by their names in the manifest; those with texts left out."""
+def files_used(
+    cache: Cache, parts: Sequence[int], teachers: Sequence[str], layers: LayerMap, *, logits: bool, texts: bool = False
+) -> list[str]:
+    """The files that batches from ``parts`` are made of, part by part, by their names in the manifest."""
     files: list[str] = []
     for part in (cache.parts[index].name for index in parts):
-        files.append(layout.ids_file(part))
+        files += [layout.ids_file(part), *([layout.text_file(part)] if texts else [])]
         for teacher in teachers:
             if logits:
                 files.append(layout.outputs_file(teacher, part))

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 
+from kdcache.cache import layout
 from kdcache.distill.align_store import StudentTokens
 from kdcache.distill.assembly import Ragged, Rows, cached_targets, student_inputs
 from kdcache.distill.choice import chosen_teachers, even_layer_map, files_used, largest_max_length, splits_of
@@ -75,6 +76,7 @@ class CachedBatches:
         self.epochs = Epochs(examples, batch_size, seed, window, rank, world)
         parts = np.unique(examples.parts).tolist()
         cache.check_present(files_used(cache, parts, self.teachers, self.layer_map, logits=logits))
+        self._logits, self._reads_texts = logits, texts is None
         self._pad_token_id = int(student_tokenizer.pad_token_id or 0)
         student = StudentTokens(student_tokenizer, max_length)
         self._decode = PartDecoder(cache, student, self.teachers, self.layer_map, logits, texts)
@@ -114,6 +116,9 @@ class CachedBatches:
         order = self.epochs.order(epoch)
         mine, steps = self.epochs.shares(order, first_step)
         timetable = Timetable.of(self.epochs.examples.parts[mine], steps)
+        self.cache.expect(
+            files_used(self.cache, timetable.order, self.teachers, self.layer_map, logits=self._logits, texts=self._reads_texts)
+        )
         window = PartWindow(self._decoded, self._shelf, timetable)
         try:
             for step in range(first_step, self.steps_per_epoch):
@@ -142,6 +147,8 @@ class CachedBatches:
 def cached_logits(cache: Cache, teachers: Sequence[str], split: str) -> torch.Tensor:
     """Logits of every example of ``split`` in its order, [N, n, C] float32. MismatchError where a text is not in the cache."""
     examples = join_examples(cache, (split,))
+    places = [cache.parts[part].name for part in np.unique(examples.parts)]
+    cache.expect([layout.outputs_file(teacher, part) for teacher in teachers for part in places])
     tables = []
     for teacher in teachers:
         table = np.empty((len(examples), len(cache.task.label_names)), np.float32)

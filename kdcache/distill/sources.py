@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kdcache.cache.selection import Selection
 from kdcache.data.encoding import encode, pad
 from kdcache.distill.choice import LayerMap, chosen_teachers, even_layer_map
 from kdcache.distill.data import with_data
@@ -75,6 +76,7 @@ def open_source(
             )
         return PlainBatches(data, student.tokenizer, **common)
     names, layer_map = choose(section, settings, cache, student.model.depth)
+    cache.select(Selection({name: tuple(sorted(set(layer_map.get(name, ())))) for name in names}))
     joined = with_data(cache, data)
     shared = common | {
         "window": section.window,

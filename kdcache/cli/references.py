@@ -1,0 +1,40 @@
+"""What ``--cache`` and other references to a cache mean: a directory that is there, else a name on the team's remote."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kdcache.errors import RecipeError
+
+if TYPE_CHECKING:
+    from kdcache.share.reading_through import RemoteCache
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}(@[A-Za-z0-9][A-Za-z0-9._-]{0,63})?")
+
+
+def find_cache(reference: str) -> Path | RemoteCache:
+    """The directory of that name, or the version on KDCACHE_REMOTE that it means.
+
+    Raises RecipeError where it is neither, or no remote is named; MismatchError where the remote has no such version.
+    """
+    path = Path(reference)
+    if path.is_dir():
+        return path
+    if not _NAME.fullmatch(reference):
+        raise RecipeError(
+            f"there is no directory '{reference}'", "Name a directory that holds a cache, or a cache on KDCACHE_REMOTE."
+        )
+    if not os.environ.get("KDCACHE_REMOTE", "").strip():
+        raise RecipeError(
+            f"there is no directory '{reference}', and KDCACHE_REMOTE names no remote that could have a cache of that name",
+            "Name the directory of a cache, or the team's remote: export KDCACHE_REMOTE=s3://BUCKET/PREFIX",
+        )
+    from kdcache.share.opening import default_remote
+    from kdcache.share.reading_through import RemoteCache
+    from kdcache.share.refs import resolve
+
+    remote = default_remote()
+    return RemoteCache(remote, resolve(remote, reference))

@@ -1,0 +1,264 @@
+"""Caches that were read through from a remote, kept under ``KDCACHE_HOME`` so that the second student fetches nothing.
+
+    store/caches/<identity>/           a cache directory like any other, whole or a part
+    store/objects/<2 hex>/<sha256>     every file once; what caches share is the same file, by hard links
+    store/locks/<identity>             held shared by whoever uses that cache; when it was last used
+    store/locks/objects/<3 hex>        held while a file with such a digest is brought: nothing is fetched twice at once
+    store/locks/store                  held while room is made and selections change
+
+Any number of processes use it at once. Room is made by removing whole caches, the least recently used first, and none that a
+process holds. Where the file system has no hard links, each cache keeps its own copy. Everything here can be fetched again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import secrets
+import shutil
+import stat
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kdcache.cache import layout
+from kdcache.cache.files import FileDigest, make_directory, remove_file, write_file
+from kdcache.cache.manifest import read_manifest
+from kdcache.cache.selection import Selection, read_local, union, write_selection
+from kdcache.errors import DamageError, KdcacheError, RecipeError, StorageError
+from kdcache.progress import format_bytes
+from kdcache.runs import home
+from kdcache.share.file_locks import attempt, hold
+
+if TYPE_CHECKING:
+    from kdcache.cache.manifest import Manifest
+
+LIMIT = 100_000_000_000  # bytes; KDCACHE_STORE_BYTES says otherwise
+_GONE = ".removed-"
+
+Fetch = Callable[[FileDigest, Path], None]
+
+
+def default_store() -> LocalStore:
+    """The store of this user: under ``KDCACHE_HOME``, of at most ``KDCACHE_STORE_BYTES``. RecipeError for no number of bytes."""
+    said = os.environ.get("KDCACHE_STORE_BYTES", "").replace("_", "")
+    if said and not said.isdecimal():
+        raise RecipeError(f"KDCACHE_STORE_BYTES is '{said}', not a number of bytes", "Such as: KDCACHE_STORE_BYTES=100000000000")
+    return LocalStore(home() / "store", int(said) if said else LIMIT)
+
+
+@dataclass(frozen=True)
+class LocalStore:
+    """``limit``: bytes that all caches may take together, a file that several share counted once."""
+
+    root: Path
+    limit: int = LIMIT
+
+    @contextlib.contextmanager
+    def use(self, identity: str) -> Iterator[Path]:
+        """The directory of a cache, which may be empty still; it is not removed while the block runs."""
+        lock = self.root / "locks" / identity
+        with hold(lock, shared=True):
+            os.utime(lock)
+            yield self.directory(identity)
+            os.utime(lock)
+
+    def directory(self, identity: str) -> Path:
+        """Where a cache lies, or would lie."""
+        return self.root / "caches" / identity
+
+    def begin(self, manifest: Manifest, origin: str) -> None:
+        """Put a manifest in place, with nothing selected but what every selection takes."""
+        place = self.directory(manifest.identity)
+        with self._locked():
+            if (place / layout.MANIFEST).is_file():
+                with contextlib.suppress(KdcacheError):
+                    if read_manifest(place).identity == manifest.identity:
+                        return
+            write_selection(place, Selection({}, text=False), complete=False, origin=origin)
+            write_file(place / layout.MANIFEST, manifest.to_bytes())
+
+    def select(self, manifest: Manifest, selection: Selection, origin: str) -> Selection:
+        """Add to what a cache has selected, and make room for it; gives back all that is selected now.
+
+        Raises StorageError where the room cannot be made. The caller uses the cache.
+        """
+        place, files = self.directory(manifest.identity), manifest.contents.files
+        with self._locked():
+            before = read_local(place)
+            wanted = Selection() if before is None else union(before.selection, selection)
+            lacking = {path for path in wanted.covers(manifest.contents) if not is_here(place, path, files[path])}
+            if lacking:
+                self._make_room({files[path].sha256: files[path].size for path in lacking}, manifest.identity)
+            if before is not None:
+                write_selection(place, wanted, complete=not lacking, origin=origin)
+            return wanted
+
+    def finish(self, manifest: Manifest, origin: str) -> bool:
+        """Record that all that is selected has arrived, if so; gives back whether it has."""
+        place, files = self.directory(manifest.identity), manifest.contents.files
+        with self._locked():
+            local = read_local(place)
+            if local is None or local.complete:
+                return True
+            covered = local.selection.covers(manifest.contents)
+            if not all(is_here(place, path, files[path]) for path in covered):
+                return False
+            write_selection(place, local.selection, origin=origin)
+            return True
+
+    def bring(self, identity: str, path: str, digest: FileDigest, fetch: Fetch, check: Callable[[], None] | None = None) -> bool:
+        """Put a file into a cache: from another cache of the store, or by ``fetch``. False where it was there already.
+
+        Another thread or process that brings a file of the same digest is waited for. ``check`` may raise to give up.
+        """
+        place = self.directory(identity)
+        with hold(self.root / "locks" / "objects" / digest.sha256[:3], check=check):
+            if is_here(place, path, digest):
+                return False
+            remove_file(place / path)
+            if not self._has_links:
+                fetch(digest, place / path)
+                return True
+            kept = self.root / "objects" / digest.sha256[:2] / digest.sha256
+            if not _is_whole(kept, digest):
+                fetch(digest, kept)
+            make_directory((place / path).parent)
+            try:
+                os.link(kept, place / path)
+            except OSError:  # too many links to one file, say
+                fetch(digest, place / path)
+            return True
+
+    def used_bytes(self) -> int:
+        """Bytes of all caches and objects, each file once."""
+        return sum(_sizes(self.root).values())
+
+    def remove(self, identity: str) -> bool:
+        """Remove a cache; False where a process uses it. Files that another cache has stay there. The caller holds the store."""
+        with attempt(self.root / "locks" / identity) as free:
+            if not free:
+                return False
+            gone = self.root / "caches" / f"{_GONE}{secrets.token_hex(4)}"
+            with contextlib.suppress(FileNotFoundError):
+                self.directory(identity).rename(gone)
+            shutil.rmtree(gone, ignore_errors=True)
+        self._sweep()
+        return True
+
+    def _locked(self) -> contextlib.AbstractContextManager[None]:
+        return hold(self.root / "locks" / "store")
+
+    def _make_room(self, coming: Mapping[str, int], identity: str) -> None:
+        """Remove other caches until ``coming`` (sha256 to bytes) fits beside the rest and what others were promised."""
+        self._forget_removed()
+        needed = sum(size for sha, size in coming.items() if not (self.root / "objects" / sha[:2] / sha).is_file())
+        others = sorted((one for one in self._caches() if one != identity), key=self._last_used)
+        promised = {one: self._to_come(one) for one in others}
+        used = self.used_bytes() + sum(promised.values())
+        for one in others:
+            if used + needed > self.limit and self.remove(one):
+                del promised[one]
+                used = self.used_bytes() + sum(promised.values())
+        if used + needed > self.limit:
+            busy = f"; {len(promised)} other caches are in use" if promised else ""
+            raise StorageError(
+                f"the local store '{self.root}' may take {format_bytes(self.limit)}: {format_bytes(needed)} are to be fetched "
+                f"beside {format_bytes(used)}{busy}",
+                "Raise KDCACHE_STORE_BYTES, select less, or pull into a directory of your own: kdcache cache pull NAME --to DIR",
+            )
+
+    def _caches(self) -> list[str]:
+        with contextlib.suppress(FileNotFoundError):
+            return [path.name for path in (self.root / "caches").iterdir() if not path.name.startswith(_GONE)]
+        return []
+
+    def _last_used(self, identity: str) -> float:
+        with contextlib.suppress(FileNotFoundError):
+            return (self.root / "locks" / identity).stat().st_mtime
+        return 0.0
+
+    def _to_come(self, identity: str) -> int:
+        """Bytes that a cache has selected and not fetched, if a process uses it."""
+        place = self.directory(identity)
+        with attempt(self.root / "locks" / identity) as free:
+            if free:
+                return 0
+        try:
+            local, contents = read_local(place), read_manifest(place).contents
+        except KdcacheError:
+            return 0
+        if local is None or local.complete:
+            return 0
+        covered = local.selection.covers(contents)
+        return sum(contents.files[path].size for path in covered if not is_here(place, path, contents.files[path]))
+
+    def _forget_removed(self) -> None:
+        """What a process that died while removing, or while fetching, left behind."""
+        with contextlib.suppress(FileNotFoundError):
+            for path in (self.root / "caches").iterdir():
+                if path.name.startswith(_GONE):
+                    shutil.rmtree(path, ignore_errors=True)
+        self._sweep()
+
+    def _sweep(self) -> None:
+        """Remove objects that no cache links to, and temporary files beside them."""
+        for directory in _directories(self.root / "objects"):
+            for path in list(directory.iterdir()):
+                with contextlib.suppress(FileNotFoundError):
+                    if path.stat().st_nlink > 1:
+                        continue
+                    with attempt(self.root / "locks" / "objects" / path.name.lstrip(".")[:3]) as free:
+                        if free and path.stat().st_nlink == 1:
+                            path.unlink()
+
+    @functools.cached_property
+    def _has_links(self) -> bool:
+        """Whether the file system of the store has hard links."""
+        probe, other = self.root / "locks" / "linked", self.root / "locks" / f"link-{secrets.token_hex(4)}"
+        try:
+            probe.touch()
+            os.link(probe, other)
+        except OSError:
+            return False
+        finally:
+            other.unlink(missing_ok=True)
+        return True
+
+
+def is_here(place: Path, path: str, digest: FileDigest) -> bool:
+    """Whether a file of a cache is there as a plain file of the right size; its digest is compared when it is read."""
+    try:
+        found = (place / path).lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return stat.S_ISREG(found.st_mode) and found.st_size == digest.size
+
+
+def _is_whole(kept: Path, digest: FileDigest) -> bool:
+    from kdcache.share.transfer import file_digest
+
+    with contextlib.suppress(DamageError):
+        if kept.is_file() and file_digest(kept) == digest:
+            return True
+    remove_file(kept)
+    return False
+
+
+def _directories(root: Path) -> Iterable[Path]:
+    with contextlib.suppress(FileNotFoundError):
+        return [path for path in root.iterdir() if path.is_dir()]
+    return []
+
+
+def _sizes(root: Path) -> dict[tuple[int, int], int]:
+    """Bytes by device and inode."""
+    found = {}
+    for directory, _, names in os.walk(root):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                one = (Path(directory) / name).lstat()
+                found[one.st_dev, one.st_ino] = one.st_size
+    return found
