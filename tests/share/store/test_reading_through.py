@@ -119,7 +119,7 @@ def test_files_come_in_the_order_in_which_they_are_expected_and_a_wanted_one_fir
         await_asked(remote, 2)
         remote.permits.release(30)
         wanted.join()
-        cache.outputs("bert", "part-00000")
+        await_asked(remote, 4)
         found = paths_of(caches["two"], remote.asked)
         assert found[:4] == ["teachers/bert/tokenizer/tokenizer.json", "text/part-00000.arrow", *order]
         cache.outputs("gpt", "part-00000")
