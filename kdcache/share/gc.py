@@ -19,7 +19,7 @@ from kdcache.share import layout
 from kdcache.share.intents import Lease, Pace, alive, hold, refuse_if_alive
 from kdcache.share.parallel import WORKERS, SharedProgress, Stop, for_each
 from kdcache.share.pull import fetch_manifest
-from kdcache.share.refs import live, read_refs
+from kdcache.share.refs import all_histories, live, read_refs
 
 if TYPE_CHECKING:
     from kdcache.progress import Progress
@@ -74,8 +74,9 @@ def collect(
 ) -> GcReport:
     """Delete, or without ``delete`` list, what no version reaches and what is older than ``grace`` seconds.
 
-    Raises LockedError (a push is under way), DamageError (a ref or a manifest is damaged, so nobody knows what it reaches),
-    RemoteError (also where this machine slept: then nothing more is deleted), RemoteAccessError.
+    Raises LockedError (a push is under way), DamageError (a ref or a manifest is damaged, so nobody knows what it reaches; or this
+    machine slept in the middle of a delete, and a version that was pushed meanwhile lacks what it took), RemoteError (also where this
+    machine slept: then nothing more is deleted), RemoteAccessError.
     """
     pace = pace or Pace()
     progress = progress or SilentProgress()
@@ -183,21 +184,53 @@ def _dead(remote: Remote, old: Callable[[Entry], bool], pace: Pace) -> list[Entr
 def _delete(remote: Remote, plan: _Plan, lease: Lease, epoch: int, progress: Progress, workers: int) -> None:
     progress.start("gc", len(plan.entries), "objects")
     shared = SharedProgress(progress)
+    late: list[str] = []
 
     def remove(entry: Entry, stop: Stop) -> None:
         stop.check()
         lease.beat()
-        if not lease.holds(epoch):
-            raise RemoteError(
-                f"gc on {remote.url} fell asleep, so a push may have begun meanwhile; nothing more is deleted",
-                "Run it again: it continues.",
-            )
+        _refuse_lapsed(remote, lease, epoch)
         remote.delete(entry.key)
+        if not lease.holds(epoch):
+            late.append(entry.key)
+            _refuse_lapsed(remote, lease, epoch)
         shared.advance(1, bytes_done=entry.size)
 
-    for kind in (plan.refs, plan.manifests, plan.files, plan.leases):
-        for_each(kind, remove, workers if len(kind) > 1 else 1)
+    try:
+        for kind in (plan.refs, plan.manifests, plan.files, plan.leases):
+            for_each(kind, remove, workers if len(kind) > 1 else 1)
+    finally:
+        if late:
+            _say_what_was_lost(remote, set(late))
     progress.finish()
+
+
+def _refuse_lapsed(remote: Remote, lease: Lease, epoch: int) -> None:
+    if not lease.holds(epoch):
+        raise RemoteError(
+            f"gc on {remote.url} fell asleep, so a push may have begun meanwhile; nothing more is deleted",
+            "Run it again: it continues.",
+        )
+
+
+def _say_what_was_lost(remote: Remote, late: set[str]) -> None:
+    """Deletes that ended after this gc counted as dead: a push that ended meanwhile may have counted on those objects.
+
+    Nothing can undo that, so it is said. Raises DamageError where a version lacks one of them now.
+    """
+    for refs in all_histories(remote).values():
+        for ref in live(refs):
+            if layout.manifest_key(ref.manifest) in late:
+                needed = {layout.manifest_key(ref.manifest)}
+            else:
+                files = fetch_manifest(remote, ref).contents.files
+                needed = late & {layout.file_key(digest.sha256) for digest in files.values()}
+            lost = [key for key in sorted(needed) if remote.head(key) is None]
+            if lost:
+                raise DamageError(
+                    f"gc fell asleep in the middle of a delete, and {ref.pinned}, which was pushed meanwhile, lacks '{lost[0]}' now",
+                    "Push that cache again under the same name: what is gone is sent, and nothing else.",
+                )
 
 
 def _by_name(refs: Sequence[Ref]) -> list[list[Ref]]:

@@ -1,0 +1,343 @@
+"""gc: deletes what no version reaches and nothing else, and never what a push is about to reuse."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from kdcache.errors import DamageError, KdcacheError, LockedError, RemoteError
+from kdcache.share import intents, layout, parallel
+from kdcache.share.gc import GRACE, collect
+from kdcache.share.intents import hold
+from kdcache.share.pull import pull
+from kdcache.share.push import push
+from kdcache.share.refs import history, publish, resolve
+from kdcache.share.remote import Remote
+from kdcache.share.removal import remove
+from kdcache.testing.faults import Died
+from tests.share.worlds import DAY, Watched, World, broken_refs, watched
+
+Caches = dict[str, Path]
+
+
+def objects(world: World, prefix: str = "files/") -> set[str]:
+    return {key for key in world.remote.objects if key.startswith(prefix)}
+
+
+def test_what_versions_reach_stays_and_what_is_old_and_unreached_goes(world: World, caches: Caches, tmp_path: Path) -> None:
+    push(world.remote, caches["one"], "sst2", pace=world.pace)
+    first = objects(world)
+    push(world.remote, caches["other"], "other", pace=world.pace)
+    world.seconds += 30 * DAY
+    assert collect(world.remote, delete=True, pace=world.pace).keys == ()
+    remove(world.remote, "other")
+    assert collect(world.remote, delete=True, pace=world.pace).keys == ()  # dropped a moment ago: somebody may be pulling it
+    world.seconds += GRACE + 1
+    world.remote.write("readme.txt", b"not ours")
+    would = collect(world.remote, pace=world.pace)
+    assert not would.deleted
+    assert first < objects(world)
+    did = collect(world.remote, delete=True, pace=world.pace)
+    assert replace(did, deleted=False) == would
+    assert objects(world) == first
+    assert (did.refs, did.manifests, did.files) == (1, 1, len([key for key in did.keys if key.startswith("files/")]))
+    assert "readme.txt" in world.remote.objects
+    pull(world.remote, "sst2", tmp_path / "c")
+    assert broken_refs(world.remote) == []
+    assert collect(world.remote, delete=True, pace=world.pace).keys == ()
+
+
+def test_the_newest_number_of_a_name_is_never_used_twice(world: World, caches: Caches) -> None:
+    push(world.remote, caches["one"], "sst2", pace=world.pace)
+    remove(world.remote, "sst2")
+    for _ in range(3):
+        world.seconds += 2 * GRACE
+        collect(world.remote, delete=True, pace=world.pace)
+    assert objects(world) == objects(world, "manifests/") == set()
+    assert [ref.number for ref in history(world.remote, "sst2")] == [2]
+    assert push(world.remote, caches["one"], "sst2", pace=world.pace).reference == "sst2@3"
+    world.seconds += 2 * GRACE
+    collect(world.remote, delete=True, pace=world.pace)
+    assert [ref.number for ref in history(world.remote, "sst2")] == [3]  # a tombstone with nothing below goes as well
+
+
+def test_a_tombstone_stays_until_what_it_drops_is_gone(world: World, caches: Caches) -> None:
+    """A gc dies at every request: what was dropped never comes back."""
+    for step in itertools.count(1):
+        world = World()
+        push(world.remote, caches["one"], "sst2", pace=world.pace)
+        push(world.remote, caches["two"], "sst2", pace=world.pace)
+        remove(world.remote, "sst2@1")
+        push(world.remote, caches["other"], "sst2", pace=world.pace)
+        world.seconds += 2 * GRACE
+        remote, requests = watched(world, die_at=step)
+        try:
+            collect(remote, delete=True, pace=world.pace, workers=1)
+        except Died:
+            with pytest.raises(KdcacheError, match=r"was removed|has no version '1'"):
+                resolve(world.remote, "sst2@1")
+            assert broken_refs(world.remote) == []
+            continue
+        assert step > len(requests.log) > 15
+        return
+
+
+def test_young_objects_of_a_push_that_died_stay(world: World, caches: Caches) -> None:
+    remote, _ = watched(world, die_at=20)
+    with pytest.raises(Died):
+        push(remote, caches["one"], "sst2", pace=world.pace, workers=1)
+    there = objects(world)
+    assert there
+    with pytest.raises(LockedError, match="a push is under way"):
+        collect(world.remote, delete=True, pace=world.pace)
+    world.seconds += 3600
+    report = collect(world.remote, delete=True, pace=world.pace)
+    assert (report.files, report.young_files) == (0, len(there))
+    world.seconds += GRACE
+    collect(world.remote, delete=True, pace=world.pace)
+    assert world.remote.objects == {}  # the intent of the dead one too
+
+
+def test_nothing_is_deleted_where_nobody_knows_what_is_reached(world: World, caches: Caches) -> None:
+    push(world.remote, caches["one"], "sst2", pace=world.pace)
+    world.seconds += 2 * GRACE
+    whole = dict(world.remote.objects)
+    for key in (layout.ref_key("sst2", 1), next(iter(objects(world, "manifests/")))):
+        world.remote.objects = dict(whole)
+        world.remote.objects[key] = (b"{}", world.seconds)
+        before = dict(world.remote.objects)
+        with pytest.raises(DamageError, match=key):
+            collect(world.remote, delete=True, pace=world.pace)
+        assert world.remote.objects == before
+
+
+def test_a_gc_that_slept_stops(world: World, caches: Caches) -> None:
+    push(world.remote, caches["one"], "sst2", pace=world.pace)
+    remove(world.remote, "sst2")
+    world.seconds += 2 * GRACE
+    deleted = []
+
+    def hear(method: str, key: str) -> None:
+        if method == "delete" and key.startswith("files/"):
+            deleted.append(key)
+            world.seconds += 3600
+
+    with pytest.raises(RemoteError, match="fell asleep"):
+        collect(cast("Remote", Watched(world.remote, hear)), delete=True, pace=world.pace, workers=1)
+    assert len(deleted) == 1
+    assert objects(world, "marks/") == set()
+
+
+# What follows runs a push and a gc in threads of which one at a time may go on, until its next request. A schedule says who.
+
+
+@dataclass
+class Turns:
+    """Hands the turn to and fro: at each request the schedule decides whether the other one goes on instead.
+
+    ``switches``: at which requests, counted over both, the turn is handed over; ``sleeps``: seconds that pass at a switch.
+    """
+
+    world: World
+    switches: Sequence[int]
+    sleeps: Sequence[float]
+    count: int = 0
+
+    def __post_init__(self) -> None:
+        self._ready = threading.Condition()
+        self._turn = 0
+        self._done = [False, False]
+
+    def run(self, works: Sequence[Callable[[Remote, Callable[[float], None]], Any]]) -> list[Any]:
+        """The results, or the errors, of both."""
+        results: list[Any] = [None, None]
+
+        def actor(me: int) -> None:
+            try:
+                self._wait(me)
+                results[me] = works[me](
+                    cast("Remote", Watched(self.world.remote, lambda *_: self._hear(me))), lambda s: self._sleep(me, s)
+                )
+            except BaseException as error:
+                results[me] = error
+            finally:
+                self._end(me)
+
+        threads = [threading.Thread(target=actor, args=(me,), daemon=True) for me in (0, 1)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+            assert not thread.is_alive(), "the schedule hangs"
+        return results
+
+    def _hear(self, me: int) -> None:
+        self.count += 1
+        if self.count in self.switches:
+            self.world.seconds += self.sleeps[list(self.switches).index(self.count)]
+            self._hand_over(me)
+
+    def _sleep(self, me: int, seconds: float) -> None:
+        self.world.seconds += seconds
+        self._hand_over(me)
+
+    def _hand_over(self, me: int) -> None:
+        with self._ready:
+            if not self._done[1 - me]:
+                self._turn = 1 - me
+                self._ready.notify_all()
+        self._wait(me)
+
+    def _wait(self, me: int) -> None:
+        with self._ready:
+            assert self._ready.wait_for(lambda: self._turn == me, 30)
+
+    def _end(self, me: int) -> None:
+        with self._ready:
+            self._done[me] = True
+            self._turn = 1 - me
+            self._ready.notify_all()
+
+
+@pytest.fixture
+def _inline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One thread for each of the two, so that a schedule decides all."""
+    real = parallel.for_each
+    monkeypatch.setattr(parallel, "for_each", lambda items, work, _=1: real(items, work, 1))
+
+
+def prepared(caches: Caches) -> World:
+    """'two' was pushed and removed long ago, so a push of 'one' would reuse old objects that nothing reaches; 'other' stays."""
+    world = World()
+    push(world.remote, caches["other"], "other", pace=world.pace, workers=1)
+    push(world.remote, caches["two"], "sst2", pace=world.pace, workers=1)
+    remove(world.remote, "sst2")
+    world.seconds += 3 * GRACE
+    return world
+
+
+def interleave(
+    start: World, caches: Caches, switches: Sequence[int], sleeps: Sequence[float], first: int
+) -> tuple[World, list[Any], int]:
+    """Run a push and a gc (``first``: 0 the push begins); both to their ends."""
+    world = World(start.seconds)
+    world.remote.objects = dict(start.remote.objects)
+    turns = Turns(world, switches, sleeps)
+    turns._turn = first
+
+    def pushes(remote: Remote, sleep: Callable[[float], None]) -> object:
+        return push(remote, caches["one"], "new", pace=replace(world.pace, sleep=sleep), workers=1)
+
+    def collects(remote: Remote, sleep: Callable[[float], None]) -> object:
+        return collect(remote, delete=True, pace=replace(world.pace, sleep=sleep), workers=1)
+
+    return world, turns.run([pushes, collects]), turns.count
+
+
+def check(world: World, results: list[Any], schedule: object) -> None:
+    pushed, collected = results
+    assert not isinstance(pushed, BaseException), f"{schedule}: {pushed!r}"
+    assert not isinstance(collected, BaseException) or isinstance(collected, LockedError | RemoteError), (
+        f"{schedule}: {collected!r}"
+    )
+    assert broken_refs(world.remote) == [], f"{schedule}"
+    assert resolve(world.remote, "new").number == 1, f"{schedule}"
+    assert not objects(world, "intents/") | objects(world, "marks/"), f"{schedule}"
+
+
+def check_late_delete(world: World, results: list[Any], schedule: object, caches: Caches) -> None:
+    """The one thing that no order of steps excludes: a delete that is under way while its gc sleeps until a push has ended."""
+    assert isinstance(results[1], DamageError), f"{schedule}: {results[1]!r}"
+    assert "new@1, which was pushed meanwhile, lacks 'files/" in results[1].message
+    broken = broken_refs(world.remote)  # none where the push still lived and took its last look afterwards
+    assert len(broken) <= 1, f"{schedule}"
+    assert push(world.remote, caches["one"], "new", pace=world.pace).files_sent == len(broken)
+    assert broken_refs(world.remote) == []
+
+
+@pytest.mark.usefixtures("_inline")
+@pytest.mark.parametrize("first", [0, 1], ids=["push first", "gc first"])
+def test_push_and_gc_interrupting_each_other_at_every_pair_of_requests(caches: Caches, first: int) -> None:
+    """Every schedule of one or two switches: the one is interrupted at any request, the other runs to any of its own, and so on."""
+    start = prepared(caches)
+    _, results, count = interleave(start, caches, (), (), first)
+    stopped = 0
+    for switches in [*((one,) for one in range(1, count + 30)), *itertools.combinations(range(1, count + 30), 2)]:
+        if len(switches) == 2 and (switches[0] + switches[1]) % 5:
+            continue  # every fifth pair
+        world, results, _ = interleave(start, caches, switches, [0.0] * len(switches), first)
+        check(world, results, (first, switches))
+        stopped += isinstance(results[1], LockedError)
+    assert stopped  # the schedules did meet
+
+
+@pytest.mark.usefixtures("_inline")
+@pytest.mark.parametrize("first", [0, 1], ids=["push first", "gc first"])
+def test_push_and_gc_suspended_beyond_their_time_to_live(caches: Caches, first: int) -> None:
+    """One is suspended at any request for longer than it counts as alive; the other one, or nobody, runs meanwhile."""
+    start = prepared(caches)
+    _, _, count = interleave(start, caches, (), (), first)
+    lapsed = late = 0
+    generator = random.Random(first)
+    schedules = [((one,), (gap,)) for one in range(1, count + 30) for gap in (100.0, 125.0)]
+    schedules += [
+        (
+            tuple(sorted(generator.sample(range(1, count + 40), 3))),
+            tuple(generator.choice((0.0, 40.0, 95.0, 130.0)) for _ in range(3)),
+        )
+        for _ in range(300)
+    ]
+    for switches, sleeps in schedules:
+        world, results, _ = interleave(start, caches, switches, sleeps, first)
+        if isinstance(results[1], DamageError):
+            check_late_delete(world, results, (first, switches, sleeps), caches)
+            late += 1
+        else:
+            check(world, results, (first, switches, sleeps))
+        lapsed += "fell asleep" in str(results[1])
+    assert lapsed
+    assert late < lapsed / 2
+
+
+@pytest.mark.usefixtures("_inline")
+def test_schedules_find_a_push_that_trusts_what_it_saw_before_it_slept(caches: Caches, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The schedules above can find faults: without epochs, a gc that began during the sleep deletes after the push's last look."""
+    monkeypatch.setattr(intents.Lease, "holds", lambda *_: True)
+    start = prepared(caches)
+    _, _, count = interleave(start, caches, (), (), 0)
+    pairs = [(switch, switch + more) for more in (14, 12, 10, 16) for switch in range(5, count)]
+    assert any(broken_refs(interleave(start, caches, pair, (130.0, 0.0), 0)[0].remote) for pair in pairs)
+
+
+def test_a_push_that_reuses_old_objects_makes_a_running_gc_wait_or_waits_itself(caches: Caches) -> None:
+    start = prepared(caches)
+    with hold(start.remote, "intent", start.pace), pytest.raises(LockedError, match="a push is under way"):
+        collect(start.remote, delete=True, pace=start.pace)
+    report = push(start.remote, caches["one"], "new", pace=start.pace)
+    assert report.bytes_sent == 0
+    collect(start.remote, delete=True, pace=start.pace)
+    assert broken_refs(start.remote) == []
+
+
+def test_a_fork_protects_both_its_versions(world: World, caches: Caches) -> None:
+    push(world.remote, caches["one"], "sst2", pace=world.pace)
+    push(world.remote, caches["other"], "other", pace=world.pace)
+    other = history(world.remote, "other")[0]
+    world.remote._conditional = False
+    world.remote.objects.pop(other.key)
+    real = history(world.remote, "sst2")[0]
+    twin = publish(World().remote, "sst2", other.manifest, other.identity, None)
+    from kdcache.share.ref_document import ref_bytes
+
+    world.remote.write(layout.ref_key("sst2", 1, "0" * 16), ref_bytes(replace(twin, made=real.made), "0" * 16))
+    world.seconds += 2 * GRACE
+    before = objects(world)
+    assert collect(world.remote, delete=True, pace=world.pace).files == 0
+    assert objects(world) == before
