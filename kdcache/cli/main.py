@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import typer
 
 from kdcache import __version__
-from kdcache.cli import cache, cofinetune, distill, dump, env, evaluate, pipelines, report, run
+from kdcache.cli import cache, cofinetune, distill, dump, env, evaluate, pipelines, remote, report, run
 from kdcache.cli.guard import guarded
 from kdcache.cli.output import out
 
@@ -25,6 +25,7 @@ app = _group(
     "found, 4 refused because something does not match, 130 interrupted."
 )
 _cache = _group("Look at caches and check them.")
+_remote = _group("The place where a team keeps its caches.")
 _pipelines = _group("The recipes that come with kdcache.")
 
 
@@ -41,9 +42,11 @@ _add(app, "report", report.report)
 _add(app, "env", env.env)
 _add(_cache, "info", cache.info)
 _add(_cache, "verify", cache.verify)
+_add(_remote, "check", remote.check)
 for _name in ("ls", "cp", "validate", "prepare"):
     _add(_pipelines, _name, getattr(pipelines, _name))
 app.add_typer(_cache, name="cache")
+app.add_typer(_remote, name="remote")
 app.add_typer(_pipelines, name="pipelines")
 
 

@@ -144,6 +144,12 @@ class DirectoryRemote:
                             removed += 1
         return removed
 
+    def remove_empty_folders(self, prefix: str) -> None:
+        """Remove the folder of that key, and those in it, as far as they hold nothing."""
+        for folder, _, _ in os.walk(self._path(prefix), topdown=False):
+            with contextlib.suppress(OSError):
+                Path(folder).rmdir()
+
     def _walk(self, folder: str, prefix: str) -> Iterator[Entry]:
         """In the order of keys: a folder stands where its name with a slash stands."""
         with self._explained("list", folder):

@@ -49,6 +49,11 @@ class ObjectStoreRemote:
         return self._place.url
 
     @property
+    def where(self) -> str:
+        """The URL, with the endpoint where it is not the provider's own; for messages."""
+        return self._place.at
+
+    @property
     def conditional(self) -> bool:
         """Google and Azure decide creates by their specification; of an S3 store this is found out once per process and bucket."""
         if self._place.scheme != "s3":

@@ -16,7 +16,7 @@ _ENVIRONMENT = re.compile(
     r"^(AWS|AZURE|AZURITE|GOOGLE|GCS|GCLOUD)_.*(KEY|SECRET|TOKEN|PASSWORD|SAS|CREDENTIALS?)(_|$)|^(AWS|AZURE).*KEY_ID$"
 )
 _RULES = (
-    (re.compile(r"(?<=://)[^/\s\"'<>?#]*@"), f"{HIDDEN}@"),
+    (re.compile(r"(?<=://)[^\s\"'<>]*@"), f"{HIDDEN}@"),
     (re.compile(r"(\w+://[^\s\"'<>?]*)\?[^\s\"'<>)]*"), rf"\1?{HIDDEN}"),
     (re.compile(r"(?i)<([\w]*(?:AccessKeyId|StringToSign|Signature|CanonicalRequest|Token)[\w]*)>.*?</\1>", re.S), rf"<\1>{HIDDEN}</\1>"),
     (re.compile(r"(?i)\b(bearer|basic|sharedkey|sharedaccesssignature)\s+[\w.~+/=:%&-]+"), rf"\1 {HIDDEN}"),

@@ -71,6 +71,8 @@ class Place:
 
 def explain(error: BaseException, place: Place, method: str, key: str = "") -> RemoteError:
     """A RemoteError that says what failed: ``method`` (list, head, read, write, create, delete) of ``key``."""
+    if isinstance(error, RemoteError):
+        return error
     text = str(error)
     status, code = _status(text), _code(text)
     verb = "look for" if method == "head" else method

@@ -37,7 +37,7 @@ _WATCH = 'read _; kill -KILL "$1" 2>/dev/null; shift; rm -rf -- "$@"'
 class User:
     """A pair of keys, made up when the server starts."""
 
-    key: str
+    key: str = field(repr=False)
     secret: str = field(repr=False)
 
 
