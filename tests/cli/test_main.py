@@ -21,7 +21,7 @@ HEAVY = ("torch", "transformers", "accelerate", "onnxruntime", "datasets", "pyar
 COMMANDS = [
     *(("cofinetune",), ("dump-teachers",), ("distill",), ("run",), ("evaluate",), ("report",), ("env",)),
     *(("cache", "info"), ("cache", "verify"), ("pipelines", "ls"), ("pipelines", "cp"), ("pipelines", "validate")),
-    ("pipelines", "prepare"),
+    *(("pipelines", "prepare"), ("remote", "check")),
 ]
 
 
@@ -77,7 +77,7 @@ def test_no_command_is_left_out_of_the_list() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [(), ("cache",), ("pipelines",), ("nonsense",), ("run",), ("run", "x.toml", "--nonsense"), ("evaluate", ".")],
+    [(), ("cache",), ("pipelines",), ("remote",), ("nonsense",), ("run",), ("run", "x.toml", "--nonsense"), ("evaluate", ".")],
     ids=str,
 )
 def test_wrong_usage_is_2(arguments: tuple[str, ...]) -> None:
