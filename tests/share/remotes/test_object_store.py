@@ -90,7 +90,8 @@ def test_no_credential_is_in_any_message_note_or_repr(seaweedfs: S3Server) -> No
     for text in said:
         for secret in (user.key, user.secret, seaweedfs.writer.secret):
             assert secret not in text
-    with_password = {"AWS_ENDPOINT_URL": "http://me:hunter22@127.0.0.1:9", "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "y"}
+    endpoint = seaweedfs.endpoint.replace("://", "://me:hunter22@")
+    with_password = {"AWS_ENDPOINT_URL": endpoint, "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "y"}
     error = failure(lambda: open_object_store("s3://team/x", with_password).head("one"))
     assert "hunter22" not in "".join(traceback.format_exception(error))
 
