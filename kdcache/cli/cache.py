@@ -2,39 +2,77 @@
 
 from __future__ import annotations
 
+import secrets
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kdcache.cli.options import Json
+from kdcache.cli.options import Json, RemoteUrl
 from kdcache.cli.output import out
+from kdcache.cli.references import find_version
 from kdcache.errors import KdcacheError, RecipeError
 from kdcache.progress import format_bytes
 
+if TYPE_CHECKING:
+    from kdcache.share.refs import Ref
+    from kdcache.share.remote import Remote
+
 CachePath = Annotated[Path, typer.Argument(metavar="PATH", help="Directory of a cache.", show_default=False)]
+CacheReference = Annotated[
+    str,
+    typer.Argument(metavar="PATH|NAME", help="Directory of a cache, or a name (NAME@VERSION) on the remote.", show_default=False),
+]
 
 
-def info(path: CachePath, json: Json = False) -> None:  # noqa: ARG001
+def info(cache: CacheReference, remote: RemoteUrl = None, json: Json = False) -> None:  # noqa: ARG001
     """Show what a cache holds: texts, teachers, layers, bytes, where it came from.
 
     Example: kdcache cache info runs/sst2/cache
+
+    Example: kdcache cache info sst2-3t@v2
     """
-    _require_directory(path)
     from kdcache.cache.describe import describe
     from kdcache.cache.reader import open_cache
 
-    description = describe(open_cache(path, incomplete=True))
+    if Path(cache).is_dir():
+        description = describe(open_cache(cache, incomplete=True))
+    else:
+        description = _describe_remote(*find_version(cache, remote))
     out.document(description)
     _show(description)
 
 
-def verify(path: CachePath, json: Json = False) -> None:  # noqa: ARG001
-    """Read every byte of a cache and compare it with the manifest; exit code 3 where something is damaged.
+def verify(
+    cache: CacheReference,
+    read_data: Annotated[bool, typer.Option("--read-data", help="On a remote: read every byte.")] = False,
+    subset: Annotated[
+        str | None, typer.Option("--subset", metavar="10%", help="On a remote: read a share of the files.", show_default=False)
+    ] = None,
+    seed: Annotated[
+        str | None,
+        typer.Option("--seed", help="Which files are in the subset; by default others every time.", show_default=False),
+    ] = None,
+    remote: RemoteUrl = None,
+    json: Json = False,  # noqa: ARG001
+) -> None:
+    """Compare a cache with its manifest; exit code 3 where something is missing or damaged.
+
+    Of a directory every byte is read. On a remote, presence and size of every file are looked at, and with --read-data or --subset
+    the bytes too.
 
     Example: kdcache cache verify runs/sst2/cache
+
+    Example: kdcache cache verify sst2-3t --subset 10%
     """
-    _require_directory(path)
+    if Path(cache).is_dir():
+        _verify_directory(Path(cache))
+        return
+    share = 1.0 if read_data else _share(subset)
+    _verify_remote(*find_version(cache, remote), share, seed or secrets.token_hex(4))
+
+
+def _verify_directory(path: Path) -> None:
     from kdcache.cache.verify import to_come, unreferenced
     from kdcache.cache.verify import verify as check
     from kdcache.progress import RichProgress
@@ -62,9 +100,54 @@ def verify(path: CachePath, json: Json = False) -> None:  # noqa: ARG001
     out.text(f"{path}: {part} is what the manifest says")
 
 
-def _require_directory(path: Path) -> None:
+def require_directory(path: Path) -> None:
     if not path.is_dir():
         raise RecipeError(f"there is no directory '{path}'", "Name the directory of a cache: runs/NAME/cache.")
+
+
+def _describe_remote(remote: Remote, ref: Ref) -> dict[str, Any]:
+    from kdcache.cache.describe import describe
+    from kdcache.cache.reader import Cache
+    from kdcache.share.pull import fetch_manifest
+
+    description = describe(Cache(Path(ref.pinned), fetch_manifest(remote, ref)))
+    del description["path"]
+    return {"reference": ref.pinned, "remote": remote.url, "tag": ref.tag or "", "made": ref.made, **description}
+
+
+def _verify_remote(remote: Remote, ref: Ref, share: float, seed: str) -> None:
+    from kdcache.progress import RichProgress
+    from kdcache.share.remote_verify import verify_remote
+
+    damages = verify_remote(remote, ref, share=share, seed=seed, progress=RichProgress())
+    damaged = [vars(damage) for damage in damages]
+    out.document({"reference": ref.pinned, "remote": remote.url, "share_read": share, "seed": seed, "damaged": damaged})
+    for damage in damages:
+        out.text(f"{damage.file}: {damage.reason}")
+    if damages:
+        count = "1 damaged object" if len(damages) == 1 else f"{len(damages)} damaged objects"
+        out.error(
+            f"{ref.pinned} on {remote.url} has {count}",
+            "Delete what is damaged there, and push the cache again from a whole copy: only that is sent.",
+        )
+        raise typer.Exit(3)
+    read = {0.0: "presence and sizes are right", 1.0: "every byte is right"}.get(
+        share, f"presence and sizes are right, and the bytes of {share:.0%} of the files (--seed {seed})"
+    )
+    out.text(f"{ref.pinned} on {remote.url}: {read}")
+
+
+def _share(subset: str | None) -> float:
+    if subset is None:
+        return 0.0
+    number = subset.removesuffix("%")
+    try:
+        share = float(number) / (100 if subset.endswith("%") else 1)
+    except ValueError:
+        share = -1.0
+    if not 0 < share <= 1:
+        raise RecipeError(f"--subset is '{subset}', not a share of the files", "Such as: --subset 10%")
+    return share
 
 
 def _size(path: Path) -> int:

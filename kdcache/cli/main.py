@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import typer
 
 from kdcache import __version__
-from kdcache.cli import cache, cofinetune, distill, dump, env, evaluate, pipelines, remote, report, run
+from kdcache.cli import cache, cofinetune, distill, dump, env, evaluate, pipelines, remote, report, run, share
 from kdcache.cli.guard import guarded
 from kdcache.cli.output import out
 
@@ -24,7 +24,7 @@ app = _group(
     "Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 failed, 2 usage or recipe, 3 damage or a difference "
     "found, 4 refused because something does not match, 130 interrupted."
 )
-_cache = _group("Look at caches and check them.")
+_cache = _group("Look at caches, check them, share them with the team.")
 _remote = _group("The place where a team keeps its caches.")
 _pipelines = _group("The recipes that come with kdcache.")
 
@@ -42,6 +42,8 @@ _add(app, "report", report.report)
 _add(app, "env", env.env)
 _add(_cache, "info", cache.info)
 _add(_cache, "verify", cache.verify)
+for _name in ("push", "pull", "ls", "rm", "gc", "status"):
+    _add(_cache, _name, getattr(share, _name))
 _add(_remote, "check", remote.check)
 for _name in ("ls", "cp", "validate", "prepare"):
     _add(_pipelines, _name, getattr(pipelines, _name))

@@ -33,6 +33,10 @@ Settings = Annotated[
 ]
 OutputDir = Annotated[Path, typer.Option("--output-dir", metavar="DIR", help="Where the run directory <name>/ is made.")]
 Json = Annotated[bool, typer.Option("--json", callback=_json_mode, help="Print the result as JSON.")]
+RemoteUrl = Annotated[
+    str | None,
+    typer.Option("--remote", metavar="URL", help="The team's remote; by default KDCACHE_REMOTE.", show_default=False),
+]
 RUNS = Path("runs")
 
 

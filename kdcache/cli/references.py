@@ -11,6 +11,8 @@ from kdcache.errors import RecipeError
 
 if TYPE_CHECKING:
     from kdcache.share.reading_through import RemoteCache
+    from kdcache.share.refs import Ref
+    from kdcache.share.remote import Remote
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}(@[A-Za-z0-9][A-Za-z0-9._-]{0,63})?")
 
@@ -23,18 +25,30 @@ def find_cache(reference: str) -> Path | RemoteCache:
     path = Path(reference)
     if path.is_dir():
         return path
+    from kdcache.share.reading_through import RemoteCache
+
+    return RemoteCache(*find_version(reference))
+
+
+def find_version(reference: str, url: str | None = None) -> tuple[Remote, Ref]:
+    """The version that a reference means on the remote at ``url``, or on KDCACHE_REMOTE. Raises as ``find_cache``."""
     if not _NAME.fullmatch(reference):
         raise RecipeError(
             f"there is no directory '{reference}'", "Name a directory that holds a cache, or a cache on KDCACHE_REMOTE."
         )
-    if not os.environ.get("KDCACHE_REMOTE", "").strip():
+    if not url and not os.environ.get("KDCACHE_REMOTE", "").strip():
         raise RecipeError(
             f"there is no directory '{reference}', and KDCACHE_REMOTE names no remote that could have a cache of that name",
             "Name the directory of a cache, or the team's remote: export KDCACHE_REMOTE=s3://BUCKET/PREFIX",
         )
-    from kdcache.share.opening import default_remote
-    from kdcache.share.reading_through import RemoteCache
     from kdcache.share.refs import resolve
 
-    remote = default_remote()
-    return RemoteCache(remote, resolve(remote, reference))
+    remote = open_team(url)
+    return remote, resolve(remote, reference)
+
+
+def open_team(url: str | None = None) -> Remote:
+    """The remote at ``url``, or at KDCACHE_REMOTE. Raises RecipeError where neither names one."""
+    from kdcache.share.opening import default_remote, open_remote
+
+    return open_remote(url) if url else default_remote()

@@ -34,13 +34,14 @@ class Name:
     @property
     def forked(self) -> bool:
         """Whether two writers made the newest version at once."""
-        newest = [ref for ref in self.versions if ref.number == self.versions[-1].number]
+        newest = [ref for ref in self.versions if ref.number == self.versions[-1].number]  # empty where there are none
         return len({ref.manifest for ref in newest}) > 1
 
 
-def names(remote: Remote) -> list[Name]:
-    """Every name with at least one version that can be had, or with a problem."""
-    found = sorted({place[0] for entry in remote.list(layout.REFS) if (place := layout.parse_ref_key(entry.key))})
+def names(remote: Remote, only: str | None = None) -> list[Name]:
+    """Every name, or that one, with at least one version that can be had, or with a problem."""
+    prefix = layout.refs_of(only) if only else layout.REFS
+    found = sorted({place[0] for entry in remote.list(prefix) if (place := layout.parse_ref_key(entry.key))})
     listed = [_name(remote, name) for name in found]
     return [one for one in listed if one.versions or one.problem]
 

@@ -22,6 +22,7 @@ COMMANDS = [
     *(("cofinetune",), ("dump-teachers",), ("distill",), ("run",), ("evaluate",), ("report",), ("env",)),
     *(("cache", "info"), ("cache", "verify"), ("pipelines", "ls"), ("pipelines", "cp"), ("pipelines", "validate")),
     *(("pipelines", "prepare"), ("remote", "check")),
+    *(("cache", "push"), ("cache", "pull"), ("cache", "ls"), ("cache", "rm"), ("cache", "gc"), ("cache", "status")),
 ]
 
 

@@ -1,0 +1,288 @@
+"""``kdcache cache push|pull|ls|rm|gc|status``: caches of the team, on a remote."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kdcache.cli.cache import CachePath, require_directory
+from kdcache.cli.options import Json, RemoteUrl
+from kdcache.cli.output import out
+from kdcache.cli.references import open_team
+from kdcache.errors import RecipeError
+from kdcache.progress import format_bytes
+
+if TYPE_CHECKING:
+    from kdcache.cache.selection import Selection
+    from kdcache.share.gc import GcReport
+    from kdcache.share.listing import Name, Status
+    from kdcache.share.push import PushReport
+    from kdcache.share.refs import Ref
+    from kdcache.share.remote import Remote
+
+Reference = Annotated[
+    str, typer.Argument(metavar="NAME", help="NAME, NAME@3, NAME@TAG or NAME@DIGEST on the remote.", show_default=False)
+]
+_SHOWN = 20  # keys that gc lists for people; all of them are in --json
+
+
+def push(
+    path: CachePath,
+    name: Annotated[str, typer.Option("--name", metavar="NAME", help="What the team calls it.", show_default=False)],
+    tag: Annotated[str | None, typer.Option("--tag", help="A word for this version.", show_default=False)] = None,
+    no_text: Annotated[bool, typer.Option("--no-text", help="Leave the texts out; ids and labels go.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would travel, and send nothing.")] = False,
+    remote: RemoteUrl = None,
+    json: Json = False,  # noqa: ARG001
+) -> None:
+    """Publish a cache as the newest version of a name; only what the remote lacks is sent.
+
+    Nobody sees the version before all of it is there. Interrupted, it continues with the same command.
+
+    Example: kdcache cache push runs/sst2/cache --name sst2-3t --tag v2
+    """
+    require_directory(path)
+    from kdcache.progress import RichProgress
+    from kdcache.share.push import push as publish
+
+    store = open_team(remote)
+    report = publish(store, path, name, tag=tag, with_text=not no_text, dry_run=dry_run, progress=RichProgress())
+    out.document({**asdict(report), "remote": store.url})
+    out.text(_pushed(report, store.url))
+
+
+def _pushed(report: PushReport, url: str) -> str:
+    kept = report.bytes - report.bytes_sent
+    amount = f"{report.files_sent:,} of {report.files:,} objects ({format_bytes(report.bytes_sent)})"
+    there = f"; {format_bytes(kept)} are there" if kept else ""
+    if report.dry_run:
+        what = "would be made" if report.new_version else "is this cache already"
+        return f"{report.reference} on {url} {what}: {amount} would travel{there}"
+    what = "is published" if report.new_version else "was this cache already"
+    return f"{report.reference} on {url} {what}: {amount} travelled{there}"
+
+
+def pull(
+    name: Reference,
+    teachers: Annotated[
+        str | None, typer.Option("--teachers", metavar="A,B", help="These teachers only.", show_default=False)
+    ] = None,
+    layers: Annotated[
+        str | None, typer.Option("--layers", metavar="6,12", help="Hidden states of these layers only.", show_default=False)
+    ] = None,
+    no_hidden: Annotated[bool, typer.Option("--no-hidden", help="Logits only, no hidden states.")] = False,
+    no_text: Annotated[bool, typer.Option("--no-text", help="Leave the texts out; ids and labels come.")] = False,
+    to: Annotated[
+        Path | None, typer.Option("--to", metavar="DIR", help="Where; by default NAME here.", show_default=False)
+    ] = None,
+    remote: RemoteUrl = None,
+    json: Json = False,  # noqa: ARG001
+) -> None:
+    """Bring a cache, or a part of it, into a directory; every byte is verified on arrival.
+
+    A part is completed by pulling more into the same directory. Interrupted, it continues with the same command.
+
+    Example: kdcache cache pull sst2-3t --teachers bert --no-hidden --to caches/sst2
+    """
+    from kdcache.progress import RichProgress
+    from kdcache.share.layout import split_reference
+    from kdcache.share.pull import pull as fetch
+    from kdcache.share.refs import resolve
+
+    target = to or Path(split_reference(name)[0])
+    store = open_team(remote)
+    ref = resolve(store, name)
+    selection = _selection(store, ref, _words(teachers), _numbers(layers), hidden=not no_hidden, text=not no_text)
+    report = fetch(store, f"{ref.name}@{ref.manifest}", target, selection, progress=RichProgress())
+    out.document({**asdict(report), "remote": store.url})
+    part = "" if report.selection is None else ", a part of it"
+    amount = f"{report.files_fetched:,} files ({format_bytes(report.bytes_fetched)}) came"
+    kept = f", {report.files_kept:,} ({format_bytes(report.bytes_kept)}) were there" if report.files_kept else ""
+    out.text(f"{report.reference} is in {report.path}{part}: {amount}{kept}")
+
+
+def _selection(
+    remote: Remote, ref: Ref, teachers: list[str] | None, layers: list[int] | None, *, hidden: bool, text: bool
+) -> Selection | None:
+    if teachers is None and layers is None and hidden and text:
+        return None
+    from kdcache.cache.selection import choose
+    from kdcache.share.pull import fetch_manifest
+
+    return choose(fetch_manifest(remote, ref).contents, teachers, layers, hidden=hidden, text=text)
+
+
+def ls(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="All versions of this name on the remote.", show_default=False)
+    ] = None,
+    remote: Annotated[bool, typer.Option("--remote", help="List the team's remote, KDCACHE_REMOTE.")] = False,
+    url: Annotated[str | None, typer.Option("--url", metavar="URL", help="List this remote instead.", show_default=False)] = None,
+    json: Json = False,  # noqa: ARG001
+) -> None:
+    """List the caches of this machine (runs, working directory, fetched ones), or those of the remote.
+
+    Example: kdcache cache ls --remote
+
+    Example: kdcache cache ls sst2-3t
+    """
+    if name is None and not remote and url is None:
+        _list_here()
+        return
+    from kdcache.share.layout import check_name
+    from kdcache.share.listing import names
+
+    store = open_team(url)
+    listed = names(store, name and check_name(name))
+    out.document({"remote": store.url, "names": [_name_document(one) for one in listed]})
+    if not listed:
+        out.note(f"{store.url} has no cache" + (f" '{name}'" if name else ""))
+    rows = [row for one in listed for row in _rows(one, every=name is not None)]
+    if rows:
+        out.table(("name", "tag", "made", "size", "files", "versions", "identity"), rows)
+    for one in listed:
+        if one.problem:
+            out.note(f"{one.name}: {one.problem}")
+
+
+def _rows(name: Name, *, every: bool) -> list[tuple[Any, ...]]:
+    """The newest version, or all of them, newest first."""
+    shown = list(reversed(name.versions)) if every else list(name.versions[-1:])
+    newest = " (fork)" if name.forked else ""
+    return [
+        (
+            ref.pinned + (newest if ref.number == name.versions[-1].number else ""),
+            ref.tag or "",
+            ref.made,
+            format_bytes(ref.size),
+            ref.files,
+            len(name.versions),
+            ref.identity[:12],
+        )
+        for ref in shown
+    ]
+
+
+def _name_document(name: Name) -> dict[str, Any]:
+    versions = [{**asdict(ref), "reference": ref.pinned} for ref in name.versions]
+    return {"name": name.name, "forked": name.forked, "problem": name.problem, "versions": versions}
+
+
+def _list_here() -> None:
+    from kdcache.cache.finding import find_caches
+    from kdcache.cli.options import RUNS
+    from kdcache.runs import home
+
+    places = [*sorted(RUNS.glob("*/cache")), *sorted(Path().glob("*")), *sorted((home() / "store/caches").glob("*"))]
+    found = find_caches(places)
+    out.document({"caches": [asdict(one) for one in found]})
+    if not found:
+        out.note("there is no cache in runs/, in this directory or in the store of fetched caches")
+        return
+    rows = [
+        (
+            one.path,
+            ", ".join(one.teachers),
+            one.texts,
+            format_bytes(one.bytes_here) + (f" of {format_bytes(one.bytes)}" if one.bytes_here < one.bytes else ""),
+            one.identity[:12],
+            one.problem or one.origin,
+        )
+        for one in found
+    ]
+    out.table(("path", "teachers", "texts", "size", "identity", "from"), rows)
+
+
+def rm(name: Reference, remote: RemoteUrl = None, json: Json = False) -> None:  # noqa: ARG001
+    """Drop a name, or one version of it, from the remote. Its files stay until gc collects them.
+
+    Example: kdcache cache rm sst2-3t@2
+    """
+    from kdcache.share.removal import remove
+
+    store = open_team(remote)
+    dropped = remove(store, name)
+    out.document({"remote": store.url, "removed": [ref.pinned for ref in dropped]})
+    out.text(f"removed from {store.url}: {', '.join(ref.pinned for ref in dropped)}")
+    out.hint("Its files are kept for some days, and deleted by: kdcache cache gc --delete")
+
+
+def gc(
+    delete: Annotated[bool, typer.Option("--delete/--dry-run", help="Delete; otherwise say what would be deleted.")] = False,
+    grace: Annotated[
+        float, typer.Option("--grace-days", min=0.0, help="Keep what was written or removed within so many days.")
+    ] = 7.0,
+    remote: RemoteUrl = None,
+    json: Json = False,  # noqa: ARG001
+) -> None:
+    """Collect what no version on the remote reaches and what is older than a grace period.
+
+    Example: kdcache cache gc
+    """
+    from kdcache.progress import RichProgress
+    from kdcache.share.gc import collect
+
+    store = open_team(remote)
+    report = collect(store, grace=grace * 86_400, delete=delete, progress=RichProgress())
+    out.document({**asdict(report), "remote": store.url})
+    _show_collected(report, store.url)
+
+
+def _show_collected(report: GcReport, url: str) -> None:
+    for key in report.keys[:_SHOWN]:
+        out.text(key)
+    if len(report.keys) > _SHOWN:
+        out.text(f"... and {len(report.keys) - _SHOWN:,} more; --json has all")
+    what = "deleted from" if report.deleted else "would be deleted from"
+    out.text(
+        f"{what} {url}: {report.files:,} files, {report.manifests:,} manifests, {report.refs:,} refs, {format_bytes(report.bytes)}; "
+        f"kept: {report.kept_files:,} files in use ({format_bytes(report.kept_bytes)}), "
+        f"{report.young_files:,} too young ({format_bytes(report.young_bytes)})"
+    )
+    if report.keys and not report.deleted:
+        out.hint("Delete them with: kdcache cache gc --delete")
+
+
+def status(path: CachePath, remote: RemoteUrl = None, json: Json = False) -> None:  # noqa: ARG001
+    """Say whether a cache directory is pushed, under which names, and what differs from their newest versions.
+
+    Example: kdcache cache status runs/sst2/cache
+    """
+    require_directory(path)
+    from kdcache.share.listing import status as compare
+
+    store = open_team(remote)
+    found = compare(store, path)
+    out.document({**asdict(found), "remote": store.url})
+    for line in _standing(found, store.url):
+        out.text(line)
+
+
+def _standing(found: Status, url: str) -> list[str]:
+    lines = [f"{found.path}: identity {found.identity[:12]}"]
+    if found.pushed_as:
+        lines.append(f"pushed to {url} as {', '.join(found.pushed_as)}")
+    else:
+        lack = f"{found.files_missing:,} files ({format_bytes(found.bytes_missing)}) of it are not there"
+        lines.append(f"not pushed to {url}; {lack}")
+    for name, reference in found.newest.items():
+        differences = found.differences[name]
+        if reference not in found.pushed_as:
+            lines.append(f"the newest version of '{name}' is {reference}: {'; '.join(differences) or 'the same data'}")
+    if found.not_pulled:
+        lines.append(f"not pulled: {found.not_pulled:,} files ({format_bytes(found.bytes_not_pulled)})")
+    return lines
+
+
+def _words(text: str | None) -> list[str] | None:
+    return None if text is None else [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _numbers(text: str | None) -> list[int] | None:
+    words = _words(text)
+    if words is not None and not all(word.isdecimal() for word in words):
+        raise RecipeError(f"--layers is '{text}', not a list of numbers", "Such as: --layers 6,12")
+    return None if words is None else [int(word) for word in words]
