@@ -49,6 +49,13 @@ def peak_memory_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 1e6
 
 
+def resident_mb() -> float:
+    """Resident memory of this process now, MB."""
+    import psutil
+
+    return float(psutil.Process().memory_info().rss) / 1e6
+
+
 def machine() -> dict[str, Any]:
     """What a reader must know to place a figure."""
     import torch
