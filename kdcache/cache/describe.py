@@ -8,30 +8,40 @@ from kdcache.cache import layout
 from kdcache.cache.schema import teacher_document
 
 if TYPE_CHECKING:
+    from kdcache.cache.contents import Contents
+    from kdcache.cache.manifest import Manifest
     from kdcache.cache.reader import Cache
 
 
 def describe(cache: Cache) -> dict[str, Any]:
-    """JSON-able: counts, tokens, bytes per teacher and layer, label names, identity, provenance. No data file is read."""
-    contents = cache.manifest.contents
-    texts = {scope: sum(part.texts for part in cache.parts if part.scope == scope) for scope in ("full", "logits")}
+    """``describe_manifest``, and where the cache lies and what of it is there. No data file is read."""
+    facts = {"path": str(cache.path), **describe_manifest(cache.manifest)}
+    for name, one in facts["teachers"].items():
+        one["here"] = _here(cache, layout.tokenizer_file(name))
+        for layer, stored in one["layers"].items():
+            stored["here"] = _here(cache, layout.basis_file(name, int(layer)))
+    return {**facts, "selection": _selection(cache)}
+
+
+def describe_manifest(manifest: Manifest) -> dict[str, Any]:
+    """JSON-able: counts, tokens, bytes per teacher and layer, label names, identity, provenance."""
+    contents = manifest.contents
+    texts = {scope: sum(part.texts for part in contents.parts if part.scope == scope) for scope in ("full", "logits")}
     return {
-        "path": str(cache.path),
-        "identity": cache.identity,
-        "text_columns": list(cache.task.text_columns),
-        "label_names": list(cache.task.label_names),
+        "identity": manifest.identity,
+        "text_columns": list(contents.task.text_columns),
+        "label_names": list(contents.task.label_names),
         "texts": sum(texts.values()),
         "texts_full": texts["full"],
         "texts_logits_only": texts["logits"],
-        "text_stored": cache.has_text,
-        "parts": len(cache.parts),
-        "part_size": cache.settings.part_size,
-        "seed": cache.settings.seed,
+        "text_stored": contents.has_text,
+        "parts": len(contents.parts),
+        "part_size": contents.settings.part_size,
+        "seed": contents.settings.seed,
         "examples": {name: split.examples for name, split in contents.splits.items()},
         "bytes": sum(digest.size for digest in contents.files.values()),
-        "teachers": {name: _teacher(cache, name) for name in cache.teachers},
-        "selection": _selection(cache),
-        "provenance": cache.manifest.provenance,
+        "teachers": {name: _teacher(contents, name) for name in contents.teachers},
+        "provenance": manifest.provenance,
     }
 
 
@@ -58,22 +68,20 @@ def _here(cache: Cache, path: str) -> bool:
     return cache.local is None or cache.local.selection.takes(path)
 
 
-def _teacher(cache: Cache, name: str) -> dict[str, Any]:
-    spec, files = cache.teachers[name], cache.manifest.contents.files
+def _teacher(contents: Contents, name: str) -> dict[str, Any]:
+    spec = contents.teachers[name]
     home = f"{layout.teacher_directory(name)}/"
-    counts = cache.manifest.contents.tokens.get(name, {})
-    sizes = {path: digest.size for path, digest in files.items() if path.startswith(home)}
+    counts = contents.tokens.get(name, {})
+    sizes = {path: digest.size for path, digest in contents.files.items() if path.startswith(home)}
     document = teacher_document(spec)
     for layer, one in spec.layers.items():
         paths = {path for part, tokens in counts.items() for path in layout.layer_files(name, part, layer, one, tokens)}
         document["layers"][str(layer)]["bytes"] = sum(sizes[path] for path in paths) + sizes[layout.basis_file(name, layer)]
-        document["layers"][str(layer)]["here"] = _here(cache, layout.basis_file(name, layer))
     return {
         **document,
-        "here": _here(cache, layout.tokenizer_file(name)),
         "pooled": spec.pooled,
         "tokens": sum(counts.values()),
         "bytes": sum(sizes.values()),
-        "bytes_outputs": sum(sizes[layout.outputs_file(name, part.name)] for part in cache.parts),
+        "bytes_outputs": sum(sizes[layout.outputs_file(name, part.name)] for part in contents.parts),
         "bytes_tokens": sum(sizes[layout.tokens_file(name, part)] for part in counts),
     }

@@ -56,6 +56,12 @@ def seeded_order(ids: Iterable[bytes], seed: int) -> list[bytes]:
     return sorted(ids, key=lambda one: (hashlib.blake2b(one, digest_size=ID_BYTES, key=key).digest(), one))
 
 
+def ids_digest(parts: Iterable[np.ndarray]) -> str:
+    """The fingerprint of a set of texts: sha256 (hex) over their sorted distinct ids. Equal for the same texts however they are cut."""
+    ids = np.concatenate([np.zeros((0, ID_BYTES), np.uint8), *parts])
+    return hashlib.sha256(np.unique(ids, axis=0).tobytes()).hexdigest()
+
+
 class IdIndex:
     """Finds rows by id, in bulk: ids sorted once as pairs of 64-bit words, then binary search."""
 

@@ -14,7 +14,7 @@ and extend a finished one. While that goes on, the old manifest stays valid: no 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -200,7 +200,7 @@ class CacheWriter:
         self._journal.add_split(split, info, files)
         self._contents.splits[split] = info
 
-    def publish(self, provenance: Mapping[str, Any], card: str = "") -> Manifest:
+    def publish(self, provenance: Mapping[str, Any], card: Callable[[Manifest], str] | None = None) -> Manifest:
         """Write the card and then the manifest, and forget the records. Gives back the manifest.
 
         Where nothing changed, the manifest stays as it is. Raises MismatchError where a teacher of the cache lacks texts that
@@ -208,12 +208,11 @@ class CacheWriter:
         """
         published = self.base.contents if self.base else None
         contents = complete_contents(self.root, self._contents, published, self._asked)
-        manifest = make_manifest(contents, provenance)
-        if card:
-            write_file(self.root / layout.CARD, card.encode("utf-8"))
-        if self.base is not None and self.base.identity == manifest.identity:
-            manifest = self.base
-        else:
+        made = make_manifest(contents, provenance)
+        manifest = self.base if self.base is not None and self.base.identity == made.identity else made
+        if card is not None:
+            write_file(self.root / layout.CARD, card(manifest).encode("utf-8"))
+        if manifest is made:
             write_file(self.root / layout.MANIFEST, manifest.to_bytes())
         self._journal.clear()
         self.base = manifest

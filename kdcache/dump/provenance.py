@@ -32,7 +32,9 @@ def dump_provenance(recipe: Recipe, bundle: Bundle, cache_dir: Path, given: Mapp
     """``given`` (of the caller: the command, the system) with recipe, versions, time, and a record per teacher."""
     teachers = dict(_earlier(cache_dir).get("teachers", {}))
     for section in recipe.teachers:
-        teachers[section.name] = {**teachers.get(section.name, {}), **_origin(bundle.teachers[section.name])}
+        origin = _origin(bundle.teachers[section.name])
+        stated = {"licence": section.licence} if section.licence else {}
+        teachers[section.name] = {**teachers.get(section.name, {}), **origin, **stated}
     for name, record in _remembered(cache_dir).items():
         teachers[name] = {**teachers.get(name, {}), **record}
     return {

@@ -16,12 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kdcache.cache.card import cache_card
+from kdcache.cache.ids import ids_digest
 from kdcache.cache.layout import MANIFEST
 from kdcache.cache.manifest import read_manifest
 from kdcache.cache.spec import Settings
 from kdcache.cache.writer import open_writer
 from kdcache.data.task import load_task
-from kdcache.dump.card import cache_card
 from kdcache.dump.plan import check_free_space
 from kdcache.dump.provenance import dump_provenance, forget_runs, remember_run
 from kdcache.dump.run import TeacherRun, lacks_bases, run_teacher
@@ -100,8 +101,8 @@ def dump_teachers(
         runs = run_missing(writer, teachers, teachers_dir, recipe.dump.tokens_per_batch, progress)
         write_examples(writer, task)
         record = dump_provenance(recipe, bundle, cache_dir, provenance or {})
-        card = cache_card(recipe, task, [teacher.spec for teacher in teachers], bundle, _bytes_in(cache_dir))
-        identity = writer.publish(record, card=card).identity
+        record["text_ids"] = ids_digest(part.text_ids for part in writer.parts)
+        identity = writer.publish(record, card=cache_card).identity
         forget_runs(cache_dir)
         texts = sum(len(part.text_ids) for part in writer.parts)
         return DumpReport(cache_dir, identity, texts, len(writer.parts), runs, time.perf_counter() - started, task.counts)
@@ -154,7 +155,3 @@ def write_examples(writer: CacheWriter, task: TaskData) -> None:
 def _has_text(cache_dir: Path) -> bool:
     """What is published stays with or without its texts; a new cache is made with them."""
     return not (cache_dir / MANIFEST).is_file() or read_manifest(cache_dir).contents.has_text
-
-
-def _bytes_in(cache_dir: Path) -> int:
-    return sum(path.stat().st_size for path in cache_dir.rglob("*") if path.is_file())

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from kdcache.cache import layout as cache_layout
 from kdcache.cache.canonical import NotCanonicalError, canonical_json, parse_json
+from kdcache.cache.card import cache_card
 from kdcache.cache.files import FileDigest, make_directory, remove_file, remove_temporaries, write_file
 from kdcache.cache.locking import hold_lock
 from kdcache.cache.manifest import MAX_BYTES, parse_manifest, read_manifest
@@ -112,6 +113,7 @@ def pull(
         fetched, kept = _fetch(remote, ref, manifest, wanted, target, progress or SilentProgress(), workers)
         write_selection(target, wanted, origin=ref.pinned)
         if not finished:
+            write_file(target / cache_layout.CARD, cache_card(manifest, name=ref.name).encode("utf-8"))
             write_file(target / cache_layout.MANIFEST, data)
         remove_file(target / cache_layout.STATE / RECORD)
     shown = None if wanted.is_whole else wanted

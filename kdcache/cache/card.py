@@ -1,0 +1,171 @@
+"""The README.md of a cache: what it holds and how to use it, for somebody who finds the directory.
+
+Made from the manifest alone, so that a cache that was pulled or extended gets its card as well. Generated, outside the identity.
+What people wrote (names, licences) is taken for text: it cannot break out of its table cell.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from kdcache.cache.describe import describe_manifest
+
+if TYPE_CHECKING:
+    from kdcache.cache.manifest import Manifest
+
+_UNKNOWN = "not stated"
+_CELL = 200  # characters at most of what a manifest's author wrote
+
+
+def cache_card(manifest: Manifest, *, name: str = "") -> str:
+    """Markdown. ``name``: what the cache is called on the remote that it came from."""
+    facts = describe_manifest(manifest)
+    provenance = facts["provenance"]
+    teachers = facts["teachers"]
+    count = f"{len(teachers)} fine-tuned teacher{'' if len(teachers) == 1 else 's'}"
+    title = _said(provenance, "recipe") or name or "Teachers"
+    return f"""\
+# {title}: a cache of teacher targets
+
+What {count} said of {facts["texts"]:,} texts: raw logits, and hidden states of some layers, for the distillation of small
+students with kdcache. {facts["bytes"] / 1e6:,.1f} MB.
+
+{_facts(facts, provenance)}
+
+| split | examples |
+|---|---|
+{_rows((split, f"{examples:,}") for split, examples in facts["examples"].items())}
+
+| teacher | from | head | max. tokens | layers stored | size | validation |
+|---|---|---|---|---|---|---|
+{_rows(_teacher(name, one, _under(provenance, "teachers", name)) for name, one in teachers.items())}
+{_mean(provenance)}
+## What is stored
+
+{_stored(facts)}
+
+## Use
+
+{_use(name)}
+
+`manifest.json` lists every file with its sha256. The files open without kdcache too: `hidden/` with zarr, `.arrow` with pyarrow.
+
+## Licences
+
+{_licences(facts, provenance)}
+"""
+
+
+def _facts(facts: Mapping[str, Any], provenance: Mapping[str, Any]) -> str:
+    made = ", ".join(part for part in (_said(provenance, "published"), _version(provenance)) if part)
+    lines = [
+        ("text columns", _codes(facts["text_columns"])),
+        ("labels", _codes(facts["label_names"])),
+        ("texts", f"{facts['texts_full']:,} with hidden states, {facts['texts_logits_only']:,} with logits alone"),
+        ("data fingerprint", _said(provenance, "text_ids") or "not recorded"),
+        ("identity", facts["identity"]),
+        ("made", made or _UNKNOWN),
+    ]
+    return "| | |\n|---|---|\n" + _rows(lines)
+
+
+def _teacher(name: str, facts: Mapping[str, Any], record: Mapping[str, Any]) -> tuple[str, ...]:
+    scores = ", ".join(f"{_plain(key)} {_number(value)}" for key, value in _under(record, "scores").items())
+    return (
+        name, _said(record, "source") or _UNKNOWN, facts["head"], str(facts["max_length"]), _layers(facts["layers"]),
+        f"{facts['bytes'] / 1e6:,.1f} MB", scores or "–",
+    )  # fmt: skip
+
+
+def _mean(provenance: Mapping[str, Any]) -> str:
+    scores = ", ".join(f"{_plain(key)} {_number(value)}" for key, value in _under(provenance, "mean_scores").items())
+    return f"\nMean of the co-finetuned teachers' probabilities on validation: {scores}.\n" if scores else ""
+
+
+def _layers(layers: Mapping[str, Mapping[str, Any]]) -> str:
+    if not layers:
+        return "none: logits only"
+    forms: dict[str, list[str]] = {}
+    for number, one in layers.items():
+        forms.setdefault(f"{one['projection']} {one['dim']} {one['dtype']}", []).append(number)
+    return "; ".join(f"{' '.join(numbers)} ({form})" for form, numbers in forms.items())
+
+
+def _stored(facts: Mapping[str, Any]) -> str:
+    teachers = facts["teachers"].values()
+    hidden = sum(layer["bytes"] for one in teachers for layer in one["layers"].values())
+    lines = [
+        f"- logits{' and pooled vectors' if any(one['pooled'] for one in teachers) else ''}, float32: "
+        f"{sum(one['bytes_outputs'] for one in teachers) / 1e6:,.1f} MB",
+        f"- hidden states of {sum(one['tokens'] for one in teachers):,} tokens: {hidden / 1e6:,.1f} MB",
+        f"- token spans for alignment: {sum(one['bytes_tokens'] for one in teachers) / 1e6:,.1f} MB",
+        f"- the texts themselves: {'yes, in `text/`' if facts['text_stored'] else 'no; bring the data, rows join by their text'}",
+    ]
+    return "\n".join(lines)
+
+
+def _use(name: str) -> str:
+    if not name:
+        return "    kdcache cache verify PATH\n    kdcache distill RECIPE --cache PATH"
+    return (
+        f"    kdcache distill RECIPE --cache {name}        # fetches what the recipe needs\n"
+        f"    kdcache cache pull {name} --to DIR           # all of it\n"
+        f"    kdcache cache pull {name} --no-hidden --no-text --to DIR"
+    )
+
+
+def _licences(facts: Mapping[str, Any], provenance: Mapping[str, Any]) -> str:
+    lines = [
+        f"- this cache: {_said(provenance, 'licence') or _UNKNOWN}",
+        f"- data: {_said(provenance, 'data_licence') or _UNKNOWN}",
+        *(
+            f"- teacher {name}: {_said(_under(provenance, 'teachers', name), 'licence') or _UNKNOWN}"
+            for name in facts["teachers"]
+        ),
+    ]
+    if facts["text_stored"]:
+        lines += ["", "The texts of the data set are in `text/`: share the cache only where their licence allows it."]
+    return "\n".join(lines)
+
+
+def _version(provenance: Mapping[str, Any]) -> str:
+    version = _said(_under(provenance, "versions"), "kdcache")
+    return f"kdcache {version}" if version else ""
+
+
+def _under(document: Mapping[str, Any], *keys: str) -> Mapping[str, Any]:
+    """A table of the provenance; empty where something else is there, since provenance may hold anything."""
+    found: Any = document
+    for key in keys:
+        found = found.get(key) if isinstance(found, Mapping) else None
+    return found if isinstance(found, Mapping) else {}
+
+
+def _said(document: Mapping[str, Any], key: str) -> str:
+    value = document.get(key)
+    return _plain(value) if isinstance(value, str | int) else ""
+
+
+def _number(value: Any) -> str:
+    try:
+        return f"{float(value):.4f}"
+    except (TypeError, ValueError):
+        return _plain(value)
+
+
+def _codes(names: list[str]) -> str:
+    shown = ", ".join(f"`{_plain(name)}`" for name in names[:50])
+    return shown + (f" and {len(names) - 50:,} more" if len(names) > 50 else "")
+
+
+def _plain(value: Any) -> str:
+    """One line without what a page or a terminal would act on."""
+    line = re.sub(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]+", " ", str(value))
+    line = re.sub(r"[|<>\[\]`]", lambda found: f"&#{ord(found[0])};", line[:_CELL])
+    return line.strip()
+
+
+def _rows(rows: Any) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
