@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from kdcache.errors import RemoteAccessError, RemoteError
+from kdcache.share import store_access
 from kdcache.share.object_store import ObjectStoreRemote, open_object_store
 from kdcache.testing.s3_server import S3Server, User
 
@@ -69,7 +70,8 @@ def test_a_bucket_that_is_not_there_is_named(rclone_store: S3Server) -> None:
         assert "no bucket 'no-such-bucket'" in failure(call).message
 
 
-def test_a_server_that_is_not_there_is_named() -> None:
+def test_a_server_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(store_access._RETRIES, "max_retries", 1)
     keys = {"AWS_ACCESS_KEY_ID": "somebody", "AWS_SECRET_ACCESS_KEY": "something", "AWS_ENDPOINT_URL": "http://127.0.0.1:9"}
     error = failure(lambda: open_object_store("s3://team/x", keys).head("one"))
     assert "http://127.0.0.1:9" in error.message
