@@ -55,10 +55,11 @@ def test_every_dependency_is_pinned_and_within_its_bounds() -> None:
     named = [*project["project"]["dependencies"], *project["project"]["optional-dependencies"]["hub"]]
     named += [entry for group in project["dependency-groups"].values() for entry in group]
     for requirement in named:
-        match = re.match(r"([A-Za-z0-9-]+)>=([\d.]+)", requirement)
+        match = re.match(r"([A-Za-z0-9-]+)(>=|==)([\d.]+)", requirement)
         assert match is not None, requirement
         assert _plain(match[1]) in pins, requirement
-        assert _numbers(pins[_plain(match[1])]) >= _numbers(match[2]), requirement
+        pinned, bound = _numbers(pins[_plain(match[1])]), _numbers(match[3])
+        assert pinned == bound if match[2] == "==" else pinned >= bound, requirement
     assert pins["torch"] == "2.13.0"
 
 
