@@ -155,14 +155,15 @@ def test_without_a_remote_the_variable_is_named(monkeypatch: pytest.MonkeyPatch)
         assert said.code == 2 and "KDCACHE_REMOTE" in said.err
 
 
-def test_interrupted_it_says_how_to_go_on(team: Path, caches: Caches, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("team")
+def test_interrupted_it_says_how_to_go_on(caches: Caches, monkeypatch: pytest.MonkeyPatch) -> None:
     kdcache("cache", "push", caches["one"], "--name", "sst2")
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("kdcache.share.pull.fetch_file", interrupt)
-    said = kdcache("cache", "pull", "sst2")
+    with monkeypatch.context() as patch:
+        patch.setattr("kdcache.share.pull.fetch_file", interrupt)
+        said = kdcache("cache", "pull", "sst2")
     assert said.code == 130 and "Continue with the same command" in said.err
-    monkeypatch.undo()
-    assert kdcache("cache", "pull", "sst2", "--remote", team).code == 0
+    assert kdcache("cache", "pull", "sst2").code == 0
