@@ -122,14 +122,14 @@ class _Body:
             before = self._size
             try:
                 yield from self._blocks()
+                if self._size < self._digest.size:
+                    self._expect_whole()
             except (MissingObjectError, RemoteAccessError):
                 raise
             except RemoteError:
                 if self._size == before:
                     raise
             fruitless = 0 if self._size > before else fruitless + 1
-            if self._size < self._digest.size:
-                self._expect_whole()
 
     def _expect_whole(self) -> None:
         """A body ended early: either the connection broke, or the object itself is too short."""

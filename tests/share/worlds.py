@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from typing import Any, cast
 
 from kdcache.cache.files import digest_bytes
 from kdcache.cache.manifest import parse_manifest
+from kdcache.errors import MissingObjectError
 from kdcache.share import layout
 from kdcache.share.intents import Pace
 from kdcache.share.refs import all_histories, live
@@ -80,17 +80,23 @@ def watched(world: World, die_at: int | None = None) -> tuple[Remote, Requests]:
     return cast("Remote", Watched(world.remote, requests)), requests
 
 
-def broken_refs(remote: MemoryRemote) -> list[str]:
+def broken_refs(remote: Remote) -> list[str]:
     """What is wrong with published versions, looked at without the code under test: empty where each is complete."""
+
+    def there(key: str) -> bytes:
+        try:
+            return remote.read_bytes(key, 1 << 30)
+        except MissingObjectError:
+            return b"missing"
+
     wrong = []
     for name, refs in all_histories(remote).items():
         for ref in live(refs):
-            found = remote.objects.get(layout.manifest_key(ref.manifest))
-            if found is None or hashlib.sha256(found[0]).hexdigest() != ref.manifest:
+            manifest = there(layout.manifest_key(ref.manifest))
+            if digest_bytes(manifest).sha256 != ref.manifest:
                 wrong.append(f"{name}@{ref.number}: manifest")
                 continue
-            for path, digest in parse_manifest(found[0], ref.key).contents.files.items():
-                there = remote.objects.get(layout.file_key(digest.sha256))
-                if there is None or digest_bytes(there[0]) != digest:
+            for path, digest in parse_manifest(manifest, ref.key).contents.files.items():
+                if digest_bytes(there(layout.file_key(digest.sha256))) != digest:
                     wrong.append(f"{name}@{ref.number}: {path}")
     return wrong
