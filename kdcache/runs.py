@@ -140,6 +140,7 @@ def digest(inputs: Inputs) -> str:
 
 _TRANSFER = {"transfer", "transfer_rows"}  # of the data section: what only the dump and the student see
 _SOFT = {"method", "paper", "temperature", "t_squared", "hidden_direction", "teachers", "teacher_layers", "missing", "weights"}
+_STORED = {"layers", "per_layer"}  # of a teacher: what the dump alone sees
 _NEVER = {"licence", "checkpoint_steps"}  # change no result
 
 
@@ -148,7 +149,7 @@ def stage_inputs(recipe: Recipe, stage: Stage, *, upstream: str = "") -> Inputs:
     document = recipe.model_dump(mode="json")
     data, distill = document["data"], document["distill"]
     labelled = {key: value for key, value in data.items() if key not in _TRANSFER}
-    trained = [{key: value for key, value in teacher.items() if key != "layers"} for teacher in document["teachers"]]
+    trained = [{key: value for key, value in teacher.items() if key not in _STORED} for teacher in document["teachers"]]
     optimisation = {key: value for key, value in distill.items() if key not in _SOFT}
     parts: dict[Stage, dict[str, Any]] = {
         "teachers": {"data": labelled, "teachers": trained, "cofinetune": document["cofinetune"]},

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 CHUNK_BYTES = 1 << 20  # inner chunks are at most this, and at least half of it where an array needs more than one
 _CRC = 4
 _INDEX_ENTRY = 16  # offset and size, uint64 each
+_FILLS = {"int8": -128, "uint8": 255}  # every byte is a code, so 255 is no proof; NaN for the others
 
 
 class Source(Protocol):
@@ -85,7 +86,7 @@ def array_metadata(shape: tuple[int, ...], dtype: str) -> bytes:
         "codecs": [{"configuration": sharding, "name": "sharding_indexed"}],
         "data_type": dtype,
         "dimension_names": ["token", "dim"][: len(shape)],
-        "fill_value": -128 if dtype == "int8" else "NaN",
+        "fill_value": _FILLS.get(dtype, "NaN"),
         "node_type": "array",
         "shape": list(shape),
         "storage_transformers": [],
@@ -98,7 +99,7 @@ def encode_shard(values: np.ndarray) -> list[Buffer]:
     """The shard file of an array with at least one row, as buffers to be written one after the other."""
     values = np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("<"))
     rows, step = len(values), chunk_rows(values.shape, values.itemsize)
-    fill = -128 if values.dtype == np.int8 else np.nan
+    fill = _FILLS.get(values.dtype.name, np.nan)
     buffers: list[Buffer] = []
     index = []
     position = 0

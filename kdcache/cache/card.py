@@ -89,8 +89,14 @@ def _layers(layers: Mapping[str, Mapping[str, Any]]) -> str:
         return "none: logits only"
     forms: dict[str, list[str]] = {}
     for number, one in layers.items():
-        forms.setdefault(f"{one['projection']} {one['dim']} {one['dtype']}", []).append(number)
+        forms.setdefault(_form(one), []).append(number)
     return "; ".join(f"{' '.join(numbers)} ({form})" for form, numbers in forms.items())
+
+
+def _form(layer: Mapping[str, Any]) -> str:
+    coded = layer["dtype"] == "coded"
+    stored = f"coded, {layer['bytes']} bytes" if coded else f"{layer['projection']} {layer['dim']} {layer['dtype']}"
+    return stored + {"first": ", first token", "pooled": ", mean of tokens"}.get(layer.get("tokens", ""), "")
 
 
 def _stored(facts: Mapping[str, Any]) -> str:

@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kdcache.cache.layout import array_shapes
 from kdcache.cache.tokens import OTHER, Tokens
 from kdcache.errors import NonFiniteError
 
 if TYPE_CHECKING:
     from kdcache.cache.blocks import HiddenBlock, Outputs
-    from kdcache.cache.spec import LayerSpec, TeacherSpec
+    from kdcache.cache.spec import TeacherSpec
 
 _HINT = "Look at that text and at the teacher; a half-precision backend may overflow: try precision = 'float32'."
 
@@ -51,14 +52,17 @@ def check_tokens(tokens: Tokens, part: str, texts: int) -> None:
         raise ValueError(f"tokens of {part} have an unknown role, or an end before its start")
 
 
-def check_hidden(
-    block: HiddenBlock, layer: int, layer_spec: LayerSpec, spec: TeacherSpec, part: str, ids: np.ndarray, offsets: np.ndarray
-) -> None:
-    """Raises ValueError for a wrong shape or dtype, NonFiniteError (with text id and layer) for NaN or infinity."""
-    total = int(offsets[-1])
-    if block.values.shape != (total, layer_spec.dim) or block.values.dtype != np.dtype(layer_spec.dtype):
+def check_hidden(block: HiddenBlock, layer: int, spec: TeacherSpec, part: str, ids: np.ndarray, offsets: np.ndarray) -> None:
+    """Raises ValueError for a wrong shape or dtype, NonFiniteError (with text id and layer) for NaN or infinity.
+
+    ``offsets`` int64 [n + 1]: text i owns rows ``offsets[i]:offsets[i + 1]`` of the layer.
+    """
+    layer_spec = spec.layers[layer]
+    shape, dtype = next(iter(array_shapes(layer, layer_spec, int(offsets[-1])).values()))
+    total = shape[0]
+    if block.values.shape != shape or block.values.dtype != np.dtype(dtype):
         found = f"{block.values.dtype}{list(block.values.shape)}"
-        raise ValueError(f"layer {layer} of {part} is {found}, expected {layer_spec.dtype}{[total, layer_spec.dim]}")
+        raise ValueError(f"layer {layer} of {part} is {found}, expected {dtype}{list(shape)}")
     if (block.scales is None) == (layer_spec.dtype == "int8"):
         raise ValueError(f"layer {layer} of {part}: scales belong to int8 and to nothing else")
     rows = block.values

@@ -13,7 +13,7 @@ from kdcache.cache import layout
 
 if TYPE_CHECKING:
     from kdcache.cache.files import FileDigest
-    from kdcache.cache.spec import Scope, Settings, TaskSpec, TeacherSpec
+    from kdcache.cache.spec import LayerSpec, Scope, Settings, TaskSpec, TeacherSpec
 
 
 @dataclass(frozen=True)
@@ -62,11 +62,16 @@ class Contents:
         return part.name in self.tokens.get(teacher, {}) and layout.tokens_file(teacher, part.name) in self.files
 
     def has_layer(self, teacher: str, part: PartInfo, layer: int) -> bool:
-        if not self.has_tokens(teacher, part) or layout.group_file(teacher, part.name) not in self.files:
+        spec = self.teachers[teacher].layers[layer]
+        rows = self.rows(teacher, part, spec)
+        if rows is None or layout.group_file(teacher, part.name) not in self.files:
             return False
-        tokens = self.tokens[teacher][part.name]
-        paths = layout.layer_files(teacher, part.name, layer, self.teachers[teacher].layers[layer], tokens)
-        return all(path in self.files for path in paths)
+        paths = layout.layer_files(teacher, part.name, layer, spec, rows)
+        return all(path in self.files for path in paths) and (spec.per_text or self.has_tokens(teacher, part))
+
+    def rows(self, teacher: str, part: PartInfo, spec: LayerSpec) -> int | None:
+        """Rows of a layer in a full part: its texts, or its tokens; None where these are not known."""
+        return part.texts if spec.per_text else self.tokens.get(teacher, {}).get(part.name)
 
     def layer_is_complete(self, teacher: str, layer: int) -> bool:
         """Whether a layer has its basis and all parts that hidden states are stored for."""
@@ -97,13 +102,13 @@ class Contents:
     def _part_files(self, teacher: TeacherSpec, part: PartInfo) -> dict[str, str]:
         where = f"teacher '{teacher.name}', {part.name}"
         files = {layout.outputs_file(teacher.name, part.name): f"outputs of {where}"}
-        tokens = self.tokens.get(teacher.name, {}).get(part.name)
-        if tokens is None:
-            return files
-        files[layout.tokens_file(teacher.name, part.name)] = f"tokens of {where}"
-        if teacher.layers:
-            files[layout.group_file(teacher.name, part.name)] = f"hidden states of {where}"
+        if part.name in self.tokens.get(teacher.name, {}):
+            files[layout.tokens_file(teacher.name, part.name)] = f"tokens of {where}"
         for layer, spec in teacher.layers.items():
-            for path in layout.layer_files(teacher.name, part.name, layer, spec, tokens):
-                files[path] = f"layer {layer} of {where}"
+            rows = self.rows(teacher.name, part, spec) if part.scope == "full" else None
+            if rows is not None:
+                files[layout.group_file(teacher.name, part.name)] = f"hidden states of {where}"
+                files |= dict.fromkeys(
+                    layout.layer_files(teacher.name, part.name, layer, spec, rows), f"layer {layer} of {where}"
+                )
         return files

@@ -13,19 +13,24 @@ from kdcache.cache.blocks import HiddenBlock
 from kdcache.cache.checks import check_hidden
 
 if TYPE_CHECKING:
+    from kdcache.cache.contents import Contents, PartInfo
     from kdcache.cache.digests import CheckedFiles
     from kdcache.cache.files import Buffer
     from kdcache.cache.spec import LayerSpec, TeacherSpec
 
 
 def encode_layers(
-    spec: TeacherSpec, part: str, ids: np.ndarray, offsets: np.ndarray, blocks: Mapping[int, HiddenBlock]
+    spec: TeacherSpec, part: str, ids: np.ndarray, offsets: np.ndarray | None, blocks: Mapping[int, HiddenBlock]
 ) -> dict[str, Iterable[Buffer]]:
-    """The files of some layers of a part, the group's metadata among them. Raises as ``check_hidden``."""
+    """The files of some layers of a part, the group's metadata among them. Raises as ``check_hidden``.
+
+    ``offsets`` int64 [n + 1] are those of the texts' tokens; None where every layer has a row per text.
+    """
     files: dict[str, Iterable[Buffer]] = {layout.group_file(spec.name, part): [group_metadata()]}
     for layer, block in sorted(blocks.items()):
-        check_hidden(block, layer, spec.layers[layer], spec, part, ids, offsets)
-        arrays = layout.array_shapes(layer, spec.layers[layer], int(offsets[-1]))
+        texts = np.arange(len(ids) + 1)
+        check_hidden(block, layer, spec, part, ids, texts if spec.layers[layer].per_text or offsets is None else offsets)
+        arrays = layout.array_shapes(layer, spec.layers[layer], len(block.values))
         for (name, (shape, dtype)), values in zip(arrays.items(), (block.values, block.scales), strict=False):
             metadata, shard = layout.array_files(spec.name, part, name, shape)
             files[metadata] = [array_metadata(shape, dtype)]
@@ -34,25 +39,25 @@ def encode_layers(
     return files
 
 
-def decode_layer(files: CheckedFiles, teacher: str, part: str, layer: int, spec: LayerSpec, tokens: int) -> HiddenBlock:
-    """Read one layer of a part. Raises DamageError, which names the file."""
+def decode_layer(files: CheckedFiles, teacher: str, part: str, layer: int, spec: LayerSpec, rows: int) -> HiddenBlock:
+    """Read one layer of a part, with so many rows. Raises DamageError, which names the file."""
     files.read(layout.group_file(teacher, part))
     arrays = []
-    for name, (shape, dtype) in layout.array_shapes(layer, spec, tokens).items():
+    for name, (shape, dtype) in layout.array_shapes(layer, spec, rows).items():
         metadata, shard = layout.array_files(teacher, part, name, shape)
         files.read(metadata)  # its digest is that of the only metadata that this shape and dtype can have
         arrays.append(_read_array(files, shard, shape, dtype))
     return HiddenBlock(arrays[0], arrays[1] if len(arrays) > 1 else None)
 
 
-def known_files(teacher: TeacherSpec, part: str, tokens: int) -> dict[str, bytes]:
-    """Files whose bytes follow from shapes alone: they can be written again without the teacher."""
-    if not teacher.layers:
-        return {}
-    files = {layout.group_file(teacher.name, part): group_metadata()}
+def known_files(contents: Contents, teacher: TeacherSpec, part: PartInfo) -> dict[str, bytes]:
+    """Files of a full part whose bytes follow from shapes alone: they can be written again without the teacher."""
+    files = {}
     for layer, spec in teacher.layers.items():
-        for name, (shape, dtype) in layout.array_shapes(layer, spec, tokens).items():
-            files[layout.array_files(teacher.name, part, name, shape)[0]] = array_metadata(shape, dtype)
+        rows = contents.rows(teacher.name, part, spec)
+        for name, (shape, dtype) in layout.array_shapes(layer, spec, rows).items() if rows is not None else ():
+            files[layout.group_file(teacher.name, part.name)] = group_metadata()
+            files[layout.array_files(teacher.name, part.name, name, shape)[0]] = array_metadata(shape, dtype)
     return files
 
 

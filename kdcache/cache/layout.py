@@ -82,11 +82,13 @@ def group_file(teacher: str, part: str) -> str:
     return f"{group_directory(teacher, part)}/zarr.json"
 
 
-def array_shapes(layer: int, spec: LayerSpec, tokens: int) -> dict[str, tuple[tuple[int, ...], str]]:
-    """The arrays of a layer: name inside the group -> shape and dtype."""
-    arrays: dict[str, tuple[tuple[int, ...], str]] = {layer_name(layer): ((tokens, spec.dim), spec.dtype)}
+def array_shapes(layer: int, spec: LayerSpec, rows: int) -> dict[str, tuple[tuple[int, ...], str]]:
+    """The arrays of a layer with so many rows (tokens, or texts): name inside the group -> shape and dtype."""
+    if spec.dtype == "coded":
+        return {layer_name(layer): ((rows, spec.bytes), "uint8")}
+    arrays: dict[str, tuple[tuple[int, ...], str]] = {layer_name(layer): ((rows, spec.dim), spec.dtype)}
     if spec.dtype == "int8":
-        arrays[f"{layer_name(layer)}-scale"] = ((tokens,), "float32")
+        arrays[f"{layer_name(layer)}-scale"] = ((rows,), "float32")
     return arrays
 
 
@@ -96,10 +98,10 @@ def array_files(teacher: str, part: str, name: str, shape: tuple[int, ...]) -> t
     return f"{directory}/zarr.json", f"{directory}/{shard_name(len(shape))}" if shape[0] else None
 
 
-def layer_files(teacher: str, part: str, layer: int, spec: LayerSpec, tokens: int) -> list[str]:
+def layer_files(teacher: str, part: str, layer: int, spec: LayerSpec, rows: int) -> list[str]:
     """All files of one layer of one part, the group's metadata apart."""
     files: list[str] = []
-    for name, (shape, _) in array_shapes(layer, spec, tokens).items():
+    for name, (shape, _) in array_shapes(layer, spec, rows).items():
         metadata, shard = array_files(teacher, part, name, shape)
         files += [metadata, *([shard] if shard else [])]
     return files

@@ -16,8 +16,10 @@ import pydantic
 from kdcache.cache import layout
 from kdcache.cache.arrays import array_metadata, group_metadata, shard_bytes
 from kdcache.cache.canonical import NotCanonicalError, digest_of, parse_json, readable_json
+from kdcache.cache.codebook import coded_dim
 from kdcache.cache.files import digest_bytes
 from kdcache.cache.schema import FORMAT, VERSION, ManifestModel, contents_document, contents_of
+from kdcache.cache.spec import needs_tokens
 from kdcache.errors import DamageError, MismatchError
 
 if TYPE_CHECKING:
@@ -156,24 +158,32 @@ def _check_teacher(teacher: TeacherSpec, with_tokens: set[str], full: set[str], 
         teacher.target.shape == (classes,), f"{where} has a target of shape {list(teacher.target.shape)} for {classes} labels"
     )
     _require(with_tokens <= full, f"{where} has tokens of a part that has none")
-    _require(not teacher.layers or with_tokens == full, f"{where} lacks tokens of a part")
+    _require(not needs_tokens(teacher.layers) or with_tokens == full, f"{where} lacks tokens of a part")
     for layer, spec in teacher.layers.items():
         _require(layer <= teacher.depth, f"{where} has a layer {layer} beyond its depth {teacher.depth}")
         _require(spec.projection != "none" or spec.dim == teacher.width, f"{where}: layer {layer} has not the teacher's width")
         _require(spec.dim <= teacher.width, f"{where}: layer {layer} has dim {spec.dim} beyond the width {teacher.width}")
+        _require(
+            (spec.dtype == "coded") == (spec.bytes > 0), f"{where}: layer {layer}: bytes belong to coded layers, and to no others"
+        )
+        coded = spec.projection == "pca" and spec.dim == coded_dim(teacher.width, spec.bytes)
+        _require(
+            spec.dtype != "coded" or coded,
+            f"{where}: layer {layer} is coded, and not in the dimensions of pca that its bytes allow",
+        )
 
 
 def _check_arrays(contents: Contents) -> None:
     """Files whose bytes or size follow from shapes alone."""
     group = digest_bytes(group_metadata())
     for name, teacher in contents.teachers.items():
-        for part, tokens in contents.tokens[name].items():
-            if teacher.layers:
-                path = layout.group_file(name, part)
-                _require(contents.files[path] == group, f"'{path}' is not the metadata of a plain group")
+        for part in (part for part in contents.parts if part.scope == "full" and teacher.layers):
+            path = layout.group_file(name, part.name)
+            _require(contents.files[path] == group, f"'{path}' is not the metadata of a plain group")
             for layer, spec in teacher.layers.items():
-                for array, (shape, dtype) in layout.array_shapes(layer, spec, tokens).items():
-                    _check_array(contents, layout.array_files(name, part, array, shape), shape, dtype)
+                rows = contents.rows(name, part, spec) or 0
+                for array, (shape, dtype) in layout.array_shapes(layer, spec, rows).items():
+                    _check_array(contents, layout.array_files(name, part.name, array, shape), shape, dtype)
 
 
 def _check_array(contents: Contents, files: tuple[str, str | None], shape: tuple[int, ...], dtype: str) -> None:
@@ -182,7 +192,7 @@ def _check_array(contents: Contents, files: tuple[str, str | None], shape: tuple
         contents.files[metadata] == digest_bytes(array_metadata(shape, dtype)),
         f"'{metadata}' is not the metadata of {dtype}{list(shape)}",
     )
-    itemsize = {"float32": 4, "float16": 2, "int8": 1}[dtype]
+    itemsize = {"float32": 4, "float16": 2, "int8": 1, "uint8": 1}[dtype]
     if shard:
         expected = shard_bytes(shape, itemsize)
         _require(contents.files[shard].size == expected, f"'{shard}' must have {expected} bytes for {dtype}{list(shape)}")

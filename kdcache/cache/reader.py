@@ -181,6 +181,11 @@ class Cache:
             )
         return counts[part.name]
 
+    def row_count(self, teacher: str, part_name: str, layer: int) -> int:
+        """Rows of a layer in a part, its tokens or its texts; MismatchError where the part has no hidden states."""
+        spec, part = self._layer(teacher, layer), self._part(part_name)
+        return part.texts if spec.per_text and part.scope == "full" else self.token_count(teacher, part_name)
+
     def tokens(self, teacher: str, part_name: str) -> Tokens:
         """Spans, segments and roles of the tokens of a part."""
         count, part = self.token_count(teacher, part_name), self._part(part_name)
@@ -191,10 +196,9 @@ class Cache:
         return tokens
 
     def hidden(self, teacher: str, part_name: str, layer: int) -> HiddenBlock:
-        """Hidden states of one layer of a part, as stored: one row per token."""
+        """Hidden states of one layer of a part, as stored: one row per token, or per text where the layer is stored so."""
         spec = self._layer(teacher, layer)
-        count = self.token_count(teacher, part_name)
-        return decode_layer(self._files, teacher, part_name, layer, spec, count)
+        return decode_layer(self._files, teacher, part_name, layer, spec, self.row_count(teacher, part_name, layer))
 
     def basis(self, teacher: str, layer: int) -> Basis:
         """Projection, mean and variances of one layer."""

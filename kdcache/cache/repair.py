@@ -24,16 +24,19 @@ def drop_damaged(root: Path, contents: Contents, journal: Journal) -> None:
     """Take damaged files out of ``contents``, durably. Every file is read."""
     files = CheckedFiles(root, contents.files, trust_earlier=False)
     damaged = {path for path in list(contents.files) if not _is_whole(files, path)}
+    full = [part for part in contents.parts if part.scope == "full"]
     for teacher in contents.teachers.values():
-        for part, tokens in contents.tokens.get(teacher.name, {}).items():
-            for path, data in known_files(teacher, part, tokens).items():
+        for part in full:
+            for path, data in known_files(contents, teacher, part).items():
                 if path in damaged:
                     write_file(root / path, data)
                     damaged.discard(path)
         for layer, spec in teacher.layers.items():
             if layout.basis_file(teacher.name, layer) in damaged:
-                for part, tokens in contents.tokens.get(teacher.name, {}).items():
-                    damaged |= contents.files.keys() & set(layout.layer_files(teacher.name, part, layer, spec, tokens))
+                for part in full:
+                    rows = contents.rows(teacher.name, part, spec)
+                    paths = () if rows is None else layout.layer_files(teacher.name, part.name, layer, spec, rows)
+                    damaged |= contents.files.keys() & set(paths)
     lost = {path: contents.files.pop(path) for path in sorted(damaged)}
     contents.lost.update(lost)
     journal.add_damaged(lost)

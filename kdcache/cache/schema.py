@@ -61,7 +61,9 @@ class FingerprintsModel(_Strict):
 class LayerModel(_Strict):
     projection: Literal["none", "pca", "random"]
     dim: Annotated[int, Field(ge=1, le=65536)]
-    dtype: Literal["float32", "float16", "int8"]
+    dtype: Literal["float32", "float16", "int8", "coded"]
+    bytes: Annotated[int, Field(ge=1, le=65536)] | None = None  # of a row, for coded layers
+    tokens: Literal["first", "pooled"] | None = None  # absent: every token
 
 
 class TargetModel(_Strict):
@@ -149,10 +151,13 @@ def teacher_document(spec: TeacherSpec) -> dict[str, Any]:
         "target": {"kind": spec.target.kind, "shape": list(spec.target.shape), "dtype": spec.target.dtype},
         "pooled": spec.pooled or 0,
         "sample_texts": spec.sample_texts,
-        "layers": {
-            str(layer): {"projection": one.projection, "dim": one.dim, "dtype": one.dtype} for layer, one in spec.layers.items()
-        },
+        "layers": {str(layer): _layer_document(one) for layer, one in spec.layers.items()},
     }
+
+
+def _layer_document(spec: LayerSpec) -> dict[str, Any]:
+    rare = ({"bytes": spec.bytes} if spec.bytes else {}) | ({"tokens": spec.tokens} if spec.per_text else {})
+    return {"projection": spec.projection, "dim": spec.dim, "dtype": spec.dtype, **rare}
 
 
 def teacher_from_document(name: str, document: dict[str, Any]) -> TeacherSpec:
@@ -175,7 +180,8 @@ def _teacher(name: str, model: TeacherModel) -> TeacherSpec:
         pooled=model.pooled or None,
         sample_texts=model.sample_texts,
         layers={
-            int(layer): LayerSpec(one.projection, one.dim, one.dtype) for layer, one in sorted(model.layers.items(), key=_number)
+            int(layer): LayerSpec(one.projection, one.dim, one.dtype, one.bytes or 0, one.tokens or "all")
+            for layer, one in sorted(model.layers.items(), key=_number)
         },
     )
 

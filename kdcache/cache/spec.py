@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Projection = Literal["none", "pca", "random"]
-StoredDtype = Literal["float32", "float16", "int8"]
+StoredDtype = Literal["float32", "float16", "int8", "coded"]
+TokenSelection = Literal["all", "first", "pooled"]
 Scope = Literal["full", "logits"]
 HeadKind = Literal["shared", "own"]
 
@@ -44,11 +45,27 @@ class Fingerprints:
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """What is stored of one layer; ``dim`` is the teacher's width where ``projection`` is 'none'."""
+    """What is stored of one layer; ``dim`` is the teacher's width where ``projection`` is 'none'.
+
+    ``tokens``: a row for every token, for the first token of a text, or the mean of a text's tokens. A 'coded' layer has rows of
+    ``bytes`` bytes; its ``dim`` is the most coordinates that can have a bit, and its basis says how many have one.
+    """
 
     projection: Projection
     dim: int
     dtype: StoredDtype
+    bytes: int = 0  # of a row, for 'coded' only
+    tokens: TokenSelection = "all"
+
+    @property
+    def per_text(self) -> bool:
+        """Whether there is one row per text, and no token is needed to read it."""
+        return self.tokens != "all"
+
+
+def needs_tokens(layers: Mapping[int, LayerSpec]) -> bool:
+    """Whether any layer has rows per token, so that spans are stored with them."""
+    return any(not spec.per_text for spec in layers.values())
 
 
 @dataclass(frozen=True)

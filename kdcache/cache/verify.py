@@ -118,11 +118,12 @@ def _meanings(cache: Cache) -> Iterator[tuple[str, Callable[[], object]]]:
 
 def _part_meanings(cache: Cache, teacher: str, part: str) -> Iterator[tuple[str, Callable[[], object]]]:
     yield layout.outputs_file(teacher, part), lambda: cache.outputs(teacher, part)
-    if part not in cache.manifest.contents.tokens.get(teacher, {}):
+    if part in cache.manifest.contents.tokens.get(teacher, {}):
+        yield layout.tokens_file(teacher, part), lambda: cache.tokens(teacher, part)
+    if next(one for one in cache.parts if one.name == part).scope != "full":
         return
-    yield layout.tokens_file(teacher, part), lambda: cache.tokens(teacher, part)
     for layer, spec in cache.teachers[teacher].layers.items():
-        paths = layout.layer_files(teacher, part, layer, spec, cache.token_count(teacher, part))
+        paths = layout.layer_files(teacher, part, layer, spec, cache.row_count(teacher, part, layer))
         yield paths[-1], lambda layer=layer: cache.hidden(teacher, part, layer)  # type: ignore[misc]
 
 

@@ -30,6 +30,7 @@ from kdcache.cache.hidden import encode_layers
 from kdcache.cache.locking import hold_lock
 from kdcache.cache.manifest import Manifest, make_manifest
 from kdcache.cache.opening import open_contents, refuse_other_directory
+from kdcache.cache.spec import needs_tokens
 from kdcache.cache.stale import check_teacher
 from kdcache.cache.texts import TextPlan, Texts
 from kdcache.errors import MismatchError
@@ -179,9 +180,9 @@ class CacheWriter:
             files |= self._token_files(name, info, tokens)
         new = {layer: block for layer, block in hidden.items() if not self._contents.has_layer(name, info, layer)}
         if new:
-            if tokens is None:
+            if tokens is None and needs_tokens({layer: spec.layers[layer] for layer in new}):
                 raise ValueError(f"hidden states of {info.name} need the tokens that they belong to")
-            files |= encode_layers(spec, info.name, ids, tokens.offsets, new)
+            files |= encode_layers(spec, info.name, ids, None if tokens is None else tokens.offsets, new)
         return self._commit_part(name, info, None if tokens is None else len(tokens.starts), files)
 
     def write_examples(self, split: str, text_ids: np.ndarray, labels: np.ndarray, groups: Sequence[str] | None) -> None:

@@ -14,9 +14,12 @@ import numpy as np
 import torch
 
 from kdcache.distill.alignment import ranges
+from kdcache.distill.forms import Form, Forms
 from kdcache.distill.targets import Hidden, Targets
 
 if TYPE_CHECKING:
+    from kdcache.cache.spec import TokenSelection
+    from kdcache.distill.forms import Decoder
     from kdcache.distill.parts import DecodedPart
 
 
@@ -114,6 +117,14 @@ class Pieces:
     dst: torch.Tensor | None
     weight: torch.Tensor | None
     positions: torch.Tensor
+    bags: torch.Tensor | None = None
+
+    def to(self, device: torch.device) -> Pieces:
+        return Pieces(*(None if one is None else one.to(device) for one in vars(self).values()))  # type: ignore[arg-type]
+
+    def target(self, values: torch.Tensor, scales: torch.Tensor | None, decoder: Decoder | None) -> Hidden:
+        """The targets that ``values`` of this alignment are."""
+        return Hidden(values, scales, self.src, self.dst, self.weight, self.positions, decoder, self.bags)
 
 
 def alignment_pieces(rows: Rows, teacher: int, student_tokens: Ragged, teacher_tokens: Ragged) -> Pieces:
@@ -132,27 +143,52 @@ def alignment_pieces(rows: Rows, teacher: int, student_tokens: Ragged, teacher_t
     return Pieces(*(torch.from_numpy(array) for array in (src, dst, weight, places[covered])))
 
 
+def text_pieces(tokens: TokenSelection, student_tokens: Ragged) -> Pieces:
+    """The same for targets per text, which need no alignment: the student's first tokens, or all of them in a bag per row."""
+    if tokens == "pooled":
+        bags = torch.from_numpy(student_tokens.offsets[:-1])
+        return Pieces(None, None, None, torch.from_numpy(flat_places(student_tokens)), bags)
+    longest = int(student_tokens.lengths.max(initial=0))
+    return Pieces(None, None, None, torch.arange(len(student_tokens.lengths)) * longest)
+
+
 def cached_targets(
-    rows: Rows, teachers: tuple[str, ...], layer_map: Mapping[str, tuple[int, ...]], student_tokens: Ragged
+    rows: Rows, teachers: tuple[str, ...], layer_map: Mapping[str, tuple[int, ...]], forms: Forms, student_tokens: Ragged
 ) -> Targets:
     """Targets of a batch out of decoded parts; values stay in the dtype in which they were stored."""
     hidden: dict[tuple[int, int], Hidden] = {}
     for index, name in enumerate(teachers):
-        mine = [part.teachers[index] for part in rows.parts]
-        offsets = [part.offsets for part in mine if part.offsets is not None]
-        if not layer_map.get(name) or len(offsets) != len(mine):
-            continue
-        tokens = Ragged(rows, offsets)
-        pieces = alignment_pieces(rows, index, student_tokens, tokens)
-        read: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}
-        for student_layer, layer in enumerate(layer_map[name], start=1):
-            if layer not in read:
-                scales = [part.hidden[layer].scales for part in mine]
-                given = [array for array in scales if array is not None]
-                values = torch.from_numpy(tokens.gather([part.hidden[layer].values for part in mine]))
-                read[layer] = values, torch.from_numpy(tokens.gather(given)) if given else None
-            hidden[index, student_layer] = Hidden(*read[layer], pieces.src, pieces.dst, pieces.weight, pieces.positions)
+        layers = layer_map.get(name, ())
+        gathered = _Gathered(rows, index, student_tokens)
+        read = {layer: gathered.target(layer, forms.get((name, layer), Form())) for layer in sorted(set(layers))}
+        hidden |= {(index, student_layer): read[layer] for student_layer, layer in enumerate(layers, start=1)}
     return Targets(teachers, _logits(rows, len(teachers)), hidden)
+
+
+class _Gathered:
+    """One teacher's targets for the rows of a batch; what layers share is made once."""
+
+    def __init__(self, rows: Rows, teacher: int, student_tokens: Ragged) -> None:
+        self._rows, self._teacher, self._student_tokens = rows, teacher, student_tokens
+        self._parts = [part.teachers[teacher] for part in rows.parts]
+        self._shared: dict[TokenSelection, tuple[Ragged, Pieces]] = {}
+
+    def target(self, layer: int, form: Form) -> Hidden:
+        if form.tokens not in self._shared:
+            self._shared[form.tokens] = self._places(form)
+        tokens, pieces = self._shared[form.tokens]
+        blocks = [part.hidden[layer] for part in self._parts]
+        values = torch.from_numpy(tokens.gather([block.values for block in blocks]))
+        given = [block.scales for block in blocks if block.scales is not None]
+        scales = torch.from_numpy(tokens.gather(given)) if given else None
+        return pieces.target(values, scales, form.decoder)
+
+    def _places(self, form: Form) -> tuple[Ragged, Pieces]:
+        if form.per_text:  # a text has one row
+            one_each = [np.arange(len(part.student) + 1) for part in self._rows.parts]
+            return Ragged(self._rows, one_each), text_pieces(form.tokens, self._student_tokens)
+        tokens = Ragged(self._rows, [part.offsets for part in self._parts if part.offsets is not None])
+        return tokens, alignment_pieces(self._rows, self._teacher, self._student_tokens, tokens)
 
 
 def _logits(rows: Rows, teachers: int) -> torch.Tensor:

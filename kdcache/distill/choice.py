@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from kdcache.cache import layout
+from kdcache.cache.spec import needs_tokens
 from kdcache.errors import MismatchError, RecipeError
 from kdcache.teachers.layer_map import even_layers
 
@@ -70,11 +71,11 @@ def files_used(
         for teacher in teachers:
             if logits:
                 files.append(layout.outputs_file(teacher, part))
-            if layers.get(teacher):
-                tokens, stored = cache.token_count(teacher, part), cache.teachers[teacher].layers
-                files += [layout.tokens_file(teacher, part), layout.group_file(teacher, part)]
-                for layer in sorted(set(layers[teacher])):
-                    files += layout.layer_files(teacher, part, layer, stored[layer], tokens)
+            stored = {layer: cache.teachers[teacher].layers[layer] for layer in sorted(set(layers.get(teacher, ())))}
+            files += [layout.tokens_file(teacher, part)] if needs_tokens(stored) else []
+            files += [layout.group_file(teacher, part)] if stored else []
+            for layer, spec in stored.items():
+                files += layout.layer_files(teacher, part, layer, spec, cache.row_count(teacher, part, layer))
     return files
 
 

@@ -16,13 +16,16 @@ import torch
 from kdcache.data.encoding import TRUNCATION, EncodedTexts, encode, pad, token_budget_batches, tokenizer_fingerprint
 from kdcache.distill.align_store import StudentTokens, student_tokens
 from kdcache.distill.alignment import align
-from kdcache.distill.assembly import Ragged, Rows, alignment_pieces, longest_first, student_inputs
+from kdcache.distill.assembly import Pieces, Ragged, Rows, alignment_pieces, longest_first, student_inputs, text_pieces
 from kdcache.distill.choice import chosen_teachers, splits_of
 from kdcache.distill.epochs import Epochs
 from kdcache.distill.examples import JoinedExamples, join_examples
+from kdcache.distill.forms import Decoder, Form, target_dim
 from kdcache.distill.parts import DecodedPart, TeacherPart, Texts, check_texts, texts_of
 from kdcache.distill.targets import Batch, Hidden, Targets
 from kdcache.errors import MismatchError
+from kdcache.teachers.coder import Coder
+from kdcache.teachers.selection import select_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,17 +48,25 @@ class _Running:
     layers: tuple[int, ...]
     same_tokens: bool  # as the student's
     bases: Mapping[int, Basis]
+    forms: Mapping[int, Form]
+    coders: Mapping[int, Coder]
 
     def run(self, encoded: EncodedTexts, rows: np.ndarray, layers: Sequence[int]) -> TeacherOutput:
         return self.backend.run(pad(encoded, rows, int(self.teacher.tokenizer.pad_token_id or 0)), layers, False)
 
-    def target(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
-        """[tokens, dim] as stored before quantisation; a tensor that autograd may keep, which those of inference mode are not."""
-        basis = self.bases.get(layer)
+    def target(self, layer: int, hidden: torch.Tensor, lengths: np.ndarray) -> torch.Tensor:
+        """[rows, dim] as stored before quantisation, or [rows, bytes] as stored where the layer is coded.
+
+        A tensor that autograd may keep, which those of inference mode are not.
+        """
+        basis, hidden = self.bases.get(layer), select_tokens(hidden, lengths, self.forms[layer].tokens)
         if basis is None or basis.components is None or basis.mean is None:
             return hidden.clone()
         mean, components = (torch.tensor(array, device=hidden.device) for array in (basis.mean, basis.components))
-        return (hidden - mean) @ components.T
+        projected = (hidden - mean) @ components.T
+        if layer not in self.coders:
+            return projected
+        return torch.from_numpy(self.coders[layer](projected)).to(hidden.device)
 
 
 class LiveBatches:
@@ -121,8 +132,7 @@ class LiveBatches:
 
     def target_dim(self, teacher: str, layer: int) -> int:
         """Width of the targets of a teacher's layer."""
-        spec = self.cache.teachers[teacher]
-        return spec.layers[layer].dim if self._project else spec.width
+        return target_dim(self.cache, teacher, layer) if self._project else self.cache.teachers[teacher].width
 
     def target_variance(self, teacher: str, layer: int) -> float:
         """Mean over dimensions of the variance over tokens of the target."""
@@ -148,7 +158,14 @@ class LiveBatches:
         layers = tuple(sorted(set(self.layer_map.get(teacher.name, ()))))
         bases = {layer: self.cache.basis(teacher.name, layer) for layer in layers} if self._project else {}
         same = self._student.agrees_with(tokenizer_fingerprint(teacher.tokenizer), teacher.max_length, TRUNCATION)
-        return _Running(teacher, backend or TorchBackend(teacher, precision="float32"), layers, same, bases)
+        backend = backend or TorchBackend(teacher, precision="float32")
+        forms, coders = {}, {}
+        for layer, spec in ((layer, self.cache.teachers[teacher.name].layers[layer]) for layer in layers):
+            codebook = bases[layer].codebook if layer in bases else None
+            forms[layer] = Form(spec.tokens, None if codebook is None else Decoder(codebook))
+            if codebook is not None:
+                coders[layer] = Coder(codebook, spec.bytes, backend.device)
+        return _Running(teacher, backend, layers, same, bases, forms, coders)
 
     def _texts_at(self, examples: JoinedExamples, places: np.ndarray) -> list[tuple[str, ...]]:
         found = []
@@ -177,23 +194,33 @@ class LiveBatches:
             output = running.run(encoded, np.arange(len(texts)), running.layers)
             logits.append(output.logits.clone())
             if running.layers:
-                hidden |= self._hidden(index, running, student, student_tokens(encoded), output)
+                hidden |= self._hidden(index, running, student, encoded, output)
         return Targets(self.teachers, torch.stack(logits) if self._logits else torch.empty(len(logits), len(texts), 0), hidden)
 
     def _hidden(
-        self, index: int, running: _Running, student: EncodedTexts, teacher: Tokens, output: TeacherOutput
+        self, index: int, running: _Running, student: EncodedTexts, encoded: EncodedTexts, output: TeacherOutput
     ) -> dict[tuple[int, int], Hidden]:
+        places: dict[str, Pieces] = {}
+        made: dict[int, Hidden] = {}
+        for layer in running.layers:
+            form, values = running.forms[layer], running.target(layer, output.hidden[layer], encoded.lengths)
+            if form.tokens not in places:
+                places[form.tokens] = self._pieces(index, running, form, student, student_tokens(encoded), values.device)
+            made[layer] = places[form.tokens].target(values, None, form.decoder)
+        wanted = enumerate(self.layer_map[running.teacher.name], start=1)
+        return {(index, layer): made[own] for layer, own in wanted}
+
+    def _pieces(
+        self, index: int, running: _Running, form: Form, student: EncodedTexts, teacher: Tokens, device: torch.device
+    ) -> Pieces:
+        student_ragged = Ragged(_rows(student, ()), [student.offsets])
+        if form.tokens != "all":
+            return text_pieces(form.tokens, student_ragged).to(device)
         same = running.same_tokens and np.array_equal(student.offsets, teacher.offsets)
         alignment = align(student_tokens(student), teacher, identical=same)
         self._covered[index] += int(alignment.covered.sum()), alignment.tokens
         rows = _rows(student, (TeacherPart(None, teacher.offsets, {}, alignment),))
-        pieces = alignment_pieces(rows, 0, Ragged(rows, [student.offsets]), Ragged(rows, [teacher.offsets]))
-        values = {layer: running.target(layer, output.hidden[layer]) for layer in running.layers}
-        device = next(iter(values.values())).device
-        src, dst, weight = (None if one is None else one.to(device) for one in (pieces.src, pieces.dst, pieces.weight))
-        positions = pieces.positions.to(device)
-        wanted = enumerate(self.layer_map[running.teacher.name], start=1)
-        return {(index, layer): Hidden(values[own], None, src, dst, weight, positions) for layer, own in wanted}
+        return alignment_pieces(rows, 0, student_ragged, Ragged(rows, [teacher.offsets])).to(device)
 
 
 def _rows(student: EncodedTexts, teachers: tuple[TeacherPart, ...]) -> Rows:

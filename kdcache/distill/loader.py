@@ -21,6 +21,7 @@ from kdcache.distill.assembly import Ragged, Rows, cached_targets, student_input
 from kdcache.distill.choice import chosen_teachers, even_layer_map, files_used, largest_max_length, splits_of
 from kdcache.distill.epochs import Epochs
 from kdcache.distill.examples import join_examples
+from kdcache.distill.forms import stored_forms, target_dim
 from kdcache.distill.parts import DecodedPart, PartDecoder, Texts, check_texts
 from kdcache.distill.prefetch import PartWindow, Shelf, Timetable, in_background
 from kdcache.distill.targets import Batch
@@ -80,6 +81,7 @@ class CachedBatches:
         self._pad_token_id = int(student_tokenizer.pad_token_id or 0)
         student = StudentTokens(student_tokenizer, max_length)
         self._decode = PartDecoder(cache, student, self.teachers, self.layer_map, logits, texts)
+        self._forms = stored_forms(cache, self.layer_map)
         self._has_targets = bool(self.teachers) and (logits or bool(self.layer_map))
         self._shelf: Shelf[DecodedPart] = Shelf(memory_bytes)
         self._covered: dict[int, list[tuple[int, int]]] = {}  # part -> per teacher: covered and all student tokens
@@ -102,7 +104,7 @@ class CachedBatches:
 
     def target_dim(self, teacher: str, layer: int) -> int:
         """Width of the stored targets of a teacher's layer."""
-        return self.cache.teachers[teacher].layers[layer].dim
+        return target_dim(self.cache, teacher, layer)
 
     def target_variance(self, teacher: str, layer: int) -> float:
         """Mean over dimensions of the variance over tokens of what is stored."""
@@ -138,7 +140,7 @@ class CachedBatches:
         order = rows.longest_first()
         examples, rows = examples[order], rows.take(order)
         tokens = Ragged(rows, [part.student.offsets for part in rows.parts])
-        targets = cached_targets(rows, self.teachers, self.layer_map, tokens) if self._has_targets else None
+        targets = cached_targets(rows, self.teachers, self.layer_map, self._forms, tokens) if self._has_targets else None
         joined = self.epochs.examples
         labels = torch.from_numpy(joined.labels[examples])
         return Batch(student_inputs(rows, tokens, self._pad_token_id), labels, joined.text_ids[examples], targets)

@@ -108,15 +108,20 @@ class HiddenProjections(nn.Module):
             return {pair: self._towards_student(student_hidden, pair, target) for pair, target in targets.items()}
         sides: dict[Pair, tuple[Tensor, Tensor]] = {}
         for layer in sorted({layer for _, layer in targets}):
-            projected = F.linear(student_hidden[layer].flatten(0, 1), self.matrices[f"layer{layer}"])
+            states, matrix = student_hidden[layer].flatten(0, 1), self.matrices[f"layer{layer}"]
             blocks = [pair for pair in self.dims if pair[1] == layer]
-            for pair, block in zip(blocks, projected.split([self.dims[pair] for pair in blocks], dim=1), strict=True):
-                if pair in targets:
-                    sides[pair] = block.index_select(0, targets[pair].positions), targets[pair].aligned()
+            sizes = [self.dims[pair] for pair in blocks]
+            if any(targets[pair].count < len(states) // 2 for pair in blocks if pair in targets):  # targets per text
+                pieces = dict(zip(blocks, matrix.split(sizes), strict=True))
+                sided = {pair: F.linear(targets[pair].of_student(states), pieces[pair]) for pair in blocks if pair in targets}
+            else:
+                projected = dict(zip(blocks, F.linear(states, matrix).split(sizes, dim=1), strict=True))
+                sided = {pair: targets[pair].of_student(projected[pair]) for pair in blocks if pair in targets}
+            sides |= {pair: (side, targets[pair].aligned()) for pair, side in sided.items()}
         return sides
 
     def _towards_student(self, student_hidden: Sequence[Tensor], pair: Pair, target: Hidden) -> tuple[Tensor, Tensor]:
-        student = student_hidden[pair[1]].flatten(0, 1).index_select(0, target.positions)
+        student = target.of_student(student_hidden[pair[1]].flatten(0, 1))
         return student, F.linear(target.aligned(), self.matrices[self._name(pair)])
 
 

@@ -85,7 +85,7 @@ def step_counts(batches: Sequence[Batch]) -> StepCounts:
     covered: dict[Pair, int] = {}
     for batch in batches:
         for pair, hidden in batch.targets.hidden.items() if batch.targets else ():
-            covered[pair] = covered.get(pair, 0) + len(hidden.positions)
+            covered[pair] = covered.get(pair, 0) + hidden.count
     labelled = sum(int((batch.labels >= 0).sum()) for batch in batches)
     return StepCounts(sum(len(batch.labels) for batch in batches), labelled, covered)
 
@@ -158,7 +158,7 @@ class DistillationModel(nn.Module):
         length, targets = batch.inputs["input_ids"].shape[1], batch.targets.hidden
         losses: dict[Pair, Tensor] = {}
         for pair, (student, teacher) in self.projections(hidden_states, targets).items():
-            rows = targets[pair].positions // length if self.settings.method.weighting_on_hidden else None
+            rows = targets[pair].rows(length) if self.settings.method.weighting_on_hidden else None
             token_weights = None if rows is None else weights[pair[0]][rows]
             losses[pair] = mean_squared_error(student, teacher, token_weights=token_weights, count=counts.covered[pair])
         if self.settings.balanced:

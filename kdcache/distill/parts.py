@@ -105,9 +105,12 @@ class PartDecoder:
         layers = self.layers.get(teacher, ())
         if not layers:
             return TeacherPart(logits, None, {}, None)
-        tokens = self.cache.tokens(teacher, part)
         hidden = {layer: self.cache.hidden(teacher, part, layer) for layer in sorted(set(layers))}
-        for layer, block in hidden.items():
+        of_tokens = [layer for layer in hidden if not self.cache.teachers[teacher].layers[layer].per_text]
+        if not of_tokens:
+            return TeacherPart(logits, None, hidden, None)
+        tokens = self.cache.tokens(teacher, part)
+        for layer, block in ((layer, hidden[layer]) for layer in of_tokens):
             if len(block.values) != tokens.offsets[-1]:
                 raise DamageError(
                     f"cache '{self.cache.path}': layer {layer} of teacher '{teacher}' has {len(block.values)} tokens in {part}, "

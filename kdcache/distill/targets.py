@@ -10,22 +10,30 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from kdcache.distill.forms import Decoder
 
 
 @dataclass(frozen=True, eq=False)
 class Hidden:
     """Hidden states of one teacher layer for the student tokens of one batch.
 
-    ``values`` are the teacher's tokens, [S, dim] in float32, float16 or int8; with ``scales`` [S] a value is code x scale.
+    ``values`` are the teacher's tokens, [S, dim] in float32, float16 or int8; with ``scales`` [S] a value is code x scale; with
+    ``decoder`` they are uint8 [S, bytes], and it gives the values.
     Student token p (of P covered ones) is sum over the entries n with dst[n] = p of weight[n] * values[src[n]]. ``dst`` is
     ascending and names every p at least once. ``src is None`` means the identity: S = P, token p is values[p].
     ``positions`` [P], ascending, are flat places b * L + t in the student's [B, L]; tokens that no teacher token overlaps
-    are not among them. All layers of a teacher share the same ``src``, ``dst``, ``weight`` and ``positions`` objects.
+    are not among them. Layers of a teacher that are stored for the same tokens share the same ``src``, ``dst``, ``weight`` and
+    ``positions`` objects.
+
+    Targets per text need no alignment: S = P = B. For that of the first token ``positions`` are the students' first tokens. For
+    the mean of the tokens ``positions`` are all tokens of the batch and ``bags`` [B] says where those of each row begin.
     """
 
     values: Tensor
@@ -34,13 +42,30 @@ class Hidden:
     dst: Tensor | None
     weight: Tensor | None
     positions: Tensor
+    decoder: Decoder | None = None
+    bags: Tensor | None = None
+
+    @property
+    def count(self) -> int:
+        """P, the student vectors that have a target."""
+        return len(self.positions) if self.bags is None else len(self.bags)
+
+    def rows(self, length: int) -> Tensor:
+        """The row of the batch, padded to ``length``, that each of the P targets belongs to."""
+        return self.positions // length if self.bags is None else torch.arange(self.count, device=self.bags.device)
+
+    def of_student(self, states: Tensor) -> Tensor:
+        """[P, width]: what of the student's ``states`` [B * L, width] the targets are for."""
+        if self.bags is None:
+            return states.index_select(0, self.positions)
+        return torch.nn.functional.embedding_bag(self.positions, states.float(), self.bags, mode="mean")
 
     def aligned(self) -> Tensor:
         """The targets of the covered student tokens, [P, dim] float32, on the device of the values. No gradient flows.
 
         Sums go through ``embedding_bag``: several times faster than ``index_add`` and, unlike it, deterministic on a GPU.
         """
-        values = self.values.to(torch.float32)
+        values = self.values.to(torch.float32) if self.decoder is None else self.decoder(self.values)
         if self.src is None or self.dst is None or self.weight is None:
             return values if self.scales is None else values * self.scales[:, None]
         if not len(self.positions):
@@ -88,7 +113,10 @@ class Batch:
             return None if tensor is None else move(tensor)
 
         def move_hidden(h: Hidden) -> Hidden:
-            return Hidden(move(h.values), move_if(h.scales), move_if(h.src), move_if(h.dst), move_if(h.weight), move(h.positions))
+            return Hidden(
+                move(h.values), move_if(h.scales), move_if(h.src), move_if(h.dst), move_if(h.weight), move(h.positions),
+                h.decoder, move_if(h.bags),
+            )  # fmt: skip
 
         targets = self.targets
         if targets is not None:
@@ -121,7 +149,9 @@ class Batch:
                 if piece is None:
                     piece = shared[id(value.positions)] = _cut(value, first, last, length, longest)
                 values, scales = value.values[piece.tokens], None if value.scales is None else value.scales[piece.tokens]
-                hidden[key] = Hidden(values, scales, piece.src, piece.dst, piece.weight, piece.positions)
+                hidden[key] = Hidden(
+                    values, scales, piece.src, piece.dst, piece.weight, piece.positions, value.decoder, piece.bags
+                )
             targets = Targets(targets.teachers, targets.logits[:, first:last], hidden)
         return Batch(inputs, self.labels[first:last], self.text_ids[first:last], targets)
 
@@ -135,6 +165,7 @@ class _Piece:
     dst: Tensor | None
     weight: Tensor | None
     positions: Tensor
+    bags: Tensor | None = None
 
 
 def _cut(hidden: Hidden, first: int, last: int, length: int, longest: int) -> _Piece:
@@ -142,6 +173,8 @@ def _cut(hidden: Hidden, first: int, last: int, length: int, longest: int) -> _P
     flat = hidden.positions[low:high]
     row = torch.div(flat, length, rounding_mode="floor")
     positions = (row - first) * longest + (flat - row * length)
+    if hidden.bags is not None:
+        return _Piece(slice(first, last), None, None, None, positions, hidden.bags[first:last] - low)
     if hidden.src is None or hidden.dst is None or hidden.weight is None:
         return _Piece(slice(low, high), None, None, None, positions)
     begin, end = torch.searchsorted(hidden.dst, torch.tensor([low, high])).tolist()

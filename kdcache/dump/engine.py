@@ -17,9 +17,12 @@ import numpy as np
 from kdcache.cache.blocks import Basis, HiddenBlock, Outputs
 from kdcache.cache.tokens import Tokens
 from kdcache.data.encoding import EncodedTexts, pad, token_budget_batches
-from kdcache.dump.projection import Moments, Projector
+from kdcache.dump.fitting import LayerFit
+from kdcache.dump.projection import Projector
 from kdcache.dump.quantise import cure_of, quantise, unstorable_token
 from kdcache.errors import NonFiniteError
+from kdcache.teachers.coder import Coder
+from kdcache.teachers.selection import select_tokens
 
 if TYPE_CHECKING:
     from kdcache.cache.spec import LayerSpec, TeacherSpec
@@ -49,8 +52,14 @@ class TextBatches:
         """Spans, segments and roles as a cache stores them."""
         return Tokens(self.encoded.offsets, self.encoded.starts, self.encoded.ends, self.encoded.segments, self.encoded.roles)
 
-    def places(self, rows: np.ndarray) -> np.ndarray:
-        """int64: where the tokens of ``rows``, row after row, lie among the tokens of the part."""
+    def row_count(self, spec: LayerSpec) -> int:
+        """Rows of a layer stored as ``spec``: tokens, or texts."""
+        return len(self.encoded) if spec.per_text else int(self.encoded.offsets[-1])
+
+    def places(self, rows: np.ndarray, spec: LayerSpec) -> np.ndarray:
+        """int64: where what is stored of ``rows``, row after row, lies in the layer of the part."""
+        if spec.per_text:
+            return rows
         lengths = self.encoded.lengths[rows]
         shifts = self.encoded.offsets[rows] - np.concatenate([[0], np.cumsum(lengths)[:-1]])
         places: np.ndarray = np.arange(int(lengths.sum())) + np.repeat(shifts, lengths)
@@ -65,20 +74,23 @@ class TextBatches:
         return bytes(self.text_ids[row]).hex()
 
 
-def fit_moments(
-    batches: TextBatches, backend: TeacherBackend, layers: Mapping[int, LayerSpec], on_batch: OnBatch
-) -> dict[int, Moments]:
-    """Mean and (co)variance of the hidden states of ``layers`` over the tokens of the sample."""
-    moments: dict[int, Moments] = {}
+def fit_bases(
+    batches: TextBatches, backend: TeacherBackend, layers: Mapping[int, LayerSpec], seed: int, on_batch: OnBatch
+) -> dict[int, Basis]:
+    """The bases of ``layers`` from one pass over the sample; ``seed`` chooses random projections and the rows of codebooks.
+
+    What is kept of the sample are its moments and, for a coded layer, some rows: memory does not grow with the sample.
+    """
+    fits: dict[int, LayerFit] = {}
     for rows, output in batches.run(backend, tuple(layers)):
         for layer, spec in layers.items():
             hidden = output.hidden[layer]
             _refuse_hidden(batches, rows, hidden.cpu().numpy(), "float32", layer)
-            if layer not in moments:
-                moments[layer] = Moments(hidden.shape[1], cross=spec.projection != "none")
-            moments[layer].add(hidden)
+            if layer not in fits:
+                fits[layer] = LayerFit(spec, hidden.shape[1], batches.row_count(spec), seed)
+            fits[layer].add(select_tokens(hidden, batches.encoded.lengths[rows], spec.tokens), batches.places(rows, spec))
         on_batch(len(rows))
-    return moments
+    return {layer: fit.basis(name=batches.teacher, layer=layer) for layer, fit in fits.items()}
 
 
 def run_part(
@@ -93,25 +105,26 @@ def run_part(
 
     Raises NonFiniteError with teacher, text id and layer for what is not finite or does not fit the stored type.
     """
-    texts, tokens = len(batches.encoded), int(batches.encoded.offsets[-1])
-    projectors = {layer: Projector(bases[layer], backend.device) for layer in layers}
-    hidden = {layer: _empty_block(tokens, spec.layers[layer]) for layer in layers}
+    texts = len(batches.encoded)
+    storers = {layer: _Storer(spec.layers[layer], bases[layer], backend.device) for layer in layers}
+    hidden = {layer: _empty_block(batches.row_count(spec.layers[layer]), spec.layers[layer]) for layer in layers}
     logits = np.empty((texts, *spec.target.shape), np.float32)
     pooled = None if spec.pooled is None else np.empty((texts, spec.pooled), np.float32)
     for rows, output in batches.run(backend, layers, pooled=pooled is not None):
         logits[rows] = _finite_rows(batches, rows, output.logits.cpu().numpy(), "logits")
         if pooled is not None and output.pooled is not None:
             pooled[rows] = _finite_rows(batches, rows, output.pooled.cpu().numpy(), "pooled vector")
-        places = batches.places(rows)
         for layer in layers:
-            _store(hidden[layer], places, _storable(batches, rows, projectors[layer](output.hidden[layer]), spec, layer))
+            _store(hidden[layer], batches.places(rows, spec.layers[layer]), storers[layer](batches, rows, output, layer))
         on_batch(len(rows))
     return Outputs(logits, pooled), hidden
 
 
-def _empty_block(tokens: int, spec: LayerSpec) -> HiddenBlock:
-    scales = np.empty(tokens, np.float32) if spec.dtype == "int8" else None
-    return HiddenBlock(np.empty((tokens, spec.dim), np.dtype(spec.dtype)), scales)
+def _empty_block(rows: int, spec: LayerSpec) -> HiddenBlock:
+    if spec.dtype == "coded":
+        return HiddenBlock(np.empty((rows, spec.bytes), np.uint8))
+    scales = np.empty(rows, np.float32) if spec.dtype == "int8" else None
+    return HiddenBlock(np.empty((rows, spec.dim), np.dtype(spec.dtype)), scales)
 
 
 def _store(whole: HiddenBlock, places: np.ndarray, piece: HiddenBlock) -> None:
@@ -120,10 +133,21 @@ def _store(whole: HiddenBlock, places: np.ndarray, piece: HiddenBlock) -> None:
         whole.scales[places] = piece.scales
 
 
-def _storable(batches: TextBatches, rows: np.ndarray, values: np.ndarray, spec: TeacherSpec, layer: int) -> HiddenBlock:
-    dtype = spec.layers[layer].dtype
-    _refuse_hidden(batches, rows, values, dtype, layer)
-    return quantise(values, dtype)
+class _Storer:
+    """From what a teacher gives for a batch to the stored form of one layer."""
+
+    def __init__(self, spec: LayerSpec, basis: Basis, device: str) -> None:
+        self._spec = spec
+        self._project = Projector(basis, device)
+        self._code = None if basis.codebook is None else Coder(basis.codebook, spec.bytes, device)
+
+    def __call__(self, batches: TextBatches, rows: np.ndarray, output: TeacherOutput, layer: int) -> HiddenBlock:
+        """One row per token of ``rows``, or per text. Raises NonFiniteError with teacher, text and layer."""
+        selected = select_tokens(output.hidden[layer], batches.encoded.lengths[rows], self._spec.tokens)
+        projected = self._project(selected)
+        values = projected.cpu().numpy()
+        _refuse_hidden(batches, rows, values, self._spec.dtype, layer, per_text=self._spec.per_text)
+        return quantise(values, self._spec.dtype) if self._code is None else HiddenBlock(self._code(projected))
 
 
 def _finite_rows(batches: TextBatches, rows: np.ndarray, values: np.ndarray, what: str) -> np.ndarray:
@@ -134,9 +158,11 @@ def _finite_rows(batches: TextBatches, rows: np.ndarray, values: np.ndarray, wha
     return values
 
 
-def _refuse_hidden(batches: TextBatches, rows: np.ndarray, values: np.ndarray, dtype: str, layer: int) -> None:
+def _refuse_hidden(
+    batches: TextBatches, rows: np.ndarray, values: np.ndarray, dtype: str, layer: int, *, per_text: bool = False
+) -> None:
     found = unstorable_token(values, dtype)
     if found is not None:
-        token, reason = found
-        text = batches.text_of_token(rows, token)
+        place, reason = found
+        text = batches.text_of_row(int(rows[place])) if per_text else batches.text_of_token(rows, place)
         raise NonFiniteError(f"teacher '{batches.teacher}', text {text}, layer {layer}: {reason}", cure_of(dtype))

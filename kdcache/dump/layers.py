@@ -1,14 +1,22 @@
-"""Which teacher layers are stored: the setting of a recipe turned into numbers.
+"""Which teacher layers are stored, and how: the settings of a recipe turned into numbers.
 
 A layer number is an index into the encoder's hidden states: 0 is the embeddings, k the output of block k, the depth the last.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
+from kdcache.cache.codebook import coded_dim
+from kdcache.cache.spec import LayerSpec
+from kdcache.dump.projection import check_dim
 from kdcache.errors import ModelError, RecipeError
+from kdcache.recipe.sections import check_stored
 from kdcache.teachers.layer_map import even_layers
+
+if TYPE_CHECKING:
+    from kdcache.recipe import Recipe, TeacherSection
 
 
 def resolve_layers(setting: str | Sequence[int], depth: int, student_layers: int | None, name: str) -> tuple[int, ...]:
@@ -43,3 +51,42 @@ def check_layer(layer: int, depth: int, name: str) -> int:
             f"Choose layers from 0 to {depth} in dump.layers, or in the layers of [[teachers]] '{name}'.",
         )
     return layer
+
+
+def layer_spec(recipe: Recipe, section: TeacherSection, layer: int, depth: int, width: int) -> LayerSpec:
+    """How a layer of a teacher is stored. ModelError where it cannot be, RecipeError where settings of tables do not fit together."""
+    form = recipe.stored(section, ("all", *(["last"] if layer == depth else []), str(layer)))
+    try:
+        check_stored(form)
+    except ValueError as error:
+        raise RecipeError(
+            f"layer {layer} of teacher '{section.name}': {error}", "See dump.per_layer and its per_layer."
+        ) from error
+    assert form.projection is not None and form.dim is not None and form.dtype is not None and form.tokens is not None
+    if form.dtype == "coded" and form.bytes is not None:
+        return LayerSpec(
+            "pca", coded_dim(width, check_bytes(form.bytes, width, section.name, layer)), "coded", form.bytes, form.tokens
+        )
+    dim = check_dim(form.projection, form.dim, width, section.name, layer)
+    return LayerSpec(form.projection, dim, form.dtype, tokens=form.tokens)
+
+
+def check_bytes(row_bytes: int, width: int, name: str, layer: int) -> int:
+    """``row_bytes`` itself; ModelError where int8 of all ``width`` dimensions would take no more."""
+    if row_bytes > width:
+        raise ModelError(
+            f"bytes is {row_bytes}, but layer {layer} of teacher '{name}' is only {width} wide: a byte for each dimension is the most",
+            f'Set bytes to at most {width}, or store the layer in dtype = "int8" with projection = "none".',
+        )
+    return row_bytes
+
+
+def check_names(names: Iterable[str], layers: Sequence[int], where: str, name: str) -> None:
+    """RecipeError where ``names`` of a per_layer table has the number of a layer that is not stored of teacher ``name``."""
+    for one in names:
+        if one.isdecimal() and int(one) not in layers:
+            stored = ", ".join(str(layer) for layer in layers) or "none"
+            raise RecipeError(
+                f"{where} speaks of layer {one}, which is not stored of teacher '{name}'; stored are: {stored}",
+                "Name one of these there, or add the layer to the layers that are stored.",
+            )

@@ -18,7 +18,7 @@ import numpy as np
 from kdcache.cache.ids import IdIndex, id_array
 from kdcache.cache.layout import MANIFEST
 from kdcache.cache.reader import open_cache
-from kdcache.cache.spec import Settings
+from kdcache.cache.spec import Settings, needs_tokens
 from kdcache.cache.stale import check_task as check_cache_task
 from kdcache.cache.stale import check_teacher
 from kdcache.data.encoding import encode
@@ -164,7 +164,7 @@ def check_free_space(writer: CacheWriter, teachers: Sequence[PreparedTeacher], m
         for task in tasks:
             texts = len(task.part.text_ids)
             needed += outputs_bytes(texts, teacher.spec) if task.outputs else 0
-            needed += sum(hidden_bytes(int(per_text * texts), teacher.spec.layers[layer]) for layer in task.layers)
+            needed += sum(hidden_bytes(int(per_text * texts), texts, teacher.spec.layers[layer]) for layer in task.layers)
     free = free_bytes(writer.root)
     if needed > free:
         raise StorageError(
@@ -248,10 +248,11 @@ def _plan_teacher(
         count = int(encode(teacher.tokenizer, group.texts, spec.max_length).lengths.sum())
         texts, tokens = texts + len(group.texts), tokens + count
         outputs += outputs_bytes(len(group.texts), spec) if group.outputs else 0
-        spans += tokens_bytes(count, len(group.texts)) if group.outputs and group.layers else 0
+        wanted = {layer: spec.layers[layer] for layer in group.layers}
+        spans += tokens_bytes(count, len(group.texts)) if group.outputs and needs_tokens(wanted) else 0
         full += len(group.texts) if group.layers else 0
         for layer in group.layers:
-            hidden[layer] += hidden_bytes(count, spec.layers[layer])
+            hidden[layer] += hidden_bytes(count, len(group.texts), spec.layers[layer])
     seconds = 0.0
     if texts:
         fitted_on = min(spec.sample_texts, full) if spec.layers.keys() - stored.keys() else 0

@@ -122,10 +122,9 @@ class Projector:
             self._components = torch.from_numpy(np.ascontiguousarray(basis.components.T)).to(device)
             self._mean = torch.from_numpy(np.ascontiguousarray(basis.mean)).to(device)
 
-    def __call__(self, hidden: torch.Tensor) -> np.ndarray:
-        """float32 [tokens, dim] in main memory, of ``hidden`` [tokens, width] on the device."""
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        """float32 [tokens, dim] of ``hidden`` [tokens, width], both on the device."""
         projected = hidden.float()
         if self._components is not None:
             projected = (projected - self._mean) @ self._components
-        array: np.ndarray = projected.cpu().numpy()
-        return array
+        return projected

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kdcache.cache.spec import needs_tokens
 from kdcache.data.encoding import encode
-from kdcache.dump.engine import TextBatches, fit_moments, run_part
-from kdcache.dump.projection import fit_basis
+from kdcache.dump.engine import TextBatches, fit_bases, run_part
 from kdcache.progress import format_bytes, format_rate, format_seconds
 from kdcache.runs import home
 from kdcache.teachers.backends import open_backend
@@ -76,7 +76,7 @@ def run_teacher(
             for task in missing:
                 batches = text_batches(teacher, writer.texts_of(task.part), task.part.text_ids, tokens_per_batch)
                 outputs, hidden = run_part(batches, backend, teacher.spec, task.layers, bases, progress.advance)
-                spans = batches.tokens() if task.part.scope == "full" and teacher.spec.layers else None
+                spans = batches.tokens() if task.part.scope == "full" and needs_tokens(teacher.spec.layers) else None
                 tokens += 0 if spans is None else int(spans.offsets[-1])
                 behind.write(_write_part(writer, teacher.name, task, outputs, spans, hidden))
         progress.finish()
@@ -112,12 +112,9 @@ def _bases(
         return bases
     ids, texts = _sample(writer, teacher.spec.sample_texts)
     progress.start(f"fit bases of {teacher.name}", len(texts), "texts")
-    moments = fit_moments(text_batches(teacher, texts, ids, tokens_per_batch), backend, layers, progress.advance)
+    batches = text_batches(teacher, texts, ids, tokens_per_batch)
+    fitted = fit_bases(batches, backend, layers, teacher.seed, progress.advance)
     progress.finish()
-    fitted = {
-        layer: fit_basis(moments[layer], spec.projection, spec.dim, seed=teacher.seed, name=teacher.name, layer=layer)
-        for layer, spec in layers.items()
-    }
     writer.write_bases(teacher.name, fitted)
     return bases | fitted
 

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING
 
 from kdcache.cache.spec import LayerSpec, TargetSpec, TaskSpec, TeacherSpec
 from kdcache.data.encoding import TRUNCATION, tokenizer_json
-from kdcache.dump.layers import resolve_layers
-from kdcache.dump.projection import check_dim
+from kdcache.dump.layers import check_names, layer_spec, resolve_layers
 from kdcache.errors import MismatchError, ModelError
 from kdcache.teachers.bundle import load_teacher
 from kdcache.teachers.teacher import check_max_length
@@ -90,7 +89,10 @@ def prepare_teachers(recipe: Recipe, bundle: Bundle, teachers_dir: Path, classes
     if not recipe.teachers:
         raise ModelError(f"recipe '{recipe.name}' names no teachers: there is nothing to dump", "Add a [[teachers]] table.")
     student_layers = student_depth(recipe, {name: record.depth for name, record in bundle.teachers.items()})
-    return [_prepare(recipe, section, teachers_dir, classes, student_layers) for section in recipe.teachers]
+    teachers = [_prepare(recipe, section, teachers_dir, classes, student_layers) for section in recipe.teachers]
+    everywhere = sorted({layer for teacher in teachers for layer in teacher.spec.layers})
+    check_names(recipe.dump.per_layer, everywhere, "dump.per_layer", "' or '".join(teacher.name for teacher in teachers))
+    return teachers
 
 
 def student_depth(recipe: Recipe, teacher_depths: Mapping[str, int]) -> int | None:
@@ -143,13 +145,10 @@ def _prepare(
 
 
 def _layer_specs(recipe: Recipe, section: TeacherSection, teacher: Teacher, student_layers: int | None) -> dict[int, LayerSpec]:
-    dump = recipe.dump
-    setting = dump.layers if section.layers is None else section.layers
+    setting = recipe.dump.layers if section.layers is None else section.layers
     layers = resolve_layers(setting, teacher.depth, student_layers, section.name)
-    return {
-        layer: LayerSpec(dump.projection, check_dim(dump.projection, dump.dim, teacher.width, section.name, layer), dump.dtype)
-        for layer in layers
-    }
+    check_names(section.per_layer, layers, f"teachers.{section.name}.per_layer", section.name)
+    return {layer: layer_spec(recipe, section, layer, teacher.depth, teacher.width) for layer in layers}
 
 
 def _pooled_width(teacher: Teacher) -> int:

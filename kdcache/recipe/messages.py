@@ -6,7 +6,7 @@ import difflib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, get_args, get_origin
 
 import pydantic
 from pydantic import BaseModel
@@ -76,13 +76,16 @@ def _key_steps(loc: Sequence[int | str]) -> tuple[int | str, ...]:
     """The location without pydantic's names for the members of a union, and without the places inside of a list value."""
     model: type[BaseModel] | None = Recipe
     steps: list[int | str] = []
+    named = False  # the step is the user's own name for a table, such as the 12 of per_layer.12
     for step in loc:
-        if isinstance(step, int):
+        if isinstance(step, int) or named:
             steps.append(step)
+            named = False
             continue
-        if model is None:
+        if model is None or step == "[key]":
             break
         steps.append(step)
+        named = get_origin(model.model_fields[step].annotation) is dict if step in model.model_fields else False
         model = _section(model, step)
     while steps and isinstance(steps[-1], int) and steps[0] != "teachers":
         steps.pop()

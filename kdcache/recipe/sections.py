@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -23,6 +24,12 @@ def _distinct(values: list[T]) -> list[T]:
     return values
 
 
+def _which_layer(name: str) -> str:
+    if name not in ("all", "last") and not (name.isdecimal() and str(int(name)) == name):
+        raise ValueError(f'\'{name}\' is no layer: give its number, "last" or "all"')
+    return name
+
+
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 NotNegative = Annotated[float, Field(ge=0.0)]
 AboveZero = Annotated[float, Field(gt=0.0)]
@@ -35,7 +42,9 @@ LayerNumbers = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1),
 BlockNumbers = Annotated[list[Positive], Field(min_length=1), AfterValidator(_distinct)]
 Precision = Literal["float32", "bf16", "fp16"]
 Projection = Literal["none", "pca", "random"]
-StoredDtype = Literal["float32", "float16", "int8"]
+StoredDtype = Literal["float32", "float16", "int8", "coded"]
+TokenSelection = Literal["all", "first", "pooled"]
+WhichLayer = Annotated[str, AfterValidator(_which_layer)]
 Head = Literal["shared", "own"]
 
 
@@ -69,6 +78,19 @@ class DataSection(_Section):
         return self
 
 
+class StoredSection(_Section):
+    """How a layer is stored, where that differs from ``[dump]``; what is not given is as there."""
+
+    projection: Projection | None = None
+    dim: Positive | None = None
+    dtype: StoredDtype | None = None
+    bytes: Positive | None = None  # of a row, for dtype "coded"
+    tokens: TokenSelection | None = None
+
+
+PerLayer = dict[WhichLayer, StoredSection]  # "12", "last" or "all"; a number wins over "last", "last" over "all"
+
+
 class TeacherSection(_Section):
     """One teacher. ``head = "own"`` takes an already fine-tuned classifier as it is."""
 
@@ -78,6 +100,7 @@ class TeacherSection(_Section):
     revision: str | None = None
     max_length: Positive | None = None  # data.max_length where not given
     layers: LayerNumbers | None = None  # dump.layers where not given
+    per_layer: PerLayer = {}  # wins over dump.per_layer
     licence: str = ""
 
 
@@ -114,19 +137,57 @@ class CofinetuneSection(OptimSection):
 
 
 class DumpSection(_Section):
-    """What the cache stores of each teacher."""
+    """What the cache stores of each teacher.
+
+    With ``dtype = "coded"`` a row takes ``bytes`` bytes whatever the teacher's width, and ``dim`` says nothing: the bits go to the
+    dimensions of the PCA basis where they tell most.
+    """
 
     backend: Literal["torch", "onnxruntime"] = "torch"
     layers: Literal["even", "all", "last", "none"] | LayerNumbers = "even"
     projection: Projection = "pca"
     dim: Positive = 128
     dtype: StoredDtype = "int8"
+    bytes: Positive | None = None  # of a token and layer, for dtype "coded"
+    tokens: TokenSelection = "all"  # a target for every token, for the first one, or for the mean of a text's tokens
+    per_layer: PerLayer = {}  # what differs in some layers: per_layer = { 12 = { dtype = "coded", bytes = 192 } }
     pooled: bool = False
     part_size: Positive = 4096  # texts
     sample_texts: Positive = 2048  # on which bases and variances are fitted
     tokens_per_batch: Positive = 4096  # padded tokens of one forward pass
     precision: Precision = "float32"
     seed: Seed = 0
+
+    @model_validator(mode="after")
+    def _forms_that_fit_together(self) -> DumpSection:
+        check_stored(self.stored())
+        for which, section in self.per_layer.items():
+            check_stored(overlaid(self.stored(), section), f"per_layer.{which}: ")
+        return self
+
+    def stored(self) -> StoredSection:
+        """How a layer is stored of which nothing else is said."""
+        return StoredSection(projection=self.projection, dim=self.dim, dtype=self.dtype, bytes=self.bytes, tokens=self.tokens)
+
+
+def overlaid(below: StoredSection, above: StoredSection) -> StoredSection:
+    """``below`` with what ``above`` gives; bytes belong to dtype "coded" and go where another dtype is given."""
+    given = above.model_dump(exclude_none=True)
+    if given.get("dtype", "coded") != "coded":
+        given.setdefault("bytes", None)
+    if given.get("dtype") == "coded":
+        given.setdefault("projection", "pca")
+    return below.model_copy(update=given)
+
+
+def check_stored(form: StoredSection, where: str = "") -> None:
+    """ValueError where dtype, bytes and projection of ``where`` do not go together."""
+    if form.dtype == "coded" and form.bytes is None:
+        raise ValueError(f'{where}dtype = "coded" needs bytes: how many a token takes in a layer, for example bytes = 96')
+    if form.dtype == "coded" and form.projection != "pca":
+        raise ValueError(f'{where}dtype = "coded" needs projection = "pca", not "{form.projection}"')
+    if form.dtype != "coded" and form.bytes is not None:
+        raise ValueError(f'{where}bytes = {form.bytes} goes with dtype = "coded"; with "{form.dtype}" set dim')
 
 
 class StudentSection(_Section):
@@ -198,6 +259,21 @@ class Recipe(_Section):
         if names and origin.startswith("teacher:") and origin.removeprefix("teacher:") not in names:
             raise ValueError(f"student.init_from is '{origin}', but the teachers are: {', '.join(names)}")
         return self
+
+    @model_validator(mode="after")
+    def _teachers_are_stored_in_forms_that_fit_together(self) -> Recipe:
+        for teacher in self.teachers:
+            for which in teacher.per_layer:
+                check_stored(self.stored(teacher, (which,)), f"teachers.{teacher.name}.per_layer.{which}: ")
+        return self
+
+    def stored(self, teacher: TeacherSection, names: Sequence[str]) -> StoredSection:
+        """How a layer is stored that ``per_layer`` may call by each of ``names``: later ones win, and the teacher's own table."""
+        form = self.dump.stored()
+        for table in (self.dump.per_layer, teacher.per_layer):
+            for name in names:
+                form = overlaid(form, table[name]) if name in table else form
+        return form
 
     def teacher(self, name: str) -> TeacherSection:
         """The teacher of that name; RecipeError names those there are."""

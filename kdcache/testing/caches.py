@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kdcache.cache.blocks import Basis, HiddenBlock, Outputs
+from kdcache.cache.codebook import Codebook, table_sizes
 from kdcache.cache.ids import id_array, id_list, text_id
-from kdcache.cache.spec import Fingerprints, LayerSpec, Settings, TargetSpec, TaskSpec, TeacherSpec
+from kdcache.cache.spec import Fingerprints, LayerSpec, Settings, TargetSpec, TaskSpec, TeacherSpec, needs_tokens
 from kdcache.cache.tokens import FIRST, LAST, TEXT, Tokens
 from kdcache.cache.writer import CacheWriter, open_writer
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 TASK = TaskSpec(("sentence",), ("bad", "good"))
 SETTINGS = Settings(seed=3, part_size=4)
+CODED = LayerSpec("pca", 6, "coded", bytes=2)
+PER_TEXT = {1: LayerSpec("pca", 3, "int8", tokens="first"), 3: LayerSpec("pca", 6, "coded", bytes=2, tokens="pooled")}
 LAYERS = {2: LayerSpec("pca", 3, "int8"), 4: LayerSpec("none", 6, "float32")}
 
 Texts = dict[bytes, tuple[str, ...]]
@@ -88,7 +91,7 @@ def dump_teacher(writer: CacheWriter, spec: TeacherSpec) -> None:
             spec.name,
             task.part,
             outputs=made_outputs(spec, task.part.text_ids) if task.outputs else None,
-            tokens=made_tokens(texts) if full else None,
+            tokens=made_tokens(texts) if full and needs_tokens(spec.layers) else None,
             hidden={layer: made_hidden(spec, layer, texts) for layer in task.layers},
         )
 
@@ -119,9 +122,13 @@ def made_tokens(texts: Sequence[tuple[str, ...]]) -> Tokens:
 
 
 def made_hidden(spec: TeacherSpec, layer: int, texts: Sequence[tuple[str, ...]]) -> HiddenBlock:
-    """Hidden states of the tokens of texts, from text and token number."""
+    """Hidden states of the tokens of texts, from text and token number; of a layer per text, from the text."""
     one = spec.layers[layer]
-    keys = [text_id(text) + bytes([token]) for text in texts for token in range(int(made_tokens([text]).offsets[-1]))]
+    counts = [1 if one.per_text else int(made_tokens([text]).offsets[-1]) for text in texts]
+    keys = [text_id(text) + bytes([row]) for text, count in zip(texts, counts, strict=True) for row in range(count)]
+    if one.dtype == "coded":
+        codes = _rows(f"{spec.name}/{layer}", keys, one.bytes)
+        return HiddenBlock(np.round(codes * 127.5 + 127.5).astype(np.uint8))
     values = _rows(f"{spec.name}/{layer}", keys, one.dim)
     if one.dtype == "int8":
         codes = np.clip(np.round(values * 127), -127, 127).astype(np.int8)
@@ -130,8 +137,13 @@ def made_hidden(spec: TeacherSpec, layer: int, texts: Sequence[tuple[str, ...]])
 
 
 def made_basis(spec: TeacherSpec, layer: int) -> Basis:
-    """The first ``dim`` unit vectors."""
+    """The first ``dim`` unit vectors; of a coded layer, the first 4 and a codebook of 5, 4, 3 and 1 bits with a window of 4."""
     one = spec.layers[layer]
+    if one.dtype == "coded":
+        bits = np.array([5, 4, 3, 1], dtype=np.uint8)
+        levels = _rows(f"{spec.name}/{layer}/levels", [b""], sum(table_sizes(bits, 4).values()))[0]
+        codebook = Codebook(bits, np.array([4.0, 2.0, 1.0, 0.5], np.float32), 4, levels)
+        return Basis(np.eye(4, spec.width, dtype=np.float32), np.zeros(spec.width, np.float32), None, 2.0, 1.5, codebook)
     if one.projection == "none":
         return Basis(None, None, None, 2.0, 2.0)
     components = np.eye(one.dim, spec.width, dtype=np.float32)

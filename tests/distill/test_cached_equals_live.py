@@ -12,6 +12,7 @@ from kdcache.distill.methods import METHODS
 from kdcache.distill.stage import distill
 from kdcache.distill.trainee import DistillTrainee
 from kdcache.distill.training import prepare
+from kdcache.dump.stage import dump_teachers
 from kdcache.progress import SilentProgress
 from kdcache.recipe import Recipe
 from tests.distill.conftest import TinyRun
@@ -58,6 +59,31 @@ def test_projected_and_quantised_targets_stay_close(tiny_run: TinyRun, tmp_path:
     live = list(losses(recipe, tiny_run, tiny_run.cache, True, tmp_path))
     for ours, theirs in zip(cached, live, strict=True):
         assert ours == pytest.approx(theirs, rel=0.02)
+
+
+FORMS = {
+    "coded": ["dump.dtype=coded", "dump.bytes=6"],
+    "first": ["dump.tokens=first", "dump.dtype=float32"],
+    "pooled": ["dump.tokens=pooled", "dump.dtype=float32"],
+    "mixed": [  # per layer and per teacher: tokens in full, a coded mean, a first token
+        "dump.dtype=float32", 'dump.per_layer.last={dtype="coded", bytes=4, tokens="pooled"}',
+        'teachers.bert.per_layer.2={tokens="first"}',
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_targets_of_every_form_agree_in_every_step(tiny_run: TinyRun, tmp_path: Path, form: str) -> None:
+    cache = tiny_run.cache.with_name(f"cache-{form}")  # beside the teachers
+    dump_teachers(tiny_run.recipe(*FORMS[form]), tiny_run.teachers, cache, progress=SilentProgress())
+    for overrides in (["distill.accumulation=2"], ["distill.hidden_direction=teacher-to-student"]):
+        recipe = tiny_run.recipe("distill.dropout=0.0", *overrides)
+        cached = list(losses(recipe, tiny_run, cache, False, tmp_path))
+        live = list(losses(recipe, tiny_run, cache, True, tmp_path))
+        assert len(cached) == 8
+        assert any(name.startswith("hidden/") for name in cached[0])
+        for step, (ours, theirs) in enumerate(zip(cached, live, strict=True)):
+            assert ours == pytest.approx(theirs, rel=1e-4), step
 
 
 def test_the_stage_runs_with_live_teachers(tiny_run: TinyRun, tmp_path: Path) -> None:

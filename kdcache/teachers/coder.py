@@ -1,0 +1,78 @@
+"""From projected hidden states to the rows of a coded layer, on the device that the teacher runs on.
+
+A coordinate's value depends on its own bits and, in a trellis code, on bits before it, so the best string is found by
+dynamic programming over the coordinates (Viterbi), all tokens of a block at once. It lies here and not in the dump because live teachers
+must give a student the very targets that a cache holds.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from kdcache.cache.codebook import Codebook, pack_codes
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy as np
+
+_BLOCK = {"cpu": 512, "cuda": 8192}  # tokens at once: what fits a cache; what hides the time to start a kernel
+_NEVER = 1e30
+
+
+class Coder:
+    """Packs coordinates [n, dim] into uint8 rows [n, bytes] by a codebook."""
+
+    def __init__(self, codebook: Codebook, row_bytes: int, device: torch.device | str) -> None:
+        self._bits = codebook.bits.tolist()
+        self._window = codebook.window
+        self._row_bytes = row_bytes
+        scales = codebook.scale.tolist()
+        tables = {depth: torch.from_numpy(table.copy()).to(device) for depth, table in codebook.tables.items()}
+        self._levels = [tables[depth] * scale for depth, scale in zip(self._bits, scales, strict=True)]
+        self._codebook = codebook
+
+    def __call__(self, coordinates: Tensor) -> np.ndarray:
+        """The rows that decode closest to ``coordinates`` (float32, finite), in the sum of squares."""
+        found = best_windows(coordinates, self._levels, self._bits, self._window)
+        codes = (found & torch.tensor([(1 << depth) - 1 for depth in self._bits], device=found.device)).cpu().numpy()
+        return pack_codes(codes, self._codebook.bits, self._row_bytes)
+
+
+def best_windows(coordinates: Tensor, levels: Sequence[Tensor], bits: Sequence[int], window: int) -> Tensor:
+    """int64 [n, dim]: for each coordinate the entry of its table, such that neighbours agree on the bits they share.
+
+    ``levels``: per coordinate its table, [2 ** max(window, bits)]. The sum of squared errors of a row is the least possible.
+    """
+    block = _BLOCK.get(coordinates.device.type, _BLOCK["cuda"])
+    pieces = [_search(piece.T.contiguous(), levels, bits, window) for piece in coordinates.float().split(block)]
+    return torch.cat(pieces) if pieces else torch.empty(0, len(bits), dtype=torch.int64, device=coordinates.device)
+
+
+def _search(columns: Tensor, levels: Sequence[Tensor], bits: Sequence[int], window: int) -> Tensor:
+    """The same for ``columns`` [dim, n], by two walks over the coordinates.
+
+    ``costs[d]`` [entries, n] is the least error, up to a constant per token, of coordinates 0 to d where d takes that entry.
+    """
+    tokens = columns.shape[1]
+    before = columns.new_full((1 << window, tokens), _NEVER)
+    before[0] = 0.0  # nothing but zeros lies before a row
+    costs = [before]
+    for column, table, depth in zip(columns, levels, bits, strict=True):
+        shared = 1 << (max(window, depth) - depth)  # values of the bits that belong to coordinates before
+        best = costs[-1].view(-1, shared, tokens).amin(0)
+        best = best - best.amin(0)  # keeps the sums small where float32 is fine
+        cost = (table * table).view(shared, -1, 1) + best[:, None]
+        costs.append(cost.view(-1, tokens).addcmul_(table[:, None], column[None], value=-2.0))
+    found = torch.empty(len(bits), tokens, dtype=torch.int64, device=columns.device)
+    entry = costs[-1].argmin(0)
+    every = torch.arange(tokens, device=columns.device)
+    for place in range(len(bits) - 1, -1, -1):
+        found[place] = entry
+        shared = 1 << (max(window, bits[place]) - bits[place])
+        prefix = entry >> bits[place]
+        entry = costs[place].view(-1, shared, tokens)[:, prefix, every].argmin(0) * shared + prefix
+    return found.T
