@@ -74,9 +74,9 @@ def _teacher(contents: Contents, name: str) -> dict[str, Any]:
     counts = contents.tokens.get(name, {})
     sizes = {path: digest.size for path, digest in contents.files.items() if path.startswith(home)}
     document = teacher_document(spec)
-    full = [part for part in cache.parts if part.scope == "full"]
+    full = [part for part in contents.parts if part.scope == "full"]
     for layer, one in spec.layers.items():
-        rows = {part.name: cache.manifest.contents.rows(name, part, one) or 0 for part in full}
+        rows = {part.name: contents.rows(name, part, one) or 0 for part in full}
         paths = {path for part, count in rows.items() for path in layout.layer_files(name, part, layer, one, count)}
         document["layers"][str(layer)]["bytes"] = sum(sizes[path] for path in paths) + sizes[layout.basis_file(name, layer)]
     return {

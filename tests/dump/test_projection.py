@@ -81,7 +81,7 @@ def test_the_projector_applies_what_was_fitted() -> None:
     x = _tokens()
     basis = fit_basis(_moments(x), "pca", 5, seed=0, name="bert", layer=3)
     assert basis.components is not None
-    projected = Projector(basis, "cpu")(torch.from_numpy(x).float())
+    projected = Projector(basis, "cpu")(torch.from_numpy(x).float()).numpy()
     assert projected.dtype == np.float32
     np.testing.assert_allclose(projected, (x - basis.mean) @ basis.components.T, atol=1e-3)
 
