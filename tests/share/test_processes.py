@@ -259,10 +259,10 @@ def test_control_c_ends_at_once_and_says_how_to_go_on(tmp_path: Path, cache: Pat
     """In the middle of a file that does not end: the process does not wait for it."""
     (tmp_path / "team").mkdir()
     code = (
-        "import sys, time, signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "import os, time, signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from kdcache.share import directory\n"
         "def write(self, key, source):\n"
-        "    if key.startswith('files/'): print('sending', flush=True); time.sleep(60)\n"
+        "    if key.startswith('files/'): os.write(1, b'sending\\n'); time.sleep(60)\n"
         "    else: real(self, key, source)\n"
         "real, directory.DirectoryRemote.write = directory.DirectoryRemote.write, write\n"
         "from kdcache.cli.main import main\n"
