@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, TypeVar
 from kdcache.errors import DamageError, RemoteError
 from kdcache.progress import SilentProgress
 from kdcache.share import layout
+from kdcache.share.directory import DirectoryRemote
 from kdcache.share.intents import Lease, Pace, alive, hold, refuse_if_alive
 from kdcache.share.parallel import WORKERS, SharedProgress, Stop, for_each
 from kdcache.share.pull import fetch_manifest
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 GRACE = 7 * 86_400.0  # seconds
+_UNDER_WAY = 3600.0  # that a file may stand still and yet be written on
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,8 @@ def collect(
         plan = _plan(remote, grace, pace, lease)
         if lease:
             _delete(remote, plan, lease, epoch, progress, workers)
+            if isinstance(remote, DirectoryRemote):  # elsewhere, what is under way is not to be seen
+                remote.remove_leftovers(remote.now() - max(grace, _UNDER_WAY))
     return GcReport(
         tuple(entry.key for entry in plan.entries), len(plan.refs), len(plan.manifests), len(plan.files),
         sum(entry.size for entry in plan.entries), *plan.kept, *plan.young, deleted=delete,
