@@ -6,6 +6,8 @@ nowhere else. numpy gathers, because torch's fancy indexing of float16 on the CP
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -34,13 +36,16 @@ class Rows:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def longest_first(self) -> np.ndarray:
-        """The order of the rows by their student tokens, so that micro-batches are of like length and hold little padding."""
+    def longest_first(self, within: np.ndarray) -> np.ndarray:
+        """The rows by falling length in student tokens inside each group of ``within``, whose numbers ascend.
+
+        So micro-batches are of like length and hold little padding.
+        """
         lengths = np.empty(len(self), np.int64)
         for index, part in enumerate(self.parts):
             mine = self.part_of == index
             lengths[mine] = part.student.lengths[self.rows[mine]]
-        return longest_first(lengths)
+        return np.lexsort((-lengths, within))  # stable
 
     def take(self, order: np.ndarray) -> Rows:
         return Rows(self.parts, self.part_of[order], self.rows[order])
@@ -51,38 +56,55 @@ def longest_first(lengths: np.ndarray) -> np.ndarray:
     return np.argsort(-lengths, kind="stable")
 
 
+_ROW_BYTES = 4096  # a row of so many bytes is copied faster whole than token by token
+
+
 class Ragged:
     """Where the tokens of a batch's rows lie in the packed arrays of its parts, one offsets array per part."""
 
     def __init__(self, rows: Rows, offsets: Sequence[np.ndarray]) -> None:
         starts, self.lengths = np.empty(len(rows), np.int64), np.empty(len(rows), np.int64)
-        members = [np.flatnonzero(rows.part_of == part) for part in range(len(offsets))]
-        for bounds, mine in zip(offsets, members, strict=True):
+        self._members = [np.flatnonzero(rows.part_of == part) for part in range(len(offsets))]
+        for bounds, mine in zip(offsets, self._members, strict=True):
             text = rows.rows[mine]
             starts[mine] = bounds[text]
             self.lengths[mine] = bounds[text + 1] - starts[mine]
         self.offsets = np.concatenate([[0], np.cumsum(self.lengths)]).astype(np.int64)
-        by_part = np.concatenate(members)
-        self._there = np.split(
-            ranges(starts[by_part], self.lengths[by_part]), np.cumsum([self.lengths[mine].sum() for mine in members])[:-1]
-        )
-        self._order = None  # of the tokens as they come part by part, in row order
-        if len(members) > 1:
-            came = np.concatenate([[0], np.cumsum(self.lengths[by_part])])
-            first = np.empty(len(rows), np.int64)
-            first[by_part] = came[:-1]
-            self._order = ranges(first, self.lengths)
+        self._part_of, self._starts = rows.part_of, starts
 
     def gather(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
         """The packed values of the rows, in row order, from one packed array per part."""
-        if self._order is None:
-            return arrays[0].take(self._there[0], axis=0)
-        grouped = np.empty((len(self._order), *arrays[0].shape[1:]), arrays[0].dtype)
+        token_bytes = arrays[0].itemsize * math.prod(arrays[0].shape[1:])
+        if token_bytes * int(self.offsets[-1]) >= _ROW_BYTES * len(self.lengths) > 0:
+            return np.concatenate([arrays[part][first:last] for part, first, last in self._spans])
+        there, order = self._tokens
+        if order is None:
+            return arrays[0].take(there[0], axis=0)
+        grouped = np.empty((len(order), *arrays[0].shape[1:]), arrays[0].dtype)
         begin = 0
-        for array, there in zip(arrays, self._there, strict=True):
-            array.take(there, axis=0, out=grouped[begin : begin + len(there)], mode="clip")  # 'raise' would copy twice
-            begin += len(there)
-        return grouped.take(self._order, axis=0)
+        for array, mine in zip(arrays, there, strict=True):
+            array.take(mine, axis=0, out=grouped[begin : begin + len(mine)], mode="clip")  # 'raise' would copy twice
+            begin += len(mine)
+        return grouped.take(order, axis=0)
+
+    @functools.cached_property
+    def _spans(self) -> list[tuple[int, int, int]]:
+        """Part, first and last token of every row."""
+        ends = self._starts + self.lengths
+        return list(zip(self._part_of.tolist(), self._starts.tolist(), ends.tolist(), strict=True))
+
+    @functools.cached_property
+    def _tokens(self) -> tuple[list[np.ndarray], np.ndarray | None]:
+        """The tokens of each part; where there are several parts, the place of each token among those, in row order."""
+        by_part = np.concatenate(self._members)
+        borders = np.cumsum([self.lengths[mine].sum() for mine in self._members])[:-1]
+        there = np.split(ranges(self._starts[by_part], self.lengths[by_part]), borders)
+        if len(self._members) == 1:
+            return there, None
+        came = np.concatenate([[0], np.cumsum(self.lengths[by_part])])
+        first = np.empty(len(self.lengths), np.int64)
+        first[by_part] = came[:-1]
+        return there, ranges(first, self.lengths)
 
 
 def student_inputs(rows: Rows, tokens: Ragged, pad_token_id: int) -> dict[str, torch.Tensor]:

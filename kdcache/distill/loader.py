@@ -23,7 +23,7 @@ from kdcache.distill.epochs import Epochs
 from kdcache.distill.examples import join_examples
 from kdcache.distill.forms import stored_forms, target_dim
 from kdcache.distill.parts import DecodedPart, PartDecoder, Texts, check_texts
-from kdcache.distill.prefetch import PartWindow, Shelf, Timetable, in_background
+from kdcache.distill.prefetch import PartWindow, Shelf, Timetable, in_background, runs_of_steps
 from kdcache.distill.targets import Batch
 
 if TYPE_CHECKING:
@@ -118,17 +118,22 @@ class CachedBatches:
         order = self.epochs.order(epoch)
         mine, steps = self.epochs.shares(order, first_step)
         timetable = Timetable.of(self.epochs.examples.parts[mine], steps)
-        self.cache.expect(
-            files_used(self.cache, timetable.order, self.teachers, self.layer_map, logits=self._logits, texts=self._reads_texts)
-        )
         window = PartWindow(self._decoded, self._shelf, timetable)
         try:
-            for step in range(first_step, self.steps_per_epoch):
-                rows = self.epochs.rows(order, step)
-                parts, part_of = np.unique(self.epochs.examples.parts[rows], return_inverse=True)
-                yield self._batch(rows, Rows(window.parts(step, parts.tolist()), part_of, self.epochs.examples.rows[rows]))
+            for together in runs_of_steps(first_step, self.steps_per_epoch):
+                yield from self._batches([self.epochs.rows(order, step) for step in together], together, window)
         finally:
             window.close()
+
+    def _batches(self, steps: Sequence[np.ndarray], numbers: range, window: PartWindow[DecodedPart]) -> list[Batch]:
+        """The batches of consecutive steps, put together as one and cut: what Python spends is spent once for all of them."""
+        joined, examples = self.epochs.examples, np.concatenate(steps)
+        parts, part_of = np.unique(joined.parts[examples], return_inverse=True)
+        rows = Rows(window.parts(numbers, parts.tolist()), part_of, joined.rows[examples])
+        step_of = np.repeat(np.arange(len(steps)), [len(step) for step in steps])
+        order = rows.longest_first(within=step_of)
+        batch = self._batch(examples[order], rows.take(order))
+        return batch.cut(np.cumsum([0, *(len(step) for step in steps)]).tolist())
 
     def _decoded(self, index: int) -> DecodedPart:
         part = self._decode(index)
@@ -137,8 +142,6 @@ class CachedBatches:
         return part
 
     def _batch(self, examples: np.ndarray, rows: Rows) -> Batch:
-        order = rows.longest_first()
-        examples, rows = examples[order], rows.take(order)
         tokens = Ragged(rows, [part.student.offsets for part in rows.parts])
         targets = cached_targets(rows, self.teachers, self.layer_map, self._forms, tokens) if self._has_targets else None
         joined = self.epochs.examples

@@ -19,6 +19,7 @@ import numpy as np
 READERS = 2  # threads that read and decode parts
 READ_AHEAD = 2  # parts beyond those that the current batch needs
 BATCHES_AHEAD = 4
+STEPS_TOGETHER = 8  # steps whose batches are put together at once
 
 T = TypeVar("T")
 
@@ -91,11 +92,11 @@ class PartWindow(Generic[S]):
         self._in_hand: dict[int, Future[S]] = {}
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="kdcache-read")
 
-    def parts(self, step: int, needed: Sequence[int]) -> list[S]:
-        """The decoded parts of ``needed`` at ``step``; steps must not go backwards."""
-        for part in [part for part in self._in_hand if self._timetable.last[part] < step]:
+    def parts(self, steps: range, needed: Sequence[int]) -> list[S]:
+        """The decoded parts of ``needed`` in ``steps``, which must not go backwards."""
+        for part in [part for part in self._in_hand if self._timetable.last[part] < steps[0]]:
             del self._in_hand[part]
-        self._read_ahead(step)
+        self._read_ahead(steps[-1])
         return [self._in_hand[part].result() for part in needed]
 
     def close(self) -> None:
@@ -116,6 +117,14 @@ class PartWindow(Generic[S]):
             part = self._decode(index)
             self._shelf.put(index, part)
         return part
+
+
+def runs_of_steps(first: int, end: int) -> Iterator[range]:
+    """Runs of consecutive steps, short at first so that the first batch is not kept waiting: 1, 2, 4, 8, 8 ..."""
+    length = 1
+    while first < end:
+        yield range(first, min(first + length, end))
+        first, length = first + length, min(2 * length, STEPS_TOGETHER)
 
 
 class _StoppedError(Exception):

@@ -8,7 +8,7 @@ until they are on the device: what travels is what was stored.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
@@ -133,27 +133,24 @@ class Batch:
         pieces = min(pieces, len(self))
         if pieces <= 1:
             return (self,)
-        borders = np.linspace(0, len(self), pieces + 1).round().astype(int)
-        return tuple(self._rows(int(first), int(last)) for first, last in itertools.pairwise(borders))
+        return tuple(self.cut(np.linspace(0, len(self), pieces + 1).round().astype(int).tolist()))
 
-    def _rows(self, first: int, last: int) -> Batch:
-        length = self.inputs["attention_mask"].shape[1]
-        longest = int(self.inputs["attention_mask"][first:last].sum(dim=1).max())
-        inputs = {name: tensor[first:last, :longest] for name, tensor in self.inputs.items()}
-        targets = self.targets
-        if targets is not None:
-            shared: dict[int, _Piece] = {}
-            hidden: dict[tuple[int, int], Hidden] = {}
-            for key, value in targets.hidden.items():
-                piece = shared.get(id(value.positions))
-                if piece is None:
-                    piece = shared[id(value.positions)] = _cut(value, first, last, length, longest)
-                values, scales = value.values[piece.tokens], None if value.scales is None else value.scales[piece.tokens]
-                hidden[key] = Hidden(
-                    values, scales, piece.src, piece.dst, piece.weight, piece.positions, value.decoder, piece.bags
-                )
-            targets = Targets(targets.teachers, targets.logits[:, first:last], hidden)
-        return Batch(inputs, self.labels[first:last], self.text_ids[first:last], targets)
+    def cut(self, borders: Sequence[int]) -> list[Batch]:
+        """The rows between each border and the next as a batch of its own, padded to its own longest row. On the host only."""
+        mask = self.inputs["attention_mask"]
+        longest = np.maximum.reduceat(mask.numpy().sum(axis=1, dtype=np.int64), borders[:-1])  # no piece is empty
+        cuts = _Cuts(np.asarray(borders), longest, mask.shape[1])
+        targets = cuts.targets(self.targets) if self.targets is not None else [None] * len(longest)
+        spans = zip(itertools.pairwise(borders), longest.tolist(), targets, strict=True)
+        return [
+            Batch(
+                {name: tensor[first:last, :width] for name, tensor in self.inputs.items()},
+                self.labels[first:last],
+                self.text_ids[first:last],
+                part,
+            )
+            for (first, last), width, part in spans
+        ]
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,20 +164,81 @@ class _Piece:
     positions: Tensor
     bags: Tensor | None = None
 
+    def of(self, whole: Hidden) -> Hidden:
+        """The same part of the targets."""
+        scales = None if whole.scales is None else whole.scales[self.tokens]
+        return Hidden(
+            whole.values[self.tokens], scales, self.src, self.dst, self.weight, self.positions, whole.decoder, self.bags
+        )
 
-def _cut(hidden: Hidden, first: int, last: int, length: int, longest: int) -> _Piece:
-    low, high = torch.searchsorted(hidden.positions, torch.tensor([first * length, last * length])).tolist()
-    flat = hidden.positions[low:high]
-    row = torch.div(flat, length, rounding_mode="floor")
-    positions = (row - first) * longest + (flat - row * length)
-    if hidden.bags is not None:
-        return _Piece(slice(first, last), None, None, None, positions, hidden.bags[first:last] - low)
-    if hidden.src is None or hidden.dst is None or hidden.weight is None:
-        return _Piece(slice(low, high), None, None, None, positions)
-    begin, end = torch.searchsorted(hidden.dst, torch.tensor([low, high])).tolist()
-    src = hidden.src[begin:end]
-    bounds = (int(src.min()), int(src.max()) + 1) if len(src) else (0, 0)
-    return _Piece(slice(*bounds), src - bounds[0], hidden.dst[begin:end] - low, hidden.weight[begin:end], positions)
+
+@dataclass(frozen=True, eq=False)
+class _Cuts:
+    """A batch cut at rows ``borders`` [n + 1] into pieces padded to ``longest`` [n]; it was padded to ``length``.
+
+    Everything is worked out for all pieces at once in numpy and then sliced: a slice costs a microsecond, a small torch
+    operation several.
+    """
+
+    borders: np.ndarray
+    longest: np.ndarray
+    length: int
+
+    def targets(self, whole: Targets) -> list[Targets]:
+        pieces: dict[int, list[_Piece]] = {}  # by alignment, which layers share
+        hidden: list[dict[tuple[int, int], Hidden]] = [{} for _ in self.longest]
+        for key, value in whole.hidden.items():
+            if id(value.positions) not in pieces:
+                pieces[id(value.positions)] = self._alignment(value)
+            for found, piece in zip(hidden, pieces[id(value.positions)], strict=True):
+                found[key] = piece.of(value)
+        spans = itertools.pairwise(self.borders.tolist())
+        return [
+            Targets(whole.teachers, whole.logits[:, first:last], found)
+            for (first, last), found in zip(spans, hidden, strict=True)
+        ]
+
+    def _alignment(self, hidden: Hidden) -> list[_Piece]:
+        device = hidden.positions.device  # that of live teachers may be a GPU
+        flat = hidden.positions.cpu().numpy()
+        places = np.searchsorted(flat, self.borders * self.length)  # of each piece among the student tokens
+        piece = np.repeat(np.arange(len(self.longest)), np.diff(places))
+        row = flat // self.length
+        moved = (row - self.borders[piece]) * self.longest[piece] + (flat - row * self.length)
+        positions = _slices(moved, places, device)
+        if hidden.bags is not None:
+            begins = hidden.bags.cpu().numpy() - np.repeat(places[:-1], np.diff(self.borders))
+            bags = _slices(begins, self.borders, device)
+            rows = itertools.pairwise(self.borders.tolist())
+            return [
+                _Piece(slice(*span), None, None, None, own, bag) for span, own, bag in zip(rows, positions, bags, strict=True)
+            ]
+        if hidden.src is None or hidden.dst is None or hidden.weight is None:
+            spans = itertools.pairwise(places.tolist())
+            return [_Piece(slice(*span), None, None, None, own) for span, own in zip(spans, positions, strict=True)]
+        return self._entries(hidden, places, positions)
+
+    def _entries(self, hidden: Hidden, places: np.ndarray, positions: list[Tensor]) -> list[_Piece]:
+        assert hidden.src is not None
+        assert hidden.dst is not None
+        assert hidden.weight is not None
+        src, dst, weight = (one.cpu().numpy() for one in (hidden.src, hidden.dst, hidden.weight))
+        bounds = np.searchsorted(dst, places)
+        sizes = np.diff(bounds)
+        low, high = np.zeros(len(sizes), np.int64), np.zeros(len(sizes), np.int64)  # teacher tokens of each piece
+        some = np.flatnonzero(sizes)
+        if len(some):
+            low[some] = np.minimum.reduceat(src, bounds[:-1][some])
+            high[some] = np.maximum.reduceat(src, bounds[:-1][some]) + 1
+        moved = (src - np.repeat(low, sizes), dst - np.repeat(places[:-1], sizes), weight)
+        entries = zip(*(_slices(array, bounds, hidden.src.device) for array in moved), strict=True)
+        tokens = [slice(*span) for span in zip(low.tolist(), high.tolist(), strict=True)]
+        return [_Piece(own, *entry, place) for own, entry, place in zip(tokens, entries, positions, strict=True)]
+
+
+def _slices(array: np.ndarray, bounds: np.ndarray, device: torch.device) -> list[Tensor]:
+    whole = torch.from_numpy(array).to(device)
+    return [whole[first:last] for first, last in itertools.pairwise(bounds.tolist())]
 
 
 class TargetSource(Protocol):
