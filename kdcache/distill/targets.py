@@ -231,9 +231,9 @@ class _Cuts:
             low[some] = np.minimum.reduceat(src, bounds[:-1][some])
             high[some] = np.maximum.reduceat(src, bounds[:-1][some]) + 1
         moved = (src - np.repeat(low, sizes), dst - np.repeat(places[:-1], sizes), weight)
-        entries = zip(*(_slices(array, bounds, hidden.src.device) for array in moved), strict=True)
+        src_of, dst_of, weight_of = (_slices(array, bounds, hidden.src.device) for array in moved)
         tokens = [slice(*span) for span in zip(low.tolist(), high.tolist(), strict=True)]
-        return [_Piece(own, *entry, place) for own, entry, place in zip(tokens, entries, positions, strict=True)]
+        return [_Piece(*one) for one in zip(tokens, src_of, dst_of, weight_of, positions, strict=True)]
 
 
 def _slices(array: np.ndarray, bounds: np.ndarray, device: torch.device) -> list[Tensor]:
