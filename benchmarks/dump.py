@@ -23,7 +23,8 @@ from measure import machine, ratio, rounds, summary
 from kdcache.cache.spec import Settings
 from kdcache.cache.writer import CacheWriter, open_writer
 from kdcache.data.task import load_task
-from kdcache.dump.engine import fit_bases, run_part
+from kdcache.dump.engine import fit_moments, run_part
+from kdcache.dump.projection import fit_basis
 from kdcache.dump.run import open_teacher, text_batches
 from kdcache.dump.specs import PreparedTeacher, prepare_teachers, scopes, task_spec
 from kdcache.recipe import Recipe, load_recipe
@@ -104,7 +105,11 @@ class Contest:
     def fit(self) -> dict[int, Any]:
         part, texts = self.parts[0]
         batches = self.batches(texts, part.text_ids)
-        return fit_bases(batches, self.backend, self.teacher.spec.layers, 0, lambda _: None)
+        moments = fit_moments(batches, self.backend, self.teacher.spec.layers, lambda _: None)
+        return {
+            layer: fit_basis(moments[layer], spec.projection, spec.dim, seed=0, name=self.teacher.name, layer=layer)
+            for layer, spec in self.teacher.spec.layers.items()
+        }
 
     def bare(self) -> float:
         """Tokenisation and forward passes; the logits are waited for."""

@@ -222,6 +222,11 @@ class Cache:
         """Whether a file, by its name in the manifest, is in the directory with the right size. Raises DamageError."""
         return self._files.found(path) is not None
 
+    @property
+    def arrivals(self) -> Arrivals | None:
+        """Who brings the files that are not here yet, where the cache is read through from elsewhere."""
+        return self._arrivals
+
     def select(self, selection: Selection) -> None:
         """Say what will be needed, where a cache is read through from elsewhere; nothing happens for any other."""
         if self._arrivals is not None:

@@ -13,7 +13,8 @@ from kdcache.cache import layout
 from kdcache.cache.digests import CheckedFiles
 from kdcache.cache.files import write_file
 from kdcache.cache.hidden import known_files
-from kdcache.errors import DamageError
+from kdcache.cache.selection import read_local
+from kdcache.errors import DamageError, MismatchError
 
 if TYPE_CHECKING:
     from kdcache.cache.contents import Contents
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
 
 def drop_damaged(root: Path, contents: Contents, journal: Journal) -> None:
     """Take damaged files out of ``contents``, durably. Every file is read."""
-    files = CheckedFiles(root, contents.files, trust_earlier=False)
+    local = read_local(root)
+    files = CheckedFiles(root, contents.files, trust_earlier=False, local=local)
     damaged = {path for path in list(contents.files) if not _is_whole(files, path)}
     full = [part for part in contents.parts if part.scope == "full"]
     for teacher in contents.teachers.values():
@@ -47,4 +49,6 @@ def _is_whole(files: CheckedFiles, path: str) -> bool:
         files.check(path)
     except DamageError:
         return False
+    except MismatchError:  # not pulled: nothing can be said of it
+        return True
     return True

@@ -139,6 +139,22 @@ def choose(
     return Selection({name: one if hidden else () for name, one in wanted.items()}, text)
 
 
+def selection_here(root: Path, contents: Contents) -> Selection:
+    """What of a cache is wholly in a directory, found by looking: texts, teachers and layers of which every file is there."""
+    lacking = {component(path) for path in contents.files if not (root / path).is_file()}
+    text = not any(place.is_text for place in lacking)
+    if not any(place.teacher for place in lacking):
+        return Selection(None, text)
+    teachers = {}
+    for name, spec in contents.teachers.items():
+        if Component(name) in lacking:
+            continue
+        common = Component(name, of_layers=True) in lacking
+        there = [layer for layer in spec.layers if not common and Component(name, layer, of_layers=True) not in lacking]
+        teachers[name] = tuple(sorted(there))
+    return Selection(teachers, text)
+
+
 def read_selection(root: Path) -> Selection | None:
     """What of a cache is in a directory; None where it is the whole. Raises DamageError for a file that is not a selection."""
     local = read_local(root)

@@ -14,7 +14,7 @@ and extend a finished one. While that goes on, the old manifest stays valid: no 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,7 @@ from kdcache.cache.hidden import encode_layers
 from kdcache.cache.locking import hold_lock
 from kdcache.cache.manifest import Manifest, make_manifest
 from kdcache.cache.opening import open_contents, refuse_other_directory
+from kdcache.cache.selection import local_selection, selection_here, write_selection
 from kdcache.cache.spec import needs_tokens
 from kdcache.cache.stale import check_teacher
 from kdcache.cache.texts import TextPlan, Texts
@@ -39,7 +40,9 @@ if TYPE_CHECKING:
     import numpy as np
 
     from kdcache.cache.blocks import Basis, HiddenBlock, Outputs
+    from kdcache.cache.digests import Arrivals
     from kdcache.cache.journal import Journal
+    from kdcache.cache.selection import LocalSelection
     from kdcache.cache.spec import Scope, Settings, TaskSpec, TeacherSpec
     from kdcache.cache.tokens import Tokens
 
@@ -64,29 +67,47 @@ class PartTask:
 
 @contextlib.contextmanager
 def open_writer(
-    path: str | Path, task: TaskSpec, settings: Settings, *, store_text: bool = True, repair: bool = False
+    path: str | Path,
+    task: TaskSpec,
+    settings: Settings,
+    *,
+    store_text: bool = True,
+    repair: bool = False,
+    arrivals: Arrivals | None = None,
 ) -> Iterator[CacheWriter]:
     """Open a cache directory for writing; makes it where there is none, continues what was interrupted.
 
-    With ``repair`` everything is verified first, and files that are damaged count as missing. Raises LockedError where another
+    With ``repair`` everything is verified first, and files that are damaged count as missing. A part of a cache grows as well, as
+    long as nothing has to be read that is not here (MismatchError), or ``arrivals`` brings it. Raises LockedError where another
     process writes, MismatchError where the cache was made for another task or with other settings, DamageError, StorageError.
     """
     root = Path(path)
     refuse_other_directory(root)
     with hold_lock(root):
         base, contents, journal = open_contents(root, task, settings, store_text, repair)
-        yield CacheWriter(root, base, contents, journal)
+        local = local_selection(root, base.contents) if base is not None else None
+        yield CacheWriter(root, base, contents, journal, local, arrivals)
 
 
 class CacheWriter:
     """The open cache; made by ``open_writer``. One thread at a time writes; reading calls may come from others."""
 
-    def __init__(self, root: Path, base: Manifest | None, contents: Contents, journal: Journal) -> None:
+    def __init__(
+        self,
+        root: Path,
+        base: Manifest | None,
+        contents: Contents,
+        journal: Journal,
+        local: LocalSelection | None = None,
+        arrivals: Arrivals | None = None,
+    ) -> None:
         self.root = root
+        self._local = local
         self.base = base  # the manifest that this run starts from
+        self._identity = base.identity if base else ""
         self._contents = contents
         self._journal = journal
-        self._files = CheckedFiles(root, contents.files)
+        self._files = CheckedFiles(root, contents.files, local=local, arrivals=arrivals)
         self._texts = TextPlan(root, contents, journal, self._files)
         self._asked: dict[str, TeacherSpec] = {}
 
@@ -139,10 +160,15 @@ class CacheWriter:
                 tasks.append(PartTask(Part(part.name, part.scope, self._texts.ids(part)), outputs, layers))
         return tuple(tasks)
 
-    def bases(self, name: str) -> dict[int, Basis]:
-        """The bases that exist of a declared teacher, by layer."""
+    def layers_with_basis(self, name: str) -> set[int]:
+        """The layers of a declared teacher that have a basis."""
+        return {layer for layer in self._contents.teachers[name].layers if layout.basis_file(name, layer) in self._files}
+
+    def bases(self, name: str, layers: Collection[int] | None = None) -> dict[int, Basis]:
+        """The bases that exist of a declared teacher, by layer; of ``layers`` alone where given."""
         spec = self._contents.teachers[name]
-        there = {layer: layout.basis_file(name, layer) for layer in spec.layers if layout.basis_file(name, layer) in self._files}
+        wanted = self.layers_with_basis(name) & set(spec.layers if layers is None else layers)
+        there = {layer: layout.basis_file(name, layer) for layer in sorted(wanted)}
         return {layer: decode_basis(self._files.read(path), spec.layers[layer], spec.width) for layer, path in there.items()}
 
     def write_bases(self, name: str, bases: Mapping[int, Basis]) -> None:
@@ -215,6 +241,9 @@ class CacheWriter:
             write_file(self.root / layout.CARD, card(manifest).encode("utf-8"))
         if manifest is made:
             write_file(self.root / layout.MANIFEST, manifest.to_bytes())
+        if self._local is not None:
+            here = selection_here(self.root, manifest.contents)
+            write_selection(self.root, here, origin=self._local.origin if manifest.identity == self._identity else "")
         self._journal.clear()
         self.base = manifest
         return manifest

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from kdcache.cli import stages
-from kdcache.cli.options import RUNS, Json, OutputDir, RecipeFile, Settings, open_job
+from kdcache.cli.options import RUNS, Json, OutputDir, RecipeFile, RemoteUrl, Settings, open_job
 from kdcache.cli.output import out
 from kdcache.cli.references import find_cache
 
@@ -31,6 +31,7 @@ def distill(
             metavar="DIR", help="Run the teachers of this directory in every step instead, for comparison.", show_default=False
         ),
     ] = None,
+    remote: RemoteUrl = None,
     replace: Annotated[bool, typer.Option("--replace", help="Replace a student made with other settings.")] = False,
     json: Json = False,  # noqa: ARG001  (its callback switches the output)
 ) -> None:
@@ -46,7 +47,7 @@ def distill(
     from kdcache.report.page import read_results
     from kdcache.report.table import result_rows, table
 
-    job = open_job(recipe, settings, output_dir, cache=None if cache is None else find_cache(cache))
+    job = open_job(recipe, settings, output_dir, cache=None if cache is None else find_cache(cache, remote))
     job.recipe.require_student()
     if stages.is_finished(job, "student", live=live_teachers is not None) and not replace:
         job.progress.note("student: finished already with these settings, skipped")

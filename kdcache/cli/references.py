@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}(@[A-Za-z0-9][A-Za-z0-9._-]{0,63})?")
 
 
-def find_cache(reference: str) -> Path | RemoteCache:
-    """The directory of that name, or the version on KDCACHE_REMOTE that it means.
+def find_cache(reference: str, url: str | None = None) -> Path | RemoteCache:
+    """The directory of that name, or the version that it means on the remote at ``url``, or on KDCACHE_REMOTE.
 
     Raises RecipeError where it is neither, or no remote is named; MismatchError where the remote has no such version.
     """
@@ -27,7 +27,7 @@ def find_cache(reference: str) -> Path | RemoteCache:
         return path
     from kdcache.share.reading_through import RemoteCache
 
-    return RemoteCache(*find_version(reference))
+    return RemoteCache(*find_version(reference, url))
 
 
 def find_version(reference: str, url: str | None = None) -> tuple[Remote, Ref]:

@@ -6,6 +6,7 @@ A layer number is an index into the encoder's hidden states: 0 is the embeddings
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from kdcache.cache.codebook import coded_dim
@@ -69,6 +70,13 @@ def layer_spec(recipe: Recipe, section: TeacherSection, layer: int, depth: int, 
         )
     dim = check_dim(form.projection, form.dim, width, section.name, layer)
     return LayerSpec(form.projection, dim, form.dtype, tokens=form.tokens)
+
+
+def spec_like(form: LayerSpec, name: str, layer: int, width: int) -> LayerSpec:
+    """A layer of another teacher, or another layer, stored as ``form`` is. ModelError where it does not fit the width."""
+    if form.dtype == "coded":
+        return replace(form, dim=coded_dim(width, check_bytes(form.bytes, width, name, layer)))
+    return replace(form, dim=check_dim(form.projection, form.dim, width, name, layer))
 
 
 def check_bytes(row_bytes: int, width: int, name: str, layer: int) -> int:

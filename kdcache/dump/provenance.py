@@ -49,6 +49,21 @@ def dump_provenance(recipe: Recipe, bundle: Bundle, cache_dir: Path, given: Mapp
     }
 
 
+def extended_provenance(
+    before: Mapping[str, Any], added: Mapping[str, TeacherRecord], cache_dir: Path, given: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The provenance of a cache that was extended by teachers ``added``: what was known stays, and says what it was extended by."""
+    known = before.get("teachers")
+    teachers = dict(known) if isinstance(known, Mapping) else {}
+    for name, origin in added.items():
+        stated = {key: value for key, value in _origin(origin).items() if value}
+        teachers[name] = {**teachers.get(name, {}), **stated}
+    for name, record in _remembered(cache_dir).items():
+        teachers[name] = {**teachers.get(name, {}), **record}
+    versions = {**_versions(), **given.get("versions", {})}
+    return {**before, **given, "versions": versions, "published": _now(), "teachers": teachers}
+
+
 def remember_run(cache_dir: Path, run: TeacherRun) -> None:
     """Keep what is known of a finished run until the cache is published, even if this process does not live to see it."""
     record = {

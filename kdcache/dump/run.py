@@ -70,7 +70,7 @@ def run_teacher(
     texts = sum(len(task.part.text_ids) for task in missing)
     tokens = 0
     with open_teacher(teacher, teachers_dir) as backend:
-        bases = _bases(writer, teacher, backend, tokens_per_batch, progress)
+        bases = _bases(writer, teacher, missing, backend, tokens_per_batch, progress)
         progress.start(f"dump {teacher.name}", texts, "texts")
         with _OnePartBehind(progress) as behind:
             for task in missing:
@@ -99,15 +99,21 @@ def open_teacher(teacher: PreparedTeacher, teachers_dir: Path) -> Iterator[Teach
 
 def lacks_bases(writer: CacheWriter, teacher: PreparedTeacher) -> bool:
     """Whether a layer has no basis yet, or lost it."""
-    return bool(teacher.spec.layers.keys() - writer.bases(teacher.name).keys())
+    return bool(teacher.spec.layers.keys() - writer.layers_with_basis(teacher.name))
 
 
 def _bases(
-    writer: CacheWriter, teacher: PreparedTeacher, backend: TeacherBackend, tokens_per_batch: int, progress: Progress
+    writer: CacheWriter,
+    teacher: PreparedTeacher,
+    missing: Sequence[PartTask],
+    backend: TeacherBackend,
+    tokens_per_batch: int,
+    progress: Progress,
 ) -> dict[int, Basis]:
-    """The stored bases, and those of layers that have none yet: fitted on the sample and stored."""
-    bases = dict(writer.bases(teacher.name))
-    layers = {layer: spec for layer, spec in teacher.spec.layers.items() if layer not in bases}
+    """The stored bases that are needed, and those of layers that have none yet: fitted on the sample and stored."""
+    bases = dict(writer.bases(teacher.name, {layer for task in missing for layer in task.layers}))
+    there = writer.layers_with_basis(teacher.name)
+    layers = {layer: spec for layer, spec in teacher.spec.layers.items() if layer not in there}
     if not layers:
         return bases
     ids, texts = _sample(writer, teacher.spec.sample_texts)

@@ -6,7 +6,7 @@ what a record says of them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from kdcache.data.task import TaskData
-    from kdcache.recipe import Recipe, TeacherSection
+    from kdcache.recipe import DumpSection, Recipe, TeacherSection
     from kdcache.teachers.bundle import Bundle
     from kdcache.teachers.teacher import Teacher
 
@@ -89,7 +89,14 @@ def prepare_teachers(recipe: Recipe, bundle: Bundle, teachers_dir: Path, classes
     if not recipe.teachers:
         raise ModelError(f"recipe '{recipe.name}' names no teachers: there is nothing to dump", "Add a [[teachers]] table.")
     student_layers = student_depth(recipe, {name: record.depth for name, record in bundle.teachers.items()})
-    teachers = [_prepare(recipe, section, teachers_dir, classes, student_layers) for section in recipe.teachers]
+    teachers = [
+        prepare(
+            section.name, teachers_dir, recipe.dump, classes,
+            max_length=section.max_length or recipe.data.max_length,
+            layers=lambda teacher, section=section: layer_specs(recipe, section, teacher, student_layers),  # type: ignore[misc]
+        )
+        for section in recipe.teachers
+    ]  # fmt: skip
     everywhere = sorted({layer for teacher in teachers for layer in teacher.spec.layers})
     check_names(recipe.dump.per_layer, everywhere, "dump.per_layer", "' or '".join(teacher.name for teacher in teachers))
     return teachers
@@ -119,32 +126,39 @@ def student_depth(recipe: Recipe, teacher_depths: Mapping[str, int]) -> int | No
     return int(config.num_hidden_layers)
 
 
-def _prepare(
-    recipe: Recipe, section: TeacherSection, teachers_dir: Path, classes: int, student_layers: int | None
+def prepare(
+    name: str,
+    teachers_dir: Path,
+    dump: DumpSection,
+    classes: int,
+    *,
+    max_length: int,
+    layers: Callable[[Teacher], Mapping[int, LayerSpec]],
 ) -> PreparedTeacher:
-    teacher = load_teacher(teachers_dir, section.name)
-    max_length = section.max_length or recipe.data.max_length
-    check_max_length(section.name, teacher.model.encoder, max_length)
+    """One teacher as ``dump`` has it run; ``layers`` says what is stored of it, once it is loaded. Raises as ``prepare_teachers``."""
+    teacher = load_teacher(teachers_dir, name)
+    check_max_length(name, teacher.model.encoder, max_length)
     spec = TeacherSpec(
-        name=section.name,
+        name=name,
         head=teacher.head_kind,
         fingerprints=teacher.fingerprints,
         depth=teacher.depth,
         width=teacher.width,
         max_length=max_length,
         truncation=TRUNCATION,
-        backend=recipe.dump.backend,
-        precision=recipe.dump.precision,
+        backend=dump.backend,
+        precision=dump.precision,
         target=TargetSpec(shape=(classes,)),
-        pooled=_pooled_width(teacher) if recipe.dump.pooled else None,
-        sample_texts=recipe.dump.sample_texts,
-        layers=_layer_specs(recipe, section, teacher, student_layers),
+        pooled=_pooled_width(teacher) if dump.pooled else None,
+        sample_texts=dump.sample_texts,
+        layers=layers(teacher),
     )
     teacher.model.to("meta")  # frees the weights before the next teacher is loaded
-    return PreparedTeacher(spec, teacher.tokenizer, tokenizer_json(teacher.tokenizer), recipe.dump.seed)
+    return PreparedTeacher(spec, teacher.tokenizer, tokenizer_json(teacher.tokenizer), dump.seed)
 
 
-def _layer_specs(recipe: Recipe, section: TeacherSection, teacher: Teacher, student_layers: int | None) -> dict[int, LayerSpec]:
+def layer_specs(recipe: Recipe, section: TeacherSection, teacher: Teacher, student_layers: int | None) -> dict[int, LayerSpec]:
+    """What the recipe stores of a teacher. RecipeError, ModelError where its layers or dimensions do not fit."""
     setting = recipe.dump.layers if section.layers is None else section.layers
     layers = resolve_layers(setting, teacher.depth, student_layers, section.name)
     check_names(section.per_layer, layers, f"teachers.{section.name}.per_layer", section.name)

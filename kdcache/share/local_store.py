@@ -132,6 +132,23 @@ class LocalStore:
                 fetch(digest, place / path)
             return True
 
+    def adopt(self, place: Path, manifest: Manifest) -> Path:
+        """Take over a directory of the same file system that holds a cache; its files become those of the store."""
+        target = self.directory(manifest.identity)
+        with self._locked(), hold(self.root / "locks" / manifest.identity):
+            if target.exists():
+                shutil.rmtree(place, ignore_errors=True)
+                return target
+            make_directory(target.parent)
+            place.rename(target)
+            for path, digest in manifest.contents.files.items() if self._has_links else ():
+                kept = self.root / "objects" / digest.sha256[:2] / digest.sha256
+                if is_here(target, path, digest) and not kept.exists():
+                    make_directory(kept.parent)
+                    with contextlib.suppress(OSError):
+                        os.link(target / path, kept)
+            return target
+
     def used_bytes(self) -> int:
         """Bytes of all caches and objects, each file once."""
         return sum(_sizes(self.root).values())

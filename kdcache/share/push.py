@@ -122,7 +122,8 @@ def _prepare(
     files = CheckedFiles(root, contents.files)
     objects: dict[str, _Object] = {}
     for path, digest in contents.files.items():
-        if path in here and (local is None or local.complete or (root / path).exists()):
+        needed = path in here and (local is None or local.complete)
+        if needed or (root / path).exists():  # what was added to a part of a cache need not belong to its selection
             files.check_present(path)
             objects[layout.file_key(digest.sha256)] = _Object(layout.file_key(digest.sha256), digest, root / path)
         else:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from kdcache.cache.reader import Cache, open_cache
 from kdcache.cache.selection import Selection
-from kdcache.errors import RemoteError
+from kdcache.errors import KdcacheError, RemoteError
 from kdcache.progress import SilentProgress, format_bytes
 from kdcache.share.local_store import default_store, is_here
 from kdcache.share.transfer import fetch_file
@@ -212,7 +212,9 @@ def _has_manifest(place: Path, identity: str) -> bool:
     from kdcache.cache.layout import MANIFEST
     from kdcache.cache.manifest import read_manifest
 
-    return (place / MANIFEST).is_file() and read_manifest(place).identity == identity
+    with contextlib.suppress(KdcacheError):  # one that is damaged is fetched again
+        return (place / MANIFEST).is_file() and read_manifest(place).identity == identity
+    return False
 
 
 def _natural_order(paths: set[str], manifest: Manifest) -> list[str]:

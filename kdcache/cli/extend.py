@@ -1,0 +1,140 @@
+"""``kdcache cache extend``: add teachers, layers or rows to a cache, here or on the remote."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kdcache.cli.options import Json, RemoteUrl, Settings
+from kdcache.cli.output import out
+from kdcache.cli.references import find_cache
+from kdcache.errors import MismatchError, RecipeError
+from kdcache.progress import format_bytes
+
+if TYPE_CHECKING:
+    from kdcache.dump.extend import ExtendReport, Wanted
+    from kdcache.progress import Progress
+    from kdcache.share.reading_through import RemoteCache
+
+
+def extend(
+    reference: Annotated[
+        str, typer.Argument(metavar="REF", help="A cache: a directory, or a name on KDCACHE_REMOTE.", show_default=False)
+    ],
+    teacher: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=DIR",
+            help="A teacher to run: a bundle of co-finetuned teachers, or a fine-tuned classifier. Repeatable.",
+            show_default=False,
+        ),
+    ] = None,
+    layers: Annotated[
+        str | None, typer.Option(metavar="6,12", help="Layers to store of them; like the other teachers' where not given.")
+    ] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(metavar="RECIPE", help="Its data: new or edited rows; its settings, for newcomers.", show_default=False),
+    ] = None,
+    settings: Settings = None,
+    tag: Annotated[
+        str | None, typer.Option(metavar="TAG", help="A tag for the new version of a name.", show_default=False)
+    ] = None,
+    remote: RemoteUrl = None,
+    json: Json = False,  # noqa: ARG001  (its callback switches the output)
+) -> None:
+    """Add teachers, layers or rows to a cache; what is there is neither run nor written again.
+
+    A directory grows in place. Of a name, what is needed is fetched, and the result is pushed as its next version; the old
+    one stays. Interrupted, it continues with the same command.
+
+    Example: kdcache cache extend sst2-3t --teacher deberta=runs/deberta/teachers
+
+    Example: kdcache cache extend runs/sst2/cache --teacher bert=runs/sst2/teachers --layers 4,8
+
+    Example: kdcache cache extend sst2-3t --recipe sst2.toml --teacher bert=DIR --teacher roberta=DIR --teacher deberta=DIR
+    """
+    from kdcache.dump.extend import Wanted
+    from kdcache.progress import RichProgress
+    from kdcache.recipe import load_recipe
+
+    loaded = load_recipe(recipe, settings) if recipe is not None else None
+    wanted = Wanted(_teachers(teacher or []), _numbers(layers), loaded)
+    place, progress = find_cache(reference, remote), RichProgress()
+    if isinstance(place, Path):
+        if tag is not None:
+            raise RecipeError(
+                "--tag belongs to a name on the remote", "Push the directory with: kdcache cache push PATH --name NAME --tag TAG"
+            )
+        report, published = _in_place(place, wanted, progress), None
+    else:
+        report, published = _on_remote(place, wanted, tag, progress)
+    out.document({**report.as_dict(), "reference": published})
+    _show(report, published)
+
+
+def _in_place(place: Path, wanted: Wanted, progress: Progress) -> ExtendReport:
+    from kdcache.cli.stages import provenance
+    from kdcache.dump.extend import extend_cache
+
+    return extend_cache(place, wanted, progress=progress, provenance=provenance())
+
+
+def _on_remote(found: RemoteCache, wanted: Wanted, tag: str | None, progress: Progress) -> tuple[ExtendReport, str]:
+    from dataclasses import replace
+
+    from kdcache.cache.manifest import read_manifest
+    from kdcache.cli.stages import provenance
+    from kdcache.dump.extend import extend_cache
+    from kdcache.share.local_store import default_store
+    from kdcache.share.push import push
+    from kdcache.share.refs import resolve
+    from kdcache.share.working_copy import working_copy
+
+    remote, ref, store = found.remote, found.ref, default_store()
+    newest = resolve(remote, ref.name).number == ref.number
+    with working_copy(remote, ref, store=store, progress=progress) as copy:
+        report = extend_cache(copy.path, wanted, progress=progress, arrivals=copy.arrivals, provenance=provenance())
+        now = resolve(remote, ref.name)
+        if newest and now.number != ref.number and now.identity != report.identity:
+            raise MismatchError(
+                f"'{ref.name}' got version {now.number} while {ref.pinned} was being extended",
+                f"Run the same command again: it extends {now.pinned}.",
+            )
+        pushed = push(remote, copy.path, ref.name, tag=tag, progress=progress)
+        place = store.adopt(copy.path, read_manifest(copy.path))
+    return replace(report, cache=place), pushed.reference
+
+
+def _teachers(given: list[str]) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for one in given:
+        name, equals, path = one.partition("=")
+        if not equals or not name or not path:
+            raise RecipeError(f"--teacher {one} is not NAME=DIR", "Such as: --teacher deberta=runs/deberta/teachers")
+        if name in found:
+            raise RecipeError(f"--teacher names '{name}' twice", "Name each teacher once.")
+        found[name] = Path(path)
+    return found
+
+
+def _numbers(layers: str | None) -> tuple[int, ...] | None:
+    if layers is None:
+        return None
+    parts = [part.strip() for part in layers.split(",")]
+    if not all(part.isdecimal() and len(part) < 5 for part in parts):
+        raise RecipeError(f"--layers {layers} is not a list of layer numbers", "Such as: --layers 6,12")
+    return tuple(sorted({int(part) for part in parts}))
+
+
+def _show(report: ExtendReport, published: str | None) -> None:
+    for run in report.runs:
+        out.text(run.line())
+    if not report.runs:
+        out.text("nothing was missing: no teacher ran")
+    out.text(
+        f"{report.new_texts:,} new texts; {format_bytes(report.bytes_new)} new, {format_bytes(report.bytes_shared)} shared with the old version"
+    )
+    out.text(f"identity {report.identity}" + (f", published as {published}" if published else ""))

@@ -1,0 +1,95 @@
+"""Teachers that are given as directories, to be added to a cache: of a bundle that co-finetuning left, or ready classifiers.
+
+deberta=runs/sst2/teachers             a bundle that has a teacher of that name
+deberta=runs/sst2/teachers/deberta     the same, by its own directory
+deberta=models/deberta-sst2            an already fine-tuned classifier, which keeps its own head
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kdcache.errors import MismatchError, ModelError
+from kdcache.recipe.sections import TeacherSection
+from kdcache.teachers.bundle import is_bundle, read_bundle, write_bundle
+
+if TYPE_CHECKING:
+    from kdcache.cache.spec import TaskSpec
+    from kdcache.progress import Progress
+    from kdcache.teachers.bundle import Bundle, TeacherRecord
+
+
+@dataclass(frozen=True)
+class Addition:
+    """A teacher in a bundle: ``directory`` holds teachers.json."""
+
+    name: str
+    directory: Path
+    bundle: Bundle
+
+    @property
+    def record(self) -> TeacherRecord:
+        return self.bundle.teachers[self.name]
+
+
+@contextlib.contextmanager
+def open_additions(
+    given: Mapping[str, Path], task: TaskSpec, max_length: int, progress: Progress
+) -> Iterator[dict[str, Addition]]:
+    """The teachers by name, for as long as the block runs. Raises ModelError, DamageError; MismatchError for another task."""
+    with tempfile.TemporaryDirectory(prefix="kdcache-") as place:
+        found = {name: _addition(name, path, task, max_length, Path(place), progress) for name, path in given.items()}
+        for addition in found.values():
+            _check_task(addition, task)
+        yield found
+
+
+def _addition(name: str, path: Path, task: TaskSpec, max_length: int, place: Path, progress: Progress) -> Addition:
+    if is_bundle(path):
+        return _of_bundle(name, path)
+    if is_bundle(path.parent) and path.name in read_bundle(path.parent).teachers:
+        if path.name != name:
+            raise ModelError(f"'{path}' is teacher '{path.name}', not '{name}'", f"Add it as --teacher {path.name}={path}")
+        return _of_bundle(name, path.parent)
+    if not path.is_dir():
+        raise ModelError(f"there is no directory '{path}' of teacher '{name}'", "Name a bundle of teachers, or a classifier.")
+    return _classifier(name, path, task, max_length, place / name, progress)
+
+
+def _of_bundle(name: str, directory: Path) -> Addition:
+    bundle = read_bundle(directory)
+    if name not in bundle.teachers:
+        raise ModelError(
+            f"'{directory}' has no teacher '{name}'; it has: {', '.join(bundle.teachers)}", "Name one of these with --teacher."
+        )
+    return Addition(name, directory, bundle)
+
+
+def _classifier(name: str, path: Path, task: TaskSpec, max_length: int, place: Path, progress: Progress) -> Addition:
+    """A bundle of this one teacher, in a place that goes away: fingerprints are those of a bundle's files."""
+    from kdcache.teachers.bundle import Bundle
+    from kdcache.teachers.registration import save_teachers
+    from kdcache.teachers.sources import open_source
+
+    section = TeacherSection(name=name, model=str(path.absolute()), head="own", max_length=max_length)
+    source = open_source(section, max_length, task.label_names)
+    if source.note:
+        progress.note(source.note)
+    bundle = save_teachers(place, Bundle(task.label_names, task.text_columns, {}), None, {name: source}, {})
+    write_bundle(place, bundle)
+    return Addition(name, place, bundle)
+
+
+def _check_task(addition: Addition, task: TaskSpec) -> None:
+    bundle = addition.bundle
+    if bundle.label_names != task.label_names or len(bundle.text_columns) != len(task.text_columns):
+        raise MismatchError(
+            f"teacher '{addition.name}' was trained for the labels {', '.join(bundle.label_names)} on "
+            f"{len(bundle.text_columns)} text columns; the cache has {', '.join(task.label_names)} and {len(task.text_columns)}",
+            "Add a teacher of the cache's own task.",
+        )
