@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import typer
 
 from kdcache import __version__
-from kdcache.cli import cache, cofinetune, distill, dump, env, evaluate, extend, pipelines, remote, report, run, share
+from kdcache.cli import cache, cofinetune, diff, distill, dump, env, evaluate, extend, pipelines, remote, report, run, share
 from kdcache.cli.guard import guarded
 from kdcache.cli.output import out
 
@@ -43,6 +43,7 @@ _add(app, "env", env.env)
 _add(_cache, "info", cache.info)
 _add(_cache, "verify", cache.verify)
 _add(_cache, "extend", extend.extend)
+_add(_cache, "diff", diff.diff)
 for _name in ("push", "pull", "ls", "rm", "gc", "status"):
     _add(_cache, _name, getattr(share, _name))
 _add(_remote, "check", remote.check)

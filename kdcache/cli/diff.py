@@ -1,0 +1,45 @@
+"""``kdcache cache diff``: what differs between two caches."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kdcache.cli.options import Json, RemoteUrl
+from kdcache.cli.output import out
+from kdcache.cli.references import find_cache
+
+_Reference = Annotated[str, typer.Argument(metavar="REF", help="A directory, or a name on the remote.", show_default=False)]
+
+
+def diff(first: _Reference, second: _Reference, remote: RemoteUrl = None, json: Json = False) -> None:  # noqa: ARG001
+    """Say what differs between two caches: texts, splits, labels, teachers, layers, settings, bytes; exit code 3 where anything does.
+
+    Of a name, text ids and examples are fetched, and nothing else.
+
+    Example: kdcache cache diff runs/sst2/cache sst2-3t@v2
+
+    Example: kdcache cache diff sst2-3t@1 sst2-3t@2 --json
+    """
+    from kdcache.cache.diff import diff as compare
+    from kdcache.cache.reader import Cache, open_cache
+    from kdcache.progress import SilentProgress
+
+    with contextlib.ExitStack() as stack:
+
+        def opened(reference: str) -> Cache:
+            found = find_cache(reference, remote)
+            if isinstance(found, Path):
+                return open_cache(found, incomplete=True)
+            return stack.enter_context(found.read(SilentProgress()))
+
+        found = compare(opened(first), opened(second))
+    out.document({"same": found.same, **found.facts})
+    for line in [] if found.same else found.lines():
+        out.text(line)
+    if not found.same:
+        raise typer.Exit(3)
+    out.text("the same cache: equal identities, equal bytes in every data file")
