@@ -43,7 +43,8 @@ class Rows:
         """A column by name; DataError names those there are and the recipe's ``key`` that asked for it."""
         if name not in self.columns:
             known = ", ".join(f"'{column}'" for column in self.columns)
-            raise DataError(f"{self.source} has no column '{name}'; it has: {known}", f"Set data.{key} to one of these.")
+            flag = f"; for kdcache evaluate: --{key}" if key in ("text", "label") else ""
+            raise DataError(f"{self.source} has no column '{name}'; it has: {known}", f"Set data.{key} to one of these{flag}.")
         return self.columns[name]
 
 

@@ -156,7 +156,7 @@ def test_a_missing_column_names_those_there_are(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         rows.column("text", "text")
     assert "has no column 'text'; it has: 'sentence', 'label'" in caught.value.message
-    assert caught.value.hint == "Set data.text to one of these."
+    assert caught.value.hint == "Set data.text to one of these; for kdcache evaluate: --text."
 
 
 def test_recipes_know_the_same_file_endings() -> None:
