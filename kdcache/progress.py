@@ -61,7 +61,7 @@ class _Task:
         """``210 rows/s · 3.1 MB/s · loss 0.3102 · 0:42 left``."""
         elapsed = now - self.began
         parts = []
-        if self.done and elapsed > 0:
+        if self.done and elapsed > 0 and self.unit != "bytes":
             parts.append(f"{format_rate(self.done / elapsed)} {self.unit}/s")
         if self.bytes_done and elapsed > 0:
             parts.append(f"{format_bytes(self.bytes_done)} ({format_bytes(self.bytes_done / elapsed)}/s)")

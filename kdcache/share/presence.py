@@ -1,7 +1,8 @@
-"""Which objects are on a remote: one list where that is short, else one question per object.
+"""Which objects are on a remote: by one list, by a list per folder, or one by one, whichever is fewest requests.
 
 Objects are wanted by key with the size they must have; one of another size is as good as missing, since sending it again repairs
-it. A list shows every write that has ended, so this may be asked while others push.
+it. All ways show every write that has ended, so this may be asked while others push. How much a store holds is estimated from one
+of its 256 folders of files, since digests are spread evenly; so memory never holds the names of a large store.
 """
 
 from __future__ import annotations
@@ -15,19 +16,26 @@ from kdcache.share.parallel import WORKERS, gather
 if TYPE_CHECKING:
     from kdcache.share.remote import Remote
 
-_FEW = 16  # objects up to which they are asked for one by one
-_PAGES = 50  # listed objects per wanted one, after which asking one by one is cheaper
+_FOLDERS = 256  # of files: the first two hex digits of the digest
+_PAGE = 1000  # objects that a store lists per request
+_FEW = 8  # objects that are asked for one by one without an estimate
+_MOST = 50_000  # objects that one list may have
 
 
 def sizes_of(remote: Remote, keys: Iterable[str], workers: int = WORKERS) -> dict[str, int]:
     """Key -> size of those that are there."""
     wanted = list(dict.fromkeys(keys))
-    if len(wanted) > _FEW:
-        found = _by_listing(remote, set(wanted))
-        if found is not None:
-            return found
-    entries = gather(wanted, remote.head, workers=max(1, min(workers, len(wanted))))
-    return {entry.key: entry.size for entry in entries if entry}
+    files = [key for key in wanted if layout.parse_file_key(key)]
+    if len(files) <= _FEW:
+        return _one_by_one(remote, wanted, workers)
+    folders = sorted({_folder(key) for key in files})
+    count = _listed(remote, folders[0], set())[1]
+    all_at_once = 1 + _FOLDERS * count // _PAGE if _FOLDERS * count <= _MOST else len(files)
+    per_folder = len(folders) * (1 + count // _PAGE)
+    if len(files) <= min(all_at_once, 2 * per_folder):  # a list costs a store more than a question
+        return _one_by_one(remote, wanted, workers)
+    others = _one_by_one(remote, [key for key in wanted if not layout.parse_file_key(key)], workers)
+    return others | _by_lists(remote, files, [layout.FILES] if all_at_once <= per_folder else folders, workers)
 
 
 def missing_of(remote: Remote, sizes: Mapping[str, int], workers: int = WORKERS) -> list[str]:
@@ -36,15 +44,28 @@ def missing_of(remote: Remote, sizes: Mapping[str, int], workers: int = WORKERS)
     return [key for key, size in sizes.items() if there.get(key) != size]
 
 
-def _by_listing(remote: Remote, wanted: set[str]) -> dict[str, int] | None:
-    """None where the remote holds so much else that the list is not worth its requests."""
-    found: dict[str, int] = {}
-    for prefix in (layout.MANIFESTS, layout.FILES):
-        if not any(key.startswith(prefix) for key in wanted):
-            continue
-        for number, entry in enumerate(remote.list(prefix)):
-            if number > 10_000 + _PAGES * len(wanted):
-                return None
-            if entry.key in wanted:
-                found[entry.key] = entry.size
+def _one_by_one(remote: Remote, keys: list[str], workers: int) -> dict[str, int]:
+    entries = gather(keys, remote.head, workers=max(1, min(workers, len(keys))))
+    return {entry.key: entry.size for entry in entries if entry}
+
+
+def _by_lists(remote: Remote, keys: list[str], folders: list[str], workers: int) -> dict[str, int]:
+    wanted, found = set(keys), dict[str, int]()
+    for listed, _ in gather(folders, lambda folder: _listed(remote, folder, wanted), workers=max(1, min(workers, len(folders)))):
+        found |= listed
     return found
+
+
+def _listed(remote: Remote, folder: str, wanted: set[str]) -> tuple[dict[str, int], int]:
+    """Key -> size of the wanted objects in a folder of files, and how many objects are in it."""
+    found: dict[str, int] = {}
+    count = 0
+    for entry in remote.list(folder):
+        count += 1
+        if entry.key in wanted:
+            found[entry.key] = entry.size
+    return found, count
+
+
+def _folder(key: str) -> str:
+    return key[: len(layout.FILES) + 3]

@@ -273,8 +273,8 @@ def test_push_and_gc_interrupting_each_other_at_every_pair_of_requests(caches: C
     _, results, count = interleave(start, caches, (), (), first)
     stopped = 0
     for switches in [*((one,) for one in range(1, count + 30)), *itertools.combinations(range(1, count + 30), 2)]:
-        if len(switches) == 2 and (switches[0] + switches[1]) % 7:
-            continue  # every seventh pair
+        if len(switches) == 2 and (switches[0] + switches[1]) % 19:
+            continue  # a share of the pairs
         world, results, _ = interleave(start, caches, switches, [0.0] * len(switches), first)
         check(world, results, (first, switches))
         stopped += isinstance(results[1], LockedError)
@@ -289,7 +289,7 @@ def test_push_and_gc_suspended_beyond_their_time_to_live(caches: Caches, first: 
     _, _, count = interleave(start, caches, (), (), first)
     lapsed = late = 0
     generator = random.Random(first)
-    schedules = [((one,), (gap,)) for one in range(1, count + 30) for gap in (100.0, 125.0)]
+    schedules = [((one,), (gap,)) for one in range(1, count + 30) for gap in (100.0, 125.0)[one % 2 :]]
     schedules += [
         (
             tuple(sorted(generator.sample(range(1, count + 40), 3))),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from dataclasses import replace
@@ -17,6 +18,7 @@ from kdcache.cache.verify import unreferenced, verify
 from kdcache.errors import DamageError, KdcacheError, LockedError, MismatchError
 from kdcache.share import layout
 from kdcache.share.intents import hold
+from kdcache.share.presence import missing_of
 from kdcache.share.pull import pull
 from kdcache.share.push import push
 from kdcache.share.refs import history
@@ -286,6 +288,21 @@ def test_a_push_repairs_an_object_of_another_size(world: World, caches: Caches) 
     world.remote.objects[key] = (world.remote.objects[key][0][:-1], world.seconds)
     assert push(world.remote, caches["one"], "sst2", pace=world.pace).files_sent == 1
     assert broken_refs(world.remote) == []
+
+
+@pytest.mark.parametrize(("wanted", "others", "requests"), [(5, 0, 6), (100, 200, 3), (60, 60_000, 62), (3000, 60_000, 258)])
+def test_objects_are_looked_for_in_the_fewest_requests(world: World, wanted: int, others: int, requests: int) -> None:
+    """One by one, by one list, one by one again where the store holds much else, and by folders where many are wanted of that."""
+    names = [hashlib.sha256(str(number).encode()).hexdigest() for number in range(wanted + others)]
+    for name in names[wanted:]:
+        world.remote.objects[layout.file_key(name)] = (b"abc", world.seconds)
+    sizes = {layout.file_key(name): 3 for name in names[:wanted]} | {layout.manifest_key(names[0]): 3}
+    for number, key in enumerate(list(sizes)[: wanted // 2]):
+        world.remote.objects[key] = (b"abc" if number % 3 else b"other", world.seconds)
+    expected = [key for key in sizes if world.remote.objects.get(key, (b"", 0))[0] != b"abc"]
+    remote, heard = watched(world)
+    assert missing_of(remote, sizes) == expected
+    assert len(heard.log) == requests
 
 
 def test_a_manifest_that_is_not_that_of_its_ref_is_refused(world: World, caches: Caches, tmp_path: Path) -> None:
