@@ -259,6 +259,9 @@ def status(path: CachePath, remote: RemoteUrl = None, json: Json = False) -> Non
     out.document({**asdict(found), "remote": store.url})
     for line in _standing(found, store.url):
         out.text(line)
+    for reference in found.newest.values():
+        if reference not in found.pushed_as:
+            out.hint(f"See row by row what differs with: kdcache cache diff {path} {reference}")
 
 
 def _standing(found: Status, url: str) -> list[str]:

@@ -69,6 +69,7 @@ def test_status_says_where_a_cache_stands(caches: Caches) -> None:
     said = kdcache("cache", "status", caches["one"])
     assert "pushed to" in said.out and "as sst2@1" in said.out
     assert "the newest version of 'sst2' is sst2@2: teacher 'roberta' is new there" in said.out
+    assert f"kdcache cache diff {caches['one']} sst2@2" in said.err
     assert kdcache("cache", "status", caches["two"], "--json").document["pushed_as"] == ["sst2@2"]
 
 
