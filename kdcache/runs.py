@@ -79,6 +79,10 @@ class RunDirectory:
     def report(self) -> Path:
         return self.root / "report.html"
 
+    @property
+    def plan(self) -> Path:
+        return self.root / "plan.json"
+
     def create(self) -> None:
         """Make the directory; StorageError where that is not possible."""
         try:

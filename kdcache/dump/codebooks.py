@@ -52,8 +52,12 @@ def fit_coded_basis(moments: Moments, sample: torch.Tensor, row_bytes: int, *, n
 
     ``sample`` [rows, width] are hidden states of the sample; tables are trained on them, on their device. Raises as ``fit_basis``.
     """
-    width = len(moments.mean)
-    whole = fit_basis(moments, "pca", coded_dim(width, row_bytes), seed=0, name=name, layer=layer)
+    dim = coded_dim(len(moments.mean), row_bytes)
+    return coded_basis(fit_basis(moments, "pca", dim, seed=0, name=name, layer=layer), sample, row_bytes)
+
+
+def coded_basis(whole: Basis, sample: torch.Tensor, row_bytes: int) -> Basis:
+    """``fit_coded_basis`` from a PCA basis of at least as many dimensions as can have a bit."""
     assert whole.components is not None and whole.mean is not None and whole.explained_variance is not None
     bits = allot_bits(whole.explained_variance.astype(np.float64), 8 * row_bytes)
     dim = int((bits > 0).sum())

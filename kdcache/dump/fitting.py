@@ -32,11 +32,15 @@ class LayerFit:
         if mine.any():
             self._kept.append(hidden[torch.from_numpy(mine).to(hidden.device)].clone())
 
+    def kept(self) -> torch.Tensor:
+        """[rows, width]: the rows on which tables are trained."""
+        return torch.cat(self._kept)
+
     def basis(self, *, name: str, layer: int) -> Basis:
         """The basis of layer ``layer`` of teacher ``name``; NonFiniteError where the sample was not finite."""
         spec = self._spec
         if spec.dtype == "coded":
-            return fit_coded_basis(self.moments, torch.cat(self._kept), spec.bytes, name=name, layer=layer)
+            return fit_coded_basis(self.moments, self.kept(), spec.bytes, name=name, layer=layer)
         return fit_basis(self.moments, spec.projection, spec.dim, seed=self._seed, name=name, layer=layer)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from kdcache.errors import DamageError, RecipeError
 from kdcache.report.curves import by_stage, read_curves, scales, svg
+from kdcache.report.frontier import frontier_charts
 from kdcache.report.table import result_rows, table, verdict
 from kdcache.runs import RunDirectory, read_record
 
@@ -56,6 +57,7 @@ def page(run: RunDirectory, results: Mapping[str, Any], baseline: Mapping[str, A
         parts.append(f"<p>{html.escape(verdict(results, baseline))}</p>")
     parts += _loss_sections(run.metrics, "")
     parts += _loss_sections(run.baseline.metrics, " (student without teachers)")
+    parts += _storage_section(run)
     parts += ["<h2>Stages</h2>", _stages(run)]
     if run.recipe_file.exists():
         parts += ["<h2>Recipe</h2>", f"<pre>{html.escape(run.recipe_file.read_text(encoding='utf-8'))}</pre>"]
@@ -84,6 +86,17 @@ def _loss_sections(metrics: Path, suffix: str) -> list[str]:
     for stage, curves in by_stage(read_curves(metrics, "epoch")).items():
         parts += [f"<h2>Epochs: {html.escape(stage + suffix)}</h2>", *(svg(curve) for curve in curves)]
     return parts
+
+
+def _storage_section(run: RunDirectory) -> list[str]:
+    """What ``kdcache plan`` measured, where it was asked."""
+    if not run.plan.exists():
+        return []
+    try:
+        plan = json.loads(run.plan.read_text(encoding="utf-8"))
+        return ["<h2>Storage of hidden states</h2>", *frontier_charts(plan)]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DamageError(f"'{run.plan}' is not readable: {error}", "Delete it, or make it again: kdcache plan RECIPE") from error
 
 
 def _stages(run: RunDirectory) -> str:

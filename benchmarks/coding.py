@@ -1,0 +1,283 @@
+"""Coders of hidden states against each other: bytes per token and layer -> share of variance kept on unseen rows, decode time.
+
+    python benchmarks/coding.py pipelines/sst2.toml --teachers runs/sst2/teachers --states states
+    python benchmarks/coding.py --gaussian          # distortion of the trellis code on a Gaussian, by bits
+
+Bases and tables are fitted on ``--texts`` seeded train texts, the share is measured on ``--unseen`` test texts. Hidden states are
+extracted once, in float32, and kept under ``--states``. One thread. Prints one JSON line per teacher, layer, coder and size.
+
+    cut       PCA cut at as many dimensions as fit, int8 with one scale per token
+    scalar    PCA, bits allotted by variance, Lloyd-Max tables (the coder of kdcache with window 0)
+    trellis   the same with tables looked up by the last 6 (8) bits, rows searched by dynamic programming
+    shared    trellis with one basis for all layers of the teacher
+    entropy   PCA, uniform steps, as many bytes as an ideal entropy coder takes on average: a bound, with rows of unequal length
+    product   product quantisation: 256 centroids for each of so many pieces of the state
+    residual  residual quantisation of the whole state, 256 centroids a stage; 16 bytes only, a stage is a matrix of the full width
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from kdcache.cache.codebook import decode_rows
+from kdcache.cache.ids import id_array
+from kdcache.data.task import load_task
+from kdcache.distill.forms import Decoder
+from kdcache.dump.codebooks import SAMPLE_ROWS, allot_bits, train_codebook
+from kdcache.dump.projection import Moments, fit_basis
+from kdcache.dump.quantise import quantise
+from kdcache.dump.run import open_teacher, text_batches
+from kdcache.dump.specs import PreparedTeacher, prepare_teachers, scopes
+from kdcache.recipe import load_recipe
+from kdcache.teachers.bundle import read_bundle
+from kdcache.teachers.coder import Coder
+
+if TYPE_CHECKING:
+    from kdcache.cache.blocks import Basis
+
+UNSEEN_ROWS = 4096
+DECODED_ROWS = 1024  # at once: about a batch
+KMEANS_ROWS, KMEANS_ROUNDS = 16384, 8
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", nargs="?")
+    parser.add_argument("--teachers", type=Path)
+    parser.add_argument("--states", type=Path, default=Path("states"))
+    parser.add_argument("--texts", type=int, default=2048)
+    parser.add_argument("--unseen", type=int, default=512)
+    parser.add_argument("--bytes", type=int, nargs="*", default=[16, 48, 96, 192])
+    parser.add_argument("--coders", nargs="*", default=list(CODERS))
+    parser.add_argument("--only", nargs="*", help="names of teachers")
+    parser.add_argument("--layers", type=int, nargs="*")
+    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--gaussian", action="store_true")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    if arguments.gaussian:
+        gaussian()
+        return
+    for name, layers in extract(arguments).items():
+        for layer in layers:
+            states = States.of(arguments.states, name, layer, layers)
+            for coder in arguments.coders:
+                for size in arguments.bytes if coder != "residual" else [16]:
+                    kept, seconds = CODERS[coder](states, size)
+                    found = {"teacher": name, "layer": layer, "coder": coder, "bytes": size, "kept": round(kept, 4)}
+                    speed = None if seconds is None else round(seconds * 1e6 / DECODED_ROWS, 2)
+                    print(json.dumps({**found, "decode, us per token": speed}), flush=True)
+
+
+def extract(arguments: argparse.Namespace) -> dict[str, tuple[int, ...]]:
+    """Hidden states of every teacher and layer in files ``name-layer-fit.npy`` and ``-test.npy``; the layers by teacher."""
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    task, bundle = load_task(recipe.data), read_bundle(arguments.teachers)
+    arguments.states.mkdir(exist_ok=True)
+    train = list(scopes(task)[0].values())
+    test = [task.texts[bytes(row)] for row in task.splits["test"].text_ids]
+    chosen = {"fit": pick(train, arguments.texts), "test": pick(test, arguments.unseen)}
+    found = {}
+    for teacher in prepare_teachers(recipe, bundle, arguments.teachers, len(task.label_names)):
+        if arguments.only and teacher.name not in arguments.only:
+            continue
+        found[teacher.name] = tuple(layer for layer in teacher.spec.layers if not arguments.layers or layer in arguments.layers)
+        for part, texts in chosen.items():
+            if not all((arguments.states / f"{teacher.name}-{layer}-{part}.npy").exists() for layer in teacher.spec.layers):
+                run(teacher, texts, part, arguments)
+    return found
+
+
+def run(teacher: PreparedTeacher, texts: list[tuple[str, ...]], part: str, arguments: argparse.Namespace) -> None:
+    """One pass of a teacher over some texts, its hidden states to files."""
+    batches = text_batches(teacher, texts, id_array([bytes(16)] * len(texts)), 4096)
+    layers = tuple(teacher.spec.layers)
+    states: dict[int, np.ndarray] = {}
+    with open_teacher(teacher, arguments.teachers) as backend:
+        for rows, output in batches.run(backend, layers):
+            for layer in layers:
+                whole = states.setdefault(layer, np.empty((int(batches.encoded.offsets[-1]), teacher.spec.width), np.float32))
+                whole[batches.places(rows, teacher.spec.layers[layer])] = output.hidden[layer].cpu().numpy()
+    for layer, whole in states.items():
+        np.save(arguments.states / f"{teacher.name}-{layer}-{part}.npy", whole)
+
+
+def pick(texts: list[tuple[str, ...]], count: int) -> list[tuple[str, ...]]:
+    return [texts[place] for place in np.argsort(np.random.PCG64(0).random_raw(len(texts)), kind="stable")[:count]]
+
+
+@dataclass
+class States:
+    """``fit`` and ``unseen`` float32 [rows, width]; ``basis``: PCA at full width; ``others``: files of the teacher's layers."""
+
+    fit: np.ndarray
+    unseen: np.ndarray
+    basis: Basis
+    others: list[Path]
+
+    @staticmethod
+    def of(directory: Path, name: str, layer: int, layers: tuple[int, ...]) -> States:
+        fit, test = (np.load(directory / f"{name}-{layer}-{part}.npy") for part in ("fit", "test"))
+        others = [directory / f"{name}-{one}-fit.npy" for one in layers]
+        return States(fit, some(test, UNSEEN_ROWS), pca(chunks(fit), fit.shape[1]), others)
+
+    def share(self, back: np.ndarray) -> float:
+        return float(1 - np.square(self.unseen - back).sum() / np.square(self.unseen - self.unseen.mean(axis=0)).sum())
+
+
+def some(array: np.ndarray, count: int) -> np.ndarray:
+    return array[np.sort(np.argsort(np.random.PCG64(1).random_raw(len(array)), kind="stable")[:count])]
+
+
+def chunks(array: np.ndarray) -> Iterator[torch.Tensor]:
+    for start in range(0, len(array), 4096):
+        yield torch.from_numpy(array[start : start + 4096])
+
+
+def pca(pieces: Iterator[torch.Tensor], width: int) -> Basis:
+    moments = Moments(width, cross=True)
+    for piece in pieces:
+        moments.add(piece)
+    return fit_basis(moments, "pca", width, seed=0, name="", layer=0)
+
+
+def timed(call: Callable[[], object]) -> float:
+    """The median of fifteen calls after one, in seconds of the processor, which other load disturbs less."""
+    call()
+    taken = []
+    for _ in range(15):
+        began = time.process_time()
+        call()
+        taken.append(time.process_time() - began)
+    return sorted(taken)[7]
+
+
+Result = tuple[float, float | None]
+
+
+def cut(states: States, size: int) -> Result:
+    components, mean = states.basis.components[: max(1, size - 4)], states.basis.mean
+    block = quantise((states.unseen - mean) @ components.T, "int8")
+    values, scales = torch.from_numpy(block.values), torch.from_numpy(block.scales)
+    return states.share((values.float() * scales[:, None]).numpy() @ components + mean), timed(
+        lambda: values.float() * scales[:, None]
+    )
+
+
+def coded(states: States, size: int, window: int, basis: Basis | None = None) -> Result:
+    whole = basis or states.basis
+    sample = some(states.fit, SAMPLE_ROWS)
+    coordinates = torch.from_numpy((sample - whole.mean) @ whole.components.T)
+    variance = whole.explained_variance.astype(np.float64) if basis is None else coordinates.numpy().var(axis=0, dtype=np.float64)
+    bits = allot_bits(variance, 8 * size)
+    mine = bits > 0
+    codebook = train_codebook(coordinates[:, mine], bits[mine], np.sqrt(variance[mine]), window=window)
+    components = whole.components[mine]
+    rows = torch.from_numpy(Coder(codebook, size, "cpu")(torch.from_numpy((states.unseen - whole.mean) @ components.T)))
+    decoder = Decoder(codebook)
+    return states.share(decoder(rows).numpy() @ components + whole.mean), timed(lambda: decoder(rows[:DECODED_ROWS]))
+
+
+def shared(states: States, size: int) -> Result:
+    return coded(states, size, 6, pca((piece for path in states.others for piece in chunks(np.load(path))), states.fit.shape[1]))
+
+
+def entropy(states: States, size: int) -> Result:
+    components, mean = states.basis.components, states.basis.mean
+    fit = (some(states.fit, 16384) - mean) @ components.T
+    unseen = (states.unseen - mean) @ components.T
+    low, high = 1e-3, 10 * float(fit.std())
+    for _ in range(25):  # the step at which the codes cost the budget
+        step = (low * high) ** 0.5
+        bits = sum(_bits(np.rint(column / step).astype(np.int64)) for column in fit.T)
+        low, high = (step, high) if bits > 8 * size else (low, step)
+    codes = np.rint(unseen / step)
+    centres = np.sign(codes) * step * np.maximum(np.abs(codes) - 0.05, 0)  # a little inwards, where the density is higher
+    return states.share(centres @ components + mean), None
+
+
+def _bits(codes: np.ndarray) -> float:
+    counts = np.unique(codes, return_counts=True)[1] / len(codes)
+    return float(-(counts * np.log2(counts)).sum())
+
+
+def product(states: States, size: int) -> Result:
+    edges = np.linspace(0, states.fit.shape[1], size + 1).round().astype(int)
+    pieces = [slice(int(first), int(last)) for first, last in itertools.pairwise(edges)]
+    sample = torch.from_numpy(some(states.fit, KMEANS_ROWS))
+    unseen = torch.from_numpy(states.unseen)
+    tables = [kmeans(sample[:, piece]) for piece in pieces]
+    codes = [nearest(unseen[:, piece], table) for piece, table in zip(pieces, tables, strict=True)]
+
+    def decode(count: int) -> torch.Tensor:
+        return torch.cat([table[code[:count]] for table, code in zip(tables, codes, strict=True)], dim=1)
+
+    return states.share(decode(len(unseen)).numpy()), timed(lambda: decode(DECODED_ROWS))
+
+
+def residual(states: States, size: int) -> Result:
+    sample, unseen = torch.from_numpy(some(states.fit, KMEANS_ROWS)).clone(), torch.from_numpy(states.unseen).clone()
+    tables, codes = [], []
+    for _ in range(size):
+        tables.append(kmeans(sample))
+        sample -= tables[-1][nearest(sample, tables[-1])]
+        codes.append(nearest(unseen, tables[-1]))
+        unseen -= tables[-1][codes[-1]]
+
+    def decode(count: int) -> torch.Tensor:
+        return sum((table[code[:count]] for table, code in zip(tables, codes, strict=True)), torch.zeros(1))
+
+    return states.share(decode(len(unseen)).numpy()), timed(lambda: decode(DECODED_ROWS))
+
+
+def kmeans(points: torch.Tensor) -> torch.Tensor:
+    centres = points[:: max(1, len(points) // 256)][:256].clone()
+    for _ in range(KMEANS_ROUNDS):
+        owner = nearest(points, centres)
+        sums = torch.zeros_like(centres).index_add_(0, owner, points)
+        counts = torch.bincount(owner, minlength=len(centres))
+        centres = torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], centres)
+    return centres
+
+
+def nearest(points: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
+    return (centres.square().sum(dim=1) - 2 * points @ centres.T).argmin(dim=1)
+
+
+CODERS: dict[str, Callable[[States, int], Result]] = {
+    "cut": cut,
+    "scalar": lambda states, size: coded(states, size, 0),
+    "trellis": lambda states, size: coded(states, size, 6),
+    "trellis 8": lambda states, size: coded(states, size, 8),
+    "shared": shared,
+    "entropy": entropy,
+    "product": product,
+    "residual": residual,
+}
+
+
+def gaussian() -> None:
+    """Distortion of codes of 1 to 8 bits of a Gaussian of variance 1, unseen values, by window."""
+    for window in (0, 6, 8):
+        generator = torch.Generator().manual_seed(0)
+        found = []
+        for depth in range(1, 9):
+            sample, unseen = (torch.randn(rows, 32, generator=generator) for rows in (4000, 2000))
+            codebook = train_codebook(sample, np.full(32, depth, np.uint8), np.ones(32), window=window)
+            decoded = decode_rows(Coder(codebook, 32, "cpu")(unseen), codebook)
+            found.append(round(float(np.square(decoded - unseen.numpy()).mean()), 6))
+        print(json.dumps({"window": window, "distortion at 1 to 8 bits": found}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""``kdcache plan``: what to store of the teachers, measured before anything is dumped."""
+
+from __future__ import annotations
+
+import json as jsons
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kdcache.cli.options import RUNS, Json, OutputDir, RecipeFile, Settings, open_job
+from kdcache.cli.output import out
+from kdcache.errors import KdcacheError, RecipeError
+from kdcache.progress import format_bytes
+
+if TYPE_CHECKING:
+    from kdcache.dump.planner import StoragePlan
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+def plan(
+    recipe: RecipeFile,
+    settings: Settings = None,
+    output_dir: OutputDir = RUNS,
+    teachers: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Teachers directory; that of the run where not given.", show_default=False)
+    ] = None,
+    budget: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Bytes of the whole cache, such as 2GB or 500MiB.", show_default=False)
+    ] = None,
+    texts: Annotated[int, typer.Option(min=1, help="Texts that fidelity is measured on; none of them is fitted on.")] = 256,
+    json: Json = False,  # noqa: ARG001  (its callback switches the output)
+) -> None:
+    """Run each teacher once over a sample and say what every form of its layers costs and keeps; recommend one.
+
+    kept: share of the variance of the hidden states. cosine, error: of the rebuilt states, the error relative to the state. KL: of the soft
+    labels that the teacher's own pooling and head make of the rebuilt last layer. All on texts that nothing was fitted on.
+    The picture of it is part of the page of the run: kdcache report.
+
+    Example: kdcache plan sst2.toml --budget 2GB
+    """
+    limit = None if budget is None else size_of(budget)
+    job = open_job(recipe, settings, output_dir, teachers=teachers)
+    from kdcache.dump.planner import plan_storage
+    from kdcache.runs import write_durably
+
+    made = plan_storage(job.recipe, job.teachers, budget=limit, unseen=texts, progress=job.progress)
+    job.run.root.mkdir(parents=True, exist_ok=True)
+    write_durably(job.run.plan, jsons.dumps(made.as_dict(), indent=1) + "\n")
+    out.document(made.as_dict())
+    _show(made)
+    if made.recommendation is None:
+        least = made.fixed + sum(min(layer.bytes) for layer in made.layers)
+        raise KdcacheError(
+            f"nothing fits into {format_bytes(limit or 0)}: the smallest forms of these layers take {format_bytes(least)}",
+            'Give a larger --budget, or store fewer layers (dump.layers), one row per text (dump.tokens = "first"), or logits alone.',
+        )
+
+
+def size_of(text: str) -> int:
+    """Bytes of ``2GB``, ``500 MiB``, ``1e9``; RecipeError where it is no size."""
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?(?:e[0-9]{1,2})?)\s*([kmgt]i?|)b?\s*", text.lower())
+    if match is None or float(match[1]) <= 0:
+        raise RecipeError(f"--budget is '{text}'; a size was expected", "Write it as 2GB, 500MB or 1.5GiB.")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def _show(made: StoragePlan) -> None:
+    for line in made.lines():
+        out.text(line)
+    chosen = {} if made.recommendation is None else made.recommendation.forms
+    rows = []
+    for layer in made.layers:
+        for place, (form, size) in enumerate(zip(layer.forms, layer.bytes, strict=True)):
+            mark = "recommended" if chosen.get((layer.teacher, layer.layer)) == form else ""
+            mark += (", " if mark else "") + "recipe" if place == layer.asked else ""
+            numbers = [
+                form.row_bytes,
+                format_bytes(size),
+                round(form.explained, 4),
+                round(form.cosine, 4),
+                round(form.relative_error, 4),
+            ]
+            rows.append([layer.teacher, layer.layer, form.form, *numbers, "" if form.kl is None else f"{form.kl:.5f}", mark])
+    out.text()
+    out.table(["teacher", "layer", "form", "bytes/row", "total", "kept", "cosine", "error", "KL", ""], rows)
+    if made.recommendation is not None:
+        found = made.recommendation
+        out.text()
+        out.text(
+            f"recommended: {format_bytes(found.bytes)} in all, {found.explained:.4f} of the variance kept (mean over layers)"
+        )
+        for line in found.toml():
+            out.text(f"    {line}")

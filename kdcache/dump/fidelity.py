@@ -1,0 +1,119 @@
+"""How well a layer survives a form in which it could be stored, measured on rows that nothing was fitted on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+
+from kdcache.cache.codebook import coded_dim, decode_rows
+from kdcache.cache.spec import LayerSpec
+from kdcache.dump.codebooks import coded_basis
+from kdcache.dump.quantise import dequantise, quantise
+from kdcache.dump.sizes import row_bytes
+from kdcache.teachers.coder import Coder
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from kdcache.cache.blocks import Basis
+    from kdcache.teachers.teacher import TeacherModel
+
+_CUTS = (32, 64, 128, 256, 512)
+_BUDGETS = (8, 16, 32, 48, 96, 192, 384)
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """What is left of a layer stored as ``spec``, on unseen rows.
+
+    ``explained``: share of the variance over rows. ``cosine`` and ``relative_error`` (the norm of the error over that of the state):
+    means over rows. ``kl``: KL of the soft labels that the teacher's own pooling and head make of the rebuilt last layer against
+    those of the true one, in nats per text; None where the layer is not the last, or the teacher has no shared head.
+    """
+
+    spec: LayerSpec
+    row_bytes: int
+    explained: float
+    cosine: float
+    relative_error: float
+    kl: float | None = None
+
+    @property
+    def form(self) -> str:
+        """In a few words: ``pca 128 int8``, ``coded 96``."""
+        spec = self.spec
+        return f"coded {spec.bytes}" if spec.dtype == "coded" else f"{spec.projection} {spec.dim} {spec.dtype}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        numbers = {
+            name: None if value is None else round(value, 6)
+            for name, value in vars(self).items()
+            if name not in ("spec", "row_bytes")
+        }
+        return {"form": self.form, "bytes_per_row": self.row_bytes, **numbers}
+
+
+def candidates(width: int, asked: LayerSpec) -> list[LayerSpec]:
+    """Forms worth a look for a layer of ``width``, the one that the recipe asks for among them; all for the same tokens."""
+    whole = LayerSpec("none", width, "float32", tokens=asked.tokens)
+    forms = [
+        whole,
+        replace(whole, dtype="float16"),
+        replace(whole, dtype="int8"),
+        *(replace(whole, projection="pca", dim=dim, dtype="int8") for dim in _CUTS if dim < width),
+        *(
+            replace(whole, projection="pca", dim=coded_dim(width, size), dtype="coded", bytes=size)
+            for size in _BUDGETS
+            if size <= width
+        ),
+    ]
+    if asked not in forms and asked.projection != "random":
+        forms.append(asked)
+    return sorted(forms, key=row_bytes, reverse=True)
+
+
+def rebuilt(spec: LayerSpec, whole: Basis, sample: torch.Tensor, unseen: torch.Tensor) -> torch.Tensor:
+    """``unseen`` [rows, width] after it was stored as ``spec`` and read back. ``whole``: the PCA basis at full width;
+    ``sample``: the rows that tables are trained on. All on one device, as is the result.
+    """
+    if spec.projection == "none":
+        return torch.from_numpy(dequantise(quantise(unseen.cpu().numpy(), spec.dtype))).to(unseen.device)
+    basis = coded_basis(whole, sample, spec.bytes) if spec.dtype == "coded" else whole
+    assert basis.components is not None and basis.mean is not None
+    components = torch.from_numpy(basis.components[: spec.dim]).to(unseen.device)
+    mean = torch.from_numpy(basis.mean).to(unseen.device)
+    projected = (unseen - mean) @ components.T
+    if basis.codebook is not None:
+        values = decode_rows(Coder(basis.codebook, spec.bytes, unseen.device)(projected), basis.codebook)
+    else:
+        values = dequantise(quantise(projected.cpu().numpy(), spec.dtype))
+    return torch.from_numpy(values).to(unseen.device) @ components + mean
+
+
+def measure(spec: LayerSpec, back: torch.Tensor, unseen: torch.Tensor) -> Fidelity:
+    """``back`` against ``unseen``, [rows, width] each."""
+    true, found = unseen.double(), back.double()
+    error = (true - found).norm(dim=1)
+    spread = (true - true.mean(dim=0)).square().sum()
+    explained = 1.0 - float(error.square().sum() / spread) if spread > 0 else 1.0
+    cosine = float(F.cosine_similarity(true, found, dim=1).mean())
+    return Fidelity(spec, row_bytes(spec), explained, cosine, float((error / true.norm(dim=1).clamp_min(1e-12)).mean()))
+
+
+def soft_label_kl(model: TeacherModel, back: torch.Tensor, lengths: Sequence[int], logits: np.ndarray) -> float | None:
+    """KL(teacher, head on ``back``) in nats, mean over texts; ``back`` are packed rows of the last layer, ``logits`` [texts, classes]."""
+    if model.head is None:
+        return None
+    device = next(model.head.parameters()).device
+    rows = back.to(device).split(list(lengths))
+    hidden = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+    mask = torch.arange(hidden.shape[1], device=device)[None] < torch.tensor(lengths, device=device)[:, None]
+    with torch.inference_mode():
+        found, _ = model.head(hidden if model.adapter is None else model.adapter(hidden), mask.long())
+        true = torch.from_numpy(logits).to(device)
+        return float(F.kl_div(F.log_softmax(found.float(), -1), F.log_softmax(true, -1), log_target=True, reduction="batchmean"))

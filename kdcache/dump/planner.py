@@ -1,0 +1,227 @@
+"""What to store: every form of every layer, what it costs over the whole data and what it keeps; and the best that fits a budget.
+
+    kdcache plan RECIPE --budget 2GB
+
+Each teacher runs once, over a seeded sample of texts: bases are fitted on most of them, fidelity is measured on the others. How
+long the pass takes says how long the dump will.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from kdcache.cache.codebook import coded_dim
+from kdcache.cache.ids import id_array
+from kdcache.cache.spec import LayerSpec, needs_tokens
+from kdcache.data.encoding import encode
+from kdcache.data.task import load_task
+from kdcache.dump.fidelity import Fidelity, candidates, measure, rebuilt, soft_label_kl
+from kdcache.dump.fitting import LayerFit
+from kdcache.dump.projection import fit_basis
+from kdcache.dump.recommend import Choice, Recommendation, recommend
+from kdcache.dump.run import text_batches
+from kdcache.dump.sizes import hidden_bytes, outputs_bytes, tokens_bytes
+from kdcache.dump.specs import PreparedTeacher, check_task, prepare_teachers, scopes
+from kdcache.errors import DataError, RecipeError
+from kdcache.progress import format_bytes, format_seconds
+from kdcache.runs import home
+from kdcache.teachers.backends import open_backend
+from kdcache.teachers.bundle import load_teacher, read_bundle
+from kdcache.teachers.selection import select_tokens
+
+if TYPE_CHECKING:
+    from kdcache.progress import Progress
+    from kdcache.recipe import Recipe
+    from kdcache.teachers.teacher import Teacher
+
+UNSEEN_TEXTS = 256
+
+
+@dataclass(frozen=True)
+class LayerCandidates:
+    """The forms of one layer and what they keep; ``bytes`` over the whole data, in the order of ``forms``."""
+
+    teacher: str
+    layer: int
+    forms: tuple[Fidelity, ...]
+    bytes: tuple[int, ...]
+    asked: int  # place of the recipe's own form; -1 where it was not measured
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {
+            "teacher": self.teacher,
+            "layer": self.layer,
+            "in_recipe": self.forms[self.asked].form if self.asked >= 0 else None,
+            "forms": [{**form.as_dict(), "bytes": size} for form, size in zip(self.forms, self.bytes, strict=True)],
+        }
+
+
+@dataclass(frozen=True)
+class StoragePlan:
+    """``fixed``: bytes of logits, pooled vectors and spans, which every choice pays. ``seconds``: of the dump, per teacher."""
+
+    layers: tuple[LayerCandidates, ...]
+    texts: int
+    fixed: int
+    seconds: Mapping[str, float]
+    budget: int | None
+    recommendation: Recommendation | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able; what ``--json`` prints and the report draws."""
+        return {
+            "texts": self.texts,
+            "bytes_fixed": self.fixed,
+            "budget": self.budget,
+            "minutes": {name: round(seconds / 60, 2) for name, seconds in self.seconds.items()},
+            "layers": [layer.as_dict() for layer in self.layers],
+            "recommendation": None if self.recommendation is None else self.recommendation.as_dict(),
+        }
+
+    def lines(self) -> list[str]:
+        """For people, the recommendation apart."""
+        total = sum(self.seconds.values())
+        per_teacher = ", ".join(f"{name} {format_seconds(seconds)}" for name, seconds in self.seconds.items())
+        return [
+            f"{self.texts:,} texts with hidden states; logits, pooled vectors and spans take {format_bytes(self.fixed)} in any case",
+            f"the dump takes about {format_seconds(total)} in any form ({per_teacher})",
+        ]
+
+
+def plan_storage(
+    recipe: Recipe, teachers_dir: Path, *, budget: int | None = None, unseen: int = UNSEEN_TEXTS, progress: Progress
+) -> StoragePlan:
+    """Run the recipe's teachers on a sample and work out what each form of their layers costs and keeps.
+
+    ``budget``: bytes of the whole cache; without one the smallest forms that keep nine tenths are recommended. ``unseen``: texts to
+    measure on. Raises what the dump would raise before it runs, and DataError where there are too few texts to measure on.
+    """
+    task = load_task(recipe.data)
+    bundle = read_bundle(teachers_dir)
+    check_task(task, bundle, teachers_dir)
+    teachers = prepare_teachers(recipe, bundle, teachers_dir, len(task.label_names))
+    if not any(teacher.spec.layers for teacher in teachers):
+        raise RecipeError(
+            "the recipe stores no hidden states: there is nothing to plan", 'Set dump.layers, for example to "even".'
+        )
+    full, logits_only = scopes(task)
+    sample = _sample(list(full.values()), recipe.dump.sample_texts, unseen, recipe.dump.seed)
+    layers: list[LayerCandidates] = []
+    seconds: dict[str, float] = {}
+    fixed = 0
+    for teacher in teachers:
+        tokens = int(encode(teacher.tokenizer, list(full.values()), teacher.spec.max_length).lengths.sum())
+        fixed += outputs_bytes(len(full) + len(logits_only), teacher.spec)
+        fixed += tokens_bytes(tokens, len(full)) if needs_tokens(teacher.spec.layers) else 0
+        measured, per_text = _measured(teacher, teachers_dir, sample, recipe.dump.tokens_per_batch, progress)
+        seconds[teacher.name] = per_text * (len(full) + len(logits_only) + min(recipe.dump.sample_texts, len(full)))
+        for layer, forms in measured.items():
+            sizes = tuple(hidden_bytes(tokens, len(full), form.spec) for form in forms)
+            asked = [place for place, form in enumerate(forms) if form.spec == teacher.spec.layers[layer]]
+            layers.append(LayerCandidates(teacher.name, layer, tuple(forms), sizes, asked[0] if asked else -1))
+    choices = [Choice(one.teacher, one.layer, one.forms, one.bytes) for one in layers]
+    return StoragePlan(
+        tuple(layers), len(full), fixed, seconds, budget, recommend(choices, None if budget is None else budget - fixed, fixed)
+    )
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """Texts to fit on, first, and texts to measure on."""
+
+    texts: list[tuple[str, ...]]
+    fit: int
+    seed: int
+
+
+def _sample(texts: Sequence[tuple[str, ...]], fit: int, unseen: int, seed: int) -> _Sample:
+    if len(texts) < 8:
+        raise DataError(f"there are {len(texts)} texts to store; a plan needs 8 at least", "Give more train or transfer texts.")
+    unseen = min(unseen, len(texts) // 4)
+    fit = min(fit, len(texts) - unseen)
+    order = np.argsort(np.random.PCG64(seed).random_raw(len(texts)), kind="stable")[: fit + unseen]
+    return _Sample([texts[place] for place in order], fit, seed)
+
+
+class _Gathered:
+    """One layer while its teacher runs: what bases are fitted from, and the rows to measure on."""
+
+    def __init__(self, asked: LayerSpec, width: int, rows: np.ndarray, seed: int) -> None:
+        self.asked = asked
+        self._unseen = rows  # bool [rows of the sample]
+        self._order = np.cumsum(~rows) - 1
+        largest = LayerSpec("pca", coded_dim(width, width), "coded", width)  # gathers what every form needs
+        self.fit = LayerFit(largest, width, int((~rows).sum()), seed)
+        self._kept: list[torch.Tensor] = []
+        self._places: list[np.ndarray] = []
+
+    def add(self, hidden: torch.Tensor, places: np.ndarray) -> None:
+        apart = self._unseen[places]
+        mask = torch.from_numpy(apart).to(hidden.device)
+        self.fit.add(hidden[~mask], self._order[places[~apart]])
+        self._kept.append(hidden[mask].float().cpu())
+        self._places.append(places[apart])
+
+    def unseen(self) -> torch.Tensor:
+        """[rows, width] in the order of the sample."""
+        order = np.argsort(np.concatenate(self._places), kind="stable")
+        return torch.cat(self._kept)[torch.from_numpy(order)]
+
+
+def _measured(
+    teacher: PreparedTeacher, teachers_dir: Path, sample: _Sample, tokens_per_batch: int, progress: Progress
+) -> tuple[dict[int, list[Fidelity]], float]:
+    """Fidelity of every form of every layer, and seconds per text of the forward pass."""
+    spec = teacher.spec
+    loaded = load_teacher(teachers_dir, spec.name)
+    backend = open_backend(spec.backend, loaded, tuple(spec.layers), precision=spec.precision, work_dir=home())
+    batches = text_batches(teacher, sample.texts, id_array([bytes(16)] * len(sample.texts)), tokens_per_batch)
+    lengths = batches.encoded.lengths
+    apart = np.arange(len(sample.texts)) >= sample.fit
+    gathered = {
+        layer: _Gathered(one, spec.width, apart if one.per_text else np.repeat(apart, lengths), sample.seed)
+        for layer, one in spec.layers.items()
+    }
+    logits = np.empty((len(sample.texts), *spec.target.shape), np.float32)
+    try:
+        progress.start(f"run {spec.name}", len(sample.texts), "texts")
+        began, spent = time.perf_counter(), 0.0
+        for rows, output in batches.run(backend, tuple(spec.layers)):
+            logits[rows] = output.logits.cpu().numpy()
+            spent += time.perf_counter() - began
+            for layer, one in spec.layers.items():
+                gathered[layer].add(select_tokens(output.hidden[layer], lengths[rows], one.tokens), batches.places(rows, one))
+            progress.advance(len(rows))
+            began = time.perf_counter()
+        progress.finish()
+        unseen_lengths, unseen_logits = lengths[apart].tolist(), logits[apart]
+        return {
+            layer: _forms(
+                one, spec.width, gathered[layer], loaded if layer == spec.depth else None, unseen_lengths, unseen_logits
+            )
+            for layer, one in spec.layers.items()
+        }, spent / len(sample.texts)
+    finally:
+        backend.close()
+        loaded.model.to("meta")
+
+
+def _forms(
+    asked: LayerSpec, width: int, gathered: _Gathered, head_of: Teacher | None, lengths: Sequence[int], logits: np.ndarray
+) -> list[Fidelity]:
+    whole = fit_basis(gathered.fit.moments, "pca", width, seed=0, name="", layer=0)
+    sample, unseen = gathered.fit.kept().cpu(), gathered.unseen()
+    forms = []
+    for spec in candidates(width, asked):
+        back = rebuilt(spec, whole, sample, unseen)
+        kl = soft_label_kl(head_of.model, back, lengths, logits) if head_of is not None and not spec.per_text else None
+        forms.append(replace(measure(spec, back, unseen), kl=kl))
+    return forms

@@ -1,0 +1,47 @@
+"""``kdcache plan`` through the program, and its picture on the page of a run."""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as Xml
+
+import pytest
+
+from kdcache.cli.plan import size_of
+from kdcache.errors import RecipeError
+from tests.cli.commands import kdcache
+from tests.cli.conftest import FinishedRun
+
+
+def test_plan_prints_forms_and_recipe_lines_and_the_page_draws_them(copied: FinishedRun) -> None:
+    said = copied.call("plan", "--budget", "2MB", "--set", "dump.layers=[2]", "--texts", "20")
+    assert said.code == 0, said.err
+    for expected in ("kept", "KL", "coded 8", "recommended: ", "[dump]", "recipe"):
+        assert expected in said.out
+    assert kdcache("report", copied.root).code == 0
+    page = (copied.root / "report.html").read_text()
+    charts = [part.split("</svg>")[0] for part in page.split("<svg")[1:] if "variance kept" in part]
+    assert len(charts) == 3
+    for chart in charts:
+        drawn = Xml.fromstring(f"<svg{chart}</svg>")
+        assert len(drawn.findall("circle")) > 4
+
+
+def test_plan_as_json_and_a_budget_too_small(copied: FinishedRun) -> None:
+    said = copied.call("plan", "--budget", "1kB", "--set", "dump.layers=[2]", "--json")
+    assert said.code == 1
+    assert "nothing fits into 1" in said.err
+    assert said.document["recommendation"] is None
+    assert said.document["layers"][0]["forms"][0].keys() >= {"bytes", "explained", "cosine", "relative_error", "kl"}
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("2GB", 2 * 10**9), ("1.5 GiB", 3 << 29), ("500mb", 5 * 10**8), ("1e6", 10**6), ("7", 7), ("64K", 64_000)]
+)
+def test_sizes(text: str, size: int) -> None:
+    assert size_of(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "much", "0GB", "-3GB", "3 bananas"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(RecipeError, match="a size was expected"):
+        size_of(text)
