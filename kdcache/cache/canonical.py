@@ -41,7 +41,7 @@ def ordered(value: Any, depth: int = 0) -> Any:
     if depth > MAX_DEPTH:
         raise NotCanonicalError(f"nested more than {MAX_DEPTH} deep")
     if isinstance(value, str):
-        return value
+        return _unicode(value)
     if isinstance(value, int) and not isinstance(value, bool):
         if abs(value) > MAX_INTEGER:
             raise NotCanonicalError(f"integer {value} is beyond 2^53 - 1")
@@ -49,7 +49,7 @@ def ordered(value: Any, depth: int = 0) -> Any:
     if isinstance(value, Mapping):
         if not all(isinstance(key, str) for key in value):
             raise NotCanonicalError("keys must be strings")
-        keys = sorted(value, key=lambda key: key.encode("utf-16-be", "surrogatepass"))
+        keys = sorted((_unicode(key) for key in value), key=lambda key: key.encode("utf-16-be"))
         return {key: ordered(value[key], depth + 1) for key in keys}
     if isinstance(value, list | tuple):
         return [ordered(item, depth + 1) for item in value]
@@ -69,6 +69,13 @@ def parse_json(data: bytes) -> Any:
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise NotCanonicalError(str(error)) from error
     return ordered(value)
+
+
+def _unicode(text: str) -> str:
+    """``text`` itself; half of a surrogate pair has no UTF-8 form."""
+    if not text.isascii():
+        _encode(text)
+    return text
 
 
 def _encode(text: str) -> bytes:

@@ -14,7 +14,7 @@ from pathlib import Path
 from kdcache.cache import layout
 from kdcache.cache.canonical import NotCanonicalError, canonical_json, parse_json
 from kdcache.cache.files import make_directory, write_file
-from kdcache.errors import LockedError, StorageError
+from kdcache.errors import DamageError, LockedError, StorageError
 
 
 @contextlib.contextmanager
@@ -23,6 +23,8 @@ def hold_lock(root: Path) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     state = root / layout.STATE
+    if state.is_symlink() or (state / "lock").is_symlink():
+        raise DamageError(f"'{state}' is a link, and what is written there would lie elsewhere", "Remove it.")
     make_directory(state)
     lock = FileLock(state / "lock", timeout=0, thread_local=False)
     try:

@@ -15,6 +15,7 @@ import pydantic
 
 from kdcache.cache import layout
 from kdcache.cache.arrays import array_metadata, group_metadata, shard_bytes
+from kdcache.cache.bounds import most_bytes
 from kdcache.cache.canonical import NotCanonicalError, digest_of, parse_json, readable_json
 from kdcache.cache.codebook import coded_dim
 from kdcache.cache.files import digest_bytes
@@ -149,6 +150,11 @@ def _check_contents(contents: Contents) -> None:
         f"files lists {_first(contents.files.keys() - expected.keys())}, which belongs to nothing",
     )
     _require(expected.keys() <= contents.files.keys(), f"files lacks {_first(expected.keys() - contents.files.keys())}")
+    for path, most in most_bytes(contents):
+        _require(
+            contents.files[path].size <= most,
+            f"'{path}' is said to have {contents.files[path].size} bytes; it has at most {most}",
+        )
     _check_arrays(contents)
 
 

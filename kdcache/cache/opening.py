@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,17 @@ from kdcache.cache.repair import drop_damaged
 from kdcache.cache.spec import Settings, TaskSpec
 from kdcache.cache.stale import check_task
 from kdcache.errors import DamageError, MismatchError
+
+
+def refuse_links(root: Path) -> None:
+    """DamageError where a link lies in a cache that is to be written: what is written behind it would lie elsewhere."""
+    for directory, directories, names in os.walk(root):
+        for name in (*directories, *names):
+            if (Path(directory) / name).is_symlink():
+                raise DamageError(
+                    f"'{Path(directory) / name}' is a link; a cache holds plain files only",
+                    "Remove it, or name another directory.",
+                )
 
 
 def refuse_other_directory(root: Path) -> None:

@@ -193,6 +193,10 @@ class Cache:
         tokens = self._table(path, lambda data: tables.decode_tokens(data, part.texts, count))
         if count and not 0 <= tokens.roles.min() <= tokens.roles.max() <= OTHER:
             raise self._files.damage(path, "has a token of unknown role")
+        if len(tokens) and tokens.lengths.max() > self._teacher(teacher).max_length:
+            raise self._files.damage(
+                path, f"has a text of {tokens.lengths.max()} tokens, the teacher reads {self._teacher(teacher).max_length}"
+            )
         return tokens
 
     def hidden(self, teacher: str, part_name: str, layer: int) -> HiddenBlock:

@@ -18,7 +18,7 @@ Count = Annotated[int, Field(ge=0, le=2**40)]
 Size = Annotated[int, Field(ge=1, le=2**20)]
 Hex = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+:/ -]{0,127}$")]
-Label = Annotated[str, Field(min_length=1, max_length=1000)]
+Label = Annotated[str, Field(min_length=1, max_length=1000, pattern=r"^[^\x00-\x1f\x7f-\x9f]+$")]  # they are printed
 Digits = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,3})$")]
 PartName = Annotated[str, Field(pattern=r"^part-[0-9]{5}$")]
 TeacherName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]

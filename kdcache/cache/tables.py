@@ -7,6 +7,7 @@ the arrays are read-only views of the bytes that were read and digested.
 
 from __future__ import annotations
 
+import itertools
 import struct
 from collections.abc import Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from kdcache.cache.blocks import Outputs
 from kdcache.cache.ids import ID_BYTES
 from kdcache.cache.tokens import Tokens
 
+_SHOWN = 400  # characters of a schema in a message
 _MAGIC = b"ARROW1\0\0"
 
 
@@ -265,4 +267,5 @@ def _id_values(column: Any) -> np.ndarray:
 
 
 def _one_line(schema: Any) -> str:
-    return ", ".join(str(one).removeprefix("pyarrow.Field<").removesuffix(">") for one in schema)
+    shown = ", ".join(str(one).removeprefix("pyarrow.Field<").removesuffix(">") for one in itertools.islice(schema, 10))
+    return shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]} ..."

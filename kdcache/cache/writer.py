@@ -29,7 +29,7 @@ from kdcache.cache.files import FileDigest, digest_bytes, write_file
 from kdcache.cache.hidden import encode_layers
 from kdcache.cache.locking import hold_lock
 from kdcache.cache.manifest import Manifest, make_manifest
-from kdcache.cache.opening import open_contents, refuse_other_directory
+from kdcache.cache.opening import open_contents, refuse_links, refuse_other_directory
 from kdcache.cache.selection import local_selection, selection_here, write_selection
 from kdcache.cache.spec import needs_tokens
 from kdcache.cache.stale import check_teacher
@@ -83,6 +83,7 @@ def open_writer(
     """
     root = Path(path)
     refuse_other_directory(root)
+    refuse_links(root)
     with hold_lock(root):
         base, contents, journal = open_contents(root, task, settings, store_text, repair)
         local = local_selection(root, base.contents) if base is not None else None

@@ -17,7 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdcache.cache.tokens import FIRST, LAST, MIDDLE, TEXT, Tokens
+from kdcache.errors import DamageError
 
+_PAIRS_PER_TOKEN = 64  # on average over a part; what tokenizers give is below 4
 _CANDIDATES_AT_ONCE = 1 << 22  # bounds memory where a damaged or hostile cache holds spans that all overlap
 
 Pairs = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]  # student token, teacher token, overlap
@@ -113,12 +115,19 @@ def _overlaps(student: Tokens, teacher: Tokens, student_text: NDArray[np.int64],
     low = np.searchsorted(np.maximum.accumulate(teacher_end), student_start, side="right")
     high = np.searchsorted(teacher_start, student_end, side="left")
     found: list[Pairs] = []
+    most, pairs = _PAIRS_PER_TOKEN * (len(student_at) + len(teacher_at)), 0
     for piece in _pieces(np.maximum(high - low, 0)):
         counts = np.maximum(high[piece] - low[piece], 0)
         row = np.repeat(np.arange(piece.start, piece.stop), counts)
         column = ranges(low[piece], counts)
         overlap = np.minimum(student_end[row], teacher_end[column]) - np.maximum(student_start[row], teacher_start[column])
         real = overlap > 0
+        pairs += int(real.sum())
+        if pairs > most:
+            raise DamageError(
+                f"the tokens of a teacher overlap those of the student {pairs:,} times and more: no tokenizer cuts texts so",
+                "Find out what is damaged with: kdcache cache verify",
+            )
         found.append((student_at[row[real]], teacher_at[column[real]], overlap[real].astype(np.float64)))
     return tuple(np.concatenate(arrays) for arrays in zip(*found, strict=True))  # type: ignore[return-value]
 

@@ -6,6 +6,7 @@ what a record says of them.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING
 from kdcache.cache.spec import LayerSpec, TargetSpec, TaskSpec, TeacherSpec
 from kdcache.data.encoding import TRUNCATION, tokenizer_json
 from kdcache.dump.layers import check_names, layer_spec, resolve_layers
-from kdcache.errors import MismatchError, ModelError
+from kdcache.errors import DataError, MismatchError, ModelError
 from kdcache.teachers.bundle import load_teacher
 from kdcache.teachers.teacher import check_max_length
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from kdcache.teachers.bundle import Bundle
     from kdcache.teachers.teacher import Teacher
 
+_CONTROL = re.compile("[\\x00-\\x1f\\x7f-\\x9f]")
 _TEACHER_PREFIX = "teacher:"
 _IN_FULL = ("train", "transfer")  # with hidden states; validation and test texts get logits only
 
@@ -51,7 +53,11 @@ class PreparedTeacher:
 
 
 def task_spec(task: TaskData) -> TaskSpec:
-    """Columns and labels of the task."""
+    """Columns and labels of the task. DataError where a name holds a control character: names are printed, and written to manifests."""
+    for what, names in (("text column", task.text_columns), ("label", task.label_names)):
+        odd = next((name for name in names if not name or _CONTROL.search(name)), None)
+        if odd is not None:
+            raise DataError(f"{what} {odd!r} is empty or holds a control character", "Rename it in the data.")
     return TaskSpec(text_columns=task.text_columns, label_names=task.label_names)
 
 
