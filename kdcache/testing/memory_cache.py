@@ -121,6 +121,11 @@ class MemoryCache:
     def token_count(self, teacher: str, part: str) -> int:
         return int(self.encoded(teacher, part).offsets[-1])
 
+    def row_count(self, teacher: str, part: str, layer: int) -> int:
+        """A row per token: no layer here is per text."""
+        assert layer in self.teachers[teacher].layers
+        return self.token_count(teacher, part)
+
     def outputs(self, teacher: str, part: str) -> Outputs:
         texts = self.part_texts[self._read(f"outputs {teacher}", part)]
         return Outputs(np.stack([truth_logits(teacher, text, 2) for text in texts]))
