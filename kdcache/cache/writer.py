@@ -25,6 +25,7 @@ from kdcache.cache.checks import check_outputs, check_tokens
 from kdcache.cache.completion import complete_contents
 from kdcache.cache.contents import Contents, PartInfo, SplitInfo
 from kdcache.cache.digests import CheckedFiles
+from kdcache.cache.existing import existing_layers, has_any, refuse_case_twin, refuse_partial_layers
 from kdcache.cache.files import FileDigest, digest_bytes, write_file
 from kdcache.cache.hidden import encode_layers
 from kdcache.cache.locking import hold_lock
@@ -135,19 +136,20 @@ class CacheWriter:
         Layers of the cache that ``spec`` does not name stay, unless there are texts that they lack: then it refuses.
         """
         old = self._contents.teachers.get(spec.name)
-        existing = self._existing_layers(spec.name)
-        if old is not None and (existing or self._has_any(spec.name)):
+        published = self.base.contents if self.base else None
+        existing = existing_layers(self._contents, published, spec.name)
+        if old is not None and (existing or has_any(self._contents, published, spec.name)):
             check_teacher(self.root, old, spec, existing)
             kept = {layer: old.layers[layer] for layer in existing}
             if existing and not spec.layers:
                 spec = replace(spec, sample_texts=old.sample_texts)
         else:
-            self._refuse_case_twin(spec.name)
+            refuse_case_twin(self.root, self._contents, spec.name)
             kept = {}
         merged = replace(spec, layers=dict(sorted({**spec.layers, **kept}.items())))
         self._asked[spec.name] = replace(spec, layers=dict(spec.layers))
         self._write_teacher(merged, old, tokenizer_json)
-        self._refuse_partial_layers(spec)
+        refuse_partial_layers(self.root, self._contents, published, spec)
         return self.missing(spec.name)
 
     def missing(self, name: str) -> tuple[PartTask, ...]:
@@ -279,7 +281,12 @@ class CacheWriter:
         path, data = layout.tokenizer_file(spec.name), tokenizer_json.encode("utf-8")
         known = self._contents.files.get(path)
         same = known is not None and known.sha256 == digest_bytes(data).sha256
-        if old is not None and known is not None and not same and self._has_any(spec.name):
+        if (
+            old is not None
+            and known is not None
+            and not same
+            and has_any(self._contents, self.base.contents if self.base else None, spec.name)
+        ):
             raise MismatchError(
                 f"cache '{self.root}' holds teacher '{spec.name}' with another tokenizer.json",
                 "Use that tokenizer, give the teacher another name, or dump into a new directory.",
@@ -289,39 +296,6 @@ class CacheWriter:
         files = {path: known} if same and known is not None else self._write({path: data})
         self._journal.add_teacher(spec, files)
         self._contents.teachers[spec.name] = spec
-
-    def _refuse_case_twin(self, name: str) -> None:
-        for known in self._contents.teachers:
-            if known != name and known.casefold() == name.casefold():
-                raise MismatchError(
-                    f"cache '{self.root}' has a teacher '{known}'; '{name}' differs in case only", "Choose another name."
-                )
-
-    def _refuse_partial_layers(self, spec: TeacherSpec) -> None:
-        for layer in sorted(self._published_layers(spec.name) - spec.layers.keys()):
-            if not self._contents.layer_is_complete(spec.name, layer):
-                raise MismatchError(
-                    f"cache '{self.root}' holds layer {layer} of teacher '{spec.name}', which the new texts would lack",
-                    f"Ask for layer {layer} as well, or dump into a new directory.",
-                )
-
-    def _has_any(self, name: str) -> bool:
-        published = self.base is not None and name in self.base.contents.teachers
-        return published or any(self._contents.has_outputs(name, part) for part in self._contents.parts)
-
-    def _published_layers(self, name: str) -> set[int]:
-        return set(self.base.contents.teachers[name].layers) if self.base and name in self.base.contents.teachers else set()
-
-    def _existing_layers(self, name: str) -> set[int]:
-        spec = self._contents.teachers.get(name)
-        begun = {layer for layer in spec.layers if self._layer_has_any(name, layer)} if spec else set()
-        return self._published_layers(name) | begun
-
-    def _layer_has_any(self, name: str, layer: int) -> bool:
-        contents = self._contents
-        return layout.basis_file(name, layer) in contents.files or any(
-            contents.has_layer(name, part, layer) for part in contents.parts
-        )
 
     def _part(self, name: str) -> PartInfo:
         for part in self._contents.parts:
