@@ -8,7 +8,23 @@ from collections.abc import Callable, Sequence
 import typer
 
 from kdcache import __version__
-from kdcache.cli import cache, cofinetune, diff, distill, dump, env, evaluate, extend, pipelines, plan, remote, report, run, share
+from kdcache.cli import (
+    audit,
+    cache,
+    cofinetune,
+    diff,
+    distill,
+    dump,
+    env,
+    evaluate,
+    extend,
+    pipelines,
+    plan,
+    remote,
+    report,
+    run,
+    share,
+)
 from kdcache.cli.guard import guarded
 from kdcache.cli.output import out
 
@@ -36,6 +52,7 @@ def _add(group: typer.Typer, name: str, command: Callable[..., None]) -> None:
 _add(app, "cofinetune", cofinetune.cofinetune)
 _add(app, "plan", plan.plan)
 _add(app, "dump-teachers", dump.dump_teachers)
+_add(app, "audit", audit.audit)
 _add(app, "distill", distill.distill)
 _add(app, "run", run.run)
 _add(app, "evaluate", evaluate.evaluate)

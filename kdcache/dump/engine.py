@@ -60,6 +60,10 @@ class TextBatches:
         """int64: where what is stored of ``rows``, row after row, lies in the layer of the part."""
         if spec.per_text:
             return rows
+        return self.token_places(rows)
+
+    def token_places(self, rows: np.ndarray) -> np.ndarray:
+        """int64: where the tokens of ``rows``, row after row, lie among the tokens of the part."""
         lengths = self.encoded.lengths[rows]
         shifts = self.encoded.offsets[rows] - np.concatenate([[0], np.cumsum(lengths)[:-1]])
         places: np.ndarray = np.arange(int(lengths.sum())) + np.repeat(shifts, lengths)

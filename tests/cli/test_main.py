@@ -19,7 +19,7 @@ from tests.cli.conftest import FinishedRun
 
 HEAVY = ("torch", "transformers", "accelerate", "onnxruntime", "datasets", "pyarrow", "zarr", "pydantic", "rich.table")
 COMMANDS = [
-    *(("cofinetune",), ("plan",), ("dump-teachers",), ("distill",), ("run",), ("evaluate",), ("report",), ("env",)),
+    *(("cofinetune",), ("plan",), ("dump-teachers",), ("audit",), ("distill",), ("run",), ("evaluate",), ("report",), ("env",)),
     *(("cache", "info"), ("cache", "verify"), ("pipelines", "ls"), ("pipelines", "cp"), ("pipelines", "validate")),
     *(("pipelines", "prepare"), ("remote", "check")),
     *(("cache", "push"), ("cache", "pull"), ("cache", "ls"), ("cache", "rm"), ("cache", "gc"), ("cache", "status")),
@@ -56,7 +56,19 @@ def test_cache_info_is_quick_and_imports_neither_torch_nor_the_readers_of_data(f
 def test_help_lists_every_command() -> None:
     said = kdcache("--help")
     assert said.code == 0
-    for name in ("cofinetune", "plan", "dump-teachers", "distill", "run", "evaluate", "report", "cache", "pipelines", "env"):
+    for name in (
+        "cofinetune",
+        "plan",
+        "dump-teachers",
+        "audit",
+        "distill",
+        "run",
+        "evaluate",
+        "report",
+        "cache",
+        "pipelines",
+        "env",
+    ):
         assert f"\n  {name}" in said.out
     assert "Exit codes" in said.out
 
