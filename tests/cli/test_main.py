@@ -23,6 +23,7 @@ COMMANDS = [
     *(("cache", "info"), ("cache", "verify"), ("pipelines", "ls"), ("pipelines", "cp"), ("pipelines", "validate")),
     *(("pipelines", "prepare"), ("remote", "check")),
     *(("cache", "push"), ("cache", "pull"), ("cache", "ls"), ("cache", "rm"), ("cache", "gc"), ("cache", "status")),
+    *(("cache", "extend"), ("cache", "diff")),
 ]
 
 
