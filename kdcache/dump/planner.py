@@ -203,12 +203,14 @@ def _measured(
             began = time.perf_counter()
         progress.finish()
         unseen_lengths, unseen_logits = lengths[apart].tolist(), logits[apart]
-        return {
-            layer: _forms(
-                one, spec.width, gathered[layer], loaded if layer == spec.depth else None, unseen_lengths, unseen_logits
-            )
-            for layer, one in spec.layers.items()
-        }, spent / len(sample.texts)
+        progress.start(f"measure forms of {spec.name}", len(spec.layers), "layers")
+        forms = {}
+        for layer, one in spec.layers.items():
+            head_of = loaded if layer == spec.depth else None
+            forms[layer] = _forms(one, spec.width, gathered.pop(layer), head_of, unseen_lengths, unseen_logits)
+            progress.advance(1)
+        progress.finish()
+        return forms, spent / len(sample.texts)
     finally:
         backend.close()
         loaded.model.to("meta")
