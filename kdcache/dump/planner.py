@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from kdcache.teachers.teacher import Teacher
 
 UNSEEN_TEXTS = 256
+_TRAINING_ROWS = 2048  # half of a dump's: a codebook for each of many budgets is trained, and loses a thousandth by it
 
 
 @dataclass(frozen=True)
@@ -220,7 +221,7 @@ def _forms(
     asked: LayerSpec, width: int, gathered: _Gathered, head_of: Teacher | None, lengths: Sequence[int], logits: np.ndarray
 ) -> list[Fidelity]:
     whole = fit_basis(gathered.fit.moments, "pca", width, seed=0, name="", layer=0)
-    sample, unseen = gathered.fit.kept().cpu(), gathered.unseen()
+    sample, unseen = gathered.fit.kept().cpu()[:_TRAINING_ROWS], gathered.unseen()
     forms = []
     for spec in candidates(width, asked):
         back = rebuilt(spec, whole, sample, unseen)
