@@ -23,7 +23,7 @@ from kdcache.data.task import load_task
 from kdcache.distill.trainee import DistillTrainee
 from kdcache.distill.training import prepare
 from kdcache.dump.stage import dump_teachers
-from kdcache.progress import RichProgress
+from kdcache.progress import RichProgress, SilentProgress
 from kdcache.recipe import Recipe, load_recipe
 
 EXACT = ['dump.projection="none"', 'dump.dtype="float32"']
@@ -57,7 +57,13 @@ def first_rows(recipe: Recipe, rows: int, file: Path) -> Recipe:
         print("\t".join([*recipe.data.text, recipe.data.label]), file=out)
         for text_id, label in zip(train.text_ids[:rows], train.labels[:rows], strict=True):
             print("\t".join([*task.texts[text_id.tobytes()], task.label_names[label]]), file=out)
-    changes = {"train": str(file), "validation": None, "validation_fraction": 0.0, "test": None, "transfer": []}
+    changes: dict[str, object] = {
+        "train": str(file),
+        "validation": None,
+        "validation_fraction": 0.0,
+        "test": None,
+        "transfer": [],
+    }
     data = recipe.data.model_copy(update={**changes, "transfer_rows": None, "labels": list(task.label_names)})
     return recipe.model_copy(update={"data": data})
 
@@ -80,7 +86,7 @@ def compare(recipe: Recipe, teachers: Path, cache: Path, place: Path) -> dict[st
 
 def losses(recipe: Recipe, cache: Path, live: Path | None, place: Path) -> Iterator[dict[str, float]]:
     """Every loss term of every step, with a step of plain SGD after each."""
-    training = prepare(recipe, cache, place, live)
+    training = prepare(recipe, cache, place, live, SilentProgress())
     model = training.model().train()
     trainee = DistillTrainee(model, training.source, None, place, {})
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)

@@ -144,15 +144,17 @@ def count_saved_tensors(recipe: Any, kept: dict[str, int]) -> None:
     import torch
 
     from kdcache.data.task import load_task
-    from kdcache.teachers import cofinetune, joint
+    from kdcache.teachers import joint
+    from kdcache.teachers.head import SharedHead
+    from kdcache.teachers.sources import open_source, under_shared_head
     from kdcache.teachers.trainee import JointTrainee, Labels
 
     task = load_task(recipe.data)
     rows = joint.labelled_rows(task, "train")
     assert rows is not None
-    sources = {section.name: cofinetune.open_source(section, 128, task.label_names) for section in recipe.teachers}
-    head = cofinetune.SharedHead(max(source.width for source in sources.values()), 2)
-    models = cofinetune.under_shared_head(sources, head)
+    sources = {section.name: open_source(section, 128, task.label_names) for section in recipe.teachers}
+    head = SharedHead(max(source.width for source in sources.values()), 2)
+    models = under_shared_head(sources, head)
     kept["parameters"] = sum(p.numel() for p in torch.nn.ModuleList(models.values()).parameters())
     size = recipe.cofinetune.batch_size
     for name, model in models.items():

@@ -23,8 +23,7 @@ from measure import machine, ratio, rounds, summary
 from kdcache.cache.spec import Settings
 from kdcache.cache.writer import CacheWriter, open_writer
 from kdcache.data.task import load_task
-from kdcache.dump.engine import fit_moments, run_part
-from kdcache.dump.projection import fit_basis
+from kdcache.dump.engine import fit_bases, run_part
 from kdcache.dump.run import open_teacher, text_batches
 from kdcache.dump.specs import PreparedTeacher, prepare_teachers, scopes, task_spec
 from kdcache.recipe import Recipe, load_recipe
@@ -105,11 +104,7 @@ class Contest:
     def fit(self) -> dict[int, Any]:
         part, texts = self.parts[0]
         batches = self.batches(texts, part.text_ids)
-        moments = fit_moments(batches, self.backend, self.teacher.spec.layers, lambda _: None)
-        return {
-            layer: fit_basis(moments[layer], spec.projection, spec.dim, seed=0, name=self.teacher.name, layer=layer)
-            for layer, spec in self.teacher.spec.layers.items()
-        }
+        return fit_bases(batches, self.backend, self.teacher.spec.layers, self.teacher.seed, lambda _: None)
 
     def bare(self) -> float:
         """Tokenisation and forward passes; the logits are waited for."""

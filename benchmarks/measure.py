@@ -45,8 +45,12 @@ def ratio(values: Sequence[float], reference: Sequence[float]) -> dict[str, floa
 
 def peak_memory_mb() -> float:
     """Largest resident memory of this process so far, MB."""
-    scale = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 1e6
+    try:  # getrusage would count what the parent held when it forked
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024 / 1e6
+    except OSError:
+        scale = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 1e6
 
 
 def resident_mb() -> float:

@@ -157,7 +157,7 @@ def write_kdcache(folder: Path, values: np.ndarray, offsets: np.ndarray) -> None
     tokenizer, rows, rng = tiny.wordpiece_tokenizer(), len(offsets) - 1, np.random.default_rng(1)
     texts = [digits(row, int(length)) for row, length in enumerate(np.diff(offsets))]
     numbers = {text_id(text): row for row, text in enumerate(texts)}
-    dtype = values.dtype.name
+    dtype: Any = values.dtype.name
     prints = Fingerprints(*("0" * 64,) * 3, tokenizer_fingerprint(tokenizer))
     spec = TeacherSpec(
         "teacher", "shared", prints, 1, values.shape[1], 128, TRUNCATION, "torch", "float32", TargetSpec(shape=(2,)), None, 16,
@@ -203,7 +203,8 @@ def read_kdcache(folder: Path, arguments: argparse.Namespace) -> Callable[[], Ba
 
     def batches() -> Batches:
         for batch in source.batches(next(epoch)):
-            (hidden,) = batch.targets.hidden.values() if batch.targets else ()
+            assert batch.targets is not None
+            (hidden,) = batch.targets.hidden.values()
             yield np.array([numbers[row.tobytes()] for row in batch.text_ids]), hidden.values.numpy()
 
     return batches

@@ -13,6 +13,7 @@ that runs one contender only. Prints JSON.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import sys
@@ -28,6 +29,7 @@ from measure import in_a_process, machine, peak_memory_mb, ratio, rounds, summar
 from kdcache.cache.reader import open_cache
 from kdcache.distill.objective import DistillationModel, step_counts
 from kdcache.distill.training import Training, prepare
+from kdcache.progress import SilentProgress
 from kdcache.recipe import load_recipe
 from kdcache.training.loop import default_device
 from kdcache.training.optim import adamw
@@ -78,9 +80,7 @@ def compare(arguments: argparse.Namespace, count: int) -> dict[str, Any]:
     for runner in runners.values():
         runner.steps(2)  # warm-up: allocations, kernels, digests of the first parts
         runner.seconds = dict.fromkeys(PHASES, 0.0)
-    turns = rounds(
-        {name: lambda runner=runner: runner.steps(arguments.steps) for name, runner in runners.items()}, arguments.rounds
-    )
+    turns = rounds({name: functools.partial(runner.steps, arguments.steps) for name, runner in runners.items()}, arguments.rounds)
     rates = {name: [arguments.steps / seconds for seconds in taken] for name, taken in turns.items()}
     found: dict[str, Any] = {"steps per second": {name: summary(values) for name, values in rates.items()}}
     pairs = [
@@ -147,7 +147,8 @@ class Runner:
             f"distill.teachers={json.dumps(names)}",
         ]
         recipe = load_recipe(arguments.recipe, overrides)
-        training = prepare(recipe, arguments.cache, arguments.cache.parent, arguments.teachers if name == "live" else None)
+        live = arguments.teachers if name == "live" else None
+        training = prepare(recipe, arguments.cache, arguments.cache.parent, live, SilentProgress())
         device = default_device()
         torch.manual_seed(0)
         model = training.model().to(device).train()
@@ -202,7 +203,7 @@ class Runner:
             loss, _ = self.model(batch.to(self.device), step_counts([batch]))
             loss.backward()
         self.optimizer.zero_grad()
-        return counter.get_total_flops()
+        return int(counter.get_total_flops())
 
     def teachers_alone(self, steps: int = 4) -> float:
         """Seconds per step of making live targets and nothing else."""

@@ -1,0 +1,139 @@
+"""docs/benchmarks.md from the JSON of the measurements: a table each, nothing interpreted that was not measured."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+Report = Mapping[str, Any]
+
+HEAD = """# Benchmarks
+
+Written by `make bench`: every number is from one run of one program on one machine, its contenders taking turns; medians, ± the distance of
+the quartiles. Ratios are formed within a round. Nothing here is copied by hand.
+
+"""
+
+
+def render(measured: Path) -> str:
+    """The page, with a section for each file that is there."""
+    parts = [HEAD]
+    for name, section in SECTIONS.items():
+        file = measured / f"{name}.json"
+        if file.exists():
+            parts.append(section(json.loads(file.read_text(encoding="utf-8"))))
+    return "\n".join(parts)
+
+
+def number(found: Mapping[str, float]) -> str:
+    """Median ± spread."""
+    return f"{found['median']:.3g} ± {found['spread']:.1g}" if found["n"] > 1 else f"{found['median']:.3g}"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|", *(f"| {' | '.join(row)} |" for row in rows)]
+    return "\n".join(lines) + "\n"
+
+
+def opening(title: str, report: Report, about: str) -> str:
+    machine = report["machine"]
+    facts = ", ".join(f"{key} {value}" for key, value in machine.items())
+    return f"## {title}\n\n{about}\n\n    {report['command']}\n\n{facts}\n\n"
+
+
+def steps(report: Report) -> str:
+    text = opening(
+        "A student's step", report,
+        "`memory`: the step of `cached` with its targets lying ready. `live`: the teachers run in every step. `ideal`: plain FLOPs / (plain "
+        "+ projection FLOPs). `predicted`: from the teachers' forward times alone.",
+    )  # fmt: skip
+    for count in [key for key in report if key.endswith("teachers")]:
+        found = report[count]
+        rows = [
+            [name, number(rate), *(f"{found['share of time'][name][phase]:.1%}" for phase in found["share of time"][name]),
+             f"{found['peak memory, MB'][name]['peak_mb']:.0f}"]
+            for name, rate in found["steps per second"].items()
+        ]  # fmt: skip
+        text += f"### {count}\n\n" + table(
+            ["contender", "steps/s", "data", "forward", "loss", "backward", "optimizer", "peak MB"], rows
+        )
+        ratios = [[name, number(value)] for name, value in found["ratio of steps per second"].items()]
+        if "ideal cached / fine-tune by FLOPs" in found:
+            ratios.append(["ideal cached / fine-tune", f"{found['ideal cached / fine-tune by FLOPs']:.3g}"])
+        if "teachers alone" in found:
+            ratios.append(["predicted cached / live", f"{found['teachers alone']['predicted speed-up of the cache']:.3g}"])
+        text += "\n" + table(["ratio of steps/s", ""], ratios) + "\n"
+        if "teachers alone" in found and "live" in found["steps per second"]:
+            text += students(found) + "\n"
+    return text
+
+
+def students(found: Report) -> str:
+    """Teachers' forward passes for one epoch's worth of steps, as often as live and cached runs need them."""
+    teacher = found["teachers alone"]["seconds per step"]["median"]
+    cached, live = (1 / found["steps per second"][name]["median"] for name in ("cached", "live"))
+    rows = []
+    for count in (1, 3, 10):
+        once = teacher + count * 3 * cached  # the dump is one pass; each student sees the data three times
+        rows.append([str(count), f"{once:.3g}", f"{count * 3 * live:.3g}", f"{count * 3 * live / once:.2g}"])
+    return (
+        "Seconds per batch of the data, students trained for 3 epochs, the dump counted as one pass of the teachers:\n\n"
+        + table(["students", "cached, with the dump", "live", "live / cached"], rows)
+    )
+
+
+def dump(report: Report) -> str:
+    text = opening(
+        "The dump", report, "Time of the dump over a bare forward loop on the same batches; bases are fitted before and apart."
+    )
+    rows = [
+        [backend, name, number(found["bare, rows per second"]), number(found["dump, rows per second"]),
+         number(found["time of the dump / time of the bare loop"]), number(found["writing / time of the dump"]),
+         f"{found['fitting the bases, s']:.2g}"]
+        for backend in ("torch", "onnxruntime") if backend in report for name, found in report[backend].items()
+    ]  # fmt: skip
+    return text + table(
+        ["backend", "teacher", "bare, rows/s", "dump, rows/s", "dump / bare", "writing / dump", "fitting, s"], rows
+    )
+
+
+def cofinetune(report: Report) -> str:
+    text = opening("Co-finetuning", report, "All teachers together, and each alone: one epoch over the first rows.")
+    names = [name for name, value in report.items() if isinstance(value, dict) and "seconds" in value]
+    rows = [[name, number(report[name]["seconds"]), number(report[name]["peak memory, MB"])] for name in names]
+    ratio = number(report["seconds together / sum of seconds alone"])
+    return text + table(["run", "seconds", "peak MB beyond the libraries"], rows) + f"\nTogether / sum of alone: {ratio}\n"
+
+
+def scale(report: Report) -> str:
+    text = opening(
+        "Growth with the number of rows", report, "One teacher, one layer of 16 int8 values: what grows, not how much."
+    )
+    sizes = [key for key in report if key.endswith(" rows")]
+    keys = list(report[sizes[0]])
+    return text + table(["", *sizes], [[key, *(f"{report[size][key]:.4g}" for size in sizes)] for key in keys])
+
+
+def loader(title: str) -> Callable[[Report], str]:
+    def section(report: Report) -> str:
+        text = opening(title, report, f"{report['rows']} ragged rows of {report['dim']} {report['dtype']}, batches of 32.")
+        for regime in ("memory", "window"):
+            keys = list(next(iter(report[regime].values())))
+            rows = [[name, *(number(found[key]) for key in keys)] for name, found in report[regime].items()]
+            text += f"### {'Everything in memory' if regime == 'memory' else 'A window of 1/8, first epoch'}\n\n"
+            text += table(["loader", *keys], rows) + "\n"
+        return text
+
+    return section
+
+
+SECTIONS: Mapping[str, Callable[[Report], str]] = {
+    "steps": steps,
+    "loader-float16": loader("The loader and what one would take instead, float16"),
+    "loader-int8": loader("The loader and what one would take instead, int8"),
+    "dump": dump,
+    "cofinetune": cofinetune,
+    "scale": scale,
+}
