@@ -109,6 +109,21 @@ def create_file(path: Path, data: Buffer) -> bool:
     return True
 
 
+def share_file(source: Path, target: Path) -> None:
+    """Give a file that never changes a second name, durably; a copy where the file system has no hard links. Raises StorageError."""
+    temporary = target.parent / f".{target.name}.{secrets.token_hex(4)}{TEMPORARY}"
+    make_directory(target.parent)
+    try:
+        disk.link(source, temporary)
+    except OSError:
+        write_file(target, source.read_bytes())
+        return
+    _step(target, lambda: disk.rename(temporary, target))
+    with contextlib.suppress(FileNotFoundError):
+        temporary.unlink()  # where both names were of one file already, renaming does nothing
+    _step(target, lambda: disk.fsync_directory(target.parent))
+
+
 def _put(path: Path, blocks: Iterable[Buffer], check: Callable[[], None], publish: Callable[[Path], None] | None = None) -> None:
     temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}{TEMPORARY}"
     make_directory(path.parent)

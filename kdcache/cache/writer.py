@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,8 @@ from kdcache.cache.hidden import encode_layers
 from kdcache.cache.locking import hold_lock
 from kdcache.cache.manifest import Manifest, make_manifest
 from kdcache.cache.opening import open_contents, refuse_links, refuse_other_directory
+from kdcache.cache.parts import Part as Part
+from kdcache.cache.parts import PartTask as PartTask
 from kdcache.cache.selection import local_selection, selection_here, write_selection
 from kdcache.cache.spec import needs_tokens
 from kdcache.cache.stale import check_teacher
@@ -44,26 +46,8 @@ if TYPE_CHECKING:
     from kdcache.cache.digests import Arrivals
     from kdcache.cache.journal import Journal
     from kdcache.cache.selection import LocalSelection
-    from kdcache.cache.spec import Scope, Settings, TaskSpec, TeacherSpec
+    from kdcache.cache.spec import Settings, TaskSpec, TeacherSpec
     from kdcache.cache.tokens import Tokens
-
-
-@dataclass(frozen=True)
-class Part:
-    """Texts that are run together. Scope 'full' gets everything, 'logits' gets outputs alone."""
-
-    name: str
-    scope: Scope
-    text_ids: np.ndarray  # uint8[n, 16]
-
-
-@dataclass(frozen=True)
-class PartTask:
-    """What is still missing of one teacher and part."""
-
-    part: Part
-    outputs: bool
-    layers: tuple[int, ...]
 
 
 @contextlib.contextmanager
@@ -112,6 +96,15 @@ class CacheWriter:
         self._files = CheckedFiles(root, contents.files, local=local, arrivals=arrivals)
         self._texts = TextPlan(root, contents, journal, self._files)
         self._asked: dict[str, TeacherSpec] = {}
+
+    @property
+    def contents(self) -> Contents:
+        """All that is there, published or committed. It and the records change through ``kdcache.cache`` alone."""
+        return self._contents
+
+    @property
+    def journal(self) -> Journal:
+        return self._journal
 
     @property
     def parts(self) -> tuple[Part, ...]:

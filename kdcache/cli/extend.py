@@ -10,7 +10,7 @@ import typer
 from kdcache.cli.options import Json, RemoteUrl, Settings
 from kdcache.cli.output import out
 from kdcache.cli.references import find_cache
-from kdcache.errors import MismatchError, RecipeError
+from kdcache.errors import RecipeError
 from kdcache.progress import format_bytes
 
 if TYPE_CHECKING:
@@ -83,29 +83,13 @@ def _in_place(place: Path, wanted: Wanted, progress: Progress) -> ExtendReport:
 
 
 def _on_remote(found: RemoteCache, wanted: Wanted, tag: str | None, progress: Progress) -> tuple[ExtendReport, str]:
-    from dataclasses import replace
-
-    from kdcache.cache.manifest import read_manifest
     from kdcache.cli.stages import provenance
-    from kdcache.dump.extend import extend_cache
+    from kdcache.dump.next_version import extend_version
     from kdcache.share.local_store import default_store
-    from kdcache.share.push import push
-    from kdcache.share.refs import resolve
-    from kdcache.share.working_copy import working_copy
 
-    remote, ref, store = found.remote, found.ref, default_store()
-    newest = resolve(remote, ref.name).number == ref.number
-    with working_copy(remote, ref, store=store, progress=progress) as copy:
-        report = extend_cache(copy.path, wanted, progress=progress, arrivals=copy.arrivals, provenance=provenance())
-        now = resolve(remote, ref.name)
-        if newest and now.number != ref.number and now.identity != report.identity:
-            raise MismatchError(
-                f"'{ref.name}' got version {now.number} while {ref.pinned} was being extended",
-                f"Run the same command again: it extends {now.pinned}.",
-            )
-        pushed = push(remote, copy.path, ref.name, tag=tag, progress=progress)
-        place = store.adopt(copy.path, read_manifest(copy.path))
-    return replace(report, cache=place), pushed.reference
+    return extend_version(
+        found.remote, found.ref, wanted, store=default_store(), tag=tag, progress=progress, provenance=provenance()
+    )
 
 
 def _teachers(given: list[str]) -> dict[str, Path]:

@@ -9,6 +9,7 @@ change is the same file in both.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,13 +19,14 @@ from typing import TYPE_CHECKING, Any
 from kdcache.cache.card import cache_card
 from kdcache.cache.ids import ids_digest
 from kdcache.cache.manifest import read_manifest
+from kdcache.cache.merge import contents_so_far, take
 from kdcache.cache.writer import open_writer
 from kdcache.dump.additions import open_additions
 from kdcache.dump.layers import check_layer, spec_like
-from kdcache.dump.provenance import extended_provenance, forget_runs
+from kdcache.dump.provenance import extended_provenance, forget_runs, inherit_run
 from kdcache.dump.specs import PreparedTeacher, layer_specs, prepare, scopes, student_depth
 from kdcache.dump.stage import refuse_stale, run_missing, write_examples
-from kdcache.errors import MismatchError, RecipeError
+from kdcache.errors import DamageError, MismatchError, RecipeError
 from kdcache.recipe.sections import DumpSection, TeacherSection
 from kdcache.teachers.layer_map import even_layers
 
@@ -86,10 +88,13 @@ def extend_cache(
     progress: Progress,
     arrivals: Arrivals | None = None,
     provenance: Mapping[str, Any] | None = None,
+    earlier: Sequence[Path] = (),
+    like: Contents | None = None,
 ) -> ExtendReport:
     """Add what is wanted to the cache in ``cache_dir`` and publish it there; interrupted, the same call continues.
 
-    Raises MismatchError (exit 4) where the cache was made otherwise, where new rows would be lacking of a teacher that is not
+    ``earlier``: directories in which another version of the cache was extended; what they have of the same teachers, run alike on
+    the same texts, is taken over. ``like``: contents after whose teachers newcomers are run, where not after the cache's. Raises MismatchError (exit 4) where the cache was made otherwise, where new rows would be lacking of a teacher that is not
     given, where something has to be read that was not pulled, or a cache without texts is given no data; what ``dump_teachers`` raises.
     """
     started = time.perf_counter()
@@ -99,16 +104,18 @@ def extend_cache(
     full, logits_only = ({}, {}) if task is None else scopes(task)
     if not wanted.teachers and task is None:
         raise RecipeError("nothing to add was named", "Name a teacher with --teacher NAME=DIR, or new rows with --recipe RECIPE.")
+    max_length = _max_length(wanted, like or contents)
     with (
-        open_additions(wanted.teachers, contents.task, _max_length(wanted, contents), progress) as additions,
+        open_additions(wanted.teachers, contents.task, max_length, progress) as additions,
         open_writer(cache_dir, contents.task, contents.settings, store_text=contents.has_text, arrivals=arrivals) as writer,
     ):
         new_texts = _new_texts(writer, full, logits_only)
         _refuse_lacking_teachers(writer, additions, new_texts)
         _refuse_without_text(writer, task)
-        teachers = [_prepare(one, wanted, contents, new_texts > 0) for one in additions.values()]
+        teachers = [_prepare(one, wanted, contents, like or contents, new_texts > 0) for one in additions.values()]
         refuse_stale(writer, teachers)
         writer.add_texts(full, logits_only)
+        _take_over(writer, earlier, teachers)
         runs = _run(writer, teachers, additions, wanted, progress)
         if task is not None:
             write_examples(writer, task)
@@ -152,14 +159,24 @@ def _max_length(wanted: Wanted, contents: Contents) -> int:
     return max((spec.max_length for spec in contents.teachers.values()), default=128)
 
 
-def _prepare(addition: Addition, wanted: Wanted, contents: Contents, with_rows: bool) -> PreparedTeacher:
-    """A teacher of the cache as it was run, with layers added; a newcomer as the recipe says, or as the others were run."""
+def _take_over(writer: CacheWriter, earlier: Sequence[Path], teachers: Sequence[PreparedTeacher]) -> None:
+    """What earlier work has of teachers; a directory that is not readable is as good as none."""
+    for place in earlier:
+        with contextlib.suppress(DamageError):
+            there = contents_so_far(place)
+            for teacher in teachers:
+                if take(writer, place, there, teacher.spec):
+                    inherit_run(place, writer.root, teacher.spec.name)
+
+
+def _prepare(addition: Addition, wanted: Wanted, contents: Contents, others: Contents, with_rows: bool) -> PreparedTeacher:
+    """A teacher of the cache as it was run, with layers added; a newcomer as the recipe says, or as ``others`` were run."""
     name, recipe = addition.name, wanted.recipe
     known = contents.teachers.get(name)
     section = _section(name, recipe)
-    like = known or _example(contents)
+    like = known or _example(others)
     dump = recipe.dump if recipe is not None and known is None else _as_it_was(like, contents)
-    max_length = known.max_length if known else (section.max_length if section else None) or _max_length(wanted, contents)
+    max_length = known.max_length if known else (section.max_length if section else None) or _max_length(wanted, others)
 
     def layers(teacher: Teacher) -> dict[int, LayerSpec]:
         new = _new_layers(teacher, wanted, section, known, like)

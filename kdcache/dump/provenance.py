@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from kdcache.teachers.bundle import Bundle, TeacherRecord
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "zarr", "pyarrow", "numpy", "safetensors")
+_OF_ORIGIN = ("source", "revision", "licence", "scores")  # of a teacher, whichever run
 _SUFFIX = ".run"  # of records in the directory of a dump under way
 
 
@@ -74,6 +75,14 @@ def remember_run(cache_dir: Path, run: TeacherRun) -> None:
         **run.record,
     }
     write_file(cache_dir / STATE / f"{run.teacher}{_SUFFIX}", json.dumps(record).encode())
+
+
+def inherit_run(source: Path, cache_dir: Path, name: str) -> None:
+    """Keep what another directory knows of the run of a teacher whose files were taken over from it."""
+    record = _remembered(source).get(name) or dict(_earlier(source).get("teachers", {})).get(name, {})
+    known = {key: value for key, value in record.items() if key not in _OF_ORIGIN} if isinstance(record, Mapping) else {}
+    if known:
+        write_file(cache_dir / STATE / f"{name}{_SUFFIX}", json.dumps(known).encode())
 
 
 def forget_runs(cache_dir: Path) -> None:

@@ -8,7 +8,7 @@ machine slept) begins again with the presence, so that it never trusts what it s
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -75,6 +75,7 @@ class _Job:
     pace: Pace
     progress: Progress
     workers: int
+    after: Collection[Ref] | None
     sent: dict[str, int] = field(default_factory=dict)  # key -> bytes
 
 
@@ -86,19 +87,20 @@ def push(
     tag: str | None = None,
     with_text: bool = True,
     dry_run: bool = False,
+    after: Collection[Ref] | None = None,
     progress: Progress | None = None,
     pace: Pace | None = None,
     workers: int = WORKERS,
 ) -> PushReport:
     """Publish the cache in ``cache_dir`` as the newest version of ``name``; the same content again makes no new one.
 
-    Raises DamageError (a local file is missing or altered), MismatchError (files that were not pulled are not on the remote
+    ``after``: what must be the newest version until this one is made; OvertakenError where it is not. Raises DamageError (a local file is missing or altered), MismatchError (files that were not pulled are not on the remote
     either; the tag is taken), LockedError (a gc does not end), RemoteAccessError (read-only credentials), RemoteError.
     """
     layout.check_name(name)
     if tag:
         layout.check_tag(tag)
-    job = _prepare(remote, cache_dir, name, tag, with_text, pace or Pace(), progress or SilentProgress(), workers)
+    job = _prepare(remote, cache_dir, name, tag, with_text, pace or Pace(), progress or SilentProgress(), workers, after)
     if dry_run:
         return _would(job)
     with _writable(remote), hold(remote, "intent", job.pace) as lease:
@@ -107,7 +109,15 @@ def push(
 
 
 def _prepare(
-    remote: Remote, root: Path, name: str, tag: str | None, with_text: bool, pace: Pace, progress: Progress, workers: int
+    remote: Remote,
+    root: Path,
+    name: str,
+    tag: str | None,
+    with_text: bool,
+    pace: Pace,
+    progress: Progress,
+    workers: int,
+    after: Collection[Ref] | None,
 ) -> _Job:
     manifest = read_manifest(root)
     data = (root / cache_layout.MANIFEST).read_bytes()
@@ -131,12 +141,15 @@ def _prepare(
     sha = hashlib.sha256(data).hexdigest()
     key = layout.manifest_key(sha)
     objects[key] = _Object(key, FileDigest(len(data), sha), None, data)
-    return _Job(remote, name, tag, manifest, sha, objects, pace, progress, workers)
+    return _Job(remote, name, tag, manifest, sha, objects, pace, progress, workers, after)
 
 
 def _publish(job: _Job, lease: Lease) -> tuple[Ref, bool]:
     """The protocol. Gives back the ref and whether it is a new one."""
-    before = {ref.key for ref in refs.history(job.remote, job.name)}
+    found = refs.history(job.remote, job.name)
+    before = {ref.key for ref in found}
+    if job.after is not None and refs.newest_like(found, job.manifest_sha, job.tag) is None:
+        refs.check_newest(found, job.after)  # before anything is sent; asked again as the ref is made
     ref: Ref | None = None
     for _ in range(_ROUNDS):
         lease.renew()
@@ -147,7 +160,7 @@ def _publish(job: _Job, lease: Lease) -> tuple[Ref, bool]:
             continue
         ref = ref or refs.publish(
             job.remote, job.name, job.manifest_sha, job.manifest.identity, job.tag,
-            size=_size(job), files=len(job.objects) - 1, sleep=job.pace.sleep,
+            size=_size(job), files=len(job.objects) - 1, after=job.after, sleep=job.pace.sleep,
         )  # fmt: skip
         _send_missing(job, [key for key in job.objects if key not in job.sent], lease)
         if lease.holds(epoch):

@@ -11,7 +11,7 @@ import random
 import secrets
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Literal
@@ -24,9 +24,13 @@ from kdcache.share.ref_document import MAX_BYTES, Ref, parse_ref, ref_bytes
 if TYPE_CHECKING:
     from kdcache.share.remote import Entry, Remote
 
-__all__ = ["Ref", "history", "live", "publish", "resolve", "tombstone"]
+__all__ = ["OvertakenError", "Ref", "history", "live", "publish", "resolve", "tombstone"]
 
 ATTEMPTS = 100  # races for a number that may be lost before giving up
+
+
+class OvertakenError(MismatchError):
+    """Another version became the newest one before one's own was made."""
 
 
 def history(remote: Remote, name: str, known: Mapping[str, Ref] | None = None) -> tuple[Ref, ...]:
@@ -86,11 +90,14 @@ def publish(
     *,
     size: int = 0,
     files: int = 0,
+    after: Collection[Ref] | None = None,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Ref:
     """Make the next version of a name, or give back its newest one where that has this manifest (and tag, where one is asked for).
 
-    Manifest and files must be there. Raises MismatchError where the tag belongs to another version.
+    Manifest and files must be there. ``after``: what must be the newest version when this one is made (several refs: a fork), and
+    where creates are decided nothing comes between; OvertakenError where it is not. MismatchError where the tag belongs to
+    another version.
     """
     wanted = Ref(layout.check_name(name), 0, manifest_sha, identity, tag and layout.check_tag(tag), None, "", "", size, files)
 
@@ -99,6 +106,8 @@ def publish(
         taken = next((ref for ref in live(refs) if tag and ref.tag == tag and ref.manifest != manifest_sha), None)
         if newest is None and taken:
             raise MismatchError(f"tag '{tag}' of '{name}' is version {taken.number} already", "Choose another tag.")
+        if newest is None and after is not None:
+            check_newest(refs, after)
         return newest
 
     return _append(remote, wanted, already, sleep)
@@ -109,6 +118,23 @@ def tombstone(
 ) -> Ref:
     """Drop versions of a name by a version that says so."""
     return _append(remote, Ref(layout.check_name(name), 0, "", "", None, removes, "", ""), lambda _: None, sleep)
+
+
+def newest_of(refs: Sequence[Ref]) -> tuple[Ref, ...]:
+    """The newest version of a name's history; several where two writers made the same number; empty where there is none."""
+    found = live(refs)
+    return tuple(ref for ref in found if ref.number == found[-1].number)
+
+
+def check_newest(refs: Sequence[Ref], after: Collection[Ref]) -> None:
+    """OvertakenError where the newest version is another one than ``after``."""
+    newest = newest_of(refs)
+    if {ref.key for ref in newest} != {ref.key for ref in after}:
+        there = f"its newest version is {newest[-1].pinned}" if newest else "all its versions were removed"
+        expected = ", ".join(ref.pinned for ref in after)
+        raise OvertakenError(
+            f"this was to follow {expected}, and {there}", "Run the same command again: it starts from the newest version."
+        )
 
 
 def newest_like(refs: Sequence[Ref], manifest_sha: str, tag: str | None) -> Ref | None:

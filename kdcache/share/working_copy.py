@@ -24,6 +24,7 @@ from kdcache.share.reading_through import read_through
 
 if TYPE_CHECKING:
     from kdcache.cache.digests import Arrivals
+    from kdcache.cache.manifest import Manifest
     from kdcache.progress import Progress
     from kdcache.share.local_store import LocalStore
     from kdcache.share.refs import Ref
@@ -32,10 +33,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class WorkingCopy:
-    """``path``: a cache directory of which little is there; ``arrivals`` brings what is wanted of the rest."""
+    """``path``: a cache directory of which little is there; ``arrivals`` brings what is wanted of the rest.
+
+    ``manifest`` is that of the version on the remote, whatever was added in ``path`` since.
+    """
 
     path: Path
     arrivals: Arrivals
+    manifest: Manifest
 
 
 @contextlib.contextmanager
@@ -53,7 +58,19 @@ def working_copy(remote: Remote, ref: Ref, *, store: LocalStore, progress: Progr
             if not (path / layout.MANIFEST).is_file():
                 write_selection(path, Selection({}, text=False), complete=False, origin=ref.pinned)
                 write_file(path / layout.MANIFEST, cache.manifest.to_bytes())
-            yield WorkingCopy(path, linking)
+            yield WorkingCopy(path, linking, cache.manifest)
+
+
+@contextlib.contextmanager
+def other_copies(name: str, copy: WorkingCopy, *, store: LocalStore) -> Iterator[tuple[Path, ...]]:
+    """Copies of other versions of a name in which work was left, held while the block runs; those that others hold are left out."""
+    with contextlib.ExitStack() as stack:
+        found = []
+        for path in sorted((store.root / "extending").glob(f"{name}-*")):
+            same_name = path.name.rpartition("-")[0] == name and path != copy.path and (path / layout.MANIFEST).is_file()
+            if same_name and stack.enter_context(attempt(store.root / "locks" / f"extending-{path.name}")):
+                found.append(path)
+        yield tuple(found)
 
 
 @dataclass(frozen=True)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from typing import cast
 
 import pytest
 
 from kdcache.cache.canonical import canonical_json, digest_of, parse_json
 from kdcache.errors import DamageError, MismatchError, RecipeError
 from kdcache.share import layout
-from kdcache.share.refs import history, live, publish, resolve, tombstone
+from kdcache.share.refs import OvertakenError, Ref, history, live, publish, resolve, tombstone
+from kdcache.share.remote import Remote
 from kdcache.testing.memory_remote import MemoryRemote
+from tests.share.worlds import Watched
 
 A, B, C = ("a" * 64, "b" * 64, "c" * 64)
 ONE, TWO = ("1" * 64, "2" * 64)
@@ -187,3 +190,32 @@ def test_objects_of_others_are_left_alone(remote: MemoryRemote) -> None:
     for key in ("refs/sst2/readme.txt", "refs/sst2/01.json", "refs/sst2/2/x.json", "refs/notes"):
         remote.write(key, b"mine")
     assert [ref.number for ref in history(remote, "sst2")] == [1]
+
+
+def test_a_version_that_is_to_follow_another_follows_it_or_is_not_made(remote: MemoryRemote) -> None:
+    first = publish(remote, "sst2", A, ONE, None)
+    second = publish(remote, "sst2", B, TWO, None, after=[first])
+    assert publish(remote, "sst2", B, TWO, None, after=[first]) == second  # one's own, found after a lost answer
+    with pytest.raises(OvertakenError, match=r"was to follow sst2@1, and its newest version is sst2@2") as caught:
+        publish(remote, "sst2", C, TWO, None, after=[first])
+    assert caught.value.exit_code == 4
+    tombstone(remote, "sst2", (1,))
+    assert publish(remote, "sst2", C, TWO, None, after=[second]).number == 4  # what was dropped is no version
+    tombstone(remote, "sst2", "all")
+    with pytest.raises(OvertakenError, match="all its versions were removed"):
+        publish(remote, "sst2", A, ONE, None, after=[second])
+
+
+def test_two_that_follow_the_same_version_at_once(remote: MemoryRemote) -> None:
+    """The second one read the history before the first one made its number: the store decides."""
+    first = publish(remote, "sst2", A, ONE, None)
+    made: list[Ref] = []
+
+    def hear(method: str, _: str) -> None:
+        if method == "create" and not made:
+            made.append(publish(remote, "sst2", B, TWO, None, after=[first]))
+
+    slow = cast("Remote", Watched(remote, hear))
+    with pytest.raises(OvertakenError):
+        publish(slow, "sst2", C, ONE, None, after=[first], sleep=no_sleep)
+    assert [ref.manifest for ref in history(remote, "sst2")] == [A, B]
