@@ -9,6 +9,7 @@ extracted once, in float32, and kept under ``--states``. One thread. Prints one 
     cut       PCA cut at as many dimensions as fit, int8 with one scale per token
     scalar    PCA, bits allotted by variance, Lloyd-Max tables (the coder of kdcache with window 0)
     trellis   the same with tables looked up by the last 6 (8) bits, rows searched by dynamic programming
+    per coordinate  scalar with a table of its own for each coordinate instead of one for each depth
     shared    trellis with one basis for all layers of the teacher
     entropy   PCA, uniform steps, as many bytes as an ideal entropy coder takes on average: a bound, with rows of unequal length
     product   product quantisation: 256 centroids for each of so many pieces of the state
@@ -188,6 +189,21 @@ def coded(states: States, size: int, window: int, basis: Basis | None = None) ->
     return states.share(decoder(rows).numpy() @ components + whole.mean), timed(lambda: decoder(rows[:DECODED_ROWS]))
 
 
+def per_coordinate(states: States, size: int) -> Result:
+    whole = states.basis
+    coordinates, unseen = (
+        torch.from_numpy((x - whole.mean) @ whole.components.T) for x in (some(states.fit, SAMPLE_ROWS), states.unseen)
+    )
+    back = np.zeros(unseen.shape, np.float32)
+    bits = allot_bits(whole.explained_variance.astype(np.float64), 8 * size)
+    for place in np.flatnonzero(bits).tolist():
+        scale = np.sqrt(whole.explained_variance[place : place + 1])
+        codebook = train_codebook(coordinates[:, place : place + 1], bits[place : place + 1], scale, window=0)
+        rows = Coder(codebook, 1, "cpu")(unseen[:, place : place + 1])
+        back[:, place : place + 1] = decode_rows(rows, codebook)
+    return states.share(back @ whole.components + whole.mean), None
+
+
 def shared(states: States, size: int) -> Result:
     return coded(states, size, 6, pca((piece for path in states.others for piece in chunks(np.load(path))), states.fit.shape[1]))
 
@@ -259,6 +275,7 @@ CODERS: dict[str, Callable[[States, int], Result]] = {
     "scalar": lambda states, size: coded(states, size, 0),
     "trellis": lambda states, size: coded(states, size, 6),
     "trellis 8": lambda states, size: coded(states, size, 8),
+    "per coordinate": per_coordinate,
     "shared": shared,
     "entropy": entropy,
     "product": product,

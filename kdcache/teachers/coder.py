@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,9 +18,10 @@ from kdcache.cache.codebook import Codebook, pack_codes
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    import numpy as np
-
-_BLOCK = {"cpu": 512, "cuda": 8192}  # tokens at once: what fits a cache; what hides the time to start a kernel
+_COSTS_BYTES = {
+    "cpu": 96 << 20,
+    "cuda": 2 << 30,
+}  # of a block of tokens; on a GPU many hide the time that starting a kernel takes
 _NEVER = 1e30
 
 
@@ -47,7 +49,8 @@ def best_windows(coordinates: Tensor, levels: Sequence[Tensor], bits: Sequence[i
 
     ``levels``: per coordinate its table, [2 ** max(window, bits)]. The sum of squared errors of a row is the least possible.
     """
-    block = _BLOCK.get(coordinates.device.type, _BLOCK["cuda"])
+    budget = _COSTS_BYTES.get(coordinates.device.type, _COSTS_BYTES["cuda"])
+    block = min(max(budget // (4 * sum(len(table) for table in levels)), 64), 8192)
     pieces = [_search(piece.T.contiguous(), levels, bits, window) for piece in coordinates.float().split(block)]
     return torch.cat(pieces) if pieces else torch.empty(0, len(bits), dtype=torch.int64, device=coordinates.device)
 
@@ -69,10 +72,18 @@ def _search(columns: Tensor, levels: Sequence[Tensor], bits: Sequence[int], wind
         costs.append(cost.view(-1, tokens).addcmul_(table[:, None], column[None], value=-2.0))
     found = torch.empty(len(bits), tokens, dtype=torch.int64, device=columns.device)
     entry = costs[-1].argmin(0)
-    every = torch.arange(tokens, device=columns.device)
     for place in range(len(bits) - 1, -1, -1):
         found[place] = entry
         shared = 1 << (max(window, bits[place]) - bits[place])
         prefix = entry >> bits[place]
-        entry = costs[place].view(-1, shared, tokens)[:, prefix, every].argmin(0) * shared + prefix
+        entry = _best_entry(costs[place], prefix, shared)
     return found.T
+
+
+def _best_entry(costs: Tensor, prefix: Tensor, shared: int) -> Tensor:
+    """[n]: of the rows of ``costs`` [entries, n] that are ``prefix`` [n] modulo ``shared``, the one with the least cost."""
+    rows = torch.arange(0, len(costs), shared, device=costs.device)[:, None] + prefix
+    if costs.device.type != "cpu":
+        return costs.gather(0, rows).argmin(0) * shared + prefix
+    places = (rows * costs.shape[1]).numpy() + np.arange(costs.shape[1])
+    return torch.from_numpy(costs.numpy().reshape(-1).take(places).argmin(axis=0)) * shared + prefix  # torch takes twice as long
