@@ -25,7 +25,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -42,9 +41,6 @@ from kdcache.dump.specs import PreparedTeacher, prepare_teachers, scopes
 from kdcache.recipe import load_recipe
 from kdcache.teachers.bundle import read_bundle
 from kdcache.teachers.coder import Coder
-
-if TYPE_CHECKING:
-    from kdcache.cache.blocks import Basis
 
 UNSEEN_ROWS = 4096
 DECODED_ROWS = 1024  # at once: about a batch
@@ -118,12 +114,21 @@ def pick(texts: list[tuple[str, ...]], count: int) -> list[tuple[str, ...]]:
 
 
 @dataclass
+class Rotation:
+    """An orthonormal PCA basis at full width."""
+
+    components: np.ndarray
+    mean: np.ndarray
+    explained_variance: np.ndarray
+
+
+@dataclass
 class States:
     """``fit`` and ``unseen`` float32 [rows, width]; ``basis``: PCA at full width; ``others``: files of the teacher's layers."""
 
     fit: np.ndarray
     unseen: np.ndarray
-    basis: Basis
+    basis: Rotation
     others: list[Path]
 
     @staticmethod
@@ -145,11 +150,15 @@ def chunks(array: np.ndarray) -> Iterator[torch.Tensor]:
         yield torch.from_numpy(array[start : start + 4096])
 
 
-def pca(pieces: Iterator[torch.Tensor], width: int) -> Basis:
+def pca(pieces: Iterator[torch.Tensor], width: int) -> Rotation:
     moments = Moments(width, cross=True)
     for piece in pieces:
         moments.add(piece)
-    return fit_basis(moments, "pca", width, seed=0, name="", layer=0)
+    basis = fit_basis(moments, "pca", width, seed=0, name="", layer=0)
+    assert basis.components is not None
+    assert basis.mean is not None
+    assert basis.explained_variance is not None
+    return Rotation(basis.components, basis.mean, basis.explained_variance)
 
 
 def timed(call: Callable[[], object]) -> float:
@@ -175,7 +184,7 @@ def cut(states: States, size: int) -> Result:
     )
 
 
-def coded(states: States, size: int, window: int, basis: Basis | None = None) -> Result:
+def coded(states: States, size: int, window: int, basis: Rotation | None = None) -> Result:
     whole = basis or states.basis
     sample = some(states.fit, SAMPLE_ROWS)
     coordinates = torch.from_numpy((sample - whole.mean) @ whole.components.T)
