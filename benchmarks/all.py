@@ -55,6 +55,7 @@ def main() -> None:
     parser.add_argument("--teachers", type=Path)
     parser.add_argument("--cache", type=Path)
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--rivals-python", default=sys.executable, help="interpreter of benchmarks/requirements.txt")
     parser.add_argument("--measured", type=Path, default=HERE / "measured", help="where the JSON is kept")
     parser.add_argument("--to", type=Path, default=HERE.parent / "docs" / "benchmarks.md")
     arguments = parser.parse_args()
@@ -93,6 +94,8 @@ def measure(name: str, places: dict[str, str], arguments: argparse.Namespace) ->
     words = shlex.split(one.quick if arguments.quick else one.usual)
     for key in one.where:
         words = [places[key], *words] if key == "recipe" else [*words, f"--{key}", places[key]]
+    if one.script == "rivals.py":
+        words += ["--rivals-python", arguments.rivals_python]
     if "recipe" in one.where:
         words += [word for override in arguments.overrides for word in ("--set", override)]
     print(f"$ python benchmarks/{one.script} {shlex.join(words)}", file=sys.stderr, flush=True)

@@ -8,16 +8,18 @@ Contenders: `kdcache` (everything that a student's step needs: its tokens, label
 defaults of their documentation, each with 0 and 2 workers of torch's DataLoader. Every turn of a contender is a process of its own; turns are
 interleaved. `memory`: the second epoch, everything decoded where a contender can keep it. `window`: the first epoch through 1/8
 of the data, digests checked where there are any. Shuffle quality is the rank correlation between stored and served order (0 is
-best) and the number of distinct parts of 1/32 of the data in a batch. Contenders that are not installed are left out. Prints JSON.
+best) and the number of distinct parts of 1/32 of the data in a batch. The three other libraries ask for older versions of what kdcache
+needs: `--rivals-python` names the interpreter of an environment that has them (benchmarks/requirements.txt); those that are not there
+are left out. Prints JSON.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import itertools
 import json
 import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -39,17 +41,18 @@ Batches = Iterator[tuple[np.ndarray, np.ndarray]]  # (row numbers, packed values
 def main() -> None:
     arguments = parse()
     if arguments.alone:
-        json.dump(turn(arguments), sys.stdout)
+        if arguments.regime == "write":
+            WRITERS[arguments.alone](arguments.folder, *make_rows(arguments))
+        json.dump({} if arguments.regime == "write" else turn(arguments), sys.stdout)
         return
     report: dict[str, Any] = {"machine": machine(), "rows": arguments.rows, "dim": arguments.dim, "dtype": arguments.dtype}
     with tempfile.TemporaryDirectory() as folder:
         arguments.folder = Path(folder)
         os.environ["KDCACHE_HOME"] = str(Path(folder) / "home")
-        values, offsets = make_rows(arguments)
-        contenders = [name for name in CONTENDERS if name not in NEEDS or importlib.util.find_spec(NEEDS[name])]
+        contenders = [name for name in CONTENDERS if there(name, arguments.rivals_python)]
         for name in contenders:
             print(f"writing {name}", file=sys.stderr, flush=True)
-            WRITERS[name](Path(folder), values, offsets)
+            alone(arguments, name, "write")
         for regime in ("memory", "window"):
             report[regime] = compare(arguments, contenders, regime)
     json.dump(report, sys.stdout, indent=2)
@@ -65,7 +68,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--workers", type=int, nargs="*", default=[0, 2])
     parser.add_argument("--alone", choices=CONTENDERS, help=argparse.SUPPRESS)
-    parser.add_argument("--regime", choices=("memory", "window"), help=argparse.SUPPRESS)
+    parser.add_argument("--rivals-python", default=sys.executable, help="interpreter that has the other libraries")
+    parser.add_argument("--regime", choices=("memory", "window", "write"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -76,15 +80,26 @@ def compare(arguments: argparse.Namespace, contenders: list[str], regime: str) -
     turns: dict[str, list[dict[str, Any]]] = {label(*entry): [] for entry in entries}
     for number in range(arguments.rounds):
         for name, workers in entries[number % len(entries) :] + entries[: number % len(entries)]:
-            options = ["--rows", str(arguments.rows), "--dim", str(arguments.dim), "--dtype", arguments.dtype]
-            options += ["--tokens", str(arguments.tokens), "--alone", name, "--regime", regime, "--workers", str(workers)]
-            turns[label(name, workers)].append(in_a_process("rivals.py", [*options, "--folder", str(arguments.folder)]))
+            turns[label(name, workers)].append(alone(arguments, name, regime, workers))
     limit = [one["GB/s"] for one in turns[label("memory map", 0)]]
     return {
         name: {key: summary([one[key] for one in found]) for key in found[0]}
         | {"share of the memory map's GB/s": ratio([one["GB/s"] for one in found], limit)}
         for name, found in turns.items()
     }
+
+
+def there(name: str, python: str) -> bool:
+    """Whether the library of a contender can be imported by the interpreter that would run it."""
+    return name not in NEEDS or not subprocess.run([python, "-c", f"import {NEEDS[name]}"], capture_output=True).returncode
+
+
+def alone(arguments: argparse.Namespace, name: str, regime: str, workers: int = 0) -> dict[str, Any]:
+    """One contender in a process of its own."""
+    options = ["--rows", str(arguments.rows), "--dim", str(arguments.dim), "--dtype", arguments.dtype]
+    options += ["--tokens", str(arguments.tokens), "--alone", name, "--regime", regime, "--workers", str(workers)]
+    python = arguments.rivals_python if name in NEEDS else sys.executable
+    return in_a_process("rivals.py", [*options, "--folder", str(arguments.folder)], python=python)
 
 
 def label(name: str, workers: int) -> str:
