@@ -46,8 +46,10 @@ def push(
     """
     require_directory(path)
     from kdcache.progress import RichProgress
+    from kdcache.share.memory import give_back_large_blocks
     from kdcache.share.push import push as publish
 
+    give_back_large_blocks()
     store = open_team(remote)
     report = publish(store, path, name, tag=tag, with_text=not no_text, dry_run=dry_run, progress=RichProgress())
     out.document({**asdict(report), "remote": store.url})

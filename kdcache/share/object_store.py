@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdcache.errors import DamageError, MissingObjectError, RemoteError
+from kdcache.share.budget import ByteBudget
 from kdcache.share.keys import check_key, check_prefix, is_key
 from kdcache.share.remote import Entry
 from kdcache.share.store_access import obstore, open_store
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
 BLOCK = 1 << 20  # bytes, at least, of one block of a read
 PART = 8 << 20  # bytes of one part of a multipart upload, more for files that would need over MOST_PARTS
 MOST_PARTS = 9000  # S3 ends at 10,000
-PARTS_AT_ONCE = 4  # of one file; the memory of an upload is PART times this
+PARTS_AT_ONCE = 3  # of one file on their way, while one more is read
+IN_FLIGHT = 64 << 20  # bytes of all uploads together
 _CLOCK = f"{PROBES}/clock"  # one object, written again and again
 _decides: dict[tuple[str, str, str], bool] = {}  # (scheme, endpoint, bucket): what the probe of this process found
 _probing = threading.Lock()
@@ -40,6 +42,7 @@ class ObjectStoreRemote:
 
     def __init__(self, store: ObjectStore, place: Place) -> None:
         self._store, self._place = store, place
+        self._budget = ByteBudget(IN_FLIGHT)
 
     def __repr__(self) -> str:
         return f"ObjectStoreRemote({self.url!r})"
@@ -97,16 +100,17 @@ class ObjectStoreRemote:
     def write(self, key: str, source: Path | bytes) -> None:
         check_key(key)
         if isinstance(source, bytes):
-            self._put(key, source, "write", use_multipart=False)
+            with self._budget.hold(len(source)):
+                self._put(key, source, "write", use_multipart=False)
             return
         try:
             size = source.stat().st_size
         except OSError as error:
             raise RemoteError(f"cannot send '{source}': {error.strerror}", "Check the cache: kdcache cache verify PATH") from None
         part = max(PART, -(-size // MOST_PARTS))
-        self._put(
-            key, source, "write", use_multipart=size > PART, chunk_size=part, max_concurrency=PARTS_AT_ONCE
-        )  # fmt: skip
+        at_once = max(1, min(PARTS_AT_ONCE, IN_FLIGHT // 2 // part - 1))
+        with self._budget.hold(min(size, part * (at_once + 1))):
+            self._put(key, source, "write", use_multipart=size > PART, chunk_size=part, max_concurrency=at_once)
 
     def create(self, key: str, data: bytes) -> bool:
         check_key(key)

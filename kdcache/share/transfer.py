@@ -19,7 +19,7 @@ from kdcache.share import layout
 if TYPE_CHECKING:
     from kdcache.share.remote import Remote
 
-SMALL = 4 << 20  # bytes; files up to here are sent from memory, exactly the bytes that were digested
+SMALL = 1 << 20  # bytes; files up to here are sent from memory, exactly the bytes that were digested
 _BLOCK = 1 << 20
 _FRUITLESS = 4  # continuations of a body without a byte arriving, before giving up
 _FETCHES = 2  # of an object whose bytes were wrong
