@@ -144,6 +144,11 @@ def _live_line(stream: TextIO) -> Any:
     return Progress(*columns, console=Console(file=stream), transient=True, redirect_stdout=False)
 
 
+def counted(count: int, noun: str) -> str:
+    """``1 file``, ``2,048 files``."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def format_bytes(count: float) -> str:
     """Decimal units, three digits: ``3.14 MB``."""
     for unit in _UNITS[:-1]:

@@ -15,7 +15,7 @@ from kdcache.cache import layout
 from kdcache.cache.ids import ID_BYTES
 from kdcache.cache.selection import component
 from kdcache.cache.spec import Fingerprints
-from kdcache.progress import format_bytes
+from kdcache.progress import counted, format_bytes
 
 if TYPE_CHECKING:
     from kdcache.cache.reader import Cache
@@ -194,7 +194,7 @@ def _teacher_lines(found: Mapping[str, Any]) -> Iterator[str]:
     for layer, pairs in found.get("layers", {}).items():
         yield from (f"layer {layer}: {key}: - {_show(old)}  + {_show(new)}" for key, (old, new) in pairs.items())
     if "other_values_in" in found:
-        yield f"{found['other_values_in']:,} files of the same name have other values"
+        yield f"{counted(found['other_values_in'], 'file')} with other values under the same name"
 
 
 def _show(value: Any) -> str:

@@ -21,6 +21,7 @@ from kdcache.cache.manifest import read_manifest
 from kdcache.cache.spec import needs_tokens
 from kdcache.cache.writer import open_writer
 from kdcache.errors import MismatchError
+from kdcache.progress import counted
 
 if TYPE_CHECKING:
     from kdcache.cache.contents import Contents, PartInfo
@@ -68,7 +69,8 @@ def differences(one: Contents, other: Contents) -> Iterator[tuple[str, str]]:
     yield from ((f"{what} {pair[0]}", f"{what} {pair[1]}") for what, pair in pairs.items() if pair[0] != pair[1])
     if not same_texts(one, other):
         told = [
-            f"{sum(part.texts for part in contents.parts):,} texts in {len(contents.parts):,} parts" for contents in (one, other)
+            f"{counted(sum(part.texts for part in contents.parts), 'text')} in {counted(len(contents.parts), 'part')}"
+            for contents in (one, other)
         ]
         yield told[0], told[1] if told[0] != told[1] else "as many others"
 

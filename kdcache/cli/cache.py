@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,7 +13,7 @@ from kdcache.cli.options import Json, RemoteUrl
 from kdcache.cli.output import out
 from kdcache.cli.references import find_version
 from kdcache.errors import KdcacheError, RecipeError
-from kdcache.progress import format_bytes
+from kdcache.progress import counted, format_bytes
 
 if TYPE_CHECKING:
     from kdcache.share.refs import Ref
@@ -90,7 +91,7 @@ def _verify_directory(path: Path) -> None:
     for stray in strays:
         out.note(f"not part of the cache: {stray}")
     if damages:
-        count = "1 damaged file" if len(damages) == 1 else f"{len(damages)} damaged files"
+        count = counted(len(damages), "damaged file")
         out.error(f"cache '{path}' has {count}", "Dump again only what is damaged: kdcache dump-teachers RECIPE --repair")
         raise typer.Exit(3)
     if coming:
@@ -125,7 +126,7 @@ def _verify_remote(remote: Remote, ref: Ref, share: float, seed: str) -> None:
     for damage in damages:
         out.text(f"{damage.file}: {damage.reason}")
     if damages:
-        count = "1 damaged object" if len(damages) == 1 else f"{len(damages)} damaged objects"
+        count = counted(len(damages), "damaged object")
         out.error(
             f"{ref.pinned} on {remote.url} has {count}",
             "Delete what is damaged there, and push the cache again from a whole copy: only that is sent.",
@@ -172,7 +173,7 @@ def _show(description: dict[str, Any]) -> None:
         | {
             "examples": examples,
             "bytes": format_bytes(description["bytes"]),
-            "command": description["provenance"].get("command", ""),
+            "command": _shortened(str(description["provenance"].get("command", ""))),
         }
         | _part(description["selection"])
     )
@@ -195,6 +196,11 @@ def _show(description: dict[str, Any]) -> None:
     out.table(
         ("teacher", "what", "tokens", "size", *(["here"] if partial else [])), rows if partial else [row[:4] for row in rows]
     )
+
+
+def _shortened(command: str) -> str:
+    """A command without the folders of the machine that it ran on; ``--json`` has it as it was."""
+    return re.sub(r"(?<![\w.:/~-])/(?:[^/\s'\"]+/)+(?=[^/\s'\"])", "…/", command)
 
 
 def _absent(stored: dict[str, Any]) -> str:

@@ -11,7 +11,7 @@ from kdcache.cli.options import Json, RemoteUrl, Settings
 from kdcache.cli.output import out
 from kdcache.cli.references import find_cache
 from kdcache.errors import RecipeError
-from kdcache.progress import format_bytes
+from kdcache.progress import counted, format_bytes
 
 if TYPE_CHECKING:
     from kdcache.dump.extend import ExtendReport, Wanted
@@ -119,6 +119,6 @@ def _show(report: ExtendReport, published: str | None) -> None:
     if not report.runs:
         out.text("nothing was missing: no teacher ran")
     out.text(
-        f"{report.new_texts:,} new texts; {format_bytes(report.bytes_new)} new, {format_bytes(report.bytes_shared)} shared with the old version"
+        f"{counted(report.new_texts, 'new text')}; {format_bytes(report.bytes_new)} new, {format_bytes(report.bytes_shared)} shared with the old version"
     )
     out.text(f"identity {report.identity}" + (f", published as {published}" if published else ""))

@@ -13,7 +13,7 @@ from kdcache.cli.options import Json, RemoteUrl
 from kdcache.cli.output import out
 from kdcache.cli.references import open_team
 from kdcache.errors import RecipeError
-from kdcache.progress import format_bytes
+from kdcache.progress import counted, format_bytes
 
 if TYPE_CHECKING:
     from kdcache.cache.selection import Selection
@@ -58,7 +58,7 @@ def push(
 
 def _pushed(report: PushReport, url: str) -> str:
     kept = report.bytes - report.bytes_sent
-    amount = f"{report.files_sent:,} of {report.files:,} objects ({format_bytes(report.bytes_sent)})"
+    amount = f"{report.files_sent:,} of {counted(report.files, 'object')} ({format_bytes(report.bytes_sent)})"
     there = f"; {format_bytes(kept)} are there" if kept else ""
     if report.dry_run:
         what = "would be made" if report.new_version else "is this cache already"
@@ -101,7 +101,7 @@ def pull(
     report = fetch(store, f"{ref.name}@{ref.manifest}", target, selection, progress=RichProgress())
     out.document({**asdict(report), "remote": store.url})
     part = "" if report.selection is None else ", a part of it"
-    amount = f"{report.files_fetched:,} files ({format_bytes(report.bytes_fetched)}) came"
+    amount = f"{counted(report.files_fetched, 'file')} ({format_bytes(report.bytes_fetched)}) came"
     kept = f", {report.files_kept:,} ({format_bytes(report.bytes_kept)}) were there" if report.files_kept else ""
     out.text(f"{report.reference} is in {report.path}{part}: {amount}{kept}")
 
@@ -240,8 +240,9 @@ def _show_collected(report: GcReport, url: str) -> None:
         out.text(f"... and {len(report.keys) - _SHOWN:,} more; --json has all")
     what = "deleted from" if report.deleted else "would be deleted from"
     out.text(
-        f"{what} {url}: {report.files:,} files, {report.manifests:,} manifests, {report.refs:,} refs, {format_bytes(report.bytes)}; "
-        f"kept: {report.kept_files:,} files in use ({format_bytes(report.kept_bytes)}), "
+        f"{what} {url}: {counted(report.files, 'file')}, {counted(report.manifests, 'manifest')}, {counted(report.refs, 'ref')}, "
+        f"{format_bytes(report.bytes)}; "
+        f"kept: {counted(report.kept_files, 'file')} in use ({format_bytes(report.kept_bytes)}), "
         f"{report.young_files:,} too young ({format_bytes(report.young_bytes)})"
     )
     if report.keys and not report.deleted:
@@ -271,14 +272,14 @@ def _standing(found: Status, url: str) -> list[str]:
     if found.pushed_as:
         lines.append(f"pushed to {url} as {', '.join(found.pushed_as)}")
     else:
-        lack = f"{found.files_missing:,} files ({format_bytes(found.bytes_missing)}) of it are not there"
+        lack = f"{counted(found.files_missing, 'file')} ({format_bytes(found.bytes_missing)}) of it {'is' if found.files_missing == 1 else 'are'} not there"
         lines.append(f"not pushed to {url}; {lack}")
     for name, reference in found.newest.items():
         differences = found.differences[name]
         if reference not in found.pushed_as:
             lines.append(f"the newest version of '{name}' is {reference}: {'; '.join(differences) or 'the same data'}")
     if found.not_pulled:
-        lines.append(f"not pulled: {found.not_pulled:,} files ({format_bytes(found.bytes_not_pulled)})")
+        lines.append(f"not pulled: {counted(found.not_pulled, 'file')} ({format_bytes(found.bytes_not_pulled)})")
     return lines
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from kdcache.cache.spec import needs_tokens
 from kdcache.data.encoding import encode
 from kdcache.dump.engine import TextBatches, fit_bases, run_part
-from kdcache.progress import format_bytes, format_rate, format_seconds
+from kdcache.progress import counted, format_bytes, format_rate, format_seconds
 from kdcache.runs import home
 from kdcache.teachers.backends import open_backend
 from kdcache.teachers.bundle import load_teacher
@@ -54,7 +54,7 @@ class TeacherRun:
         """For people."""
         rate = self.texts / self.seconds if self.seconds else 0.0
         took = f"{format_seconds(self.seconds)} ({format_rate(rate)} texts/s)"
-        return f"{self.teacher}: {self.texts:,} texts, {format_bytes(self.bytes)} in {took}"
+        return f"{self.teacher}: {counted(self.texts, 'text')}, {format_bytes(self.bytes)} in {took}"
 
 
 def run_teacher(

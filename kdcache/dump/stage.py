@@ -28,6 +28,7 @@ from kdcache.dump.provenance import dump_provenance, forget_runs, remember_run
 from kdcache.dump.run import TeacherRun, lacks_bases, run_teacher
 from kdcache.dump.specs import check_task, prepare_teachers, scopes, task_spec
 from kdcache.errors import DamageError, MismatchError
+from kdcache.progress import counted
 from kdcache.teachers.bundle import read_bundle
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ class DumpReport:
     def lines(self) -> list[str]:
         """For people."""
         ran = [run.line() for run in self.runs] or ["nothing was missing: no teacher ran"]
-        return [*ran, f"{self.texts:,} texts in {self.parts:,} parts", f"identity {self.identity}"]
+        return [*ran, f"{counted(self.texts, 'text')} in {counted(self.parts, 'part')}", f"identity {self.identity}"]
 
 
 def dump_teachers(

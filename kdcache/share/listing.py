@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from kdcache.cache.manifest import read_manifest
 from kdcache.cache.selection import Selection, local_selection
 from kdcache.errors import KdcacheError
+from kdcache.progress import counted
 from kdcache.share import layout
 from kdcache.share.presence import missing_of
 from kdcache.share.pull import fetch_manifest
@@ -115,7 +116,7 @@ def differing(mine: Contents, other: Contents) -> list[str]:
             lines.append(f"the examples of '{split}' differ")
     changed = [path for path in mine.files.keys() & other.files.keys() if mine.files[path] != other.files[path]]
     if changed and not lines:
-        lines.append(f"{len(changed)} files have other bytes, such as '{min(changed)}'")
+        lines.append(f"{counted(len(changed), 'file')} with other bytes, such as '{min(changed)}'")
     return lines or (["the settings of the dump differ"] if mine.settings != other.settings or mine.task != other.task else [])
 
 

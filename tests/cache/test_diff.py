@@ -38,7 +38,7 @@ def test_equal_caches(tmp_path: Path) -> None:
         (made_plan(10, 3, ("bert",)), ["texts: - 0  + 2  in both 11", "split train: + 2 rows"]),
         (replace(BASE, train=made_texts(8, "train")), []),
         (made_plan(8, 3, ("bert", "roberta")), ["teacher roberta: + only in the second"]),
-        (replace(BASE, settings=Settings(9, 4)), ["seed: - 3  + 9", "files of the same name have other values"]),
+        (replace(BASE, settings=Settings(9, 4)), ["seed: - 3  + 9", "with other values under the same name"]),
         (replace(BASE, store_text=False), ["text: - stored  + absent"]),
         (
             replace(BASE, teachers=(made_teacher("bert", {2: LayerSpec("pca", 2, "int8"), 3: LayerSpec("none", 6, "float32")}),)),
