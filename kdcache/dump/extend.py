@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ from kdcache.cache.writer import open_writer
 from kdcache.dump.additions import open_additions
 from kdcache.dump.layers import check_layer, spec_like
 from kdcache.dump.provenance import extended_provenance, forget_runs, inherit_run
+from kdcache.dump.scoring import validation_scores
 from kdcache.dump.specs import PreparedTeacher, layer_specs, prepare, scopes, student_depth
 from kdcache.dump.stage import refuse_stale, run_missing, write_examples
 from kdcache.errors import DamageError, MismatchError, RecipeError
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from kdcache.dump.specs import Texts
     from kdcache.progress import Progress
     from kdcache.recipe import Recipe
+    from kdcache.teachers.bundle import TeacherRecord
     from kdcache.teachers.teacher import Teacher
 
 
@@ -119,13 +121,20 @@ def extend_cache(
         runs = _run(writer, teachers, additions, wanted, progress)
         if task is not None:
             write_examples(writer, task)
-        records = {name: one.record for name, one in additions.items()}
+        records = {name: _scored(writer, name, one.record, contents) for name, one in additions.items()}
         record = extended_provenance(old.provenance, records, cache_dir, provenance or {})
         record["text_ids"] = ids_digest(part.text_ids for part in writer.parts)
         new = writer.publish(record, card=cache_card)
         forget_runs(cache_dir)
     shared, added = shared_bytes(old, new)
     return ExtendReport(cache_dir, old.identity, new.identity, new_texts, runs, added, shared, time.perf_counter() - started)
+
+
+def _scored(writer: CacheWriter, name: str, record: TeacherRecord, old: Contents) -> TeacherRecord:
+    """A classifier of one's own brings no scores: what is stored of the newcomer says how well it does."""
+    if record.scores or name in old.teachers:
+        return record
+    return replace(record, scores=validation_scores(writer, name))
 
 
 def shared_bytes(old: Manifest, new: Manifest) -> tuple[int, int]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from kdcache.cache.layout import MANIFEST
@@ -18,6 +19,7 @@ from kdcache.cache.verify import verify
 from kdcache.dump.extend import ExtendReport, Wanted, extend_cache
 from kdcache.errors import MismatchError, ModelError, RemoteError
 from kdcache.progress import SilentProgress
+from kdcache.report.metrics import scores
 from kdcache.share import layout
 from kdcache.share.directory import DirectoryRemote
 from kdcache.share.layout import parse_file_key
@@ -92,12 +94,24 @@ def test_a_classifier_of_ones_own(grown: Path, tmp_path: Path) -> None:
     extend(grown, {"mine": model})
     spec = open_cache(grown).teachers["mine"]
     assert (spec.head, spec.depth, sorted(spec.layers)) == ("own", 2, [1, 2])
+    assert read_manifest(grown).provenance["teachers"]["mine"]["scores"] == scores_on_validation(grown, "mine")
     assert verify(grown) == []
     with pytest.raises(ModelError, match="no model could be loaded"):
         extend(grown, {"gpt": Path(__file__).parent})
     three = make_model(tmp_path / "three", "bert", depth=2, classes=3)
     with pytest.raises((MismatchError, ModelError)):
         extend(grown, {"three": three})
+
+
+def scores_on_validation(cache_dir: Path, name: str) -> dict[str, str]:
+    """Found by the reader of students: the rows of the split, and for each the teacher's logits."""
+    cache = open_cache(cache_dir)
+    logits = {}
+    for part in cache.parts:
+        logits |= dict(zip(map(bytes, cache.text_ids(part.name)), cache.outputs(name, part.name).logits, strict=True))
+    rows = cache.examples("validation")
+    found = scores(rows.labels, np.stack([logits[bytes(row)] for row in rows.text_ids]))
+    return {metric: f"{value:.6g}" for metric, value in found.items()}
 
 
 def test_other_weights_are_refused(grown: Path, tmp_path: Path) -> None:
