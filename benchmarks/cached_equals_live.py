@@ -18,8 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from small import first_rows
 
-from kdcache.data.task import load_task
 from kdcache.distill.trainee import DistillTrainee
 from kdcache.distill.training import prepare
 from kdcache.dump.stage import dump_teachers
@@ -47,25 +47,6 @@ def main() -> None:
             report[label] = compare(recipe, arguments.teachers, cache, place)
     json.dump(report, sys.stdout, indent=2)
     print()
-
-
-def first_rows(recipe: Recipe, rows: int, file: Path) -> Recipe:
-    """The recipe on its first training rows, written to ``file``, with no other split."""
-    task = load_task(recipe.data)
-    train = task.splits["train"]
-    with file.open("w", encoding="utf-8") as out:
-        print("\t".join([*recipe.data.text, recipe.data.label]), file=out)
-        for text_id, label in zip(train.text_ids[:rows], train.labels[:rows], strict=True):
-            print("\t".join([*task.texts[text_id.tobytes()], task.label_names[label]]), file=out)
-    changes: dict[str, object] = {
-        "train": str(file),
-        "validation": None,
-        "validation_fraction": 0.0,
-        "test": None,
-        "transfer": [],
-    }
-    data = recipe.data.model_copy(update={**changes, "transfer_rows": None, "labels": list(task.label_names)})
-    return recipe.model_copy(update={"data": data})
 
 
 def compare(recipe: Recipe, teachers: Path, cache: Path, place: Path) -> dict[str, object]:

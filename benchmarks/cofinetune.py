@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from measure import in_a_process, machine, peak_memory_mb, summary
+from small import first_rows
 
 from kdcache.recipe import Recipe, load_recipe
 
@@ -62,34 +63,17 @@ def train(recipe: Recipe, which: str, rows: int) -> dict[str, float]:
 
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        small = first_rows(recipe, which, rows, place / "train.tsv")
+        small = first_rows(one_epoch(recipe, which), rows, place / "train.tsv")
         before = peak_memory_mb()
         began = time.perf_counter()
         cofinetune(small, place / "teachers", place / "work", progress=SilentProgress())
         return {"seconds": time.perf_counter() - began, "peak memory, MB": peak_memory_mb() - before}
 
 
-def first_rows(recipe: Recipe, which: str, rows: int, file: Path) -> Recipe:
-    """The recipe on its first training rows, with one teacher or all, one epoch, nothing to evaluate on."""
-    from kdcache.data.task import load_task
-
-    task = load_task(recipe.data)
-    train = task.splits["train"]
-    with file.open("w", encoding="utf-8") as out:
-        print("\t".join([*recipe.data.text, recipe.data.label]), file=out)
-        for text_id, label in list(zip(train.text_ids, train.labels, strict=True))[:rows]:
-            print("\t".join([*task.texts[text_id.tobytes()], task.label_names[label]]), file=out)
-    changes: dict[str, object] = {
-        "train": str(file),
-        "validation": None,
-        "validation_fraction": 0.0,
-        "test": None,
-        "transfer": [],
-    }
-    data = recipe.data.model_copy(update={**changes, "transfer_rows": None, "labels": list(task.label_names)})
+def one_epoch(recipe: Recipe, which: str) -> Recipe:
+    """The recipe with one teacher or all, trained for one epoch."""
     teachers = [teacher for teacher in recipe.teachers if which in (TOGETHER, teacher.name)]
-    settings = recipe.cofinetune.model_copy(update={"epochs": 1})
-    return recipe.model_copy(update={"data": data, "teachers": teachers, "cofinetune": settings})
+    return recipe.model_copy(update={"teachers": teachers, "cofinetune": recipe.cofinetune.model_copy(update={"epochs": 1})})
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from kdcache.cli import stages
-from kdcache.cli.options import RUNS, Json, OutputDir, RecipeFile, Settings, open_job
+from kdcache.cli.options import RUNS, Json, OutputDir, RecipeFile, Settings, TeachersDir, open_job
 from kdcache.cli.output import out
 
 
@@ -16,9 +16,7 @@ def dump_teachers(
     recipe: RecipeFile,
     settings: Settings = None,
     output_dir: OutputDir = RUNS,
-    teachers: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Teachers directory; that of the run where not given.", show_default=False)
-    ] = None,
+    teachers: TeachersDir = None,
     cache: Annotated[
         Path | None, typer.Option(metavar="PATH", help="Cache to write; that of the run where not given.", show_default=False)
     ] = None,

@@ -32,6 +32,9 @@ Settings = Annotated[
     ),
 ]
 OutputDir = Annotated[Path, typer.Option("--output-dir", metavar="DIR", help="Where the run directory <name>/ is made.")]
+TeachersDir = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Teachers directory; that of the run where not given.", show_default=False)
+]
 Json = Annotated[bool, typer.Option("--json", callback=_json_mode, help="Print the result as JSON.")]
 RemoteUrl = Annotated[
     str | None,

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json as jsons
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kdcache.cli.options import RUNS, Json, OutputDir, RecipeFile, Settings, open_job
+from kdcache.cli.options import RUNS, Json, OutputDir, RecipeFile, Settings, TeachersDir, open_job
 from kdcache.cli.output import out
 from kdcache.errors import KdcacheError, RecipeError
 from kdcache.progress import format_bytes
@@ -24,9 +23,7 @@ def plan(
     recipe: RecipeFile,
     settings: Settings = None,
     output_dir: OutputDir = RUNS,
-    teachers: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Teachers directory; that of the run where not given.", show_default=False)
-    ] = None,
+    teachers: TeachersDir = None,
     budget: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Bytes of the whole cache, such as 2GB or 500MiB.", show_default=False)
     ] = None,

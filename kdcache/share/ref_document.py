@@ -56,7 +56,7 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-class _Version(_Strict):
+class _Ref(_Strict):
     format: Literal["kdcache-ref"]
     version: Literal[1]
     name: Annotated[str, Field(pattern=rf"^{layout.NAME.pattern}$")]
@@ -64,6 +64,9 @@ class _Version(_Strict):
     made: Annotated[str, Field(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z$")]
     token: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
     checksum: Hex
+
+
+class _Version(_Ref):
     manifest: Hex
     identity: Hex
     tag: Annotated[str, Field(pattern=rf"^{layout.TAG.pattern}$")] = ""
@@ -71,14 +74,7 @@ class _Version(_Strict):
     files: Count
 
 
-class _Tombstone(_Strict):
-    format: Literal["kdcache-ref"]
-    version: Literal[1]
-    name: Annotated[str, Field(pattern=rf"^{layout.NAME.pattern}$")]
-    number: Number
-    made: Annotated[str, Field(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z$")]
-    token: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
-    checksum: Hex
+class _Tombstone(_Ref):
     removes: Literal["all"] | Annotated[list[Number], Field(min_length=1, max_length=MAX_REMOVED)]
 
 

@@ -38,7 +38,7 @@ class BackendContract:
     @pytest.fixture(scope="class")
     @classmethod
     def teacher(cls) -> Teacher:
-        raise NotImplementedError
+        raise NotImplementedError(f"{cls.__name__} must give the fixture 'teacher'")
 
     @pytest.fixture(scope="class")
     @classmethod

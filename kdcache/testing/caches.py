@@ -23,6 +23,7 @@ from kdcache.cache.writer import CacheWriter, open_writer
 
 if TYPE_CHECKING:
     from kdcache.cache.manifest import Manifest
+    from kdcache.cache.reader import Cache
 
 TASK = TaskSpec(("sentence",), ("bad", "good"))
 SETTINGS = Settings(seed=3, part_size=4)
@@ -161,3 +162,21 @@ def _rows(name: str, keys: Sequence[bytes], width: int) -> np.ndarray:
     """float32[n, width] in -1..1: row by row a hash of name and key."""
     data = b"".join(hashlib.shake_128(name.encode() + key).digest(width) for key in keys)
     return ((np.frombuffer(data, dtype=np.uint8).reshape(-1, width).astype(np.float32) - 127.5) / 127.5).astype(np.float32)
+
+
+def read_everything(cache: Cache) -> None:
+    """Every table and array of a cache, as verify, a student and a card would read them."""
+    for split in cache.splits:
+        cache.examples(split)
+    for part in cache.parts:
+        cache.text_ids(part.name)
+        cache.texts(part.name)
+        for teacher, spec in cache.teachers.items():
+            cache.tokenizer_json(teacher)
+            cache.outputs(teacher, part.name)
+            if part.scope == "full":
+                if needs_tokens(spec.layers):
+                    cache.tokens(teacher, part.name)
+                for layer in spec.layers:
+                    cache.hidden(teacher, part.name, layer)
+                    cache.basis(teacher, layer)

@@ -59,7 +59,7 @@ class RemoteContract:
 
     @pytest.fixture
     def remote(self) -> Remote:
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must give the fixture 'remote'")
 
     def test_objects_are_whole_and_replaced(self, remote: Remote, tmp_path: Path) -> None:
         for data in (b"", b"x", bytes(range(256)) * 5000):

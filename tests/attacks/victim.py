@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from kdcache.cache.canonical import digest_of
-from kdcache.cache.reader import Cache, open_cache
+from kdcache.cache.reader import open_cache
 from kdcache.errors import DamageError
+from kdcache.testing.caches import read_everything
 from kdcache.testing.faults import edit_manifest
 from tests.cli.commands import kdcache
 
@@ -53,22 +54,6 @@ def signed(document: dict[str, Any]) -> dict[str, Any]:
     document = {key: value for key, value in document.items() if key not in ("identity", "checksum")}
     document["identity"] = digest_of({key: value for key, value in document.items() if key != "provenance"})
     return document | {"checksum": digest_of(document)}
-
-
-def read_everything(cache: Cache) -> None:
-    """As verify, a student and a card would."""
-    for split in cache.splits:
-        cache.examples(split)
-    for part in cache.parts:
-        cache.text_ids(part.name)
-        cache.texts(part.name)
-        for teacher, spec in cache.teachers.items():
-            cache.tokenizer_json(teacher)
-            cache.outputs(teacher, part.name)
-            for layer in spec.layers if part.scope == "full" else ():
-                cache.tokens(teacher, part.name)
-                cache.basis(teacher, layer)
-                cache.hidden(teacher, part.name, layer)
 
 
 def assert_refused(root: Path, *, by_info: bool = False) -> None:

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from kdcache.cache.files import write_file
-from kdcache.cache.reader import Cache, open_cache
+from kdcache.cache.reader import open_cache
 from kdcache.cache.verify import verify
 from kdcache.errors import DamageError
-from kdcache.testing.caches import Plan, dump
+from kdcache.testing.caches import Plan, dump, read_everything
 from kdcache.testing.faults import delete, edit_manifest, empty, flip_bit, swap, truncate
 
 Copy = Callable[[Path], Path]
@@ -33,22 +33,6 @@ FILES = [
     f"{BERT}/tokenizer/tokenizer.json",
 ]
 DAMAGES: dict[str, Callable[[Path], None]] = {"flipped": flip_bit, "truncated": truncate, "deleted": delete, "emptied": empty}
-
-
-def read_everything(cache: Cache) -> None:
-    for split in cache.splits:
-        cache.examples(split)
-    for part in cache.parts:
-        cache.text_ids(part.name)
-        cache.texts(part.name)
-        for teacher, spec in cache.teachers.items():
-            cache.tokenizer_json(teacher)
-            cache.outputs(teacher, part.name)
-            if part.scope == "full":
-                cache.tokens(teacher, part.name)
-                for layer in spec.layers:
-                    cache.hidden(teacher, part.name, layer)
-                    cache.basis(teacher, layer)
 
 
 def files_of(path: Path) -> list[str]:
