@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kdcache.errors import RecipeError
+from kdcache.share import layout
 
 if TYPE_CHECKING:
     from kdcache.share.reading_through import RemoteCache
     from kdcache.share.refs import Ref
     from kdcache.share.remote import Remote
 
-_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}(@[A-Za-z0-9][A-Za-z0-9._-]{0,63})?")
+_REFERENCE = re.compile(rf"{layout.NAME.pattern}(@{layout.TAG.pattern})?")
 
 
 def find_cache(reference: str, url: str | None = None) -> Path | RemoteCache:
@@ -32,7 +33,7 @@ def find_cache(reference: str, url: str | None = None) -> Path | RemoteCache:
 
 def find_version(reference: str, url: str | None = None) -> tuple[Remote, Ref]:
     """The version that a reference means on the remote at ``url``, or on KDCACHE_REMOTE. Raises as ``find_cache``."""
-    if not _NAME.fullmatch(reference):
+    if not _REFERENCE.fullmatch(reference):
         raise RecipeError(
             f"there is no directory '{reference}'", "Name a directory that holds a cache, or a cache on KDCACHE_REMOTE."
         )

@@ -56,8 +56,9 @@ def distill(
 ) -> DistillResult:
     """Train the recipe's student and write ``student/``, ``results.json`` and ``metrics.jsonl`` under ``run_root``.
 
-    ``cache`` is a directory, or an open cache that is read through from elsewhere; None for methods without teachers. With ``live_teachers``, a teachers directory, targets come from the
-    teachers themselves; the cache still says which texts, layers and projections. Raises RecipeError, DataError, ModelError,
+    ``cache`` is a directory, or an open cache that is read through from elsewhere; None for methods without teachers. With
+    ``live_teachers``, a teachers directory, targets come from the teachers themselves; the cache still says which texts, layers
+    and projections. Raises RecipeError, DataError, ModelError,
     MismatchError (exit 4), DamageError (exit 3), NonFiniteError, StorageError.
     """
     run, started = RunDirectory(run_root), time.perf_counter()
