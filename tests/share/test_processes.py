@@ -35,7 +35,7 @@ from kdcache.share.refs import history, resolve
 from kdcache.share.remote import Remote
 from kdcache.share.remote_verify import verify_remote
 from kdcache.testing.caches import dump, made_plan
-from kdcache.testing.faults import UnsyncedDisk
+from kdcache.testing.faults import Died, UnsyncedDisk
 from kdcache.testing.faulty_remote import FaultyRemote
 from kdcache.testing.s3_server import S3Server
 from tests.cli.commands import kdcache
@@ -140,6 +140,44 @@ def moments(work: Callable[[], Child]) -> list[float]:
 
 def objects(remote: Remote, prefix: str) -> set[str]:
     return {entry.key for entry in remote.list(prefix)}
+
+
+def test_a_push_that_dies_at_every_request_in_turn(place: Place, cache: Path) -> None:
+    counted = FaultyRemote(place.open(place.url()))
+    push(counted, cache, "sst2", workers=1)
+    requests, files = sum(counted.requests.values()), objects(counted, "files/")
+    assert requests > 15
+    for step in range(1, requests + 1):
+        remote = place.open(place.url())
+        with pytest.raises(Died):
+            push(FaultyRemote(remote, die_at=step), cache, "sst2", workers=1)
+        assert broken_refs(remote) == []
+        arrived = objects(remote, "files/")
+        second = FaultyRemote(remote)
+        assert push(second, cache, "sst2", workers=1).reference == "sst2@1", f"request {step}"
+        sent = {line.split()[1] for line in second.log if line.startswith("write files/")}
+        assert (sent & arrived, sent | arrived) == (set(), files), f"request {step}"
+        assert [ref.number for ref in history(remote, "sst2")] == [1]
+        assert broken_refs(remote) == []
+
+
+def test_a_pull_that_dies_at_every_request_in_turn(place: Place, cache: Path, tmp_path: Path) -> None:
+    remote = place.open(place.url())
+    push(remote, cache, "sst2")
+    counted = FaultyRemote(remote)
+    total = pull(counted, "sst2", tmp_path / "counted", workers=1).files_fetched
+    for step in range(1, sum(counted.requests.values()) + 1):
+        target = tmp_path / f"died-{step}"
+        first = FaultyRemote(remote, die_at=step)
+        with pytest.raises(Died):
+            pull(first, "sst2", target, workers=1)
+        assert not (target / "manifest.json").exists()
+        begun = sum(line.startswith("read files/") for line in first.log)
+        second = FaultyRemote(remote)
+        pull(second, "sst2", target, workers=1)
+        assert sum(line.startswith("read files/") for line in second.log) <= total - max(begun - 1, 0), f"request {step}"
+        assert verify(target) == []
+        assert unreferenced(target) == []
 
 
 def test_a_push_that_is_killed_at_random_moments(place: Place, cache: Path) -> None:
