@@ -19,7 +19,6 @@ extracted once, in float32, and kept under ``--states``. One thread. Prints one 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -28,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from product import KMEANS_ROWS, ProductQuantiser, kmeans, nearest, some
 
 from kdcache.cache.codebook import decode_rows
 from kdcache.cache.ids import id_array
@@ -44,7 +44,6 @@ from kdcache.teachers.coder import Coder
 
 UNSEEN_ROWS = 4096
 DECODED_ROWS = 1024  # at once: about a batch
-KMEANS_ROWS, KMEANS_ROUNDS = 16384, 8
 
 
 def main() -> None:
@@ -91,22 +90,22 @@ def extract(arguments: argparse.Namespace) -> dict[str, tuple[int, ...]]:
         found[teacher.name] = tuple(layer for layer in teacher.spec.layers if not arguments.layers or layer in arguments.layers)
         for part, texts in chosen.items():
             if not all((arguments.states / f"{teacher.name}-{layer}-{part}.npy").exists() for layer in teacher.spec.layers):
-                run(teacher, texts, part, arguments)
+                for layer, whole in hidden_states(teacher, texts, arguments.teachers).items():
+                    np.save(arguments.states / f"{teacher.name}-{layer}-{part}.npy", whole)
     return found
 
 
-def run(teacher: PreparedTeacher, texts: list[tuple[str, ...]], part: str, arguments: argparse.Namespace) -> None:
-    """One pass of a teacher over some texts, its hidden states to files."""
+def hidden_states(teacher: PreparedTeacher, texts: list[tuple[str, ...]], teachers_dir: Path) -> dict[int, np.ndarray]:
+    """One pass of a teacher over some texts: float32 [tokens, width] by layer."""
     batches = text_batches(teacher, texts, id_array([bytes(16)] * len(texts)), 4096)
     layers = tuple(teacher.spec.layers)
     states: dict[int, np.ndarray] = {}
-    with open_teacher(teacher, arguments.teachers) as backend:
+    with open_teacher(teacher, teachers_dir) as backend:
         for rows, output in batches.run(backend, layers):
             for layer in layers:
                 whole = states.setdefault(layer, np.empty((int(batches.encoded.offsets[-1]), teacher.spec.width), np.float32))
-                whole[batches.places(rows, teacher.spec.layers[layer])] = output.hidden[layer].cpu().numpy()
-    for layer, whole in states.items():
-        np.save(arguments.states / f"{teacher.name}-{layer}-{part}.npy", whole)
+                whole[batches.token_places(rows)] = output.hidden[layer].cpu().numpy()
+    return states
 
 
 def pick(texts: list[tuple[str, ...]], count: int) -> list[tuple[str, ...]]:
@@ -139,10 +138,6 @@ class States:
 
     def share(self, back: np.ndarray) -> float:
         return float(1 - np.square(self.unseen - back).sum() / np.square(self.unseen - self.unseen.mean(axis=0)).sum())
-
-
-def some(array: np.ndarray, count: int) -> np.ndarray:
-    return array[np.sort(np.argsort(np.random.PCG64(1).random_raw(len(array)), kind="stable")[:count])]
 
 
 def chunks(array: np.ndarray) -> Iterator[torch.Tensor]:
@@ -237,21 +232,13 @@ def _bits(codes: np.ndarray) -> float:
 
 
 def product(states: States, size: int) -> Result:
-    edges = np.linspace(0, states.fit.shape[1], size + 1).round().astype(int)
-    pieces = [slice(int(first), int(last)) for first, last in itertools.pairwise(edges)]
-    sample = torch.from_numpy(some(states.fit, KMEANS_ROWS))
-    unseen = torch.from_numpy(states.unseen)
-    tables = [kmeans(sample[:, piece]) for piece in pieces]
-    codes = [nearest(unseen[:, piece], table) for piece, table in zip(pieces, tables, strict=True)]
-
-    def decode(count: int) -> torch.Tensor:
-        return torch.cat([table[code[:count]] for table, code in zip(tables, codes, strict=True)], dim=1)
-
-    return states.share(decode(len(unseen)).numpy()), timed(lambda: decode(DECODED_ROWS))
+    quantiser = ProductQuantiser.trained(torch.from_numpy(states.fit), size)
+    codes = quantiser.encode(torch.from_numpy(states.unseen))
+    return states.share(quantiser.decode(codes).numpy()), timed(lambda: quantiser.decode([code[:DECODED_ROWS] for code in codes]))
 
 
 def residual(states: States, size: int) -> Result:
-    sample, unseen = torch.from_numpy(some(states.fit, KMEANS_ROWS)).clone(), torch.from_numpy(states.unseen).clone()
+    sample, unseen = some(torch.from_numpy(states.fit), KMEANS_ROWS).clone(), torch.from_numpy(states.unseen).clone()
     tables, codes = [], []
     for _ in range(size):
         tables.append(kmeans(sample))
@@ -263,20 +250,6 @@ def residual(states: States, size: int) -> Result:
         return sum((table[code[:count]] for table, code in zip(tables, codes, strict=True)), torch.zeros(1))
 
     return states.share(decode(len(unseen)).numpy()), timed(lambda: decode(DECODED_ROWS))
-
-
-def kmeans(points: torch.Tensor) -> torch.Tensor:
-    centres = points[:: max(1, len(points) // 256)][:256].clone()
-    for _ in range(KMEANS_ROUNDS):
-        owner = nearest(points, centres)
-        sums = torch.zeros_like(centres).index_add_(0, owner, points)
-        counts = torch.bincount(owner, minlength=len(centres))
-        centres = torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], centres)
-    return centres
-
-
-def nearest(points: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
-    return (centres.square().sum(dim=1) - 2 * points @ centres.T).argmin(dim=1)
 
 
 CODERS: dict[str, Callable[[States, int], Result]] = {

@@ -81,9 +81,13 @@ def rebuilt(spec: LayerSpec, whole: Basis, sample: torch.Tensor, unseen: torch.T
     """``unseen`` [rows, width] after it was stored as ``spec`` and read back. ``whole``: the PCA basis at full width;
     ``sample``: the rows that tables are trained on. All on one device, as is the result.
     """
+    return through(spec, coded_basis(whole, sample, spec.bytes) if spec.dtype == "coded" else whole, unseen)
+
+
+def through(spec: LayerSpec, basis: Basis, unseen: torch.Tensor) -> torch.Tensor:
+    """``rebuilt`` with the basis that a cache stores, or one of more dimensions."""
     if spec.projection == "none":
         return torch.from_numpy(dequantise(quantise(unseen.cpu().numpy(), spec.dtype))).to(unseen.device)
-    basis = coded_basis(whole, sample, spec.bytes) if spec.dtype == "coded" else whole
     assert basis.components is not None and basis.mean is not None
     components = torch.from_numpy(basis.components[: spec.dim]).to(unseen.device)
     mean = torch.from_numpy(basis.mean).to(unseen.device)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from kdcache.dump.specs import PreparedTeacher
     from kdcache.progress import Progress
     from kdcache.teachers.backends import TeacherBackend
+
+OpenTeacher = Callable[["PreparedTeacher", Path], AbstractContextManager["TeacherBackend"]]
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,19 @@ class TeacherRun:
         return f"{self.teacher}: {counted(self.texts, 'text')}, {format_bytes(self.bytes)} in {took}"
 
 
+@contextmanager
+def open_teacher(teacher: PreparedTeacher, teachers_dir: Path) -> Iterator[TeacherBackend]:
+    """The teacher on the device, for as long as the block runs; its memory is free afterwards."""
+    spec = teacher.spec
+    loaded = load_teacher(teachers_dir, spec.name)
+    backend = open_backend(spec.backend, loaded, tuple(spec.layers), precision=spec.precision, work_dir=home())
+    try:
+        yield backend
+    finally:
+        backend.close()
+        loaded.model.to("meta")  # frees the weights now, whatever still refers to the modules
+
+
 def run_teacher(
     writer: CacheWriter,
     teacher: PreparedTeacher,
@@ -64,12 +79,16 @@ def run_teacher(
     teachers_dir: Path,
     tokens_per_batch: int,
     progress: Progress,
+    opened: OpenTeacher = open_teacher,
 ) -> TeacherRun:
-    """Run ``missing`` and write it. Raises NonFiniteError (teacher, text, layer), StorageError, and what the backend raises."""
+    """Run ``missing`` on the backend that ``opened`` gives, and write it.
+
+    Raises NonFiniteError (teacher, text, layer), StorageError, and what the backend raises.
+    """
     started = time.perf_counter()
     texts = sum(len(task.part.text_ids) for task in missing)
     tokens = 0
-    with open_teacher(teacher, teachers_dir) as backend:
+    with opened(teacher, teachers_dir) as backend:
         bases = _bases(writer, teacher, missing, backend, tokens_per_batch, progress)
         progress.start(f"dump {teacher.name}", texts, "texts")
         with _OnePartBehind(progress) as behind:
@@ -82,19 +101,6 @@ def run_teacher(
         progress.finish()
         record = dict(backend.record)
     return TeacherRun(teacher.name, len(missing), texts, tokens, behind.bytes_written, time.perf_counter() - started, record)
-
-
-@contextmanager
-def open_teacher(teacher: PreparedTeacher, teachers_dir: Path) -> Iterator[TeacherBackend]:
-    """The teacher on the device, for as long as the block runs; its memory is free afterwards."""
-    spec = teacher.spec
-    loaded = load_teacher(teachers_dir, spec.name)
-    backend = open_backend(spec.backend, loaded, tuple(spec.layers), precision=spec.precision, work_dir=home())
-    try:
-        yield backend
-    finally:
-        backend.close()
-        loaded.model.to("meta")  # frees the weights now, whatever still refers to the modules
 
 
 def lacks_bases(writer: CacheWriter, teacher: PreparedTeacher) -> bool:

@@ -25,7 +25,7 @@ from kdcache.cache.writer import open_writer
 from kdcache.data.task import load_task
 from kdcache.dump.plan import check_free_space
 from kdcache.dump.provenance import dump_provenance, forget_runs, remember_run
-from kdcache.dump.run import TeacherRun, lacks_bases, run_teacher
+from kdcache.dump.run import OpenTeacher, TeacherRun, lacks_bases, open_teacher, run_teacher
 from kdcache.dump.specs import check_task, prepare_teachers, scopes, task_spec
 from kdcache.errors import DamageError, MismatchError
 from kdcache.progress import counted
@@ -79,13 +79,14 @@ def dump_teachers(
     repair: bool = False,
     no_text: bool = False,
     provenance: Mapping[str, Any] | None = None,
+    opened: OpenTeacher = open_teacher,
 ) -> DumpReport:
     """Bring the cache in ``cache_dir`` to what the recipe asks for, and publish it.
 
     With ``repair`` everything is verified first, and what is damaged is dumped again. With ``no_text`` the texts themselves are
     not stored; a cache that is without them stays so. ``provenance`` (the command, say) goes
-    into the manifest, outside the identity. Raises MismatchError (exit 4) before anything is run where what exists was made
-    from something else; StorageError, NonFiniteError and LockedError as they occur: what is committed by then stays.
+    into the manifest, outside the identity. ``opened`` gives a teacher's backend, where not its weights are to be run.
+    Raises MismatchError (exit 4) before anything is run where what exists was made from something else; StorageError, NonFiniteError and LockedError as they occur: what is committed by then stays.
     """
     started = time.perf_counter()
     task = load_task(recipe.data)
@@ -99,7 +100,7 @@ def dump_teachers(
         refuse_stale(writer, teachers)
         refuse_forgotten_teachers(writer, teachers, full, logits_only)
         writer.add_texts(full, logits_only)
-        runs = run_missing(writer, teachers, teachers_dir, recipe.dump.tokens_per_batch, progress)
+        runs = run_missing(writer, teachers, teachers_dir, recipe.dump.tokens_per_batch, progress, opened)
         write_examples(writer, task)
         record = dump_provenance(recipe, bundle, cache_dir, provenance or {})
         record["text_ids"] = ids_digest(part.text_ids for part in writer.parts)
@@ -110,7 +111,12 @@ def dump_teachers(
 
 
 def run_missing(
-    writer: CacheWriter, teachers: Sequence[PreparedTeacher], teachers_dir: Path, tokens_per_batch: int, progress: Progress
+    writer: CacheWriter,
+    teachers: Sequence[PreparedTeacher],
+    teachers_dir: Path,
+    tokens_per_batch: int,
+    progress: Progress,
+    opened: OpenTeacher = open_teacher,
 ) -> tuple[TeacherRun, ...]:
     """One teacher after the other over what the cache lacks of it; teachers that lack nothing are not loaded."""
     missing = {teacher.name: writer.declare_teacher(teacher.spec, teacher.tokenizer_json) for teacher in teachers}
@@ -118,7 +124,7 @@ def run_missing(
     runs = []
     for teacher in teachers:
         if missing[teacher.name] or lacks_bases(writer, teacher):
-            run = run_teacher(writer, teacher, missing[teacher.name], teachers_dir, tokens_per_batch, progress)
+            run = run_teacher(writer, teacher, missing[teacher.name], teachers_dir, tokens_per_batch, progress, opened)
             remember_run(writer.root, run)
             runs.append(run)
     return tuple(runs)

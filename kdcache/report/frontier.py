@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 _WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 460, 240, 44, 24, 34
-_COLOURS = {"coded": "#1f6feb", "cut, int8": "#d9822b", "whole width": "#7a8794"}
+COLOURS = {"coded": "#1f6feb", "cut, int8": "#d9822b", "whole width": "#7a8794"}
 
 Point = tuple[float, float, str, str]  # bytes per row, share kept, family, form
 
@@ -45,7 +45,7 @@ def _chart(teacher: str, points: Sequence[Point], recommended: set[str]) -> str:
         return _LEFT + 8 + across * (_WIDTH - _LEFT - 24), _HEIGHT - _BOTTOM - up * (_HEIGHT - _BOTTOM - _TOP)
 
     drawn = [_axes(teacher, floor)]
-    for number, (family, colour) in enumerate(_COLOURS.items()):
+    for number, (family, colour) in enumerate(COLOURS.items()):
         mine = sorted(point for point in points if point[2] == family)
         line = " ".join("{:.1f},{:.1f}".format(*place(size, kept)) for size, kept, _, _ in mine)
         drawn.append(f'<polyline points="{line}" style="stroke:{colour}"/>')
