@@ -65,7 +65,7 @@ def main() -> None:
         places = {key: str(value) for key, value in given.items()} if arguments.recipe else quickstart()
         for name in arguments.only:
             measure(name, places, arguments)
-    arguments.to.write_text(page.render(arguments.measured), encoding="utf-8")
+    page.write(arguments.measured, arguments.to)
     print(arguments.to)
 
 

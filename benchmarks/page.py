@@ -1,13 +1,20 @@
-"""docs/benchmarks.md from the JSON of the measurements: a table each, nothing interpreted that was not measured."""
+"""docs/benchmarks.md from the JSON of the measurements: tables and bars, nothing interpreted that was not measured.
+
+The JSON and the pictures lie beside the page, in a folder of its name.
+"""
 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bars import bars, short
+
 Report = Mapping[str, Any]
+Section = tuple[str, list[str]]  # Markdown, and pictures as SVG
 
 HEAD = """# Benchmarks
 
@@ -17,19 +24,30 @@ the quartiles. Ratios are formed within a round. Nothing here is copied by hand.
 """
 
 
-def render(measured: Path) -> str:
-    """The page, with a section for each file that is there."""
+def write(measured: Path, target: Path) -> None:
+    """The page, with a section for each file that is there, and its folder."""
+    folder = target.with_suffix("")
+    folder.mkdir(exist_ok=True)
     parts = [HEAD]
     for name, section in SECTIONS.items():
         file = measured / f"{name}.json"
-        if file.exists():
-            parts.append(section(json.loads(file.read_text(encoding="utf-8"))))
-    return "\n".join(parts)
+        if not file.exists():
+            continue
+        shutil.copyfile(file, folder / file.name)
+        text, pictures = section(json.loads(file.read_text(encoding="utf-8")))
+        parts.append(text)
+        for number, picture in enumerate(pictures, start=1):
+            (folder / f"{name}-{number}.svg").write_text(picture, encoding="utf-8")
+            parts.append(f"![{name}]({folder.name}/{name}-{number}.svg)\n")
+        parts.append(f"[Everything that was printed]({folder.name}/{file.name})\n")
+    target.write_text("\n".join(parts), encoding="utf-8")
 
 
 def number(found: Mapping[str, float]) -> str:
     """Median ± spread."""
-    return f"{found['median']:.3g} ± {found['spread']:.1g}" if found["n"] > 1 else f"{found['median']:.3g}"
+    if found["n"] == 1:
+        return short(found["median"])
+    return f"{short(found['median'])} ± {short(float(format(found['spread'], '.2g')))}"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -43,14 +61,16 @@ def opening(title: str, report: Report, about: str) -> str:
     return f"## {title}\n\n{about}\n\n    {report['command']}\n\n{facts}\n\n"
 
 
-def steps(report: Report) -> str:
+def steps(report: Report) -> Section:
     text = opening(
         "A student's step", report,
         "`memory`: the step of `cached` with its targets lying ready. `live`: the teachers run in every step. `ideal`: plain FLOPs / (plain "
         "+ projection FLOPs). `predicted`: from the teachers' forward times alone.",
     )  # fmt: skip
+    pictures = []
     for count in [key for key in report if key.endswith("teachers")]:
         found = report[count]
+        pictures.append(bars(f"Steps per second, {count}", found["steps per second"], ours=["cached", "logits only"]))
         rows = [
             [name, number(rate), *(f"{found['share of time'][name][phase]:.1%}" for phase in found["share of time"][name]),
              f"{found['peak memory, MB'][name]['peak_mb']:.0f}"]
@@ -67,7 +87,7 @@ def steps(report: Report) -> str:
         text += "\n" + table(["ratio of steps/s", ""], ratios) + "\n"
         if "teachers alone" in found and "live" in found["steps per second"]:
             text += students(found) + "\n"
-    return text
+    return text, pictures
 
 
 def students(found: Report) -> str:
@@ -84,7 +104,7 @@ def students(found: Report) -> str:
     )
 
 
-def dump(report: Report) -> str:
+def dump(report: Report) -> Section:
     text = opening(
         "The dump", report, "Time of the dump over a bare forward loop on the same batches; bases are fitted before and apart."
     )
@@ -94,42 +114,48 @@ def dump(report: Report) -> str:
          f"{found['fitting the bases, s']:.2g}"]
         for backend in ("torch", "onnxruntime") if backend in report for name, found in report[backend].items()
     ]  # fmt: skip
-    return text + table(
-        ["backend", "teacher", "bare, rows/s", "dump, rows/s", "dump / bare", "writing / dump", "fitting, s"], rows
-    )
+    ratios = {
+        f"{name}, {backend}": found["time of the dump / time of the bare loop"]
+        for backend in ("torch", "onnxruntime") for name, found in report.get(backend, {}).items()
+    }  # fmt: skip
+    text += table(["backend", "teacher", "bare, rows/s", "dump, rows/s", "dump / bare", "writing / dump", "fitting, s"], rows)
+    return text, [bars("Time of the dump / time of a bare forward loop", ratios, ours=list(ratios), goal=1.05)]
 
 
-def cofinetune(report: Report) -> str:
+def cofinetune(report: Report) -> Section:
     text = opening("Co-finetuning", report, "All teachers together, and each alone: one epoch over the first rows.")
     names = [name for name, value in report.items() if isinstance(value, dict) and "seconds" in value]
     rows = [[name, number(report[name]["seconds"]), number(report[name]["peak memory, MB"])] for name in names]
     ratio = number(report["seconds together / sum of seconds alone"])
-    return text + table(["run", "seconds", "peak MB beyond the libraries"], rows) + f"\nTogether / sum of alone: {ratio}\n"
+    text += table(["run", "seconds", "peak MB beyond the libraries"], rows) + f"\nTogether / sum of alone: {ratio}\n"
+    return text, [bars("Peak memory, MB", {name: report[name]["peak memory, MB"] for name in names})]
 
 
-def scale(report: Report) -> str:
+def scale(report: Report) -> Section:
     text = opening(
         "Growth with the number of rows", report, "One teacher, one layer of 16 int8 values: what grows, not how much."
     )
     sizes = [key for key in report if key.endswith(" rows")]
     keys = list(report[sizes[0]])
-    return text + table(["", *sizes], [[key, *(f"{report[size][key]:.4g}" for size in sizes)] for key in keys])
+    return text + table(["", *sizes], [[key, *(short(report[size][key]) for size in sizes)] for key in keys]), []
 
 
-def loader(title: str) -> Callable[[Report], str]:
-    def section(report: Report) -> str:
+def loader(title: str) -> Callable[[Report], Section]:
+    def section(report: Report) -> Section:
         text = opening(title, report, f"{report['rows']} ragged rows of {report['dim']} {report['dtype']}, batches of 32.")
-        for regime in ("memory", "window"):
+        pictures = []
+        for regime, name in (("memory", "Everything in memory"), ("window", "A window of 1/8, first epoch")):
             keys = list(next(iter(report[regime].values())))
-            rows = [[name, *(number(found[key]) for key in keys)] for name, found in report[regime].items()]
-            text += f"### {'Everything in memory' if regime == 'memory' else 'A window of 1/8, first epoch'}\n\n"
-            text += table(["loader", *keys], rows) + "\n"
-        return text
+            rows = [[label, *(number(found[key]) for key in keys)] for label, found in report[regime].items()]
+            text += f"### {name}\n\n" + table(["loader", *keys], rows) + "\n"
+            rates = {label: found["batches/s"] for label, found in report[regime].items()}
+            pictures.append(bars(f"Batches per second, {report['dtype']}: {name.lower()}", rates, ours=["kdcache"]))
+        return text, pictures
 
     return section
 
 
-SECTIONS: Mapping[str, Callable[[Report], str]] = {
+SECTIONS: Mapping[str, Callable[[Report], Section]] = {
     "steps": steps,
     "loader-float16": loader("The loader and what one would take instead, float16"),
     "loader-int8": loader("The loader and what one would take instead, int8"),

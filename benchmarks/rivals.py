@@ -35,7 +35,7 @@ NEEDS = {"datasets": "datasets", "streaming": "streaming", "litdata": "litdata"}
 CONTENDERS = ("kdcache", "memory map", "safetensors", "datasets", "streaming", "litdata")
 WITH_WORKERS = ("datasets", "streaming", "litdata")
 
-Batches = Iterator[tuple[np.ndarray, np.ndarray]]  # (row numbers, packed values [tokens, dim]), one epoch
+Batches = Iterator[tuple[np.ndarray, np.ndarray]]  # (row numbers, or ids of kdcache, packed values [tokens, dim]), one epoch
 
 
 def main() -> None:
@@ -127,6 +127,8 @@ def turn(arguments: argparse.Namespace) -> dict[str, Any]:
             resident = max(resident, resident_mb())
         served.append(rows)
     taken = time.perf_counter() - began
+    if arguments.alone == "kdcache":
+        served = row_numbers(arguments.folder, served)
     order = np.concatenate(served)
     assert len(np.unique(order)) == len(order) >= 0.99 * arguments.rows, f"{len(np.unique(order))} of {arguments.rows} rows"
     return {
@@ -213,16 +215,23 @@ def read_kdcache(folder: Path, arguments: argparse.Namespace) -> Callable[[], Ba
         folder / "kdcache", tiny.wordpiece_tokenizer(), batch_size=BATCH, student_layers=1, max_length=128,
         window=PARTS if whole else PARTS // 8, memory_bytes=(8 << 30) if whole else 0,
     )  # fmt: skip
-    numbers = {row.tobytes(): number for number, row in enumerate(source.cache.examples("train").text_ids)}
     epoch = itertools.count()
 
     def batches() -> Batches:
         for batch in source.batches(next(epoch)):
             assert batch.targets is not None
             (hidden,) = batch.targets.hidden.values()
-            yield np.array([numbers[row.tobytes()] for row in batch.text_ids]), hidden.values.numpy()
+            yield batch.text_ids, hidden.values.numpy()
 
     return batches
+
+
+def row_numbers(folder: Path, served: list[np.ndarray]) -> list[np.ndarray]:
+    """The places in stored order of what was served by id; looked up when the clock has stopped."""
+    from kdcache.cache.reader import open_cache
+
+    numbers = {row.tobytes(): number for number, row in enumerate(open_cache(folder / "kdcache").examples("train").text_ids)}
+    return [np.array([numbers[row.tobytes()] for row in ids]) for ids in served]
 
 
 # A flat file under a memory map

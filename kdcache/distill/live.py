@@ -16,12 +16,13 @@ import torch
 from kdcache.data.encoding import TRUNCATION, EncodedTexts, encode, pad, token_budget_batches, tokenizer_fingerprint
 from kdcache.distill.align_store import StudentTokens, student_tokens
 from kdcache.distill.alignment import align
-from kdcache.distill.assembly import Pieces, Ragged, Rows, alignment_pieces, longest_first, student_inputs, text_pieces
+from kdcache.distill.assembly import Pieces, alignment_pieces, student_inputs, text_pieces
 from kdcache.distill.choice import chosen_teachers, splits_of
 from kdcache.distill.epochs import Epochs
 from kdcache.distill.examples import JoinedExamples, join_examples
 from kdcache.distill.forms import Decoder, Form, target_dim
 from kdcache.distill.parts import DecodedPart, TeacherPart, Texts, check_texts, texts_of
+from kdcache.distill.rows import Ragged, Rows, Sheets, longest_first
 from kdcache.distill.targets import Batch, Hidden, Targets
 from kdcache.errors import MismatchError
 from kdcache.teachers.coder import Coder
@@ -182,8 +183,7 @@ class LiveBatches:
         order = longest_first(student.lengths)
         examples, texts, student = examples[order], [texts[place] for place in order], student.select(order)
         targets = self._targets(texts, student) if self._running and (self._logits or self.layer_map) else None
-        rows = _rows(student, ())
-        inputs = student_inputs(rows, Ragged(rows, [student.offsets]), int(self._student.tokenizer.pad_token_id or 0))
+        (inputs,) = student_inputs(_sheets(student), int(self._student.tokenizer.pad_token_id or 0))
         return Batch(inputs, torch.from_numpy(joined.labels[examples]), joined.text_ids[examples], targets)
 
     def _targets(self, texts: Sequence[tuple[str, ...]], student: EncodedTexts) -> Targets:
@@ -213,20 +213,21 @@ class LiveBatches:
     def _pieces(
         self, index: int, running: _Running, form: Form, student: EncodedTexts, teacher: Tokens, device: torch.device
     ) -> Pieces:
-        student_ragged = Ragged(_rows(student, ()), [student.offsets])
         if form.tokens != "all":
-            return text_pieces(form.tokens, student_ragged).to(device)
+            (pieces,) = text_pieces(form.tokens, _sheets(student))
+            return pieces.to(device)
         same = running.same_tokens and np.array_equal(student.offsets, teacher.offsets)
         alignment = align(student_tokens(student), teacher, identical=same)
         self._covered[index] += int(alignment.covered.sum()), alignment.tokens
-        rows = _rows(student, (TeacherPart(None, teacher.offsets, {}, alignment),))
-        return alignment_pieces(rows, 0, student_ragged, Ragged(rows, [teacher.offsets])).to(device)
+        _, (pieces,) = alignment_pieces(_sheets(student, TeacherPart(None, teacher.offsets, {}, alignment)), 0)
+        return pieces.to(device)
 
 
-def _rows(student: EncodedTexts, teachers: tuple[TeacherPart, ...]) -> Rows:
-    """A batch that is one part, whole and in order."""
-    count = len(student.offsets) - 1
-    return Rows([DecodedPart(student, teachers)], np.zeros(count, np.int64), np.arange(count))
+def _sheets(student: EncodedTexts, *teachers: TeacherPart) -> Sheets:
+    """A batch that is one part, whole and in order, and the only step."""
+    count = len(student)
+    rows = Rows([DecodedPart(student, teachers)], np.zeros(count, np.int64), np.arange(count), np.array([0, count]))
+    return Sheets(rows, Ragged.of(rows, [student.offsets]))
 
 
 def _check_same(cache: Cache, teacher: Teacher) -> None:

@@ -8,6 +8,7 @@ epoch is three integers and any machine continues it. Every file's digest is che
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -17,13 +18,15 @@ import torch
 
 from kdcache.cache import layout
 from kdcache.distill.align_store import StudentTokens
-from kdcache.distill.assembly import Ragged, Rows, cached_targets, student_inputs
+from kdcache.distill.assembly import cached_targets, student_inputs
+from kdcache.distill.buffers import Buffers
 from kdcache.distill.choice import chosen_teachers, even_layer_map, files_used, largest_max_length, splits_of
 from kdcache.distill.epochs import Epochs
 from kdcache.distill.examples import join_examples
 from kdcache.distill.forms import stored_forms, target_dim
 from kdcache.distill.parts import DecodedPart, PartDecoder, Texts, check_texts
-from kdcache.distill.prefetch import PartWindow, Shelf, Timetable, in_background, runs_of_steps
+from kdcache.distill.prefetch import PartWindow, Shelf, Timetable, bundled, in_background, runs_of_steps
+from kdcache.distill.rows import Ragged, Rows, Sheets
 from kdcache.distill.targets import Batch
 
 if TYPE_CHECKING:
@@ -100,7 +103,12 @@ class CachedBatches:
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """The share of process ``rank`` of every step of ``epoch`` from ``first_step`` on. Closing the iterator ends its threads."""
-        return in_background(functools.partial(self._walk, epoch, first_step))
+        bundles = in_background(functools.partial(self._walk, epoch, first_step))
+        try:
+            for bundle in bundles:
+                yield from bundle
+        finally:
+            bundles.close()
 
     def target_dim(self, teacher: str, layer: int) -> int:
         """Width of the stored targets of a teacher's layer."""
@@ -114,39 +122,39 @@ class CachedBatches:
         """The teachers' logits of every example of ``split`` in its order, [N, n, C] float32."""
         return cached_logits(self.cache, self.teachers, split)
 
-    def _walk(self, epoch: int, first_step: int) -> Iterator[Batch]:
+    def _walk(self, epoch: int, first_step: int) -> Iterator[list[Batch]]:
         order = self.epochs.order(epoch)
         mine, steps = self.epochs.shares(order, first_step)
         timetable = Timetable.of(self.epochs.examples.parts[mine], steps)
-        window = PartWindow(self._decoded, self._shelf, timetable)
+        window, buffers = PartWindow(self._decoded, self._shelf, timetable), Buffers()
         try:
             for together in runs_of_steps(first_step, self.steps_per_epoch):
-                yield from self._batches([self.epochs.rows(order, step) for step in together], together, window)
+                yield from bundled(self._batches([self.epochs.rows(order, step) for step in together], together, window, buffers))
         finally:
             window.close()
 
-    def _batches(self, steps: Sequence[np.ndarray], numbers: range, window: PartWindow[DecodedPart]) -> list[Batch]:
-        """The batches of consecutive steps, put together as one and cut: what Python spends is spent once for all of them."""
+    def _batches(
+        self, steps: Sequence[np.ndarray], numbers: range, window: PartWindow[DecodedPart], buffers: Buffers
+    ) -> Iterator[Batch]:
+        """The batches of consecutive steps: looked up together, since what Python spends is spent once for all of them."""
         joined, examples = self.epochs.examples, np.concatenate(steps)
         parts, part_of = np.unique(joined.parts[examples], return_inverse=True)
-        rows = Rows(window.parts(numbers, parts.tolist()), part_of, joined.rows[examples])
-        step_of = np.repeat(np.arange(len(steps)), [len(step) for step in steps])
-        order = rows.longest_first(within=step_of)
-        batch = self._batch(examples[order], rows.take(order))
-        return batch.cut(np.cumsum([0, *(len(step) for step in steps)]).tolist())
+        edges = np.cumsum([0, *map(len, steps)])
+        rows = Rows(window.parts(numbers, parts.tolist()), part_of, joined.rows[examples], edges)
+        tokens = Ragged.of(rows, [part.student.offsets for part in rows.parts])
+        order = rows.longest_first(tokens.lengths)
+        sheets, examples = Sheets(rows.take(order), tokens.take(order)), examples[order]
+        labels, text_ids = sheets.per_row(joined.labels[examples]), joined.text_ids[examples]
+        inputs, nothing = student_inputs(sheets, self._pad_token_id), itertools.repeat(None)
+        targets = cached_targets(sheets, self.teachers, self.layer_map, self._forms, buffers) if self._has_targets else nothing
+        for step, (own, said) in enumerate(zip(inputs, targets, strict=False)):
+            yield Batch(own, labels[step], text_ids[edges[step] : edges[step + 1]], said)
 
     def _decoded(self, index: int) -> DecodedPart:
         part = self._decode(index)
         alignments = [teacher.alignment for teacher in part.teachers]
         self._covered[index] = [(0, 0) if one is None else (int(one.covered.sum()), one.tokens) for one in alignments]
         return part
-
-    def _batch(self, examples: np.ndarray, rows: Rows) -> Batch:
-        tokens = Ragged(rows, [part.student.offsets for part in rows.parts])
-        targets = cached_targets(rows, self.teachers, self.layer_map, self._forms, tokens) if self._has_targets else None
-        joined = self.epochs.examples
-        labels = torch.from_numpy(joined.labels[examples])
-        return Batch(student_inputs(rows, tokens, self._pad_token_id), labels, joined.text_ids[examples], targets)
 
 
 def cached_logits(cache: Cache, teachers: Sequence[str], split: str) -> torch.Tensor:

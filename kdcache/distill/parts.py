@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kdcache.cache.ids import id_list
-from kdcache.distill.alignment import PartAlignment, ranges
+from kdcache.distill.alignment import PartAlignment, local_places
+from kdcache.distill.interleave import Interleaved
 from kdcache.errors import DamageError, MismatchError
 
 if TYPE_CHECKING:
     from kdcache.cache.blocks import HiddenBlock
     from kdcache.cache.reader import Cache
+    from kdcache.cache.spec import TokenSelection
     from kdcache.cache.tokens import Tokens
     from kdcache.data.encoding import EncodedTexts
     from kdcache.distill.align_store import StudentTokens
@@ -29,23 +31,30 @@ Texts = Mapping[bytes, tuple[str, ...]]
 
 @dataclass(frozen=True, eq=False)
 class TeacherPart:
-    """What one teacher says of the n texts of a part. ``hidden`` is keyed by the teacher's layer number."""
+    """What one teacher says of the n texts of a part; ``hidden`` by which tokens the layers are stored for."""
 
     logits: np.ndarray | None  # float32[n, C]
     offsets: np.ndarray | None  # int64[n + 1], of the teacher's tokens
-    hidden: Mapping[int, HiddenBlock]
+    hidden: Mapping[TokenSelection, Interleaved]
     alignment: PartAlignment | None
 
 
 @dataclass(frozen=True, eq=False)
 class Explicit:
-    """Entries of an alignment: ``texts`` bounds those of each text, ``first`` and ``past`` those of each student token."""
+    """An alignment entry by entry: ``texts`` bounds those of each text, ``counts`` says how many each student token has."""
 
     texts: np.ndarray  # int64[n + 1]
-    first: np.ndarray  # int64[S]
-    past: np.ndarray  # int64[S]
-    src: np.ndarray
-    weight: np.ndarray
+    counts: np.ndarray  # int32[S]
+    entries: np.ndarray  # int32[E, 2]: src, counted from the teacher's first token of the text, and the bits of the weight
+
+    @classmethod
+    def of(cls, alignment: PartAlignment, offsets: np.ndarray) -> Explicit:
+        """``offsets`` [n + 1] are those of the student's tokens."""
+        bounds = np.arange(alignment.tokens + 1) if alignment.first is None else alignment.first
+        entries = np.empty((int(bounds[-1]), 2), np.int32)
+        entries[:, 0] = local_places(offsets) if alignment.src is None else alignment.src
+        entries.view(np.float32)[:, 1] = 1 if alignment.weight is None else alignment.weight
+        return cls(bounds[offsets], np.diff(bounds).astype(np.int32), entries)
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,30 +65,37 @@ class DecodedPart:
     teachers: tuple[TeacherPart, ...]
 
     @functools.cached_property
-    def explicit(self) -> tuple[Explicit, ...]:
-        """Per teacher with hidden states its alignment entry by entry, that of the identity too."""
-        return tuple(_explicit(teacher.alignment, self.student.offsets) for teacher in self.teachers)
+    def plain(self) -> bool:
+        """Whether ids are all there is to look up per student token: single texts, tokens that are the teachers' own."""
+        types = self.student.token_type_ids
+        alignments = [teacher.alignment for teacher in self.teachers]
+        return (types is None or not types.any()) and all(one is None or one.identical for one in alignments)
+
+    @functools.cached_property
+    def records(self) -> np.ndarray:
+        """What is known per student token, side by side: id, type, and per teacher the count of entries; int32[S, 2 + N]."""
+        records = np.zeros((len(self.student.input_ids), 2 + len(self.teachers)), np.int32)
+        records[:, 0] = self.student.input_ids
+        if self.student.token_type_ids is not None:
+            records[:, 1] = self.student.token_type_ids
+        for index, explicit in self.explicit.items():
+            records[:, 2 + index] = explicit.counts
+        return records
+
+    @functools.cached_property
+    def explicit(self) -> dict[int, Explicit]:
+        """Per teacher (by its place) that is aligned, its alignment entry by entry, that of the identity too."""
+        alignments = ((index, teacher.alignment) for index, teacher in enumerate(self.teachers))
+        return {index: Explicit.of(one, self.student.offsets) for index, one in alignments if one is not None}
 
     @property
     def nbytes(self) -> int:
         arrays = [array for array in vars(self.student).values() if array is not None]
         for teacher in self.teachers:
             arrays += [array for array in (teacher.logits, teacher.offsets) if array is not None]
-            arrays += [array for block in teacher.hidden.values() for array in (block.values, block.scales) if array is not None]
+            arrays += [layers.rows for layers in teacher.hidden.values()]
         aligned = sum(teacher.alignment.nbytes for teacher in self.teachers if teacher.alignment is not None)
         return aligned + sum(int(array.nbytes) for array in arrays)
-
-
-def _explicit(alignment: PartAlignment | None, offsets: np.ndarray) -> Explicit:
-    if alignment is None:
-        none = np.zeros(0, np.int64)
-        return Explicit(none, none, none, none, none)
-    bounds, src, weight = alignment.first, alignment.src, alignment.weight
-    if bounds is None or src is None or weight is None:
-        lengths = np.diff(offsets)
-        bounds, weight = np.arange(alignment.tokens + 1), np.ones(alignment.tokens, np.float32)
-        src = ranges(np.zeros(len(lengths), np.int64), lengths).astype(np.int32)
-    return Explicit(bounds[offsets], bounds[:-1], bounds[1:], src, weight)
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,26 +121,36 @@ class PartDecoder:
         layers = self.layers.get(teacher, ())
         if not layers:
             return TeacherPart(logits, None, {}, None)
-        hidden = {layer: self.cache.hidden(teacher, part, layer) for layer in sorted(set(layers))}
-        of_tokens = [layer for layer in hidden if not self.cache.teachers[teacher].layers[layer].per_text]
-        if not of_tokens:
+        hidden = self._hidden(teacher, part, layers)
+        if "all" not in hidden:
             return TeacherPart(logits, None, hidden, None)
         tokens = self.cache.tokens(teacher, part)
-        for layer, block in ((layer, hidden[layer]) for layer in of_tokens):
-            if len(block.values) != tokens.offsets[-1]:
-                raise DamageError(
-                    f"cache '{self.cache.path}': layer {layer} of teacher '{teacher}' has {len(block.values)} tokens in {part}, "
-                    f"and the token file says {tokens.offsets[-1]}",
-                    "Find out what is damaged with: kdcache cache verify",
-                )
+        if len(hidden["all"].rows) != tokens.offsets[-1]:
+            raise self._wrong(teacher, part, min(layers), len(hidden["all"].rows), f"the token file says {tokens.offsets[-1]}")
         return TeacherPart(logits, tokens.offsets, hidden, self._alignment(teacher, text_ids, student, tokens, keep))
+
+    def _hidden(self, teacher: str, part: str, layers: tuple[int, ...]) -> dict[TokenSelection, Interleaved]:
+        blocks: dict[TokenSelection, dict[int, HiddenBlock]] = {}
+        for layer in sorted(set(layers)):
+            together = blocks.setdefault(self.cache.teachers[teacher].layers[layer].tokens, {})
+            together[layer] = block = self.cache.hidden(teacher, part, layer)
+            expected = len(next(iter(together.values())).values)
+            if len(block.values) != expected:
+                raise self._wrong(teacher, part, layer, len(block.values), f"another layer {expected}")
+        return {tokens: Interleaved.of(together) for tokens, together in blocks.items()}
+
+    def _wrong(self, teacher: str, part: str, layer: int, count: int, other: str) -> DamageError:
+        return DamageError(
+            f"cache '{self.cache.path}': layer {layer} of teacher '{teacher}' has {count} tokens in {part}, and {other}",
+            "Find out what is damaged with: kdcache cache verify",
+        )
 
     def _alignment(self, teacher: str, text_ids: np.ndarray, student: EncodedTexts, tokens: Tokens, keep: bool) -> PartAlignment:
         spec = self.cache.teachers[teacher]
         same = self.student.agrees_with(spec.fingerprints.tokenizer, spec.max_length, spec.truncation)
         if same and np.array_equal(student.offsets, tokens.offsets):  # not so where another tokenizers version cut otherwise
             return PartAlignment(len(student.input_ids))
-        return self.student.aligned(text_ids, student, tokens, keep=keep)
+        return self.student.aligned(text_ids, student, tokens, keep=keep).simplified(student.offsets, tokens.offsets)
 
 
 def check_texts(cache: Cache, texts: Texts | None, examples: JoinedExamples) -> None:

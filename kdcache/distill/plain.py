@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from kdcache.data.encoding import encode, pad
-from kdcache.distill.assembly import longest_first
 from kdcache.distill.epochs import Epochs
 from kdcache.distill.examples import JoinedExamples
+from kdcache.distill.rows import longest_first
 from kdcache.distill.targets import Batch
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
@@ -18,14 +18,15 @@ import numpy as np
 
 READERS = 2  # threads that read and decode parts
 READ_AHEAD = 2  # parts beyond those that the current batch needs
-BATCHES_AHEAD = 4
-STEPS_TOGETHER = 8  # steps whose batches are put together at once
+BUNDLES_AHEAD = 2
+BUNDLE_BYTES, BUNDLE_STEPS = 4 << 20, 8  # of what is handed over at once: a hand-over costs as much as a small batch
+STEPS_TOGETHER = 32  # steps whose rows are looked up at once
 
 T = TypeVar("T")
 
 
 class Sized(Protocol):
-    """What counts towards the bound on memory."""
+    """What counts towards a bound on memory."""
 
     @property
     def nbytes(self) -> int: ...
@@ -72,12 +73,14 @@ class Timetable:
     @classmethod
     def of(cls, parts: np.ndarray, steps: np.ndarray) -> Timetable:
         """From the part and the step of every row of an epoch, steps ascending."""
-        numbers, first = np.unique(parts, return_index=True)
-        last = len(parts) - 1 - np.unique(parts[::-1], return_index=True)[1]
+        first, last = np.full(int(parts.max(initial=-1)) + 1, -1), np.empty(int(parts.max(initial=-1)) + 1, np.int64)
+        first[parts[::-1]], last[parts] = steps[::-1], steps  # of equal places numpy keeps what is written last
+        numbers = np.flatnonzero(first >= 0)
+        order = numbers[np.argsort(first[numbers], kind="stable")].tolist()
         return cls(
-            tuple(numbers[np.argsort(first)].tolist()),
-            dict(zip(numbers.tolist(), steps[first].tolist(), strict=True)),
-            dict(zip(numbers.tolist(), steps[last].tolist(), strict=True)),
+            tuple(order),
+            dict(zip(order, first[order].tolist(), strict=True)),
+            dict(zip(order, last[order].tolist(), strict=True)),
         )
 
 
@@ -120,15 +123,11 @@ class PartWindow(Generic[S]):
 
 
 def runs_of_steps(first: int, end: int) -> Iterator[range]:
-    """Runs of consecutive steps, short at first so that the first batch is not kept waiting: 1, 2, 4, 8, 8 ..."""
+    """Runs of consecutive steps, short at first so that the first batch is not kept waiting: 1, 2, 4 ... 32, 32 ..."""
     length = 1
     while first < end:
         yield range(first, min(first + length, end))
         first, length = first + length, min(2 * length, STEPS_TOGETHER)
-
-
-class _StoppedError(Exception):
-    """The consumer has gone."""
 
 
 @dataclass(frozen=True)
@@ -140,59 +139,63 @@ class _End:
     pass
 
 
-def in_background(items: Callable[[], Iterator[T]], ahead: int = BATCHES_AHEAD) -> Iterator[T]:
+def bundled(items: Iterator[S]) -> Iterator[list[S]]:
+    """Consecutive items, several at a time where they are small."""
+    bundle: list[S] = []
+    size = 0
+    for item in items:
+        bundle.append(item)
+        size += item.nbytes
+        if size >= BUNDLE_BYTES or len(bundle) == BUNDLE_STEPS:
+            yield bundle
+            bundle, size = [], 0
+    if bundle:
+        yield bundle
+
+
+def in_background(items: Callable[[], Iterator[T]], ahead: int = BUNDLES_AHEAD) -> Generator[T]:
     """Run an iterator in a thread, at most ``ahead`` items before the consumer.
 
     What it raises is raised here. Closing this generator (a ``break``, an exception, Ctrl-C) ends the thread and closes
     ``items`` before it returns.
     """
-    shelf: queue.Queue[T | _Failed | _End] = queue.Queue(maxsize=ahead)
+    made: queue.SimpleQueue[T | _Failed | _End] = queue.SimpleQueue()  # simple queues hand over without Python's own locks
+    room: queue.SimpleQueue[None] = queue.SimpleQueue()  # one entry for each item that may still be made
+    for _ in range(ahead):
+        room.put(None)
     stop = threading.Event()
-    thread = threading.Thread(target=_produce, args=(items, shelf, stop), name="kdcache-batches", daemon=True)
+    thread = threading.Thread(target=_produce, args=(items, made, room, stop), name="kdcache-batches", daemon=True)
     thread.start()
     try:
-        while not isinstance(item := shelf.get(), _End):
+        while not isinstance(item := made.get(), _End):
             if isinstance(item, _Failed):
                 raise item.error
+            room.put(None)
             yield item
     finally:
         stop.set()
-        while thread.is_alive():
-            _drain(shelf)
-            thread.join(0.01)
+        room.put(None)
+        thread.join()
 
 
-def _produce(items: Callable[[], Iterator[T]], shelf: queue.Queue[T | _Failed | _End], stop: threading.Event) -> None:
-    def put(item: T | _Failed | _End) -> None:
-        while not stop.is_set():
-            try:
-                return shelf.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-        raise _StoppedError
-
+def _produce(
+    items: Callable[[], Iterator[T]],
+    made: queue.SimpleQueue[T | _Failed | _End],
+    room: queue.SimpleQueue[None],
+    stop: threading.Event,
+) -> None:
     try:
         iterator = items()
         try:
             for item in iterator:
-                put(item)
+                room.get()
+                if stop.is_set():
+                    return
+                made.put(item)
         finally:
             close = getattr(iterator, "close", None)
             if close is not None:
                 close()
-        put(_End())
-    except _StoppedError:
-        return
+        made.put(_End())
     except BaseException as error:  # whatever it is belongs to the consumer
-        try:
-            put(_Failed(error))
-        except _StoppedError:
-            return
-
-
-def _drain(shelf: queue.Queue[T]) -> None:
-    try:
-        while True:
-            shelf.get_nowait()
-    except queue.Empty:
-        return
+        made.put(_Failed(error))

@@ -26,10 +26,10 @@ class Hidden:
 
     ``values`` are the teacher's tokens, [S, dim] in float32, float16 or int8; with ``scales`` [S] a value is code x scale; with
     ``decoder`` they are uint8 [S, bytes], and it gives the values.
-    Student token p (of P covered ones) is sum over the entries n with dst[n] = p of weight[n] * values[src[n]]. ``dst`` is
-    ascending and names every p at least once. ``src is None`` means the identity: S = P, token p is values[p].
+    Student token p (of P covered ones) is the sum of weight[n] * values[src[n]] over its entries n: those from ``first[p]`` to
+    ``first[p + 1]``, of the last token all that remain, at least one each. ``src is None`` means the identity: S = P, token p is values[p].
     ``positions`` [P], ascending, are flat places b * L + t in the student's [B, L]; tokens that no teacher token overlaps
-    are not among them. Layers of a teacher that are stored for the same tokens share the same ``src``, ``dst``, ``weight`` and
+    are not among them. Layers of a teacher that are stored for the same tokens share the same ``src``, ``first``, ``weight`` and
     ``positions`` objects.
 
     Targets per text need no alignment: S = P = B. For that of the first token ``positions`` are the students' first tokens. For
@@ -39,7 +39,7 @@ class Hidden:
     values: Tensor
     scales: Tensor | None
     src: Tensor | None
-    dst: Tensor | None
+    first: Tensor | None
     weight: Tensor | None
     positions: Tensor
     decoder: Decoder | None = None
@@ -66,13 +66,12 @@ class Hidden:
         Sums go through ``embedding_bag``: several times faster than ``index_add`` and, unlike it, deterministic on a GPU.
         """
         values = self.values.to(torch.float32) if self.decoder is None else self.decoder(self.values)
-        if self.src is None or self.dst is None or self.weight is None:
+        if self.src is None or self.first is None or self.weight is None:
             return values if self.scales is None else values * self.scales[:, None]
         if not len(self.positions):
             return values.new_empty(0, values.shape[1])
         weight = self.weight if self.scales is None else self.weight * self.scales[self.src]
-        first = torch.searchsorted(self.dst, torch.arange(len(self.positions), device=self.dst.device))
-        return torch.nn.functional.embedding_bag(self.src, values, first, mode="sum", per_sample_weights=weight)
+        return torch.nn.functional.embedding_bag(self.src, values, self.first, mode="sum", per_sample_weights=weight)
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,6 +99,12 @@ class Batch:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the hidden states, which are nearly all."""
+        hidden = self.targets.hidden.values() if self.targets is not None else ()
+        return sum(one.values.nbytes for one in hidden)
+
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
         """The same batch on ``device``; a tensor that several layers share travels once."""
         moved: dict[int, Tensor] = {}
@@ -114,7 +119,7 @@ class Batch:
 
         def move_hidden(h: Hidden) -> Hidden:
             return Hidden(
-                move(h.values), move_if(h.scales), move_if(h.src), move_if(h.dst), move_if(h.weight), move(h.positions),
+                move(h.values), move_if(h.scales), move_if(h.src), move_if(h.first), move_if(h.weight), move(h.positions),
                 h.decoder, move_if(h.bags),
             )  # fmt: skip
 
@@ -133,16 +138,12 @@ class Batch:
         pieces = min(pieces, len(self))
         if pieces <= 1:
             return (self,)
-        return tuple(self.cut(np.linspace(0, len(self), pieces + 1).round().astype(int).tolist()))
-
-    def cut(self, borders: Sequence[int]) -> list[Batch]:
-        """The rows between each border and the next as a batch of its own, padded to its own longest row. On the host only."""
+        borders = np.linspace(0, len(self), pieces + 1).round().astype(int)
         mask = self.inputs["attention_mask"]
         longest = np.maximum.reduceat(mask.numpy().sum(axis=1, dtype=np.int64), borders[:-1])  # no piece is empty
-        cuts = _Cuts(np.asarray(borders), longest, mask.shape[1])
-        targets = cuts.targets(self.targets) if self.targets is not None else [None] * len(longest)
-        spans = zip(itertools.pairwise(borders), longest.tolist(), targets, strict=True)
-        return [
+        targets = _Cuts(borders, longest, mask.shape[1]).targets(self.targets) if self.targets is not None else [None] * pieces
+        spans = zip(itertools.pairwise(borders.tolist()), longest.tolist(), targets, strict=True)
+        return tuple(
             Batch(
                 {name: tensor[first:last, :width] for name, tensor in self.inputs.items()},
                 self.labels[first:last],
@@ -150,7 +151,7 @@ class Batch:
                 part,
             )
             for (first, last), width, part in spans
-        ]
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,17 +159,17 @@ class _Piece:
     """The part of an alignment that belongs to some rows: teacher tokens as a slice, the rest as in ``Hidden``."""
 
     tokens: slice
-    src: Tensor | None
-    dst: Tensor | None
-    weight: Tensor | None
     positions: Tensor
+    src: Tensor | None = None
+    first: Tensor | None = None
+    weight: Tensor | None = None
     bags: Tensor | None = None
 
     def of(self, whole: Hidden) -> Hidden:
         """The same part of the targets."""
         scales = None if whole.scales is None else whole.scales[self.tokens]
         return Hidden(
-            whole.values[self.tokens], scales, self.src, self.dst, self.weight, self.positions, whole.decoder, self.bags
+            whole.values[self.tokens], scales, self.src, self.first, self.weight, self.positions, whole.decoder, self.bags
         )
 
 
@@ -192,11 +193,8 @@ class _Cuts:
                 pieces[id(value.positions)] = self._alignment(value)
             for found, piece in zip(hidden, pieces[id(value.positions)], strict=True):
                 found[key] = piece.of(value)
-        spans = itertools.pairwise(self.borders.tolist())
-        return [
-            Targets(whole.teachers, whole.logits[:, first:last], found)
-            for (first, last), found in zip(spans, hidden, strict=True)
-        ]
+        logits = whole.logits.split(np.diff(self.borders).tolist(), dim=1)
+        return [Targets(whole.teachers, mine, found) for mine, found in zip(logits, hidden, strict=True)]
 
     def _alignment(self, hidden: Hidden) -> list[_Piece]:
         device = hidden.positions.device  # that of live teachers may be a GPU
@@ -208,37 +206,36 @@ class _Cuts:
         positions = _slices(moved, places, device)
         if hidden.bags is not None:
             begins = hidden.bags.cpu().numpy() - np.repeat(places[:-1], np.diff(self.borders))
-            bags = _slices(begins, self.borders, device)
-            rows = itertools.pairwise(self.borders.tolist())
-            return [
-                _Piece(slice(*span), None, None, None, own, bag) for span, own, bag in zip(rows, positions, bags, strict=True)
-            ]
-        if hidden.src is None or hidden.dst is None or hidden.weight is None:
-            spans = itertools.pairwise(places.tolist())
-            return [_Piece(slice(*span), None, None, None, own) for span, own in zip(spans, positions, strict=True)]
-        return self._entries(hidden, places, positions)
+            columns = (_spans(self.borders), positions, _slices(begins, self.borders, device))
+            return [_Piece(span, own, bags=bags) for span, own, bags in zip(*columns, strict=True)]
+        if hidden.src is None or hidden.first is None or hidden.weight is None:
+            return [_Piece(span, own) for span, own in zip(_spans(places), positions, strict=True)]
+        return self._entries(hidden.src, hidden.first, hidden.weight, places, positions)
 
-    def _entries(self, hidden: Hidden, places: np.ndarray, positions: list[Tensor]) -> list[_Piece]:
-        assert hidden.src is not None
-        assert hidden.dst is not None
-        assert hidden.weight is not None
-        src, dst, weight = (one.cpu().numpy() for one in (hidden.src, hidden.dst, hidden.weight))
-        bounds = np.searchsorted(dst, places)
+    def _entries(
+        self, src: Tensor, first: Tensor, weight: Tensor, places: np.ndarray, positions: Sequence[Tensor]
+    ) -> list[_Piece]:
+        device, begins, source = src.device, first.cpu().numpy(), src.cpu().numpy()
+        bounds = np.append(begins, len(source))[places]  # of each piece among the entries
         sizes = np.diff(bounds)
         low, high = np.zeros(len(sizes), np.int64), np.zeros(len(sizes), np.int64)  # teacher tokens of each piece
         some = np.flatnonzero(sizes)
         if len(some):
-            low[some] = np.minimum.reduceat(src, bounds[:-1][some])
-            high[some] = np.maximum.reduceat(src, bounds[:-1][some]) + 1
-        moved = (src - np.repeat(low, sizes), dst - np.repeat(places[:-1], sizes), weight)
-        src_of, dst_of, weight_of = (_slices(array, bounds, hidden.src.device) for array in moved)
+            low[some] = np.minimum.reduceat(source, bounds[:-1][some])
+            high[some] = np.maximum.reduceat(source, bounds[:-1][some]) + 1
         tokens = [slice(*span) for span in zip(low.tolist(), high.tolist(), strict=True)]
-        return [_Piece(*one) for one in zip(tokens, src_of, dst_of, weight_of, positions, strict=True)]
+        moved = _slices(source - np.repeat(low, sizes), bounds, device)
+        starts = _slices(begins - np.repeat(bounds[:-1], np.diff(places)), places, device)
+        return [_Piece(*one) for one in zip(tokens, positions, moved, starts, weight.split(sizes.tolist()), strict=True)]
 
 
-def _slices(array: np.ndarray, bounds: np.ndarray, device: torch.device) -> list[Tensor]:
-    whole = torch.from_numpy(array).to(device)
-    return [whole[first:last] for first, last in itertools.pairwise(bounds.tolist())]
+def _slices(array: np.ndarray, bounds: np.ndarray, device: torch.device) -> tuple[Tensor, ...]:
+    pieces: tuple[Tensor, ...] = torch.from_numpy(array).to(device).split(np.diff(bounds).tolist())
+    return pieces
+
+
+def _spans(bounds: np.ndarray) -> list[slice]:
+    return [slice(*span) for span in itertools.pairwise(bounds.tolist())]
 
 
 class TargetSource(Protocol):

@@ -97,6 +97,22 @@ def test_a_bound_on_memory_changes_nothing(pair: tuple[Tokens, Tokens], bound: i
     assert rows_of(pieces) == rows_of(whole)
 
 
+@given(st.integers(0, 3).flatmap(lambda texts: st.tuples(any_tokens(texts), any_tokens(texts))), st.booleans())
+@settings(max_examples=150, deadline=None)
+def test_what_turns_out_to_be_the_identity_is_kept_as_such(pair: tuple[Tokens, Tokens], same: bool) -> None:
+    student, teacher = pair[0], pair[0] if same else pair[1]
+    aligned = align(student, teacher)
+    lengths = np.diff(student.offsets).tolist()
+    own = [{token: 1.0} for length in lengths for token in range(length)]
+    identity = rows_of(aligned) == own and lengths == np.diff(teacher.offsets).tolist()
+    assert aligned.simplified(student.offsets, teacher.offsets).identical == identity
+
+
+def test_the_same_words_in_another_vocabulary_are_the_identity() -> None:
+    texts = tokens([(FIRST, -1, 0, 0), (TEXT, 0, 0, 4), (LAST, -1, 0, 0)], [(TEXT, 0, 0, 1), (TEXT, 0, 2, 3)])
+    assert align(texts, texts).simplified(texts.offsets, texts.offsets).identical
+
+
 KINDS: dict[str, Callable[[], Any]] = {
     "uncased": tiny.wordpiece_tokenizer,
     "cased": lambda: tiny.wordpiece_tokenizer(lowercase=False, vocab_size=260),

@@ -16,7 +16,10 @@ from kdcache.cache.ids import text_id
 from kdcache.data.encoding import encode, pad
 from kdcache.distill.align_store import student_tokens
 from kdcache.distill.alignment import align
+from kdcache.distill.assembly import student_inputs
 from kdcache.distill.loader import CachedBatches, cached_logits, loader
+from kdcache.distill.parts import DecodedPart
+from kdcache.distill.rows import Ragged, Rows, Sheets
 from kdcache.errors import DamageError, MismatchError, RecipeError
 from kdcache.testing import tiny
 from kdcache.testing.memory_cache import MemoryCache, MemoryTeacher, Text, truth, truth_logits
@@ -170,6 +173,17 @@ def test_rows_of_a_batch_come_longest_first(tokenizers: dict[str, Any]) -> None:
     for batch in batches_of(cache_of(tokenizers), tokenizers).batches(0):
         lengths = batch.inputs["attention_mask"].sum(dim=1)
         assert lengths.tolist() == sorted(lengths.tolist(), reverse=True)
+
+
+def test_pairs_of_texts_keep_their_token_types(tokenizers: dict[str, Any]) -> None:
+    encoded = encode(tokenizers["student"], [("a good film", "bad"), ("x", "a film " * 9), ("one", "two three")], 64)
+    part = DecodedPart(encoded, ())
+    rows = Rows([part, part], np.array([1, 0, 1]), np.array([2, 0, 1]), np.array([0, 2, 3]))
+    inputs = student_inputs(Sheets(rows, Ragged.of(rows, [encoded.offsets] * 2)), 0)
+    for found, wanted in zip(inputs, (pad(encoded, np.array([2, 0]), 0), pad(encoded, np.array([1]), 0)), strict=True):
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+        assert found["token_type_ids"].any()
 
 
 @pytest.mark.parametrize("world", [2, 3])

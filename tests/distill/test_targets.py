@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -22,7 +24,7 @@ def batch(lengths: list[int], *, dtype: torch.dtype = torch.float32, seed: int =
     mask, places = ragged(lengths)
     own = Hidden(torch.randn(len(places), 5, generator=rng), None, None, None, None, places)
     covered = places[torch.arange(len(places)) % 3 != 1]
-    dst = torch.arange(len(covered)).repeat_interleave(2)
+    first = 2 * torch.arange(len(covered))
     rows = covered // mask.shape[1]
     starts = torch.cumsum(torch.tensor([0, *lengths]), 0)[:-1]
     src = torch.stack([starts[rows], starts[rows] + torch.tensor(lengths)[rows] - 1], 1).flatten()
@@ -31,7 +33,7 @@ def batch(lengths: list[int], *, dtype: torch.dtype = torch.float32, seed: int =
     layers = []
     for _ in range(2):
         values = torch.randn(len(places), 4, generator=rng) * 20
-        layers.append(Hidden(values.to(dtype), scales, src, dst, weight, covered))
+        layers.append(Hidden(values.to(dtype), scales, src, first, weight, covered))
     hidden = {(0, 1): own, (0, 2): own, (1, 1): layers[0], (1, 2): layers[1]}
     targets = Targets(("a", "b"), torch.randn(2, len(lengths), 3, generator=rng), hidden)
     inputs = {"input_ids": torch.randint(1, 9, mask.shape, generator=rng) * mask, "attention_mask": mask}
@@ -40,12 +42,10 @@ def batch(lengths: list[int], *, dtype: torch.dtype = torch.float32, seed: int =
 
 def plain(hidden: Hidden) -> Tensor:
     values = hidden.values.double() * (1 if hidden.scales is None else hidden.scales.double()[:, None])
-    if hidden.src is None or hidden.dst is None or hidden.weight is None:
+    if hidden.src is None or hidden.first is None or hidden.weight is None:
         return values
-    out = torch.zeros(len(hidden.positions), values.shape[1], dtype=torch.float64)
-    for src, dst, weight in zip(hidden.src.tolist(), hidden.dst.tolist(), hidden.weight.tolist(), strict=True):
-        out[dst] += weight * values[src]
-    return out
+    bounds = itertools.pairwise([*hidden.first.tolist(), len(hidden.src)])
+    return torch.stack([hidden.weight[low:high].double() @ values[hidden.src[low:high]] for low, high in bounds])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int8])

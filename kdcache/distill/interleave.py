@@ -1,0 +1,56 @@
+"""A teacher's layers side by side, token by token, as a batch wants them.
+
+A cache keeps each layer in an array of its own, so that one can be read or pulled alone. A batch wants all layers of a few
+tokens: interleaved they are one piece of memory per row instead of one per row, layer and scale, and copying many small
+pieces is what a loader spends its time on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from kdcache.cache.blocks import HiddenBlock
+
+
+@dataclass(frozen=True, eq=False)
+class Interleaved:
+    """Rows of several layers as bytes, uint8 [T, row]; ``dtype`` says which bytes of a row are what."""
+
+    rows: np.ndarray
+    dtype: np.dtype
+
+    @classmethod
+    def of(cls, blocks: Mapping[int, HiddenBlock]) -> Interleaved:
+        """From blocks by layer, all with the same number of rows. One layer without scales is not copied."""
+        fields = {name: array for layer, block in blocks.items() for name, array in _fields(layer, block)}
+        dtype = np.dtype([(name, array.dtype, array.shape[1:]) for name, array in fields.items()], align=True)
+        count = len(next(iter(fields.values())))
+        if len(fields) == 1:
+            (array,) = fields.values()
+            return cls(np.ascontiguousarray(array).view(np.uint8).reshape(count, dtype.itemsize), dtype)
+        mixed = np.empty(count, dtype)
+        for name, array in fields.items():
+            mixed[name] = array
+        return cls(mixed.view(np.uint8).reshape(count, dtype.itemsize), dtype)
+
+
+def _fields(layer: int, block: HiddenBlock) -> list[tuple[str, np.ndarray]]:
+    values, scales = (f"values {layer}", block.values), (f"scales {layer}", block.scales)
+    return [values] if scales[1] is None else [values, (scales[0], scales[1])]
+
+
+def layers_of(rows: np.ndarray, dtype: np.dtype) -> dict[int, tuple[torch.Tensor, torch.Tensor | None]]:
+    """Values [n, dim] and scales [n] of each layer in ``rows`` uint8 [n, row]: views, nothing is copied."""
+    table = rows.reshape(-1).view(dtype)
+    found = {name: torch.from_numpy(table[name]) for name in dtype.names or ()}
+    return {
+        int(name.split()[1]): (tensor, found.get(f"scales {name.split()[1]}"))
+        for name, tensor in found.items()
+        if name.startswith("values")
+    }
