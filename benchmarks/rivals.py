@@ -6,7 +6,7 @@ Contenders: `kdcache` (everything that a student's step needs: its tokens, label
 (one flat NumPy file, rows in random order: the limit), `safetensors` (one file per part, parts kept or read through the same window),
 `datasets` (Hugging Face, Arrow, map-style, shuffled), `streaming` (mosaicml-streaming) and `litdata`, the last two with their own shuffles and the
 defaults of their documentation, each with 0 and 2 workers of torch's DataLoader. Every turn of a contender is a process of its own; turns are
-interleaved. `memory`: the second epoch, everything decoded where a contender can keep it. `window`: the first epoch through 1/8
+interleaved. `memory`: the second epoch, everything decoded where a contender can keep it, uniformly shuffled by kdcache and safetensors too. `window`: the first epoch through 1/8
 of the data, digests checked where there are any. Shuffle quality is the rank correlation between stored and served order (0 is
 best) and the number of distinct parts of 1/32 of the data in a batch. The three other libraries ask for older versions of what kdcache
 needs: `--rivals-python` names the interpreter of an environment that has them (benchmarks/requirements.txt); those that are not there
@@ -16,6 +16,7 @@ are left out. Prints JSON.
 from __future__ import annotations
 
 import argparse
+import importlib
 import itertools
 import json
 import os
@@ -33,6 +34,14 @@ from measure import in_a_process, machine, ratio, resident_mb, summary
 PARTS, BATCH = 32, 32
 NEEDS = {"datasets": "datasets", "streaming": "streaming", "litdata": "litdata"}
 CONTENDERS = ("kdcache", "memory map", "safetensors", "datasets", "streaming", "litdata")
+IMPORTS = {  # what a program has loaded before it opens its data
+    "kdcache": ("kdcache.distill.loader", "kdcache.cache.reader", "kdcache.testing.tiny", "transformers", "zarr"),
+    "memory map": (),
+    "safetensors": ("safetensors.numpy", "kdcache.distill.order"),
+    "datasets": ("datasets",),
+    "streaming": ("streaming",),
+    "litdata": ("litdata",),
+}
 WITH_WORKERS = ("datasets", "streaming", "litdata")
 
 Batches = Iterator[tuple[np.ndarray, np.ndarray]]  # (row numbers, or ids of kdcache, packed values [tokens, dim]), one epoch
@@ -111,6 +120,8 @@ def turn(arguments: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     torch.set_num_threads(1)
+    for module in IMPORTS[arguments.alone]:
+        importlib.import_module(module)
     resident = before = resident_mb()
     began = time.perf_counter()
     epochs = READERS[arguments.alone](arguments.folder, arguments)
@@ -213,7 +224,7 @@ def read_kdcache(folder: Path, arguments: argparse.Namespace) -> Callable[[], Ba
     whole = arguments.regime == "memory"
     source = loader(
         folder / "kdcache", tiny.wordpiece_tokenizer(), batch_size=BATCH, student_layers=1, max_length=128,
-        window=PARTS if whole else PARTS // 8, memory_bytes=(8 << 30) if whole else 0,
+        window="all" if whole else PARTS // 8, memory_bytes=(8 << 30) if whole else 0,
     )  # fmt: skip
     epoch = itertools.count()
 
@@ -281,7 +292,7 @@ def read_safetensors(folder: Path, arguments: argparse.Namespace) -> Callable[[]
     epoch = itertools.count()
 
     def batches() -> Batches:
-        order = epoch_order(part_of, seed=0, epoch=next(epoch), window=PARTS if whole else PARTS // 8)
+        order = epoch_order(part_of, seed=0, epoch=next(epoch), window="all" if whole else PARTS // 8)
         last = np.zeros(PARTS, np.int64)
         last[part_of[order]] = np.arange(len(order))
         for start in range(0, len(order), BATCH):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kdcache.distill.order import epoch_order, step_count, step_rows
+from kdcache.distill.order import Window, epoch_order, step_count, step_rows
 from kdcache.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -21,13 +21,15 @@ class Epochs:
     examples: JoinedExamples
     batch_size: int
     seed: int
-    window: int
+    window: Window
     rank: int = 0
     world: int = 1
 
     def __post_init__(self) -> None:
-        if self.window < 1:
-            raise RecipeError(f"window is {self.window} parts; at least 1 is needed", "Set distill.window.")
+        if self.window != "all" and self.window < 1:
+            raise RecipeError(
+                f"window is {self.window} parts; at least 1 is needed", "Set distill.window to a number of parts, or to 'all'."
+            )
         if not self.batch_size >= self.world > self.rank >= 0:
             raise RecipeError(
                 f"a batch of {self.batch_size} rows cannot be shared by process {self.rank} of {self.world}",

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from kdcache.cache.blocks import Basis
     from kdcache.cache.reader import Cache
     from kdcache.cache.tokens import Tokens
+    from kdcache.distill.order import Window
     from kdcache.teachers.backends import TeacherBackend, TeacherOutput
     from kdcache.teachers.teacher import Teacher
 
@@ -93,7 +94,7 @@ class LiveBatches:
         backends: Mapping[str, TeacherBackend] | None = None,
         project: bool = True,
         seed: int = 0,
-        window: int = 8,
+        window: Window = 8,
         missing: Literal["error", "skip"] = "error",
         hidden: bool = False,
         logits: bool = True,

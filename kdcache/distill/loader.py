@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from kdcache.cache.reader import Cache
+    from kdcache.distill.order import Window
 
 MEMORY_BYTES = 2 << 30
 
@@ -44,6 +45,7 @@ class CachedBatches:
     subset of the cache's, in the order given. ``layer_map`` gives per teacher one of its stored layers for each student
     layer 1..K and is read where ``hidden``; ``logits=False`` reads none. ``max_length`` is the student's, in tokens.
     ``missing='skip'`` leaves out examples whose text the cache lacks. ``texts`` (id -> columns) replaces the cache's own.
+    ``window``: from how many parts batches are drawn; 'all' is a uniform shuffle, for which all parts are read first.
     ``batch_size`` is that of the step over all ``world`` processes; this one takes share ``rank``. ``memory_bytes`` bounds what
     stays decoded besides the parts in the window.
 
@@ -63,7 +65,7 @@ class CachedBatches:
         teachers: Sequence[str] | None = None,
         layer_map: Mapping[str, tuple[int, ...]] | None = None,
         seed: int = 0,
-        window: int = 8,
+        window: Window = 8,
         missing: Literal["error", "skip"] = "error",
         hidden: bool = False,
         logits: bool = True,
@@ -185,7 +187,7 @@ def loader(
     teachers: Sequence[str] | None = None,
     with_transfer: bool = True,
     seed: int = 0,
-    window: int = 8,
+    window: Window = 8,
     missing: Literal["error", "skip"] = "error",
     rank: int = 0,
     world: int = 1,

@@ -3,6 +3,7 @@
 Parts are put in a seeded order; an example of the p-th part gets the key p + W * u with u uniform in [0, 1), and the
 examples are taken by ascending key. At key x only parts p with x - W < p <= x have examples, so a window of W parts slides
 over the cache: the first batches need the first part alone, a part is read once, and it can go once its last example is out.
+With the window 'all' the key is u alone: a uniform permutation, whose first batches need nearly all parts.
 The steps of an epoch are consecutive slices of this order and a process takes its slice of every step, so a run continues in
 the middle of an epoch, with another number of processes too, from three integers: seed, epoch, step.
 
@@ -11,17 +12,21 @@ Only raw outputs of the bit generator are used: numpy keeps those streams for ev
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+Window = int | Literal["all"]  # in parts
 
-def epoch_order(parts: NDArray[np.integer], *, seed: int, epoch: int, window: int) -> NDArray[np.int64]:
+
+def epoch_order(parts: NDArray[np.integer], *, seed: int, epoch: int, window: Window) -> NDArray[np.int64]:
     """Positions of all examples in the order of ``epoch``; ``parts`` [n] is the part number of each example's text."""
     uniform = _uniform(seed, epoch, len(parts))
+    if window == "all":
+        return np.argsort(uniform, kind="stable")
     numbers, which = np.unique(parts, return_inverse=True)
     position = np.empty(len(numbers), np.int64)
     position[np.argsort(_uniform(seed, epoch, len(numbers), purpose=1), kind="stable")] = np.arange(len(numbers))

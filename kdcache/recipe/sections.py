@@ -232,7 +232,7 @@ class DistillSection(OptimSection):
         None  # per teacher, one for each student layer; else even
     )
     missing: Literal["error", "skip"] = "error"  # train rows whose text the cache lacks
-    window: Positive = 8  # parts from which a batch is drawn
+    window: Positive | Literal["all"] = 8  # parts from which a batch is drawn; all: a uniform shuffle, starts when all are read
     dropout: Fraction | None = None  # of the student; that of its config where not given
     weights: WeightsSection = WeightsSection()
 

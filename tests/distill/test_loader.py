@@ -141,11 +141,12 @@ def same(one: Batch, other: Batch) -> bool:
     return np.array_equal(one.text_ids, other.text_ids) and all(torch.equal(a, b) for a, b in pairs)
 
 
-def test_an_epoch_continues_in_the_middle(tokenizers: dict[str, Any]) -> None:
+@pytest.mark.parametrize("window", [3, "all"])
+def test_an_epoch_continues_in_the_middle(tokenizers: dict[str, Any], window: Any) -> None:
     cache = cache_of(tokenizers)
-    whole = list(batches_of(cache, tokenizers).batches(2))
+    whole = list(batches_of(cache, tokenizers, window=window).batches(2))
     for first in (0, 1, 4, len(whole) - 1, len(whole)):
-        rest = list(batches_of(cache, tokenizers).batches(2, first))
+        rest = list(batches_of(cache, tokenizers, window=window).batches(2, first))
         assert len(rest) == len(whole) - first
         assert all(same(a, b) for a, b in zip(rest, whole[first:], strict=True))
 

@@ -28,6 +28,15 @@ def test_each_example_comes_exactly_once(parts: list[int], seed: int, epoch: int
     assert all(len(rows) for rows in steps)
 
 
+def test_the_window_all_is_a_uniform_shuffle() -> None:
+    parts = parts_of(8192, 256)
+    orders = [epoch_order(parts, seed=0, epoch=epoch, window="all") for epoch in range(8)]
+    assert all(sorted(order.tolist()) == list(range(8192)) for order in orders)
+    ranks = np.argsort(np.stack(orders), axis=1)
+    assert np.abs(np.corrcoef([np.arange(8192), *ranks]) - np.eye(9)).max() < 4 / 8192**0.5
+    assert np.mean([len(set(parts[order[:32]].tolist())) for order in orders]) > 18  # of 32 rows from 32 parts: 20.4 expected
+
+
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
 def test_processes_share_each_step_whatever_their_number(world: int) -> None:
     order = epoch_order(parts_of(1000, 100), seed=3, epoch=1, window=4)
