@@ -6,6 +6,7 @@ python benchmarks/loader_pieces.py
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -19,6 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from kdcache.cache.blocks import HiddenBlock
+from kdcache.distill.interleave import Interleaved, layers_of
 from kdcache.distill.loader import loader
 from kdcache.testing import tiny
 
@@ -29,11 +32,11 @@ def main() -> None:
     """Print one JSON object; times are the best of five rounds."""
     torch.set_num_threads(1)
     found: dict[str, Any] = {}
-    for dtype, dim in (("int8", 128), ("float16", 768)):
-        found[f"gather {dtype} {dim}, us"] = _gathers(dtype, dim)
+    for dim in (128, 768):
         found[f"align {dim}, us"] = _sums(dim)
+    found["32 rows of 32 tokens, 3 layers of 128 int8 with scales, us"] = _layers()
     found["32 rows of 24 tokens x 256 float16, us"] = _rows()
-    found["batch of such rows, us of processor time"] = _batch()
+    found["batch of 32 such rows, us of processor time"] = _batches()
     json.dump(found | {"part of 4,096 texts, ms": _part()}, sys.stdout, indent=2)
     print()
 
@@ -67,28 +70,29 @@ def _sums(dim: int) -> dict[str, int]:
     return {"embedding_bag": round(_best(fused) * 1e6), "index_add": round(_best(index_add) * 1e6)}
 
 
-def _gathers(dtype: str, dim: int) -> dict[str, int]:
-    """Rows of several parts in row order: two takes against a scatter."""
-    rng = np.random.default_rng(0)
-    arrays = [rng.integers(-127, 127, (30_000, dim)).astype(dtype) for _ in range(PARTS)]
-    here = np.array_split(rng.permutation(TOKENS), PARTS)
-    there = [rng.integers(0, 30_000, len(mine)) for mine in here]
-    order = np.argsort(np.concatenate(here))
+def _layers() -> dict[str, int]:
+    """Layers of a teacher gathered one by one against interleaved, with the views that give them back."""
+    rng, layers = np.random.default_rng(0), (4, 8, 12)
+    values, scales = rng.integers(-127, 127, (PARTS, 3, 9000, 128)).astype(np.int8), rng.random((PARTS, 3, 9000), np.float32)
+    blocks = [
+        {layer: HiddenBlock(values[part, place], scales[part, place]) for place, layer in enumerate(layers)}
+        for part in range(PARTS)
+    ]
+    mixed = [Interleaved.of(part) for part in blocks]
+    chosen = zip(rng.integers(0, PARTS, 32).tolist(), rng.integers(0, 8900, 32).tolist(), strict=True)
+    spans = [(part, start, start + 32) for part, start in chosen]
+    space = np.empty((1024, mixed[0].dtype.itemsize), np.uint8)
 
-    def takes() -> Any:
-        grouped, begin = np.empty((TOKENS, dim), dtype), 0
-        for array, rows in zip(arrays, there, strict=True):
-            array.take(rows, axis=0, out=grouped[begin : begin + len(rows)], mode="clip")
-            begin += len(rows)
-        return grouped.take(order, axis=0)
+    def apart() -> Any:
+        for place in range(3):
+            for array in (values[:, place], scales[:, place]):
+                torch.from_numpy(np.concatenate([array[part, start:end] for part, start, end in spans]))
 
-    def scatter() -> Any:
-        packed = np.empty((TOKENS, dim), dtype)
-        for array, rows, mine in zip(arrays, there, here, strict=True):
-            packed[mine] = array.take(rows, axis=0)
-        return packed
+    def together() -> Any:
+        np.concatenate([mixed[part].rows[start:end] for part, start, end in spans], out=space)
+        return layers_of(space, mixed[0].dtype)
 
-    return {"two takes": round(_best(takes) * 1e6), "scatter": round(_best(scatter) * 1e6)}
+    return {"apart": round(_best(apart) * 1e6), "interleaved": round(_best(together) * 1e6)}
 
 
 def _rows() -> dict[str, int]:
@@ -115,29 +119,27 @@ def _rows() -> dict[str, int]:
     return {"whole rows": round(_best(whole) * 1e6), "two takes": round(_best(takes) * 1e6)}
 
 
-def _batch() -> dict[str, int]:
-    """Everything that the loader does for a batch, parts decoded, one step at a time and eight together; median of epochs."""
+def _batches() -> dict[str, int]:
+    """Everything that the loader does for a batch, parts decoded, by how many steps are looked up at once; medians over epochs by turns."""
     import rivals
 
     from kdcache.distill import prefetch
 
-    options = argparse.Namespace(rows=4096, dim=256, dtype="float16", tokens=24)
-    found = {}
+    options = argparse.Namespace(rows=16384, dim=256, dtype="float16", tokens=24)
+    taken: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         os.environ["KDCACHE_HOME"] = str(Path(folder) / "home")
         rivals.write_kdcache(Path(folder), *rivals.make_rows(options))
-        for together in (1, 8):
+        source = loader(
+            Path(folder) / "kdcache", tiny.wordpiece_tokenizer(), batch_size=32, student_layers=1, max_length=128, window="all"
+        )
+        for epoch, together in itertools.product(range(9), (1, 8, 32)):
             prefetch.STEPS_TOGETHER = together
-            source = loader(
-                Path(folder) / "kdcache", tiny.wordpiece_tokenizer(), batch_size=32, student_layers=1, max_length=128, window=32
-            )
-            taken = []
-            for epoch in range(9):
-                began = time.process_time()
-                count = sum(1 for _ in source.batches(epoch))
-                taken.append((time.process_time() - began) / count)
-            found[f"{together} together"] = round(statistics.median(taken[1:]) * 1e6)
-    return found
+            began = time.process_time()
+            count = sum(1 for _ in source.batches(epoch))
+            if epoch:  # the first one reads
+                taken.setdefault(f"{together} steps at once", []).append((time.process_time() - began) / count)
+    return {name: round(statistics.median(found) * 1e6) for name, found in taken.items()}
 
 
 def _part() -> dict[str, float]:

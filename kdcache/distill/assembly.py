@@ -21,7 +21,6 @@ from kdcache.distill.targets import Hidden, Targets
 
 if TYPE_CHECKING:
     from kdcache.cache.spec import TokenSelection
-    from kdcache.distill.buffers import Buffers
     from kdcache.distill.forms import Decoder, Forms
 
 
@@ -84,7 +83,7 @@ def text_pieces(tokens: TokenSelection, sheets: Sheets) -> list[Pieces]:
 
 
 def cached_targets(
-    sheets: Sheets, teachers: tuple[str, ...], layer_map: Mapping[str, tuple[int, ...]], forms: Forms, buffers: Buffers
+    sheets: Sheets, teachers: tuple[str, ...], layer_map: Mapping[str, tuple[int, ...]], forms: Forms
 ) -> Iterator[Targets]:
     """The targets of every step out of decoded parts; values stay in the dtype in which they were stored."""
     logits = _logits(sheets.rows, len(teachers)).split(sheets.rows.counts.tolist(), dim=1)
@@ -99,10 +98,9 @@ def cached_targets(
         for student_layer, layer in enumerate(layer_map.get(name, ()), start=1)
     }
     for step, (first, last) in enumerate(itertools.pairwise(sheets.rows.edges.tolist())):
-        spaces = buffers.arrays([group.shape(first, last) for group in groups])
         made: dict[tuple[str, int], Hidden] = {}
-        for group, space in zip(groups, spaces, strict=True):
-            made |= group.targets(step, first, last, space)
+        for group in groups:
+            made |= group.targets(step, first, last)
         yield Targets(teachers, logits[step], {key: made[stored] for key, stored in wanted.items()})
 
 
@@ -127,16 +125,13 @@ class _Layers:
             places = Ragged.of(sheets.rows, one_each), text_pieces(tokens, sheets)
         return cls(teacher, *places, [part.rows for part in parts], parts[0].dtype, forms)
 
-    def shape(self, first: int, last: int) -> tuple[int, int]:
-        """Tokens of the rows from ``first`` to ``last``, and bytes of each."""
-        return int(self.tokens.offsets[last] - self.tokens.offsets[first]), self.dtype.itemsize
-
-    def targets(self, step: int, first: int, last: int, space: np.ndarray) -> dict[tuple[str, int], Hidden]:
-        self.tokens.copy(self.parts, first, last, space)
+    def targets(self, step: int, first: int, last: int) -> dict[tuple[str, int], Hidden]:
+        """By teacher and layer, for the rows from ``first`` to ``last``, which are those of ``step``."""
+        rows = self.tokens.gather(self.parts, first, last)
         piece = self.pieces[step]
         return {
             (self.teacher, layer): piece.target(values, scales, self.forms[self.teacher, layer].decoder)
-            for layer, (values, scales) in layers_of(space, self.dtype).items()
+            for layer, (values, scales) in layers_of(rows, self.dtype).items()
         }
 
 

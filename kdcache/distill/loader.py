@@ -19,7 +19,6 @@ import torch
 from kdcache.cache import layout
 from kdcache.distill.align_store import StudentTokens
 from kdcache.distill.assembly import cached_targets, student_inputs
-from kdcache.distill.buffers import Buffers
 from kdcache.distill.choice import chosen_teachers, even_layer_map, files_used, largest_max_length, splits_of
 from kdcache.distill.epochs import Epochs
 from kdcache.distill.examples import join_examples
@@ -128,16 +127,14 @@ class CachedBatches:
         order = self.epochs.order(epoch)
         mine, steps = self.epochs.shares(order, first_step)
         timetable = Timetable.of(self.epochs.examples.parts[mine], steps)
-        window, buffers = PartWindow(self._decoded, self._shelf, timetable), Buffers()
+        window = PartWindow(self._decoded, self._shelf, timetable)
         try:
             for together in runs_of_steps(first_step, self.steps_per_epoch):
-                yield from bundled(self._batches([self.epochs.rows(order, step) for step in together], together, window, buffers))
+                yield from bundled(self._batches([self.epochs.rows(order, step) for step in together], together, window))
         finally:
             window.close()
 
-    def _batches(
-        self, steps: Sequence[np.ndarray], numbers: range, window: PartWindow[DecodedPart], buffers: Buffers
-    ) -> Iterator[Batch]:
+    def _batches(self, steps: Sequence[np.ndarray], numbers: range, window: PartWindow[DecodedPart]) -> Iterator[Batch]:
         """The batches of consecutive steps: looked up together, since what Python spends is spent once for all of them."""
         joined, examples = self.epochs.examples, np.concatenate(steps)
         parts, part_of = np.unique(joined.parts[examples], return_inverse=True)
@@ -148,7 +145,7 @@ class CachedBatches:
         sheets, examples = Sheets(rows.take(order), tokens.take(order)), examples[order]
         labels, text_ids = sheets.per_row(joined.labels[examples]), joined.text_ids[examples]
         inputs, nothing = student_inputs(sheets, self._pad_token_id), itertools.repeat(None)
-        targets = cached_targets(sheets, self.teachers, self.layer_map, self._forms, buffers) if self._has_targets else nothing
+        targets = cached_targets(sheets, self.teachers, self.layer_map, self._forms) if self._has_targets else nothing
         for step, (own, said) in enumerate(zip(inputs, targets, strict=False)):
             yield Batch(own, labels[step], text_ids[edges[step] : edges[step + 1]], said)
 

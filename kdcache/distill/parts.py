@@ -94,6 +94,8 @@ class DecodedPart:
         for teacher in self.teachers:
             arrays += [array for array in (teacher.logits, teacher.offsets) if array is not None]
             arrays += [layers.rows for layers in teacher.hidden.values()]
+        if not self.plain:
+            arrays += [self.records, *(array for one in self.explicit.values() for array in vars(one).values())]
         aligned = sum(teacher.alignment.nbytes for teacher in self.teachers if teacher.alignment is not None)
         return aligned + sum(int(array.nbytes) for array in arrays)
 

@@ -91,13 +91,9 @@ class Ragged:
     def _spans(self) -> list[tuple[int, int, int]]:
         return list(zip(self._part_of.tolist(), self._starts.tolist(), self._ends.tolist(), strict=True))
 
-    def gather(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
-        """The packed values of the rows, in row order, from one packed array per part."""
-        return np.concatenate([arrays[part][start:end] for part, start, end in self._spans])
-
-    def copy(self, arrays: Sequence[np.ndarray], first: int, last: int, out: np.ndarray) -> None:
-        """The same of the rows from ``first`` to ``last`` into ``out``."""
-        np.concatenate([arrays[part][start:end] for part, start, end in self._spans[first:last]], out=out)
+    def gather(self, arrays: Sequence[np.ndarray], first: int = 0, last: int | None = None) -> np.ndarray:
+        """The packed values of the rows from ``first`` to ``last``, in row order, from one packed array per part."""
+        return np.concatenate([arrays[part][start:end] for part, start, end in self._spans[first:last]])
 
 
 class Sheets:
