@@ -62,7 +62,9 @@ def main() -> None:
     if not arguments.page:
         arguments.measured.mkdir(parents=True, exist_ok=True)
         given = {"recipe": arguments.recipe, "teachers": arguments.teachers, "cache": arguments.cache}
-        places = {key: str(value) for key, value in given.items()} if arguments.recipe else quickstart()
+        places = {key: str(value) for key, value in given.items()}
+        if not arguments.recipe and any(MEASUREMENTS[name].where for name in arguments.only):
+            places = quickstart()
         for name in arguments.only:
             measure(name, places, arguments)
     page.write(arguments.measured, arguments.to)
