@@ -6,6 +6,7 @@ ratio is formed within each round before its median is taken. The spread is the 
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import platform
@@ -55,9 +56,14 @@ def peak_memory_mb() -> float:
 
 def resident_mb() -> float:
     """Resident memory of this process now, MB."""
+    return float(_process().memory_info().rss) / 1e6
+
+
+@functools.cache
+def _process() -> Any:
     import psutil
 
-    return float(psutil.Process().memory_info().rss) / 1e6
+    return psutil.Process()
 
 
 def machine() -> dict[str, Any]:

@@ -111,14 +111,20 @@ class PartWindow(Generic[S]):
             beyond = sum(first[part] > step for part in self._in_hand)
             if first[order[self._next]] > step and (beyond >= READ_AHEAD or (beyond and not self._shelf.has_room())):
                 return
-            self._in_hand[order[self._next]] = self._readers.submit(self._read, order[self._next])
+            self._in_hand[order[self._next]] = self._part(order[self._next])
             self._next += 1
 
+    def _part(self, index: int) -> Future[S]:
+        kept = self._shelf.get(index)
+        if kept is None:
+            return self._readers.submit(self._read, index)
+        at_hand: Future[S] = Future()
+        at_hand.set_result(kept)
+        return at_hand
+
     def _read(self, index: int) -> S:
-        part = self._shelf.get(index)
-        if part is None:
-            part = self._decode(index)
-            self._shelf.put(index, part)
+        part = self._decode(index)
+        self._shelf.put(index, part)
         return part
 
 
