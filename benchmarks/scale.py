@@ -2,33 +2,45 @@
 
     python benchmarks/scale.py --rows 10000 100000 1000000
 
-Caches of made-up content (one teacher, one layer of 16 int8 values per token, about 12 tokens a text: content does not
-matter here). Each is opened by a process of its own, which takes batches until well after the window is full, with the bound on
-decoded parts set low, so that memory shows the window and not what happens to be kept. Prints JSON.
+Caches of made-up content: three teachers, three layers of 8 int8 values per token each, texts of about 12 tokens. Content does
+not matter here, the number of texts, parts and files does. Each is opened by a process of its own, which takes batches until well
+after the window is full; nothing but the window stays decoded, so that memory shows the window and what grows with the rows,
+not what happens to be kept. `resident` is the median over the batches after the window was full. Prints JSON.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
+import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Generator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from measure import in_a_process, machine, peak_memory_mb
+from measure import in_a_process, machine, peak_memory_mb, resident_mb
 
-DIM, MEMORY_BYTES = 16, 64 << 20
+if TYPE_CHECKING:
+    from kdcache.cache.spec import TeacherSpec
+    from kdcache.cache.writer import CacheWriter
+    from kdcache.distill.loader import CachedBatches
+    from kdcache.distill.targets import Batch
+
+TEACHERS, LAYERS, DIM, WORDS, PART, WINDOW = 3, 3, 8, 5, 4096, 2
+MAX_LENGTH = 32
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="*", default=[10_000, 100_000, 1_000_000])
-    parser.add_argument("--steps", type=int, default=1200, help="batches of 32 that are taken")
+    parser.add_argument("--steps", type=int, default=1200, help="batches of 32 that are taken, over as many epochs as it needs")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--directory", type=Path, help="keep the caches there, and use those that are there")
     parser.add_argument("--read", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.read:
@@ -39,58 +51,93 @@ def main() -> None:
         os.environ["KDCACHE_HOME"] = str(Path(folder) / "home")
         for rows in arguments.rows:
             print(f"{rows:,} rows", file=sys.stderr, flush=True)
-            cache = Path(folder) / str(rows)
-            write(cache, rows)
-            options = ["--read", str(cache), "--steps", str(arguments.steps)]
-            turns = [in_a_process("scale.py", options) for _ in range(arguments.repeats)]
-            report[f"{rows} rows"] = {
-                "manifest bytes": (cache / "manifest.json").stat().st_size,
-                "data bytes": sum(file.stat().st_size for file in cache.rglob("*") if file.is_file()),
-                **{key: sorted(turn[key] for turn in turns)[len(turns) // 2] for key in turns[0]},
-                "first process: first batch, s": turns[0]["first batch, s"],
-            }
+            cache = (arguments.directory or Path(folder)) / str(rows)
+            if not (cache / "manifest.json").exists():
+                write(cache, rows)
+            report[f"{rows} rows"] = measured(cache, arguments.steps, arguments.repeats)
+    for few, many in itertools.pairwise(f"{rows} rows" for rows in arguments.rows):
+        report[many]["resident / that of fewer rows"] = report[many]["resident, MB"] / report[few]["resident, MB"]
     json.dump(report, sys.stdout, indent=2)
     print()
 
 
+def measured(cache: Path, steps: int, repeats: int) -> dict[str, Any]:
+    """A cache read by ``repeats`` processes, one after the other; the first finds no student tokens."""
+    turns = [in_a_process("scale.py", ["--read", str(cache), "--steps", str(steps)]) for _ in range(repeats)]
+    files = [file for file in cache.rglob("*") if file.is_file()]
+    return {
+        "files": len(files),
+        "data bytes": sum(file.stat().st_size for file in files),
+        "manifest bytes": (cache / "manifest.json").stat().st_size,
+        **{key: statistics.median(turn[key] for turn in turns) for key in turns[0]},
+        "first process: first batch, s": turns[0]["first batch, s"],
+    }
+
+
 def write(path: Path, rows: int) -> None:
     """A cache of ``rows`` short texts that is valid in every byte."""
-    from kdcache.cache.blocks import Basis, HiddenBlock, Outputs
     from kdcache.cache.files import use_disk
     from kdcache.cache.ids import id_array, text_id
-    from kdcache.cache.spec import Fingerprints, LayerSpec, Settings, TargetSpec, TaskSpec, TeacherSpec
+    from kdcache.cache.spec import Settings, TaskSpec
     from kdcache.cache.writer import open_writer
-    from kdcache.data.encoding import TRUNCATION, encode, tokenizer_fingerprint, tokenizer_json
-    from kdcache.distill.align_store import student_tokens
+    from kdcache.data.encoding import tokenizer_json
     from kdcache.testing import tiny
     from kdcache.testing.faults import UnsyncedDisk
 
     rng = np.random.default_rng(0)
-    tokenizer = tiny.wordpiece_tokenizer()
-    words = np.array(tiny.WORDS)
-    texts = [(" ".join(line) + f" {index}",) for index, line in enumerate(words[rng.integers(0, len(words), (rows, 8))])]
+    tokenizer, specs = tiny.wordpiece_tokenizer(), teachers()
+    words = np.array(tiny.WORDS)[rng.integers(0, len(tiny.WORDS), (rows, WORDS))]
+    texts = [(f"{' '.join(line)} {index}",) for index, line in enumerate(words)]
     ids = [text_id(text) for text in texts]
-    prints = Fingerprints(*("0" * 64,) * 3, tokenizer_fingerprint(tokenizer))
-    spec = TeacherSpec(
-        "teacher", "shared", prints, 1, DIM, 64, TRUNCATION, "torch", "float32", TargetSpec(shape=(2,)), None, 16,
-        {1: LayerSpec("none", DIM, "int8")},
-    )  # fmt: skip
-    with use_disk(UnsyncedDisk()), open_writer(path, TaskSpec(("sentence",), ("0", "1")), Settings(0, 4096)) as writer:
+    with use_disk(UnsyncedDisk()), open_writer(path, TaskSpec(("sentence",), ("0", "1")), Settings(0, PART)) as writer:
         writer.add_texts(dict(zip(ids, texts, strict=True)), {})
-        tasks = writer.declare_teacher(spec, tokenizer_json(tokenizer))
-        writer.write_bases(spec.name, {1: Basis(None, None, None, 1.0, 1.0)})
-        for task in tasks:
-            encoded = encode(tokenizer, writer.texts_of(task.part), 64)
-            count = int(encoded.offsets[-1])
-            block = HiddenBlock(rng.integers(-127, 128, (count, DIM), np.int8), rng.random(count, np.float32) + 0.01)
-            outputs = Outputs(rng.standard_normal((len(encoded), 2), dtype=np.float32))
-            writer.write_part(spec.name, task.part, outputs=outputs, tokens=student_tokens(encoded), hidden={1: block})
+        for spec in specs:
+            writer.declare_teacher(spec, tokenizer_json(tokenizer))
+        write_targets(writer, specs, rng)
         writer.write_examples("train", id_array(ids), rng.integers(0, 2, rows), None)
         writer.publish({})
 
 
+def teachers() -> list[TeacherSpec]:
+    """How the made-up teachers are said to have been run; their tokens are those of the student."""
+    from kdcache.cache.spec import Fingerprints, LayerSpec, TargetSpec, TeacherSpec
+    from kdcache.data.encoding import TRUNCATION, tokenizer_fingerprint
+    from kdcache.testing import tiny
+
+    prints = Fingerprints(*("0" * 64,) * 3, tokenizer_fingerprint(tiny.wordpiece_tokenizer()))
+    layers = {layer: LayerSpec("none", DIM, "int8") for layer in range(1, LAYERS + 1)}
+    return [
+        TeacherSpec(
+            f"teacher-{index}", "shared", prints, LAYERS, DIM, MAX_LENGTH, TRUNCATION, "torch", "float32", TargetSpec(shape=(2,)),
+            None, 16, layers,
+        )
+        for index in range(TEACHERS)
+    ]  # fmt: skip
+
+
+def write_targets(writer: CacheWriter, specs: list[TeacherSpec], rng: np.random.Generator) -> None:
+    """Random outputs and hidden states of every teacher and part; each part is tokenised once."""
+    from kdcache.cache.blocks import Basis, HiddenBlock, Outputs
+    from kdcache.data.encoding import encode
+    from kdcache.testing import tiny
+
+    tokenizer = tiny.wordpiece_tokenizer()
+    for spec in specs:
+        writer.write_bases(spec.name, {layer: Basis(None, None, None, 1.0, 1.0) for layer in spec.layers})
+    for part in writer.parts:
+        encoded = encode(tokenizer, writer.texts_of(part), MAX_LENGTH)
+        count = int(encoded.offsets[-1])
+        for spec in specs:
+            blocks = {
+                layer: HiddenBlock(rng.integers(-127, 128, (count, DIM), np.int8), rng.random(count, np.float32) + 0.01)
+                for layer in spec.layers
+            }
+            outputs = Outputs(rng.standard_normal((len(encoded), 2), dtype=np.float32))
+            writer.write_part(spec.name, part, outputs=outputs, tokens=encoded.tokens, hidden=blocks)
+
+
 def read(path: Path, steps: int) -> dict[str, float]:
-    """Open, first batch, and memory before and after ``steps`` batches."""
+    """Open, first batch, and memory once the window is full, over ``steps`` batches."""
     import torch
 
     from kdcache.distill.loader import loader
@@ -98,22 +145,29 @@ def read(path: Path, steps: int) -> dict[str, float]:
 
     torch.set_num_threads(1)
     tokenizer = tiny.wordpiece_tokenizer()
-    before = peak_memory_mb()
-    began = time.perf_counter()
-    source = loader(path, tokenizer, student_layers=1, max_length=64, memory_bytes=MEMORY_BYTES, window=2)
-    opened = time.perf_counter()
-    batches = source.batches(0)
+    before = resident_mb()
+    began, began_cpu = time.perf_counter(), time.process_time()
+    source = loader(path, tokenizer, student_layers=LAYERS, max_length=MAX_LENGTH, memory_bytes=0, window=WINDOW)
+    opened, opened_cpu = time.perf_counter(), time.process_time()
+    batches = endless(source)
     next(batches)
-    first = time.perf_counter()
-    for _, _batch in zip(range(steps), batches, strict=False):
-        pass
-    del batches  # ends its threads
+    first, first_cpu = time.perf_counter(), time.process_time()
+    resident = [resident_mb() for _ in itertools.islice(batches, steps)]
+    batches.close()  # ends its threads
     return {
         "open, s": opened - began,
+        "open, s of the processor": opened_cpu - began_cpu,
         "first batch, s": first - opened,
-        "memory before, MB": before,
-        "peak memory, MB": peak_memory_mb(),
+        "first batch, s of the processor": first_cpu - opened_cpu,
+        "before opening, MB": before,
+        "resident, MB": statistics.median(resident[WINDOW * PART // 32 :] or resident),
+        "peak, MB": peak_memory_mb(),
     }
+
+
+def endless(source: CachedBatches) -> Generator[Batch]:
+    for epoch in itertools.count():
+        yield from source.batches(epoch)
 
 
 if __name__ == "__main__":

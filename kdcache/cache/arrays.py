@@ -8,6 +8,8 @@ every chunk, and never allocate by what a file claims: the size of a shard follo
 
 from __future__ import annotations
 
+import functools
+import json
 import struct
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Protocol
@@ -66,6 +68,7 @@ def group_metadata() -> bytes:
     return canonical_json({"attributes": {}, "node_type": "group", "zarr_format": 3})
 
 
+@functools.lru_cache(maxsize=4096)  # layers of a part are alike
 def array_metadata(shape: tuple[int, ...], dtype: str) -> bytes:
     """The ``zarr.json`` of an array; a reader accepts these bytes and no others."""
     itemsize = np.dtype(dtype).itemsize
@@ -92,7 +95,7 @@ def array_metadata(shape: tuple[int, ...], dtype: str) -> bytes:
         "storage_transformers": [],
         "zarr_format": 3,
     }
-    return canonical_json(document)
+    return json.dumps(document, separators=(",", ":")).encode("ascii")  # canonical: the keys above are in order
 
 
 def encode_shard(values: np.ndarray) -> list[Buffer]:

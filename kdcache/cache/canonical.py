@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
 MAX_INTEGER = 2**53 - 1  # what every JSON reader keeps exactly
@@ -33,7 +33,12 @@ def readable_json(value: Any) -> bytes:
 
 def digest_of(value: Any) -> str:
     """sha256 (hex) of the canonical form."""
-    return hashlib.sha256(canonical_json(value)).hexdigest()
+    return digest_of_ordered(ordered(value))
+
+
+def digest_of_ordered(value: Any) -> str:
+    """The same of what ``ordered`` or ``parse_json`` gave back: a manifest has ten thousand files, and sorting is most of the work."""
+    return hashlib.sha256(_encode(json.dumps(value, ensure_ascii=False, separators=(",", ":")))).hexdigest()
 
 
 def ordered(value: Any, depth: int = 0) -> Any:
@@ -46,11 +51,10 @@ def ordered(value: Any, depth: int = 0) -> Any:
         if abs(value) > MAX_INTEGER:
             raise NotCanonicalError(f"integer {value} is beyond 2^53 - 1")
         return value
-    if isinstance(value, Mapping):
+    if isinstance(value, dict | Mapping):  # a dict is told at once
         if not all(isinstance(key, str) for key in value):
             raise NotCanonicalError("keys must be strings")
-        keys = sorted((_unicode(key) for key in value), key=lambda key: key.encode("utf-16-be"))
-        return {key: ordered(value[key], depth + 1) for key in keys}
+        return {key: ordered(value[key], depth + 1) for key in _in_order(value)}
     if isinstance(value, list | tuple):
         return [ordered(item, depth + 1) for item in value]
     raise NotCanonicalError(f"{type(value).__name__} {value!r}: only objects, lists, strings and integers")
@@ -69,6 +73,13 @@ def parse_json(data: bytes) -> Any:
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise NotCanonicalError(str(error)) from error
     return ordered(value)
+
+
+def _in_order(keys: Iterable[str]) -> list[str]:
+    """By UTF-16 code units; for ASCII that is how Python sorts strings."""
+    if all(map(str.isascii, keys)):
+        return sorted(keys)
+    return sorted(map(_unicode, keys), key=lambda key: key.encode("utf-16-be"))
 
 
 def _unicode(text: str) -> str:

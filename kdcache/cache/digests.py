@@ -11,7 +11,7 @@ import hashlib
 import os
 import stat
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -112,10 +112,14 @@ class CheckedFiles:
             raise self._missing(path)
         return found
 
-    def check_coming(self, path: str) -> None:
+    def check_coming(self, paths: Iterable[str]) -> None:
         """As ``check_present``, but without waiting: a file that is on its way is as good as there."""
-        if self._arrivals is None and self.found(path) is None:
-            raise self._missing(path)
+        if self._arrivals is not None:
+            return
+        plain: set[str] = set()
+        for path in paths:
+            if self.found(path, plain) is None:
+                raise self._missing(path)
 
     def _whole_or_none(self, path: str) -> os.stat_result | None:
         """``found``; where files can be fetched again, one of another size is as good as absent."""
@@ -126,26 +130,42 @@ class CheckedFiles:
                 raise
             return None
 
-    def found(self, path: str) -> os.stat_result | None:
-        """A plain file of the right size, or None where there is nothing. Raises DamageError for anything else."""
-        digest = self._files[path]
-        place = self.root
-        for step in path.split("/"):
-            place = place / step
-            try:
-                found = place.lstat()
-            except FileNotFoundError:
-                return None
-            except NotADirectoryError as error:
-                raise DamageError(f"'{place}' is missing", REPAIR_HINT) from error
-            except OSError as error:
-                raise DamageError(f"'{place}' cannot be read: {error.strerror}", REPAIR_HINT) from error
-            if stat.S_ISLNK(found.st_mode):
-                raise DamageError(f"'{place}' is a link; a cache holds plain files only", REPAIR_HINT)
+    def found(self, path: str, plain: set[str] | None = None) -> os.stat_result | None:
+        """A plain file of the right size, or None where there is nothing. Raises DamageError for anything else.
+
+        Directories of ``plain``, to which those on the way are added, were looked at a moment ago: files have most in common.
+        """
+        digest, plain, place = self._files[path], set() if plain is None else plain, str(self.root)
+        *directories, name = path.split("/")
+        for step in directories:
+            place = f"{place}/{step}"
+            if place not in plain:
+                if self._lstat(place) is None:
+                    return None
+                plain.add(place)
+        place = f"{place}/{name}"
+        found = self._lstat(place)
+        if found is None:
+            return None
         if not stat.S_ISREG(found.st_mode):
             raise DamageError(f"'{place}' is not a plain file", REPAIR_HINT)
         if found.st_size != digest.size:
             raise DamageError(f"'{place}' has {found.st_size} bytes, the manifest says {digest.size}", REPAIR_HINT)
+        return found
+
+    @staticmethod
+    def _lstat(place: str) -> os.stat_result | None:
+        """Of anything but a link, None where there is nothing. Raises DamageError."""
+        try:
+            found = os.lstat(place)
+        except FileNotFoundError:
+            return None
+        except NotADirectoryError as error:
+            raise DamageError(f"'{place}' is missing", REPAIR_HINT) from error
+        except OSError as error:
+            raise DamageError(f"'{place}' cannot be read: {error.strerror}", REPAIR_HINT) from error
+        if stat.S_ISLNK(found.st_mode):
+            raise DamageError(f"'{place}' is a link; a cache holds plain files only", REPAIR_HINT)
         return found
 
     def _missing(self, path: str) -> KdcacheError:

@@ -22,9 +22,9 @@ Buffer = bytes | bytearray | memoryview
 TEMPORARY = ".tmp"  # names: .<name>.<random>.tmp
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class FileDigest:
-    """What a manifest says of a file."""
+    """What a manifest says of a file; a large cache has ten thousands of them."""
 
     size: int
     sha256: str

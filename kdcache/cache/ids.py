@@ -63,11 +63,11 @@ def ids_digest(parts: Iterable[np.ndarray]) -> str:
 
 
 class IdIndex:
-    """Finds rows by id, in bulk: ids sorted once as pairs of 64-bit words, then binary search."""
+    """Finds rows by id, in bulk: ids sorted once as pairs of 64-bit words, then binary search. 20 bytes a row."""
 
     def __init__(self, ids: np.ndarray) -> None:
         high, low = _words(ids)
-        self._order = np.lexsort((low, high))  # stable: of equal ids the first row is found
+        self._order = _by_words(high, low)
         self._high, self._low = high[self._order], low[self._order]
 
     def __len__(self) -> int:
@@ -75,10 +75,15 @@ class IdIndex:
 
     def find(self, query: np.ndarray) -> np.ndarray:
         """The row of each id of ``query`` (``uint8[m, 16]``) as ``int64[m]``; -1 where it is absent."""
-        high, low = _words(query)
-        if not len(self._order):
-            return np.full(len(high), -1, dtype=np.int64)
-        place = np.searchsorted(self._high, high, side="left")
+        found = np.full(len(query), -1, dtype=np.int64)
+        for first in range(0, len(query) if len(self) else 0, _TOGETHER):
+            found[first : first + _TOGETHER] = self._find(*_words(query[first : first + _TOGETHER]))
+        return found
+
+    def _find(self, high: np.ndarray, low: np.ndarray) -> np.ndarray:
+        rising = np.argsort(high)  # neighbours are then found next to each other: several times faster than in any order
+        place = np.empty(len(high), dtype=np.int64)
+        place[rising] = np.searchsorted(self._high, high[rising], side="left")
         last = len(self._order) - 1
         while True:  # ids that share their first word: steps over those with a smaller second word
             here = np.minimum(place, last)
@@ -87,11 +92,29 @@ class IdIndex:
                 break
             place = place + behind
         found = (place <= last) & (self._high[here] == high) & (self._low[here] == low)
-        return np.where(found, self._order[here], -1).astype(np.int64)
+        return np.where(found, self._order[here], -1)
+
+
+_TOGETHER = 1 << 16  # ids that are looked up at once
+
+
+def _by_words(high: np.ndarray, low: np.ndarray) -> np.ndarray:
+    """Rows by both words, then by number, so that of equal ids the first row is found; int32 where that is enough.
+
+    What sorting by one word leaves open, few rows that share it, is sorted again: both at once takes three times as long.
+    """
+    order = np.argsort(high).astype(np.int32 if len(high) < 2**31 else np.int64)
+    sorted_high = high[order]
+    same = np.flatnonzero(sorted_high[1:] == sorted_high[:-1])
+    if len(same):
+        open_places = np.union1d(same, same + 1)
+        rows = order[open_places]
+        order[open_places] = rows[np.lexsort((rows, low[rows], high[rows]))]
+    return order
 
 
 def _words(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     if ids.ndim != 2 or ids.shape[1] != ID_BYTES or ids.dtype != np.uint8:
         raise ValueError(f"ids must be uint8[n, {ID_BYTES}], not {ids.dtype}{list(ids.shape)}")
-    words = np.ascontiguousarray(ids).view(">u8").astype(np.uint64)
-    return words[:, 0], words[:, 1]
+    words = np.ascontiguousarray(ids).view(">u8")
+    return words[:, 0].astype(np.uint64), words[:, 1].astype(np.uint64)

@@ -16,10 +16,10 @@ import pydantic
 from kdcache.cache import layout
 from kdcache.cache.arrays import array_metadata, group_metadata, shard_bytes
 from kdcache.cache.bounds import most_bytes
-from kdcache.cache.canonical import NotCanonicalError, digest_of, parse_json, readable_json
+from kdcache.cache.canonical import NotCanonicalError, digest_of, digest_of_ordered, parse_json, readable_json
 from kdcache.cache.codebook import coded_dim
 from kdcache.cache.files import digest_bytes
-from kdcache.cache.schema import FORMAT, VERSION, ManifestModel, contents_document, contents_of
+from kdcache.cache.schema import FORMAT, VERSION, ManifestModel, contents_document, contents_of, files_document
 from kdcache.cache.spec import needs_tokens
 from kdcache.errors import DamageError, MismatchError
 
@@ -35,22 +35,22 @@ class Manifest:
     """A checked manifest. ``contents`` is what the identity names; ``provenance`` says how it came about."""
 
     def __init__(self, document: dict[str, Any], contents: Contents) -> None:
-        self.document = document
+        self._document = {key: value for key, value in document.items() if key != "files"}  # most of it, and in the contents
         self.contents = contents
 
     @property
     def identity(self) -> str:
         """sha256 (hex) of the canonical form of everything but provenance."""
-        return str(self.document["identity"])
+        return str(self._document["identity"])
 
     @property
     def provenance(self) -> dict[str, Any]:
         """Command, versions, times, scores: integers and strings."""
-        return dict(self.document["provenance"])
+        return dict(self._document["provenance"])
 
     def to_bytes(self) -> bytes:
         """The file: its canonical order, with line breaks."""
-        return readable_json(self.document)
+        return readable_json({**self._document, "files": files_document(self.contents.files)})
 
 
 def make_manifest(contents: Contents, provenance: Mapping[str, Any]) -> Manifest:
@@ -121,10 +121,10 @@ def plain_provenance(value: Any) -> Any:
 
 def _check_digests(document: dict[str, Any], name: str, hint: str) -> None:
     rest = {key: value for key, value in document.items() if key != "checksum"}
-    if digest_of(rest) != document.get("checksum"):
+    if digest_of_ordered(rest) != document.get("checksum"):
         raise DamageError(f"{name} was edited or damaged: its checksum does not match", hint)
     named = {key: value for key, value in document.items() if key not in _APART}
-    if digest_of(named) != document.get("identity"):
+    if digest_of_ordered(named) != document.get("identity"):
         raise DamageError(f"{name} was edited: its identity is not that of its content", hint)
 
 

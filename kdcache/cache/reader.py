@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from kdcache.cache.spec import LayerSpec, Settings, TaskSpec, TeacherSpec
 
 T = TypeVar("T")
+_KEPT = 1 << 18  # texts whose index stays in memory, 5 MB; that of more is made again in a second per two million
 
 
 @dataclass(frozen=True)
@@ -153,15 +154,14 @@ class Cache:
     def locate(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Where texts lie: index into ``parts`` (int32[m]) and row in that part (int32[m]); -1 where a text is absent.
 
-        A text that is in a 'full' and in a 'logits' part is found in the full one. The first call reads all text ids.
+        A text that is in a 'full' and in a 'logits' part is found in the full one. The first call reads all text ids; where these
+        are more than ``_KEPT``, each does.
         """
-        index, part_of, row_of = self._text_index()
+        index, order, bounds = self._text_index()
         found = index.find(ids)
-        absent = found < 0
-        place = np.where(absent, 0, found)
-        if not len(index):
-            return np.full(len(ids), -1, dtype=np.int32), np.full(len(ids), -1, dtype=np.int32)
-        return np.where(absent, -1, part_of[place]).astype(np.int32), np.where(absent, -1, row_of[place]).astype(np.int32)
+        which = np.searchsorted(bounds, found, side="right") - 1
+        rows = np.where(found < 0, -1, found - bounds[which]).astype(np.int32)
+        return np.where(found < 0, -1, order[which]).astype(np.int32), rows
 
     def outputs(self, teacher: str, part_name: str) -> Outputs:
         """Logits ``float32[n, classes]`` and pooled vectors of a part."""
@@ -219,8 +219,7 @@ class Cache:
 
         Raises DamageError, and MismatchError for files that were not pulled.
         """
-        for path in paths:
-            self._files.check_coming(path)
+        self._files.check_coming(paths)
 
     def is_here(self, path: str) -> bool:
         """Whether a file, by its name in the manifest, is in the directory with the right size. Raises DamageError."""
@@ -249,19 +248,18 @@ class Cache:
             raise self._files.damage(path, error) from error
 
     def _text_index(self) -> tuple[IdIndex, np.ndarray, np.ndarray]:
+        """All ids, part after part, full parts first; the index of these parts, and where each begins among the ids."""
         with self._index_lock:
-            if self._index is None:
-                order = sorted(range(len(self.parts)), key=lambda index: self.parts[index].scope != "full")
-                ids = [self.text_ids(self.parts[index].name) for index in order]
-                sizes = [len(one) for one in ids]
-                rows = [np.arange(size, dtype=np.int32) for size in sizes]
-                empty = np.zeros((0, ID_BYTES), dtype=np.uint8)
-                self._index = (
-                    IdIndex(np.concatenate([empty, *ids])),
-                    np.repeat(np.array(order, dtype=np.int32), sizes),
-                    np.concatenate([np.zeros(0, dtype=np.int32), *rows]),
-                )
-            return self._index
+            if self._index is not None:
+                return self._index
+            order = sorted(range(len(self.parts)), key=lambda index: self.parts[index].scope != "full")
+            ids = [self.text_ids(self.parts[index].name) for index in order]
+            bounds = np.cumsum([0, *(len(one) for one in ids)])
+            index = IdIndex(np.concatenate([np.zeros((0, ID_BYTES), dtype=np.uint8), *ids]))
+            made = index, np.array([*order, -1], dtype=np.int32), bounds
+            if len(index) <= _KEPT:
+                self._index = made
+            return made
 
     def _part(self, name: str) -> PartInfo:
         if name not in self._parts:

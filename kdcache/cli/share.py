@@ -45,8 +45,8 @@ def push(
     Example: kdcache cache push runs/sst2/cache --name sst2-3t --tag v2
     """
     require_directory(path)
+    from kdcache.cache.memory import give_back_large_blocks
     from kdcache.progress import RichProgress
-    from kdcache.share.memory import give_back_large_blocks
     from kdcache.share.push import push as publish
 
     give_back_large_blocks()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kdcache.cache.memory import give_back_freed
 from kdcache.distill.order import Window, epoch_order, step_count, step_rows
 from kdcache.errors import RecipeError
 
@@ -43,7 +44,9 @@ class Epochs:
 
     def order(self, epoch: int) -> np.ndarray:
         """All examples in the order of ``epoch``."""
-        return epoch_order(self.examples.parts, seed=self.seed, epoch=epoch, window=self.window)
+        order = epoch_order(self.examples.parts, seed=self.seed, epoch=epoch, window=self.window)
+        give_back_freed()
+        return order
 
     def rows(self, order: np.ndarray, step: int) -> np.ndarray:
         """The share of process ``rank`` of a step, as positions in ``examples``."""
@@ -51,8 +54,11 @@ class Epochs:
 
     def shares(self, order: np.ndarray, first_step: int) -> tuple[np.ndarray, np.ndarray]:
         """All of this process's examples from ``first_step`` on, and the step of each."""
-        place = np.arange(first_step * self.batch_size, min(len(order), self.steps * self.batch_size))
+        end = min(len(order), self.steps * self.batch_size)
+        place = np.arange(first_step * self.batch_size, end, dtype=order.dtype)
         step = place // self.batch_size
+        if self.world == 1:
+            return order[first_step * self.batch_size : end], step
         size = np.minimum(len(order) - step * self.batch_size, self.batch_size)
         within = place - step * self.batch_size
         mine = (within >= self.rank * size // self.world) & (within < (self.rank + 1) * size // self.world)

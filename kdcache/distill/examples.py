@@ -1,34 +1,76 @@
 """The examples that a student learns from, joined to a cache by text id: never by position, never by file.
 
 Joining needs the manifest, the examples of the split and the ids of the texts, not the targets: an epoch starts without a
-scan of the cache.
+scan of the cache. What stays in memory of an example is its label and the place of its text: memory must hardly grow with their
+number, so ids are read again from the part where they are asked for.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from kdcache.cache.ids import ID_BYTES
+from kdcache.cache.memory import give_back_freed
 from kdcache.errors import MismatchError
 
 if TYPE_CHECKING:
     from kdcache.cache.reader import Cache
 
 
+_AT_HAND = 64  # parts whose ids stay in memory, 64 KB each by default: no window is as wide
+
+
 @dataclass(frozen=True, eq=False)
 class JoinedExamples:
-    """``n`` examples and where their texts lie: ``parts`` int32[n] (index into ``cache.parts``) and ``rows`` int64[n]."""
+    """``n`` examples and where their texts lie: ``parts`` int32[n] (index into ``cache.parts``) and ``rows``, int64 where indexed."""
 
-    text_ids: np.ndarray  # uint8[n, 16]
-    labels: np.ndarray  # int64[n], -1 = none
+    text_ids: np.ndarray | StoredIds  # uint8[m, 16] where indexed
+    labels: np.ndarray | Integers  # int64[m] where indexed, -1 = none
     parts: np.ndarray
-    rows: np.ndarray
+    rows: np.ndarray | Integers
     skipped: int  # examples left out because the cache lacks their text
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.parts)
+
+
+class Integers:
+    """Integers in as few bytes as hold them all; int64 for whoever takes some."""
+
+    def __init__(self, values: np.ndarray) -> None:
+        ends = (np.min_scalar_type(values.min(initial=0)), np.min_scalar_type(values.max(initial=0)))
+        self._values = values.astype(np.result_type(*ends))
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __getitem__(self, which: np.ndarray | slice) -> np.ndarray:
+        return self._values[which].astype(np.int64)
+
+
+class StoredIds:
+    """Text ids by the places of texts in a cache, read where they are asked for."""
+
+    def __init__(self, cache: Cache, parts: np.ndarray, rows: Integers) -> None:
+        names = [part.name for part in cache.parts]
+        self._parts, self._rows = parts, rows
+        self._ids = functools.lru_cache(_AT_HAND)(lambda part: cache.text_ids(names[part]))
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, which: np.ndarray | slice) -> np.ndarray:
+        """uint8 [m, 16]."""
+        parts, rows = self._parts[which], self._rows[which]
+        found = np.empty((len(rows), ID_BYTES), np.uint8)
+        for part in np.unique(parts).tolist():
+            mine = parts == part
+            found[mine] = self._ids(part)[rows[mine]]
+        return found
 
 
 def join_examples(
@@ -39,9 +81,13 @@ def join_examples(
     Raises MismatchError where a text is not in the cache, or only with logits where ``hidden`` states are wanted, unless
     ``missing`` is 'skip'; and where no example is left.
     """
-    tables = [cache.examples(split) for split in splits]
-    text_ids = np.concatenate([table.text_ids for table in tables])
-    labels = np.concatenate([table.labels for table in tables]).astype(np.int64)
+    joined = _join(cache, splits, missing, hidden=hidden)
+    give_back_freed()
+    return joined
+
+
+def _join(cache: Cache, splits: tuple[str, ...], missing: Literal["error", "skip"], *, hidden: bool) -> JoinedExamples:
+    text_ids, labels = _examples(cache, splits)
     parts, rows = cache.locate(text_ids)
     usable = parts >= 0
     if hidden:
@@ -55,7 +101,17 @@ def join_examples(
             f"cache '{cache.path}' holds the text of none of the {len(labels)} examples of {_names(splits)}",
             "Check that cache and recipe belong together: kdcache cache info",
         )
-    return JoinedExamples(text_ids[usable], labels[usable], parts[usable], rows[usable].astype(np.int64), len(lacking))
+    if len(lacking):
+        labels, parts, rows = labels[usable], parts[usable], rows[usable]
+    places = Integers(rows)
+    return JoinedExamples(StoredIds(cache, parts, places), Integers(labels), parts, places, len(lacking))
+
+
+def _examples(cache: Cache, splits: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Ids uint8[n, 16] and labels int64[n] of all ``splits``, these not a view of a file: they outlive the join."""
+    tables = [cache.examples(split) for split in splits]
+    labels = np.concatenate([table.labels for table in tables], dtype=np.int64)
+    return (tables[0].text_ids if len(tables) == 1 else np.concatenate([table.text_ids for table in tables])), labels
 
 
 def _lacking(

@@ -22,15 +22,16 @@ if TYPE_CHECKING:
 Window = int | Literal["all"]  # in parts
 
 
-def epoch_order(parts: NDArray[np.integer], *, seed: int, epoch: int, window: Window) -> NDArray[np.int64]:
-    """Positions of all examples in the order of ``epoch``; ``parts`` [n] is the part number of each example's text."""
-    uniform = _uniform(seed, epoch, len(parts))
-    if window == "all":
-        return np.argsort(uniform, kind="stable")
-    numbers, which = np.unique(parts, return_inverse=True)
-    position = np.empty(len(numbers), np.int64)
-    position[np.argsort(_uniform(seed, epoch, len(numbers), purpose=1), kind="stable")] = np.arange(len(numbers))
-    return np.argsort(position[which] + window * uniform, kind="stable")
+def epoch_order(parts: NDArray[np.integer], *, seed: int, epoch: int, window: Window) -> NDArray[np.integer]:
+    """Positions of all examples in the order of ``epoch``, int32 where that is enough; ``parts`` [n] is the part of each one's text."""
+    key = _uniform(seed, epoch, len(parts))
+    if window != "all":
+        numbers = np.flatnonzero(np.bincount(parts)) if len(parts) else np.zeros(0, np.int64)
+        place = np.zeros(int(numbers[-1]) + 1 if len(numbers) else 0)  # of a part in the order of parts
+        place[numbers[np.argsort(_uniform(seed, epoch, len(numbers), purpose=1), kind="stable")]] = np.arange(len(numbers))
+        key *= window
+        key += place[parts]
+    return np.argsort(key, kind="stable").astype(np.int32 if len(parts) < 2**31 else np.int64)
 
 
 def step_count(examples: int, batch_size: int, world: int = 1) -> int:
@@ -39,12 +40,15 @@ def step_count(examples: int, batch_size: int, world: int = 1) -> int:
     return full + (rest >= world)
 
 
-def step_rows(order: NDArray[np.int64], step: int, batch_size: int, *, rank: int = 0, world: int = 1) -> NDArray[np.int64]:
+def step_rows(order: NDArray[np.integer], step: int, batch_size: int, *, rank: int = 0, world: int = 1) -> NDArray[np.integer]:
     """What process ``rank`` of ``world`` takes of step ``step``: near-equal, consecutive shares, in the order of the epoch."""
     rows = order[step * batch_size : (step + 1) * batch_size]
     return rows[rank * len(rows) // world : (rank + 1) * len(rows) // world]
 
 
 def _uniform(seed: int, epoch: int, count: int, purpose: int = 0) -> NDArray[np.float64]:
-    raw = np.random.PCG64(np.random.SeedSequence([seed, epoch, purpose])).random_raw(count)
-    return (np.asarray(raw, np.uint64) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    raw = np.asarray(np.random.PCG64(np.random.SeedSequence([seed, epoch, purpose])).random_raw(count), np.uint64)
+    raw >>= np.uint64(11)
+    uniform = raw.astype(np.float64)
+    uniform *= 2.0**-53
+    return uniform

@@ -162,7 +162,7 @@ def check_texts(cache: Cache, texts: Texts | None, examples: JoinedExamples) -> 
             f"cache '{cache.path}' came without its texts, which the student's tokenizer needs",
             "Give them as texts={text id: columns}, or pull the cache with its texts.",
         )
-    lacking = [] if texts is None else [one for one in id_list(examples.text_ids) if one not in texts]
+    lacking = [] if texts is None else [one for one in id_list(examples.text_ids[:]) if one not in texts]
     if lacking:
         raise MismatchError(
             f"{len(lacking)} of the {len(examples)} examples have a text that is not among the texts given; the first is {lacking[0].hex()}",

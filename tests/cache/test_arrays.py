@@ -23,6 +23,7 @@ from kdcache.cache.arrays import (
     encode_shard,
     shard_bytes,
 )
+from kdcache.cache.canonical import canonical_json
 
 SHAPES = [(5, 2), (1, 1), (7,), (300_000, 3), (2_000_000,), (40_000, 128)]
 
@@ -57,6 +58,7 @@ def test_bytes_are_those_of_zarr(shape: tuple[int, ...], dtype: str) -> None:
     assert data == stored[arrays.shard_name(len(shape))].to_bytes()
     assert len(data) == shard_bytes(shape, values.itemsize)
     assert json.loads(array_metadata(shape, dtype)) == json.loads(stored["zarr.json"].to_bytes())
+    assert array_metadata(shape, dtype) == canonical_json(json.loads(array_metadata(shape, dtype)))
     assert np.array_equal(decode_shard(Bytes(data), shape, dtype), values)
 
 

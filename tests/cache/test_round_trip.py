@@ -133,15 +133,20 @@ def test_absent_things_are_named_with_what_there_is(pristine: Path) -> None:
     assert cache.locate(np.zeros((2, 16), np.uint8))[0].tolist() == [-1, -1]
 
 
-def test_a_text_that_was_test_and_becomes_train_is_found_in_its_full_part(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kept", [0, 1 << 18])
+def test_a_text_that_was_test_and_becomes_train_is_found_in_its_full_part(
+    kept: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kdcache.cache.reader._KEPT", kept)
     plan = made_plan(4, 3, ["bert"])
     dump(tmp_path / "c", plan)
     moved = dict(list(plan.test.items())[:1])
     dump(tmp_path / "c", Plan(plan.train | moved, plan.test, plan.teachers))
     cache = open_cache(tmp_path / "c")
     assert [(part.scope, part.texts) for part in cache.parts] == [("full", 4), ("logits", 3), ("full", 1)]
-    parts, rows = cache.locate(id_array(moved))
-    assert (parts.tolist(), rows.tolist()) == ([2], [0])
+    for _ in range(2):
+        parts, rows = cache.locate(id_array(moved))
+        assert (parts.tolist(), rows.tolist()) == ([2], [0])
 
 
 def test_a_cache_without_texts_says_so(tmp_path: Path, plan: Plan) -> None:
