@@ -7,7 +7,9 @@ the rest are refused before any file of the cache is opened. ``identity`` names 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import gc
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,6 +82,23 @@ def read_manifest(root: Path) -> Manifest:
 
 def parse_manifest(data: bytes, name: str) -> Manifest:
     """Check the bytes of a manifest. Raises DamageError and MismatchError as ``read_manifest``."""
+    with _without_collections():
+        return _parse(data, name)
+
+
+@contextlib.contextmanager
+def _without_collections() -> Iterator[None]:
+    """No garbage collection: ten thousand new dicts would start some, and each walks over all that torch has loaded."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _parse(data: bytes, name: str) -> Manifest:
     hint = "Restore it from a copy of the cache, or dump into a new directory."
     try:
         document = parse_json(data)
