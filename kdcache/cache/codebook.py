@@ -104,3 +104,11 @@ def pack_codes(codes: np.ndarray, bits: np.ndarray, row_bytes: int) -> np.ndarra
     packed = np.packbits(flags, axis=1)
     rows[:, : packed.shape[1]] = packed
     return rows
+
+
+def pack_bits(flags: np.ndarray, row_bytes: int) -> np.ndarray:
+    """uint8 [n, row_bytes] of rows of bits, ``flags`` uint8 [bits, n] of 0 and 1, at most 8 * row_bytes."""
+    bits, count = flags.shape
+    padded = np.zeros((8 * row_bytes, count), dtype=np.uint8)
+    np.multiply(flags, (128 >> np.arange(bits) % 8).astype(np.uint8)[:, None], out=padded[:bits])
+    return np.ascontiguousarray(np.bitwise_or.reduce(padded.reshape(row_bytes, 8, count), axis=1).T)

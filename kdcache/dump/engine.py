@@ -3,11 +3,12 @@
 Texts are run sorted by length, in batches of a token budget, because padding is wasted work; the results are put back where
 the part has them. Batches are a pure function of the part and the settings, so that a part that is dumped again after a
 crash gets the same bytes. What is stored is projected on the device and quantised batch by batch: a part never exists in
-memory at full width.
+memory at full width, and that happens in a thread while the next batch is run.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ import numpy as np
 from kdcache.cache.blocks import Basis, HiddenBlock, Outputs
 from kdcache.cache.tokens import Tokens
 from kdcache.data.encoding import EncodedTexts, pad, token_budget_batches
+from kdcache.dump.behind import OneBehind
 from kdcache.dump.fitting import LayerFit
 from kdcache.dump.projection import Projector
 from kdcache.dump.quantise import cure_of, quantise, unstorable_token
@@ -114,13 +116,18 @@ def run_part(
     hidden = {layer: _empty_block(batches.row_count(spec.layers[layer]), spec.layers[layer]) for layer in layers}
     logits = np.empty((texts, *spec.target.shape), np.float32)
     pooled = None if spec.pooled is None else np.empty((texts, spec.pooled), np.float32)
-    for rows, output in batches.run(backend, layers, pooled=pooled is not None):
+
+    def store(rows: np.ndarray, output: TeacherOutput) -> None:
         logits[rows] = _finite_rows(batches, rows, output.logits.cpu().numpy(), "logits")
         if pooled is not None and output.pooled is not None:
             pooled[rows] = _finite_rows(batches, rows, output.pooled.cpu().numpy(), "pooled vector")
         for layer in layers:
             _store(hidden[layer], batches.places(rows, spec.layers[layer]), storers[layer](batches, rows, output, layer))
-        on_batch(len(rows))
+
+    with OneBehind[None]("kdcache-store") as behind:
+        for rows, output in batches.run(backend, layers, pooled=pooled is not None):
+            behind.start(functools.partial(store, rows, output))
+            on_batch(len(rows))
     return Outputs(logits, pooled), hidden
 
 

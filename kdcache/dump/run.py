@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from kdcache.cache.spec import needs_tokens
 from kdcache.data.encoding import encode
+from kdcache.dump.behind import OneBehind
 from kdcache.dump.engine import TextBatches, fit_bases, run_part
 from kdcache.progress import counted, format_bytes, format_rate, format_seconds
 from kdcache.runs import home
@@ -91,16 +90,22 @@ def run_teacher(
     with opened(teacher, teachers_dir) as backend:
         bases = _bases(writer, teacher, missing, backend, tokens_per_batch, progress)
         progress.start(f"dump {teacher.name}", texts, "texts")
-        with _OnePartBehind(progress) as behind:
+        written: list[int] = []
+
+        def on_written(count: int) -> None:
+            written.append(count)
+            progress.advance(0, bytes_done=count)
+
+        with OneBehind("kdcache-write", on_written) as behind:
             for task in missing:
                 batches = text_batches(teacher, writer.texts_of(task.part), task.part.text_ids, tokens_per_batch)
                 outputs, hidden = run_part(batches, backend, teacher.spec, task.layers, bases, progress.advance)
                 spans = batches.tokens() if task.part.scope == "full" and needs_tokens(teacher.spec.layers) else None
                 tokens += 0 if spans is None else int(spans.offsets[-1])
-                behind.write(_write_part(writer, teacher.name, task, outputs, spans, hidden))
+                behind.start(_write_part(writer, teacher.name, task, outputs, spans, hidden))
         progress.finish()
         record = dict(backend.record)
-    return TeacherRun(teacher.name, len(missing), texts, tokens, behind.bytes_written, time.perf_counter() - started, record)
+    return TeacherRun(teacher.name, len(missing), texts, tokens, sum(written), time.perf_counter() - started, record)
 
 
 def lacks_bases(writer: CacheWriter, teacher: PreparedTeacher) -> bool:
@@ -154,35 +159,3 @@ def _write_part(writer: CacheWriter, name: str, task: PartTask, outputs: Any, to
     """The write as a call without arguments, bound to the values of this turn of the loop."""
     kept = outputs if task.outputs else None
     return lambda: writer.write_part(name, task.part, outputs=kept, tokens=tokens, hidden=hidden)
-
-
-class _OnePartBehind:
-    """Writes one part in a thread while the next one is run."""
-
-    def __init__(self, progress: Progress) -> None:
-        self.bytes_written = 0
-        self._progress = progress
-        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kdcache-write")
-        self._pending: Future[int] | None = None
-
-    def write(self, action: Callable[[], int]) -> None:
-        """Start ``action`` once the part before is on the disk; raises what that one raised."""
-        self._settle()
-        self._pending = self._executor.submit(action)
-
-    def __enter__(self) -> _OnePartBehind:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        try:
-            if kind is None:
-                self._settle()
-        finally:
-            self._executor.shutdown(wait=True)  # after an error of the teacher, the part before is still committed
-
-    def _settle(self) -> None:
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            written = pending.result()
-            self.bytes_written += written
-            self._progress.advance(0, bytes_done=written)

@@ -9,19 +9,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from kdcache.cache.codebook import Codebook, pack_codes
+from kdcache.cache.codebook import Codebook, pack_bits, pack_codes
+from kdcache.teachers.trellis import Trellis
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from collections.abc import Sequence
 
-_COSTS_BYTES = {
-    "cpu": 96 << 20,
-    "cuda": 2 << 30,
-}  # of a block of tokens; on a GPU many hide the time that starting a kernel takes
+_COSTS_BYTES = 2 << 30  # of a block of tokens: on a GPU many hide the time that starting a kernel takes
 _NEVER = 1e30
 
 
@@ -30,16 +29,18 @@ class Coder:
 
     def __init__(self, codebook: Codebook, row_bytes: int, device: torch.device | str) -> None:
         self._bits = codebook.bits.tolist()
-        self._window = codebook.window
         self._row_bytes = row_bytes
         scales = codebook.scale.tolist()
         tables = {depth: torch.from_numpy(table.copy()).to(device) for depth, table in codebook.tables.items()}
         self._levels = [tables[depth] * scale for depth, scale in zip(self._bits, scales, strict=True)]
         self._codebook = codebook
+        self._trellis = Trellis(self._levels, self._bits, codebook.window) if torch.device(device).type == "cpu" else None
 
     def __call__(self, coordinates: Tensor) -> np.ndarray:
         """The rows that decode closest to ``coordinates`` (float32, finite), in the sum of squares."""
-        found = best_windows(coordinates, self._levels, self._bits, self._window)
+        if self._trellis is not None:
+            return pack_bits(self._trellis.bits_of(coordinates.float()), self._row_bytes)
+        found = search_on_device(coordinates, self._levels, self._bits, self._codebook.window)
         codes = (found & torch.tensor([(1 << depth) - 1 for depth in self._bits], device=found.device)).cpu().numpy()
         return pack_codes(codes, self._codebook.bits, self._row_bytes)
 
@@ -49,8 +50,14 @@ def best_windows(coordinates: Tensor, levels: Sequence[Tensor], bits: Sequence[i
 
     ``levels``: per coordinate its table, [2 ** max(window, bits)]. The sum of squared errors of a row is the least possible.
     """
-    budget = _COSTS_BYTES.get(coordinates.device.type, _COSTS_BYTES["cuda"])
-    block = min(max(budget // (4 * sum(len(table) for table in levels)), 64), 8192)
+    if coordinates.device.type == "cpu":
+        return torch.from_numpy(Trellis(levels, bits, window).windows_of(coordinates.float()))
+    return search_on_device(coordinates, levels, bits, window)
+
+
+def search_on_device(coordinates: Tensor, levels: Sequence[Tensor], bits: Sequence[int], window: int) -> Tensor:
+    """``best_windows`` in as few and as large operations as possible: what a GPU wants."""
+    block = min(max(_COSTS_BYTES // (4 * sum(len(table) for table in levels)), 64), 8192)
     pieces = [_search(piece.T.contiguous(), levels, bits, window) for piece in coordinates.float().split(block)]
     return torch.cat(pieces) if pieces else torch.empty(0, len(bits), dtype=torch.int64, device=coordinates.device)
 
@@ -76,14 +83,6 @@ def _search(columns: Tensor, levels: Sequence[Tensor], bits: Sequence[int], wind
         found[place] = entry
         shared = 1 << (max(window, bits[place]) - bits[place])
         prefix = entry >> bits[place]
-        entry = _best_entry(costs[place], prefix, shared)
+        rows = torch.arange(0, len(costs[place]), shared, device=columns.device)[:, None] + prefix
+        entry = costs[place].gather(0, rows).argmin(0) * shared + prefix
     return found.T
-
-
-def _best_entry(costs: Tensor, prefix: Tensor, shared: int) -> Tensor:
-    """[n]: of the rows of ``costs`` [entries, n] that are ``prefix`` [n] modulo ``shared``, the one with the least cost."""
-    rows = torch.arange(0, len(costs), shared, device=costs.device)[:, None] + prefix
-    if costs.device.type != "cpu":
-        return costs.gather(0, rows).argmin(0) * shared + prefix
-    places = (rows * costs.shape[1]).numpy() + np.arange(costs.shape[1])
-    return torch.from_numpy(costs.numpy().reshape(-1).take(places).argmin(axis=0)) * shared + prefix  # torch takes twice as long
