@@ -127,6 +127,7 @@ class CachedBatches:
         order = self.epochs.order(epoch)
         mine, steps = self.epochs.shares(order, first_step)
         timetable = Timetable.of(self.epochs.examples.parts[mine], steps)
+        del mine, steps  # as long as the data; the epoch is longer
         window = PartWindow(self._decoded, self._shelf, timetable)
         try:
             for together in runs_of_steps(first_step, self.steps_per_epoch):

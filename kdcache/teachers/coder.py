@@ -16,9 +16,9 @@ from kdcache.cache.codebook import Codebook, pack_bits, pack_codes
 from kdcache.teachers.trellis import Trellis
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from collections.abc import Sequence
+
+    import numpy as np
 
 _COSTS_BYTES = 2 << 30  # of a block of tokens: on a GPU many hide the time that starting a kernel takes
 _NEVER = 1e30

@@ -1,9 +1,9 @@
-"""The best row of a trellis code on the CPU: the same search as ``coder.search_on_device``, laid out for caches and for numpy.
+"""The best row of a trellis code on the CPU: what ``coder.search_on_device`` finds, with a quarter of its memory traffic.
 
 The entry of a coordinate is a window over the bits of the row. Going on to the next coordinate drops the oldest bits of the window, and
 each dropped bit is a choice between two halves of the costs: a comparison, which is all that has to be kept, and a minimum.
-So the bits of the row are the choices, read backwards; one byte is written for each where all costs used to be kept, a block
-of costs stays in the cache of the core, and nothing is searched on the way back. docs/decisions/0014 has the numbers.
+So the costs of two coordinates are enough, nothing is searched on the way back, and the choices that are met there are the
+bits of the row. docs/decisions/0014 has the numbers.
 """
 
 from __future__ import annotations
@@ -19,10 +19,15 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-_CHOICES_BYTES = 64 << 20  # of a block of tokens: few long operations cost less than many short ones, also where costs leave the caches
+_CHOICES_BYTES = (
+    64 << 20
+)  # of a block of tokens: few long operations cost less than many short ones, also where costs leave the caches
 _MOST_TOKENS = 4096
 _NEVER = 1e30
-_FEW, _OFTEN = 4, 16  # costs are taken relative to the least where few are left, and every so many coordinates: small sums are exact
+_FEW, _OFTEN = (
+    4,
+    16,
+)  # costs are taken relative to the least where few are left, and every so many coordinates: small sums are exact
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +48,12 @@ class Trellis:
         self.widths = [max(window, depth) for depth in bits]
         kept = [width - depth for width, depth in zip(self.widths, bits, strict=True)]  # bits of a window that lie before its own
         self._steps = [
-            _Step(depth, table[:, None], (table * table).view(1 << before, -1, 1), tuple(1 << k for k in range(width - 1, after - 1, -1)))
+            _Step(
+                depth,
+                table[:, None],
+                (table * table).view(1 << before, -1, 1),
+                tuple(1 << k for k in range(width - 1, after - 1, -1)),
+            )
             for depth, table, width, before, after in zip(bits, levels, self.widths, kept, [*kept[1:], 0], strict=True)
         ]
         self._choices = sum(sum(step.halves) for step in self._steps)  # bytes per token

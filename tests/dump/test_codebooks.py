@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from kdcache.cache.codebook import Codebook, decode_rows, table_sizes
 from kdcache.dump.codebooks import DISTORTION, allot_bits, fit_coded_basis, train_codebook
 from kdcache.dump.projection import Moments
-from kdcache.teachers.coder import Coder
+from kdcache.teachers.coder import Coder, best_windows, search_on_device
 
 
 @given(st.lists(st.floats(0, 1e6), min_size=1, max_size=30), st.integers(0, 300))
@@ -82,6 +82,16 @@ def _moments(hidden: torch.Tensor) -> Moments:
     moments = Moments(hidden.shape[1], cross=True)
     moments.add(hidden)
     return moments
+
+
+@pytest.mark.parametrize("window", [0, 3, 6])
+def test_the_search_of_the_cpu_finds_what_that_of_a_gpu_finds(window: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(window)
+    bits = [8, 7, 5, 5, 4, 3, 2, 2, 1, 1, 1, 1]
+    levels = [torch.randn(1 << max(window, depth), generator=generator) * depth for depth in bits]
+    coordinates = torch.randn(150, len(bits), generator=generator) * torch.tensor(bits)
+    monkeypatch.setattr("kdcache.teachers.trellis._MOST_TOKENS", 64)  # several blocks, the last one short
+    assert (best_windows(coordinates, levels, bits, window) == search_on_device(coordinates, levels, bits, window)).all()
 
 
 def test_bits_beat_a_cut_at_the_same_bytes_and_more_bytes_keep_more() -> None:
