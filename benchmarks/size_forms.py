@@ -21,7 +21,6 @@ from product import ProductQuantiser
 from kdcache import open_cache
 from kdcache.data.encoding import encode
 from kdcache.dump.fidelity import measure, through
-from kdcache.dump.sizes import row_bytes
 from kdcache.dump.specs import PreparedTeacher, prepare_teachers, scopes
 from kdcache.dump.stage import dump_teachers
 from kdcache.progress import RichProgress
@@ -188,7 +187,7 @@ def kept(cache: Cache, name: str, layer: int, form: Form, rebuild: Rebuild | Non
     """Bytes per token of one layer, and the share of variance of ``unseen`` [tokens, width] that survives being stored."""
     teacher = cache.teachers[name]
     spec = teacher.layers[layer]
-    size = row_bytes(spec) if form.product is None else _share(teacher.width, form.product)
+    size = spec.row_bytes if form.product is None else _share(teacher.width, form.product)
     back = through(spec, cache.basis(name, layer), unseen if rebuild is None else rebuild(unseen))
     found = measure(spec, back, unseen)
     return {"teacher": name, "layer": layer, "width": teacher.width, "bytes": size, "kept": round(found.explained, 6)}

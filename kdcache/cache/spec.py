@@ -43,6 +43,10 @@ class Fingerprints:
     tokenizer: str
 
 
+_ITEM = {"float32": 4, "float16": 2, "int8": 1, "coded": 0}
+_SCALE = 4  # float32 per row of int8
+
+
 @dataclass(frozen=True)
 class LayerSpec:
     """What is stored of one layer; ``dim`` is the teacher's width where ``projection`` is 'none'.
@@ -56,6 +60,11 @@ class LayerSpec:
     dtype: StoredDtype
     bytes: int = 0  # of a row, for 'coded' only
     tokens: TokenSelection = "all"
+
+    @property
+    def row_bytes(self) -> int:
+        """What one row takes, its scale with it."""
+        return self.bytes + self.dim * _ITEM[self.dtype] + (_SCALE if self.dtype == "int8" else 0)
 
     @property
     def per_text(self) -> bool:

@@ -24,7 +24,7 @@ from kdcache.distill.epochs import Epochs
 from kdcache.distill.examples import join_examples
 from kdcache.distill.forms import stored_forms, target_dim
 from kdcache.distill.parts import DecodedPart, PartDecoder, Texts, check_texts
-from kdcache.distill.prefetch import PartWindow, Shelf, Timetable, bundled, in_background, runs_of_steps
+from kdcache.distill.prefetch import READ_AHEAD, PartWindow, Shelf, Timetable, bundled, in_background, runs_of_steps
 from kdcache.distill.rows import Ragged, Rows, Sheets
 from kdcache.distill.targets import Batch
 
@@ -94,6 +94,18 @@ class CachedBatches:
     def steps_per_epoch(self) -> int:
         """Steps of an epoch, the same in every process."""
         return self.epochs.steps
+
+    @property
+    def window_bytes(self) -> int:
+        """Bytes of hidden states that are decoded at once: of the largest parts, as many as the window and reading ahead hold."""
+        used = [(name, layer) for name, layers in self.layer_map.items() for layer in set(layers)]
+        specs = {key: self.cache.teachers[key[0]].layers[key[1]] for key in used}
+        parts = [self.cache.parts[index].name for index in np.unique(self.epochs.examples.parts).tolist()]
+        sizes = [
+            sum(self.cache.row_count(name, part, layer) * specs[name, layer].row_bytes for name, layer in used) for part in parts
+        ]
+        held = len(sizes) if self.epochs.window == "all" else self.epochs.window + READ_AHEAD
+        return sum(sorted(sizes, reverse=True)[:held])
 
     @property
     def coverage(self) -> dict[str, float]:

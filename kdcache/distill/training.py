@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from kdcache.distill.data import StudentData, student_data
 from kdcache.distill.joining import SplitJoin, join_counts
+from kdcache.distill.loader import CachedBatches
 from kdcache.distill.objective import DistillationModel, ObjectiveSettings, objective_settings
 from kdcache.distill.sources import open_source, teachers_beside
 from kdcache.distill.student import Student, build_student
+from kdcache.progress import format_bytes
 from kdcache.teachers.fingerprints import fingerprint_tensors
 
 if TYPE_CHECKING:
@@ -90,8 +93,20 @@ def prepare(
         teachers_dir=teachers_dir,
     )
     source = open_source(recipe.distill, settings, data, student, opened, live_teachers)
+    if isinstance(source, CachedBatches):
+        _note_memory(source.window_bytes, progress)
     targets: Literal["cache", "live", "none"] = "none" if not source.teachers else "live" if live_teachers else "cache"
     return Training(recipe, settings, data, student, source, opened, targets, teachers_dir, joins)
+
+
+def _note_memory(needed: int, progress: Progress) -> None:
+    """Say before the first step that a window will not fit, where parts are large: the system would only kill the run."""
+    installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > installed / 2:
+        progress.note(
+            f"the window holds up to {format_bytes(needed)} of hidden states at once, of {format_bytes(installed)} of memory in all: "
+            "a smaller distill.window needs less"
+        )
 
 
 def _open(cache: Path | Cache | None) -> Cache | None:

@@ -13,7 +13,6 @@ from kdcache.cache.codebook import coded_dim, decode_rows
 from kdcache.cache.spec import LayerSpec
 from kdcache.dump.codebooks import coded_basis
 from kdcache.dump.quantise import dequantise, quantise
-from kdcache.dump.sizes import row_bytes
 from kdcache.teachers.coder import Coder
 
 if TYPE_CHECKING:
@@ -74,7 +73,7 @@ def candidates(width: int, asked: LayerSpec) -> list[LayerSpec]:
     ]
     if asked not in forms and asked.projection != "random":
         forms.append(asked)
-    return sorted(forms, key=row_bytes, reverse=True)
+    return sorted(forms, key=lambda form: form.row_bytes, reverse=True)
 
 
 def rebuilt(spec: LayerSpec, whole: Basis, sample: torch.Tensor, unseen: torch.Tensor) -> torch.Tensor:
@@ -106,7 +105,7 @@ def measure(spec: LayerSpec, back: torch.Tensor, unseen: torch.Tensor) -> Fideli
     spread = (true - true.mean(dim=0)).square().sum()
     explained = 1.0 - float(error.square().sum() / spread) if spread > 0 else 1.0
     cosine = float(F.cosine_similarity(true, found, dim=1).mean())
-    return Fidelity(spec, row_bytes(spec), explained, cosine, float((error / true.norm(dim=1).clamp_min(1e-12)).mean()))
+    return Fidelity(spec, spec.row_bytes, explained, cosine, float((error / true.norm(dim=1).clamp_min(1e-12)).mean()))
 
 
 def soft_label_kl(model: TeacherModel, back: torch.Tensor, lengths: Sequence[int], logits: np.ndarray) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -19,10 +20,13 @@ from kdcache.distill.align_store import student_tokens
 from kdcache.distill.alignment import align
 from kdcache.distill.live import LiveBatches
 from kdcache.distill.loader import CachedBatches, loader
+from kdcache.distill.prefetch import READ_AHEAD
+from kdcache.distill.training import prepare
 from kdcache.errors import DamageError, MismatchError
 from kdcache.teachers.bundle import load_teacher
 from kdcache.testing import tiny
 from tests.distill.conftest import TinyRun
+from tests.distill.test_textfree import Listening
 
 
 def test_targets_equal_a_direct_forward_of_each_row(tiny_run: TinyRun) -> None:
@@ -152,6 +156,30 @@ def test_damage_is_found_before_a_row_of_it_is_used(
     damaged = [victim, other] if kind == "swapped" else [victim]
     with pytest.raises(DamageError, match="|".join(re.escape(str(path.relative_to(cache))) for path in damaged)):
         epoch(cache)
+
+
+@pytest.mark.parametrize("window", [1, "all"])
+def test_a_window_that_will_not_fit_is_told_of(
+    tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, window: Any
+) -> None:
+    cache = open_cache(tiny_run.cache)
+    source = loader(cache, tiny.wordpiece_tokenizer(), student_layers=2, window=window)
+    parts = np.unique(source.epochs.examples.parts).tolist()
+    stored = [
+        sum(
+            block.values.nbytes + (0 if block.scales is None else block.scales.nbytes)
+            for name, layers in source.layer_map.items()
+            for block in (cache.hidden(name, cache.parts[part].name, layer) for layer in set(layers))
+        )
+        for part in parts
+    ]
+    held = sum(sorted(stored)[-(1 + READ_AHEAD) :]) if window == 1 else sum(stored)
+    assert source.window_bytes == held
+    for memory, told in ((held, True), (3 * held, False)):
+        monkeypatch.setattr("os.sysconf", lambda name, memory=memory: 1 if name == "SC_PAGE_SIZE" else memory)
+        progress = Listening()
+        prepare(tiny_run.recipe(f"distill.window={json.dumps(window)}"), tiny_run.cache, tmp_path, None, progress)
+        assert any("a smaller distill.window needs less" in note for note in progress.notes) == told
 
 
 def test_a_sound_copy_is_read_whole(tiny_run: TinyRun, copied: Callable[[Path], Path]) -> None:
