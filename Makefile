@@ -54,7 +54,7 @@ docs: $(VENV)/.docs
 bench: $(VENV)/.dev $(VENV)-bench/.rivals
 	$(RUN)/python benchmarks/all.py --rivals-python $(VENV)-bench/bin/python
 
-# Students from ten forms of the same hidden states, three seeds: about two hours on two cores, continues where it was stopped.
+# Students from ten forms of the same hidden states, three seeds each: hours on two cores. Continues where it was stopped.
 bench-size: $(VENV)/.dev
 	$(RUN)/python benchmarks/size.py run
 	$(RUN)/python benchmarks/size.py collect quickstart --to benchmarks/measured

@@ -35,7 +35,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Form:
-    """``share``: of the bytes of float16 at full width, a row takes one in so many; ``product``: of so many for product quantisation."""
+    """How a layer is stored. A coded row takes 1/``share`` of the bytes of float16 at full width; so does, with 1/``product``, a row of
+    product quantisation.
+    """
 
     dtype: str
     dim: int | None = None  # of a PCA cut; None: full width
@@ -150,7 +152,7 @@ def full_states(exact: Cache, teacher: str, layer: int, texts: int | None = None
 
 
 def quantisers(exact: Cache, recipe: Recipe, form: Form, teacher: str) -> dict[int, Rebuild]:
-    """By layer; trained on the texts that a dump fits its bases on. None where the form is one of a cache's own."""
+    """By layer; trained on the texts that a dump fits its bases on. Empty where the form is one of a cache's own."""
     if form.product is None:
         return {}
     spec, sample = exact.teachers[teacher], recipe.dump.sample_texts
@@ -195,10 +197,10 @@ def kept(cache: Cache, name: str, layer: int, form: Form, rebuild: Rebuild | Non
 
 def extract_unseen(recipe: Recipe, task: TaskData, teachers_dir: Path, texts: int, target: Path) -> None:
     """Hidden states of some texts that are in no cache in full, so that nothing was fitted on them: test texts, else validation."""
-    full, others = scopes(task)
+    others = scopes(task)[1]
     split = task.splits["test" if "test" in task.splits else "validation"]
     there = [bytes(row) for row in split.text_ids]
-    chosen = pick([task.texts[one] for one in dict.fromkeys(there) if one in others and one not in full], texts)
+    chosen = pick([task.texts[one] for one in dict.fromkeys(there) if one in others], texts)
     target.mkdir(parents=True, exist_ok=True)
     for teacher in prepare_teachers(recipe, read_bundle(teachers_dir), teachers_dir, len(task.label_names)):
         for layer, whole in hidden_states(teacher, chosen, teachers_dir).items():
