@@ -68,7 +68,8 @@ def plot(points: Sequence[Point], references: Mapping[str, float]) -> str:
             f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}" stroke="#57606a" stroke-dasharray="4 3"/>'
         )
         drawn.append(_text(WIDTH - RIGHT + 6, at + 4, name, "start"))
-    for number, (family, colour) in enumerate(FAMILIES.items()):
+    there = {family: colour for family, colour in FAMILIES.items() if any(point.family == family for point in points)}
+    for number, (family, colour) in enumerate(there.items()):
         mine = sorted((point for point in points if point.family == family), key=lambda point: point.bytes)
         drawn.append(_text(WIDTH - RIGHT + 6, below.top + 14 + 16 * number, family, "start", colour))
         drawn += [*marks(mine, above, across, colour, "accuracies"), *marks(mine, below, across, colour, "kept")]
