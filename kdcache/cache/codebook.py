@@ -94,21 +94,14 @@ def decode_rows(rows: np.ndarray, codebook: Codebook) -> np.ndarray:
     return values
 
 
-def pack_codes(codes: np.ndarray, bits: np.ndarray, row_bytes: int) -> np.ndarray:
-    """uint8 [n, row_bytes] of the own bits of each coordinate, ``codes`` [n, dim] below 2 ** bits."""
-    counts = bits.astype(np.int64)
+def pack_windows(windows: np.ndarray, bits: np.ndarray, row_bytes: int) -> np.ndarray:
+    """uint8 [n, row_bytes] of the own bits, the last ones, of each coordinate's window, ``windows`` uint8 [dim, n]."""
+    counts, total = bits.astype(np.int64), int(bits.sum(dtype=np.int64))
     owner = np.repeat(np.arange(len(counts)), counts)
-    below = np.cumsum(counts)[owner] - 1 - np.arange(len(owner))  # bits of the same code to the right of this one
-    flags = (codes[:, owner] >> below & 1).astype(np.uint8)
-    rows = np.zeros((len(codes), row_bytes), dtype=np.uint8)
-    packed = np.packbits(flags, axis=1)
-    rows[:, : packed.shape[1]] = packed
-    return rows
-
-
-def pack_bits(flags: np.ndarray, row_bytes: int) -> np.ndarray:
-    """uint8 [n, row_bytes] of rows of bits, ``flags`` uint8 [bits, n] of 0 and 1, at most 8 * row_bytes."""
-    bits, count = flags.shape
-    padded = np.zeros((8 * row_bytes, count), dtype=np.uint8)
-    np.multiply(flags, (128 >> np.arange(bits) % 8).astype(np.uint8)[:, None], out=padded[:bits])
-    return np.ascontiguousarray(np.bitwise_or.reduce(padded.reshape(row_bytes, 8, count), axis=1).T)
+    below = np.cumsum(counts)[owner] - 1 - np.arange(total)  # bits of the same code to the right of this one
+    flags = np.zeros((8 * row_bytes, windows.shape[1]), dtype=np.uint8)
+    flags[:total] = windows[owner]
+    flags[:total] >>= below.astype(np.uint8)[:, None]
+    flags &= 1
+    flags *= np.tile(128 >> np.arange(8), row_bytes).astype(np.uint8)[:, None]
+    return np.ascontiguousarray(np.bitwise_or.reduce(flags.reshape(row_bytes, 8, -1), axis=1).T)

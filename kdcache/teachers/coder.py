@@ -9,16 +9,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from kdcache.cache.codebook import Codebook, pack_bits, pack_codes
+from kdcache.cache.codebook import Codebook, pack_windows
 from kdcache.teachers.trellis import Trellis
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    import numpy as np
 
 _COSTS_BYTES = 2 << 30  # of a block of tokens: on a GPU many hide the time that starting a kernel takes
 _NEVER = 1e30
@@ -39,10 +38,11 @@ class Coder:
     def __call__(self, coordinates: Tensor) -> np.ndarray:
         """The rows that decode closest to ``coordinates`` (float32, finite), in the sum of squares."""
         if self._trellis is not None:
-            return pack_bits(self._trellis.bits_of(coordinates.float()), self._row_bytes)
-        found = search_on_device(coordinates, self._levels, self._bits, self._codebook.window)
-        codes = (found & torch.tensor([(1 << depth) - 1 for depth in self._bits], device=found.device)).cpu().numpy()
-        return pack_codes(codes, self._codebook.bits, self._row_bytes)
+            windows = self._trellis.windows_of(coordinates.float())
+        else:
+            found = search_on_device(coordinates, self._levels, self._bits, self._codebook.window)
+            windows = found.T.to(torch.uint8).cpu().numpy()
+        return pack_windows(windows, self._codebook.bits, self._row_bytes)
 
 
 def best_windows(coordinates: Tensor, levels: Sequence[Tensor], bits: Sequence[int], window: int) -> Tensor:
@@ -51,7 +51,7 @@ def best_windows(coordinates: Tensor, levels: Sequence[Tensor], bits: Sequence[i
     ``levels``: per coordinate its table, [2 ** max(window, bits)]. The sum of squared errors of a row is the least possible.
     """
     if coordinates.device.type == "cpu":
-        return torch.from_numpy(Trellis(levels, bits, window).windows_of(coordinates.float()))
+        return torch.from_numpy(Trellis(levels, bits, window).windows_of(coordinates.float()).T.astype(np.int64))
     return search_on_device(coordinates, levels, bits, window)
 
 

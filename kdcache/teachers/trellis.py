@@ -1,13 +1,14 @@
-"""The best row of a trellis code on the CPU: what ``coder.search_on_device`` finds, with a quarter of its memory traffic.
+"""The best row of a trellis code on the CPU: what ``coder.search_on_device`` finds, with a fraction of its memory traffic.
 
 The entry of a coordinate is a window over the bits of the row. Going on to the next coordinate drops the oldest bits of the window, and
-each dropped bit is a choice between two halves of the costs: a comparison, which is all that has to be kept, and a minimum.
-So the costs of two coordinates are enough, nothing is searched on the way back, and the choices that are met there are the
-bits of the row. docs/decisions/0014 has the numbers.
+each dropped bit is a choice between two halves of the costs: a comparison and a minimum. So the costs of one coordinate are
+enough, and what is kept for the way back is one byte per window that is left: which bits were dropped. docs/decisions/0014 has the
+numbers.
 """
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,10 +20,7 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-_CHOICES_BYTES = (
-    64 << 20
-)  # of a block of tokens: few long operations cost less than many short ones, also where costs leave the caches
-_MOST_TOKENS = 4096
+_TOKENS = 4096  # of a block: below, what Python spends on each of the few hundred steps outweighs what the cache gains
 _NEVER = 1e30
 _FEW, _OFTEN = (
     4,
@@ -32,118 +30,124 @@ _FEW, _OFTEN = (
 
 @dataclass(frozen=True, eq=False)
 class _Step:
-    """One coordinate. ``halves``: how many windows are left after each bit that is dropped on the way to the next one."""
+    """One coordinate: it goes on from ``shared`` windows, has ``entries``, and windows that are ``left`` for the next one."""
 
+    shared: int
+    entries: int
+    left: int
     depth: int
     table: Tensor  # float32 [entries, 1]
-    squares: Tensor  # float32 [windows of before that it continues, 2 ** depth, 1]
-    halves: tuple[int, ...]
+    squares: Tensor  # float32 [shared, 2 ** depth, 1]
 
 
 class Trellis:
     """``levels``: for each coordinate, of ``bits`` each, its table [2 ** max(window, bits)]."""
 
     def __init__(self, levels: Sequence[Tensor], bits: Sequence[int], window: int) -> None:
-        self.bits = list(bits)
-        self.widths = [max(window, depth) for depth in bits]
-        kept = [width - depth for width, depth in zip(self.widths, bits, strict=True)]  # bits of a window that lie before its own
+        shared = [1 << (max(window, depth) - depth) for depth in bits]
         self._steps = [
-            _Step(
-                depth,
-                table[:, None],
-                (table * table).view(1 << before, -1, 1),
-                tuple(1 << k for k in range(width - 1, after - 1, -1)),
-            )
-            for depth, table, width, before, after in zip(bits, levels, self.widths, kept, [*kept[1:], 0], strict=True)
+            _Step(before, len(table), left, depth, table[:, None], (table * table).view(before, -1, 1))
+            for before, left, depth, table in zip(shared, [*shared[1:], 1], bits, levels, strict=True)
         ]
-        self._choices = sum(sum(step.halves) for step in self._steps)  # bytes per token
-        self._block = min(_MOST_TOKENS, _power_of_two(_CHOICES_BYTES // (2 * self._choices) + 1))
-
-    def bits_of(self, coordinates: Tensor) -> np.ndarray:
-        """uint8 [sum of bits, n], 0 or 1: of all rows those whose values come closest to ``coordinates`` float32 [n, dim]."""
-        found = np.empty((sum(self.bits), len(coordinates)), np.uint8)
-        space = _space(min(self._block, _power_of_two(len(coordinates))), 1 << max(self.widths), self._choices)
-        for first in range(0, len(coordinates), self._block):
-            columns = coordinates[first : first + self._block].T.contiguous()
-            self._forward(columns, space)
-            self._backward(space, found[:, first : first + self._block])
-        return found
+        self._widest = max((step.entries for step in self._steps), default=0)
 
     def windows_of(self, coordinates: Tensor) -> np.ndarray:
-        """int64 [n, dim]: the entry of each coordinate in these rows."""
-        found, most = self.bits_of(coordinates), max(self.widths)
-        padded = np.concatenate([np.zeros((most, found.shape[1]), np.uint8), found])
-        windows = np.empty((len(coordinates), len(self.bits)), np.int64)
-        for place, (end, width) in enumerate(zip(np.cumsum(self.bits).tolist(), self.widths, strict=True)):
-            windows[:, place] = (1 << np.arange(width)[::-1]) @ padded[most + end - width : most + end].astype(np.int64)
-        return windows
+        """uint8 [dim, n]: the entry of each coordinate, in the rows whose values come closest to ``coordinates`` float32 [n, dim]."""
+        found = np.empty((len(self._steps), len(coordinates)), np.uint8)
+        blocks = -(-len(coordinates) // _TOKENS)
+        borders = [len(coordinates) * number // max(1, blocks) for number in range(blocks + 1)]
+        for first, last in itertools.pairwise(borders):
+            block = _Block(last - first, self._widest, sum(step.left for step in self._steps))
+            self._forward(coordinates[first:last].T.contiguous(), block)
+            self._backward(block, found[:, first:last])
+        return found
 
-    def _forward(self, columns: Tensor, space: _Space) -> None:
-        """Fills the choices: for every bit that is dropped, and every window that is left, which of the two came cheaper.
+    def _forward(self, columns: Tensor, block: _Block) -> None:
+        """Fills ``block.choices``.
 
-        A cost, of an entry and a token, is the least error of a row up to the coordinate that takes that entry, up to a
-        constant per token.
+        A cost, of a window and a token, is the least error of a row up to the coordinate whose entry ends with that window,
+        up to a constant per token.
         """
-        count, row = columns.shape[1], 0
-        before, cost = space.costs[:, :, :count]
-        before[: len(self._steps[0].squares)] = _NEVER
-        before[0] = 0.0  # nothing but zeros lies before a row
+        best, row = block.best, 0
+        best[: self._steps[0].shared] = _NEVER
+        best[0] = 0.0  # nothing but zeros lies before a row
         for place, (step, column) in enumerate(zip(self._steps, columns, strict=True)):
-            shared, own, _ = step.squares.shape
-            now = cost[: shared * own]
-            torch.add(before[:shared, None], step.squares, out=now.unflatten(0, (shared, own)))
-            now.addcmul_(step.table, column, value=-2.0)
-            values = now.numpy()
-            for half in step.halves:
-                low, high = values[:half], values[half : 2 * half]
-                np.less(high, low, out=space.choices[row : row + half, :count])
-                np.minimum(low, high, out=low)
-                row += half
-            left = values[: step.halves[-1]]
-            if len(left) <= _FEW or place % _OFTEN == 0:
-                left -= left.min(axis=0)
-            before, cost = cost, before
+            before, by_window, costs = block.views(step.shared, step.entries)
+            torch.add(before, step.squares, out=by_window)
+            costs.addcmul_(step.table, column, value=-2.0)
+            block.drop(step.entries, step.left, block.choices[row : row + step.left])
+            row += step.left
+            if step.left <= _FEW or place % _OFTEN == 0:
+                best[: step.left] -= best[: step.left].min(axis=0)
 
-    def _backward(self, space: _Space, found: np.ndarray) -> None:
-        """The bits ``found`` [bits, n] of the rows that end cheapest; ``where`` is window * size + token throughout."""
-        tokens, flat = np.arange(found.shape[1]), space.choices.view(np.uint8).reshape(-1)
-        shift, where, rise = space.size.bit_length() - 1, tokens.copy(), np.empty_like(tokens)
-        row, end = len(space.choices), len(found)
-        for step in reversed(self._steps):
-            for half in reversed(step.halves):
-                row -= half
-                chosen = flat[row << shift : (row + half) << shift].take(where)
-                place = end - half.bit_length()
-                if place >= 0:  # else a zero before the row
-                    found[place] = chosen
-                where += np.multiply(chosen, np.int64(half << shift), out=rise, dtype=np.int64)
-            where >>= shift + step.depth
-            where <<= shift
+    def _backward(self, block: _Block, found: np.ndarray) -> None:
+        """The entries ``found`` [dim, n] of the rows that end cheapest."""
+        count, row = found.shape[1], len(block.choices)
+        tokens, window = np.arange(count), np.zeros(count, np.uint8)
+        where, choices = tokens.copy(), block.choices.reshape(-1)
+        for step, entry in zip(reversed(self._steps), found[::-1], strict=True):
+            row -= step.left
+            dropped = choices[row * count : (row + step.left) * count].take(where)
+            np.multiply(dropped, np.uint8(step.left), out=entry)
+            entry += window
+            np.right_shift(entry, step.depth, out=window)
+            np.multiply(window, count, out=where, dtype=np.int64)
             where += tokens
-            end -= step.depth
 
 
-def _power_of_two(number: int) -> int:
-    """The least one that is not below ``number``."""
-    return 1 << max(0, number - 1).bit_length()
+class _Memory:
+    """What a block needs, for ``entries`` x tokens costs and ``choices`` x tokens choices."""
+
+    def __init__(self, entries: int, choices: int) -> None:
+        self.costs, self.best = torch.empty(entries), torch.empty(entries // 2)
+        self.codes = np.empty((3, entries // 2), np.uint8)
+        self.choices = np.empty(choices, np.uint8)
 
 
-@dataclass(frozen=True, eq=False)
-class _Space:
-    """Memory for a block of up to ``size`` tokens, a power of two: costs of two coordinates in turn, and the choices of all."""
-
-    size: int
-    costs: Tensor  # float32 [2, entries, size]
-    choices: np.ndarray  # bool [choices, size]
+_kept = threading.local()  # memory of this thread: fresh memory would cost a quarter of a search
 
 
-_kept = threading.local()  # fresh memory costs a quarter of a search; it goes with the thread
+class _Block:
+    """Costs and choices of a block of ``count`` tokens."""
 
+    def __init__(self, count: int, widest: int, choices: int) -> None:
+        entries, choice_bytes = widest * count, choices * count
+        memory: _Memory | None = getattr(_kept, "memory", None)
+        if memory is None or len(memory.costs) < entries or len(memory.choices) < choice_bytes:
+            memory = _kept.memory = _Memory(entries, choice_bytes)
+        self._costs = memory.costs[:entries].view(widest, count)
+        self._best = memory.best[: entries // 2].view(-1, count)
+        self._values, self.best = self._costs.numpy(), self._best.numpy()
+        self._codes = [memory.codes[number, : entries // 2].reshape(-1, count) for number in range(3)]
+        self.choices = memory.choices[:choice_bytes].reshape(choices, count)
+        self._views: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
 
-def _space(size: int, widest: int, choices: int) -> _Space:
-    """Of this thread: what was there before, where that is enough."""
-    costs, chosen = getattr(_kept, "memory", (torch.empty(0), np.empty(0, np.bool_)))
-    if len(costs) < 2 * widest * size or len(chosen) < choices * size:
-        costs, chosen = torch.empty(2 * widest * size), np.empty(choices * size, np.bool_)
-        _kept.memory = costs, chosen
-    return _Space(size, costs[: 2 * widest * size].view(2, widest, size), chosen[: choices * size].reshape(choices, size))
+    def views(self, shared: int, entries: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Costs of the windows before [shared, 1, n]; those to come as [shared, entries / shared, n] and as [entries, n]."""
+        if (shared, entries) not in self._views:
+            costs = self._costs[:entries]
+            self._views[shared, entries] = self._best[:shared, None], costs.unflatten(0, (shared, -1)), costs
+        return self._views[shared, entries]
+
+    def drop(self, entries: int, left: int, choices: np.ndarray) -> None:
+        """From the costs of ``entries`` to the best ones of the windows ``left``; ``choices`` [left, n]: the bits dropped, the oldest first."""
+        flags, code, spare = self._codes
+        half = entries // 2
+        code = choices if half == left else code[:half]
+        self._compare(half, code, last=half == left)
+        while half > left:
+            half //= 2
+            flag, target = flags[:half], choices if half == left else spare[:half]
+            self._compare(half, flag, last=half == left)
+            low, high = code[:half], code[half : 2 * half]
+            np.bitwise_xor(low, high, out=target)  # target = 2 * (high where flag else low) + flag
+            target *= flag
+            target ^= low
+            target += target
+            target |= flag
+            code, spare = target, code
+
+    def _compare(self, half: int, flag: np.ndarray, *, last: bool) -> None:
+        low, high = self._values[:half], self._values[half : 2 * half]
+        np.less(high, low, out=flag.view(np.bool_))
+        np.minimum(low, high, out=self.best[:half] if last else low)

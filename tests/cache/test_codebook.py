@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from kdcache.cache.bases import BasisDamageError, check_basis, decode_basis, encode_basis
 from kdcache.cache.blocks import Basis
-from kdcache.cache.codebook import Codebook, check_codebook, decode_rows, pack_codes, table_sizes
+from kdcache.cache.codebook import Codebook, check_codebook, decode_rows, pack_windows, table_sizes
 from kdcache.cache.spec import LayerSpec
 
 DEPTHS = st.lists(st.integers(1, 8), min_size=1, max_size=12)
@@ -39,7 +39,7 @@ def test_rows_decode_as_the_specification_says(depths: list[int], window: int, s
     codebook = codebook_of(depths, window)
     size = -(-sum(depths) // 8) + spare
     codes = np.array([[data.draw(st.integers(0, (1 << depth) - 1)) for depth in depths] for _ in range(3)])
-    rows = pack_codes(codes, codebook.bits, size)
+    rows = pack_windows(codes.T.astype(np.uint8), codebook.bits, size)
     assert rows.shape == (3, size)
     for row, own in zip(rows, codes.tolist(), strict=True):
         text = "".join(f"{code:0{depth}b}" for code, depth in zip(own, depths, strict=True))
@@ -49,7 +49,7 @@ def test_rows_decode_as_the_specification_says(depths: list[int], window: int, s
 
 def test_no_rows() -> None:
     codebook = codebook_of([3, 2], 6)
-    assert pack_codes(np.zeros((0, 2), np.int64), codebook.bits, 4).shape == (0, 4)
+    assert pack_windows(np.zeros((2, 0), np.uint8), codebook.bits, 4).shape == (0, 4)
     assert decode_rows(np.zeros((0, 4), np.uint8), codebook).shape == (0, 2)
 
 

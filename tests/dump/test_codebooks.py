@@ -90,7 +90,7 @@ def test_the_search_of_the_cpu_finds_what_that_of_a_gpu_finds(window: int, monke
     bits = [8, 7, 5, 5, 4, 3, 2, 2, 1, 1, 1, 1]
     levels = [torch.randn(1 << max(window, depth), generator=generator) * depth for depth in bits]
     coordinates = torch.randn(150, len(bits), generator=generator) * torch.tensor(bits)
-    monkeypatch.setattr("kdcache.teachers.trellis._MOST_TOKENS", 64)  # several blocks, the last one short
+    monkeypatch.setattr("kdcache.teachers.trellis._TOKENS", 64)  # several blocks, the last one short
     assert (best_windows(coordinates, levels, bits, window) == search_on_device(coordinates, levels, bits, window)).all()
 
 
