@@ -110,7 +110,8 @@ def dump(report: Report) -> Section:
     )
     rows = [
         [backend, name, number(found["bare, rows per second"]), number(found["dump, rows per second"]),
-         number(found["time of the dump / time of the bare loop"]), number(found["writing / time of the dump"]),
+         number(found["time of the dump / time of the bare loop"]),
+         number(found["processor time of the dump / of the bare loop"]), number(found["writing / time of the dump"]),
          f"{found['fitting the bases, s']:.2g}"]
         for backend in ("torch", "onnxruntime") if backend in report for name, found in report[backend].items()
     ]  # fmt: skip
@@ -118,7 +119,10 @@ def dump(report: Report) -> Section:
         f"{name}, {backend}": found["time of the dump / time of the bare loop"]
         for backend in ("torch", "onnxruntime") for name, found in report.get(backend, {}).items()
     }  # fmt: skip
-    text += table(["backend", "teacher", "bare, rows/s", "dump, rows/s", "dump / bare", "writing / dump", "fitting, s"], rows)
+    text += table(
+        ["backend", "teacher", "bare, rows/s", "dump, rows/s", "dump / bare", "of the processor", "writing / dump", "fitting, s"],
+        rows,
+    )
     return text, [bars("Time of the dump / time of a bare forward loop", ratios, ours=list(ratios), goal=1.05)]
 
 
