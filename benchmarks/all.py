@@ -37,7 +37,7 @@ class Measurement:
 
 
 MEASUREMENTS: Mapping[str, Measurement] = {
-    "steps": Measurement("steps.py", "--steps 5 --rounds 7", "--steps 1 --rounds 2 --counts 2", ("recipe", "teachers", "cache")),
+    "steps": Measurement("steps.py", "--steps 20 --rounds 7", "--steps 1 --rounds 2 --counts 2", ("recipe", "teachers", "cache")),
     "dump": Measurement("dump.py", "--texts 2048 --rounds 5", "--texts 16 --rounds 2 --backends torch", ("recipe", "teachers")),
     "cofinetune": Measurement("cofinetune.py", "--rows 192 --rounds 3", "--rows 8 --rounds 1", ("recipe",)),
     "scale": Measurement("scale.py", "--rows 10000 100000 1000000", "--rows 200 400 --steps 4 --repeats 1"),

@@ -3,8 +3,8 @@
     python benchmarks/steps.py quickstart/quickstart.toml --teachers runs/quickstart/teachers --cache runs/quickstart/cache
     python benchmarks/steps.py pipelines/sst2.toml --teachers runs/sst2/teachers --cache runs/sst2/cache --set KEY=VALUE ...
 
-Every contender trains the same student on the same rows in the same order, and they take turns: a few steps of one, a few of the
-next. `memory` is the step of `cached` with its targets lying ready on the device: what the cache costs is the difference.
+Every contender trains the same student on the same rows, and they take turns: some steps of one, some of the next. Plain
+fine-tuning has an order of its own, so turns must be long enough for batches of any length to be in them. `memory` is the step of `cached` with its targets lying ready on the device: what the cache costs is the difference.
 `ideal` for `cached` against `fine-tune` is student FLOPs / (student + projection FLOPs), counted by torch; `predicted` for
 `live` is what the teachers' forward passes, measured alone on the same batches, add to a step. Peak memory is that of a process
 that runs one contender only. Prints JSON.
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 CONTENDERS = ("fine-tune", "cached", "memory", "logits only", "live")
 METHODS = {"fine-tune": ["distill.method=fine-tune"], "logits only": ["distill.weights.hidden=0.0"]}
+LIVE_SHARE = 4  # steps of others for one with live teachers, which takes about ten times as long
 PHASES = ("data", "forward", "loss", "backward", "optimizer")
 
 
@@ -64,7 +65,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--cache", type=Path, required=True)
     parser.add_argument("--counts", type=int, nargs="*", default=[1, 2, 3], help="numbers of teachers to measure with")
     parser.add_argument("--contenders", nargs="*", choices=CONTENDERS, default=list(CONTENDERS))
-    parser.add_argument("--steps", type=int, default=6, help="of one contender's turn")
+    parser.add_argument("--steps", type=int, default=20, help="of one contender's turn; a quarter of it with live teachers")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--alone", choices=CONTENDERS, help=argparse.SUPPRESS)
@@ -80,8 +81,9 @@ def compare(arguments: argparse.Namespace, count: int) -> dict[str, Any]:
     for runner in runners.values():
         runner.steps(2)  # warm-up: allocations, kernels, digests of the first parts
         runner.seconds = dict.fromkeys(PHASES, 0.0)
-    turns = rounds({name: functools.partial(runner.steps, arguments.steps) for name, runner in runners.items()}, arguments.rounds)
-    rates = {name: [arguments.steps / seconds for seconds in taken] for name, taken in turns.items()}
+    steps = {name: max(1, arguments.steps // (LIVE_SHARE if name == "live" else 1)) for name in runners}
+    turns = rounds({name: functools.partial(runner.steps, steps[name]) for name, runner in runners.items()}, arguments.rounds)
+    rates = {name: [steps[name] / seconds for seconds in taken] for name, taken in turns.items()}
     found: dict[str, Any] = {"steps per second": {name: summary(values) for name, values in rates.items()}}
     pairs = [
         ("cached", "memory"),
