@@ -94,6 +94,17 @@ def test_the_search_of_the_cpu_finds_what_that_of_a_gpu_finds(window: int, monke
     assert (best_windows(coordinates, levels, bits, window) == search_on_device(coordinates, levels, bits, window)).all()
 
 
+def test_a_token_gets_the_same_row_in_any_batch() -> None:
+    """Else a part that is dumped again after a crash, or by a live teacher, would have other bytes."""
+    hidden = _layer(900)
+    basis = fit_coded_basis(_moments(hidden), hidden, 8, name="t", layer=1)
+    assert basis.components is not None and basis.codebook is not None
+    coordinates = hidden @ torch.from_numpy(basis.components).T
+    coder = Coder(basis.codebook, 8, "cpu")
+    for count in (1, 100, 513):
+        np.testing.assert_array_equal(coder(coordinates[:count]), coder(coordinates)[:count])
+
+
 def test_bits_beat_a_cut_at_the_same_bytes_and_more_bytes_keep_more() -> None:
     hidden, unseen = _layer(4000), _layer(5000)[4000:]
     kept = []
