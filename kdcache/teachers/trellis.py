@@ -104,7 +104,7 @@ class _Memory:
         self.choices = np.empty(choices, np.uint8)
 
 
-_kept = threading.local()  # memory of this thread: fresh memory would cost a quarter of a search
+_kept = threading.local()  # memory of this thread: fresh memory would cost a tenth of a search
 
 
 class _Block:
