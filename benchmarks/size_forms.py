@@ -20,6 +20,7 @@ from product import ProductQuantiser
 
 from kdcache import open_cache
 from kdcache.data.encoding import encode
+from kdcache.distill.forms import target_dim
 from kdcache.dump.fidelity import measure, through
 from kdcache.dump.specs import PreparedTeacher, prepare_teachers, scopes
 from kdcache.dump.stage import dump_teachers
@@ -186,13 +187,14 @@ def store(recipe: Recipe, teachers_dir: Path, exact_dir: Path, form: Form, targe
 
 
 def kept(cache: Cache, name: str, layer: int, form: Form, rebuild: Rebuild | None, unseen: torch.Tensor) -> dict[str, Any]:
-    """Bytes per token of one layer, and the share of variance of ``unseen`` [tokens, width] that survives being stored."""
+    """Bytes per token of one layer, dimensions that the student learns, and the share of variance of ``unseen`` [tokens, width] that survives being stored."""
     teacher = cache.teachers[name]
     spec = teacher.layers[layer]
     size = spec.row_bytes if form.product is None else _share(teacher.width, form.product)
     back = through(spec, cache.basis(name, layer), unseen if rebuild is None else rebuild(unseen))
     found = measure(spec, back, unseen)
-    return {"teacher": name, "layer": layer, "width": teacher.width, "bytes": size, "kept": round(found.explained, 6)}
+    numbers = {"width": teacher.width, "dim": target_dim(cache, name, layer), "bytes": size, "kept": round(found.explained, 6)}
+    return {"teacher": name, "layer": layer, **numbers}
 
 
 def extract_unseen(recipe: Recipe, task: TaskData, teachers_dir: Path, texts: int, target: Path) -> None:

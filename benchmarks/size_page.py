@@ -38,7 +38,7 @@ class Student:
 
 @dataclass(frozen=True)
 class Measured:
-    """A form: its layers (teacher, layer, width, bytes, kept), tokens of each teacher, finished students by rising seed."""
+    """A form: its layers (teacher, layer, width, dim, bytes, kept), tokens of each teacher, finished students by rising seed."""
 
     name: str
     layers: Sequence[Mapping[str, Any]]
@@ -49,6 +49,11 @@ class Measured:
     def bytes(self) -> float:
         """Per token and layer, mean over the layers."""
         return statistics.mean(float(layer["bytes"]) for layer in self.layers)
+
+    @property
+    def dimensions(self) -> float:
+        """That the student learns, mean over the layers; of a coded layer those that have a bit."""
+        return statistics.mean(float(layer["dim"]) for layer in self.layers)
 
     @property
     def kept(self) -> list[float]:
@@ -151,18 +156,18 @@ def title(form: Form) -> str:
 
 
 def main_table(found: Sequence[Measured], references: Mapping[str, Sequence[Student]]) -> str:
-    head = ["form", "bytes per token and layer", "hidden states, MB", "variance kept (least)", "seeds", "validation accuracy", "test accuracy",
+    head = ["form", "bytes per token and layer", "hidden states, MB", "dimensions", "variance kept (least)", "seeds", "validation accuracy", "test accuracy",
             "against float16, points", "hidden loss at the end", "explained by the student"]  # fmt: skip
     whole = next((one.students for one in found if one.name == WHOLE), ())
     rows = [
-        [title(FORMS[one.name]), f"{one.bytes:.0f}", f"{one.megabytes:.0f}", f"{statistics.mean(one.kept):.3f} ({min(one.kept):.3f})",
+        [title(FORMS[one.name]), f"{one.bytes:.0f}", f"{one.megabytes:.0f}", f"{one.dimensions:.0f}", f"{statistics.mean(one.kept):.3f} ({min(one.kept):.3f})",
          *scores(one.students), difference(one.students, whole) if one.name != WHOLE else "",
          spread([statistics.mean(student.hidden.values()) for student in one.students if student.hidden], 3),
          spread([share for share in map(one.explained, one.students) if share is not None], 3)]
         for one in found
     ]  # fmt: skip
     rows += [
-        [REFERENCES[method], "0", "0", "", *scores(students), difference(students, whole), "", ""]
+        [REFERENCES[method], "0", "0", "0", "", *scores(students), difference(students, whole), "", ""]
         for method, students in references.items()
     ]
     return table(head, rows)
