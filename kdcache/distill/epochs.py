@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from kdcache.distill.examples import JoinedExamples
 
 
+_MANY = 1 << 18  # examples, from which on ordering them takes arrays of megabytes for a moment
+
+
 @dataclass(frozen=True, eq=False)
 class Epochs:
     """The order of all epochs over joined examples, and one process's share of it."""
@@ -45,7 +48,8 @@ class Epochs:
     def order(self, epoch: int) -> np.ndarray:
         """All examples in the order of ``epoch``."""
         order = epoch_order(self.examples.parts, seed=self.seed, epoch=epoch, window=self.window)
-        give_back_freed()
+        if len(order) > _MANY:
+            give_back_freed()
         return order
 
     def rows(self, order: np.ndarray, step: int) -> np.ndarray:

@@ -156,7 +156,8 @@ class CachedBatches:
         tokens = Ragged.of(rows, [part.student.offsets for part in rows.parts])
         order = rows.longest_first(tokens.lengths)
         sheets, examples = Sheets(rows.take(order), tokens.take(order)), examples[order]
-        labels, text_ids = sheets.per_row(joined.labels[examples]), joined.text_ids[examples]
+        labels = sheets.per_row(joined.labels[examples])
+        text_ids = sheets.rows.per_text([part.text_ids for part in rows.parts if part.text_ids is not None])
         inputs, nothing = student_inputs(sheets, self._pad_token_id), itertools.repeat(None)
         targets = cached_targets(sheets, self.teachers, self.layer_map, self._forms) if self._has_targets else nothing
         for step, (own, said) in enumerate(zip(inputs, targets, strict=False)):

@@ -63,6 +63,7 @@ class DecodedPart:
 
     student: EncodedTexts
     teachers: tuple[TeacherPart, ...]
+    text_ids: np.ndarray | None = None  # uint8[n, 16]; of what lies in a cache
 
     @functools.cached_property
     def plain(self) -> bool:
@@ -116,7 +117,8 @@ class PartDecoder:
         text_ids = self.cache.text_ids(name)
         keep = self.texts is None or all(one in self.texts for one in id_list(text_ids))
         student = self.student.encoded(text_ids, lambda: texts_of(self.cache, name, self.texts), keep=keep)
-        return DecodedPart(student, tuple(self._teacher(teacher, name, text_ids, student, keep) for teacher in self.teachers))
+        teachers = (self._teacher(teacher, name, text_ids, student, keep) for teacher in self.teachers)
+        return DecodedPart(student, tuple(teachers), text_ids)
 
     def _teacher(self, teacher: str, part: str, text_ids: np.ndarray, student: EncodedTexts, keep: bool) -> TeacherPart:
         logits = self.cache.outputs(teacher, part).logits if self.logits else None
