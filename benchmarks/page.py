@@ -19,7 +19,7 @@ Section = tuple[str, list[str]]  # Markdown, and pictures as SVG
 HEAD = """# Benchmarks
 
 Written by `make bench`: every number is from one run of one program on one machine, its contenders taking turns; medians, ± the distance of
-the quartiles. Ratios are formed within a round. Nothing here is copied by hand.
+the quartiles. Ratios are formed within a round. Nothing here is copied by hand; [results](results.md#against-the-goals) says what follows.
 
 """
 
@@ -69,14 +69,14 @@ def steps(report: Report) -> Section:
     )  # fmt: skip
     pictures = []
     for count in [key for key in report if key.endswith("teachers")]:
-        found = report[count]
-        pictures.append(bars(f"Steps per second, {count}", found["steps per second"], ours=["cached", "logits only"]))
+        found, teachers = report[count], "1 teacher" if count == "1 teachers" else count
+        pictures.append(bars(f"Steps per second, {teachers}", found["steps per second"], ours=["cached", "logits only"]))
         rows = [
             [name, number(rate), *(f"{found['share of time'][name][phase]:.1%}" for phase in found["share of time"][name]),
              f"{found['peak memory, MB'][name]['peak_mb']:.0f}"]
             for name, rate in found["steps per second"].items()
         ]  # fmt: skip
-        text += f"### {count}\n\n" + table(
+        text += f"### {teachers}\n\n" + table(
             ["contender", "steps/s", "data", "forward", "loss", "backward", "optimizer", "peak MB"], rows
         )
         ratios = [[name, number(value)] for name, value in found["ratio of steps per second"].items()]
