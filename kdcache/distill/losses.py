@@ -80,6 +80,10 @@ class HiddenProjections(nn.Module):
     ``dims``: (teacher index, student layer) -> dim of the stored target. ``width``: hidden size of the student.
     student-to-teacher keeps the teachers' matrices of one student layer as blocks of a single [sum of dims, width] matrix:
     one product instead of N. teacher-to-student keeps one [width, dim] matrix per pair. No bias, as in the paper.
+
+    On the student's side W starts at zero: the student says nothing yet, the loss starts at the variance of its target, and W learns
+    before the student is pulled. Started at random it predicts noise, which costs many times that variance, and the student
+    pays for it (docs/results.md). On the teacher's side zero is the collapse itself, so W starts at random, by ``seed``.
     """
 
     def __init__(self, dims: dict[Pair, int], width: int, direction: Direction, *, seed: int = 0) -> None:
@@ -89,8 +93,10 @@ class HiddenProjections(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         self.matrices = nn.ParameterDict()
         for pair, dim in self.dims.items():
-            fan_in, shape = (width, (dim, width)) if direction == "student-to-teacher" else (dim, (width, dim))
-            block = torch.randn(shape, generator=generator) / fan_in**0.5
+            if direction == "student-to-teacher":
+                block = torch.zeros(dim, width)
+            else:
+                block = torch.randn((width, dim), generator=generator) / dim**0.5
             name = self._name(pair)
             known = [self.matrices[name].data] if name in self.matrices else []
             self.matrices[name] = nn.Parameter(torch.cat([*known, block]))

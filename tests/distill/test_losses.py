@@ -166,6 +166,9 @@ def test_student_to_teacher_projects_the_student_with_one_matrix_per_pair() -> N
     states, targets = [torch.randn(BATCH, LENGTH, WIDTH) for _ in range(3)], hidden_targets()
     projections = HiddenProjections(DIMS, WIDTH, "student-to-teacher", seed=3)
     assert sorted(tuple(matrix.shape) for matrix in projections.parameters()) == [(8, WIDTH), (8, WIDTH)]
+    with torch.no_grad():
+        for matrix in projections.parameters():
+            matrix.normal_()  # they start at zero
     sides = projections(states, targets)
     assert set(sides) == set(DIMS)
     for (teacher, layer), (student, target) in sides.items():
@@ -188,9 +191,21 @@ def test_teacher_to_student_projects_the_teacher() -> None:
         assert torch.allclose(target, targets[teacher, layer].values @ matrix.T, atol=1e-6)
 
 
-@pytest.mark.parametrize("direction", ["student-to-teacher", "teacher-to-student"])
-def test_projections_are_seeded(direction: str) -> None:
-    first, again, other = (HiddenProjections(DIMS, WIDTH, direction, seed=seed) for seed in (1, 1, 2))  # type: ignore[arg-type]
+def test_projections_of_the_teachers_are_seeded() -> None:
+    first, again, other = (HiddenProjections(DIMS, WIDTH, "teacher-to-student", seed=seed) for seed in (1, 1, 2))
     for a, b, c in zip(first.parameters(), again.parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b)
         assert not torch.equal(a, c)
+
+
+def test_a_student_that_says_nothing_yet_costs_the_variance_of_its_target_and_pulls_at_w_alone() -> None:
+    torch.manual_seed(0)
+    states = [torch.randn(BATCH, LENGTH, WIDTH, requires_grad=True) for _ in range(3)]
+    projections = HiddenProjections(DIMS, WIDTH, "student-to-teacher")
+    sides = projections(states, hidden_targets())
+    losses = {pair: mean_squared_error(*both) for pair, both in sides.items()}
+    for pair, (_, target) in sides.items():
+        assert losses[pair].item() == pytest.approx(target.square().mean().item())
+    plain_sum(losses).backward()
+    assert all(matrix.grad is not None and matrix.grad.abs().sum() > 0 for matrix in projections.parameters())
+    assert all(state.grad is None or not state.grad.any() for state in states)
