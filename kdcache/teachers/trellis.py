@@ -22,10 +22,8 @@ if TYPE_CHECKING:
 
 _TOKENS = 4096  # of a block: below, what Python spends on each of the few hundred steps outweighs what the cache gains
 _NEVER = 1e30
-_FEW, _OFTEN = (
-    4,
-    16,
-)  # costs are taken relative to the least where few are left, and every so many coordinates: small sums are exact
+# costs are taken relative to the least where few are left, and every so many coordinates: small sums are exact
+_FEW, _OFTEN = 4, 16
 
 
 @dataclass(frozen=True, eq=False)
