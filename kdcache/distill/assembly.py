@@ -58,7 +58,7 @@ def alignment_pieces(sheets: Sheets, teacher: int) -> tuple[Ragged, list[Pieces]
     parts = [part.explicit[teacher] for part in rows.parts]
     tokens = Ragged.of(rows, [one.offsets for one in said if one.offsets is not None])
     entries = Ragged.of(rows, [part.texts for part in parts])
-    found, counts = entries.gather([part.entries for part in parts]), sheets.counts[:, teacher]
+    found, counts = entries.pick([part.entries for part in parts]), sheets.counts[:, teacher]
     src = found[:, 0] + np.repeat(sheets.starts(tokens.offsets), entries.lengths)
     weight = found.view(np.float32)[:, 1].copy()
     covered, upto = np.flatnonzero(counts), np.cumsum(counts)
@@ -86,7 +86,7 @@ def cached_targets(
     sheets: Sheets, teachers: tuple[str, ...], layer_map: Mapping[str, tuple[int, ...]], forms: Forms
 ) -> Iterator[Targets]:
     """The targets of every step out of decoded parts; values stay in the dtype in which they were stored."""
-    logits = _logits(sheets.rows, len(teachers)).split(sheets.rows.counts.tolist(), dim=1)
+    logits = _logits(sheets.rows, len(teachers))
     groups = [
         _Layers.of(sheets, index, name, tokens, forms)
         for index, name in enumerate(teachers)
@@ -101,7 +101,7 @@ def cached_targets(
         made: dict[tuple[str, int], Hidden] = {}
         for group in groups:
             made |= group.targets(step, first, last)
-        yield Targets(teachers, logits[step], {key: made[stored] for key, stored in wanted.items()})
+        yield Targets(teachers, torch.from_numpy(logits[:, first:last]), {key: made[stored] for key, stored in wanted.items()})
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,13 +135,13 @@ class _Layers:
         }
 
 
-def _logits(rows: Rows, teachers: int) -> torch.Tensor:
+def _logits(rows: Rows, teachers: int) -> np.ndarray:
     """[N, B, C] float32 of all steps; C = 0 where none were read."""
     gathered: list[np.ndarray] = []
     for index in range(teachers):
         parts = [part.teachers[index].logits for part in rows.parts]
         given = [array for array in parts if array is not None]
         if len(given) != len(parts):
-            return torch.empty(teachers, len(rows), 0)
+            return np.empty((teachers, len(rows), 0), np.float32)
         gathered.append(rows.per_text(given))
-    return torch.from_numpy(np.stack(gathered))
+    return np.stack(gathered)

@@ -7,6 +7,7 @@ pieces is what a loader spends its time on.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -48,9 +49,16 @@ def _fields(layer: int, block: HiddenBlock) -> list[tuple[str, np.ndarray]]:
 def layers_of(rows: np.ndarray, dtype: np.dtype) -> dict[int, tuple[torch.Tensor, torch.Tensor | None]]:
     """Values [n, dim] and scales [n] of each layer in ``rows`` uint8 [n, row]: views, nothing is copied."""
     table = rows.reshape(-1).view(dtype)
-    found = {name: torch.from_numpy(table[name]) for name in dtype.names or ()}
     return {
-        int(name.split()[1]): (tensor, found.get(f"scales {name.split()[1]}"))
-        for name, tensor in found.items()
-        if name.startswith("values")
+        layer: (torch.from_numpy(table[values]), None if scales is None else torch.from_numpy(table[scales]))
+        for layer, values, scales in _names(dtype)
     }
+
+
+@functools.lru_cache
+def _names(dtype: np.dtype) -> list[tuple[int, str, str | None]]:
+    """Per layer, the names of its values and of its scales, if it has any."""
+    layers = [int(name.split()[1]) for name in dtype.names or () if name.startswith("values")]
+    return [
+        (layer, f"values {layer}", f"scales {layer}" if f"scales {layer}" in (dtype.names or ()) else None) for layer in layers
+    ]

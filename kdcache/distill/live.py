@@ -228,7 +228,7 @@ def _sheets(student: EncodedTexts, *teachers: TeacherPart) -> Sheets:
     """A batch that is one part, whole and in order, and the only step."""
     count = len(student)
     rows = Rows([DecodedPart(student, teachers)], np.zeros(count, np.int64), np.arange(count), np.array([0, count]))
-    return Sheets(rows, Ragged.of(rows, [student.offsets]))
+    return Sheets(Ragged.of(rows, [student.offsets]))
 
 
 def _check_same(cache: Cache, teacher: Teacher) -> None:

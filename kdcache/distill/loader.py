@@ -155,7 +155,7 @@ class CachedBatches:
         rows = Rows(window.parts(numbers, parts.tolist()), part_of, joined.rows[examples], edges)
         tokens = Ragged.of(rows, [part.student.offsets for part in rows.parts])
         order = rows.longest_first(tokens.lengths)
-        sheets, examples = Sheets(rows.take(order), tokens.take(order)), examples[order]
+        sheets, examples = Sheets(tokens.take(order)), examples[order]
         labels = sheets.per_row(joined.labels[examples])
         text_ids = sheets.rows.per_text([part.text_ids for part in rows.parts if part.text_ids is not None])
         inputs, nothing = student_inputs(sheets, self._pad_token_id), itertools.repeat(None)

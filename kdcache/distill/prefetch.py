@@ -19,7 +19,7 @@ import numpy as np
 READERS = 2  # threads that read and decode parts
 READ_AHEAD = 2  # parts beyond those that the current batch needs
 BUNDLES_AHEAD = 2
-BUNDLE_BYTES, BUNDLE_STEPS = 4 << 20, 8  # of what is handed over at once: a hand-over costs as much as a small batch
+BUNDLE_BYTES, BUNDLE_STEPS = 2 << 20, 8  # of what is handed over at once: a hand-over costs as much as a small batch
 STEPS_TOGETHER = 32  # steps whose rows are looked up at once
 
 T = TypeVar("T")

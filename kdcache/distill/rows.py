@@ -47,7 +47,7 @@ class Rows:
 
     def per_text(self, arrays: Sequence[np.ndarray], beyond: int = 0) -> np.ndarray:
         """Entry ``rows[r] + beyond`` of an array per part, for every row r."""
-        by_part, borders = self._by_part
+        by_part, borders = self.by_part
         texts = self.rows[by_part] + beyond
         taken = [array.take(texts[first:last], axis=0) for array, (first, last) in zip(arrays, borders, strict=True)]
         found = np.empty((len(self), *arrays[0].shape[1:]), arrays[0].dtype)
@@ -55,7 +55,7 @@ class Rows:
         return found
 
     @functools.cached_property
-    def _by_part(self) -> tuple[np.ndarray, list[tuple[int, int]]]:
+    def by_part(self) -> tuple[np.ndarray, list[tuple[int, int]]]:
         """The rows part by part, and from where to where those of each part are."""
         upto = np.cumsum(np.bincount(self.part_of, minlength=len(self.parts)))
         return np.argsort(self.part_of, kind="stable"), list(itertools.pairwise([0, *upto.tolist()]))
@@ -67,20 +67,20 @@ def longest_first(lengths: np.ndarray) -> np.ndarray:
 
 
 class Ragged:
-    """Where the tokens of rows lie in the packed arrays of their parts: from ``starts`` to ``ends`` in that of ``part_of``."""
+    """Where the tokens of ``rows`` lie in the packed arrays of their parts: from ``starts`` to ``ends``."""
 
-    def __init__(self, part_of: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> None:
-        self._part_of, self._starts, self._ends = part_of, starts, ends
+    def __init__(self, rows: Rows, starts: np.ndarray, ends: np.ndarray) -> None:
+        self.rows, self._starts, self._ends = rows, starts, ends
         self.lengths = ends - starts
 
     @classmethod
     def of(cls, rows: Rows, offsets: Sequence[np.ndarray]) -> Ragged:
         """By one offsets array [texts + 1] per part."""
-        return cls(rows.part_of, rows.per_text(offsets), rows.per_text(offsets, 1))
+        return cls(rows, rows.per_text(offsets), rows.per_text(offsets, 1))
 
     def take(self, order: np.ndarray) -> Ragged:
-        """The same for the rows in another order."""
-        return Ragged(self._part_of[order], self._starts[order], self._ends[order])
+        """The same steps with rows in another order."""
+        return Ragged(self.rows.take(order), self._starts[order], self._ends[order])
 
     @functools.cached_property
     def offsets(self) -> np.ndarray:
@@ -89,50 +89,68 @@ class Ragged:
 
     @functools.cached_property
     def _spans(self) -> list[tuple[int, int, int]]:
-        return list(zip(self._part_of.tolist(), self._starts.tolist(), self._ends.tolist(), strict=True))
+        return list(zip(self.rows.part_of.tolist(), self._starts.tolist(), self._ends.tolist(), strict=True))
 
-    def gather(self, arrays: Sequence[np.ndarray], first: int = 0, last: int | None = None) -> np.ndarray:
-        """The packed values of the rows from ``first`` to ``last``, in row order, from one packed array per part."""
+    def gather(self, arrays: Sequence[np.ndarray], first: int, last: int) -> np.ndarray:
+        """The packed values of the rows from ``first`` to ``last``, in row order, from one packed array per part; row by row."""
         return np.concatenate([arrays[part][start:end] for part, start, end in self._spans[first:last]])
+
+    def pick(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
+        """The same for all rows at once and token by token, which is cheaper where a token has a few bytes only."""
+        by_part, borders = self.rows.by_part
+        lengths = self.lengths[by_part]
+        upto, places = np.concatenate([[0], np.cumsum(lengths)]), ranges(self._starts[by_part], lengths)
+        taken = [
+            array.take(places[upto[first] : upto[last]], axis=0) for array, (first, last) in zip(arrays, borders, strict=True)
+        ]
+        found = np.empty((len(places), *arrays[0].shape[1:]), arrays[0].dtype)
+        found[ranges(self.offsets[:-1][by_part], lengths)] = np.concatenate(taken)
+        return found
 
 
 class Sheets:
     """The student's tokens as padded tables [B, L], one for each step, which lie one after the other in flat arrays."""
 
-    def __init__(self, rows: Rows, tokens: Ragged) -> None:
+    def __init__(self, tokens: Ragged) -> None:
+        rows = tokens.rows
         longest = np.maximum.reduceat(tokens.lengths, rows.edges[:-1])  # no step is empty
         self.rows, self.tokens = rows, tokens
         self.shapes = list(zip(rows.counts.tolist(), longest.tolist(), strict=True))
         sizes = rows.counts * longest
-        self._sizes = sizes.tolist()
+        self._spans = list(itertools.pairwise([0, *np.cumsum(sizes).tolist()]))
         self._borders = tokens.offsets[rows.edges]  # of the steps among the tokens
         row = np.arange(len(rows)) - np.repeat(rows.edges[:-1], rows.counts)
         self.first_tokens = row * np.repeat(longest, rows.counts)
         self.positions = ranges(self.first_tokens, tokens.lengths)  # b * L + t of every token
         self._places = self.positions + np.repeat(np.cumsum(sizes) - sizes, np.diff(self._borders))
         if all(part.plain for part in rows.parts):
-            self.ids, self.types, self.counts = tokens.gather([part.student.input_ids for part in rows.parts]), None, None
+            self.ids, self.types, self.counts = tokens.pick([part.student.input_ids for part in rows.parts]), None, None
         else:
-            records = tokens.gather([part.records for part in rows.parts])
+            records = tokens.pick([part.records for part in rows.parts])
             self.ids, self.types, self.counts = records[:, 0], records[:, 1], records[:, 2:]
 
     def padded(self, values: np.ndarray | int, filler: int) -> list[torch.Tensor]:
         """int64 [B, L] of each step: ``values`` where there is a token, ``filler`` beyond."""
-        flat = np.full(sum(self._sizes), filler, np.int64)
+        flat = np.full(self._spans[-1][1], filler, np.int64)
         flat[self._places] = values
-        tables = torch.from_numpy(flat).split(self._sizes)
-        return [table.view(shape) for table, shape in zip(tables, self.shapes, strict=True)]
+        return [
+            torch.from_numpy(flat[first:last].reshape(shape))
+            for (first, last), shape in zip(self._spans, self.shapes, strict=True)
+        ]
 
     def zeros(self) -> list[torch.Tensor]:
         """0 everywhere, one for all."""
-        zero = torch.zeros(max(self._sizes), dtype=torch.int64)
-        return [zero[:size].view(shape) for size, shape in zip(self._sizes, self.shapes, strict=True)]
+        zero = np.zeros(max(last - first for first, last in self._spans), np.int64)
+        return [
+            torch.from_numpy(zero[: last - first].reshape(shape))
+            for (first, last), shape in zip(self._spans, self.shapes, strict=True)
+        ]
 
-    def per_token(self, array: np.ndarray) -> tuple[torch.Tensor, ...]:
+    def per_token(self, array: np.ndarray) -> list[torch.Tensor]:
         """What an array of one entry per token holds for each step."""
         return cut(array, self._borders)
 
-    def per_row(self, array: np.ndarray) -> tuple[torch.Tensor, ...]:
+    def per_row(self, array: np.ndarray) -> list[torch.Tensor]:
         """What an array of one entry per row holds for each step."""
         return cut(array, self.rows.edges)
 
@@ -142,7 +160,6 @@ class Sheets:
         return begins
 
 
-def cut(array: np.ndarray, borders: np.ndarray) -> tuple[torch.Tensor, ...]:
+def cut(array: np.ndarray, borders: np.ndarray) -> list[torch.Tensor]:
     """The pieces of an array between ``borders``, as tensors that share its memory."""
-    pieces: tuple[torch.Tensor, ...] = torch.from_numpy(array).split(np.diff(borders).tolist())
-    return pieces
+    return [torch.from_numpy(array[first:last]) for first, last in itertools.pairwise(borders.tolist())]

@@ -180,7 +180,7 @@ def test_pairs_of_texts_keep_their_token_types(tokenizers: dict[str, Any]) -> No
     encoded = encode(tokenizers["student"], [("a good film", "bad"), ("x", "a film " * 9), ("one", "two three")], 64)
     part = DecodedPart(encoded, ())
     rows = Rows([part, part], np.array([1, 0, 1]), np.array([2, 0, 1]), np.array([0, 2, 3]))
-    inputs = student_inputs(Sheets(rows, Ragged.of(rows, [encoded.offsets] * 2)), 0)
+    inputs = student_inputs(Sheets(Ragged.of(rows, [encoded.offsets] * 2)), 0)
     for found, wanted in zip(inputs, (pad(encoded, np.array([2, 0]), 0), pad(encoded, np.array([1]), 0)), strict=True):
         assert found.keys() == wanted.keys()
         assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
