@@ -77,10 +77,12 @@ def machine() -> dict[str, Any]:
     return facts | {name: version(name) for name in PACKAGES}
 
 
-def in_a_process(script: str, arguments: Sequence[str], *, python: str = sys.executable) -> dict[str, Any]:
+def in_a_process(
+    script: str, arguments: Sequence[str], *, python: str = sys.executable, environment: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """Run a benchmark script in a process of its own (peak memory is per process) and read the JSON that it prints."""
     command = [python, str(Path(__file__).parent / script), *arguments]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, **(environment or {})})
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])  # libraries may say something before
     return found
 

@@ -8,7 +8,8 @@ Contenders: `kdcache` (everything that a student's step needs: its tokens, label
 defaults of their documentation, each with 0 and 2 workers of torch's DataLoader. Every turn of a contender is a process of its own; turns are
 interleaved. `memory`: the second epoch, everything decoded where a contender can keep it, uniformly shuffled by kdcache and safetensors too. `window`: the first epoch through 1/8
 of the data, digests checked where there are any. Shuffle quality is the rank correlation between stored and served order (0 is
-best) and the number of distinct parts of 1/32 of the data in a batch. The three other libraries ask for older versions of what kdcache
+best) and the number of distinct parts of 1/32 of the data in a batch. In all of them the C library keeps what is freed, as kdcache's
+training has it. The three other libraries ask for older versions of what kdcache
 needs: `--rivals-python` names the interpreter of an environment that has them (benchmarks/requirements.txt); those that are not there
 are left out. Prints JSON.
 """
@@ -42,6 +43,7 @@ IMPORTS = {  # what a program has loaded before it opens its data
     "streaming": ("streaming",),
     "litdata": ("litdata",),
 }
+KEEP_FREED = dict.fromkeys(("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"), str(1 << 30))
 WITH_WORKERS = ("datasets", "streaming", "litdata")
 
 Batches = Iterator[tuple[np.ndarray, np.ndarray]]  # (row numbers, or ids of kdcache, packed values [tokens, dim]), one epoch
@@ -57,7 +59,7 @@ def main() -> None:
     report: dict[str, Any] = {"machine": machine(), "rows": arguments.rows, "dim": arguments.dim, "dtype": arguments.dtype}
     with tempfile.TemporaryDirectory() as folder:
         arguments.folder = Path(folder)
-        os.environ["KDCACHE_HOME"] = str(Path(folder) / "home")
+        os.environ |= {"KDCACHE_HOME": str(Path(folder) / "home"), **KEEP_FREED}
         contenders = [name for name in CONTENDERS if there(name, arguments.rivals_python)]
         for name in contenders:
             print(f"writing {name}", file=sys.stderr, flush=True)

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from kdcache.cache.memory import keep_freed_blocks
 from kdcache.errors import NonFiniteError
 from kdcache.training import checkpoints as checkpoint_files
 from kdcache.training.durable import hold_lock
@@ -90,18 +91,9 @@ class LoopSettings:
 
     def full_identity(self, steps_per_epoch: int) -> dict[str, Any]:
         """What a checkpoint must agree on; how often checkpoints and log lines are written is free."""
-        names = (
-            "epochs",
-            "learning_rate",
-            "warmup",
-            "weight_decay",
-            "max_grad_norm",
-            "precision",
-            "log_steps",
-            "seed",
-            "own_rates",
-        )
-        return {**{name: getattr(self, name) for name in names}, "steps_per_epoch": steps_per_epoch, **self.identity}
+        free = ("checkpoint_steps", "identity")
+        settled = {name: value for name, value in vars(self).items() if name not in free}
+        return {**settled, "steps_per_epoch": steps_per_epoch, **self.identity}
 
 
 @dataclass
@@ -176,6 +168,8 @@ class _Run:
         self.identity = settings.full_identity(trainee.steps_per_epoch)
         self.accelerator = make_accelerator(settings.precision)
         trainee.model.to(self.accelerator.device)
+        if self.accelerator.device.type == "cpu":
+            keep_freed_blocks()
         plain = adamw(trainee.model.named_parameters(), settings.learning_rate, settings.weight_decay, settings.own_rates)
         self.parameters = [parameter for group in plain.param_groups for parameter in group["params"]]
         self.schedule = linear_schedule(plain, settings.epochs * trainee.steps_per_epoch, settings.warmup)
