@@ -40,6 +40,12 @@ MEASUREMENTS: Mapping[str, Measurement] = {
     "steps": Measurement("steps.py", "--steps 20 --rounds 7", "--steps 1 --rounds 2 --counts 2", ("recipe", "teachers", "cache")),
     "dump": Measurement("dump.py", "--texts 1024 --rounds 5", "--texts 16 --rounds 2 --backends torch", ("recipe", "teachers")),
     "cofinetune": Measurement("cofinetune.py", "--rows 192 --rounds 3", "--rows 8 --rounds 1", ("recipe",)),
+    "freed": Measurement(
+        "freed.py",
+        "--steps 20 --rows 64 --rounds 3",
+        "--trainings fine-tune --steps 1 --rounds 1",
+        ("recipe", "teachers", "cache"),
+    ),
     "scale": Measurement("scale.py", "--rows 10000 100000 1000000", "--rows 200 400 --steps 4 --repeats 1"),
     "loader-float16": Measurement("rivals.py", "--dtype float16", "--dtype float16 --rows 256 --rounds 1 --workers 0"),
     "loader-int8": Measurement("rivals.py", "--dtype int8", "--dtype int8 --rows 256 --rounds 1 --workers 0"),

@@ -19,6 +19,7 @@ from typing import Any
 from measure import in_a_process, machine, ratio, summary
 
 WAYS: Mapping[str, Mapping[str, str]] = {"kept": {}, "given back": {"MALLOC_ARENA_TEST_": "8"}}
+TRAININGS = ("fine-tune", "cached", "co-finetune")
 
 
 def main() -> None:
@@ -26,6 +27,7 @@ def main() -> None:
     parser.add_argument("recipe")
     parser.add_argument("--teachers", required=True, help="directory of the co-finetuned teachers")
     parser.add_argument("--cache", required=True)
+    parser.add_argument("--trainings", nargs="*", choices=TRAININGS, default=list(TRAININGS))
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--rows", type=int, default=96, help="that teachers are trained on")
     parser.add_argument("--rounds", type=int, default=5)
@@ -40,8 +42,8 @@ def main() -> None:
     teachers = [arguments.recipe, "--rows", str(arguments.rows), *settings, "--alone", "together"]
     trainings["co-finetune"] = functools.partial(in_a_process, "cofinetune.py", teachers)
     report: dict[str, Any] = {"machine": machine(), "recipe": arguments.recipe}
-    for name, training in trainings.items():
-        report[name] = compare(training, arguments.rounds)
+    for name in arguments.trainings:
+        report[name] = compare(trainings[name], arguments.rounds)
     json.dump(report, sys.stdout, indent=2)
     print()
 

@@ -135,6 +135,18 @@ def cofinetune(report: Report) -> Section:
     return text, [bars("Peak memory, MB", {name: report[name]["peak memory, MB"] for name in names})]
 
 
+def freed(report: Report) -> Section:
+    text = opening(
+        "Training on the CPU, freed memory kept or given back",
+        report,
+        "Kept, as kdcache trains, against what glibc does by itself.",
+    )
+    found = {name: said for name, said in report.items() if isinstance(said, dict) and "kept / given back" in said}
+    ways = ("kept", "given back", "kept / given back")
+    rows = [[name, key, *(number(said[way][key]) for way in ways)] for name, said in found.items() for key in said["kept"]]
+    return text + table(["training", "", *ways], rows), []
+
+
 def scale(report: Report) -> Section:
     text = opening(
         "Growth with the number of rows",
@@ -168,5 +180,6 @@ SECTIONS: Mapping[str, Callable[[Report], Section]] = {
     "loader-int8": loader("The loader and what one would take instead, int8"),
     "dump": dump,
     "cofinetune": cofinetune,
+    "freed": freed,
     "scale": scale,
 }

@@ -14,7 +14,7 @@ from tests.distill.conftest import TinyRun
 ALL = Path(__file__).parents[2] / "benchmarks" / "all.py"
 
 
-@pytest.mark.parametrize("name", ["steps", "dump", "scale", "loader-int8"])
+@pytest.mark.parametrize("name", ["steps", "dump", "freed", "scale", "loader-int8"])
 def test_quick(name: str, tiny_run: TinyRun, tmp_path: Path) -> None:
     places = ["--recipe", str(tiny_run.recipe_file), "--teachers", str(tiny_run.teachers), "--cache", str(tiny_run.cache)]
     target = tmp_path / "benchmarks.md"
