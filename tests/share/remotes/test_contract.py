@@ -49,6 +49,7 @@ class TestSeaweedFS(RemoteContract):
 class TestRclone(RemoteContract):
     decides = False
     replaces_in_one_step = False
+    lists_what_can_be_read = False
 
     @pytest.fixture
     def remote(self, rclone_store: S3Server) -> Remote:
