@@ -42,7 +42,7 @@ MEASUREMENTS: Mapping[str, Measurement] = {
     "cofinetune": Measurement("cofinetune.py", "--rows 192 --rounds 3", "--rows 8 --rounds 1", ("recipe",)),
     "freed": Measurement(
         "freed.py",
-        "--steps 20 --rows 64 --rounds 3",
+        "--steps 20 --rounds 5",
         "--trainings fine-tune --steps 1 --rounds 1",
         ("recipe", "teachers", "cache"),
     ),

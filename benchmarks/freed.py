@@ -1,10 +1,10 @@
-"""What training on the CPU gains, and holds, where freed memory stays with the process (docs/decisions/0016-freed-memory.md).
+"""What a student's training on the CPU gains, and holds, where freed memory stays with the process (docs/decisions/0016-freed-memory.md).
 
     python benchmarks/freed.py pipelines/sst2.toml --teachers runs/sst2/teachers --cache runs/sst2/cache --set KEY=VALUE ...
 
-Steps of plain fine-tuning and of ``mt-bert`` from the cache, and one epoch of co-finetuning over a few rows, each in processes of their own
-that take turns: `kept`, as kdcache trains, and `given back`, as the C library does by itself (kdcache leaves it alone where the
-environment says anything about it; here it says what glibc takes anyhow). Prints JSON.
+Steps of plain fine-tuning and of ``mt-bert`` from the cache, in processes of their own that take turns: `kept`, as kdcache distils, and
+`given back`, as the C library does by itself (kdcache leaves it alone where the environment says anything about it; here it says what
+glibc takes anyhow). Prints JSON.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 from measure import in_a_process, machine, ratio, summary
 
 WAYS: Mapping[str, Mapping[str, str]] = {"kept": {}, "given back": {"MALLOC_ARENA_TEST_": "8"}}
-TRAININGS = ("fine-tune", "cached", "co-finetune")
+TRAININGS = ("fine-tune", "cached")
 
 
 def main() -> None:
@@ -29,21 +29,15 @@ def main() -> None:
     parser.add_argument("--cache", required=True)
     parser.add_argument("--trainings", nargs="*", choices=TRAININGS, default=list(TRAININGS))
     parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--rows", type=int, default=96, help="that teachers are trained on")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
     arguments = parser.parse_args()
     settings = [word for override in arguments.overrides for word in ("--set", override)]
     common = [arguments.recipe, "--teachers", arguments.teachers, "--cache", arguments.cache, *settings, "--steps"]
-    trainings: dict[str, Callable[..., dict[str, Any]]] = {
-        name: functools.partial(in_a_process, "steps.py", [*common, str(arguments.steps), "--alone", name])
-        for name in ("fine-tune", "cached")
-    }
-    teachers = [arguments.recipe, "--rows", str(arguments.rows), *settings, "--alone", "together"]
-    trainings["co-finetune"] = functools.partial(in_a_process, "cofinetune.py", teachers)
     report: dict[str, Any] = {"machine": machine(), "recipe": arguments.recipe}
     for name in arguments.trainings:
-        report[name] = compare(trainings[name], arguments.rounds)
+        training = functools.partial(in_a_process, "steps.py", [*common, str(arguments.steps), "--alone", name])
+        report[name] = compare(training, arguments.rounds)
     json.dump(report, sys.stdout, indent=2)
     print()
 

@@ -155,7 +155,7 @@ class Runner:
         training = prepare(recipe, arguments.cache, arguments.cache.parent, live, SilentProgress())
         device = default_device()
         if device.type == "cpu":
-            keep_freed_blocks()  # as training does
+            keep_freed_blocks()  # as the stage does
         torch.manual_seed(0)
         model = training.model().to(device).train()
         section = recipe.distill

@@ -5,7 +5,7 @@ many threads. glibc raises the size from which a block is a mapping of its own a
 blocks in the arena of each thread: the memory of a process would grow with the number of rows that it looked at, or of files
 that it sent, not with what it holds. There freed memory goes back.
 
-Training on the CPU is the opposite: every step frees and asks again for the same large blocks, and a page that comes anew from the system
+Training a student on the CPU is the opposite: every step frees and asks again for the same large blocks, and a page that comes anew from the system
 costs more than what is computed with it. There freed memory stays.
 """
 

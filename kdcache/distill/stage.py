@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdcache.cache.files import write_file
+from kdcache.cache.memory import keep_freed_blocks
 from kdcache.distill.evaluation import EncodedSplit, encode_split, split_scores
 from kdcache.distill.objective import PROJECTIONS
 from kdcache.distill.results import SCORED, STAGE, Measured, build_results, teacher_scores
@@ -28,7 +29,7 @@ from kdcache.distill.trainee import DistillTrainee
 from kdcache.distill.training import Training, prepare
 from kdcache.report.cards import model_card
 from kdcache.runs import RunDirectory
-from kdcache.training.loop import LoopSettings, train
+from kdcache.training.loop import LoopSettings, default_device, train
 from kdcache.training.metrics_log import MetricsLog
 
 if TYPE_CHECKING:
@@ -71,6 +72,8 @@ def distill(
     splits = {
         name: encode_split(student, data.texts_of(name), data.splits[name].labels) for name in SCORED if name in data.splits
     }
+    if default_device().type == "cpu":
+        keep_freed_blocks()
     trained = time.perf_counter()
     best = _train(training, splits.get("validation"), run, progress)
     seconds = time.perf_counter() - trained

@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from kdcache.cache.memory import keep_freed_blocks
 from kdcache.errors import NonFiniteError
 from kdcache.training import checkpoints as checkpoint_files
 from kdcache.training.durable import hold_lock
@@ -168,8 +167,6 @@ class _Run:
         self.identity = settings.full_identity(trainee.steps_per_epoch)
         self.accelerator = make_accelerator(settings.precision)
         trainee.model.to(self.accelerator.device)
-        if self.accelerator.device.type == "cpu":
-            keep_freed_blocks()
         plain = adamw(trainee.model.named_parameters(), settings.learning_rate, settings.weight_decay, settings.own_rates)
         self.parameters = [parameter for group in plain.param_groups for parameter in group["params"]]
         self.schedule = linear_schedule(plain, settings.epochs * trainee.steps_per_epoch, settings.warmup)
