@@ -8,8 +8,8 @@ Contenders: `kdcache` (everything that a student's step needs: its tokens, label
 defaults of their documentation, each with 0 and 2 workers of torch's DataLoader. Every turn of a contender is a process of its own; turns are
 interleaved. `memory`: from the second epoch on, everything decoded where a contender can keep it, uniformly shuffled by kdcache and safetensors too. `window`: the first epoch through 1/8
 of the data, digests checked where there are any. Shuffle quality is the rank correlation between stored and served order (0 is
-best) and the number of distinct parts of 1/32 of the data in a batch. In all of them the C library keeps what is freed, as kdcache's
-training has it. The three other libraries ask for older versions of what kdcache
+best) and the number of distinct parts of 1/32 of the data in a batch. In all of them the C library keeps what is freed, as `kdcache distill`
+has it. The three other libraries ask for older versions of what kdcache
 needs: `--rivals-python` names the interpreter of an environment that has them (benchmarks/requirements.txt); those that are not there
 are left out. Prints JSON.
 """

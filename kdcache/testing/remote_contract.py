@@ -225,6 +225,8 @@ class RemoteContract:
             finally:
                 done.set()
             assert all(reader.result() > 0 for reader in readers)
+        written = dict(writes)
+        assert {entry.key: all_bytes(remote, entry.key) for entry in remote.list("files/")} == written  # now all can be read
 
     def test_a_large_file(self, remote: Remote, tmp_path: Path) -> None:
         source = tmp_path / "large"
