@@ -78,7 +78,7 @@ def _layers() -> dict[str, int]:
         {layer: HiddenBlock(values[part, place], scales[part, place]) for place, layer in enumerate(layers)}
         for part in range(PARTS)
     ]
-    mixed = [Interleaved.of(part) for part in blocks]
+    mixed = [Interleaved.of_layers(part) for part in blocks]
     chosen = zip(rng.integers(0, PARTS, 32).tolist(), rng.integers(0, 8900, 32).tolist(), strict=True)
     spans = [(part, start, start + 32) for part, start in chosen]
     space = np.empty((1024, mixed[0].dtype.itemsize), np.uint8)

@@ -2,7 +2,8 @@
 
     python benchmarks/rivals.py --rows 16384 --dim 256 --dtype float16
 
-Contenders: `kdcache` (everything that a student's step needs: its tokens, labels, hidden states with their alignment), `memory map`
+Contenders: `kdcache` (everything that a student's step needs: its tokens, labels, logits, hidden states with their alignment; put together in a
+thread, as `kdcache distill` has it, and in the caller's, as the next two work), `memory map`
 (one flat NumPy file, rows in random order: the limit), `safetensors` (one file per part, parts kept or read through the same window),
 `datasets` (Hugging Face, Arrow, map-style, shuffled), `streaming` (mosaicml-streaming) and `litdata`, the last two with their own shuffles and the
 defaults of their documentation, each with 0 and 2 workers of torch's DataLoader. Every turn of a contender is a process of its own; turns are
@@ -35,9 +36,12 @@ from measure import in_a_process, machine, ratio, resident_mb, summary
 PARTS, BATCH = 32, 32
 LONG_ENOUGH = 0.5  # seconds that a rate in memory is measured for: an epoch of the fastest takes 0.04
 NEEDS = {"datasets": "datasets", "streaming": "streaming", "litdata": "litdata"}
-CONTENDERS = ("kdcache", "memory map", "safetensors", "datasets", "streaming", "litdata")
+HERE = "kdcache, caller's thread"
+CONTENDERS = ("kdcache", HERE, "memory map", "safetensors", "datasets", "streaming", "litdata")
 IMPORTS = {  # what a program has loaded before it opens its data
-    "kdcache": ("kdcache.distill.loader", "kdcache.cache.reader", "kdcache.testing.tiny", "transformers", "zarr"),
+    **dict.fromkeys(
+        ("kdcache", HERE), ("kdcache.distill.loader", "kdcache.cache.reader", "kdcache.testing.tiny", "transformers", "zarr")
+    ),
     "memory map": (),
     "safetensors": ("safetensors.numpy", "kdcache.distill.order"),
     "datasets": ("datasets",),
@@ -62,7 +66,7 @@ def main() -> None:
         arguments.folder = Path(folder)
         os.environ |= {"KDCACHE_HOME": str(Path(folder) / "home"), **KEEP_FREED}
         contenders = [name for name in CONTENDERS if there(name, arguments.rivals_python)]
-        for name in contenders:
+        for name in set(contenders) & WRITERS.keys():
             print(f"writing {name}", file=sys.stderr, flush=True)
             alone(arguments, name, "write")
         for regime in ("memory", "window"):
@@ -143,7 +147,7 @@ def turn(arguments: argparse.Namespace) -> dict[str, Any]:
                 resident = max(resident, resident_mb())
             served.append(rows)
         taken = time.perf_counter() - began
-    if arguments.alone == "kdcache":
+    if arguments.alone in ("kdcache", HERE):
         served = row_numbers(arguments.folder, served)
     order = np.concatenate(served)
     assert len(np.unique(order)) == len(order) >= 0.99 * arguments.rows, f"{len(np.unique(order))} of {arguments.rows} rows"
@@ -229,7 +233,7 @@ def read_kdcache(folder: Path, arguments: argparse.Namespace) -> Callable[[], Ba
     whole = arguments.regime == "memory"
     source = loader(
         folder / "kdcache", tiny.wordpiece_tokenizer(), batch_size=BATCH, student_layers=1, max_length=128,
-        window="all" if whole else PARTS // 8, memory_bytes=(8 << 30) if whole else 0,
+        window="all" if whole else PARTS // 8, memory_bytes=(8 << 30) if whole else 0, background=arguments.alone != HERE,
     )  # fmt: skip
     epoch = itertools.count()
 
@@ -404,6 +408,7 @@ WRITERS: dict[str, Callable[[Path, np.ndarray, np.ndarray], None]] = {
 }
 READERS: dict[str, Callable[[Path, argparse.Namespace], Callable[[], Batches]]] = {
     "kdcache": read_kdcache,
+    HERE: read_kdcache,
     "memory map": read_flat,
     "safetensors": read_safetensors,
     "datasets": read_datasets,

@@ -13,15 +13,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
-from kdcache.distill.interleave import layers_of
-from kdcache.distill.rows import Ragged, Rows, Sheets, cut
+from kdcache.distill.interleave import joined, layers_of
+from kdcache.distill.rows import Ragged, Sheets, cut
 from kdcache.distill.targets import Hidden, Targets
 
 if TYPE_CHECKING:
+    import torch
+
     from kdcache.cache.spec import TokenSelection
     from kdcache.distill.forms import Decoder, Forms
+    from kdcache.distill.interleave import Interleaved
 
 
 def student_inputs(sheets: Sheets, pad_token_id: int) -> list[dict[str, torch.Tensor]]:
@@ -56,7 +58,7 @@ def alignment_pieces(sheets: Sheets, teacher: int) -> tuple[Ragged, list[Pieces]
     if sheets.counts is None or all(one.alignment is not None and one.alignment.identical for one in said):
         return sheets.tokens, [Pieces(positions) for positions in sheets.per_token(sheets.positions)]
     parts = [part.explicit[teacher] for part in rows.parts]
-    tokens = Ragged.of(rows, [one.offsets for one in said if one.offsets is not None])
+    tokens = Ragged.listed(rows, f"tokens {teacher}")
     entries = Ragged.of(rows, [part.texts for part in parts])
     found, counts = entries.pick([part.entries for part in parts]), sheets.counts[:, teacher]
     src = found[:, 0] + np.repeat(sheets.starts(tokens.offsets), entries.lengths)
@@ -86,7 +88,9 @@ def cached_targets(
     sheets: Sheets, teachers: tuple[str, ...], layer_map: Mapping[str, tuple[int, ...]], forms: Forms
 ) -> Iterator[Targets]:
     """The targets of every step out of decoded parts; values stay in the dtype in which they were stored."""
-    logits = _logits(sheets.rows, len(teachers))
+    cards = sheets.rows.cards
+    logits = cards["logits"] if "logits" in (cards.dtype.names or ()) else np.empty((len(cards), len(teachers), 0), np.float32)
+    by_step = cut(np.ascontiguousarray(logits.swapaxes(0, 1)), sheets.rows.edges, axis=1)
     groups = [
         _Layers.of(sheets, index, name, tokens, forms)
         for index, name in enumerate(teachers)
@@ -101,7 +105,7 @@ def cached_targets(
         made: dict[tuple[str, int], Hidden] = {}
         for group in groups:
             made |= group.targets(step, first, last)
-        yield Targets(teachers, torch.from_numpy(logits[:, first:last]), {key: made[stored] for key, stored in wanted.items()})
+        yield Targets(teachers, by_step[step], {key: made[stored] for key, stored in wanted.items()})
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,39 +113,28 @@ class _Layers:
     """Those of a teacher's layers that are stored for the same tokens, for the rows of a run."""
 
     teacher: str
-    tokens: Ragged
+    spans: list[tuple[int, int, int]]
+    counts: list[int]
     pieces: list[Pieces]
-    parts: list[np.ndarray]
-    dtype: np.dtype
+    parts: list[Interleaved]
     forms: Forms
 
     @classmethod
-    def of(cls, sheets: Sheets, index: int, teacher: str, tokens: TokenSelection, forms: Forms) -> _Layers:
-        parts = [part.teachers[index].hidden[tokens] for part in sheets.rows.parts]
-        if tokens == "all":
-            places = alignment_pieces(sheets, index)
+    def of(cls, sheets: Sheets, index: int, teacher: str, selected: TokenSelection, forms: Forms) -> _Layers:
+        parts = [part.teachers[index].hidden[selected] for part in sheets.rows.parts]
+        if selected == "all":
+            tokens, pieces = alignment_pieces(sheets, index)
         else:  # a text has one row
-            one_each = [np.arange(len(part.student) + 1) for part in sheets.rows.parts]
-            places = Ragged.of(sheets.rows, one_each), text_pieces(tokens, sheets)
-        return cls(teacher, *places, [part.rows for part in parts], parts[0].dtype, forms)
+            texts = sheets.rows.texts
+            tokens, pieces = Ragged(sheets.rows, texts, texts + 1), text_pieces(selected, sheets)
+        counts = np.diff(tokens.offsets[sheets.rows.edges]).tolist()
+        return cls(teacher, tokens.spans(parts[0].dtype.itemsize), counts, pieces, parts, forms)
 
     def targets(self, step: int, first: int, last: int) -> dict[tuple[str, int], Hidden]:
         """By teacher and layer, for the rows from ``first`` to ``last``, which are those of ``step``."""
-        rows = self.tokens.gather(self.parts, first, last)
+        rows = joined(self.parts, self.spans[first:last], self.counts[step])
         piece = self.pieces[step]
         return {
             (self.teacher, layer): piece.target(values, scales, self.forms[self.teacher, layer].decoder)
-            for layer, (values, scales) in layers_of(rows, self.dtype).items()
+            for layer, (values, scales) in layers_of(rows, self.parts[0].dtype).items()
         }
-
-
-def _logits(rows: Rows, teachers: int) -> np.ndarray:
-    """[N, B, C] float32 of all steps; C = 0 where none were read."""
-    gathered: list[np.ndarray] = []
-    for index in range(teachers):
-        parts = [part.teachers[index].logits for part in rows.parts]
-        given = [array for array in parts if array is not None]
-        if len(given) != len(parts):
-            return np.empty((teachers, len(rows), 0), np.float32)
-        gathered.append(rows.per_text(given))
-    return np.stack(gathered)

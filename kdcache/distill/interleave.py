@@ -1,4 +1,4 @@
-"""A teacher's layers side by side, token by token, as a batch wants them.
+"""What is known of a text or a token side by side, a teacher's layers above all, as a batch wants it.
 
 A cache keeps each layer in an array of its own, so that one can be read or pulled alone. A batch wants all layers of a few
 tokens: interleaved they are one piece of memory per row instead of one per row, layer and scale, and copying many small
@@ -8,7 +8,7 @@ pieces is what a loader spends its time on.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,15 +21,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Interleaved:
-    """Rows of several layers as bytes, uint8 [T, row]; ``dtype`` says which bytes of a row are what."""
+    """Records of several fields as bytes, uint8 [T, record]; ``dtype`` says which bytes of a record are what."""
 
     rows: np.ndarray
     dtype: np.dtype
 
     @classmethod
-    def of(cls, blocks: Mapping[int, HiddenBlock]) -> Interleaved:
-        """From blocks by layer, all with the same number of rows. One layer without scales is not copied."""
-        fields = {name: array for layer, block in blocks.items() for name, array in _fields(layer, block)}
+    def of(cls, fields: Mapping[str, np.ndarray]) -> Interleaved:
+        """From arrays with the same number of rows. One alone is not copied."""
         dtype = np.dtype([(name, array.dtype, array.shape[1:]) for name, array in fields.items()], align=True)
         count = len(next(iter(fields.values())))
         if len(fields) == 1:
@@ -40,6 +39,39 @@ class Interleaved:
             mixed[name] = array
         return cls(mixed.view(np.uint8).reshape(count, dtype.itemsize), dtype)
 
+    @classmethod
+    def of_layers(cls, blocks: Mapping[int, HiddenBlock]) -> Interleaved:
+        """From blocks by layer, all with the same number of rows; see ``layers_of``."""
+        return cls.of({name: array for layer, block in blocks.items() for name, array in _fields(layer, block)})
+
+    @functools.cached_property
+    def bytes(self) -> memoryview:
+        """All of it as one piece of memory."""
+        return self.rows.reshape(-1).data
+
+
+JOINED_BYTES = 1 << 20
+
+
+def joined(parts: Sequence[Interleaved], spans: Sequence[tuple[int, int, int]], count: int) -> np.ndarray:
+    """Rows uint8 [count, row] out of several parts, one span after the other: ``spans`` are (part, first byte, last byte + 1).
+
+    For short spans joining bytes is cheaper than joining arrays; but it keeps the interpreter to itself, so what takes long enough to
+    copy for another thread to run meanwhile (from ``JOINED_BYTES`` on) is joined as arrays.
+    """
+    size = parts[0].rows.shape[1]
+    if count * size > JOINED_BYTES:
+        flat = np.concatenate([parts[part].rows.reshape(-1)[start:end] for part, start, end in spans])
+    else:
+        views = [part.bytes for part in parts]
+        flat = np.frombuffer(bytearray().join([views[part][start:end] for part, start, end in spans]), np.uint8)
+    return flat.reshape(count, size)
+
+
+def fields_of(rows: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Records uint8 [n, record] as a structured array [n]: a view."""
+    return rows.reshape(-1).view(dtype)
+
 
 def _fields(layer: int, block: HiddenBlock) -> list[tuple[str, np.ndarray]]:
     values, scales = (f"values {layer}", block.values), (f"scales {layer}", block.scales)
@@ -48,7 +80,7 @@ def _fields(layer: int, block: HiddenBlock) -> list[tuple[str, np.ndarray]]:
 
 def layers_of(rows: np.ndarray, dtype: np.dtype) -> dict[int, tuple[torch.Tensor, torch.Tensor | None]]:
     """Values [n, dim] and scales [n] of each layer in ``rows`` uint8 [n, row]: views, nothing is copied."""
-    table = rows.reshape(-1).view(dtype)
+    table = fields_of(rows, dtype)
     return {
         layer: (torch.from_numpy(table[values]), None if scales is None else torch.from_numpy(table[scales]))
         for layer, values, scales in _names(dtype)

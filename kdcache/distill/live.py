@@ -22,7 +22,7 @@ from kdcache.distill.epochs import Epochs
 from kdcache.distill.examples import JoinedExamples, join_examples
 from kdcache.distill.forms import Decoder, Form, target_dim
 from kdcache.distill.parts import DecodedPart, TeacherPart, Texts, check_texts, texts_of
-from kdcache.distill.rows import Ragged, Rows, Sheets, longest_first
+from kdcache.distill.rows import Rows, Sheets, longest_first
 from kdcache.distill.targets import Batch, Hidden, Targets
 from kdcache.errors import MismatchError
 from kdcache.teachers.coder import Coder
@@ -228,7 +228,7 @@ def _sheets(student: EncodedTexts, *teachers: TeacherPart) -> Sheets:
     """A batch that is one part, whole and in order, and the only step."""
     count = len(student)
     rows = Rows([DecodedPart(student, teachers)], np.zeros(count, np.int64), np.arange(count), np.array([0, count]))
-    return Sheets(Ragged.of(rows, [student.offsets]))
+    return Sheets(rows)
 
 
 def _check_same(cache: Cache, teacher: Teacher) -> None:

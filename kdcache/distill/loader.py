@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -25,7 +25,7 @@ from kdcache.distill.examples import join_examples
 from kdcache.distill.forms import stored_forms, target_dim
 from kdcache.distill.parts import DecodedPart, PartDecoder, Texts, check_texts
 from kdcache.distill.prefetch import READ_AHEAD, PartWindow, Shelf, Timetable, bundled, in_background, runs_of_steps
-from kdcache.distill.rows import Ragged, Rows, Sheets
+from kdcache.distill.rows import Rows, Sheets, numbered
 from kdcache.distill.targets import Batch
 
 if TYPE_CHECKING:
@@ -46,7 +46,8 @@ class CachedBatches:
     ``missing='skip'`` leaves out examples whose text the cache lacks. ``texts`` (id -> columns) replaces the cache's own.
     ``window``: from how many parts batches are drawn; 'all' is a uniform shuffle, for which all parts are read first.
     ``batch_size`` is that of the step over all ``world`` processes; this one takes share ``rank``. ``memory_bytes`` bounds what
-    stays decoded besides the parts in the window.
+    stays decoded besides the parts in the window. ``background=False`` puts batches together in the caller's thread: the most batches per
+    second, if nothing else is done with them; parts are read ahead by threads all the same.
 
     Raises MismatchError where teachers, layers, splits or texts are not in the cache, and DamageError: at once where a file
     that will be used is missing or has another size, from ``batches`` before a row of a file with other bytes is used.
@@ -72,6 +73,7 @@ class CachedBatches:
         world: int = 1,
         texts: Texts | None = None,
         memory_bytes: int = MEMORY_BYTES,
+        background: bool = True,
     ) -> None:
         self.cache = cache
         self.teachers, self.layer_map = chosen_teachers(cache, teachers, layer_map if hidden else None)
@@ -81,7 +83,7 @@ class CachedBatches:
         self.epochs = Epochs(examples, batch_size, seed, window, rank, world)
         parts = np.unique(examples.parts).tolist()
         cache.check_present(files_used(cache, parts, self.teachers, self.layer_map, logits=logits))
-        self._logits, self._reads_texts = logits, texts is None
+        self._logits, self._background = logits, background
         self._pad_token_id = int(student_tokenizer.pad_token_id or 0)
         student = StudentTokens(student_tokenizer, max_length)
         self._decode = PartDecoder(cache, student, self.teachers, self.layer_map, logits, texts)
@@ -116,7 +118,8 @@ class CachedBatches:
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """The share of process ``rank`` of every step of ``epoch`` from ``first_step`` on. Closing the iterator ends its threads."""
-        bundles = in_background(functools.partial(self._walk, epoch, first_step))
+        walk = functools.partial(self._walk, epoch, first_step)
+        bundles = in_background(walk) if self._background else walk()
         try:
             for bundle in bundles:
                 yield from bundle
@@ -135,7 +138,7 @@ class CachedBatches:
         """The teachers' logits of every example of ``split`` in its order, [N, n, C] float32."""
         return cached_logits(self.cache, self.teachers, split)
 
-    def _walk(self, epoch: int, first_step: int) -> Iterator[list[Batch]]:
+    def _walk(self, epoch: int, first_step: int) -> Generator[list[Batch]]:
         order = self.epochs.order(epoch)
         mine, steps = self.epochs.shares(order, first_step)
         timetable = Timetable.of(self.epochs.examples.parts[mine], steps)
@@ -150,14 +153,13 @@ class CachedBatches:
     def _batches(self, steps: Sequence[np.ndarray], numbers: range, window: PartWindow[DecodedPart]) -> Iterator[Batch]:
         """The batches of consecutive steps: looked up together, since what Python spends is spent once for all of them."""
         joined, examples = self.epochs.examples, np.concatenate(steps)
-        parts, part_of = np.unique(joined.parts[examples], return_inverse=True)
+        parts, part_of = numbered(joined.parts[examples])
         edges = np.cumsum([0, *map(len, steps)])
         rows = Rows(window.parts(numbers, parts.tolist()), part_of, joined.rows[examples], edges)
-        tokens = Ragged.of(rows, [part.student.offsets for part in rows.parts])
-        order = rows.longest_first(tokens.lengths)
-        sheets, examples = Sheets(tokens.take(order)), examples[order]
+        order = rows.longest_first()
+        sheets, examples = Sheets(rows.take(order)), examples[order]
         labels = sheets.per_row(joined.labels[examples])
-        text_ids = sheets.rows.per_text([part.text_ids for part in rows.parts if part.text_ids is not None])
+        text_ids = np.ascontiguousarray(sheets.rows.cards["id"])
         inputs, nothing = student_inputs(sheets, self._pad_token_id), itertools.repeat(None)
         targets = cached_targets(sheets, self.teachers, self.layer_map, self._forms) if self._has_targets else nothing
         for step, (own, said) in enumerate(zip(inputs, targets, strict=False)):
@@ -204,6 +206,7 @@ def loader(
     world: int = 1,
     texts: Texts | None = None,
     memory_bytes: int = MEMORY_BYTES,
+    background: bool = True,
 ) -> CachedBatches:
     """Batches of a cache for a student with ``tokenizer``: iterate ``loader(...).batches(epoch)``.
 
@@ -234,4 +237,5 @@ def loader(
         world=world,
         texts=texts,
         memory_bytes=memory_bytes,
+        background=background,
     )

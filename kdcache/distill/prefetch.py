@@ -92,7 +92,8 @@ class PartWindow(Generic[S]):
         self._shelf = shelf
         self._timetable = timetable
         self._next = 0  # into timetable.order
-        self._in_hand: dict[int, Future[S]] = {}
+        self._reading: dict[int, Future[S]] = {}
+        self._in_hand: dict[int, S] = {}
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="kdcache-read")
 
     def parts(self, steps: range, needed: Sequence[int]) -> list[S]:
@@ -100,7 +101,9 @@ class PartWindow(Generic[S]):
         for part in [part for part in self._in_hand if self._timetable.last[part] < steps[0]]:
             del self._in_hand[part]
         self._read_ahead(steps[-1])
-        return [self._in_hand[part].result() for part in needed]
+        for part in self._reading.keys() & set(needed):
+            self._in_hand[part] = self._reading.pop(part).result()
+        return [self._in_hand[part] for part in needed]
 
     def close(self) -> None:
         self._readers.shutdown(wait=True, cancel_futures=True)
@@ -108,19 +111,18 @@ class PartWindow(Generic[S]):
     def _read_ahead(self, step: int) -> None:
         order, first = self._timetable.order, self._timetable.first
         while self._next < len(order):
-            beyond = sum(first[part] > step for part in self._in_hand)
+            beyond = sum(first[part] > step for part in (*self._in_hand, *self._reading))
             if first[order[self._next]] > step and (beyond >= READ_AHEAD or (beyond and not self._shelf.has_room())):
                 return
-            self._in_hand[order[self._next]] = self._part(order[self._next])
+            self._take_up(order[self._next])
             self._next += 1
 
-    def _part(self, index: int) -> Future[S]:
+    def _take_up(self, index: int) -> None:
         kept = self._shelf.get(index)
         if kept is None:
-            return self._readers.submit(self._read, index)
-        at_hand: Future[S] = Future()
-        at_hand.set_result(kept)
-        return at_hand
+            self._reading[index] = self._readers.submit(self._read, index)
+        else:
+            self._in_hand[index] = kept
 
     def _read(self, index: int) -> S:
         part = self._decode(index)

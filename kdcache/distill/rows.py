@@ -8,57 +8,69 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from kdcache.distill.alignment import ranges
+from kdcache.distill.interleave import fields_of
 
 if TYPE_CHECKING:
     from kdcache.distill.parts import DecodedPart
 
 
-@dataclass(frozen=True, eq=False)
 class Rows:
-    """The rows of consecutive steps: row r is text ``rows[r]`` of ``parts[part_of[r]]``, step s has rows ``edges[s]`` to ``edges[s + 1]``."""
+    """The rows of consecutive steps: row r is text ``texts[r]`` of ``parts[part_of[r]]``, step s has rows ``edges[s]`` to ``edges[s + 1]``.
 
-    parts: Sequence[DecodedPart]
-    part_of: np.ndarray
-    rows: np.ndarray
-    edges: np.ndarray  # int64[steps + 1]
+    ``cards`` [rows] are those of the texts, with the fields of ``DecodedPart.cards``.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[DecodedPart],
+        part_of: np.ndarray,
+        texts: np.ndarray,
+        edges: np.ndarray,  # int64[steps + 1]
+        cards: np.ndarray | None = None,  # as bytes
+    ) -> None:
+        self.parts, self.part_of, self.texts, self.edges = parts, part_of, texts, edges
+        self._cards = self.per_text([part.cards.rows for part in parts]) if cards is None else cards
+        self.cards = fields_of(self._cards, parts[0].cards.dtype)
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.texts)
 
     @functools.cached_property
     def counts(self) -> np.ndarray:
         """Rows of each step."""
         return np.diff(self.edges)
 
-    def longest_first(self, lengths: np.ndarray) -> np.ndarray:
+    def longest_first(self) -> np.ndarray:
         """The rows of every step by falling length, so that micro-batches are of like length and hold little padding."""
-        return np.lexsort((-lengths, np.repeat(np.arange(len(self.counts)), self.counts)))  # stable
+        spans = self.cards["tokens"]
+        lengths, step = spans[:, 1] - spans[:, 0], np.repeat(np.arange(len(self.counts)), self.counts)
+        return np.argsort(step * (int(lengths.max(initial=0)) + 1) - lengths, kind="stable")
 
     def take(self, order: np.ndarray) -> Rows:
         """The same steps with rows in another order."""
-        return Rows(self.parts, self.part_of[order], self.rows[order], self.edges)
+        return Rows(self.parts, self.part_of[order], self.texts[order], self.edges, self._cards.take(order, axis=0))
 
     def per_text(self, arrays: Sequence[np.ndarray], beyond: int = 0) -> np.ndarray:
-        """Entry ``rows[r] + beyond`` of an array per part, for every row r."""
+        """Entry ``texts[r] + beyond`` of an array per part, for every row r."""
         by_part, borders = self.by_part
-        texts = self.rows[by_part] + beyond
+        texts = self.texts[by_part] + beyond
         taken = [array.take(texts[first:last], axis=0) for array, (first, last) in zip(arrays, borders, strict=True)]
-        found = np.empty((len(self), *arrays[0].shape[1:]), arrays[0].dtype)
-        found[by_part] = np.concatenate(taken)
-        return found
+        back = np.empty(len(self), np.int64)
+        back[by_part] = np.arange(len(self))
+        return np.concatenate(taken).take(back, axis=0)
 
     @functools.cached_property
     def by_part(self) -> tuple[np.ndarray, list[tuple[int, int]]]:
         """The rows part by part, and from where to where those of each part are."""
         upto = np.cumsum(np.bincount(self.part_of, minlength=len(self.parts)))
-        return np.argsort(self.part_of, kind="stable"), list(itertools.pairwise([0, *upto.tolist()]))
+        short = self.part_of.astype(np.uint16) if len(self.parts) < 1 << 16 else self.part_of  # sorted by digits
+        return np.argsort(short, kind="stable"), list(itertools.pairwise([0, *upto.tolist()]))
 
 
 def longest_first(lengths: np.ndarray) -> np.ndarray:
@@ -67,36 +79,34 @@ def longest_first(lengths: np.ndarray) -> np.ndarray:
 
 
 class Ragged:
-    """Where the tokens of ``rows`` lie in the packed arrays of their parts: from ``starts`` to ``ends``."""
+    """Where tokens of ``rows`` lie in the packed arrays of their parts: from ``starts`` to ``ends``."""
 
     def __init__(self, rows: Rows, starts: np.ndarray, ends: np.ndarray) -> None:
         self.rows, self._starts, self._ends = rows, starts, ends
         self.lengths = ends - starts
 
     @classmethod
+    def listed(cls, rows: Rows, field: str) -> Ragged:
+        """As the cards of the texts say under ``field``."""
+        return cls(rows, *np.ascontiguousarray(rows.cards[field].T))
+
+    @classmethod
     def of(cls, rows: Rows, offsets: Sequence[np.ndarray]) -> Ragged:
         """By one offsets array [texts + 1] per part."""
         return cls(rows, rows.per_text(offsets), rows.per_text(offsets, 1))
-
-    def take(self, order: np.ndarray) -> Ragged:
-        """The same steps with rows in another order."""
-        return Ragged(self.rows.take(order), self._starts[order], self._ends[order])
 
     @functools.cached_property
     def offsets(self) -> np.ndarray:
         """int64[rows + 1]: where the rows begin when they are packed one after the other."""
         return np.concatenate([[0], np.cumsum(self.lengths)]).astype(np.int64)
 
-    @functools.cached_property
-    def _spans(self) -> list[tuple[int, int, int]]:
-        return list(zip(self.rows.part_of.tolist(), self._starts.tolist(), self._ends.tolist(), strict=True))
-
-    def gather(self, arrays: Sequence[np.ndarray], first: int, last: int) -> np.ndarray:
-        """The packed values of the rows from ``first`` to ``last``, in row order, from one packed array per part; row by row."""
-        return np.concatenate([arrays[part][start:end] for part, start, end in self._spans[first:last]])
+    def spans(self, size: int) -> list[tuple[int, int, int]]:
+        """Of each row its part, and from which to which byte it lies there, a token taking ``size`` bytes."""
+        starts, ends = (self._starts * size).tolist(), (self._ends * size).tolist()
+        return list(zip(self.rows.part_of.tolist(), starts, ends, strict=True))
 
     def pick(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
-        """The same for all rows at once and token by token, which is cheaper where a token has a few bytes only."""
+        """The packed values of all rows, in row order, from one packed array per part; token by token, since a token has a few bytes only."""
         by_part, borders = self.rows.by_part
         lengths = self.lengths[by_part]
         upto, places = np.concatenate([[0], np.cumsum(lengths)]), ranges(self._starts[by_part], lengths)
@@ -111,8 +121,8 @@ class Ragged:
 class Sheets:
     """The student's tokens as padded tables [B, L], one for each step, which lie one after the other in flat arrays."""
 
-    def __init__(self, tokens: Ragged) -> None:
-        rows = tokens.rows
+    def __init__(self, rows: Rows) -> None:
+        tokens = Ragged.listed(rows, "tokens")
         longest = np.maximum.reduceat(tokens.lengths, rows.edges[:-1])  # no step is empty
         self.rows, self.tokens = rows, tokens
         self.shapes = list(zip(rows.counts.tolist(), longest.tolist(), strict=True))
@@ -160,6 +170,14 @@ class Sheets:
         return begins
 
 
-def cut(array: np.ndarray, borders: np.ndarray) -> list[torch.Tensor]:
+def numbered(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The distinct ones of small non-negative ``values``, ascending, and which of them each value is."""
+    distinct = np.flatnonzero(np.bincount(values))
+    place = np.empty(int(distinct[-1]) + 1, np.int64)
+    place[distinct] = np.arange(len(distinct))
+    return distinct, place[values]
+
+
+def cut(array: np.ndarray, borders: np.ndarray, axis: int = 0) -> list[torch.Tensor]:
     """The pieces of an array between ``borders``, as tensors that share its memory."""
-    return [torch.from_numpy(array[first:last]) for first, last in itertools.pairwise(borders.tolist())]
+    return list(torch.from_numpy(array).split(np.diff(borders).tolist(), dim=axis))

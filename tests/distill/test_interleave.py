@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kdcache.cache.blocks import HiddenBlock
-from kdcache.distill.interleave import Interleaved, layers_of
+from kdcache.distill import interleave
+from kdcache.distill.interleave import Interleaved, joined, layers_of
 
 WIDTHS = st.lists(st.tuples(st.sampled_from(["float32", "float16", "int8", "uint8"]), st.integers(1, 9)), min_size=1, max_size=4)
 
@@ -21,7 +23,7 @@ def test_every_layer_comes_back(widths: list[tuple[str, int]], rows: int, seed: 
         )
         for layer, (dtype, dim) in enumerate(widths, start=3)
     }
-    mixed = Interleaved.of(blocks)
+    mixed = Interleaved.of_layers(blocks)
     order = rng.permutation(rows)
     found = layers_of(mixed.rows[order], mixed.dtype)
     assert found.keys() == blocks.keys()
@@ -35,4 +37,23 @@ def test_every_layer_comes_back(widths: list[tuple[str, int]], rows: int, seed: 
 
 def test_a_layer_alone_is_not_copied() -> None:
     values = np.zeros((4, 3), np.float16)
-    assert np.shares_memory(Interleaved.of({6: HiddenBlock(values)}).rows, values)
+    assert np.shares_memory(Interleaved.of_layers({6: HiddenBlock(values)}).rows, values)
+
+
+@given(
+    sizes=st.lists(st.integers(0, 6), min_size=1, max_size=4),
+    choices=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 6), st.integers(0, 6)), max_size=8),
+    limit=st.sampled_from([0, interleave.JOINED_BYTES]),
+)
+def test_rows_of_several_parts_are_joined_span_by_span(sizes: list[int], choices: list[tuple[int, int, int]], limit: int) -> None:
+    rng = np.random.default_rng(len(sizes))
+    parts = [Interleaved.of({"a": rng.random((size, 3), np.float32), "b": rng.integers(0, 9, size, np.int8)}) for size in sizes]
+    picked = [(part % len(sizes), min(a, b), max(a, b)) for part, a, b in choices]
+    picked = [(part, min(first, sizes[part]), min(last, sizes[part])) for part, first, last in picked]
+    wanted = [parts[part].rows[row].tolist() for part, first, last in picked for row in range(first, last)]
+    width = parts[0].dtype.itemsize
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interleave, "JOINED_BYTES", limit)
+        found = joined(parts, [(part, first * width, last * width) for part, first, last in picked], len(wanted))
+    assert found.tolist() == wanted
+    assert found.flags.writeable, "torch takes no other"

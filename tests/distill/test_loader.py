@@ -19,7 +19,7 @@ from kdcache.distill.alignment import align
 from kdcache.distill.assembly import student_inputs
 from kdcache.distill.loader import CachedBatches, cached_logits, loader
 from kdcache.distill.parts import DecodedPart
-from kdcache.distill.rows import Ragged, Rows, Sheets
+from kdcache.distill.rows import Rows, Sheets
 from kdcache.errors import DamageError, MismatchError, RecipeError
 from kdcache.testing import tiny
 from kdcache.testing.memory_cache import MemoryCache, MemoryTeacher, Text, truth, truth_logits
@@ -180,7 +180,7 @@ def test_pairs_of_texts_keep_their_token_types(tokenizers: dict[str, Any]) -> No
     encoded = encode(tokenizers["student"], [("a good film", "bad"), ("x", "a film " * 9), ("one", "two three")], 64)
     part = DecodedPart(encoded, ())
     rows = Rows([part, part], np.array([1, 0, 1]), np.array([2, 0, 1]), np.array([0, 2, 3]))
-    inputs = student_inputs(Sheets(Ragged.of(rows, [encoded.offsets] * 2)), 0)
+    inputs = student_inputs(Sheets(rows), 0)
     for found, wanted in zip(inputs, (pad(encoded, np.array([2, 0]), 0), pad(encoded, np.array([1]), 0)), strict=True):
         assert found.keys() == wanted.keys()
         assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
@@ -277,6 +277,18 @@ def test_no_thread_outlives_its_consumer(tokenizers: dict[str, Any]) -> None:
             raise ZeroDivisionError
     assert not threads()
     list(source.batches(0))
+    assert not threads()
+
+
+def test_batches_made_in_the_callers_thread_are_the_same(tokenizers: dict[str, Any]) -> None:
+    cache = cache_of(tokenizers)
+    there, here = batches_of(cache, tokenizers), batches_of(cache, tokenizers, background=False)
+    for epoch in range(2):
+        assert all(same(a, b) for a, b in zip(there.batches(epoch), here.batches(epoch, 0), strict=True))
+    held = here.batches(2)
+    next(held)
+    assert "kdcache-batches" not in threads()
+    held.close()  # type: ignore[attr-defined]
     assert not threads()
 
 
