@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
     from kdcache.cache.spec import TokenSelection
     from kdcache.distill.forms import Decoder, Forms
-    from kdcache.distill.interleave import Interleaved
 
 
 def student_inputs(sheets: Sheets, pad_token_id: int) -> list[dict[str, torch.Tensor]]:
@@ -34,8 +33,7 @@ def student_inputs(sheets: Sheets, pad_token_id: int) -> list[dict[str, torch.Te
     return [dict(zip(inputs, tables, strict=True)) for tables in zip(*inputs.values(), strict=True)]
 
 
-@dataclass(frozen=True, eq=False)
-class Pieces:
+class Pieces(NamedTuple):
     """The alignment of a batch, as ``Hidden`` wants it, without the values."""
 
     positions: torch.Tensor
@@ -45,7 +43,7 @@ class Pieces:
     bags: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> Pieces:
-        return Pieces(*(None if one is None else one.to(device) for one in vars(self).values()))  # type: ignore[arg-type]
+        return Pieces(*(None if one is None else one.to(device) for one in self))  # type: ignore[arg-type]
 
     def target(self, values: torch.Tensor, scales: torch.Tensor | None, decoder: Decoder | None) -> Hidden:
         """The targets that ``values`` of this alignment are."""
@@ -116,7 +114,8 @@ class _Layers:
     spans: list[tuple[int, int, int]]
     counts: list[int]
     pieces: list[Pieces]
-    parts: list[Interleaved]
+    parts: list[memoryview]
+    dtype: np.dtype
     forms: Forms
 
     @classmethod
@@ -128,13 +127,14 @@ class _Layers:
             texts = sheets.rows.texts
             tokens, pieces = Ragged(sheets.rows, texts, texts + 1), text_pieces(selected, sheets)
         counts = np.diff(tokens.offsets[sheets.rows.edges]).tolist()
-        return cls(teacher, tokens.spans(parts[0].dtype.itemsize), counts, pieces, parts, forms)
+        dtype = parts[0].dtype
+        return cls(teacher, tokens.spans(dtype.itemsize), counts, pieces, [part.bytes for part in parts], dtype, forms)
 
     def targets(self, step: int, first: int, last: int) -> dict[tuple[str, int], Hidden]:
         """By teacher and layer, for the rows from ``first`` to ``last``, which are those of ``step``."""
-        rows = joined(self.parts, self.spans[first:last], self.counts[step])
+        rows = joined(self.parts, self.spans[first:last], self.counts[step], self.dtype.itemsize)
         piece = self.pieces[step]
         return {
             (self.teacher, layer): piece.target(values, scales, self.forms[self.teacher, layer].decoder)
-            for layer, (values, scales) in layers_of(rows, self.parts[0].dtype).items()
+            for layer, (values, scales) in layers_of(rows, self.dtype).items()
         }

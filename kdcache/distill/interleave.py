@@ -44,7 +44,7 @@ class Interleaved:
         """From blocks by layer, all with the same number of rows; see ``layers_of``."""
         return cls.of({name: array for layer, block in blocks.items() for name, array in _fields(layer, block)})
 
-    @functools.cached_property
+    @property
     def bytes(self) -> memoryview:
         """All of it as one piece of memory."""
         return self.rows.reshape(-1).data
@@ -53,19 +53,16 @@ class Interleaved:
 JOINED_BYTES = 1 << 20
 
 
-def joined(parts: Sequence[Interleaved], spans: Sequence[tuple[int, int, int]], count: int) -> np.ndarray:
-    """Rows uint8 [count, row] out of several parts, one span after the other: ``spans`` are (part, first byte, last byte + 1).
+def joined(parts: Sequence[memoryview], spans: Sequence[tuple[int, int, int]], count: int, size: int) -> np.ndarray:
+    """Records uint8 [count, size] out of several parts, one span after the other: ``spans`` are (part, first byte, last byte + 1).
 
     For short spans joining bytes is cheaper than joining arrays; but it keeps the interpreter to itself, so what takes long enough to
     copy for another thread to run meanwhile (from ``JOINED_BYTES`` on) is joined as arrays.
     """
-    size = parts[0].rows.shape[1]
+    pieces = [parts[part][start:end] for part, start, end in spans]
     if count * size > JOINED_BYTES:
-        flat = np.concatenate([parts[part].rows.reshape(-1)[start:end] for part, start, end in spans])
-    else:
-        views = [part.bytes for part in parts]
-        flat = np.frombuffer(bytearray().join([views[part][start:end] for part, start, end in spans]), np.uint8)
-    return flat.reshape(count, size)
+        return np.concatenate([np.asarray(piece) for piece in pieces]).reshape(count, size)
+    return np.frombuffer(bytearray().join(pieces), np.uint8).reshape(count, size)
 
 
 def fields_of(rows: np.ndarray, dtype: np.dtype) -> np.ndarray:

@@ -6,6 +6,7 @@ them reaches the consumer as it was raised, and when the consumer stops, for wha
 
 from __future__ import annotations
 
+import itertools
 import queue
 import threading
 from collections import OrderedDict
@@ -148,17 +149,10 @@ class _End:
 
 
 def bundled(items: Iterator[S]) -> Iterator[list[S]]:
-    """Consecutive items, several at a time where they are small."""
-    bundle: list[S] = []
-    size = 0
-    for item in items:
-        bundle.append(item)
-        size += item.nbytes
-        if size >= BUNDLE_BYTES or len(bundle) == BUNDLE_STEPS:
-            yield bundle
-            bundle, size = [], 0
-    if bundle:
-        yield bundle
+    """Consecutive items, several at a time where they are small, as the first of them shows."""
+    for first in items:
+        count = min(BUNDLE_STEPS, BUNDLE_BYTES // (first.nbytes + 1) + 1)
+        yield [first, *itertools.islice(items, count - 1)]
 
 
 def in_background(items: Callable[[], Iterator[T]], ahead: int = BUNDLES_AHEAD) -> Generator[T]:

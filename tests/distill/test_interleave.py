@@ -54,6 +54,7 @@ def test_rows_of_several_parts_are_joined_span_by_span(sizes: list[int], choices
     width = parts[0].dtype.itemsize
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interleave, "JOINED_BYTES", limit)
-        found = joined(parts, [(part, first * width, last * width) for part, first, last in picked], len(wanted))
+        spans = [(part, first * width, last * width) for part, first, last in picked]
+        found = joined([part.bytes for part in parts], spans, len(wanted), width)
     assert found.tolist() == wanted
     assert found.flags.writeable, "torch takes no other"
