@@ -38,7 +38,7 @@ class Measurement:
 
 MEASUREMENTS: Mapping[str, Measurement] = {
     "steps": Measurement("steps.py", "--steps 20 --rounds 7", "--steps 1 --rounds 2 --counts 2", ("recipe", "teachers", "cache")),
-    "dump": Measurement("dump.py", "--texts 1024 --rounds 5", "--texts 16 --rounds 2 --backends torch", ("recipe", "teachers")),
+    "dump": Measurement("dump.py", "--texts 2048 --rounds 5", "--texts 16 --rounds 2 --backends torch", ("recipe", "teachers")),
     "cofinetune": Measurement("cofinetune.py", "--rows 192 --rounds 3", "--rows 8 --rounds 1", ("recipe",)),
     "freed": Measurement(
         "freed.py",

@@ -102,7 +102,7 @@ class Ragged:
 
     def spans(self, size: int) -> list[tuple[int, int, int]]:
         """Of each row its part, and from which to which byte it lies there, a token taking ``size`` bytes."""
-        starts, ends = (self._starts * size).tolist(), (self._ends * size).tolist()
+        starts, ends = (np.multiply(one, size, dtype=np.int64).tolist() for one in (self._starts, self._ends))
         return list(zip(self.rows.part_of.tolist(), starts, ends, strict=True))
 
     def pick(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
