@@ -66,7 +66,7 @@ def main() -> None:
         arguments.folder = Path(folder)
         os.environ |= {"KDCACHE_HOME": str(Path(folder) / "home"), **KEEP_FREED}
         contenders = [name for name in CONTENDERS if there(name, arguments.rivals_python)]
-        for name in set(contenders) & WRITERS.keys():
+        for name in filter(WRITERS.__contains__, contenders):
             print(f"writing {name}", file=sys.stderr, flush=True)
             alone(arguments, name, "write")
         for regime in ("memory", "window"):
