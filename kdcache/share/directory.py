@@ -42,6 +42,14 @@ class DirectoryRemote:
     def url(self) -> str:
         return str(self._root)
 
+    @property
+    def where(self) -> str:
+        return self.url
+
+    @property
+    def filesystem(self) -> str:
+        return filesystem(self._root)
+
     @cached_property
     def conditional(self) -> bool:
         """Whether the file system has hard links, which a create is made of; tried once."""
@@ -131,9 +139,11 @@ class DirectoryRemote:
                 with contextlib.suppress(FileNotFoundError):
                     files.disk.remove(probe)
 
-    def remove_leftovers(self, before: float) -> int:
-        """Remove files under way that were last written before that time of the store's clock; gives back how many."""
-        removed = 0
+    def compares_and_swaps(self) -> None:
+        return None
+
+    def remove_leftovers(self, age: float) -> int:
+        removed, before = 0, self.now() - age
         with self._explained("tidy up"):
             for folder, _, names in os.walk(self._root):
                 for name in names:
@@ -145,7 +155,6 @@ class DirectoryRemote:
         return removed
 
     def remove_empty_folders(self, prefix: str) -> None:
-        """Remove the folder of that key, and those in it, as far as they hold nothing."""
         for folder, _, _ in os.walk(self._path(prefix), topdown=False):
             with contextlib.suppress(OSError):
                 Path(folder).rmdir()
@@ -239,3 +248,15 @@ def _file_blocks(path: Path) -> Iterator[bytes]:
     with path.open("rb") as file:
         while block := file.read(BLOCK):
             yield block
+
+
+def filesystem(path: Path) -> str:
+    """The type of the file system that ``path`` lies on, as Linux names it; empty where that cannot be found."""
+    best, kind = "", ""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines():
+            fields = line.split(" ")
+            point = fields[4].encode().decode("unicode_escape")
+            if len(point) >= len(best) and path.resolve().is_relative_to(point):
+                best, kind = point, fields[fields.index("-") + 1]
+    return kind

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, TypeVar
 from kdcache.errors import DamageError, RemoteError
 from kdcache.progress import SilentProgress
 from kdcache.share import layout
-from kdcache.share.directory import DirectoryRemote
 from kdcache.share.intents import Lease, Pace, alive, hold, refuse_if_alive
 from kdcache.share.parallel import WORKERS, SharedProgress, Stop, for_each
 from kdcache.share.pull import fetch_manifest
@@ -89,8 +88,7 @@ def collect(
         plan = _plan(remote, grace, pace, lease)
         if lease:
             _delete(remote, plan, lease, epoch, progress, workers)
-            if isinstance(remote, DirectoryRemote):  # elsewhere, what is under way is not to be seen
-                remote.remove_leftovers(remote.now() - max(grace, _UNDER_WAY))
+            remote.remove_leftovers(max(grace, _UNDER_WAY))
     return GcReport(
         tuple(entry.key for entry in plan.entries), len(plan.refs), len(plan.manifests), len(plan.files),
         sum(entry.size for entry in plan.entries), *plan.kept, *plan.young, deleted=delete,

@@ -53,8 +53,11 @@ class ObjectStoreRemote:
 
     @property
     def where(self) -> str:
-        """The URL, with the endpoint where it is not the provider's own; for messages."""
         return self._place.at
+
+    @property
+    def filesystem(self) -> str:
+        return ""
 
     @property
     def conditional(self) -> bool:
@@ -138,8 +141,13 @@ class ObjectStoreRemote:
         return found.modified
 
     def compares_and_swaps(self) -> bool:
-        """Whether the store replaces an object only if it is still the one that was seen (probed; kdcache does not need it)."""
         return swap_holds(self._store, self._place)
+
+    def remove_leftovers(self, age: float) -> int:  # noqa: ARG002 - of the protocol
+        return 0
+
+    def remove_empty_folders(self, prefix: str) -> None:
+        pass
 
     def _listed(self, prefix: str) -> Iterator[Entry]:
         """All of them, sorted: some stores list folder by folder. Keys that are none of kdcache's are passed over."""

@@ -15,11 +15,9 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kdcache.errors import KdcacheError, RemoteAccessError, RemoteError
-from kdcache.share.directory import DirectoryRemote
 
 if TYPE_CHECKING:
     from kdcache.share.remote import Remote
@@ -79,7 +77,6 @@ class Report:
 
 def check(remote: Remote) -> Report:
     """Try everything. Raises RemoteError where the store cannot be reached or read at all."""
-    where = getattr(remote, "where", remote.url)
     list(remote.list(f"{FOLDER}/"))
     folder = f"{FOLDER}/check-{secrets.token_hex(8)}"
     findings: list[Finding] = []
@@ -88,7 +85,7 @@ def check(remote: Remote) -> Report:
         remote.write(f"{folder}/first", b"kdcache remote check")
     except RemoteAccessError:
         findings.append(Finding("writing", False, "refused: these credentials are read-only here"))
-        return Report(where, False, [*findings, *_of_directory(remote)])
+        return Report(remote.where, False, [*findings, *_of_directory(remote)])
     leftovers: list[str] = []
     with _removed(remote, folder, leftovers):
         for name, trial in _TRIALS.items():
@@ -96,7 +93,7 @@ def check(remote: Remote) -> Report:
         with suppress(KdcacheError):
             ahead = remote.now() - time.time()
     findings += [*([] if ahead is None else [_clock(ahead)]), *_of_directory(remote)]
-    return Report(where, True, findings, ahead, leftovers)
+    return Report(remote.where, True, findings, ahead, leftovers)
 
 
 def _try(name: str, trial: Callable[[Remote, str], tuple[bool | None, str]], remote: Remote, folder: str) -> Finding:
@@ -156,10 +153,10 @@ def _creates(remote: Remote, folder: str) -> tuple[bool, str]:
 
 
 def _swaps(remote: Remote, _: str) -> tuple[bool | None, str]:
-    offered = getattr(remote, "compares_and_swaps", None)
-    if offered is None:
+    swaps = remote.compares_and_swaps()
+    if swaps is None:
         return None, "a directory has none, and kdcache needs none"
-    return (True, "there, and not needed by kdcache") if offered() else (False, "not there; kdcache needs none")
+    return (True, "there, and not needed by kdcache") if swaps else (False, "not there; kdcache needs none")
 
 
 _TRIALS: dict[str, Callable[[Remote, str], tuple[bool | None, str]]] = {
@@ -181,7 +178,7 @@ def _clock(ahead: float) -> Finding:
 
 def _of_directory(remote: Remote) -> list[Finding]:
     """What cannot be tried from one machine, and follows from the kind of file system."""
-    kind = filesystem(Path(remote.url)) if isinstance(remote, DirectoryRemote) else ""
+    kind = remote.filesystem
     if not kind:
         return []
     if kind in _SHARED or kind.startswith("fuse"):
@@ -192,18 +189,6 @@ def _of_directory(remote: Remote) -> list[Finding]:
             )
         ]  # fmt: skip
     return [Finding("other machines", None, f"{kind} is a disk of this machine: a team needs one that all its machines mount")]
-
-
-def filesystem(path: Path) -> str:
-    """The type of the file system that ``path`` lies on, as Linux names it; empty where that cannot be found."""
-    best, kind = "", ""
-    with suppress(OSError):
-        for line in Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines():
-            fields = line.split(" ")
-            point = fields[4].encode().decode("unicode_escape")
-            if len(point) >= len(best) and path.resolve().is_relative_to(point):
-                best, kind = point, fields[fields.index("-") + 1]
-    return kind
 
 
 @contextmanager
@@ -221,5 +206,4 @@ def _removed(remote: Remote, folder: str, leftovers: list[str]) -> Iterator[None
                 remote.delete(key)
             except RemoteError:
                 leftovers.append(key)
-        if isinstance(remote, DirectoryRemote):
-            remote.remove_empty_folders(FOLDER)
+        remote.remove_empty_folders(FOLDER)

@@ -36,6 +36,16 @@ class Remote(Protocol):
         ...
 
     @property
+    def where(self) -> str:
+        """``url``, with the endpoint where it is not the provider's own. For messages."""
+        ...
+
+    @property
+    def filesystem(self) -> str:
+        """The type of the file system, as Linux names it; empty for an object store and where it cannot be found."""
+        ...
+
+    @property
     def conditional(self) -> bool:
         """Whether ``create`` is decided by the store. Where it is not, refs are written under keys that no other writer uses."""
         ...
@@ -77,4 +87,22 @@ class Remote(Protocol):
 
     def now(self) -> float:
         """Seconds since 1970 on the store's own clock: that of ``Entry.modified``, not of this machine."""
+        ...
+
+    def compares_and_swaps(self) -> bool | None:
+        """Whether an object can be replaced on condition that it has not changed; None where there is no such call.
+
+        kdcache does not need it; ``kdcache remote check`` reports it.
+        """
+        ...
+
+    def remove_leftovers(self, age: float) -> int:
+        """Remove unfinished writes that were last touched more than ``age`` seconds ago, on the store's own clock.
+
+        Returns their number: 0 on an object store, which never shows them.
+        """
+        ...
+
+    def remove_empty_folders(self, prefix: str) -> None:
+        """Remove the folders at and below ``prefix`` that hold nothing. An object store has no folders."""
         ...

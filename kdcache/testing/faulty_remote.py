@@ -66,6 +66,14 @@ class FaultyRemote:
         return self.remote.url
 
     @property
+    def where(self) -> str:
+        return self.remote.where
+
+    @property
+    def filesystem(self) -> str:
+        return self.remote.filesystem
+
+    @property
     def conditional(self) -> bool:
         return self.remote.conditional
 
@@ -107,6 +115,15 @@ class FaultyRemote:
 
     def now(self) -> float:
         return self._call("now", "", lambda _: self.remote.now())
+
+    def compares_and_swaps(self) -> bool | None:
+        return self.remote.compares_and_swaps()
+
+    def remove_leftovers(self, age: float) -> int:
+        return self.remote.remove_leftovers(age)
+
+    def remove_empty_folders(self, prefix: str) -> None:
+        self.remote.remove_empty_folders(prefix)
 
     def _call(self, method: str, key: str, action: Callable[[random.Random | None], T]) -> T:
         """Count, die, and strike; ``action`` is given a dice where its body is to end early."""

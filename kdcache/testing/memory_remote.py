@@ -40,6 +40,14 @@ class MemoryRemote:
         return self._url
 
     @property
+    def where(self) -> str:
+        return self._url
+
+    @property
+    def filesystem(self) -> str:
+        return ""
+
+    @property
     def conditional(self) -> bool:
         return self._conditional
 
@@ -90,6 +98,15 @@ class MemoryRemote:
         check_key(key)
         with self._lock:
             self.objects.pop(key, None)
+
+    def compares_and_swaps(self) -> None:
+        return None
+
+    def remove_leftovers(self, age: float) -> int:  # noqa: ARG002 - of the protocol
+        return 0
+
+    def remove_empty_folders(self, prefix: str) -> None:
+        pass
 
     def _create(self, key: str, data: bytes) -> bool:
         there = self.objects.get(key)

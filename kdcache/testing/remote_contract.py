@@ -263,6 +263,13 @@ class RemoteContract:
         assert remote.url
         assert remote.url in repr(remote) or repr(remote).startswith("<")
 
+    def test_tidying_up_takes_no_object(self, remote: Remote) -> None:
+        assert remote.where.startswith(remote.url)
+        remote.write("folder/a", b"kept")
+        assert remote.remove_leftovers(-60.0) == 0
+        remote.remove_empty_folders("folder")
+        assert remote.read_bytes("folder/a", 10) == b"kept"
+
     @staticmethod
     def _modified(remote: Remote, key: str) -> float:
         entry = remote.head(key)
