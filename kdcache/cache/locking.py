@@ -14,33 +14,25 @@ from pathlib import Path
 from kdcache.cache import layout
 from kdcache.cache.canonical import NotCanonicalError, canonical_json, parse_json
 from kdcache.cache.files import make_directory, write_file
-from kdcache.errors import DamageError, LockedError, StorageError
+from kdcache.errors import DamageError, LockedError
+from kdcache.locks import attempt
 
 
 @contextlib.contextmanager
 def hold_lock(root: Path) -> Iterator[None]:
     """Hold the lock of a cache directory while the block runs. Raises LockedError, which names the holder."""
-    from filelock import FileLock, Timeout
-
     state = root / layout.STATE
     if state.is_symlink() or (state / "lock").is_symlink():
         raise DamageError(f"'{state}' is a link, and what is written there would lie elsewhere", "Remove it.")
     make_directory(state)
-    lock = FileLock(state / "lock", timeout=0, thread_local=False)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise LockedError(
-            f"cache '{root}' is being written by {_holder(state)}",
-            "Wait until it is done, or stop that process and run this again.",
-        ) from error
-    except OSError as error:
-        raise StorageError(f"cannot lock '{root}': {error.strerror or error}", "Make the directory writable.") from error
-    try:
+    with attempt(state / "lock") as held:
+        if not held:
+            raise LockedError(
+                f"cache '{root}' is being written by {_holder(state)}",
+                "Wait until it is done, or stop that process and run this again.",
+            )
         write_file(state / "holder.json", canonical_json({"host": socket.gethostname(), "pid": os.getpid()}))
         yield
-    finally:
-        lock.release()
 
 
 def _holder(state: Path) -> str:

@@ -28,9 +28,9 @@ from kdcache.cache.files import FileDigest, make_directory, remove_file, write_f
 from kdcache.cache.manifest import read_manifest
 from kdcache.cache.selection import Selection, read_local, union, write_selection
 from kdcache.errors import DamageError, KdcacheError, RecipeError, StorageError
+from kdcache.locks import attempt, hold
 from kdcache.progress import format_bytes
 from kdcache.runs import home
-from kdcache.share.file_locks import attempt, hold
 
 if TYPE_CHECKING:
     from kdcache.cache.manifest import Manifest

@@ -19,7 +19,7 @@ from kdcache.cache import layout
 from kdcache.cache.files import make_directory, write_file
 from kdcache.cache.selection import Selection, write_selection
 from kdcache.errors import LockedError
-from kdcache.share.file_locks import attempt
+from kdcache.locks import attempt
 from kdcache.share.reading_through import read_through
 
 if TYPE_CHECKING:

@@ -14,6 +14,7 @@ from types import TracebackType
 
 from kdcache.cache import files
 from kdcache.errors import LockedError, StorageError
+from kdcache.locks import attempt
 
 
 class DurableFile:
@@ -83,21 +84,12 @@ def remove_leftovers(directory: Path) -> None:
 @contextlib.contextmanager
 def hold_lock(directory: Path, what: str) -> Iterator[None]:
     """Only one process at a time does ``what`` in ``directory``; LockedError in the second. The lock dies with its owner."""
-    from filelock import FileLock, Timeout
-
     files.make_directory(directory)
-    lock = FileLock(directory / ".lock", timeout=0, thread_local=False)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        hint = "Wait until it is done, or stop it and run the same command again: it continues."
-        raise LockedError(f"another process is at work on the {what} in '{directory}'", hint) from error
-    except OSError as error:
-        raise _storage_error(directory, error) from error
-    try:
+    with attempt(directory / ".lock") as held:
+        if not held:
+            hint = "Wait until it is done, or stop it and run the same command again: it continues."
+            raise LockedError(f"another process is at work on the {what} in '{directory}'", hint)
         yield
-    finally:
-        lock.release()
 
 
 def _step(path: Path, action: Callable[[], object]) -> None:

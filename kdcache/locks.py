@@ -1,6 +1,7 @@
 """Locks between processes of one machine: shared or exclusive, on a file, released by the system when their holder dies.
 
-Each acquisition opens the file anew, so that threads of one process exclude each other as processes do.
+Each acquisition opens the file anew, so threads of one process exclude each other as processes do. ``flock`` is what the
+``filelock`` package takes on Linux and macOS too, so kdcache 0.1.0 and this version exclude each other.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ _PAUSE = 0.02  # seconds between two attempts
 
 @contextlib.contextmanager
 def hold(path: Path, *, shared: bool = False, check: Callable[[], None] | None = None) -> Iterator[None]:
-    """Hold a lock while the block runs; waits for it. ``check`` is called while waiting, and may raise to give up."""
+    """Wait for a lock and hold it while the block runs. ``check`` is called while waiting, and may raise to give up."""
     handle = _open(path)
     try:
         while not _try(handle, shared):
@@ -33,7 +34,7 @@ def hold(path: Path, *, shared: bool = False, check: Callable[[], None] | None =
 
 @contextlib.contextmanager
 def attempt(path: Path, *, shared: bool = False) -> Iterator[bool]:
-    """Hold a lock while the block runs, if nobody is in the way; gives whether it is held."""
+    """Hold a lock while the block runs if it is free; yields whether it is held."""
     handle = _open(path)
     try:
         yield _try(handle, shared)
@@ -44,9 +45,10 @@ def attempt(path: Path, *, shared: bool = False) -> Iterator[bool]:
 def _open(path: Path) -> int:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     except OSError as error:
-        raise StorageError(f"cannot lock '{path}': {error.strerror}", "Make the place writable, or set KDCACHE_HOME.") from error
+        hint = f"Make '{path.parent}' writable; what is kept for reuse can lie elsewhere: set KDCACHE_HOME."
+        raise StorageError(f"cannot lock '{path}': {error.strerror}", hint) from error
 
 
 def _try(handle: int, shared: bool) -> bool:
