@@ -28,24 +28,32 @@ _PREFIX = "step-"
 
 
 def save(
-    directory: Path, state: Mapping[str, Any], *, step: int, identity: Mapping[str, Any] | None = None, keep: int = 1
+    directory: Path, state: Mapping[str, Any], *, step: int, identity: Mapping[str, Any] | None = None, keep: int | None = 1
 ) -> Path:
-    """Write ``state`` as the checkpoint of ``step``; leaves the ``keep`` newest ones.
+    """Write ``state`` as the checkpoint of ``step``; leaves the ``keep`` newest ones, all of them where it is None.
 
     Values are what ``torch.save`` takes and ``torch.load(weights_only=True)`` gives back. Raises StorageError.
     """
     make_directory(directory)
     clean(directory)
-    final = directory / f"{_PREFIX}{step:08d}"
+    final = directory / _step_name(step)
     temporary = directory / f".{final.name}.tmp"
     temporary.mkdir()
     files = {f"{key}.pt": _write(temporary / f"{key}.pt", value) for key, value in state.items()}
     record = {"format": 1, "step": step, "identity": dict(identity or {}), "files": files}
     write_durably(temporary / RECORD, json.dumps(record, indent=1).encode())
     publish_directory(temporary, final)
-    for old in _steps(directory)[:-keep]:
+    for old in _steps(directory)[:-keep] if keep is not None else ():
         remove_directory(old)
     return final
+
+
+def keep_only(directory: Path, step: int) -> None:
+    """Remove the checkpoints of all other steps. Raises StorageError."""
+    clean(directory)
+    for path in _steps(directory):
+        if path.name != _step_name(step):
+            remove_directory(path)
 
 
 def load_latest(directory: Path, *, identity: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
@@ -60,7 +68,7 @@ def load_latest(directory: Path, *, identity: Mapping[str, Any] | None = None) -
 
 def load_step(directory: Path, step: int) -> dict[str, Any]:
     """The checkpoint of that step; DamageError where it is gone."""
-    return load(directory / f"{_PREFIX}{step:08d}")
+    return load(directory / _step_name(step))
 
 
 def load(checkpoint: Path, *, identity: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -75,6 +83,10 @@ def clean(directory: Path) -> None:
     """Remove what an interrupted ``save`` left behind."""
     for leftover in directory.glob(f".{_PREFIX}*.tmp"):
         shutil.rmtree(leftover)
+
+
+def _step_name(step: int) -> str:
+    return f"{_PREFIX}{step:08d}"
 
 
 def _steps(directory: Path) -> list[Path]:

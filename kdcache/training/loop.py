@@ -55,7 +55,10 @@ class Trainee(Protocol):
         """
 
     def keep_best(self, epoch: int, metrics: Metrics) -> None:
-        """Keep the weights as they are now, durably: no epoch was better so far."""
+        """Keep the weights as they are now, durably, beside those kept before: no epoch was better so far."""
+
+    def settle_best(self, epoch: int) -> None:
+        """The newest checkpoint names ``epoch`` as the best: the weights kept of other epochs can go."""
 
 
 @dataclass(frozen=True)
@@ -188,6 +191,7 @@ class _Run:
         self.evaluate()
         place.epoch, place.step_in_epoch = place.epoch + 1, 0
         self.save()
+        self.trainee.settle_best(place.best_epoch)
 
     def step(self, batch: Any) -> float:
         """One optimizer step; the batch's loss."""

@@ -34,6 +34,7 @@ class Regression:
     steps_per_epoch: int = 5
     dropout: float = 0.5
     kept: list[int] = field(default_factory=list)
+    settled: list[int] = field(default_factory=list)
     seen: int = 0
 
     def __post_init__(self) -> None:
@@ -66,6 +67,9 @@ class Regression:
     def keep_best(self, epoch: int, metrics: Mapping[str, float]) -> None:  # noqa: ARG002
         self.kept.append(epoch)
 
+    def settle_best(self, epoch: int) -> None:
+        self.settled.append(epoch)
+
 
 def run(trainee: Regression, directory: Path, settings: LoopSettings = SETTINGS) -> Outcome:
     log = MetricsLog(directory / "metrics.jsonl", "toy")
@@ -86,6 +90,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, list[d
     trainee = Regression()
     assert run(trainee, directory) == Outcome(best_epoch=1, steps=15)
     assert trainee.kept == [0, 1]
+    assert trainee.settled == [0, 1, 1]
     return weights(trainee), lines(directory)
 
 
