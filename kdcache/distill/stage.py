@@ -25,7 +25,7 @@ from kdcache.distill.results import SCORED, STAGE, Measured, build_results, teac
 from kdcache.distill.sources import check_teachers, measure_speed
 from kdcache.distill.student_files import save_student, student_record
 from kdcache.distill.trainee import DistillTrainee
-from kdcache.distill.training import Training, prepare
+from kdcache.distill.training import NEWER_KEYS, Training, prepare
 from kdcache.report.cards import model_card
 from kdcache.runs import RunDirectory
 from kdcache.training.best_epoch import BestEpoch
@@ -99,7 +99,7 @@ def _train(training: Training, validation: EncodedSplit | None, run: RunDirector
         select_by=section.select_by,
     )
     rate = section.projection_learning_rate or section.learning_rate * (1 if section.paper else 10)
-    loop = replace(LoopSettings.from_section(section, identity), log_steps=1, own_rates={PROJECTIONS: rate})
+    loop = replace(LoopSettings.from_section(section, identity, NEWER_KEYS), log_steps=1, own_rates={PROJECTIONS: rate})
     outcome = train(trainee, loop, checkpoints=place, progress=progress, on_metrics=MetricsLog(run.metrics, STAGE))
     trainee.load_best(outcome.best_epoch)
     return outcome.best_epoch

@@ -13,7 +13,7 @@ import io
 import json
 import pickle
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -56,14 +56,19 @@ def keep_only(directory: Path, step: int) -> None:
             remove_directory(path)
 
 
-def load_latest(directory: Path, *, identity: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
+def load_latest(
+    directory: Path, *, identity: Mapping[str, Any] | None = None, newer_keys: Collection[str] = ()
+) -> dict[str, Any] | None:
     """The newest complete checkpoint as saved, or None where there is none; half-written ones are ignored.
+
+    ``newer_keys``: keys of ``identity`` that earlier versions did not record. Where a checkpoint lacks one of them, that key is
+    not compared; where it has it, it must be equal. All other keys must be there and equal.
 
     Raises DamageError naming the file that is missing, truncated or altered; MismatchError (exit 4) naming what differs
     where ``identity`` is given and is not that of the checkpoint.
     """
     found = _steps(directory)
-    return load(found[-1], identity=identity) if found else None
+    return load(found[-1], identity=identity, newer_keys=newer_keys) if found else None
 
 
 def load_step(directory: Path, step: int) -> dict[str, Any]:
@@ -71,11 +76,13 @@ def load_step(directory: Path, step: int) -> dict[str, Any]:
     return load(directory / _step_name(step))
 
 
-def load(checkpoint: Path, *, identity: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """One checkpoint directory, checked before anything is decoded."""
+def load(
+    checkpoint: Path, *, identity: Mapping[str, Any] | None = None, newer_keys: Collection[str] = ()
+) -> dict[str, Any]:
+    """One checkpoint directory, checked before anything is decoded; arguments and errors as of ``load_latest``."""
     record = _read_record(checkpoint)
     if identity is not None:
-        _check_identity(checkpoint, record["identity"], identity)
+        _check_identity(checkpoint, record["identity"], identity, newer_keys)
     return {name.removesuffix(".pt"): _read(checkpoint / name, entry) for name, entry in record["files"].items()}
 
 
@@ -145,11 +152,29 @@ def _read(path: Path, entry: Mapping[str, Any]) -> Any:
         raise DamageError(f"checkpoint file '{path}' cannot be decoded: {error}", _afresh(path.parent)) from error
 
 
-def _check_identity(checkpoint: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    wanted = json.loads(json.dumps(wanted))
-    differing = [key for key in sorted({*saved, *wanted}) if saved.get(key) != wanted.get(key)]
+def identity_changes(
+    saved: Mapping[str, Any], wanted: Mapping[str, Any], newer_keys: Collection[str] = ()
+) -> dict[str, tuple[Any, Any]]:
+    """What differs, by key, as (then, now); inside of tables by dotted keys. ``newer_keys`` as of ``load_latest``."""
+    wanted = {key: value for key, value in json.loads(json.dumps(wanted)).items() if key in saved or key not in newer_keys}
+    return dict(_changes(saved, wanted))
+
+
+def _changes(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> Iterator[tuple[str, tuple[Any, Any]]]:
+    for key in sorted({*saved, *wanted}):
+        then, now = saved.get(key), wanted.get(key)
+        if isinstance(then, dict) and isinstance(now, dict):
+            yield from ((f"{key}.{inner}", change) for inner, change in _changes(then, now))
+        elif then != now:
+            yield key, (then, now)
+
+
+def _check_identity(
+    checkpoint: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any], newer_keys: Collection[str]
+) -> None:
+    differing = identity_changes(saved, wanted, newer_keys)
     if differing:
-        changes = "; ".join(f"{key}: {_short(saved.get(key))} then, {_short(wanted.get(key))} now" for key in differing)
+        changes = "; ".join(f"{key}: {_short(then)} then, {_short(now)} now" for key, (then, now) in differing.items())
         message = f"checkpoint '{checkpoint}' belongs to another training: {changes}"
         raise MismatchError(message, f"Restore these settings, or start afresh: rm -r '{checkpoint.parent}'")
 
