@@ -102,9 +102,7 @@ class DistillationLoss(nn.Module):
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
         """Shapes: student_logits [batch, classes], teacher_logits [teachers, batch, classes], labels [batch], -1 = none."""
         weights = teacher_weights(self.weighting, student_logits, teacher_logits, labels)
-        losses = soft_losses(
-            student_logits, teacher_logits, weights, temperature=self.temperature, t_squared=self.t_squared
-        )
+        losses = soft_losses(student_logits, teacher_logits, weights, temperature=self.temperature, t_squared=self.t_squared)
         return losses.sum()
 
 

@@ -76,9 +76,7 @@ def load_step(directory: Path, step: int) -> dict[str, Any]:
     return load(directory / _step_name(step))
 
 
-def load(
-    checkpoint: Path, *, identity: Mapping[str, Any] | None = None, newer_keys: Collection[str] = ()
-) -> dict[str, Any]:
+def load(checkpoint: Path, *, identity: Mapping[str, Any] | None = None, newer_keys: Collection[str] = ()) -> dict[str, Any]:
     """One checkpoint directory, checked before anything is decoded; arguments and errors as of ``load_latest``."""
     record = _read_record(checkpoint)
     if identity is not None:
@@ -169,9 +167,7 @@ def _changes(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> Iterator[tu
             yield key, (then, now)
 
 
-def _check_identity(
-    checkpoint: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any], newer_keys: Collection[str]
-) -> None:
+def _check_identity(checkpoint: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any], newer_keys: Collection[str]) -> None:
     differing = identity_changes(saved, wanted, newer_keys)
     if differing:
         changes = "; ".join(f"{key}: {_short(then)} then, {_short(now)} now" for key, (then, now) in differing.items())

@@ -76,12 +76,12 @@ class LoopSettings:
     seed: int = 0
     own_rates: Mapping[str, float] = field(default_factory=dict)  # learning rates of parameters by the start of their names
     identity: Mapping[str, Any] = field(default_factory=dict)
-    newer_keys: frozenset[str] = frozenset()  # of ``identity``: not compared with a checkpoint of an earlier version that lacks them
+    newer_keys: frozenset[str] = (
+        frozenset()
+    )  # of ``identity``: not compared with a checkpoint of an earlier version that lacks them
 
     @classmethod
-    def from_section(
-        cls, section: OptimSection, identity: Mapping[str, Any], newer_keys: Iterable[str] = ()
-    ) -> LoopSettings:
+    def from_section(cls, section: OptimSection, identity: Mapping[str, Any], newer_keys: Iterable[str] = ()) -> LoopSettings:
         return cls(
             epochs=section.epochs,
             learning_rate=section.learning_rate,
@@ -278,9 +278,7 @@ class _Run:
 
     def resume(self) -> None:
         """Go on from the newest checkpoint; from the start where there is none."""
-        state = checkpoint_files.load_latest(
-            self.checkpoints, identity=self.identity, newer_keys=self.settings.newer_keys
-        )
+        state = checkpoint_files.load_latest(self.checkpoints, identity=self.identity, newer_keys=self.settings.newer_keys)
         if state is not None:
             self.trainee.model.load_state_dict(state.pop("model"))
             self.optimizer.load_state_dict(state.pop("optimizer"))

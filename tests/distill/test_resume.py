@@ -137,7 +137,9 @@ class Begun:
     caches: dict[str, Path]
 
     def recipe(self, *overrides: str) -> Recipe:
-        config = 'student={config={model_type="bert",hidden_size=16,num_hidden_layers=2,num_attention_heads=2,intermediate_size=32'
+        config = (
+            'student={config={model_type="bert",hidden_size=16,num_hidden_layers=2,num_attention_heads=2,intermediate_size=32'
+        )
         config += f',max_position_embeddings=80}},tokenizer="{self.tokenizer}"}}'
         return self.run.recipe(*OVERRIDES, config, *overrides)
 

@@ -125,9 +125,7 @@ def test_the_best_epoch_outlives_kills_after_which_epochs_score_differently(
         cofinetune_stage,
         "save_teachers",
         lambda directory, bundle, head, sources, models: (
-            saved.append(
-                b"".join(t.numpy().tobytes() for t in torch.nn.ModuleList(models.values()).state_dict().values())
-            ),
+            saved.append(b"".join(t.numpy().tobytes() for t in torch.nn.ModuleList(models.values()).state_dict().values())),
             save(directory, bundle, head, sources, models),
         )[1],
     )
