@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kdcache.distill.mixing import Mixing, each_teacher
 from kdcache.distill.weighting import Weighting, inverse_cross_entropy
 
 if TYPE_CHECKING:
@@ -52,10 +53,42 @@ def soft_cross_entropy(student_logits: Tensor, target_logits: Tensor, temperatur
     return -(target * F.log_softmax(student_logits / temperature, dim=-1)).sum(dim=-1)
 
 
+def teacher_weights(weighting: Weighting, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
+    """w_i(x) of a weighting, [teachers, batch], as constants: no gradient flows through them, also where the student is weighed.
+
+    Shapes: student_logits [batch, classes], teacher_logits [teachers, batch, classes], labels [batch], -1 = none.
+    """
+    with torch.no_grad():
+        return weighting(student_logits, teacher_logits, labels)
+
+
+def soft_losses(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    weights: Tensor,
+    *,
+    temperature: float = 1.0,
+    t_squared: bool = False,
+    mixing: Mixing = each_teacher,
+    soft_loss: SoftLoss = soft_cross_entropy,
+    count: int | None = None,
+) -> Tensor:
+    """Weighted soft-label losses, one for each target that ``mixing`` makes of the teachers: summed over rows, divided by ``count``.
+
+    Shapes: student_logits [batch, classes], teacher_logits [teachers, batch, classes], weights [teachers, batch]; gives [targets].
+    ``count``: rows of the whole step.
+    """
+    targets, shares = mixing(teacher_logits, weights, temperature)
+    losses = soft_loss(student_logits, targets, temperature) * shares
+    factor = temperature**2 if t_squared else 1.0
+    return factor * losses.sum(dim=1) / max(losses.shape[1] if count is None else count, 1)
+
+
 class DistillationLoss(nn.Module):
     """L_dis = sum_i CE(softmax(z_i/T), softmax(z_s/T)) / (1 + CE(y, softmax(z_i))), per row, then the mean over the rows.
 
-    MT-BERT, section 3.2. Rows without a gold label weigh 1. The paper has no factor T²; ``t_squared`` multiplies it in.
+    MT-BERT, section 3.2. Rows without a gold label weigh 1. The paper has no factor T²; ``t_squared`` multiplies it in. The weights
+    are constants: no gradient flows through ``weighting``. ``kdcache distill`` computes its soft term with the same functions.
     """
 
     def __init__(
@@ -68,10 +101,9 @@ class DistillationLoss(nn.Module):
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
         """Shapes: student_logits [batch, classes], teacher_logits [teachers, batch, classes], labels [batch], -1 = none."""
-        weights = self.weighting(student_logits, teacher_logits, labels)
-        losses = soft_cross_entropy(student_logits, teacher_logits, self.temperature) * weights
-        factor = self.temperature**2 if self.t_squared else 1.0
-        return factor * losses.sum(dim=0).mean()
+        weights = teacher_weights(self.weighting, student_logits, teacher_logits, labels)
+        losses = soft_losses(student_logits, teacher_logits, weights, temperature=self.temperature, t_squared=self.t_squared)
+        return losses.sum()
 
 
 class HiddenProjections(nn.Module):

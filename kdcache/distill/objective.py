@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 
 from kdcache.distill.losses import (
@@ -21,7 +20,9 @@ from kdcache.distill.losses import (
     mean_squared_error,
     plain_sum,
     share_of_variance,
+    soft_losses,
     task_loss,
+    teacher_weights,
 )
 from kdcache.distill.methods import Method, find_method
 
@@ -134,8 +135,7 @@ class DistillationModel(nn.Module):
         """w_i(x) as [teachers, batch]; their means are logged, since weights near 1 everywhere say little."""
         if not self.settings.needs_logits or batch.targets is None:
             return logits.new_ones(len(self.teachers), len(batch.labels))
-        with torch.no_grad():
-            weights = self.settings.method.weighting(logits, batch.targets.logits, batch.labels)
+        weights = teacher_weights(self.settings.method.weighting, logits, batch.targets.logits, batch.labels)
         for name, row in zip(self.teachers, weights, strict=True):
             terms[f"weight/{name}"] = row.sum() / counts.rows
         return weights
@@ -143,9 +143,16 @@ class DistillationModel(nn.Module):
     def _soft(self, logits: Tensor, targets: Targets, weights: Tensor, counts: StepCounts, terms: dict[str, Tensor]) -> Tensor:
         settings, method = self.settings, self.settings.method
         assert method.soft_loss is not None
-        mixed, weights = method.mixing(targets.logits, weights, settings.temperature)
-        factor = settings.temperature**2 if settings.t_squared else 1.0
-        losses = factor * (method.soft_loss(logits, mixed, settings.temperature) * weights).sum(dim=1) / counts.rows
+        losses = soft_losses(
+            logits,
+            targets.logits,
+            weights,
+            temperature=settings.temperature,
+            t_squared=settings.t_squared,
+            mixing=method.mixing,
+            soft_loss=method.soft_loss,
+            count=counts.rows,
+        )
         if len(losses) == len(self.teachers):
             terms |= {f"soft/{name}": loss for name, loss in zip(self.teachers, losses, strict=True)}
         return losses.sum()

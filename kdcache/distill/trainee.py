@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from kdcache.distill.evaluation import EncodedSplit, selection_score, split_scores
 from kdcache.distill.objective import DistillationModel, step_counts
-from kdcache.training import checkpoints
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from kdcache.distill.targets import Batch, TargetSource
+    from kdcache.training.best_epoch import BestEpoch
 
 
 class DistillTrainee:
-    """``distillation`` holds student and projections; ``best`` is the directory that keeps the best epoch's student."""
+    """``distillation`` holds student and projections; ``best`` keeps the best epoch's student."""
 
     def __init__(
         self,
         distillation: DistillationModel,
         source: TargetSource,
         validation: EncodedSplit | None,
-        best: Path,
-        identity: Mapping[str, Any],
+        best: BestEpoch,
         *,
         accumulation: int = 1,
         select_by: str = "accuracy",
@@ -36,7 +34,6 @@ class DistillTrainee:
         self._source = source
         self._validation = validation
         self._best = best
-        self._identity = identity
         self._accumulation = accumulation
         self._select_by = select_by
 
@@ -64,9 +61,12 @@ class DistillTrainee:
 
     def keep_best(self, epoch: int, metrics: dict[str, float]) -> None:  # noqa: ARG002 - of the protocol
         """Keep the student's weights durably; the projections have served."""
-        checkpoints.save(self._best, {"student": self._student.state_dict()}, step=epoch + 1, identity=self._identity)
+        self._best.keep(epoch, {"student": self._student.state_dict()})
+
+    def settle_best(self, epoch: int) -> None:
+        """Only ``epoch`` is needed from here on."""
+        self._best.settle(epoch)
 
     def load_best(self, epoch: int) -> None:
         """Put the weights of ``epoch`` (from 0) back into the student."""
-        state = checkpoints.load_step(self._best, epoch + 1)["student"]
-        self._student.load_state_dict(state)
+        self._student.load_state_dict(self._best.load(epoch)["student"])

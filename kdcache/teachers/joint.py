@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
 from kdcache.data.encoding import encode
 from kdcache.errors import DataError
+from kdcache.teachers.sources import TOKEN_TYPES
 from kdcache.teachers.trainee import JointTrainee, Labels, TeacherTexts
-from kdcache.training import checkpoints, loop
+from kdcache.training import loop
+from kdcache.training.best_epoch import BestEpoch
 
 if TYPE_CHECKING:
     import numpy as np
@@ -57,6 +57,11 @@ def identity(recipe: Recipe, task: TaskData, sources: Mapping[str, Source], *, s
     return {**{f"cofinetune.{key}": value for key, value in settings.items()}, **names, **splits, **teachers, **head}
 
 
+def newer_keys(identity: Mapping[str, Any]) -> frozenset[str]:
+    """Keys of ``identity`` that kdcache 0.1.0 did not record; where they are absent, they are not compared."""
+    return frozenset(key for key in identity if key.startswith("teachers.") and key.endswith(f".{TOKEN_TYPES}"))
+
+
 def _digest(examples: Examples) -> str:
     return hashlib.sha256(examples.text_ids.tobytes() + examples.labels.astype("<i8").tobytes()).hexdigest()
 
@@ -82,12 +87,6 @@ def train(
     if settings.gradient_checkpointing:
         for source in sources.values():
             _checkpoint_activations(source.network)
-    container = nn.ModuleList(models.values())
-
-    def keep(epoch: int, scores: Mapping[str, float]) -> None:
-        state = {"model": container.state_dict(), "metrics": dict(scores)}
-        checkpoints.save(place / "best", state, step=epoch + 1, identity=identity, keep=2)
-
     trainee = JointTrainee(
         models,
         texts,
@@ -96,16 +95,15 @@ def train(
         accumulation=settings.accumulation,
         select_by=settings.select_by,
         seed=settings.seed,
-        keep=keep,
+        best=BestEpoch(place / "best", place, identity),
         note=progress.note,
     )
-    loop_settings = loop.LoopSettings.from_section(settings, identity)
+    loop_settings = loop.LoopSettings.from_section(settings, identity, newer_keys(identity))
     outcome = loop.train(trainee, loop_settings, checkpoints=place / "checkpoints", progress=progress, on_metrics=metrics)
-    best = outcome.best_epoch + 1
-    if best != settings.epochs:
-        container.load_state_dict(checkpoints.load_step(place / "best", best)["model"])
-    container.eval()
-    return best
+    if outcome.best_epoch + 1 != settings.epochs:
+        trainee.load_best(outcome.best_epoch)
+    trainee.model.eval()
+    return outcome.best_epoch + 1
 
 
 def _encoded(source: Source, train_rows: LabelledRows, validation: LabelledRows | None) -> TeacherTexts:

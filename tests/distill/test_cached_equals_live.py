@@ -15,6 +15,7 @@ from kdcache.distill.training import prepare
 from kdcache.dump.stage import dump_teachers
 from kdcache.progress import SilentProgress
 from kdcache.recipe import Recipe
+from kdcache.training.best_epoch import BestEpoch
 from tests.distill.conftest import TinyRun
 
 CASES = [
@@ -29,7 +30,7 @@ def losses(recipe: Recipe, run: TinyRun, cache: Path, live: bool, place: Path) -
     """Every loss term of every step of one epoch, with plain SGD updates in between."""
     training = prepare(recipe, cache, place, run.teachers if live else None, progress=SilentProgress())
     model = training.model().train()
-    trainee = DistillTrainee(model, training.source, None, place, {}, accumulation=recipe.distill.accumulation)
+    trainee = DistillTrainee(model, training.source, None, BestEpoch(place, place, {}), accumulation=recipe.distill.accumulation)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     for batch in trainee.batches(0, 0):
         terms: dict[str, float] = {}
