@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from kdcache.cache.files import make_directory
 from kdcache.errors import StorageError
 
 _PAUSE = 0.02  # seconds between two attempts
@@ -43,7 +44,7 @@ def attempt(path: Path, *, shared: bool = False) -> Iterator[bool]:
 
 def _open(path: Path) -> int:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(path.parent)
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except OSError as error:
         raise StorageError(f"cannot lock '{path}': {error.strerror}", "Make the place writable, or set KDCACHE_HOME.") from error

@@ -72,7 +72,8 @@ def test_dying_at_every_step_of_the_disk_loses_nothing(small: Workbench, tmp_pat
     _load_the_teacher_once(only, monkeypatch)
     with files.use_disk(disk := counting_disk()):
         undisturbed = only.dump(cache=tmp_path / "undisturbed").identity
-    assert {step.split()[0] for step in disk.steps} == {"write", "fsync", "rename", "make", "remove"}
+    kinds = {step.partition(" /")[0] for step in disk.steps}
+    assert kinds == {"write", "fsync", "rename", "fsync directory", "make directory", "remove"}
     for step in range(1, len(disk.steps) + 1):
         cache = tmp_path / f"died-at-{step}"
         with files.use_disk(dying_disk(step)), pytest.raises(Died):
