@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from kdcache.cache.files import make_directory
 from kdcache.errors import StorageError
 
 _PAUSE = 0.02  # seconds between two attempts
@@ -44,7 +45,7 @@ def attempt(path: Path, *, shared: bool = False) -> Iterator[bool]:
 
 def _open(path: Path) -> int:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(path.parent)
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     except OSError as error:
         hint = f"Make '{path.parent}' writable; what is kept for reuse can lie elsewhere: set KDCACHE_HOME."

@@ -84,9 +84,9 @@ class RunDirectory:
         return self.root / "plan.json"
 
     def create(self) -> None:
-        """Make the directory; StorageError where that is not possible."""
+        """Make the directory, durably; StorageError where that is not possible."""
         try:
-            self.root.mkdir(parents=True, exist_ok=True)
+            make_directories(self.root)
         except OSError as error:
             raise StorageError(
                 f"cannot make the run directory '{self.root}': {error.strerror}", "Give another --output-dir."
@@ -181,7 +181,7 @@ def home() -> Path:
 
 
 def write_durably(path: Path, text: str) -> None:
-    """Write beside, fsync, rename: a reader sees the old text or the new one."""
+    """Write beside, fsync, rename, fsync the directory: a reader sees the old text or the new one, also after a power cut."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with temporary.open("w", encoding="utf-8") as file:
@@ -189,10 +189,28 @@ def write_durably(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+        sync_directory(path.parent)
     except OSError as error:
         raise StorageError(
             f"cannot write '{path}': {error.strerror}", "Free some space, or give another --output-dir."
         ) from error
+
+
+def sync_directory(path: Path) -> None:
+    """Wait until the names in a directory are on the disk. Raises OSError."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def make_directories(path: Path) -> None:
+    """Make a directory and its parents, each durable in its own parent. Raises OSError."""
+    if not path.is_dir():
+        make_directories(path.parent)
+        path.mkdir(exist_ok=True)
+        sync_directory(path.parent)
 
 
 def _update(run: RunDirectory, stages: dict[str, Any]) -> None:

@@ -44,7 +44,7 @@ def plan(
     from kdcache.runs import write_durably
 
     made = plan_storage(job.recipe, job.teachers, budget=limit, unseen=texts, progress=job.progress)
-    job.run.root.mkdir(parents=True, exist_ok=True)
+    job.run.create()
     write_durably(job.run.plan, jsons.dumps(made.as_dict(), indent=1) + "\n")
     out.document(made.as_dict())
     _show(made)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from kdcache.cache.files import make_directory
 from kdcache.data.encoding import encode, load_tokenizer, pad
 from kdcache.distill.student import Student, StudentModel, without_pooler
 from kdcache.errors import DamageError, ModelError, RecipeError
@@ -76,7 +77,8 @@ def save_student(directory: Path, student: Student, record: StudentRecord, card:
     """Write the directory under a temporary name, sync it, and put it in the place of an older one. Raises StorageError."""
     temporary = directory.with_name(f".{directory.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    make_directory(directory.parent)
+    temporary.mkdir()
     model = student.model.cpu().eval()
     model.network.save_pretrained(temporary)
     student.tokenizer.save_pretrained(temporary)

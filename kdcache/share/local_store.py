@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kdcache.cache import files as cache_files
 from kdcache.cache import layout
 from kdcache.cache.files import FileDigest, make_directory, remove_file, write_file
 from kdcache.cache.manifest import read_manifest
@@ -130,6 +131,8 @@ class LocalStore:
                 os.link(kept, place / path)
             except OSError:  # too many links to one file, say
                 fetch(digest, place / path)
+            else:
+                cache_files.disk.fsync_directory((place / path).parent)  # what is recorded as complete stays so
             return True
 
     def adopt(self, place: Path, manifest: Manifest) -> Path:
@@ -141,12 +144,14 @@ class LocalStore:
                 return target
             make_directory(target.parent)
             place.rename(target)
+            cache_files.disk.fsync_directory(target.parent)
             for path, digest in manifest.contents.files.items() if self._has_links else ():
                 kept = self.root / "objects" / digest.sha256[:2] / digest.sha256
                 if is_here(target, path, digest) and not kept.exists():
                     make_directory(kept.parent)
                     with contextlib.suppress(OSError):
                         os.link(target / path, kept)
+                    cache_files.disk.fsync_directory(kept.parent)
             return target
 
     def used_bytes(self) -> int:

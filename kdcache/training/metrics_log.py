@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from kdcache.runs import make_directories, sync_directory, write_durably
+
 
 class MetricsLog:
     """Callable for ``loop.train(on_metrics=...)``; lines of the kind ``start`` only say from which step on lines are dropped."""
@@ -25,20 +27,22 @@ class MetricsLog:
         if line.get("event") == "start":
             self._drop_after(int(line["step"]))
             return
-        self._path.parent.mkdir(parents=True, exist_ok=True)
+        make_directories(self._path.parent)
+        new = not self._path.exists()
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"stage": self._stage, **_finite(line)}, allow_nan=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
+        if new:
+            sync_directory(self._path.parent)
 
     def _drop_after(self, step: int) -> None:
         if not self._path.exists():
             return
-        lines = self._path.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if self._stays(line, step)]
-        temporary = self._path.with_name(self._path.name + ".tmp")
-        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        temporary.replace(self._path)
+        text = self._path.read_text(encoding="utf-8")
+        kept = "".join(f"{line}\n" for line in text.splitlines() if self._stays(line, step))
+        if kept != text:
+            write_durably(self._path, kept)
 
     def _stays(self, line: str, step: int) -> bool:
         try:

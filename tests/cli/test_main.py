@@ -130,7 +130,7 @@ def test_ctrl_c_leaves_with_130_and_says_how_to_continue(tmp_path: Path) -> None
     try:
         writer = os.open(recipe, os.O_WRONLY)  # opens once the command is reading
         child.send_signal(signal.SIGINT)
-        _, said = child.communicate(timeout=60)
+        _, said = child.communicate(timeout=240)
         os.close(writer)
     finally:
         child.kill()

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import random
 import signal
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -71,7 +72,8 @@ def test_dying_at_every_step_of_the_disk_loses_nothing(small: Workbench, tmp_pat
     _load_the_teacher_once(only, monkeypatch)
     with files.use_disk(disk := counting_disk()):
         undisturbed = only.dump(cache=tmp_path / "undisturbed").identity
-    assert {step.split()[0] for step in disk.steps} == {"write", "fsync", "rename", "make", "remove"}
+    kinds = {step.partition(" /")[0] for step in disk.steps}
+    assert kinds == {"write", "fsync", "rename", "fsync directory", "make directory", "remove"}
     for step in range(1, len(disk.steps) + 1):
         cache = tmp_path / f"died-at-{step}"
         with files.use_disk(dying_disk(step)), pytest.raises(Died):
@@ -126,29 +128,43 @@ def test_an_error_of_the_writer_thread_stops_the_teacher(
     assert small.dump(cache=tmp_path / "cache").identity == identity
 
 
-def _dump_in_child(bench: Workbench) -> None:
-    bench.dump()
+class _DeadlyDisk(UnsyncedDisk):
+    """The process is killed from a thread of its own, some time after its ``at``-th file, and before it publishes the manifest."""
+
+    def __init__(self, at: int, delay: float) -> None:
+        self._left, self._delay = at, delay
+
+    def rename(self, source: Path, target: Path) -> None:
+        self._left -= 1
+        if self._left == 0:
+            threading.Thread(target=self._kill).start()
+        if target.name == "manifest.json":
+            self._kill()
+        super().rename(source, target)
+
+    def _kill(self) -> None:
+        time.sleep(self._delay)
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _files(cache: Path) -> int:
-    return sum(len(names) for _, _, names in os.walk(cache))
+def _dump_in_child(bench: Workbench, at: int, delay: float) -> None:
+    with files.use_disk(_DeadlyDisk(at, delay)):
+        bench.dump()
 
 
 def test_sigkill_at_random_moments_loses_nothing(bench: Workbench, tmp_path: Path) -> None:
-    """Children are forked from a server that has the imports done; each is killed once it has written so many files more."""
+    """Children are forked from a server that has the imports done; each writes some more files before it is killed."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["kdcache.dump.stage", "kdcache.teachers.backends.torch_backend", "tests.dump.conftest"])
-    undisturbed = bench.dump(cache=tmp_path / "undisturbed").identity
+    with files.use_disk(disk := counting_disk()):
+        undisturbed = bench.dump(cache=tmp_path / "undisturbed").identity
     generator = random.Random()
-    moments = sorted(generator.sample(range(1, _files(tmp_path / "undisturbed") - 5), 5))
-    print("killed when so many files were there:", moments)  # shown where the test fails
+    renamed = sum(step.startswith("rename") for step in disk.steps)
+    moments = [generator.randrange(1, renamed // 6) for _ in range(5)]
+    print("killed after so many files more:", moments, "of", renamed)  # shown where the test fails
     for moment in moments:
-        child = context.Process(target=_dump_in_child, args=(bench,))
+        child = context.Process(target=_dump_in_child, args=(bench, moment, generator.uniform(0, 0.02)))
         child.start()
-        while _files(bench.cache) < moment and child.is_alive():
-            time.sleep(0.001)
-        time.sleep(generator.uniform(0, 0.02))
-        child.kill()
         child.join()
         assert child.exitcode == -signal.SIGKILL
         assert not (bench.cache / "manifest.json").exists()

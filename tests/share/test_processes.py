@@ -73,7 +73,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
 
 @pytest.fixture(scope="module")
 def cache() -> Iterator[Path]:
-    """Some 120 small files."""
+    """Some 120 small files, so that a push takes long enough to be killed on the way."""
     with tempfile.TemporaryDirectory(dir=MEMORY, prefix="kdcache-test-") as directory:
         dump(Path(directory) / "cache", made_plan(24, 8, ["bert", "roberta"]))
         yield Path(directory) / "cache"
@@ -119,13 +119,13 @@ class Child:
         began = time.monotonic()
         assert self._pipe.recv() == "done"
         took = time.monotonic() - began
-        self.process.join(30)
+        self.process.join()
         assert self.process.exitcode == 0
         return took
 
     def kill(self) -> None:
         self.process.kill()
-        self.process.join(30)
+        self.process.join()
 
 
 def moments(work: Callable[[], Child]) -> list[float]:
@@ -142,7 +142,12 @@ def objects(remote: Remote, prefix: str) -> set[str]:
     return {entry.key for entry in remote.list(prefix)}
 
 
-def test_a_push_that_dies_at_every_request_in_turn(place: Place, cache: Path) -> None:
+def file_keys(cache: Path) -> set[str]:
+    return {layout.file_key(digest.sha256) for digest in read_manifest(cache).contents.files.values()}
+
+
+def test_a_push_that_dies_at_every_request_in_turn(place: Place, caches: dict[str, Path]) -> None:
+    cache = caches["one"]  # few files: the work grows with the square of their number
     counted = FaultyRemote(place.open(place.url()))
     push(counted, cache, "sst2", workers=1)
     requests, files = sum(counted.requests.values()), objects(counted, "files/")
@@ -161,9 +166,9 @@ def test_a_push_that_dies_at_every_request_in_turn(place: Place, cache: Path) ->
         assert broken_refs(remote) == []
 
 
-def test_a_pull_that_dies_at_every_request_in_turn(place: Place, cache: Path, tmp_path: Path) -> None:
+def test_a_pull_that_dies_at_every_request_in_turn(place: Place, caches: dict[str, Path], tmp_path: Path) -> None:
     remote = place.open(place.url())
-    push(remote, cache, "sst2")
+    push(remote, caches["one"], "sst2")
     counted = FaultyRemote(remote)
     total = pull(counted, "sst2", tmp_path / "counted", workers=1).files_fetched
     for step in range(1, sum(counted.requests.values()) + 1):
@@ -181,6 +186,7 @@ def test_a_pull_that_dies_at_every_request_in_turn(place: Place, cache: Path, tm
 
 
 def test_a_push_that_is_killed_at_random_moments(place: Place, cache: Path) -> None:
+    """A server goes on with the requests of a dead process, so files may arrive after the listing and while the next push works."""
     for moment in moments(lambda: Child(place, _push, place.url(), cache, "sst2")):
         url = place.url()
         child = Child(place, _push, url, cache, "sst2")
@@ -194,8 +200,8 @@ def test_a_push_that_is_killed_at_random_moments(place: Place, cache: Path) -> N
         report = push(counting, cache, "sst2")
         assert report.reference == "sst2@1"
         sent = {line.split()[1] for line in counting.log if line.startswith("write files/")}
-        assert sent.isdisjoint(arrived)
-        assert len(sent) == len(objects(remote, "files/")) - len(arrived)
+        assert sent.isdisjoint(arrived)  # nothing that was there is sent again
+        assert objects(remote, "files/") == file_keys(cache)
         assert broken_refs(remote) == []
         assert [ref.number for ref in history(remote, "sst2")] == [1]
 
@@ -300,7 +306,7 @@ def test_control_c_ends_at_once_and_says_how_to_go_on(tmp_path: Path, cache: Pat
         "import os, time, signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from kdcache.share import directory\n"
         "def write(self, key, source):\n"
-        "    if key.startswith('files/'): os.write(1, b'sending\\n'); time.sleep(60)\n"
+        "    if key.startswith('files/'): os.write(1, b'sending\\n'); time.sleep(100_000)\n"
         "    else: real(self, key, source)\n"
         "real, directory.DirectoryRemote.write = directory.DirectoryRemote.write, write\n"
         "from kdcache.cli.main import main\n"
@@ -308,10 +314,8 @@ def test_control_c_ends_at_once_and_says_how_to_go_on(tmp_path: Path, cache: Pat
     )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stdout.readline() == "sending\n"
-        began = time.monotonic()
         process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=30)
-    assert time.monotonic() - began < 10
+        _, said = process.communicate(timeout=200)  # far less than the file takes, and more than a busy machine does
     assert process.returncode == 130
     assert "Continue with the same command" in said
     assert not list((tmp_path / "team").glob("intents/*"))

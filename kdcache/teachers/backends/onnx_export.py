@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from kdcache.errors import ModelError
+from kdcache.training.durable import publish_directory, sync_tree
 
 if TYPE_CHECKING:
     from kdcache.teachers.teacher import Teacher, TeacherModel
@@ -64,8 +65,8 @@ def exported(teacher: Teacher, *, precision: str, work_dir: Path, fresh: bool = 
         target = Path(temporary) / directory.name
         target.mkdir()
         _export(teacher, precision, target / "model.onnx")
-        shutil.rmtree(directory, ignore_errors=True)
-        target.rename(directory)  # whole, or not at all
+        sync_tree(target)
+        publish_directory(target, directory)  # whole, or not at all
     return directory
 
 

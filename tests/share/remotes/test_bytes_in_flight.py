@@ -23,7 +23,8 @@ class Uploads:
 
     def __init__(self) -> None:
         self.now = self.peak = self.together = self.count = 0
-        self._guard, self._under_way = threading.Lock(), 0
+        self.expected = 0  # bytes that are to be held at once: uploads wait for each other until they were
+        self._changed, self._under_way = threading.Condition(), 0
 
     def put(self, _store: object, _key: str, source: Path | bytes, **options: Any) -> None:
         size = len(source) if isinstance(source, bytes) else source.stat().st_size
@@ -31,15 +32,17 @@ class Uploads:
             assert -(-size // options["chunk_size"]) <= MOST_PARTS + 1
             size = min(size, options["chunk_size"] * (options["max_concurrency"] + 1))
         self._add(size, 1)
-        time.sleep(0.002)
+        with self._changed:  # a busy machine needs time to bring the others here; few uploads may never be enough
+            self._changed.wait_for(lambda: self.peak >= self.expected and self.together > 1, 1.0 if self.expected else 0.002)
         self._add(-size, -1)
 
     def _add(self, size: int, count: int) -> None:
-        with self._guard:
+        with self._changed:
             self.now += size
             self._under_way += count
             self.count += count > 0
             self.peak, self.together = max(self.peak, self.now), max(self.together, self._under_way)
+            self._changed.notify_all()
 
 
 def sparse(path: Path, size: int) -> Path:
@@ -61,6 +64,7 @@ def uploads(monkeypatch: pytest.MonkeyPatch) -> Uploads:
 def test_uploads_stay_within_their_bytes(tmp_path: Path, uploads: Uploads, sizes: list[int], workers: int) -> None:
     remote = open_object_store("gs://team/kdcache", {"GOOGLE_SKIP_SIGNATURE": "true"})
     files = [sparse(tmp_path / str(number), size) for number, size in enumerate(sizes)]
+    uploads.expected = IN_FLIGHT // 2
     for_each(enumerate(files), lambda item, _: remote.write(f"files/{item[0]}", item[1]), workers)
     assert uploads.count == len(sizes) and uploads.now == 0
     assert IN_FLIGHT // 2 <= uploads.peak <= IN_FLIGHT and uploads.together > 1
@@ -89,10 +93,8 @@ def test_what_waits_for_its_turn_is_small(tmp_path: Path, uploads: Uploads) -> N
 
 def test_a_large_one_is_not_passed_for_ever() -> None:
     budget, order = ByteBudget(10), list[str]()
-    waiting = threading.Event()
 
     def large() -> None:
-        waiting.set()
         with budget.hold(10):
             order.append("large")
 
@@ -103,13 +105,13 @@ def test_a_large_one_is_not_passed_for_ever() -> None:
     threads = [threading.Thread(target=large, daemon=True)]
     with budget.hold(5):
         threads[0].start()
-        waiting.wait()
-        time.sleep(0.02)  # it waits for the five
+        while not budget._turn.locked():
+            time.sleep(0.001)  # until it waits for the five
         threads += [threading.Thread(target=small, daemon=True) for _ in range(3)]
         for thread in threads[1:]:
             thread.start()
         time.sleep(0.02)
         assert order == []
     for thread in threads:
-        thread.join(5)
+        thread.join()
     assert order == ["large", "small", "small", "small"]

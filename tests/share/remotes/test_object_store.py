@@ -208,7 +208,7 @@ def _run(code: str, server: S3Server, *arguments: str) -> subprocess.CompletedPr
 
     done = subprocess.run(
         [sys.executable, "-c", code, server.url(), *arguments],
-        env=os.environ | server.environment(), capture_output=True, text=True, timeout=120,
+        env=os.environ | server.environment(), capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done
