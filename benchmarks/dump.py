@@ -140,8 +140,8 @@ class Contest:
     def write(self, folder: Path, name: str, batches: TextBatches, outputs: Any, hidden: Any) -> float:
         """The files of a part as the writer of a cache makes them, durable and with digests; seconds."""
         from kdcache.cache import layout, tables
-        from kdcache.cache.files import write_file
         from kdcache.cache.hidden import encode_layers
+        from kdcache.files import write_file
 
         began, spec, tokens = time.perf_counter(), self.teacher.spec, batches.tokens()
         files: dict[str, Any] = {

@@ -182,12 +182,12 @@ def part_bounds(rows: int) -> list[tuple[int, int]]:
 
 def write_kdcache(folder: Path, values: np.ndarray, offsets: np.ndarray) -> None:
     from kdcache.cache.blocks import Basis, HiddenBlock, Outputs
-    from kdcache.cache.files import use_disk
     from kdcache.cache.ids import id_array, id_list, text_id
     from kdcache.cache.spec import Fingerprints, LayerSpec, Settings, TargetSpec, TaskSpec, TeacherSpec
     from kdcache.cache.writer import open_writer
     from kdcache.data.encoding import TRUNCATION, encode, tokenizer_fingerprint, tokenizer_json
     from kdcache.distill.align_store import student_tokens
+    from kdcache.files import use_disk
     from kdcache.testing import tiny
     from kdcache.testing.faults import UnsyncedDisk
 

@@ -76,11 +76,11 @@ def measured(cache: Path, steps: int, repeats: int) -> dict[str, Any]:
 
 def write(path: Path, rows: int) -> None:
     """A cache of ``rows`` short texts that is valid in every byte."""
-    from kdcache.cache.files import use_disk
     from kdcache.cache.ids import id_array, text_id
     from kdcache.cache.spec import Settings, TaskSpec
     from kdcache.cache.writer import open_writer
     from kdcache.data.encoding import tokenizer_json
+    from kdcache.files import use_disk
     from kdcache.testing import tiny
     from kdcache.testing.faults import UnsyncedDisk
 

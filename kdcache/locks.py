@@ -13,8 +13,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from kdcache.cache.files import make_directory
 from kdcache.errors import StorageError
+from kdcache.files import make_directory
 
 _PAUSE = 0.02  # seconds between two attempts
 

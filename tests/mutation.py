@@ -1,6 +1,6 @@
 """Changes one line at a time and looks whether a test notices: ``make mutants``, or for some modules
 
-    python tests/mutation.py kdcache/cache/files.py kdcache/share/gc.py
+    python tests/mutation.py kdcache/files.py kdcache/share/gc.py
 
 ``tests/mutation.toml`` says which tests each module is held to. mutmut changes a copy of the checkout and runs, for each mutant, the
 tests that reach the changed function, in a child that is forked after the imports. Prints the score and the diff of each survivor;

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kdcache.cache.files import Disk, create_file, share_file, use_disk, write_file, write_stream
 from kdcache.cache.selection import Selection
 from kdcache.cache.spec import LayerSpec
+from kdcache.files import Disk, create_file, share_file, use_disk, write_file, write_stream
 from kdcache.progress import SilentProgress
 from kdcache.runs import RunDirectory, mark_finished, write_durably
 from kdcache.share.directory import DirectoryRemote

@@ -20,7 +20,7 @@ import numpy as np
 from kdcache.cache.canonical import canonical_json
 
 if TYPE_CHECKING:
-    from kdcache.cache.files import Buffer
+    from kdcache.files import Buffer
 
 CHUNK_BYTES = 1 << 20  # inner chunks are at most this, and at least half of it where an array needs more than one
 _CRC = 4

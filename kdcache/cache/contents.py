@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 from kdcache.cache import layout
 
 if TYPE_CHECKING:
-    from kdcache.cache.files import FileDigest
     from kdcache.cache.spec import LayerSpec, Scope, Settings, TaskSpec, TeacherSpec
+    from kdcache.files import FileDigest
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from kdcache.cache.selection import not_here, not_yet_here
 from kdcache.errors import DamageError, KdcacheError
 
 if TYPE_CHECKING:
-    from kdcache.cache.files import FileDigest
     from kdcache.cache.selection import LocalSelection, Selection
+    from kdcache.files import FileDigest
 
 Key = tuple[int, int, int, int, str]  # device, inode, size, time of change, sha256
 

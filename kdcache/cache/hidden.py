@@ -15,8 +15,8 @@ from kdcache.cache.checks import check_hidden
 if TYPE_CHECKING:
     from kdcache.cache.contents import Contents, PartInfo
     from kdcache.cache.digests import CheckedFiles
-    from kdcache.cache.files import Buffer
     from kdcache.cache.spec import LayerSpec, TeacherSpec
+    from kdcache.files import Buffer
 
 
 def encode_layers(

@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any
 from kdcache.cache import layout
 from kdcache.cache.canonical import NotCanonicalError, canonical_json, digest_of, parse_json
 from kdcache.cache.contents import Contents, PartInfo, SplitInfo
-from kdcache.cache.files import FileDigest, remove_file, write_file
 from kdcache.cache.schema import files_document, teacher_document, teacher_from_document
 from kdcache.errors import DamageError
+from kdcache.files import FileDigest, remove_file, write_file
 
 if TYPE_CHECKING:
     from kdcache.cache.spec import TeacherSpec

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from kdcache.cache import layout
 from kdcache.cache.canonical import NotCanonicalError, canonical_json, parse_json
-from kdcache.cache.files import make_directory, write_file
 from kdcache.errors import DamageError, LockedError
+from kdcache.files import make_directory, write_file
 from kdcache.locks import attempt
 
 

@@ -20,10 +20,10 @@ from kdcache.cache.arrays import array_metadata, group_metadata, shard_bytes
 from kdcache.cache.bounds import most_bytes
 from kdcache.cache.canonical import NotCanonicalError, digest_of, digest_of_ordered, parse_json, readable_json
 from kdcache.cache.codebook import coded_dim
-from kdcache.cache.files import digest_bytes
 from kdcache.cache.schema import FORMAT, VERSION, ManifestModel, contents_document, contents_of, files_document
 from kdcache.cache.spec import needs_tokens
 from kdcache.errors import DamageError, MismatchError
+from kdcache.files import digest_bytes
 
 if TYPE_CHECKING:
     from kdcache.cache.contents import Contents

@@ -15,20 +15,20 @@ from typing import TYPE_CHECKING, Any
 from kdcache.cache import layout
 from kdcache.cache.card import cache_card
 from kdcache.cache.digests import CheckedFiles
-from kdcache.cache.files import share_file
 from kdcache.cache.journal import Journal
 from kdcache.cache.manifest import read_manifest
 from kdcache.cache.spec import needs_tokens
 from kdcache.cache.writer import open_writer
 from kdcache.errors import MismatchError
+from kdcache.files import share_file
 from kdcache.progress import counted
 
 if TYPE_CHECKING:
     from kdcache.cache.contents import Contents, PartInfo
-    from kdcache.cache.files import FileDigest
     from kdcache.cache.manifest import Manifest
     from kdcache.cache.spec import TeacherSpec
     from kdcache.cache.writer import CacheWriter, PartTask
+    from kdcache.files import FileDigest
 
 
 def merge(target: Path, source: Path, base: Contents) -> Manifest:

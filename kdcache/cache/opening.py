@@ -8,13 +8,13 @@ from typing import Any
 
 from kdcache.cache import layout
 from kdcache.cache.contents import Contents
-from kdcache.cache.files import remove_temporaries
 from kdcache.cache.journal import Journal
 from kdcache.cache.manifest import Manifest, read_manifest
 from kdcache.cache.repair import drop_damaged
 from kdcache.cache.spec import Settings, TaskSpec
 from kdcache.cache.stale import check_task
 from kdcache.errors import DamageError, MismatchError
+from kdcache.files import remove_temporaries
 
 
 def refuse_links(root: Path) -> None:

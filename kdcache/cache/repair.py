@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 from kdcache.cache import layout
 from kdcache.cache.digests import CheckedFiles
-from kdcache.cache.files import write_file
 from kdcache.cache.hidden import known_files
 from kdcache.cache.selection import read_local
 from kdcache.errors import DamageError, MismatchError
+from kdcache.files import write_file
 
 if TYPE_CHECKING:
     from kdcache.cache.contents import Contents

@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from kdcache.cache.contents import Contents, PartInfo, SplitInfo
-from kdcache.cache.files import FileDigest
 from kdcache.cache.spec import Fingerprints, LayerSpec, Settings, TargetSpec, TaskSpec, TeacherSpec
+from kdcache.files import FileDigest
 
 FORMAT = "kdcache"
 VERSION = 1

@@ -23,8 +23,8 @@ import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
 from kdcache.cache.canonical import NotCanonicalError, parse_json, readable_json
-from kdcache.cache.files import remove_file, write_file
 from kdcache.errors import DamageError, MismatchError
+from kdcache.files import remove_file, write_file
 
 if TYPE_CHECKING:
     from kdcache.cache.contents import Contents

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 from kdcache.cache import layout, tables
 from kdcache.cache.contents import Contents, PartInfo
-from kdcache.cache.files import digest_bytes, write_file
 from kdcache.cache.ids import id_array, id_list, seeded_order, text_id
 from kdcache.errors import DamageError, MismatchError
+from kdcache.files import digest_bytes, write_file
 
 if TYPE_CHECKING:
     import numpy as np

@@ -26,7 +26,6 @@ from kdcache.cache.completion import complete_contents
 from kdcache.cache.contents import Contents, PartInfo, SplitInfo
 from kdcache.cache.digests import CheckedFiles
 from kdcache.cache.existing import existing_layers, has_any, refuse_case_twin, refuse_partial_layers
-from kdcache.cache.files import FileDigest, digest_bytes, write_file
 from kdcache.cache.hidden import encode_layers
 from kdcache.cache.locking import hold_lock
 from kdcache.cache.manifest import Manifest, make_manifest
@@ -38,6 +37,7 @@ from kdcache.cache.spec import needs_tokens
 from kdcache.cache.stale import check_teacher
 from kdcache.cache.texts import TextPlan, Texts
 from kdcache.errors import MismatchError
+from kdcache.files import FileDigest, digest_bytes, write_file
 
 if TYPE_CHECKING:
     import numpy as np

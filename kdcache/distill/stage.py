@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kdcache.cache.files import write_file
 from kdcache.cache.memory import keep_freed_blocks
 from kdcache.distill.evaluation import EncodedSplit, encode_split, split_scores
 from kdcache.distill.objective import PROJECTIONS
@@ -26,6 +25,7 @@ from kdcache.distill.sources import check_teachers, measure_speed
 from kdcache.distill.student_files import save_student, student_record
 from kdcache.distill.trainee import DistillTrainee
 from kdcache.distill.training import NEWER_KEYS, Training, prepare
+from kdcache.files import write_file
 from kdcache.report.cards import model_card
 from kdcache.runs import RunDirectory
 from kdcache.training.best_epoch import BestEpoch

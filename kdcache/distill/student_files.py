@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from kdcache.cache.files import make_directory
 from kdcache.data.encoding import encode, load_tokenizer, pad
 from kdcache.distill.student import Student, StudentModel, without_pooler
 from kdcache.errors import DamageError, ModelError, RecipeError
+from kdcache.files import make_directory
 from kdcache.teachers.teacher import be_quiet
 from kdcache.training.durable import publish_directory, sync_tree
 

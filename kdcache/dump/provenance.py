@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdcache import __version__
-from kdcache.cache.files import remove_file, write_file
 from kdcache.cache.layout import MANIFEST, STATE
 from kdcache.cache.manifest import read_manifest
 from kdcache.errors import KdcacheError
+from kdcache.files import remove_file, write_file
 
 if TYPE_CHECKING:
     from kdcache.dump.run import TeacherRun

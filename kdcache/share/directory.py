@@ -1,7 +1,7 @@
 """A directory as a remote: a shared disk, or a folder of this machine.
 
 Objects are files under their keys. Each is written under a temporary name, fsynced, and renamed (for ``create``: linked, which
-fails where the name is taken, in one step of the file system), then its directory is fsynced: all through ``kdcache.cache.files``, so
+fails where the name is taken, in one step of the file system), then its directory is fsynced: all through ``kdcache.files``, so
 that faults can be put in. Names with a leading dot are files under way and no objects. The clock is that of the file system: the
 modification time of a probe file.
 
@@ -19,9 +19,9 @@ from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
-from kdcache.cache import files
-from kdcache.cache.files import TEMPORARY, create_file, remove_file, write_file, write_stream
+from kdcache import files
 from kdcache.errors import DamageError, MissingObjectError, RemoteAccessError, RemoteError, StorageError
+from kdcache.files import TEMPORARY, create_file, remove_file, write_file, write_stream
 from kdcache.share.keys import check_key, check_prefix, is_key
 from kdcache.share.remote import Entry
 

@@ -23,12 +23,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kdcache.cache import files as cache_files
+from kdcache import files as cache_files
 from kdcache.cache import layout
-from kdcache.cache.files import FileDigest, make_directory, remove_file, write_file
 from kdcache.cache.manifest import read_manifest
 from kdcache.cache.selection import Selection, read_local, union, write_selection
 from kdcache.errors import DamageError, KdcacheError, RecipeError, StorageError
+from kdcache.files import FileDigest, make_directory, remove_file, write_file
 from kdcache.locks import attempt, hold
 from kdcache.progress import format_bytes
 from kdcache.runs import home

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 
 from kdcache.cache import layout as cache_layout
 from kdcache.cache.digests import CheckedFiles
-from kdcache.cache.files import FileDigest
 from kdcache.cache.manifest import read_manifest
 from kdcache.cache.selection import local_selection
 from kdcache.errors import MismatchError, RemoteAccessError, RemoteError
+from kdcache.files import FileDigest
 from kdcache.progress import SilentProgress
 from kdcache.share import layout, refs
 from kdcache.share.intents import Lease, Pace, hold, wait_until_none

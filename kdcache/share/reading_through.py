@@ -27,8 +27,8 @@ from kdcache.share.transfer import fetch_file
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from kdcache.cache.files import FileDigest
     from kdcache.cache.manifest import Manifest
+    from kdcache.files import FileDigest
     from kdcache.progress import Progress
     from kdcache.share.local_store import LocalStore
     from kdcache.share.refs import Ref

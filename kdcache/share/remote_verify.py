@@ -21,7 +21,7 @@ from kdcache.share.pull import fetch_manifest
 from kdcache.share.transfer import check_object
 
 if TYPE_CHECKING:
-    from kdcache.cache.files import FileDigest
+    from kdcache.files import FileDigest
     from kdcache.progress import Progress
     from kdcache.share.refs import Ref
     from kdcache.share.remote import Remote

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kdcache.cache.files import FileDigest, write_stream
 from kdcache.errors import DamageError, MissingObjectError, RemoteAccessError, RemoteError
+from kdcache.files import FileDigest, write_stream
 from kdcache.share import layout
 
 if TYPE_CHECKING:

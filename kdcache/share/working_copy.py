@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kdcache.cache import layout
-from kdcache.cache.files import make_directory, write_file
 from kdcache.cache.selection import Selection, write_selection
 from kdcache.errors import LockedError
+from kdcache.files import make_directory, write_file
 from kdcache.locks import attempt
 from kdcache.share.reading_through import read_through
 

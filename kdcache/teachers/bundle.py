@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kdcache.cache.files import make_directory, write_file
 from kdcache.cache.spec import Fingerprints
 from kdcache.data.encoding import load_tokenizer
 from kdcache.errors import DamageError, KdcacheError, MismatchError, ModelError
+from kdcache.files import make_directory, write_file
 from kdcache.teachers.fingerprints import fingerprint_teacher, tokenizer_as_used
 from kdcache.teachers.head import Pooling, SharedHead
 from kdcache.teachers.sources import TOKEN_TYPES

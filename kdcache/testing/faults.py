@@ -4,7 +4,7 @@
     python -m kdcache.testing.faults --die-at 17 -- dump-teachers recipe.toml
     python -m kdcache.testing.faults --fail-at 17 -- dump-teachers recipe.toml
 
-A step is one system call of ``kdcache.cache.files`` that matters to durability: write, fsync, rename, fsync of a directory,
+A step is one system call of ``kdcache.files`` that matters to durability: write, fsync, rename, fsync of a directory,
 making a directory, removing a file. Dying at a write leaves half of the data, as a power cut may. In a process of its own a
 death is ``os._exit``: nothing is cleaned up. Inside a test it is ``Died``, which no ``except Exception`` catches, and after
 which every further step dies too.
@@ -21,9 +21,10 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from kdcache.cache import files, layout
+from kdcache import files
+from kdcache.cache import layout
 from kdcache.cache.canonical import digest_of, parse_json, readable_json
-from kdcache.cache.files import Buffer, Disk
+from kdcache.files import Buffer, Disk
 
 EXIT_CODE = 137  # of a process that died here, as after SIGKILL
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from kdcache.cache import files
+from kdcache import files
 from kdcache.training import checkpoints
 
 

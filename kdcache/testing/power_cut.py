@@ -4,7 +4,7 @@
         dump(directory / "cache", plan)
     assert watch.wrong == [] and watch.lost() == []
 
-It sits below ``kdcache.cache.files.Disk``, so that a ``Disk`` that forgets a step is seen too. The model is that of POSIX: the bytes of
+It sits below ``kdcache.files.Disk``, so that a ``Disk`` that forgets a step is seen too. The model is that of POSIX: the bytes of
 a file are safe once it was fsynced after its last change; a name is safe once its directory was fsynced after it was given.
 """
 

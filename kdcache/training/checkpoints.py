@@ -19,8 +19,8 @@ from typing import Any, cast
 
 import torch
 
-from kdcache.cache.files import make_directory
 from kdcache.errors import DamageError, MismatchError
+from kdcache.files import make_directory
 from kdcache.training.durable import DurableFile, publish_directory, remove_directory, write_durably
 
 RECORD = "checkpoint.json"

@@ -1,7 +1,7 @@
 """Large files and whole directories that are on the disk when the call returns: written, synced, renamed, the parent synced.
 
 Checkpoints and models are too large to hold in memory a second time, so they are streamed here rather than passed as bytes.
-Every step goes through the ``disk`` of ``kdcache.cache.files``, where fault injection dies or fails at the n-th step.
+Every step goes through the ``disk`` of ``kdcache.files``, where fault injection dies or fails at the n-th step.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 
-from kdcache.cache import files
+from kdcache import files
 from kdcache.errors import LockedError, StorageError
 from kdcache.locks import attempt
 

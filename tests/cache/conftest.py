@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from kdcache.cache.files import use_disk
+from kdcache.files import use_disk
 from kdcache.testing.caches import Plan, dump, made_plan
 from kdcache.testing.faults import UnsyncedDisk
 

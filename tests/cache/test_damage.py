@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from kdcache.cache.files import write_file
 from kdcache.cache.reader import open_cache
 from kdcache.cache.verify import verify
 from kdcache.errors import DamageError
+from kdcache.files import write_file
 from kdcache.testing.caches import Plan, dump, read_everything
 from kdcache.testing.faults import delete, edit_manifest, empty, flip_bit, swap, truncate
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kdcache.cache import files
+from kdcache import files
 from kdcache.cache.locking import hold_lock
 from kdcache.cache.reader import open_cache
 from kdcache.errors import LockedError

@@ -15,9 +15,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kdcache.cache import files
-from kdcache.cache.files import Disk
+from kdcache import files
 from kdcache.distill.trainee import DistillTrainee
+from kdcache.files import Disk
 from kdcache.progress import SilentProgress
 from kdcache.testing.faults import Died, FaultyDisk, UnsyncedDisk
 from kdcache.training.best_epoch import BestEpoch

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from kdcache.cache import files
+from kdcache import files
 from kdcache.cache.verify import verify
 from kdcache.dump import run, stage
 from kdcache.dump.specs import prepare_teachers

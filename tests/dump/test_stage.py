@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from kdcache.cache.files import use_disk
 from kdcache.cache.reader import open_cache
 from kdcache.data.encoding import encode, pad
 from kdcache.dump import run
 from kdcache.dump.quantise import dequantise
 from kdcache.errors import MismatchError, ModelError
+from kdcache.files import use_disk
 from kdcache.teachers.bundle import load_teacher, read_bundle
 from kdcache.teachers.teacher import Teacher
 from kdcache.testing.faults import Died, counting_disk, dying_disk

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from kdcache.cache.files import use_disk
+from kdcache.files import use_disk
 from kdcache.testing.caches import dump, made_plan
 from kdcache.testing.faults import UnsyncedDisk
 from kdcache.testing.memory_remote import MemoryRemote

@@ -69,7 +69,7 @@ def test_push_pull_and_gc_on_a_store_that_fails(caches: dict[str, Path], tmp_pat
 def test_bodies_that_break_off_are_continued_and_not_begun_again(tmp_path: Path) -> None:
     import hashlib
 
-    from kdcache.cache.files import FileDigest
+    from kdcache.files import FileDigest
     from kdcache.share.layout import file_key
 
     data = bytes(range(256)) * 4096
@@ -85,7 +85,7 @@ def test_bodies_that_break_off_are_continued_and_not_begun_again(tmp_path: Path)
 
 
 def test_an_object_that_is_too_short_or_too_long_is_damage_and_not_a_broken_connection(tmp_path: Path) -> None:
-    from kdcache.cache.files import digest_bytes
+    from kdcache.files import digest_bytes
     from kdcache.share.layout import file_key
 
     digest = digest_bytes(b"x" * 1000)

@@ -21,11 +21,11 @@ from typing import Any
 
 import pytest
 
-from kdcache.cache.files import use_disk
 from kdcache.cache.manifest import read_manifest
 from kdcache.cache.selection import Selection
 from kdcache.cache.verify import unreferenced, verify
 from kdcache.errors import RemoteAccessError
+from kdcache.files import use_disk
 from kdcache.share import layout
 from kdcache.share.directory import DirectoryRemote
 from kdcache.share.opening import open_remote
@@ -251,7 +251,7 @@ def test_eight_processes_push_versions_of_one_name(place: Place, tmp_path: Path)
 
 
 def _sha256(cache: Path) -> str:
-    from kdcache.cache.files import digest_bytes
+    from kdcache.files import digest_bytes
 
     return digest_bytes((cache / "manifest.json").read_bytes()).sha256
 

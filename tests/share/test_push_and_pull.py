@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from kdcache.cache.files import use_disk
 from kdcache.cache.manifest import read_manifest
 from kdcache.cache.reader import open_cache
 from kdcache.cache.selection import Selection, read_selection
 from kdcache.cache.verify import unreferenced, verify
 from kdcache.errors import DamageError, KdcacheError, LockedError, MismatchError
+from kdcache.files import use_disk
 from kdcache.share import layout
 from kdcache.share.intents import hold
 from kdcache.share.presence import missing_of

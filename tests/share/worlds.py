@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from kdcache.cache.files import digest_bytes
 from kdcache.cache.manifest import parse_manifest
 from kdcache.errors import MissingObjectError
+from kdcache.files import digest_bytes
 from kdcache.share import layout
 from kdcache.share.intents import Pace
 from kdcache.share.refs import all_histories, live

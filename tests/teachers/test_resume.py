@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kdcache.cache import files
+from kdcache import files
 from kdcache.errors import DamageError, LockedError, MismatchError, StorageError
 from kdcache.progress import SilentProgress
 from kdcache.recipe import Recipe, dump_toml

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from kdcache.cache import files
+from kdcache import files
 from kdcache.errors import DamageError, MismatchError, StorageError
 from kdcache.testing.faults import counting_disk, failing_disk
 from kdcache.training import checkpoints

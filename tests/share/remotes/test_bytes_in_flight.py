@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from kdcache.cache.files import FileDigest
+from kdcache.files import FileDigest
 from kdcache.share.budget import ByteBudget
 from kdcache.share.object_store import IN_FLIGHT, MOST_PARTS, PART, open_object_store
 from kdcache.share.parallel import for_each

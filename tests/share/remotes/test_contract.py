@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kdcache.cache.files import use_disk
+from kdcache.files import use_disk
 from kdcache.share.directory import DirectoryRemote
 from kdcache.share.remote import Remote
 from kdcache.testing.faults import UnsyncedDisk
