@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kdcache.data.encoding import encode
+from kdcache.data.encoding import encode, padding_id
 from kdcache.errors import DataError
 from kdcache.teachers.sources import TOKEN_TYPES
 from kdcache.teachers.trainee import JointTrainee, Labels, TeacherTexts
@@ -108,9 +108,7 @@ def train(
 
 def _encoded(source: Source, train_rows: LabelledRows, validation: LabelledRows | None) -> TeacherTexts:
     held_out = None if validation is None else encode(source.tokenizer, validation.texts, source.max_length)
-    pad_token_id = source.tokenizer.pad_token_id
-    assert isinstance(pad_token_id, int)  # checked when the source was opened
-    return TeacherTexts(encode(source.tokenizer, train_rows.texts, source.max_length), held_out, pad_token_id)
+    return TeacherTexts(encode(source.tokenizer, train_rows.texts, source.max_length), held_out, padding_id(source.tokenizer))
 
 
 def _checkpoint_activations(network: PreTrainedModel) -> None:

@@ -1,4 +1,4 @@
-"""A teacher: an encoder that AutoModel knows, an adapter where its width differs, and a head, shared or its own.
+"""A teacher: an encoder or decoder that AutoModel knows, an adapter where its width differs, and a head, shared or its own.
 
 Encoders are used without their pooler: the shared head pools itself, and a pooler that the checkpoint lacks would come with
 fresh random weights. Any other weight that the checkpoint lacks is an error for the same reason.
@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from kdcache.errors import ModelError
+from kdcache.teachers.network import accepted_inputs as accepted_inputs
+from kdcache.teachers.network import at_last_token, head_reads_the_end, run_network
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -23,13 +25,14 @@ if TYPE_CHECKING:
     from kdcache.teachers.head import SharedHead
 
 HeadKind = Literal["shared", "own"]
+_UNFIT = {"funnel": "its blocks shorten the text, so that hidden states and tokens do not correspond"}
 
 
 @dataclass(frozen=True)
 class TeacherForward:
-    """``logits`` [batch, classes] in the task's class order; ``pooled`` [batch, width]: the shared head's, or the first
-    token's last state where the head is the teacher's own; ``hidden_states`` as in transformers: index 0 embeddings, k after block k,
-    each [batch, tokens, width].
+    """``logits`` [batch, classes] in the task's class order; ``pooled`` [batch, width]: the shared head's, or where the head is
+    the teacher's own the last state of the token that it reads: the first one, of decoders and XLNet the last one;
+    ``hidden_states`` as in transformers: index 0 embeddings, k after block k, each [batch, tokens, width].
     """
 
     logits: Tensor
@@ -55,22 +58,22 @@ class TeacherModel(nn.Module):
         self.head = head
         order = None if class_order is None else torch.tensor(list(class_order))
         self.register_buffer("class_order", order, persistent=False)
-        self._takes = accepted_inputs(encoder)
 
     def forward(self, inputs: Mapping[str, Tensor], *, hidden_states: bool = False) -> TeacherForward:
-        """``inputs`` as the tokenizer gives them, each [batch, tokens]; names that the encoder does not take are left out."""
-        taken = {name: tensor for name, tensor in inputs.items() if name in self._takes}
-        if self.head is None:
-            return self._own(taken, hidden_states)
-        output = self.encoder(**taken, output_hidden_states=hidden_states)
-        last = output.last_hidden_state
-        logits, pooled = self.head(last if self.adapter is None else self.adapter(last), inputs["attention_mask"])
-        return TeacherForward(logits, pooled, output.hidden_states if hidden_states else None)
+        """``inputs`` as ``kdcache.data.encoding.pad`` gives them, each [batch, tokens], padded on the right, as the states are.
 
-    def _own(self, inputs: dict[str, Tensor], hidden_states: bool) -> TeacherForward:
-        output = self.encoder(**inputs, output_hidden_states=True)
-        logits = output.logits if self.class_order is None else output.logits[:, self.class_order]
-        return TeacherForward(logits, output.hidden_states[-1][:, 0], output.hidden_states if hidden_states else None)
+        Names that the encoder does not take are left out.
+        """
+        mask = inputs["attention_mask"]
+        output = run_network(self.encoder, inputs, hidden_states=hidden_states or self.head is None)
+        states, last = output.hidden_states if hidden_states else None, output.last
+        assert last is not None
+        if self.head is not None:
+            logits, pooled = self.head(last if self.adapter is None else self.adapter(last), mask)
+            return TeacherForward(logits, pooled, states)
+        assert output.logits is not None
+        pooled = at_last_token(last, mask) if head_reads_the_end(self.encoder) else last[:, 0]
+        return TeacherForward(output.logits if self.class_order is None else output.logits[:, self.class_order], pooled, states)
 
 
 @dataclass
@@ -88,26 +91,24 @@ class Teacher:
     label_names: tuple[str, ...]
 
 
-def accepted_inputs(model: nn.Module) -> frozenset[str]:
-    """Names of the tensors that the model's forward takes."""
-    known = {"input_ids", "attention_mask", "token_type_ids"}
-    return frozenset(known & set(inspect.signature(model.forward).parameters))
-
-
 def load_encoder(model: str, revision: str | None = None) -> PreTrainedModel:
     """The bare encoder in float32, without pooler. ModelError where it cannot be loaded or lacks weights."""
-    from transformers import MODEL_MAPPING, AutoConfig
+    from transformers import MODEL_FOR_TEXT_ENCODING_MAPPING, MODEL_MAPPING, AutoConfig
 
     be_quiet()
     with _explained(model):
         config = AutoConfig.from_pretrained(model, revision=revision)
-    if getattr(config, "is_encoder_decoder", False):
-        raise ModelError(
-            f"'{model}' is an encoder-decoder ({config.model_type}); teachers are encoders", "Choose an encoder, e.g. BERT."
-        )
+    _check_type(model, config)
+    seq2seq = getattr(config, "is_encoder_decoder", False)
     try:
-        model_class: Any = MODEL_MAPPING[type(config)]
+        model_class: Any = (MODEL_FOR_TEXT_ENCODING_MAPPING if seq2seq else MODEL_MAPPING)[type(config)]
     except KeyError as error:
+        if seq2seq:
+            raise ModelError(
+                f"'{model}' is an encoder-decoder ({config.model_type}) whose encoder transformers does not offer alone; "
+                "a teacher is an encoder or a decoder",
+                "Choose an encoder, e.g. BERT, a decoder, e.g. Qwen, or a T5.",
+            ) from error
         raise ModelError(
             f"'{model}' ({config.model_type}) is not a model that AutoModel knows", "Choose an encoder, e.g. BERT."
         ) from error
@@ -122,7 +123,33 @@ def load_classifier(model: str, revision: str | None = None) -> PreTrainedModel:
     be_quiet()
     with _explained(model):
         config = AutoConfig.from_pretrained(model, revision=revision)
+    _check_type(model, config)
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"'{model}' is an encoder-decoder ({config.model_type}): its classifier has no single stack of hidden states to learn from",
+            'Choose a classifier on an encoder or a decoder; the encoder of a T5 takes head = "shared".',
+        )
+    _check_one_class_per_text(model, config)
     return _load(AutoModelForSequenceClassification, model, revision, config, {})
+
+
+def _check_type(model: str, config: Any) -> None:
+    if config.model_type in _UNFIT:
+        raise ModelError(
+            f"'{model}' is a model of type '{config.model_type}': {_UNFIT[config.model_type]}",
+            "Choose another model, e.g. BERT, RoBERTa, DeBERTa, ModernBERT or Qwen.",
+        )
+
+
+def _check_one_class_per_text(model: str, config: Any) -> None:
+    """ModelError for classifiers whose outputs no softmax turns into probabilities: several labels per text, or a number."""
+    problem, labels = getattr(config, "problem_type", None), len(config.id2label or {})
+    if problem not in (None, "single_label_classification") or labels == 1:
+        kind = f"problem_type is '{problem}'" if problem is not None else "it has one output"
+        raise ModelError(
+            f"'{model}' does not choose one class per text ({kind} in its config.json): its outputs are no logits of a softmax",
+            'A teacher with head = "own" must be a single-label classifier; its encoder alone takes head = "shared".',
+        )
 
 
 def _load(loader: Any, model: str, revision: str | None, config: Any, options: dict[str, Any]) -> PreTrainedModel:

@@ -11,6 +11,7 @@ import copy
 import hashlib
 import json
 import logging
+import re
 import shutil
 import tempfile
 import warnings
@@ -23,14 +24,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from kdcache.data.encoding import encode, pad, padding_id
 from kdcache.errors import ModelError
 from kdcache.training.durable import publish_directory, sync_tree
 
 if TYPE_CHECKING:
     from kdcache.teachers.teacher import Teacher, TeacherModel
 
-EXPORTER_VERSION = 1  # raised whenever the graph that is made of one and the same teacher changes
+EXPORTER_VERSION = 2  # raised whenever the graph that is made of one and the same teacher changes
 
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _EXPORT_TEXTS = ("a plain sentence of ten or so words, with a comma", "a short one")
 _PARITY_TEXTS = ("yes", "café, naïve: 3.14 — and now a longer sentence than any that the exporter saw " * 2, "no more than this")
 
@@ -86,8 +89,8 @@ def output_names(teacher: Teacher, *, pooled: bool) -> list[str]:
 
 
 def _encode(teacher: Teacher, texts: Sequence[str]) -> dict[str, Tensor]:
-    encoded = teacher.tokenizer(list(texts), padding=True, truncation=True, max_length=teacher.max_length, return_tensors="pt")
-    return {str(name): tensor for name, tensor in encoded.items()}
+    encoded = encode(teacher.tokenizer, [(text,) for text in texts], teacher.max_length)
+    return pad(encoded, range(len(texts)), padding_id(teacher.tokenizer))
 
 
 def _export(teacher: Teacher, precision: str, target: Path) -> None:
@@ -113,7 +116,7 @@ def _export(teacher: Teacher, precision: str, target: Path) -> None:
                 raise RuntimeError("the exporter gave no program")
             program.save(str(target))
     except Exception as error:  # the exporter raises what its many passes raise
-        reason = str(error).strip().splitlines()
+        reason = _COLOUR.sub("", str(error)).strip().splitlines()
         raise ModelError(
             f"teacher '{teacher.name}' cannot be exported to ONNX: {type(error).__name__}: {reason[0] if reason else 'no reason given'}",
             'Run this teacher with dump.backend = "torch".',
