@@ -45,7 +45,7 @@ def distill(
     Example: kdcache distill sst2.toml --cache runs/sst2/cache --set distill.seed=1 --set name="sst2-seed1"
     """
     from kdcache.report.page import read_results
-    from kdcache.report.table import result_rows, table
+    from kdcache.report.table import data_notes, remarks, result_rows, table
 
     job = open_job(recipe, settings, output_dir, cache=None if cache is None else find_cache(cache, remote))
     job.recipe.require_student()
@@ -56,5 +56,7 @@ def distill(
     results = read_results(job.run)
     out.document(results)
     out.table(*table(result_rows(results)))
+    for line in (*remarks(results), *data_notes(results)):
+        out.text(line)
     out.note(f"student: {job.run.student}")
     out.hint(f"Score it elsewhere with: kdcache evaluate {job.run.student} --data FILE")
