@@ -9,6 +9,7 @@ from typing import Any
 
 from kdcache.cache.spec import Fingerprints, LayerSpec, Settings, TaskSpec, TeacherSpec
 from kdcache.errors import MismatchError
+from kdcache.progress import listed
 
 _HINT = "Ask for what the cache was made with, or dump into a new directory."
 _TEACHER_HINT = "Ask for what the cache was made with, give the teacher another name, or dump into a new directory."
@@ -51,7 +52,7 @@ def _mismatch(root: Path, teacher: str, name: str, before: Any, now: Any) -> Mis
 
 
 def _show(value: Any) -> str:
-    return repr(list(value)) if isinstance(value, tuple) else repr(value)
+    return f"[{listed(map(repr, value))}]" if isinstance(value, tuple) else repr(value)
 
 
 def _text(stored: bool) -> str:

@@ -162,7 +162,7 @@ def _refuse_mixed(rows: Rows, row: int, column: str, label: str, names: Sequence
     raise DataError(
         f"{_cell(rows, row, column)}: the label is '{label}', and {where} has {listed(names, quoted=True)}: "
         "which name belongs to which number is not known",
-        "Correct the row, or name the classes in data.labels, in the order of the numbers: the first is class 0.",
+        "Correct the row, or name the classes in data.labels, in the order of the numbers (for kdcache evaluate: --labels, once per class).",
     )
 
 

@@ -119,11 +119,12 @@ def read_examples(
     split: str = "test",
     *,
     labels_declared: bool = True,
+    numbered_as: Sequence[str] | None = None,
 ) -> LabelledTexts:
     """The rows of one file or hub data set, in order; labels all -1 where ``label`` is None. Rows without text are left out.
 
     ``label_names`` gives the class order and what is known; sorted as found where None. Integers are class numbers of it only
-    where it was declared (``labels_declared``) and not sorted. Raises DataError as ``load_task`` does, also for rows without a
+    where it was declared (``labels_declared``) and not sorted, or of ``numbered_as`` where given. Raises DataError as ``load_task`` does, also for rows without a
     label where a label column is named: they could not be scored.
     """
     rows, texts, empty = rows_with_text(read_rows(source, split), text)
@@ -132,6 +133,9 @@ def read_examples(
     names = tuple(label_names or ())
     if label is not None:
         cells = label_cells(rows, label, names or rows.class_names.get(label, ()))
+        if numbered_as is not None:
+            by_number = {str(number): name for number, name in enumerate(numbered_as)}
+            cells = [cell if cell is None or cell in names else by_number.get(cell, cell) for cell in cells]
         of_model = ClassOrder(names, "training" if labels_declared else "", "the training data of the model")
         order = of_model if names else class_order(rows, cells, label)
         labels, names = label_numbers(rows, cells, order, label, scored=True), order.names
@@ -149,7 +153,7 @@ def _read_split(section: DataSection, source: str, split: str, known: Sequence[s
 
 def _class_order(section: DataSection, train: _Split) -> ClassOrder:
     order = class_order(train.rows, train.labels, section.label, section.labels)
-    if not order.names or all(label is None for label in train.labels):
+    if all(label is None for label in train.labels):
         raise DataError(
             f"{train.rows.source} has no label in its column '{section.label}'; training needs labelled rows",
             "Texts without labels belong in data.transfer.",

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from kdcache.data.encoding import EncodedTexts, encode, pad, token_budget_batches
+from kdcache.data.labels import label_difference
 from kdcache.data.task import read_examples
 from kdcache.distill.student import Student, StudentModel
 from kdcache.distill.student_files import load_student, read_record
@@ -70,12 +71,23 @@ def evaluate_model(
     label: str | None = None,
     max_length: int | None = None,
     batch: int = 32,
+    labels: Sequence[str] | None = None,
 ) -> dict[str, float]:
-    """Scores of a saved model on a file (or hub data set), and ``rows``: how many were scored.
+    """Scores of a saved model on a file (or hub data set).
 
     A student of kdcache knows its text and label columns, label names and max_length; arguments override. A sequence
-    classifier from elsewhere has no record, so the columns must be named. Both heads load. Raises RecipeError where columns
-    are not known, DataError for the file, ModelError and DamageError for the model.
+    classifier from elsewhere has no record, so the columns must be named. Both heads load.
+
+    Args:
+        labels: class names by the numbers that the file has for labels, where it has numbers and the model's order is another.
+
+    Returns:
+        The scores, and in rows: ``rows`` that were scored, ``left_out`` because they have no text, ``truncated`` to max_length.
+
+    Raises:
+        RecipeError: where columns are not known, or ``labels`` are not the model's.
+        DataError: for the file.
+        ModelError, DamageError: for the model.
     """
     directory = Path(model_dir)
     record = read_record(directory)
@@ -87,9 +99,14 @@ def evaluate_model(
             "Name them: --text COLUMN (twice for pairs) and --label COLUMN.",
         )
     student = load_student(directory)
-    rows = read_examples(source, list(text), label, student.label_names)
+    if labels is not None and sorted(labels) != sorted(student.label_names):
+        ours, theirs = label_difference(tuple(labels), student.label_names)
+        raise RecipeError(f"--labels are {ours}; model '{directory}' knows {theirs}", "Name each of its classes once.")
+    declared = record is None or record.labels_declared is not False
+    rows = read_examples(source, list(text), label, student.label_names, labels_declared=declared, numbered_as=labels)
     if max_length is not None:
         student = Student(student.model, student.tokenizer, student.label_names, max_length, student.source)
     student.model.to("cuda" if torch.cuda.is_available() else "cpu")
     split = encode_split(student, rows.texts, rows.labels)
-    return {**split_scores(student.model, split, batch), "rows": len(rows.labels)}
+    counts = {"rows": len(rows.labels), "left_out": rows.empty, "truncated": split.encoded.truncated_count}
+    return {**split_scores(student.model, split, batch), **counts}

@@ -123,6 +123,7 @@ def _data(training: Training) -> dict[str, Any]:
         "max_length": training.student.max_length,
         "rows": {name: len(split.labels) for name, split in data.splits.items()},
         "labelled_rows": {name: int((split.labels >= 0).sum()) for name, split in data.splits.items()},
+        "empty_rows": dict(data.empty_rows),
         "data_from": data.origin,
     }
 

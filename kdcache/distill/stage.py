@@ -113,6 +113,7 @@ def _save(training: Training, results: dict[str, Any], run: RunDirectory) -> Non
         method=training.settings.method.name,
         text_columns=training.data.text_columns,
         label_column=recipe.data.label,
+        labels_declared=training.data.labels_declared,
     )
     save_student(run.student, training.student, record, model_card(results))
     write_file(run.results, (json.dumps(results, indent=2, ensure_ascii=False) + "\n").encode())

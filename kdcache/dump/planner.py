@@ -106,6 +106,8 @@ def plan_storage(
     measure on. Raises what the dump would raise before it runs, and DataError where there are too few texts to measure on.
     """
     task = load_task(recipe.data)
+    for line in task.counts.notes():
+        progress.note(line)
     bundle = read_bundle(teachers_dir)
     check_task(task, bundle, teachers_dir)
     teachers = prepare_teachers(recipe, bundle, teachers_dir, len(task.label_names))

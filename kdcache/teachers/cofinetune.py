@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kdcache.data.labels import label_difference, mismatch_cure
 from kdcache.data.task import TaskData, load_task
 from kdcache.errors import MismatchError, RecipeError
 from kdcache.teachers import joint
@@ -76,7 +77,7 @@ def cofinetune(
     with hold_lock(work_dir, "teachers"):
         existing = read_bundle(teachers_dir) if is_bundle(teachers_dir) else None
         added = existing.training.get("added", {}) if existing else {}
-        task = load_task(recipe.data)
+        task = _load(recipe, progress)
         sources = _open(recipe, task, [section for section in recipe.teachers if section.name not in added])
         log = MetricsLog(metrics or work_dir / "metrics.jsonl", "cofinetune")
         job = _Job(recipe, task, sources, teachers_dir, work_dir / "joint", log, progress)
@@ -103,7 +104,7 @@ def add_teacher(
     section = recipe.teacher(name)
     with hold_lock(work_dir, "teachers"):
         bundle = read_bundle(teachers_dir)
-        task = load_task(recipe.data)
+        task = _load(recipe, progress)
         _check_same_task(teachers_dir, bundle, task)
         sources = _open(recipe, task, [section])
         head = load_shared_head(teachers_dir, bundle) if section.head == "shared" else None
@@ -122,6 +123,13 @@ def add_teacher(
         best = _train(job, models, identity)
         bundle = replace(bundle, training={**bundle.training, "added": {**added, name: identity}})
         return _register(job, bundle, None, models, best)
+
+
+def _load(recipe: Recipe, progress: Progress) -> TaskData:
+    task = load_task(recipe.data)
+    for line in task.counts.notes():
+        progress.note(line)
+    return task
 
 
 def _open(recipe: Recipe, task: TaskData, sections: Sequence[TeacherSection]) -> dict[str, Source]:
@@ -196,7 +204,9 @@ def _check_same_task(teachers_dir: Path, bundle: Bundle, task: TaskData) -> None
         ("text columns", bundle.text_columns, task.text_columns),
     ):
         if then != now:
+            of_data, of_teachers = label_difference(now, then)
+            cure = "Use the recipe that these teachers were made with, or another --output-dir."
             raise MismatchError(
-                f"the teachers in '{teachers_dir}' have the {what} {', '.join(then)}; the recipe's data has {', '.join(now)}",
-                "Use the recipe that these teachers were made with, or another --output-dir.",
+                f"the teachers in '{teachers_dir}' have the {what} {of_teachers}; the recipe's data has {of_data}",
+                mismatch_cure(now, then, cure) if what == "labels" else cure,
             )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from kdcache.data.encoding import load_tokenizer, tokenizer_fingerprint
 from kdcache.errors import ModelError
+from kdcache.progress import listed
 from kdcache.teachers.fingerprints import fingerprint_config, fingerprint_tensors
 from kdcache.teachers.head import SharedHead, new_adapter
 from kdcache.teachers.teacher import (
@@ -67,7 +68,7 @@ def open_source(section: TeacherSection, default_max_length: int, label_names: S
     if not own:
         return Source(section, network, tokenizer, max_length)
     order, generic = class_order_of(section.name, network.config.id2label or {}, label_names)
-    note = f"teacher '{section.name}' names its labels LABEL_0 …: taken in the order {', '.join(label_names)}" if generic else ""
+    note = f"teacher '{section.name}' names its labels LABEL_0 …: taken in the order {listed(label_names)}" if generic else ""
     return Source(section, network, tokenizer, max_length, order, note)
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from kdcache.data.labels import label_difference
 from kdcache.errors import ModelError
 
 if TYPE_CHECKING:
@@ -207,8 +208,9 @@ def class_order_of(name: str, id2label: Mapping[Any, str], label_names: Sequence
     places = {label.casefold(): index for index, label in own.items()}
     wanted = [label.casefold() for label in label_names]
     if len(places) != len(own) or len(set(wanted)) != len(wanted) or set(places) != set(wanted):
+        theirs, of_task = label_difference(tuple(own[index] for index in sorted(own)), tuple(label_names))
         raise ModelError(
-            f"teacher '{name}' predicts {', '.join(own[index] for index in sorted(own))}; the task's labels are {', '.join(label_names)}",
+            f"teacher '{name}' predicts {theirs}; the task's labels are {of_task}",
             "Set data.labels to the task's labels in class order, or correct id2label in the model's config.json.",
         )
     return tuple(places[label] for label in wanted), False
