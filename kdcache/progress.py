@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TextIO
 
 PLAIN_SECONDS = 10.0  # between two lines where stderr is no terminal
 _LONGEST_NAME = 80  # characters of a name in a message
+_WHOLE = 10  # names that two lists are compared by in full
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
@@ -159,6 +160,23 @@ def listed(names: Iterable[object], *, most: int = 20, quoted: bool = False) -> 
     cut = [name if len(name) <= _LONGEST_NAME else name[: _LONGEST_NAME - 1] + "…" for name in every[:most]]
     shown = ", ".join(f"'{name}'" for name in cut) if quoted else ", ".join(cut)
     return (shown or "none") + (f" and {len(every) - most:,} more" if len(every) > most else "")
+
+
+def listed_apart(one: Sequence[str], other: Sequence[str]) -> tuple[str, str]:
+    """Two lists of names that should be the same, for a message: whole where they are short, else what each has and the other lacks."""
+    if max(len(one), len(other)) <= _WHOLE:
+        return listed(one), listed(other)
+    of_one, of_other = set(one), set(other)
+    apart = [name for name in one if name not in of_other], [name for name in other if name not in of_one]
+    if any(apart):
+        first, second = (
+            f"{len(every):,}" + (f", with {listed(own, most=5)}" if own else "")
+            for every, own in zip((one, other), apart, strict=True)
+        )
+        return first, second
+    place = next((number for number, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), 0)
+    first, second = (f"(number {place} is '{listed(names[place : place + 1])}')" for names in (one, other))
+    return f"{len(one):,} in another order {first}", f"{len(other):,} {second}"
 
 
 def format_bytes(count: float) -> str:

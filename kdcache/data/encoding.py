@@ -22,6 +22,7 @@ import numpy as np
 
 from kdcache.cache.tokens import FIRST, LAST, MIDDLE, OTHER, TEXT, Tokens
 from kdcache.errors import ModelError, RecipeError
+from kdcache.progress import counted, format_share
 
 if TYPE_CHECKING:
     import torch
@@ -167,6 +168,15 @@ def _stand_in(tokenizer: PreTrainedTokenizerBase) -> _StandIn:
         f"tokenizer '{tokenizer.name_or_path}' makes no token at all of a text, and has no special token to stand in for it",
         "Remove the rows that show no character, or set eos_token in its tokenizer_config.json.",
     )
+
+
+def truncation_note(reader: str, truncated: int, texts: int, max_length: int) -> list[str]:
+    """One line where some of ``texts`` were cut: ``teacher 'bert': 31.4% of 6,920 texts have more than 128 tokens and are cut``."""
+    if not truncated:
+        return []
+    return [
+        f"{reader}: {format_share(truncated / texts)} of {counted(texts, 'text')} have more than {max_length} tokens and are cut (max_length)"
+    ]
 
 
 def _check_max_length(tokenizer: PreTrainedTokenizerBase, backend: Any, max_length: int, *, pair: bool) -> None:

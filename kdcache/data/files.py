@@ -43,7 +43,7 @@ class Rows:
 
     def take(self, keep: Sequence[bool]) -> Rows:
         """The rows where ``keep`` is true."""
-        columns = {name: list(compress(values, keep)) for name, values in self.columns.items()}
+        columns: dict[str, Sequence[Any]] = {name: list(compress(values, keep)) for name, values in self.columns.items()}
         return replace(self, columns=columns, lines=list(compress(self.lines, keep)))
 
     def column(self, name: str, key: str) -> Sequence[Any]:

@@ -56,6 +56,11 @@ class ClassOrder:
         return bool(self.declared) and not any(_INTEGER.fullmatch(name) for name in self.names)
 
 
+def numbers_known(names: Sequence[str], *, declared: bool) -> bool:
+    """Whether it is known which class a bare number means: the names are numbers themselves, or their order was declared."""
+    return all(_INTEGER.fullmatch(name) for name in names) or ClassOrder(tuple(names), "declared" if declared else "").numbered
+
+
 def label_cells(rows: Rows, column: str, known: Iterable[str] = ()) -> list[str | None]:
     """The label column as names; None where the cell is empty or null. Raises DataError for values that name no class.
 
@@ -166,9 +171,7 @@ def _refuse_mixed(rows: Rows, row: int, column: str, label: str, names: Sequence
     )
 
 
-def label_numbers(
-    rows: Rows, labels: Sequence[str | None], order: ClassOrder, column: str, *, scored: bool
-) -> np.ndarray:
+def label_numbers(rows: Rows, labels: Sequence[str | None], order: ClassOrder, column: str, *, scored: bool) -> np.ndarray:
     """int64[n] class numbers, -1 = none. Raises DataError for a label that is not among the names, and for none where ``scored``.
 
     Where the class order is declared and no name is an integer, integers are taken as class numbers: files with 0 and 1 go with
@@ -247,22 +250,6 @@ def mismatch_cure(of_data: Sequence[str], wanted: Sequence[str], cure: str) -> s
             "write the names into the data."
         )
     return cure
-
-
-def label_difference(of_data: Sequence[str], wanted: Sequence[str]) -> tuple[str, str]:
-    """Both label sets for a message: whole where they are short, else what the one has and the other has not."""
-    if max(len(of_data), len(wanted)) <= _MANY_CLASSES:
-        return listed(of_data), listed(wanted)
-    ours, theirs = [name for name in of_data if name not in set(wanted)], [name for name in wanted if name not in set(of_data)]
-    if not ours and not theirs:
-        place = next((number for number, (one, other) in enumerate(zip(of_data, wanted, strict=False)) if one != other), 0)
-        return (
-            f"{len(of_data):,} in another order (class {place} is '{listed(of_data[place : place + 1])}')",
-            f"{len(wanted):,} (class {place} is '{listed(wanted[place : place + 1])}')",
-        )
-    return tuple(
-        f"{len(every):,}" + (f", with {listed(own, most=5)}" if own else "") for every, own in ((of_data, ours), (wanted, theirs))
-    )  # type: ignore[return-value]
 
 
 def _cell(rows: Rows, row: int, column: str) -> str:

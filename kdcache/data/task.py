@@ -191,7 +191,13 @@ def _transfer(section: DataSection, splits: dict[str, _Split]) -> tuple[dict[byt
     evaluation = {identity for name, split in splits.items() if name != "train" for identity in split.ids}
     train = set(splits["train"].ids)
     found: dict[bytes, tuple[str, ...]] = {}
-    dropped = {"without text": 0, "found in validation or test": 0, "already in train": 0, "duplicates": 0, "beyond transfer_rows": 0}
+    dropped = {
+        "without text": 0,
+        "found in validation or test": 0,
+        "already in train": 0,
+        "duplicates": 0,
+        "beyond transfer_rows": 0,
+    }
     for source in section.transfer:
         rows = read_rows(source, "train")
         texts = column_texts(rows, section.text)

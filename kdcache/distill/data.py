@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 import numpy as np
 
 from kdcache.cache.ids import id_list
-from kdcache.data.labels import label_difference, mismatch_cure
+from kdcache.data.labels import mismatch_cure
 from kdcache.data.task import Examples, load_task
 from kdcache.errors import DataError, MismatchError
+from kdcache.progress import listed_apart
 
 if TYPE_CHECKING:
     from kdcache.cache.reader import Cache
@@ -101,7 +102,7 @@ def _data_of(cache: Cache) -> StudentData:
 
 def _check_same_task(data: StudentData, cache: Cache) -> None:
     if data.label_names != tuple(cache.task.label_names):
-        ours, theirs = label_difference(data.label_names, cache.task.label_names)
+        ours, theirs = listed_apart(data.label_names, cache.task.label_names)
         cure = "Set data.labels to the cache's labels in their order, or dump the teachers of this task: kdcache dump-teachers"
         raise MismatchError(
             f"the labels of the data are {ours}; those of cache '{cache.path}' are {theirs}",

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from kdcache.cache.files import write_file
 from kdcache.cache.memory import keep_freed_blocks
+from kdcache.data.encoding import truncation_note
 from kdcache.distill.evaluation import EncodedSplit, encode_split, split_scores
 from kdcache.distill.objective import PROJECTIONS
 from kdcache.distill.results import SCORED, STAGE, Measured, build_results, teacher_scores
@@ -72,6 +73,10 @@ def distill(
     splits = {
         name: encode_split(student, data.texts_of(name), data.splits[name].labels) for name in SCORED if name in data.splits
     }
+    for name, split in splits.items():
+        cut, rows = split.encoded.truncated_count, len(split.encoded)
+        for line in truncation_note(f"student, {name}", cut, rows, student.max_length):
+            progress.note(line)
     if default_device().type == "cpu":
         keep_freed_blocks()
     trained = time.perf_counter()
@@ -79,7 +84,12 @@ def distill(
     seconds = time.perf_counter() - trained
     scores = {name: split_scores(student.model, split) for name, split in splits.items()}
     speed = measure_speed(student.model, student.tokenizer, student.max_length, training.some_texts())
-    measured = Measured(scores, said, facts, speed, best, seconds, time.perf_counter() - started)
+    truncated = {} if source.truncated is None else {"train": source.truncated}
+    truncated |= {
+        name: split.encoded.truncated_count / len(split.encoded) for name, split in splits.items() if len(split.encoded)
+    }
+    taken = time.perf_counter() - started
+    measured = Measured(scores, said, facts, speed, best, seconds, taken, truncated)
     results = build_results(training, measured, run.metrics)
     _save(training, results, run)
     return DistillResult(run.student, results)

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kdcache.data.labels import label_difference
 from kdcache.errors import MismatchError, ModelError
+from kdcache.progress import listed_apart
 from kdcache.recipe.sections import TeacherSection
 from kdcache.teachers.bundle import is_bundle, read_bundle, write_bundle
 
@@ -89,7 +89,7 @@ def _classifier(name: str, path: Path, task: TaskSpec, max_length: int, place: P
 def _check_task(addition: Addition, task: TaskSpec) -> None:
     bundle = addition.bundle
     if bundle.label_names != task.label_names or len(bundle.text_columns) != len(task.text_columns):
-        theirs, of_cache = label_difference(bundle.label_names, task.label_names)
+        theirs, of_cache = listed_apart(bundle.label_names, task.label_names)
         raise MismatchError(
             f"teacher '{addition.name}' was trained for the labels {theirs} on {len(bundle.text_columns)} text columns; the cache has "
             f"{of_cache} and {len(task.text_columns)}",

@@ -21,7 +21,7 @@ from kdcache.cache.ids import ids_digest
 from kdcache.cache.manifest import read_manifest
 from kdcache.cache.merge import contents_so_far, take
 from kdcache.cache.writer import open_writer
-from kdcache.data.labels import label_difference, mismatch_cure
+from kdcache.data.labels import mismatch_cure
 from kdcache.dump.additions import open_additions
 from kdcache.dump.layers import check_layer, spec_like
 from kdcache.dump.provenance import extended_provenance, forget_runs, inherit_run
@@ -29,7 +29,7 @@ from kdcache.dump.scoring import validation_scores
 from kdcache.dump.specs import PreparedTeacher, layer_specs, prepare, scopes, student_depth
 from kdcache.dump.stage import refuse_stale, run_missing, write_examples
 from kdcache.errors import DamageError, MismatchError, RecipeError
-from kdcache.progress import listed
+from kdcache.progress import listed, listed_apart
 from kdcache.recipe.sections import DumpSection, TeacherSection
 from kdcache.teachers.layer_map import even_layers
 
@@ -155,7 +155,7 @@ def _data(recipe: Recipe | None, contents: Contents, progress: Progress) -> Task
     task = load_task(recipe.data)
     of_cache: TaskSpec = contents.task
     if task.label_names != of_cache.label_names or task.text_columns != of_cache.text_columns:
-        ours, theirs = label_difference(task.label_names, of_cache.label_names)
+        ours, theirs = listed_apart(task.label_names, of_cache.label_names)
         cure = "Set data.text and data.labels to those of the cache, or dump into a new directory."
         raise MismatchError(
             f"the data have the columns {listed(task.text_columns)} and the labels {ours}; the cache has "

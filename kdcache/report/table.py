@@ -101,7 +101,11 @@ def data_notes(results: Mapping[str, Any]) -> list[str]:
     cut = {name: share for name, share in results.get("truncated", {}).get("student", {}).items() if share}
     lines = [f"The student: {_shares(cut)} of the texts are cut at its max_length of {length} tokens."] if cut else []
     teachers = results.get("truncated", {}).get("teachers", {})
-    lines += [f"Teacher {name}: {format_share(share)} of the texts were cut at its max_length." for name, share in teachers.items() if share]
+    lines += [
+        f"Teacher {name}: {format_share(share)} of the texts were cut at its max_length."
+        for name, share in teachers.items()
+        if share
+    ]
     empty = results.get("empty_rows", {})
     lines += [f"{split}: {count:,} rows without text are left out." for split, count in empty.items() if count]
     return lines
@@ -125,7 +129,7 @@ def verdict(results: Mapping[str, Any], baseline: Mapping[str, Any]) -> str:
     if learned_nothing(ours, rows):
         return (
             f"The distilled student learned nothing that {rows} rows of {split} show, so it is not compared: its accuracy is "
-            f"{ours['accuracy']:.3f} (without teachers {theirs['accuracy']:.3f}), its Matthews correlation {ours['matthews']:.3f}."
+            f"{ours['accuracy']:.3f} (the student without teachers: {theirs['accuracy']:.3f}), its Matthews correlation {ours['matthews']:.3f}."
         )
     gain = 100 * (ours["accuracy"] - theirs["accuracy"])
     error = 100 * math.hypot(standard_error(ours["accuracy"], rows), standard_error(theirs["accuracy"], rows))

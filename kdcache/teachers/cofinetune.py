@@ -17,9 +17,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kdcache.data.labels import label_difference, mismatch_cure
+from kdcache.data.labels import mismatch_cure
 from kdcache.data.task import TaskData, load_task
 from kdcache.errors import MismatchError, RecipeError
+from kdcache.progress import listed_apart
 from kdcache.teachers import joint
 from kdcache.teachers.bundle import Bundle, is_bundle, load_shared_head, read_bundle, write_bundle
 from kdcache.teachers.fingerprints import fingerprint_tensors
@@ -133,7 +134,8 @@ def _load(recipe: Recipe, progress: Progress) -> TaskData:
 
 
 def _open(recipe: Recipe, task: TaskData, sections: Sequence[TeacherSection]) -> dict[str, Source]:
-    return {section.name: open_source(section, recipe.data.max_length, task.label_names) for section in sections}
+    length, names, declared = recipe.data.max_length, task.label_names, task.labels_declared
+    return {section.name: open_source(section, length, names, labels_declared=declared) for section in sections}
 
 
 def _new_models(job: _Job) -> tuple[SharedHead | None, dict[str, TeacherModel]]:
@@ -204,7 +206,7 @@ def _check_same_task(teachers_dir: Path, bundle: Bundle, task: TaskData) -> None
         ("text columns", bundle.text_columns, task.text_columns),
     ):
         if then != now:
-            of_data, of_teachers = label_difference(now, then)
+            of_data, of_teachers = listed_apart(now, then)
             cure = "Use the recipe that these teachers were made with, or another --output-dir."
             raise MismatchError(
                 f"the teachers in '{teachers_dir}' have the {what} {of_teachers}; the recipe's data has {of_data}",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from kdcache.data.encoding import encode
+from kdcache.data.encoding import encode, truncation_note
 from kdcache.errors import DataError
 from kdcache.teachers.trainee import JointTrainee, Labels, TeacherTexts
 from kdcache.training import checkpoints, loop
@@ -79,6 +79,11 @@ def train(
     if validation is None:
         progress.note("there is no validation data: the last epoch is kept")
     texts = {name: _encoded(source, train_rows, validation) for name, source in sources.items()}
+    for name, encoded in texts.items():
+        for line in truncation_note(
+            f"teacher '{name}'", encoded.train.truncated_count, len(encoded.train), sources[name].max_length
+        ):
+            progress.note(line)
     if settings.gradient_checkpointing:
         for source in sources.values():
             _checkpoint_activations(source.network)

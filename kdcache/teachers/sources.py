@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kdcache.data.encoding import load_tokenizer, tokenizer_fingerprint
+from kdcache.data.labels import numbers_known
 from kdcache.errors import ModelError
 from kdcache.progress import listed
 from kdcache.teachers.fingerprints import fingerprint_config, fingerprint_tensors
@@ -57,8 +58,14 @@ class Source:
         }
 
 
-def open_source(section: TeacherSection, default_max_length: int, label_names: Sequence[str]) -> Source:
-    """Load what the section names. Raises ModelError where it cannot be loaded, lacks weights, has too few positions or other labels."""
+def open_source(
+    section: TeacherSection, default_max_length: int, label_names: Sequence[str], *, labels_declared: bool = True
+) -> Source:
+    """Load what the section names.
+
+    Raises ModelError where it cannot be loaded, lacks weights, has too few positions or other labels; also where it calls its
+    labels LABEL_0 … and the order of the task's names was not declared, but sorted as found.
+    """
     max_length = section.max_length or default_max_length
     own = section.head == "own"
     network = (load_classifier if own else load_encoder)(section.model, section.revision)
@@ -68,6 +75,12 @@ def open_source(section: TeacherSection, default_max_length: int, label_names: S
     if not own:
         return Source(section, network, tokenizer, max_length)
     order, generic = class_order_of(section.name, network.config.id2label or {}, label_names)
+    if generic and not numbers_known(label_names, declared=labels_declared):
+        raise ModelError(
+            f"teacher '{section.name}' names its labels LABEL_0 …, and the task's labels {listed(label_names)} are sorted as found: "
+            "which is LABEL_0 is not known",
+            "Name the classes in data.labels, in the teacher's order, or in id2label of the model's config.json.",
+        )
     note = f"teacher '{section.name}' names its labels LABEL_0 …: taken in the order {listed(label_names)}" if generic else ""
     return Source(section, network, tokenizer, max_length, order, note)
 

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from kdcache.data.labels import label_difference
 from kdcache.errors import ModelError
+from kdcache.progress import listed_apart
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -208,7 +208,7 @@ def class_order_of(name: str, id2label: Mapping[Any, str], label_names: Sequence
     places = {label.casefold(): index for index, label in own.items()}
     wanted = [label.casefold() for label in label_names]
     if len(places) != len(own) or len(set(wanted)) != len(wanted) or set(places) != set(wanted):
-        theirs, of_task = label_difference(tuple(own[index] for index in sorted(own)), tuple(label_names))
+        theirs, of_task = listed_apart(tuple(own[index] for index in sorted(own)), tuple(label_names))
         raise ModelError(
             f"teacher '{name}' predicts {theirs}; the task's labels are {of_task}",
             "Set data.labels to the task's labels in class order, or correct id2label in the model's config.json.",

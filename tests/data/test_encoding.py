@@ -114,7 +114,9 @@ def test_what_was_cut_is_what_has_more_tokens_uncut(
 def test_an_empty_column_of_a_pair_leaves_spans_and_roles_as_they_are(tokenizer: PreTrainedTokenizerBase, empty: str) -> None:
     middles = 2 if tokenizer.sep_token == "</s>" else 1
     for max_length in (8, 64):
-        encoded = encode(tokenizer, [("the film is good", empty), (empty, "the film is good"), (empty, empty), ("a", "b")], max_length)
+        encoded = encode(
+            tokenizer, [("the film is good", empty), (empty, "the film is good"), (empty, empty), ("a", "b")], max_length
+        )
         for row, (roles, segments) in enumerate(
             zip(rows_of(encoded.roles, encoded), rows_of(encoded.segments, encoded), strict=True)
         ):

@@ -73,7 +73,9 @@ def _put(monkeypatch: pytest.MonkeyPatch, names: list[str], labels: list[int]) -
     import datasets
 
     features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=names)})
-    table = datasets.Dataset.from_dict({"text": [f"text {row}" for row in range(len(labels))], "label": labels}, features=features)
+    table = datasets.Dataset.from_dict(
+        {"text": [f"text {row}" for row in range(len(labels))], "label": labels}, features=features
+    )
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: table)
     return "acme/reviews"
 
@@ -105,7 +107,7 @@ def test_files_with_sorted_names_do_not_give_numbers_a_meaning_but_a_data_set_me
 def test_integers_that_are_names_of_a_data_set_are_not_class_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     source = _put(monkeypatch, ["1", "0"], [0, 1])
     assert load_task(DataSection(train=source, text=["text"], label="label")).splits["train"].labels.tolist() == [0, 1]
-    with pytest.raises(DataError, match="has the label '1', which data.labels does not have"):
+    with pytest.raises(DataError, match=r"has the label '1', which data\.labels does not have"):
         load_task(DataSection(train=source, text=["text"], label="label", labels=["negative", "positive"]))
     same = _put(monkeypatch, ["0", "1"], [0, 1])
     found = load_task(DataSection(train=same, text=["text"], label="label", labels=["negative", "positive"]))

@@ -316,7 +316,16 @@ def test_every_spelling_of_a_fraction_is_no_class(tmp_path: Path, number: str) -
 
 
 @pytest.mark.parametrize(
-    "labels", [["0.0", "1.0"], ["1e3", "2e3"], ["v1.2", "v1.3"], ["1.2.3", "1.2.4"], ["1 star", "1.5 stars"], ["9" * 400, "1"], ["nan", "inf"]]
+    "labels",
+    [
+        ["0.0", "1.0"],
+        ["1e3", "2e3"],
+        ["v1.2", "v1.3"],
+        ["1.2.3", "1.2.4"],
+        ["1 star", "1.5 stars"],
+        ["9" * 400, "1"],
+        ["nan", "inf"],
+    ],
 )
 def test_what_only_looks_like_a_fraction_stays_a_class(tmp_path: Path, labels: list[str]) -> None:
     assert set(load_task(section(tsv(tmp_path, "t.tsv", [("a", labels[0]), ("b", labels[1])]))).label_names) == set(labels)
@@ -336,7 +345,9 @@ def test_minus_one_is_a_class_or_no_label_and_the_recipe_says_which(tmp_path: Pa
     assert load_task(section(file("train", [1, -1, 1]))).label_names == ("-1", "1")  # without it there would be one class
     assert load_task(section(file("train", [-2, -1, 0]))).label_names == ("-2", "-1", "0")
     for keys in ({}, {"labels": ["neg", "pos"]}):
-        with pytest.raises(DataError, match=r"line [12] has the label '-1', .*in GLUE it stands for a label that is withheld") as caught:
+        with pytest.raises(
+            DataError, match=r"line [12] has the label '-1', .*in GLUE it stands for a label that is withheld"
+        ) as caught:
             load_task(section(file("train", [0, 1, 1]), test=file("test", [-1, -1]), **keys))
         assert "score on a split that has labels" in caught.value.hint
 
@@ -411,7 +422,11 @@ def test_the_line_of_a_bad_label_is_that_of_the_file_where_rows_are_left_out(tmp
 
 
 def test_a_pair_with_one_empty_column_is_a_text(tmp_path: Path) -> None:
-    rows = [{"one": "a", "two": "", "label": "0"}, {"one": None, "two": "b", "label": "1"}, {"one": "", "two": None, "label": "1"}]
+    rows = [
+        {"one": "a", "two": "", "label": "0"},
+        {"one": None, "two": "b", "label": "1"},
+        {"one": "", "two": None, "label": "1"},
+    ]
     train = jsonl(tmp_path, "t.jsonl", rows)
     data = load_task(DataSection(train=train, text=["one", "two"], label="label"))
     assert list(data.texts.values()) == [("a", ""), ("", "b")]
