@@ -258,7 +258,8 @@ def test_pairs_of_texts(tiny_run: TinyRun, tmp_path: Path) -> None:
 @pytest.mark.parametrize("targets", ["cache", "live", "none"])
 def test_the_share_of_texts_that_the_student_cuts_is_in_the_results(tiny_run: TinyRun, tmp_path: Path, targets: str) -> None:
     method = {"none": "fine-tune"}.get(targets, "kd")
-    recipe = tiny_run.recipe("student.max_length=7", f"distill.method={method}")
+    start = f'student.init_from="{tiny_run.teachers / "bert"}"'
+    recipe = tiny_run.recipe("student.max_length=7", f"distill.method={method}", start)
     options = {"live_teachers": tiny_run.teachers} if targets == "live" else {}
     result = run(recipe, None if targets == "none" else tiny_run.cache, tmp_path / "run", **options)
     from transformers import AutoTokenizer
