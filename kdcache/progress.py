@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TextIO
 
 PLAIN_SECONDS = 10.0  # between two lines where stderr is no terminal
+_LONGEST_NAME = 80  # characters of a name in a message
+_WHOLE = 10  # names that two lists are compared by in full
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
@@ -149,6 +151,34 @@ def counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
+def listed(names: Iterable[object], *, most: int = 20, quoted: bool = False) -> str:
+    """Names for a message: the first ``most``, long ones cut, the rest counted; ``none`` where there are none.
+
+    A task may have thousands of labels and a file thousands of columns: a message that repeats them all says nothing.
+    """
+    every = [str(name) for name in names]
+    cut = [name if len(name) <= _LONGEST_NAME else name[: _LONGEST_NAME - 1] + "…" for name in every[:most]]
+    shown = ", ".join(f"'{name}'" for name in cut) if quoted else ", ".join(cut)
+    return (shown or "none") + (f" and {len(every) - most:,} more" if len(every) > most else "")
+
+
+def listed_apart(one: Sequence[str], other: Sequence[str]) -> tuple[str, str]:
+    """Two lists of names that should be the same, for a message: whole where they are short, else what each has and the other lacks."""
+    if max(len(one), len(other)) <= _WHOLE:
+        return listed(one), listed(other)
+    of_one, of_other = set(one), set(other)
+    apart = [name for name in one if name not in of_other], [name for name in other if name not in of_one]
+    if any(apart):
+        first, second = (
+            f"{len(every):,}" + (f", with {listed(own, most=5)}" if own else "")
+            for every, own in zip((one, other), apart, strict=True)
+        )
+        return first, second
+    place = next((number for number, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), 0)
+    first, second = (f"(number {place} is '{listed(names[place : place + 1])}')" for names in (one, other))
+    return f"{len(one):,} in another order {first}", f"{len(other):,} {second}"
+
+
 def format_bytes(count: float) -> str:
     """Decimal units, three digits: ``3.14 MB``."""
     for unit in _UNITS[:-1]:
@@ -156,6 +186,11 @@ def format_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
         count /= 1000
     return f"{format_rate(count)} {_UNITS[-1]}"
+
+
+def format_share(share: float) -> str:
+    """``12.3%``; what is not zero is not shown as zero."""
+    return f"{100 * share:.1f}%" if share >= 0.0005 or not share else "under 0.1%"
 
 
 def format_seconds(seconds: float) -> str:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from kdcache.recipe import Recipe
 
 Stage = Literal["teachers", "cache", "student", "baseline"]
+_LONGEST_VALUE = 200  # characters of a value in a message
 Inputs = dict[str, str]  # recipe key or file path -> JSON value or sha256
 
 
@@ -134,9 +135,14 @@ def differences(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
         if before != after:
             file = (before or after or "").startswith("sha256:")
             lines.append(
-                f"{key}: contents differ" if file and before and after else f"{key}: {before or 'none'} -> {after or 'none'}"
+                f"{key}: contents differ" if file and before and after else f"{key}: {_short(before)} -> {_short(after)}"
             )
     return lines
+
+
+def _short(value: str | None) -> str:
+    """A value for a message: a list of all labels may have thousands."""
+    return (value or "none") if len(value or "") <= _LONGEST_VALUE else f"{(value or '')[:_LONGEST_VALUE]}…"
 
 
 def digest(inputs: Inputs) -> str:

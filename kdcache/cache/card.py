@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from kdcache.cache.describe import describe_manifest
+from kdcache.cache.describe import describe_manifest, stored_as
 
 if TYPE_CHECKING:
     from kdcache.cache.manifest import Manifest
@@ -89,14 +89,8 @@ def _layers(layers: Mapping[str, Mapping[str, Any]]) -> str:
         return "none: logits only"
     forms: dict[str, list[str]] = {}
     for number, one in layers.items():
-        forms.setdefault(_form(one), []).append(number)
+        forms.setdefault(stored_as(one), []).append(number)
     return "; ".join(f"{' '.join(numbers)} ({form})" for form, numbers in forms.items())
-
-
-def _form(layer: Mapping[str, Any]) -> str:
-    coded = layer["dtype"] == "coded"
-    stored = f"coded, {layer['bytes']} bytes" if coded else f"{layer['projection']} {layer['dim']} {layer['dtype']}"
-    return stored + {"first": ", first token", "pooled": ", mean of tokens"}.get(layer.get("tokens", ""), "")
 
 
 def _stored(facts: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from kdcache.cache import layout
@@ -24,7 +25,10 @@ def describe(cache: Cache) -> dict[str, Any]:
 
 
 def describe_manifest(manifest: Manifest) -> dict[str, Any]:
-    """JSON-able: counts, tokens, bytes per teacher and layer, label names, identity, provenance."""
+    """JSON-able: counts, tokens, bytes per teacher and layer, label names, identity, provenance.
+
+    Of a layer, ``row_bytes`` is what one row (a token, or a text) takes, ``bytes`` the size of all of its files.
+    """
     contents = manifest.contents
     texts = {scope: sum(part.texts for part in contents.parts if part.scope == scope) for scope in ("full", "logits")}
     return {
@@ -43,6 +47,16 @@ def describe_manifest(manifest: Manifest) -> dict[str, Any]:
         "teachers": {name: _teacher(contents, name) for name in contents.teachers},
         "provenance": manifest.provenance,
     }
+
+
+def stored_as(layer: Mapping[str, Any]) -> str:
+    """How a layer of ``describe_manifest`` is stored, in words: ``pca 128 int8``, ``coded, 96 bytes per token``."""
+    selected = str(layer.get("tokens", ""))
+    if layer["dtype"] == "coded":
+        stored = f"coded, {layer['row_bytes']} bytes per {'text' if selected else 'token'}"
+    else:
+        stored = f"{layer['projection']} {layer['dim']} {layer['dtype']}"
+    return stored + {"first": ", first token", "pooled": ", mean of tokens"}.get(selected, "")
 
 
 def _selection(cache: Cache) -> dict[str, Any] | None:
@@ -78,7 +92,8 @@ def _teacher(contents: Contents, name: str) -> dict[str, Any]:
     for layer, one in spec.layers.items():
         rows = {part.name: contents.rows(name, part, one) or 0 for part in full}
         paths = {path for part, count in rows.items() for path in layout.layer_files(name, part, layer, one, count)}
-        document["layers"][str(layer)]["bytes"] = sum(sizes[path] for path in paths) + sizes[layout.basis_file(name, layer)]
+        total = sum(sizes[path] for path in paths) + sizes[layout.basis_file(name, layer)]
+        document["layers"][str(layer)] |= {"row_bytes": one.row_bytes, "bytes": total}
     return {
         **document,
         "pooled": spec.pooled,

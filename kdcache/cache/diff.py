@@ -15,7 +15,7 @@ from kdcache.cache import layout
 from kdcache.cache.ids import ID_BYTES
 from kdcache.cache.selection import component
 from kdcache.cache.spec import Fingerprints
-from kdcache.progress import counted, format_bytes
+from kdcache.progress import counted, format_bytes, listed
 
 if TYPE_CHECKING:
     from kdcache.cache.reader import Cache
@@ -198,4 +198,4 @@ def _teacher_lines(found: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _show(value: Any) -> str:
-    return ", ".join(str(one) for one in value) if isinstance(value, list) else str(value)
+    return listed(value) if isinstance(value, list) else str(value)

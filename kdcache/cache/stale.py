@@ -9,6 +9,7 @@ from typing import Any
 
 from kdcache.cache.spec import Fingerprints, LayerSpec, Settings, TaskSpec, TeacherSpec
 from kdcache.errors import MismatchError
+from kdcache.progress import listed_apart
 
 _HINT = "Ask for what the cache was made with, or dump into a new directory."
 _TEACHER_HINT = "Ask for what the cache was made with, give the teacher another name, or dump into a new directory."
@@ -19,7 +20,11 @@ def check_task(root: Path, old: tuple[TaskSpec, Settings, bool], new: tuple[Task
     """Raises MismatchError, which names the field, where a cache was made for another task or with other settings."""
     for one, other in zip(old[:2], new[:2], strict=True):
         for name, before, now in _differences(one, other):
-            raise MismatchError(f"cache '{root}' was made with {name} {_show(before)}; now it is {_show(now)}", _HINT)
+            if isinstance(before, tuple) and isinstance(now, tuple):
+                shown = [f"[{names}]" for names in listed_apart([*map(repr, before)], [*map(repr, now)])]
+            else:
+                shown = [_show(before), _show(now)]
+            raise MismatchError(f"cache '{root}' was made with {name} {shown[0]}; now it is {shown[1]}", _HINT)
     if old[2] != new[2]:
         raise MismatchError(f"cache '{root}' was made {_text(old[2])}; it is asked for {_text(new[2])}", _HINT)
 

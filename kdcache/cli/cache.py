@@ -13,7 +13,7 @@ from kdcache.cli.options import Json, RemoteUrl
 from kdcache.cli.output import out
 from kdcache.cli.references import find_version
 from kdcache.errors import KdcacheError, RecipeError
-from kdcache.progress import counted, format_bytes
+from kdcache.progress import counted, format_bytes, listed
 
 if TYPE_CHECKING:
     from kdcache.share.refs import Ref
@@ -166,12 +166,15 @@ def _size(path: Path) -> int:
 
 def _show(description: dict[str, Any]) -> None:
     """For humans: the facts, then a line for each teacher and each of its layers."""
+    from kdcache.cache.describe import stored_as
+
     apart = ("teachers", "provenance", "examples", "bytes", "selection")
     examples = ", ".join(f"{split} {count:,}" for split, count in description["examples"].items())
     out.dict(
         {key: value for key, value in description.items() if key not in apart}
         | {
             "examples": examples,
+            "label_names": listed(description["label_names"]),
             "bytes": format_bytes(description["bytes"]),
             "command": _shortened(str(description["provenance"].get("command", ""))),
         }
@@ -185,7 +188,7 @@ def _show(description: dict[str, Any]) -> None:
             rows.append(
                 (
                     "",
-                    f"layer {layer}: {stored['projection']} {stored['dim']} {stored['dtype']}",
+                    f"layer {layer}: {stored_as(stored)}",
                     None,
                     format_bytes(stored["bytes"]),
                     _absent(stored),

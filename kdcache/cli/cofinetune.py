@@ -28,6 +28,8 @@ def cofinetune(
 
     Example: kdcache cofinetune sst2.toml --add electra
     """
+    from kdcache.report.table import learned_nothing
+
     job = open_job(recipe, settings, output_dir)
     result = stages.cofinetune(job, add=add)
     out.document({"teachers_dir": str(result.teachers_dir), "scores": result.scores, "mean_scores": result.mean_scores})
@@ -35,4 +37,9 @@ def cofinetune(
     rows = [(name, *(scores.get(column) for column in columns)) for name, scores in result.scores.items()]
     mean = [("their mean", *(result.mean_scores.get(column) for column in columns))] if result.mean_scores else []
     out.table(("teacher", *columns), [*rows, *mean])
+    for name in (name for name, scores in result.scores.items() if learned_nothing(scores, 0)):
+        out.note(
+            f"teacher '{name}' learned nothing: its Matthews correlation on validation is {result.scores[name]['matthews']:.3f}, "
+            "no more than that of one answer for every row"
+        )
     out.hint(f"Run each once over the data: kdcache dump-teachers {recipe}")

@@ -46,7 +46,7 @@ def distill(
     """
     from kdcache.distill.methods import find_method
     from kdcache.report.page import read_results
-    from kdcache.report.table import result_rows, table
+    from kdcache.report.table import data_notes, remarks, result_rows, table
 
     job = open_job(recipe, settings, output_dir, cache=None if cache is None else find_cache(cache, remote))
     job.recipe.require_student()
@@ -58,5 +58,7 @@ def distill(
     results = read_results(job.run)
     out.document(results)
     out.table(*table(result_rows(results)))
+    for line in (*remarks(results), *data_notes(results)):
+        out.text(line)
     out.note(f"student: {job.run.student}")
     out.hint(f"Score it elsewhere with: kdcache evaluate {job.run.student} --data FILE")

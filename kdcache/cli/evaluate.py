@@ -23,18 +23,23 @@ def evaluate(
         list[str] | None, typer.Option(metavar="COLUMN", help="Text column; twice for pairs.", show_default=False)
     ] = None,
     label: Annotated[str | None, typer.Option(metavar="COLUMN", help="Label column.", show_default=False)] = None,
+    labels: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Class 0 of the file's numbers, class 1 …; once per class.", show_default=False),
+    ] = None,
     max_length: Annotated[int | None, typer.Option(min=1, help="Tokens at most.", show_default=False)] = None,
     batch: Annotated[int, typer.Option(min=1, help="Rows of 128 tokens in one forward pass.")] = 32,
     json: Json = False,  # noqa: ARG001  (its callback switches the output)
 ) -> None:
     """Score a model: accuracy, macro-F1, Matthews correlation, loss.
 
-    A student of kdcache knows its text and label columns; other models need --text and --label.
+    A student of kdcache knows its text and label columns; other models need --text and --label. Where a file has numbers for labels and
+    the student's class names were sorted, not declared by data.labels, --labels says which number is which class.
 
     Example: kdcache evaluate runs/sst2/student --data data/test.tsv --json
     """
     from kdcache.distill.evaluation import evaluate_model
 
-    scores = evaluate_model(model, data, text=text, label=label, max_length=max_length, batch=batch)
+    scores = evaluate_model(model, data, text=text, label=label, max_length=max_length, batch=batch, labels=labels)
     out.document(scores)
     out.dict(scores)

@@ -20,7 +20,7 @@ def report(
     Example: kdcache report runs/sst2
     """
     from kdcache.report.page import read_results, write_page
-    from kdcache.report.table import result_rows, table, verdict
+    from kdcache.report.table import data_notes, remarks, result_rows, table, verdict
     from kdcache.runs import RunDirectory
 
     directory = RunDirectory(run)
@@ -28,6 +28,11 @@ def report(
     baseline = read_results(directory.baseline) if directory.baseline.results.exists() else None
     out.document({"results": results, "baseline": baseline, "page": str(write_page(directory))})
     out.table(*table(result_rows(results, baseline)))
+    said = [*remarks(results, baseline), *data_notes(results)]
+    if said:
+        out.text()
+    for line in said:
+        out.text(line)
     if baseline is not None:
         out.text()
         out.text(verdict(results, baseline))

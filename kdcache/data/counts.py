@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
+
+from kdcache.progress import listed
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,6 +25,8 @@ class DataCounts:
     conflicts: dict[str, int]  # texts that have different labels within a split
     shared: dict[str, int]  # distinct texts that two splits share: 'train and test' -> 12
     transfer_dropped: dict[str, int]  # rows of transfer files that are not used, by reason
+    empty: dict[str, int] = field(default_factory=dict)  # rows left out because they have no text, where there are any
+    warnings: list[str] = field(default_factory=list)  # what is odd about the labels
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -31,14 +35,19 @@ class DataCounts:
         """One line per split, then one per oddity that was found."""
         lines = []
         for split, count in self.rows.items():
-            per_label = ", ".join(f"{name}: {number:,}" for name, number in self.labels.get(split, {}).items())
-            lines.append(f"{split}: {count:,} rows" + (f" ({per_label})" if per_label else ""))
+            per_label = listed((f"{name}: {number:,}" for name, number in self.labels.get(split, {}).items()))
+            lines.append(f"{split}: {count:,} rows" + (f" ({per_label})" if self.labels.get(split) else ""))
         lines += [f"{split}: {count:,} rows have no label" for split, count in self.unlabelled.items()]
         lines += [f"{split}: {count:,} rows repeat a text" for split, count in self.duplicates.items()]
         lines += [f"{split}: {count:,} texts have conflicting labels" for split, count in self.conflicts.items()]
         lines += [f"{splits} share {count:,} texts" for splits, count in self.shared.items()]
         lines += [f"transfer: {count:,} rows dropped, {reason}" for reason, count in self.transfer_dropped.items()]
-        return lines
+        return lines + self.notes()
+
+    def notes(self) -> list[str]:
+        """What a stage says before it starts, whoever runs it: rows that are left out, labels that may be none."""
+        empty = [f"{split}: {count:,} rows have no text and are left out" for split, count in self.empty.items()]
+        return empty + list(self.warnings)
 
 
 def count_rows(
@@ -47,6 +56,8 @@ def count_rows(
     label_names: Sequence[str],
     transfer: int,
     dropped: Mapping[str, int],
+    empty: Mapping[str, int],
+    warnings: Sequence[str],
 ) -> DataCounts:
     """Counts over the labelled splits (``ids``, ``labels`` per split) and the transfer texts. Zero oddities are left out."""
     rows = {split: len(found) for split, found in ids.items()}
@@ -61,6 +72,8 @@ def count_rows(
         conflicts=_nonzero({split: _conflicts(found, labels[split]) for split, found in ids.items()}),
         shared=_nonzero(shared),
         transfer_dropped=_nonzero(dropped),
+        empty=_nonzero(empty),
+        warnings=list(warnings),
     )
 
 

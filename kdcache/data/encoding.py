@@ -22,6 +22,7 @@ import numpy as np
 
 from kdcache.cache.tokens import FIRST, LAST, MIDDLE, OTHER, TEXT, Tokens
 from kdcache.errors import ModelError, RecipeError
+from kdcache.progress import counted, format_share
 
 if TYPE_CHECKING:
     import torch
@@ -48,6 +49,7 @@ class EncodedTexts:
     segments: np.ndarray  # int8[T]
     roles: np.ndarray  # int8[T], of kdcache.cache.tokens
     token_type_ids: np.ndarray | None  # int8[T]
+    truncated: np.ndarray | None = None  # bool[n]: the text had more tokens; None where that is not known
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -62,6 +64,11 @@ class EncodedTexts:
         """int64[n], tokens per text."""
         return np.diff(self.offsets)
 
+    @property
+    def truncated_count(self) -> int:
+        """Texts that were cut; 0 where that is not known."""
+        return 0 if self.truncated is None else int(self.truncated.sum())
+
     def select(self, rows: Sequence[int] | np.ndarray) -> EncodedTexts:
         """The texts at ``rows``, in that order."""
         rows = np.asarray(rows, dtype=np.int64)
@@ -69,7 +76,8 @@ class EncodedTexts:
         offsets = np.concatenate([[0], np.cumsum(self.lengths[rows])]).astype(np.int64)
         types = None if self.token_type_ids is None else self.token_type_ids[places]
         starts, ends, segments, roles = (values[places] for values in (self.starts, self.ends, self.segments, self.roles))
-        return EncodedTexts(self.input_ids[places], offsets, starts, ends, segments, roles, types)
+        truncated = None if self.truncated is None else self.truncated[rows]
+        return EncodedTexts(self.input_ids[places], offsets, starts, ends, segments, roles, types, truncated)
 
     def _places(self, rows: np.ndarray) -> np.ndarray:
         """Where the tokens of ``rows`` lie: int64, row after row."""
@@ -117,7 +125,9 @@ def require_fast(tokenizer: PreTrainedTokenizerBase) -> Any:
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[tuple[str, ...]], max_length: int) -> EncodedTexts:
     """Tokens of texts of one or two columns each, cut to ``max_length`` tokens (special ones included).
 
-    Pairs lose tokens of the longer column first, from the right. Raises ModelError where ``max_length`` leaves no room for text.
+    Pairs lose tokens of the longer column first, from the right. A column may be empty. A text of which nothing is left, because the
+    tokenizer drops all of its characters and adds no special token, becomes one special token: a model needs something to read.
+    Raises ModelError where ``max_length`` leaves no room for text.
     """
     backend = require_fast(tokenizer)
     columns = len(texts[0]) if texts else 1
@@ -131,8 +141,42 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[tuple[str, ...]],
         for first in range(0, len(texts), _CHUNK):
             chunk = texts[first : first + _CHUNK]
             encodings = backend.encode_batch([text[0] for text in chunk] if columns == 1 else list(chunk))
-            chunks.append(_pack(encodings, roles, with_types=with_types))
+            truncated = np.array([len(one) == max_length and bool(one.overflowing) for one in encodings], dtype=np.bool_)
+            if any(not len(one) for one in encodings):
+                stand_in = _stand_in(tokenizer)
+                encodings = [one if len(one) else stand_in for one in encodings]
+            chunks.append(_pack(encodings, roles, truncated, with_types=with_types))
     return _joined(chunks, with_types=with_types)
+
+
+@dataclass(frozen=True)
+class _StandIn:
+    """One special token in the place of nothing, with the fields of the library's Encoding that are read."""
+
+    ids: list[int]
+    offsets: tuple[tuple[int, int], ...] = ((0, 0),)
+    sequence_ids: tuple[None, ...] = (None,)
+    type_ids: tuple[int, ...] = (0,)
+
+
+def _stand_in(tokenizer: PreTrainedTokenizerBase) -> _StandIn:
+    for name in ("eos_token_id", "bos_token_id", "unk_token_id", "pad_token_id"):
+        token = getattr(tokenizer, name)
+        if token is not None:
+            return _StandIn([int(token)])
+    raise ModelError(
+        f"tokenizer '{tokenizer.name_or_path}' makes no token at all of a text, and has no special token to stand in for it",
+        "Remove the rows that show no character, or set eos_token in its tokenizer_config.json.",
+    )
+
+
+def truncation_note(reader: str, truncated: int, texts: int, max_length: int) -> list[str]:
+    """One line where some of ``texts`` were cut: ``teacher 'bert': 31.4% of 6,920 texts have more than 128 tokens and are cut``."""
+    if not truncated:
+        return []
+    return [
+        f"{reader}: {format_share(truncated / texts)} of {counted(texts, 'text')} have more than {max_length} tokens and are cut (max_length)"
+    ]
 
 
 def _check_max_length(tokenizer: PreTrainedTokenizerBase, backend: Any, max_length: int, *, pair: bool) -> None:
@@ -188,7 +232,7 @@ def _special_roles(backend: Any, *, pair: bool) -> np.ndarray:
     return np.array(roles, dtype=np.int8)
 
 
-def _pack(encodings: Sequence[Any], special_roles: np.ndarray, *, with_types: bool) -> EncodedTexts:
+def _pack(encodings: Sequence[Any], special_roles: np.ndarray, truncated: np.ndarray, *, with_types: bool) -> EncodedTexts:
     def flat(values: Sequence[Sequence[int]], dtype: type) -> np.ndarray:
         return np.fromiter(chain.from_iterable(values), dtype=dtype, count=total)
 
@@ -200,15 +244,18 @@ def _pack(encodings: Sequence[Any], special_roles: np.ndarray, *, with_types: bo
     segments = np.fromiter((-1 if segment is None else segment for segment in sequence), dtype=np.int8, count=total)
     roles = np.full(total, TEXT, dtype=np.int8)
     special = segments < 0
-    if special.sum() != len(special_roles) * len(encodings):
+    if not len(special_roles):
+        roles[special] = OTHER  # stand-ins
+    elif special.sum() != len(special_roles) * len(encodings):
         raise ModelError(
             f"the tokenizer adds {len(special_roles)} special tokens to some texts and not to others; roles need one pattern"
         )
-    roles[special] = np.tile(special_roles, len(encodings))
+    else:
+        roles[special] = np.tile(special_roles, len(encodings))
     types = flat([encoding.type_ids for encoding in encodings], np.int8) if with_types else None
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     starts, ends = np.ascontiguousarray(spans[:, 0]), np.ascontiguousarray(spans[:, 1])
-    return EncodedTexts(flat(ids, np.int32), offsets, starts, ends, segments, roles, types)
+    return EncodedTexts(flat(ids, np.int32), offsets, starts, ends, segments, roles, types, truncated)
 
 
 def _joined(chunks: Sequence[EncodedTexts], *, with_types: bool) -> EncodedTexts:
@@ -224,6 +271,7 @@ def _joined(chunks: Sequence[EncodedTexts], *, with_types: bool) -> EncodedTexts
         segments=joined("segments", np.int8),
         roles=joined("roles", np.int8),
         token_type_ids=joined("token_type_ids", np.int8) if with_types else None,
+        truncated=joined("truncated", np.bool_),
     )
 
 

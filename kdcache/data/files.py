@@ -12,11 +12,13 @@ import io
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
 from kdcache.errors import DataError
+from kdcache.progress import listed
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.-]*(/[\w.-]+)?)?")
 _LONGEST_CSV_FIELD = 2**30  # characters; the csv module's own limit of 131,072 is shorter than long documents
@@ -39,10 +41,15 @@ class Rows:
         """``file.tsv, line 7``, for messages."""
         return f"{self.source}, {self.unit} {self.lines[row]}"
 
+    def take(self, keep: Sequence[bool]) -> Rows:
+        """The rows where ``keep`` is true."""
+        columns: dict[str, Sequence[Any]] = {name: list(compress(values, keep)) for name, values in self.columns.items()}
+        return replace(self, columns=columns, lines=list(compress(self.lines, keep)))
+
     def column(self, name: str, key: str) -> Sequence[Any]:
         """A column by name; DataError names those there are and the recipe's ``key`` that asked for it."""
         if name not in self.columns:
-            known = ", ".join(f"'{column}'" for column in self.columns)
+            known = listed(self.columns, quoted=True)
             flag = f"; for kdcache evaluate: --{key}" if key in ("text", "label") else ""
             raise DataError(f"{self.source} has no column '{name}'; it has: {known}", f"Set data.{key} to one of these{flag}.")
         return self.columns[name]
@@ -179,7 +186,7 @@ def _checked_header(path: Path, header: list[str]) -> list[str]:
 def _check_width(path: Path, line: int, values: list[str], header: list[str], separators: str) -> None:
     if len(values) != len(header):
         raise DataError(
-            f"{path}, line {line} has {len(values)} fields; the header has {len(header)}: {', '.join(header)}",
+            f"{path}, line {line} has {len(values)} fields; the header has {len(header)}: {listed(header)}",
             f"Look for {separators} inside of the text, or for a broken line.",
         )
 

@@ -2,35 +2,80 @@
 
 Names are strings; an integer label ``1`` is the name ``"1"``. The class order is that of ``data.labels``, else that of the data
 set where it names its classes, else sorted, integers by their value, so that it does not depend on the order of the rows.
+
+A column that holds no classes can look like one: scores, several labels in a cell, class numbers of another order, GLUE's -1
+for a label that is withheld. Each is refused by name, unless ``data.labels`` says that these are the classes:
+
+    3.8, -0.5       numbers that are not integers, in a file of any type
+    -1              beside two or more other classes, none of them negative: a class, or no label
+    ["a", "b"]      a list; also ``a|b`` where ``a`` and ``b`` are classes of their own
+    0, 1, 2         where the classes are names, and nothing but their alphabetical order says which is number 0
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
 from kdcache.errors import DataError
+from kdcache.progress import listed
 
 if TYPE_CHECKING:
     from kdcache.data.files import Rows
 
 NO_LABEL = -1
-_SHOWN = 20  # names in a message
 _INTEGER = re.compile(r"-?[0-9]+")
+_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+_SEPARATORS = "|;,"  # of several labels in one cell
+_WITHHELD = "-1"
+_DECLARE = "name every class in data.labels, in class order"
+_FEW_ROWS, _MANY_CLASSES = 8, 10
 
 
-def label_cells(rows: Rows, column: str) -> list[str | None]:
-    """The label column as names; None where the cell is empty or null. Raises DataError for values that name no class."""
-    return [_name(value, rows, row, column) for row, value in enumerate(rows.column(column, "label"))]
+@dataclass(frozen=True)
+class ClassOrder:
+    """The classes in their order, and what ``declared`` it: a recipe key, a data set, a model. Empty: sorted as found."""
+
+    names: tuple[str, ...]
+    declared: str = ""
+    source: str = "training"  # where the names were found
+
+    @property
+    def numbered(self) -> bool:
+        """Whether an integer can stand for the class of that number: the order was declared, and no name is an integer itself.
+
+        False and true are in one order everywhere.
+        """
+        if tuple(name.lower() for name in self.names) == ("false", "true"):
+            return True
+        return bool(self.declared) and not any(_INTEGER.fullmatch(name) for name in self.names)
 
 
-def _name(value: Any, rows: Rows, row: int, column: str) -> str | None:
+def numbers_known(names: Sequence[str], *, declared: bool) -> bool:
+    """Whether it is known which class a bare number means: the names are numbers themselves, or their order was declared."""
+    return all(_INTEGER.fullmatch(name) for name in names) or ClassOrder(tuple(names), "declared" if declared else "").numbered
+
+
+def label_cells(rows: Rows, column: str, known: Iterable[str] = ()) -> list[str | None]:
+    """The label column as names; None where the cell is empty or null. Raises DataError for values that name no class.
+
+    ``known`` are names that are classes whatever they look like.
+    """
+    names = frozenset(known)
+    return [_name(value, rows, row, column, names) for row, value in enumerate(rows.column(column, "label"))]
+
+
+def _name(value: Any, rows: Rows, row: int, column: str, known: frozenset[str]) -> str | None:
     if value is None or value == "":
         return None
     if isinstance(value, str):
+        if value not in known and _NUMBER.fullmatch(value) and not _is_whole(float(value)):
+            _refuse_number(rows, row, column, value)
         return value
     if isinstance(value, bool | int):
         return str(value).lower()
@@ -39,50 +84,173 @@ def _name(value: Any, rows: Rows, row: int, column: str) -> str | None:
             return None
         if value.is_integer():
             return str(int(value))
+        if str(value) in known:
+            return str(value)
+        _refuse_number(rows, row, column, value)
+    if isinstance(value, list | tuple):
+        raise DataError(
+            f"{_cell(rows, row, column)}: {listed([value])} is no class but a list: multi-label data are not supported",
+            "Give one label per row: write a column with the label to be learned, and name it in data.label.",
+        )
     raise DataError(
-        f"{rows.place(row)}, column '{column}': {value!r} is no class; a string or an integer was expected",
-        "Name the label column in data.label; scores have to be cut into classes first.",
+        f"{_cell(rows, row, column)}: {listed([repr(value)])} is no class; a string or an integer was expected",
+        "Name the label column in data.label.",
     )
 
 
-def names_of(labels: Iterable[str | None], declared: tuple[str, ...] | None = None) -> tuple[str, ...]:
-    """The class order where the recipe gives none."""
-    if declared:
-        return declared
-    found = {label for label in labels if label is not None}
-    if all(_INTEGER.fullmatch(name) for name in found):
-        return tuple(sorted(found, key=lambda name: (int(name), name)))
-    return tuple(sorted(found))
+def _is_whole(number: float) -> bool:
+    return number.is_integer() or number in (float("inf"), -float("inf"))  # digits too many for a float are an integer's
 
 
-def label_numbers(
-    rows: Rows, labels: Sequence[str | None], names: Sequence[str], *, scored: bool, listed_by: str = "training"
-) -> np.ndarray:
-    """int64[n] class numbers, -1 = none. Raises DataError for a label that is not among ``names``, and for none where ``scored``.
+def _refuse_number(rows: Rows, row: int, column: str, value: object) -> NoReturn:
+    raise DataError(
+        f"{_cell(rows, row, column)}: {value} is no class; a string or an integer was expected (regression is not supported)",
+        f"Cut scores into classes first; where such numbers are classes, {_DECLARE}.",
+    )
 
-    Where no name is an integer, integers are taken as class numbers: files with 0 and 1 go with names given in the recipe.
+
+def class_order(rows: Rows, labels: Sequence[str | None], column: str, given: Sequence[str] | None = None) -> ClassOrder:
+    """The classes that ``labels``, the cells of ``column``, are of: ``given`` (data.labels), those of the data set, or sorted.
+
+    Raises DataError where none is given and what was found cannot be told for classes, or their order not known.
     """
-    numbers: dict[str | None, int] = {name: number for number, name in enumerate(names)}
-    if not any(_INTEGER.fullmatch(name) for name in names):
-        numbers |= {str(number): number for number in range(len(names))}
+    if given:
+        return ClassOrder(tuple(given), "data.labels")
+    declared = rows.class_names.get(column)
+    if declared:
+        return ClassOrder(declared, "the data set")
+    found = {label for label in labels if label is not None}
+    _refuse_withheld(rows, labels, column, found)
+    _refuse_several(rows, labels, column, found)
+    integers = sorted((name for name in found if _INTEGER.fullmatch(name)), key=lambda name: (int(name), name))
+    words = sorted(found - set(integers))
+    if len(words) > 1 and integers and all(0 <= int(name) < len(words) for name in integers):
+        _refuse_mixed(rows, labels.index(integers[0]), column, integers[0], words, "the same column")
+    return ClassOrder(tuple(integers if not words else sorted(found)), "", rows.source)
+
+
+def _refuse_withheld(rows: Rows, labels: Sequence[str | None], column: str, found: set[str]) -> None:
+    """-1 beside 0 and 1 may be a class, or a label that is withheld. Among negative numbers, or beside one class, it is a class."""
+    others = found - {_WITHHELD}
+    if _WITHHELD not in found or len(others) < 2 or any(name.startswith("-") and _INTEGER.fullmatch(name) for name in others):
+        return
+    raise DataError(
+        f"{_cell(rows, labels.index(_WITHHELD), column)}: the label -1 is a class, or stands for no label as in GLUE; which is not known",
+        f"Leave the cell empty where there is no label; where -1 is a class, {_DECLARE}.",
+    )
+
+
+def _refuse_several(rows: Rows, labels: Sequence[str | None], column: str, found: set[str]) -> None:
+    for name, parts in _compounds(found):
+        if all(part in found for part in parts):
+            _refuse_multilabel(rows, labels.index(name), column, name, parts)
+
+
+def _refuse_multilabel(rows: Rows, row: int, column: str, name: str, parts: Sequence[str]) -> NoReturn:
+    raise DataError(
+        f"{_cell(rows, row, column)}: '{listed([name])}' is several labels, {listed(parts, quoted=True)}, each a class of its own: "
+        "multi-label data are not supported",
+        f"Give one label per row; where the combination is a class, {_DECLARE}.",
+    )
+
+
+def _compounds(names: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
+    """Names that a separator cuts into two or more parts, with the parts."""
+    for name in sorted(names):
+        for separator in _SEPARATORS:
+            parts = [part.strip() for part in name.split(separator)]
+            if len(parts) > 1 and all(parts):
+                yield name, parts
+
+
+def _refuse_mixed(rows: Rows, row: int, column: str, label: str, names: Sequence[str], where: str) -> NoReturn:
+    raise DataError(
+        f"{_cell(rows, row, column)}: the label is '{label}', and {where} has {listed(names, quoted=True)}: "
+        "which name belongs to which number is not known",
+        "Correct the row, or name the classes in data.labels, in the order of the numbers (for kdcache evaluate: --labels, once per class).",
+    )
+
+
+def label_numbers(rows: Rows, labels: Sequence[str | None], order: ClassOrder, column: str, *, scored: bool) -> np.ndarray:
+    """int64[n] class numbers, -1 = none. Raises DataError for a label that is not among the names, and for none where ``scored``.
+
+    Where the class order is declared and no name is an integer, integers are taken as class numbers: files with 0 and 1 go with
+    names given in the recipe, or by a data set.
+    """
+    numbers: dict[str | None, int] = {name: number for number, name in enumerate(order.names)}
+    if order.numbered and not _other_integers(rows.class_names.get(column, ())):
+        numbers |= {str(number): number for number in range(len(order.names))}
     if not scored:
         numbers[None] = NO_LABEL
     for row, label in enumerate(labels):
         if label not in numbers:
-            raise _unknown(rows, row, label, names, listed_by)
+            _refuse_unknown(rows, row, label, order, column)
     return np.fromiter((numbers[label] for label in labels), dtype=np.int64, count=len(labels))
 
 
-def _unknown(rows: Rows, row: int, label: str | None, names: Sequence[str], listed_by: str) -> DataError:
+def _other_integers(class_names: Sequence[str]) -> bool:
+    """Whether a data set calls its classes by integers that are not their numbers: those are names then."""
+    return any(_INTEGER.fullmatch(name) and name != str(number) for number, name in enumerate(class_names))
+
+
+def _refuse_unknown(rows: Rows, row: int, label: str | None, order: ClassOrder, column: str) -> NoReturn:
+    names = order.names
+    listed_by = "training" if not order.declared else order.declared
     if label is None:
-        return DataError(
+        raise DataError(
             f"{rows.place(row)} has no label; rows of validation and test are scored, so each needs one",
             "Remove the row, or move texts without labels to data.transfer.",
         )
-    known = ", ".join(f"'{name}'" for name in names[:_SHOWN]) + (
-        f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    )
-    return DataError(
-        f"{rows.place(row)} has the label '{label}', which {listed_by} does not have; known: {known}",
+    if label == _WITHHELD:
+        raise DataError(
+            f"{rows.place(row)} has the label '-1', which {listed_by} does not have; in GLUE it stands for a label that is withheld",
+            "Leave the cell of an unlabelled training row empty; score on a split that has labels, for example the validation split.",
+        )
+    parts = next((parts for _, parts in _compounds([label]) if all(part in names for part in parts)), None)
+    if parts is not None:
+        _refuse_multilabel(rows, row, column, label, parts)
+    kinds = {bool(_INTEGER.fullmatch(name)) for name in names}
+    if not order.declared and kinds == {not _INTEGER.fullmatch(label)}:
+        _refuse_mixed(rows, row, column, label, names, order.source)
+    raise DataError(
+        f"{rows.place(row)} has the label '{listed([label])}', which {listed_by} does not have; known: {listed(names, quoted=True)}",
         "Correct the row, or name every class in data.labels.",
     )
+
+
+def label_warnings(order: ClassOrder, labels: np.ndarray) -> list[str]:
+    """What is allowed and still odd about the classes of a training split, ``labels`` int64[n]: many with few rows, and ``a|b``."""
+    warnings = []
+    counts = np.bincount(labels[labels >= 0], minlength=len(order.names))
+    few = int((counts < _FEW_ROWS).sum())
+    if len(order.names) >= _MANY_CLASSES and 2 * few > len(order.names):
+        warnings.append(
+            f"{few:,} of the {len(order.names):,} classes have fewer than {_FEW_ROWS} rows of train: is the label column the right one, "
+            "and does it hold classes?"
+        )
+    if not order.declared:
+        times = Counter(part for _, parts in _compounds(order.names) for part in set(parts))
+        shared = [name for name, parts in _compounds(order.names) if any(times[part] > 1 for part in parts)]
+        if shared:
+            warnings.append(
+                f"{len(set(shared)):,} classes look like several labels in one, such as '{listed(shared[:1])}': each combination is "
+                "learned as a class of its own"
+            )
+    return warnings
+
+
+def mismatch_cure(of_data: Sequence[str], wanted: Sequence[str], cure: str) -> str:
+    """``cure``, for labels of the data that are not ``wanted``; another one where the one are integers and the other names.
+
+    Then data.labels would be believed to say what the integers mean, whatever they mean in the file.
+    """
+    if all(_INTEGER.fullmatch(name) for name in of_data) and not any(_INTEGER.fullmatch(name) for name in wanted):
+        return (
+            "The data number their classes: set data.labels to these names where 0 is the first of them, 1 the second and so on; else "
+            "write the names into the data."
+        )
+    return cure
+
+
+def _cell(rows: Rows, row: int, column: str) -> str:
+    return f"{rows.place(row)}, column '{column}'"

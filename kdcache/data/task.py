@@ -9,12 +9,15 @@ duplicates, conflicting labels, texts that train and test share, transfer texts 
 
 Rows of train may lack a label (an empty cell, or null): they count as label -1 and are distilled like transfer texts. Rows of
 validation and test may not, because they are scored.
+
+A row without any text is left out and counted, in every split: no model can answer it, and one such row must not end a run. A
+pair with one empty column is a text like others.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import compress
 from typing import TYPE_CHECKING
 
@@ -23,8 +26,8 @@ import numpy as np
 from kdcache.cache.ids import id_array
 from kdcache.data.counts import DataCounts, count_rows
 from kdcache.data.files import Rows, read_rows
-from kdcache.data.labels import NO_LABEL, label_cells, label_numbers, names_of
-from kdcache.data.texts import column_texts, ids_of, seeded_keys
+from kdcache.data.labels import NO_LABEL, ClassOrder, class_order, label_cells, label_numbers, label_warnings
+from kdcache.data.texts import column_texts, has_text, ids_of, rows_with_text, seeded_keys
 from kdcache.errors import DataError
 
 if TYPE_CHECKING:
@@ -52,6 +55,7 @@ class TaskData:
     label_names: tuple[str, ...]  # in class order
     text_columns: tuple[str, ...]
     counts: DataCounts
+    labels_declared: bool = False  # by data.labels or by the data set; else sorted as found
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,7 @@ class LabelledTexts:
     text_ids: np.ndarray  # uint8[n, 16]
     labels: np.ndarray  # int64[n], -1 = none
     label_names: tuple[str, ...]
+    empty: int = 0  # rows left out because they have no text
 
 
 @dataclass(frozen=True)
@@ -71,26 +76,28 @@ class _Split:
     ids: list[bytes]
     labels: list[str | None]
     groups: tuple[str, ...] | None
+    empty: int = 0  # rows without text, left out
 
     def take(self, keep: Sequence[bool]) -> _Split:
         """The rows where ``keep`` is true."""
-        rows = Rows(self.rows.source, {}, list(compress(self.rows.lines, keep)), self.rows.unit, self.rows.class_names)
+        rows = replace(self.rows, columns={}).take(keep)
         groups = None if self.groups is None else tuple(compress(self.groups, keep))
         texts, ids, labels = list(compress(self.texts, keep)), list(compress(self.ids, keep)), list(compress(self.labels, keep))
-        return _Split(rows, texts, ids, labels, groups)
+        return replace(self, rows=rows, texts=texts, ids=ids, labels=labels, groups=groups)
 
 
 def load_task(section: DataSection) -> TaskData:
     """Read every file that the section names. Raises DataError (exit 2) with file, line and cure."""
     splits = {"train": _read_split(section, section.train, "train")}
-    names = _class_order(section, splits["train"])
+    order = _class_order(section, splits["train"])
+    names = order.names
     if section.validation_fraction:
         splits["train"], splits["validation"] = _split_off(splits["train"], section.validation_fraction, section.seed)
     elif section.validation is not None:
-        splits["validation"] = _read_split(section, section.validation, "validation")
+        splits["validation"] = _read_split(section, section.validation, "validation", names)
     if section.test is not None:
-        splits["test"] = _read_split(section, section.test, "test")
-    examples = {name: _examples(name, split, names, section) for name, split in splits.items()}
+        splits["test"] = _read_split(section, section.test, "test", names)
+    examples = {name: _examples(name, split, order, section.label) for name, split in splits.items()}
     texts = {identity: text for split in splits.values() for identity, text in zip(split.ids, split.texts, strict=True)}
     transfer, dropped = _transfer(section, splits)
     if transfer:
@@ -98,57 +105,69 @@ def load_task(section: DataSection) -> TaskData:
         examples["transfer"] = Examples(id_array(transfer), np.full(len(transfer), NO_LABEL, dtype=np.int64), None)
     ids = {name: split.ids for name, split in splits.items()}
     labels = {name: examples[name].labels for name in splits}
-    counts = count_rows(ids, labels, names, transfer=len(transfer), dropped=dropped)
-    return TaskData(texts, examples, names, tuple(section.text), counts)
+    empty = {name: split.empty for name, split in splits.items()}
+    warnings = label_warnings(order, labels["train"])
+    counts = count_rows(ids, labels, names, transfer=len(transfer), dropped=dropped, empty=empty, warnings=warnings)
+    return TaskData(texts, examples, names, tuple(section.text), counts, labels_declared=bool(order.declared))
 
 
 def read_examples(
-    source: str, text: Sequence[str], label: str | None, label_names: Sequence[str] | None = None, split: str = "test"
+    source: str,
+    text: Sequence[str],
+    label: str | None,
+    label_names: Sequence[str] | None = None,
+    split: str = "test",
+    *,
+    labels_declared: bool = True,
+    numbered_as: Sequence[str] | None = None,
 ) -> LabelledTexts:
-    """The rows of one file or hub data set, in order; labels all -1 where ``label`` is None.
+    """The rows of one file or hub data set, in order; labels all -1 where ``label`` is None. Rows without text are left out.
 
-    ``label_names`` gives the class order and what is known; sorted as found where None. Raises DataError as ``load_task`` does,
-    also for rows without a label where a label column is named: they could not be scored.
+    ``label_names`` gives the class order and what is known; sorted as found where None. Integers are class numbers of it only
+    where it was declared (``labels_declared``) and not sorted, or of ``numbered_as`` where given. Raises DataError as ``load_task`` does, also for rows without a
+    label where a label column is named: they could not be scored.
     """
-    rows = read_rows(source, split)
-    texts = column_texts(rows, text)
+    rows, texts, empty = rows_with_text(read_rows(source, split), text)
     ids = ids_of(rows, texts)
     labels = np.full(len(texts), NO_LABEL, dtype=np.int64)
     names = tuple(label_names or ())
     if label is not None:
-        cells = label_cells(rows, label)
-        names = names or names_of(cells, rows.class_names.get(label))
-        labels = label_numbers(rows, cells, names, scored=True)
-    return LabelledTexts(tuple(texts), id_array(ids), labels, names)
+        cells = label_cells(rows, label, names or rows.class_names.get(label, ()))
+        if numbered_as is not None:
+            by_number = {str(number): name for number, name in enumerate(numbered_as)}
+            cells = [cell if cell is None or cell in names else by_number.get(cell, cell) for cell in cells]
+        of_model = ClassOrder(names, "training" if labels_declared else "", "the training data of the model")
+        order = of_model if names else class_order(rows, cells, label)
+        labels, names = label_numbers(rows, cells, order, label, scored=True), order.names
+    return LabelledTexts(tuple(texts), id_array(ids), labels, names, empty)
 
 
-def _read_split(section: DataSection, source: str, split: str) -> _Split:
-    rows = read_rows(source, split)
-    texts = column_texts(rows, section.text)
+def _read_split(section: DataSection, source: str, split: str, known: Sequence[str] | None = None) -> _Split:
+    rows, texts, empty = rows_with_text(read_rows(source, split), section.text)
     groups = None
     if section.group is not None:
         groups = tuple("" if value is None else str(value) for value in rows.column(section.group, "group"))
-    return _Split(rows, texts, ids_of(rows, texts), label_cells(rows, section.label), groups)
+    known = known or section.labels or rows.class_names.get(section.label, ())
+    return _Split(rows, texts, ids_of(rows, texts), label_cells(rows, section.label, known), groups, empty)
 
 
-def _class_order(section: DataSection, train: _Split) -> tuple[str, ...]:
-    names = tuple(section.labels or names_of(train.labels, train.rows.class_names.get(section.label)))
-    if not any(label is not None for label in train.labels):
+def _class_order(section: DataSection, train: _Split) -> ClassOrder:
+    order = class_order(train.rows, train.labels, section.label, section.labels)
+    if all(label is None for label in train.labels):
         raise DataError(
             f"{train.rows.source} has no label in its column '{section.label}'; training needs labelled rows",
             "Texts without labels belong in data.transfer.",
         )
-    if len(names) < 2:
+    if len(order.names) < 2:
         raise DataError(
-            f"{train.rows.source} has only the label '{names[0]}'; a classifier needs two or more",
+            f"{train.rows.source} has only the label '{order.names[0]}'; a classifier needs two or more",
             "Check data.label, or name all classes with data.labels.",
         )
-    return names
+    return order
 
 
-def _examples(name: str, split: _Split, names: tuple[str, ...], section: DataSection) -> Examples:
-    listed = "data.labels" if section.labels else "training"
-    labels = label_numbers(split.rows, split.labels, names, scored=name != "train", listed_by=listed)
+def _examples(name: str, split: _Split, order: ClassOrder, column: str) -> Examples:
+    labels = label_numbers(split.rows, split.labels, order, column, scored=name != "train")
     return Examples(id_array(split.ids), labels, split.groups)
 
 
@@ -164,7 +183,7 @@ def _split_off(train: _Split, fraction: float, seed: int) -> tuple[_Split, _Spli
             f"{sum(rest):,} for training and {sum(chosen):,} for validation; both need some",
             "Give another data.validation_fraction or data.seed, or a validation file.",
         )
-    return train.take(rest), train.take(chosen)
+    return train.take(rest), replace(train.take(chosen), empty=0)
 
 
 def _transfer(section: DataSection, splits: dict[str, _Split]) -> tuple[dict[bytes, tuple[str, ...]], dict[str, int]]:
@@ -172,12 +191,20 @@ def _transfer(section: DataSection, splits: dict[str, _Split]) -> tuple[dict[byt
     evaluation = {identity for name, split in splits.items() if name != "train" for identity in split.ids}
     train = set(splits["train"].ids)
     found: dict[bytes, tuple[str, ...]] = {}
-    dropped = {"found in validation or test": 0, "already in train": 0, "duplicates": 0, "beyond transfer_rows": 0}
+    dropped = {
+        "without text": 0,
+        "found in validation or test": 0,
+        "already in train": 0,
+        "duplicates": 0,
+        "beyond transfer_rows": 0,
+    }
     for source in section.transfer:
         rows = read_rows(source, "train")
         texts = column_texts(rows, section.text)
         for identity, text in zip(ids_of(rows, texts), texts, strict=True):
-            if identity in evaluation:
+            if not has_text(text):
+                dropped["without text"] += 1
+            elif identity in evaluation:
                 dropped["found in validation or test"] += 1
             elif identity in train:
                 dropped["already in train"] += 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from hashlib import blake2b
+from itertools import compress
 from typing import TYPE_CHECKING
 
 from kdcache.cache.ids import text_id
@@ -16,22 +17,45 @@ if TYPE_CHECKING:
 def column_texts(rows: Rows, names: Sequence[str]) -> list[tuple[str, ...]]:
     """One tuple of ``names``' values per row, exactly as in the file: it is what tokenizers are given and ids are made of.
 
-    Raises DataError for a missing column, and for a text that is empty, no string, or holds a NUL.
+    A null is the empty string. Raises DataError for a missing column, and for a text that is no string, or holds a NUL.
     """
     columns = []
     for name in names:
-        values = rows.column(name, "text")
+        values = ["" if value is None else value for value in rows.column(name, "text")]
         for row, value in enumerate(values):
-            if not isinstance(value, str) or not value.strip() or "\0" in value:
+            if not isinstance(value, str) or "\0" in value:
                 raise _unusable(rows, row, name, value)
         columns.append(values)
     return list(zip(*columns, strict=True))
 
 
+def has_text(text: tuple[str, ...]) -> bool:
+    """Whether a column has anything but white space. Where none has, a model would read special tokens alone.
+
+    A pair with one empty column is a text. White space is what Python takes for it; of other characters that show nothing, such
+    as U+200B, some tokenizers make tokens and others do not, so they count as text.
+    """
+    return any(column.strip() for column in text)
+
+
+def rows_with_text(rows: Rows, names: Sequence[str]) -> tuple[Rows, list[tuple[str, ...]], int]:
+    """The rows that have text in one of the columns ``names``, their texts, and how many rows have none.
+
+    Raises DataError where no row has, and as ``column_texts``.
+    """
+    texts = column_texts(rows, names)
+    keep = [has_text(text) for text in texts]
+    left_out = keep.count(False)
+    if not left_out:
+        return rows, texts, 0
+    if left_out == len(keep):
+        columns = " and ".join(f"'{name}'" for name in names)
+        raise DataError(f"{rows.source} has no text in any row of {columns}", "Name the column that holds the text in data.text.")
+    return rows.take(keep), list(compress(texts, keep)), left_out
+
+
 def _unusable(rows: Rows, row: int, name: str, value: object) -> DataError:
     place = f"{rows.place(row)}, column '{name}'"
-    if value is None or (isinstance(value, str) and not value.strip()):
-        return DataError(f"{place}: the text is empty", "Remove the row, or give it a text.")
     if isinstance(value, str):
         return DataError(f"{place}: the text holds a NUL character", "Remove it from the row.")
     return DataError(

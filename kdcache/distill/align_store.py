@@ -59,7 +59,7 @@ class StudentTokens:
         ``keep=False`` where some of the texts are stand-ins: then nothing is written under their ids.
         """
         path = self._path("tokens", text_ids.tobytes(), json.dumps(self._types), _tokenizers_version())
-        kept = load_arrays(path, {"input_ids", "offsets", "starts", "ends", "segments", "roles"})
+        kept = load_arrays(path, {"input_ids", "offsets", "starts", "ends", "segments", "roles", "truncated"})
         if kept is None:
             encoded = encode(self.tokenizer, texts(), self.max_length)
             if keep:

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 
 from kdcache.cache.ids import id_list
+from kdcache.data.labels import mismatch_cure
 from kdcache.data.task import Examples, load_task
 from kdcache.errors import DataError, MismatchError
+from kdcache.progress import listed_apart
 
 if TYPE_CHECKING:
     from kdcache.cache.reader import Cache
@@ -42,6 +44,9 @@ class StudentData:
     label_names: tuple[str, ...]
     text_columns: tuple[str, ...]
     origin: str  # "recipe" or "cache"
+    labels_declared: bool = True  # by a recipe or a data set; else the class order is that of the sorted names
+    empty_rows: Mapping[str, int] = field(default_factory=dict)  # per split, left out because they have no text
+    notes: tuple[str, ...] = ()  # what is odd about the data, for people
 
     def texts_of(self, split: str) -> list[tuple[str, ...]]:
         """The text of every example of ``split``, in its order."""
@@ -73,7 +78,11 @@ def student_data(section: DataSection, cache: Cache | None) -> StudentData:
                 "Name the data that it was made from in [data]: rows join by their text.",
             ) from error
         return _data_of(cache)
-    data = StudentData(task.texts, dict(task.splits), task.label_names, task.text_columns, "recipe")
+    empty = task.counts.empty
+    notes = tuple(task.counts.notes())
+    data = StudentData(
+        task.texts, dict(task.splits), task.label_names, task.text_columns, "recipe", task.labels_declared, empty, notes
+    )
     if cache is not None:
         _check_same_task(data, cache)
     return data
@@ -86,14 +95,18 @@ def _data_of(cache: Cache) -> StudentData:
         for identity, text in zip(id_list(cache.text_ids(part.name)), cache.texts(part.name), strict=True)
     }
     splits = {name: cache.examples(name) for name in cache.splits}
-    return StudentData(texts, splits, tuple(cache.task.label_names), tuple(cache.task.text_columns), "cache")
+    names = tuple(cache.task.label_names)
+    declared = names != tuple(sorted(names))  # a sorted order may have been declared as well; then that is not known
+    return StudentData(texts, splits, names, tuple(cache.task.text_columns), "cache", declared)
 
 
 def _check_same_task(data: StudentData, cache: Cache) -> None:
     if data.label_names != tuple(cache.task.label_names):
+        ours, theirs = listed_apart(data.label_names, cache.task.label_names)
+        cure = "Set data.labels to the cache's labels in their order, or dump the teachers of this task: kdcache dump-teachers"
         raise MismatchError(
-            f"the labels of the data are {', '.join(data.label_names)}; those of cache '{cache.path}' are {', '.join(cache.task.label_names)}",
-            "Set data.labels to the cache's labels in their order, or dump the teachers of this task: kdcache dump-teachers",
+            f"the labels of the data are {ours}; those of cache '{cache.path}' are {theirs}",
+            mismatch_cure(data.label_names, cache.task.label_names, cure),
         )
     if len(data.text_columns) != len(cache.task.text_columns):
         raise MismatchError(

@@ -17,6 +17,7 @@ from kdcache.data.task import read_examples
 from kdcache.distill.student import Student, StudentModel
 from kdcache.distill.student_files import load_student, read_record
 from kdcache.errors import RecipeError
+from kdcache.progress import listed_apart
 from kdcache.report.metrics import scores
 
 _TOKENS_PER_ROW = 128  # a batch of n rows is n x 128 padded tokens
@@ -70,12 +71,30 @@ def evaluate_model(
     label: str | None = None,
     max_length: int | None = None,
     batch: int = 32,
+    labels: Sequence[str] | None = None,
 ) -> dict[str, float]:
-    """Scores of a saved model on a file (or hub data set), and ``rows``: how many were scored.
+    """Scores of a saved model on a file (or hub data set).
 
     A student of kdcache knows its text and label columns, label names and max_length; arguments override. A sequence
-    classifier from elsewhere has no record, so the columns must be named. Both heads load. Raises RecipeError where columns
-    are not known, DataError for the file, ModelError and DamageError for the model.
+    classifier from elsewhere has no record, so the columns must be named. Both heads load.
+
+    Args:
+        model_dir: a student of kdcache, or a directory that ``AutoModelForSequenceClassification`` loads.
+        source: a file, or the name of a hub data set.
+        text: one column, or two for pairs.
+        label: the label column.
+        max_length: tokens that are read of a text.
+        batch: rows of 128 tokens in one forward pass.
+        labels: class names by the numbers that the file has for labels, where it has numbers and the model's order is another.
+
+    Returns:
+        The scores and ``rows``, how many were scored; where there are any, ``left_out``, rows that have no text, and ``truncated``,
+        rows that have more than max_length tokens.
+
+    Raises:
+        RecipeError: where columns are not known, or ``labels`` are not the model's.
+        DataError: for the file.
+        ModelError, DamageError: for the model.
     """
     directory = Path(model_dir)
     record = read_record(directory)
@@ -87,9 +106,15 @@ def evaluate_model(
             "Name them: --text COLUMN (twice for pairs) and --label COLUMN.",
         )
     student = load_student(directory)
-    rows = read_examples(source, list(text), label, student.label_names)
+    if labels is not None and sorted(labels) != sorted(student.label_names):
+        ours, theirs = listed_apart(tuple(labels), student.label_names)
+        raise RecipeError(f"--labels are {ours}; model '{directory}' knows {theirs}", "Name each of its classes once.")
+    declared = record is None or record.labels_declared is not False
+    rows = read_examples(source, list(text), label, student.label_names, labels_declared=declared, numbered_as=labels)
     if max_length is not None:
         student = Student(student.model, student.tokenizer, student.label_names, max_length, student.source)
     student.model.to("cuda" if torch.cuda.is_available() else "cpu")
     split = encode_split(student, rows.texts, rows.labels)
-    return {**split_scores(student.model, split, batch), "rows": len(rows.labels)}
+    odd = {"left_out": rows.empty, "truncated": split.encoded.truncated_count}
+    counts = {"rows": len(rows.labels), **{name: count for name, count in odd.items() if count}}
+    return {**split_scores(student.model, split, batch), **counts}

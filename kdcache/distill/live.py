@@ -114,6 +114,7 @@ class LiveBatches:
         self._running = [self._ready(teacher, (backends or {}).get(teacher.name)) for teacher in teachers]
         self._part_texts: dict[int, Sequence[tuple[str, ...]]] = {}
         self._covered = np.zeros((len(names), 2), np.int64)
+        self._truncated = np.zeros(2, np.int64)  # rows that the student reads cut, and all of them
 
     @property
     def steps_per_epoch(self) -> int:
@@ -125,6 +126,12 @@ class LiveBatches:
         """Per teacher with hidden states, the share of student tokens that have a target, over the batches so far."""
         pairs = zip(self.teachers, self._covered.tolist(), strict=True)
         return {name: covered / tokens for name, (covered, tokens) in pairs if tokens}
+
+    @property
+    def truncated(self) -> float | None:
+        """Share of the rows that the student reads cut to ``max_length``, over the batches so far; None before any."""
+        cut, rows = self._truncated.tolist()
+        return cut / rows if rows else None
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """The share of process ``rank`` of every step of ``epoch`` from ``first_step`` on; targets lie on the teachers' device."""
@@ -181,6 +188,7 @@ class LiveBatches:
         joined = self.epochs.examples
         texts = self._texts_at(joined, examples)
         student = encode(self._student.tokenizer, texts, self._student.max_length)
+        self._truncated += student.truncated_count, len(student)
         order = longest_first(student.lengths)
         examples, texts, student = examples[order], [texts[place] for place in order], student.select(order)
         targets = self._targets(texts, student) if self._running and (self._logits or self.layer_map) else None

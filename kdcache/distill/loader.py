@@ -91,6 +91,7 @@ class CachedBatches:
         self._has_targets = bool(self.teachers) and (logits or bool(self.layer_map))
         self._shelf: Shelf[DecodedPart] = Shelf(memory_bytes)
         self._covered: dict[int, list[tuple[int, int]]] = {}  # part -> per teacher: covered and all student tokens
+        self._truncated: dict[int, tuple[int, int]] = {}  # part -> texts that the student reads cut, and all of them
 
     @property
     def steps_per_epoch(self) -> int:
@@ -115,6 +116,12 @@ class CachedBatches:
         seen = list(self._covered.values())
         totals = {name: np.array([part[index] for part in seen]).sum(axis=0) for index, name in enumerate(self.teachers) if seen}
         return {name: float(covered / tokens) for name, (covered, tokens) in totals.items() if tokens}
+
+    @property
+    def truncated(self) -> float | None:
+        """Share of the texts that the student reads cut to ``max_length``, over the parts read so far; None before any."""
+        cut, texts = np.array([(0, 0), *list(self._truncated.values())]).sum(axis=0).tolist()
+        return cut / texts if texts else None
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """The share of process ``rank`` of every step of ``epoch`` from ``first_step`` on. Closing the iterator ends its threads."""
@@ -168,6 +175,7 @@ class CachedBatches:
     def _decoded(self, index: int) -> DecodedPart:
         part = self._decode(index)
         alignments = [teacher.alignment for teacher in part.teachers]
+        self._truncated[index] = (part.student.truncated_count, len(part.student))
         self._covered[index] = [(0, 0) if one is None else (int(one.covered.sum()), one.tokens) for one in alignments]
         return part
 

@@ -48,6 +48,11 @@ class PlainBatches:
         """Optimizer steps of an epoch; the last may be short of rows."""
         return self._epochs.steps
 
+    @property
+    def truncated(self) -> float | None:
+        """Share of the rows that are cut to ``max_length``."""
+        return self._encoded.truncated_count / len(self._encoded) if len(self._encoded) else None
+
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """The batches of ``epoch`` from ``first_step`` on."""
         order, joined = self._epochs.order(epoch), self._epochs.examples

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from kdcache.report.curves import read_curves, scales
 from kdcache.report.metrics import scores
 
 if TYPE_CHECKING:
+    from kdcache.cache.reader import Cache
     from kdcache.distill.data import StudentData
     from kdcache.distill.sources import Speed, TeacherFacts
     from kdcache.distill.targets import TargetSource
@@ -68,6 +69,7 @@ class Measured:
     best_epoch: int
     training_seconds: float  # of this process: a resumed training took longer
     seconds: float
+    truncated: Mapping[str, float] = field(default_factory=dict)  # split -> share of the texts that the student read cut
 
 
 def build_results(training: Training, measured: Measured, metrics: Path) -> dict[str, Any]:
@@ -93,6 +95,7 @@ def build_results(training: Training, measured: Measured, metrics: Path) -> dict
         "targets": training.targets,
         "layer_map": {name: list(layers) for name, layers in source.layer_map.items()},
         "coverage": dict(source.coverage),
+        "truncated": {"student": dict(measured.truncated), "teachers": _truncated_by_teachers(cache, source.teachers)},
         "skipped_rows": source.skipped,
         "joined": {join.split: join.as_dict() for join in training.joins},
         "scales": scales([curve for curve in read_curves(metrics, "steps") if curve.stage == STAGE]),
@@ -123,6 +126,7 @@ def _data(training: Training) -> dict[str, Any]:
         "max_length": training.student.max_length,
         "rows": {name: len(split.labels) for name, split in data.splits.items()},
         "labelled_rows": {name: int((split.labels >= 0).sum()) for name, split in data.splits.items()},
+        "empty_rows": dict(data.empty_rows),
         "data_from": data.origin,
     }
 
@@ -133,6 +137,22 @@ def _teacher(found: Mapping[str, Mapping[str, float]], facts: TeacherFacts | Non
         speed = facts.speed
         measured = {"parameters": facts.parameters, "latency_ms": speed.latency_ms, "texts_per_second": speed.texts_per_second}
     return {**measured, "scores": {split: dict(values) for split, values in found.items()}}
+
+
+def _truncated_by_teachers(cache: Cache | None, names: Sequence[str]) -> dict[str, float]:
+    """The share of the texts that each teacher read cut, as far as the provenance of the cache says: that of 0.1.0 does not."""
+    if cache is None:
+        return {}
+    records = cache.manifest.provenance.get("teachers")
+    found = {}
+    for name in names:
+        record = records.get(name) if isinstance(records, Mapping) else None
+        cut, texts = (
+            (record.get(key) for key in ("texts_truncated", "texts_run")) if isinstance(record, Mapping) else (None, None)
+        )
+        if isinstance(cut, int) and isinstance(texts, int) and 0 <= cut <= texts and texts:
+            found[name] = cut / texts
+    return found
 
 
 def machine(device: str) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdcache.cache.memory import keep_freed_blocks
+from kdcache.data.encoding import truncation_note
 from kdcache.distill.evaluation import EncodedSplit, encode_split, split_scores
 from kdcache.distill.objective import PROJECTIONS
 from kdcache.distill.results import SCORED, STAGE, Measured, build_results, teacher_scores
@@ -73,6 +74,10 @@ def distill(
     splits = {
         name: encode_split(student, data.texts_of(name), data.splits[name].labels) for name in SCORED if name in data.splits
     }
+    for name, split in splits.items():
+        cut, rows = split.encoded.truncated_count, len(split.encoded)
+        for line in truncation_note(f"student, {name}", cut, rows, student.max_length):
+            progress.note(line)
     if default_device().type == "cpu":
         keep_freed_blocks()
     trained = time.perf_counter()
@@ -80,7 +85,12 @@ def distill(
     seconds = time.perf_counter() - trained
     scores = {name: split_scores(student.model, split) for name, split in splits.items()}
     speed = measure_speed(student.model, student.tokenizer, student.max_length, training.some_texts())
-    measured = Measured(scores, said, facts, speed, best, seconds, time.perf_counter() - started)
+    truncated = {} if source.truncated is None else {"train": source.truncated}
+    truncated |= {
+        name: split.encoded.truncated_count / len(split.encoded) for name, split in splits.items() if len(split.encoded)
+    }
+    taken = time.perf_counter() - started
+    measured = Measured(scores, said, facts, speed, best, seconds, taken, truncated)
     results = build_results(training, measured, run.metrics)
     _save(training, results, run)
     return DistillResult(run.student, results)
@@ -113,6 +123,7 @@ def _save(training: Training, results: dict[str, Any], run: RunDirectory) -> Non
         method=training.settings.method.name,
         text_columns=training.data.text_columns,
         label_column=recipe.data.label,
+        labels_declared=training.data.labels_declared,
     )
     save_student(run.student, training.student, record, model_card(results))
     write_file(run.results, (json.dumps(results, indent=2, ensure_ascii=False) + "\n").encode())

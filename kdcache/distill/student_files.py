@@ -58,10 +58,17 @@ class StudentRecord:
     max_length: int
     shared_head: SharedHeadRecord | None = None
     kdcache: str = ""
+    labels_declared: bool | None = None  # False: label_names are sorted, so their numbers are nobody's; None: not recorded
 
 
 def student_record(
-    student: Student, *, name: str, method: str, text_columns: tuple[str, ...], label_column: str
+    student: Student,
+    *,
+    name: str,
+    method: str,
+    text_columns: tuple[str, ...],
+    label_column: str,
+    labels_declared: bool | None = None,
 ) -> StudentRecord:
     """The record of ``student`` as it is."""
     from kdcache import __version__
@@ -70,7 +77,8 @@ def student_record(
     shared = None
     if head is not None:
         shared = SharedHeadRecord(head.width, head.pooling_name, head.dropout_rate, student.model.adapter is not None)
-    return StudentRecord(name, method, text_columns, label_column, student.label_names, student.max_length, shared, __version__)
+    names, length = student.label_names, student.max_length
+    return StudentRecord(name, method, text_columns, label_column, names, length, shared, __version__, labels_declared)
 
 
 def save_student(directory: Path, student: Student, record: StudentRecord, card: str) -> None:

@@ -243,6 +243,7 @@ class TargetSource(Protocol):
 
     ``layer_map`` gives, per teacher, one teacher layer for each student layer 1..K; it is empty where no hidden states are
     asked for. ``coverage`` is, per teacher, the share of student tokens that have a target, over what was read so far;
+    ``truncated`` is the share of the texts read so far that the student reads cut to its max_length, None before any is read;
     ``skipped`` counts the rows left out because the cache lacks them.
     """
 
@@ -255,6 +256,9 @@ class TargetSource(Protocol):
 
     @property
     def coverage(self) -> dict[str, float]: ...
+
+    @property
+    def truncated(self) -> float | None: ...
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """One process's share of every global batch of ``epoch`` from ``first_step`` on."""

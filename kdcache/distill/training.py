@@ -109,6 +109,8 @@ def prepare(
     settings, section = objective_settings(recipe.distill), recipe.require_student()
     opened = _open(cache)
     data = student_data(recipe.data, opened)
+    for note in data.notes:
+        progress.note(note)
     joins = join_counts(data, opened) if settings.method.uses_teachers else ()
     for line in (line for join in joins for line in join.lines()):
         progress.note(line)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kdcache.errors import MismatchError, ModelError
+from kdcache.progress import listed_apart
 from kdcache.recipe.sections import TeacherSection
 from kdcache.teachers.bundle import is_bundle, read_bundle, write_bundle
 
@@ -88,8 +89,9 @@ def _classifier(name: str, path: Path, task: TaskSpec, max_length: int, place: P
 def _check_task(addition: Addition, task: TaskSpec) -> None:
     bundle = addition.bundle
     if bundle.label_names != task.label_names or len(bundle.text_columns) != len(task.text_columns):
+        theirs, of_cache = listed_apart(bundle.label_names, task.label_names)
         raise MismatchError(
-            f"teacher '{addition.name}' was trained for the labels {', '.join(bundle.label_names)} on "
-            f"{len(bundle.text_columns)} text columns; the cache has {', '.join(task.label_names)} and {len(task.text_columns)}",
+            f"teacher '{addition.name}' was trained for the labels {theirs} on {len(bundle.text_columns)} text columns; the cache has "
+            f"{of_cache} and {len(task.text_columns)}",
             "Add a teacher of the cache's own task.",
         )

@@ -21,6 +21,7 @@ from kdcache.cache.ids import ids_digest
 from kdcache.cache.manifest import read_manifest
 from kdcache.cache.merge import contents_so_far, take
 from kdcache.cache.writer import open_writer
+from kdcache.data.labels import mismatch_cure
 from kdcache.dump.additions import open_additions
 from kdcache.dump.layers import check_layer, spec_like
 from kdcache.dump.provenance import extended_provenance, forget_runs, inherit_run
@@ -28,6 +29,7 @@ from kdcache.dump.scoring import validation_scores
 from kdcache.dump.specs import PreparedTeacher, layer_specs, prepare, scopes, student_depth
 from kdcache.dump.stage import refuse_stale, run_missing, write_examples
 from kdcache.errors import DamageError, MismatchError, RecipeError
+from kdcache.progress import listed, listed_apart
 from kdcache.recipe.sections import DumpSection, TeacherSection
 from kdcache.teachers.layer_map import even_layers
 
@@ -102,7 +104,7 @@ def extend_cache(
     started = time.perf_counter()
     old = read_manifest(cache_dir)
     contents = old.contents
-    task = _data(wanted.recipe, contents)
+    task = _data(wanted.recipe, contents, progress)
     full, logits_only = ({}, {}) if task is None else scopes(task)
     if not wanted.teachers and task is None:
         raise RecipeError("nothing to add was named", "Name a teacher with --teacher NAME=DIR, or new rows with --recipe RECIPE.")
@@ -145,7 +147,7 @@ def shared_bytes(old: Manifest, new: Manifest) -> tuple[int, int]:
     return shared, sum(sizes.values()) - shared
 
 
-def _data(recipe: Recipe | None, contents: Contents) -> TaskData | None:
+def _data(recipe: Recipe | None, contents: Contents, progress: Progress) -> TaskData | None:
     if recipe is None:
         return None
     from kdcache.data.task import load_task
@@ -153,11 +155,15 @@ def _data(recipe: Recipe | None, contents: Contents) -> TaskData | None:
     task = load_task(recipe.data)
     of_cache: TaskSpec = contents.task
     if task.label_names != of_cache.label_names or task.text_columns != of_cache.text_columns:
+        ours, theirs = listed_apart(task.label_names, of_cache.label_names)
+        cure = "Set data.text and data.labels to those of the cache, or dump into a new directory."
         raise MismatchError(
-            f"the data have the columns {', '.join(task.text_columns)} and the labels {', '.join(task.label_names)}; the cache has "
-            f"{', '.join(of_cache.text_columns)} and {', '.join(of_cache.label_names)}",
-            "Set data.text and data.labels to those of the cache, or dump into a new directory.",
+            f"the data have the columns {listed(task.text_columns)} and the labels {ours}; the cache has "
+            f"{listed(of_cache.text_columns)} and {theirs}",
+            mismatch_cure(task.label_names, of_cache.label_names, cure),
         )
+    for line in task.counts.notes():
+        progress.note(line)
     return task
 
 

@@ -21,11 +21,12 @@ from kdcache.cache.reader import open_cache
 from kdcache.cache.spec import Settings, needs_tokens
 from kdcache.cache.stale import check_task as check_cache_task
 from kdcache.cache.stale import check_teacher
-from kdcache.data.encoding import encode
+from kdcache.data.encoding import encode, truncation_note
 from kdcache.data.task import load_task
 from kdcache.dump.run import open_teacher, text_batches
 from kdcache.dump.sizes import hidden_bytes, outputs_bytes, tokens_bytes
 from kdcache.dump.specs import PreparedTeacher, check_task, prepare_teachers, scopes, task_spec
+from kdcache.dump.student_texts import TruncationPlan, student_truncation
 from kdcache.errors import StorageError
 from kdcache.progress import format_bytes, format_seconds
 from kdcache.teachers.bundle import read_bundle
@@ -57,6 +58,8 @@ class TeacherPlan:
     spans: int
     seconds: float
     stored_layers: tuple[int, ...]
+    truncated: int = 0  # of ``texts``, cut to max_length
+    max_length: int = 0
 
     @property
     def bytes(self) -> int:
@@ -66,6 +69,7 @@ class TeacherPlan:
         """JSON-able."""
         return {
             "texts": self.texts,
+            "texts_truncated": self.truncated,
             "tokens": self.tokens,
             "bytes": {"hidden": {str(layer): size for layer, size in self.hidden.items()}, "outputs": self.outputs, "tokens": self.spans},
             "seconds": round(self.seconds, 1),
@@ -80,6 +84,7 @@ class TeacherPlan:
         return [
             f"{self.teacher}: {self.texts:,} texts, {self.tokens:,} tokens, {format_bytes(self.bytes)}, "
             f"about {format_seconds(self.seconds)}",
+            *(f"  {line}" for line in truncation_note(f"teacher '{self.teacher}'", self.truncated, self.texts, self.max_length)),
             *layers,
             f"  logits and pooled vectors: {format_bytes(self.outputs)}; token spans: {format_bytes(self.spans)}",
         ]
@@ -97,6 +102,7 @@ class DumpPlan:
     existing_teachers: tuple[str, ...]
     teachers: tuple[TeacherPlan, ...]
     free: int
+    student: TruncationPlan | None = None
 
     @property
     def bytes(self) -> int:
@@ -117,6 +123,7 @@ class DumpPlan:
             "bytes": self.bytes,
             "minutes": round(self.seconds / 60, 1),
             "free_bytes": self.free,
+            "student": None if self.student is None else self.student.as_dict(),
         }
 
     def lines(self) -> list[str]:
@@ -127,6 +134,7 @@ class DumpPlan:
             f"texts: {self.full_texts:,} with hidden states, {self.logits_texts:,} with logits only; {self.existing_texts:,} of them "
             f"in the cache already (teachers there: {there})",
             *(line for teacher in self.teachers for line in teacher.lines()),
+            *(() if self.student is None else self.student.lines()),
             f"together: {format_bytes(self.bytes)}, about {format_seconds(self.seconds)}; free on the disk: {format_bytes(self.free)}",
         ]
 
@@ -151,7 +159,9 @@ def plan_dump(recipe: Recipe, teachers_dir: Path, cache_dir: Path, *, progress: 
         plans.append(_plan_teacher(teacher, cache, groups, teachers_dir, recipe.dump.tokens_per_batch, progress))
     existing = tuple(cache.teachers) if cache is not None else ()
     known = len(full) + len(logits_only) - len(new_full) - len(new_logits)
-    return DumpPlan(cache_dir, task.counts, len(full), len(logits_only), known, existing, tuple(plans), free_bytes(cache_dir))
+    student = student_truncation(recipe, teachers_dir, teachers, list(full.values()))
+    counts, free = task.counts, free_bytes(cache_dir)
+    return DumpPlan(cache_dir, counts, len(full), len(logits_only), known, existing, tuple(plans), free, student)
 
 
 def check_free_space(writer: CacheWriter, teachers: Sequence[PreparedTeacher], missing: Mapping[str, Sequence[PartTask]]) -> None:
@@ -243,9 +253,10 @@ def _plan_teacher(
     spec = teacher.spec
     stored = cache.teachers[spec.name].layers if cache is not None and spec.name in cache.teachers else {}
     hidden = {layer: 0 for group in groups for layer in sorted(group.layers)}
-    texts = tokens = outputs = spans = full = 0
+    texts = tokens = outputs = spans = full = truncated = 0
     for group in groups:
-        count = int(encode(teacher.tokenizer, group.texts, spec.max_length).lengths.sum())
+        encoded = encode(teacher.tokenizer, group.texts, spec.max_length)
+        count, truncated = int(encoded.lengths.sum()), truncated + encoded.truncated_count
         texts, tokens = texts + len(group.texts), tokens + count
         outputs += outputs_bytes(len(group.texts), spec) if group.outputs else 0
         wanted = {layer: spec.layers[layer] for layer in group.layers}
@@ -259,7 +270,8 @@ def _plan_teacher(
         progress.note(f"timing teacher '{spec.name}' on a few batches")
         per_token = _seconds_per_token(teacher, groups[0], teachers_dir, tokens_per_batch)
         seconds = per_token * tokens * (1 + fitted_on / texts)
-    return TeacherPlan(spec.name, texts, tokens, hidden, outputs, spans, seconds, tuple(sorted(stored)))
+    layers = tuple(sorted(stored))
+    return TeacherPlan(spec.name, texts, tokens, hidden, outputs, spans, seconds, layers, truncated, spec.max_length)
 
 
 def _seconds_per_token(teacher: PreparedTeacher, group: _Group, teachers_dir: Path, tokens_per_batch: int) -> float:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,7 @@ from kdcache.dump.recommend import Choice, Recommendation, recommend
 from kdcache.dump.run import text_batches
 from kdcache.dump.sizes import hidden_bytes, outputs_bytes, tokens_bytes
 from kdcache.dump.specs import PreparedTeacher, check_task, prepare_teachers, scopes
+from kdcache.dump.student_texts import TruncationPlan, student_truncation
 from kdcache.errors import DataError, RecipeError
 from kdcache.progress import format_bytes, format_seconds
 from kdcache.runs import home
@@ -75,6 +76,8 @@ class StoragePlan:
     seconds: Mapping[str, float]
     budget: int | None
     recommendation: Recommendation | None
+    truncated: Mapping[str, TruncationPlan] = field(default_factory=dict)  # per teacher
+    student: TruncationPlan | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able; what ``--json`` prints and the report draws."""
@@ -83,6 +86,10 @@ class StoragePlan:
             "bytes_fixed": self.fixed,
             "budget": self.budget,
             "minutes": {name: round(seconds / 60, 2) for name, seconds in self.seconds.items()},
+            "truncation": {
+                "teachers": {name: one.as_dict() for name, one in self.truncated.items()},
+                "student": None if self.student is None else self.student.as_dict(),
+            },
             "layers": [layer.as_dict() for layer in self.layers],
             "recommendation": None if self.recommendation is None else self.recommendation.as_dict(),
         }
@@ -94,6 +101,8 @@ class StoragePlan:
         return [
             f"{self.texts:,} texts with hidden states; logits, pooled vectors and spans take {format_bytes(self.fixed)} in any case",
             f"the dump takes about {format_seconds(total)} in any form ({per_teacher})",
+            *(line for name, one in self.truncated.items() for line in one.lines(f"teacher '{name}'")),
+            *(() if self.student is None else self.student.lines()),
         ]
 
 
@@ -106,6 +115,8 @@ def plan_storage(
     measure on. Raises what the dump would raise before it runs, and DataError where there are too few texts to measure on.
     """
     task = load_task(recipe.data)
+    for line in task.counts.notes():
+        progress.note(line)
     bundle = read_bundle(teachers_dir)
     check_task(task, bundle, teachers_dir)
     teachers = prepare_teachers(recipe, bundle, teachers_dir, len(task.label_names))
@@ -117,9 +128,12 @@ def plan_storage(
     sample = _sample(list(full.values()), recipe.dump.sample_texts, unseen, recipe.dump.seed)
     layers: list[LayerCandidates] = []
     seconds: dict[str, float] = {}
+    truncated: dict[str, TruncationPlan] = {}
     fixed = 0
     for teacher in teachers:
-        tokens = int(encode(teacher.tokenizer, list(full.values()), teacher.spec.max_length).lengths.sum())
+        encoded = encode(teacher.tokenizer, list(full.values()), teacher.spec.max_length)
+        tokens = int(encoded.lengths.sum())
+        truncated[teacher.name] = TruncationPlan(len(full), encoded.truncated_count, teacher.spec.max_length)
         fixed += outputs_bytes(len(full) + len(logits_only), teacher.spec)
         fixed += tokens_bytes(tokens, len(full)) if needs_tokens(teacher.spec.layers) else 0
         measured, per_text = _measured(teacher, teachers_dir, sample, recipe.dump.tokens_per_batch, progress)
@@ -129,9 +143,9 @@ def plan_storage(
             asked = [place for place, form in enumerate(forms) if form.spec == teacher.spec.layers[layer]]
             layers.append(LayerCandidates(teacher.name, layer, tuple(forms), sizes, asked[0] if asked else -1))
     choices = [Choice(one.teacher, one.layer, one.forms, one.bytes) for one in layers]
-    return StoragePlan(
-        tuple(layers), len(full), fixed, seconds, budget, recommend(choices, None if budget is None else budget - fixed, fixed)
-    )
+    student = student_truncation(recipe, teachers_dir, teachers, list(full.values()))
+    recommended = recommend(choices, None if budget is None else budget - fixed, fixed)
+    return StoragePlan(tuple(layers), len(full), fixed, seconds, budget, recommended, truncated, student)
 
 
 @dataclass(frozen=True)

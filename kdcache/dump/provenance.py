@@ -70,6 +70,7 @@ def remember_run(cache_dir: Path, run: TeacherRun) -> None:
     record = {
         "dumped": _now(),
         "texts_run": run.texts,
+        "texts_truncated": run.truncated,  # of those
         "seconds": f"{run.seconds:.1f}",
         "texts_per_second": f"{run.texts / run.seconds:.1f}" if run.seconds else "",
         **run.record,

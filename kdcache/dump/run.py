@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kdcache.cache.spec import needs_tokens
-from kdcache.data.encoding import encode
+from kdcache.data.encoding import encode, truncation_note
 from kdcache.dump.behind import OneBehind
 from kdcache.dump.engine import TextBatches, fit_bases, run_part
-from kdcache.progress import counted, format_bytes, format_rate, format_seconds
+from kdcache.progress import counted, format_bytes, format_rate, format_seconds, format_share
 from kdcache.runs import home
 from kdcache.teachers.backends import open_backend
 from kdcache.teachers.bundle import load_teacher
@@ -45,17 +45,25 @@ class TeacherRun:
     bytes: int
     seconds: float
     record: Mapping[str, str]
+    truncated: int = 0  # texts that were cut to max_length
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able."""
-        counts = {"parts": self.parts, "texts": self.texts, "tokens": self.tokens, "bytes": self.bytes}
+        counts = {
+            "parts": self.parts,
+            "texts": self.texts,
+            "texts_truncated": self.truncated,
+            "tokens": self.tokens,
+            "bytes": self.bytes,
+        }
         return {**counts, "seconds": round(self.seconds, 1), **self.record}
 
     def line(self) -> str:
         """For people."""
         rate = self.texts / self.seconds if self.seconds else 0.0
         took = f"{format_seconds(self.seconds)} ({format_rate(rate)} texts/s)"
-        return f"{self.teacher}: {counted(self.texts, 'text')}, {format_bytes(self.bytes)} in {took}"
+        cut = f"; {format_share(self.truncated / self.texts)} of the texts cut to max_length" if self.truncated else ""
+        return f"{self.teacher}: {counted(self.texts, 'text')}, {format_bytes(self.bytes)} in {took}{cut}"
 
 
 @contextmanager
@@ -86,7 +94,7 @@ def run_teacher(
     """
     started = time.perf_counter()
     texts = sum(len(task.part.text_ids) for task in missing)
-    tokens = 0
+    tokens = truncated = 0
     with opened(teacher, teachers_dir) as backend:
         bases = _bases(writer, teacher, missing, backend, tokens_per_batch, progress)
         progress.start(f"dump {teacher.name}", texts, "texts")
@@ -99,13 +107,18 @@ def run_teacher(
         with OneBehind("kdcache-write", on_written) as behind:
             for task in missing:
                 batches = text_batches(teacher, writer.texts_of(task.part), task.part.text_ids, tokens_per_batch)
+                cut = batches.encoded.truncated_count
+                if not truncated:  # said with the first part, not after hours; the share of all is in the report
+                    for line in truncation_note(f"teacher '{teacher.name}'", cut, len(batches.encoded), teacher.spec.max_length):
+                        progress.note(line)
+                truncated += cut
                 outputs, hidden = run_part(batches, backend, teacher.spec, task.layers, bases, progress.advance)
                 spans = batches.tokens() if task.part.scope == "full" and needs_tokens(teacher.spec.layers) else None
                 tokens += 0 if spans is None else int(spans.offsets[-1])
                 behind.start(_write_part(writer, teacher.name, task, outputs, spans, hidden))
         progress.finish()
         record = dict(backend.record)
-    return TeacherRun(teacher.name, len(missing), texts, tokens, sum(written), time.perf_counter() - started, record)
+    return TeacherRun(teacher.name, len(missing), texts, tokens, sum(written), time.perf_counter() - started, record, truncated)
 
 
 def lacks_bases(writer: CacheWriter, teacher: PreparedTeacher) -> bool:

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING
 
 from kdcache.cache.spec import LayerSpec, TargetSpec, TaskSpec, TeacherSpec
 from kdcache.data.encoding import TRUNCATION, encode, padding_id, tokenizer_json
+from kdcache.data.labels import mismatch_cure
 from kdcache.dump.layers import check_names, layer_spec, resolve_layers
 from kdcache.errors import DataError, MismatchError, ModelError
+from kdcache.progress import listed_apart
 from kdcache.teachers.bundle import load_teacher
 from kdcache.teachers.teacher import check_max_length
 from kdcache.teachers.trial import is_causal
@@ -81,9 +83,11 @@ def check_task(task: TaskData, bundle: Bundle, teachers_dir: Path) -> None:
         ("labels, in class order,", bundle.label_names, task.label_names),
     ):
         if of_teachers != of_data:
+            ours, theirs = listed_apart(of_data, of_teachers)
+            cure = "Set data.text and data.labels as they were when the teachers were trained, or train them again: kdcache cofinetune."
             raise MismatchError(
-                f"the {what} of the data are {', '.join(of_data)}; the teachers in '{teachers_dir}' know {', '.join(of_teachers)}",
-                "Set data.text and data.labels as they were when the teachers were trained, or train them again: kdcache cofinetune.",
+                f"the {what} of the data are {ours}; the teachers in '{teachers_dir}' know {theirs}",
+                cure if what == "text columns" else mismatch_cure(of_data, of_teachers, cure),
             )
 
 

@@ -90,6 +90,8 @@ def dump_teachers(
     """
     started = time.perf_counter()
     task = load_task(recipe.data)
+    for line in task.counts.notes():
+        progress.note(line)
     bundle = read_bundle(teachers_dir)
     check_task(task, bundle, teachers_dir)
     teachers = prepare_teachers(recipe, bundle, teachers_dir, len(task.label_names))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from kdcache.errors import RecipeError
+from kdcache.progress import listed
 
 DATA_FILE_ENDINGS = (".tsv", ".csv", ".jsonl", ".ndjson", ".parquet")
 
@@ -19,8 +21,10 @@ def _listed(value: Any) -> Any:
 
 
 def _distinct(values: list[T]) -> list[T]:
-    if len(set(values)) < len(values):
-        raise ValueError(f"each may be named once, but these are named more often: {values}")
+    counts = Counter(values)
+    often = [repr(value) for value in values if counts[value] > 1]
+    if often:
+        raise ValueError(f"each may be named once, but these are named more often: [{listed(often)}]")
     return values
 
 

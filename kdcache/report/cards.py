@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from kdcache.progress import listed
 from kdcache.report.table import markdown, result_rows, table
 
 _IDENTIFIER = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]*")  # of an SPDX licence; anything longer is prose, which YAML would misread
@@ -44,7 +45,7 @@ def model_card(results: Mapping[str, Any]) -> str:
         "Teachers": ", ".join(results.get("teachers", {})) or "none",
         "Started from": results.get("student", {}).get("init_from"),
         "Text columns": ", ".join(results.get("text_columns", [])),
-        "Labels": ", ".join(str(name) for name in results.get("label_names", [])),
+        "Labels": listed(results.get("label_names", []), most=50) if results.get("label_names") else "",
         "Longest input": f"{results['max_length']} tokens" if results.get("max_length") else None,
         "Seed": results.get("seed"),
         "Cache": results.get("cache_identity"),

@@ -11,7 +11,7 @@ from typing import Any
 from kdcache.errors import DamageError, RecipeError
 from kdcache.report.curves import by_stage, read_curves, scales, svg
 from kdcache.report.frontier import frontier_charts
-from kdcache.report.table import result_rows, table, verdict
+from kdcache.report.table import data_notes, remarks, result_rows, table, verdict
 from kdcache.runs import RunDirectory, read_record
 
 _STYLE = """
@@ -53,6 +53,7 @@ def page(run: RunDirectory, results: Mapping[str, Any], baseline: Mapping[str, A
     name = html.escape(run.root.resolve().name)
     columns, rows = table(result_rows(results, baseline))
     parts = [f"<h1>{name}</h1>", html_table(columns, rows)]
+    parts += [f"<p>{html.escape(line)}</p>" for line in (*remarks(results, baseline), *data_notes(results))]
     if baseline is not None:
         parts.append(f"<p>{html.escape(verdict(results, baseline))}</p>")
     parts += _loss_sections(run.metrics, "")

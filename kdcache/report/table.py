@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kdcache.progress import format_share
 from kdcache.report.metrics import standard_error
 
 METRICS = ("accuracy", "macro_f1", "matthews")
@@ -69,6 +70,51 @@ def markdown(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
+def learned_nothing(scores: Mapping[str, float], rows: int) -> bool:
+    """Whether a model's answers say no more about the labels than one answer for every row would.
+
+    The Matthews correlation of a constant answer is 0; of answers that do not depend on the label it spreads around 0 with a
+    standard deviation of about 1/sqrt(rows), of which two count as nothing. A split that is answered without a fault is not
+    judged: with a single class in it the correlation is 0 as well.
+    """
+    correlation, accuracy = scores.get("matthews"), scores.get("accuracy")
+    if correlation is None or accuracy is None or not math.isfinite(correlation) or accuracy == 1:
+        return False
+    return correlation <= (2 / math.sqrt(rows) if rows else 0.0)
+
+
+def remarks(results: Mapping[str, Any], baseline: Mapping[str, Any] | None = None) -> list[str]:
+    """One sentence for each model of the table that learned nothing: its accuracy alone does not show that."""
+    split = "test" if "test" in results.get("scores", {}) else "validation"
+    rows = int(results.get("labelled_rows", results.get("rows", {})).get(split, 0))
+    return [
+        f"The {row.model} learned nothing that {rows} rows of {split} show: its Matthews correlation is "
+        f"{row.scores[split]['matthews']:.3f}, and one answer for every row has 0. More epochs or another learning rate may help."
+        for row in result_rows(results, baseline)
+        if learned_nothing(row.scores.get(split, {}), rows)
+    ]
+
+
+def data_notes(results: Mapping[str, Any]) -> list[str]:
+    """What happened to the data on the way to these scores: texts that were cut, rows that were left out."""
+    length = results.get("max_length")
+    cut = {name: share for name, share in results.get("truncated", {}).get("student", {}).items() if share}
+    lines = [f"The student: {_shares(cut)} of the texts are cut at its max_length of {length} tokens."] if cut else []
+    teachers = results.get("truncated", {}).get("teachers", {})
+    lines += [
+        f"Teacher {name}: {format_share(share)} of the texts were cut at its max_length."
+        for name, share in teachers.items()
+        if share
+    ]
+    empty = results.get("empty_rows", {})
+    lines += [f"{split}: {count:,} rows without text are left out." for split, count in empty.items() if count]
+    return lines
+
+
+def _shares(cut: Mapping[str, float]) -> str:
+    return ", ".join(f"{format_share(share)} ({name})" for name, share in cut.items())
+
+
 def verdict(results: Mapping[str, Any], baseline: Mapping[str, Any]) -> str:
     """One honest sentence on whether the distilled student is better than the same one without teachers, by more than chance.
 
@@ -80,6 +126,11 @@ def verdict(results: Mapping[str, Any], baseline: Mapping[str, Any]) -> str:
     rows = int(results.get("rows", {}).get(split, 0))
     if "accuracy" not in ours or "accuracy" not in theirs or not rows:
         return "There is no labelled split to compare the students on."
+    if learned_nothing(ours, rows):
+        return (
+            f"The distilled student learned nothing that {rows} rows of {split} show, so it is not compared: its accuracy is "
+            f"{ours['accuracy']:.3f} (the student without teachers: {theirs['accuracy']:.3f}), its Matthews correlation {ours['matthews']:.3f}."
+        )
     gain = 100 * (ours["accuracy"] - theirs["accuracy"])
     error = 100 * math.hypot(standard_error(ours["accuracy"], rows), standard_error(theirs["accuracy"], rows))
     size = f"{abs(gain):.1f} points of {split} accuracy ({theirs['accuracy']:.3f} -> {ours['accuracy']:.3f}, {rows} rows, standard error of the difference {error:.1f})"

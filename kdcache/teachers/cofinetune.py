@@ -16,8 +16,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kdcache.data.labels import mismatch_cure
 from kdcache.data.task import TaskData, load_task
 from kdcache.errors import MismatchError, RecipeError
+from kdcache.progress import listed_apart
 from kdcache.teachers import joint
 from kdcache.teachers.bundle import Bundle, is_bundle, load_shared_head, read_bundle, write_bundle
 from kdcache.teachers.fingerprints import fingerprint_tensors
@@ -76,7 +78,7 @@ def cofinetune(
     with hold_lock(work_dir, "teachers"):
         existing = read_bundle(teachers_dir) if is_bundle(teachers_dir) else None
         added = existing.training.get("added", {}) if existing else {}
-        task = load_task(recipe.data)
+        task = _load(recipe, progress)
         sources = _open(recipe, task, [section for section in recipe.teachers if section.name not in added])
         log = MetricsLog(metrics or work_dir / "metrics.jsonl", "cofinetune")
         job = _Job(recipe, task, sources, teachers_dir, work_dir / "joint", log, progress)
@@ -103,7 +105,7 @@ def add_teacher(
     section = recipe.teacher(name)
     with hold_lock(work_dir, "teachers"):
         bundle = read_bundle(teachers_dir)
-        task = load_task(recipe.data)
+        task = _load(recipe, progress)
         _check_same_task(teachers_dir, bundle, task)
         sources = _open(recipe, task, [section], bundle.pooling)
         head = load_shared_head(teachers_dir, bundle) if section.head == "shared" else None
@@ -124,15 +126,20 @@ def add_teacher(
         return _register(job, bundle, None, models, best)
 
 
+def _load(recipe: Recipe, progress: Progress) -> TaskData:
+    task = load_task(recipe.data)
+    for line in task.counts.notes():
+        progress.note(line)
+    return task
+
+
 def _open(
     recipe: Recipe, task: TaskData, sections: Sequence[TeacherSection], pooling: Pooling | None = None
 ) -> dict[str, Source]:
     """The models of ``sections``, for a shared head with ``pooling``, or with that of the recipe."""
-    pooling = pooling or recipe.cofinetune.pooling
-    columns = len(task.text_columns)
-    return {
-        section.name: open_source(section, recipe.data.max_length, task.label_names, columns, pooling) for section in sections
-    }
+    length, names, declared = recipe.data.max_length, task.label_names, task.labels_declared
+    columns, pooling = len(task.text_columns), pooling or recipe.cofinetune.pooling
+    return {section.name: open_source(section, length, names, columns, pooling, labels_declared=declared) for section in sections}
 
 
 def _new_models(job: _Job) -> tuple[SharedHead | None, dict[str, TeacherModel]]:
@@ -202,7 +209,9 @@ def _check_same_task(teachers_dir: Path, bundle: Bundle, task: TaskData) -> None
         ("text columns", bundle.text_columns, task.text_columns),
     ):
         if then != now:
+            of_data, of_teachers = listed_apart(now, then)
+            cure = "Use the recipe that these teachers were made with, or another --output-dir."
             raise MismatchError(
-                f"the teachers in '{teachers_dir}' have the {what} {', '.join(then)}; the recipe's data has {', '.join(now)}",
-                "Use the recipe that these teachers were made with, or another --output-dir.",
+                f"the teachers in '{teachers_dir}' have the {what} {of_teachers}; the recipe's data has {of_data}",
+                mismatch_cure(now, then, cure) if what == "labels" else cure,
             )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kdcache.data.encoding import encode, padding_id
+from kdcache.data.encoding import encode, padding_id, truncation_note
 from kdcache.errors import DataError
 from kdcache.teachers.sources import TOKEN_TYPES
 from kdcache.teachers.trainee import JointTrainee, Labels, TeacherTexts
@@ -84,6 +84,11 @@ def train(
     if validation is None:
         progress.note("there is no validation data: the last epoch is kept")
     texts = {name: _encoded(source, train_rows, validation) for name, source in sources.items()}
+    for name, encoded in texts.items():
+        for line in truncation_note(
+            f"teacher '{name}'", encoded.train.truncated_count, len(encoded.train), sources[name].max_length
+        ):
+            progress.note(line)
     if settings.gradient_checkpointing:
         for source in sources.values():
             _checkpoint_activations(source.network)

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kdcache.data.encoding import load_tokenizer, tokenizer_fingerprint
+from kdcache.data.labels import numbers_known
 from kdcache.errors import ModelError
+from kdcache.progress import listed
 from kdcache.teachers.fingerprints import fingerprint_config, fingerprint_tensors, gives_token_types
 from kdcache.teachers.head import Pooling, SharedHead, new_adapter
 from kdcache.teachers.teacher import (
@@ -67,11 +69,14 @@ def open_source(
     label_names: Sequence[str],
     columns: int = 1,
     pooling: Pooling | None = None,
+    *,
+    labels_declared: bool = True,
 ) -> Source:
     """Load what the section names, for texts of ``columns`` columns, and try it on a few.
 
     ``pooling`` is that of the shared head. Raises ModelError where the model cannot be loaded, lacks weights, has too few positions or
-    other labels, where it does not give a text the same outputs alone and in a batch, or where the pooling does not suit it.
+    other labels, where it does not give a text the same outputs alone and in a batch, or where the pooling does not suit it; also where
+    it calls its labels LABEL_0 … and the order of the task's names was not declared, but sorted as found.
     """
     max_length = section.max_length or default_max_length
     own = section.head == "own"
@@ -89,7 +94,13 @@ def open_source(
     if not own:
         return Source(section, network, tokenizer, max_length)
     order, generic = class_order_of(section.name, network.config.id2label or {}, label_names)
-    note = f"teacher '{section.name}' names its labels LABEL_0 …: taken in the order {', '.join(label_names)}" if generic else ""
+    if generic and not numbers_known(label_names, declared=labels_declared):
+        raise ModelError(
+            f"teacher '{section.name}' names its labels LABEL_0 …, and the task's labels {listed(label_names)} are sorted as found: "
+            "which is LABEL_0 is not known",
+            "Name the classes in data.labels, in the teacher's order, or in id2label of the model's config.json.",
+        )
+    note = f"teacher '{section.name}' names its labels LABEL_0 …: taken in the order {listed(label_names)}" if generic else ""
     return Source(section, network, tokenizer, max_length, order, note)
 
 

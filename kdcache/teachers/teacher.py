@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kdcache.errors import ModelError
+from kdcache.progress import listed_apart
 from kdcache.teachers.network import accepted_inputs as accepted_inputs
 from kdcache.teachers.network import at_last_token, head_reads_the_end, run_network
 
@@ -234,8 +235,9 @@ def class_order_of(name: str, id2label: Mapping[Any, str], label_names: Sequence
     places = {label.casefold(): index for index, label in own.items()}
     wanted = [label.casefold() for label in label_names]
     if len(places) != len(own) or len(set(wanted)) != len(wanted) or set(places) != set(wanted):
+        theirs, of_task = listed_apart(tuple(own[index] for index in sorted(own)), tuple(label_names))
         raise ModelError(
-            f"teacher '{name}' predicts {', '.join(own[index] for index in sorted(own))}; the task's labels are {', '.join(label_names)}",
+            f"teacher '{name}' predicts {theirs}; the task's labels are {of_task}",
             "Set data.labels to the task's labels in class order, or correct id2label in the model's config.json.",
         )
     return tuple(places[label] for label in wanted), False

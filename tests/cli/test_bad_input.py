@@ -22,6 +22,8 @@ from tests.cli.conftest import FinishedRun
 
 TRAIN = "sentence\tlabel\n" + "".join(f"film number {row} is fine\t{row % 2}\n" for row in range(24))
 
+NAMED = "sentence\tlabel\n" + "".join(f"film number {row} is fine\t{('bad', 'good')[row % 2]}\n" for row in range(24))
+
 
 def _write(text: str | bytes) -> Callable[[Path], Path]:
     def write(folder: Path) -> Path:
@@ -68,9 +70,14 @@ DATA = [
     pytest.param(None, (), "there is no data file", "", id="missing file"),
     pytest.param(_write("text\tlabel\na\t0\n"), (), "'text', 'label'", "", id="wrong text column"),
     pytest.param(_write("sentence\tclass\na\t0\n"), (), "'sentence', 'class'", "", id="wrong label column"),
-    pytest.param(_write(TRAIN + " \t1\n"), (), "26", "", id="empty text"),
+    pytest.param(_write("sentence\tlabel\n \t1\n\t0\n"), (), "no text in any row of 'sentence'", "data.text", id="no text at all"),
     pytest.param(_write(TRAIN.encode() + b"caf\xe9\t1\n"), (), "bad.tsv", "", id="not UTF-8"),
     pytest.param(_write(TRAIN + "one\ttwo\tthree\n"), (), "26", "", id="too many fields"),
+    pytest.param(_write(TRAIN + "a film\t3.8\n"), (), "column 'label': 3.8 is no class", "data.labels", id="score"),
+    pytest.param(_write(TRAIN + "a film\t-1\n"), (), "column 'label': the label -1", "data.labels", id="label that is withheld"),
+    pytest.param(_write(TRAIN + "a film\t0|1\n"), (), "'0|1' is several labels", "data.labels", id="several labels"),
+    pytest.param(_write(NAMED), (), "dev.tsv, line 2, column 'label': the label is", "data.labels", id="names and numbers"),
+    pytest.param(_write(NAMED + "a film\t0\n"), (), "bad.tsv, line 26, column 'label': the label is '0'", "data.labels", id="both in a file"),
     pytest.param(_write(TRAIN), ("data.labels=[\"0\", \"2\"]",), "'1'", "", id="label that is not in data.labels"),
 ]  # fmt: skip
 
@@ -82,6 +89,26 @@ def test_data_files(
     path = make(tmp_path) if make else tmp_path / "nothing.tsv"
     flags = [word for setting in (f"data.train={path}", *settings) for word in ("--set", setting)]
     check(kdcache("cofinetune", review_recipe, "--output-dir", tmp_path, *flags), 2, named, cure)
+
+
+def test_rows_without_text_stop_nothing_and_are_counted(review_recipe: Path, tmp_path: Path) -> None:
+    folder = review_recipe.parent
+    files = {"train": "train", "validation": "dev", "test": "test"}
+    for key, name in files.items():
+        (tmp_path / f"{key}.tsv").write_text((folder / f"{name}.tsv").read_text() + " \t1\n\t0\n")
+    (tmp_path / "more.tsv").write_text("sentence\n\u2003\nthe film is good\n")
+    flags = [word for key in files for word in ("--set", f"data.{key}={tmp_path / f'{key}.tsv'}")]
+    flags += ["--set", f'data.transfer=["{tmp_path / "more.tsv"}"]', "--set", "distill.method=kd"]
+    said = kdcache("run", review_recipe, "--output-dir", tmp_path, *flags)
+    assert said.code == 0, said.err
+    assert "train: 2 rows have no text and are left out" in said.err
+    assert "test: 2 rows without text are left out." in said.out
+    results = kdcache("report", tmp_path / "reviews", "--json").document["results"]
+    assert results["empty_rows"] == {"train": 2, "validation": 2, "test": 2}
+    assert results["rows"]["test"] == 32
+    found = kdcache("evaluate", tmp_path / "reviews" / "student", "--data", tmp_path / "test.tsv", "--json").document
+    assert (found["rows"], found["left_out"]) == (32, 2)
+    assert found["accuracy"] == results["scores"]["test"]["accuracy"]
 
 
 def test_a_label_that_training_never_saw(review_recipe: Path, tmp_path: Path) -> None:

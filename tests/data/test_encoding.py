@@ -87,6 +87,56 @@ def test_tokens_are_those_of_transformers_and_spans_lie_in_their_column(
         assert roles.count(MIDDLE) == middles
 
 
+maybe_empty = st.one_of(st.sampled_from(["", " ", "\u200b", "\u3000"]), some_text)
+batches_with_empty = st.one_of(
+    st.lists(st.tuples(maybe_empty), min_size=1, max_size=6),
+    st.lists(st.tuples(maybe_empty, maybe_empty), min_size=1, max_size=6),
+)
+
+
+@tokenizers
+@given(texts=batches_with_empty, max_length=st.integers(6, 40))
+@settings(max_examples=80)
+def test_what_was_cut_is_what_has_more_tokens_uncut(
+    tokenizer: PreTrainedTokenizerBase, texts: list[tuple[str, ...]], max_length: int
+) -> None:
+    encoded, whole = encode(tokenizer, texts, max_length), encode(tokenizer, texts, 10_000)
+    assert encoded.truncated is not None and whole.truncated is not None
+    assert encoded.truncated.tolist() == (whole.lengths > encoded.lengths).tolist()
+    assert encoded.truncated_count == int((whole.lengths > max_length).sum())
+    assert not whole.truncated.any()
+    rows = list(range(len(texts)))[::-1]
+    assert encoded.select(rows).truncated_count == encoded.truncated_count
+
+
+@tokenizers
+@pytest.mark.parametrize("empty", ["", "   ", "\u200b"])
+def test_an_empty_column_of_a_pair_leaves_spans_and_roles_as_they_are(tokenizer: PreTrainedTokenizerBase, empty: str) -> None:
+    middles = 2 if tokenizer.sep_token == "</s>" else 1
+    for max_length in (8, 64):
+        encoded = encode(
+            tokenizer, [("the film is good", empty), (empty, "the film is good"), (empty, empty), ("a", "b")], max_length
+        )
+        for row, (roles, segments) in enumerate(
+            zip(rows_of(encoded.roles, encoded), rows_of(encoded.segments, encoded), strict=True)
+        ):
+            assert (roles[0], roles[-1], roles.count(MIDDLE)) == (FIRST, LAST, middles)
+            if empty == "":
+                assert {segment for segment in segments if segment >= 0} == [{0}, {1}, set(), {0, 1}][row]
+
+
+def test_a_text_of_which_nothing_is_left_becomes_one_special_token() -> None:
+    from tokenizers import processors
+
+    tokenizer = wordpiece_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", pair="$A $B:1", special_tokens=[])
+    encoded = encode(tokenizer, [("\u200b",), ("the film",), ("\x01",)], 8)
+    assert encoded.lengths.tolist()[::2] == [1, 1]
+    assert encoded.roles.tolist() == [OTHER, *[TEXT] * encoded.lengths[1], OTHER]
+    assert encoded.input_ids[0] == tokenizer.unk_token_id
+    assert encoded.segments.tolist()[0] == -1
+
+
 @tokenizers
 def test_spans_count_code_points_and_cover_the_text(tokenizer: PreTrainedTokenizerBase) -> None:
     text = "crème 🙂 e\u0301 film"

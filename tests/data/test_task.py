@@ -114,6 +114,8 @@ def test_oddities_are_counted_and_told(tmp_path: Path) -> None:
         "conflicts": {"train": 1},
         "shared": {"train and validation": 1, "train and test": 1, "validation and test": 1},
         "transfer_dropped": {"found in validation or test": 4, "already in train": 1, "duplicates": 1},
+        "empty": {},
+        "warnings": [],
     }
     assert counts.lines() == [
         "train: 6 rows (0: 3, 1: 2)",
@@ -197,10 +199,6 @@ def test_seeded_keys_never_change() -> None:
 
 
 BAD_ROWS: list[tuple[dict[str, Any], str]] = [
-    ({"text": "", "label": "0"}, "line 3, column 'text': the text is empty"),
-    ({"text": " \t ", "label": "0"}, "line 3, column 'text': the text is empty"),
-    ({"text": None, "label": "0"}, "line 3, column 'text': the text is empty"),
-    ({"label": "0"}, "line 3, column 'text': the text is empty"),
     ({"text": 7, "label": "0"}, "line 3, column 'text': 7 is no text but int"),
     ({"text": "a\0b", "label": "0"}, "line 3, column 'text': the text holds a NUL character"),
     ({"text": "half \ud83d", "label": "0"}, "line 3: text 'half \\ud83d' is not valid Unicode"),
@@ -255,6 +253,184 @@ def test_data_that_does_not_fit_the_recipe_is_told(tmp_path: Path, keys: dict[st
         load_task(section(train).model_copy(update=keys))
     assert message in caught.value.message
     assert hint in caught.value.hint
+
+
+NAMED, NUMBERED = ["entailment", "neutral", "contradiction"], ["0", "1", "2"]
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+@pytest.mark.parametrize(("in_train", "in_split"), [(NAMED, NUMBERED), (NUMBERED, NAMED)])
+def test_numbers_in_one_file_and_names_in_another_need_a_declared_order(
+    tmp_path: Path, split: str, in_train: list[str], in_split: list[str]
+) -> None:
+    train = tsv(tmp_path, "train.tsv", [(f"text {row}", label) for row, label in enumerate(in_train * 2)])
+    other = tsv(tmp_path, "other.tsv", [(f"other {row}", label) for row, label in enumerate(in_split)])
+    with pytest.raises(DataError) as caught:
+        load_task(section(train, **{split: other}))
+    assert f"{other}, line 2, column 'label': the label is '{in_split[0]}'" in caught.value.message
+    assert "'neutral'" in caught.value.message or "'1'" in caught.value.message
+    assert "data.labels" in caught.value.hint
+    data = load_task(section(train, **{split: other}, labels=NAMED))
+    assert data.splits["train"].labels.tolist() == [0, 1, 2] * 2
+    assert data.splits[split].labels.tolist() == [0, 1, 2]
+
+
+def test_names_and_their_numbers_in_one_column_are_not_twice_as_many_classes(tmp_path: Path) -> None:
+    rows = [(f"text {row}", label) for row, label in enumerate([*NAMED, *NUMBERED])]
+    train = tsv(tmp_path, "train.tsv", rows)
+    with pytest.raises(DataError, match=r"line 5, column 'label': the label is '0', and the same column has 'contradiction'"):
+        load_task(section(train))
+    assert load_task(section(train, labels=NAMED)).splits["train"].labels.tolist() == [0, 1, 2, 0, 1, 2]
+
+
+def test_false_and_true_are_0_and_1_everywhere(tmp_path: Path) -> None:
+    train = jsonl(tmp_path, "t.jsonl", [{"text": "a", "label": True}, {"text": "b", "label": False}])
+    data = load_task(section(train, test=tsv(tmp_path, "test.tsv", [("c", "0"), ("d", "1")])))
+    assert data.splits["test"].labels.tolist() == [0, 1]
+
+
+SCORES = [("a", "3.8"), ("b", "5.0"), ("c", "0.25"), ("d", "3"), ("e", "3.8")]
+
+
+@pytest.mark.parametrize("ending", ["tsv", "csv", "jsonl", "parquet"])
+def test_scores_are_refused_whatever_the_file(tmp_path: Path, ending: str) -> None:
+    train = str(tmp_path / f"t.{ending}")
+    if ending == "jsonl":
+        jsonl(tmp_path, "t.jsonl", [{"text": text, "label": float(label)} for text, label in SCORES])
+    elif ending == "parquet":
+        parquet.write_table(pa.table({"text": [a for a, _ in SCORES], "label": [float(b) for _, b in SCORES]}), train)
+    else:
+        between = "\t" if ending == "tsv" else ","
+        Path(train).write_text("".join(between.join(row) + "\n" for row in [("text", "label"), *SCORES]))
+    with pytest.raises(DataError, match=r"column 'label': 3\.8 is no class; .*regression") as caught:
+        load_task(section(train))
+    assert "data.labels" in caught.value.hint
+    names = ["0.25", "3", "3.8", "5" if ending in ("jsonl", "parquet") else "5.0"]
+    assert load_task(section(train, labels=names)).splits["train"].labels.tolist() == [2, 3, 0, 1, 2]
+
+
+@pytest.mark.parametrize("number", ["-0.5", ".5", "5e-1", "+3.25", "1.5e0"])
+def test_every_spelling_of_a_fraction_is_no_class(tmp_path: Path, number: str) -> None:
+    with pytest.raises(DataError, match="is no class"):
+        load_task(section(tsv(tmp_path, "t.tsv", [("a", "1"), ("b", number)])))
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        ["0.0", "1.0"],
+        ["1e3", "2e3"],
+        ["v1.2", "v1.3"],
+        ["1.2.3", "1.2.4"],
+        ["1 star", "1.5 stars"],
+        ["9" * 400, "1"],
+        ["nan", "inf"],
+    ],
+)
+def test_what_only_looks_like_a_fraction_stays_a_class(tmp_path: Path, labels: list[str]) -> None:
+    assert set(load_task(section(tsv(tmp_path, "t.tsv", [("a", labels[0]), ("b", labels[1])]))).label_names) == set(labels)
+
+
+@pytest.mark.parametrize("as_number", [True, False])
+def test_minus_one_is_a_class_or_no_label_and_the_recipe_says_which(tmp_path: Path, as_number: bool) -> None:
+    def file(name: str, labels: list[int]) -> str:
+        if as_number:
+            return jsonl(tmp_path, f"{name}.jsonl", [{"text": f"{name} {row}", "label": one} for row, one in enumerate(labels)])
+        return tsv(tmp_path, f"{name}.tsv", [(f"{name} {row}", str(one)) for row, one in enumerate(labels)])
+
+    with pytest.raises(DataError, match="column 'label': the label -1 is a class, or stands for no label as in GLUE") as caught:
+        load_task(section(file("train", [0, 1, -1, 1])))
+    assert "empty" in caught.value.hint and "data.labels" in caught.value.hint
+    assert load_task(section(file("train", [0, 1, -1]), labels=["-1", "0", "1"])).label_names == ("-1", "0", "1")
+    assert load_task(section(file("train", [1, -1, 1]))).label_names == ("-1", "1")  # without it there would be one class
+    assert load_task(section(file("train", [-2, -1, 0]))).label_names == ("-2", "-1", "0")
+    for keys in ({}, {"labels": ["neg", "pos"]}):
+        with pytest.raises(
+            DataError, match=r"line [12] has the label '-1', .*in GLUE it stands for a label that is withheld"
+        ) as caught:
+            load_task(section(file("train", [0, 1, 1]), test=file("test", [-1, -1]), **keys))
+        assert "score on a split that has labels" in caught.value.hint
+
+
+@pytest.mark.parametrize("separator", ["|", ";", ",", ", "])
+def test_several_labels_in_a_cell_are_refused_where_each_is_a_class_of_its_own(tmp_path: Path, separator: str) -> None:
+    rows = [("a", "sad"), ("b", "glad"), ("c", separator.join(["sad", "glad"]))]
+    with pytest.raises(DataError, match=r"line 4, column 'label': .* is several labels, 'sad', 'glad', .*multi-label"):
+        load_task(section(tsv(tmp_path, "t.tsv", rows)))
+    declared = load_task(section(tsv(tmp_path, "t.tsv", rows), labels=["sad", "glad", rows[2][1]]))
+    assert declared.splits["train"].labels.tolist() == [0, 1, 2]
+    test = tsv(tmp_path, "test.tsv", [("d", rows[2][1])])
+    with pytest.raises(DataError, match="is several labels"):
+        load_task(section(tsv(tmp_path, "t.tsv", rows[:2]), test=test))
+
+
+@pytest.mark.parametrize(
+    ("labels", "warned"),
+    [
+        (["sport|ball", "sport|ice", "news|world"], True),  # a hierarchy, or two labels each
+        (["a|b", "c|d", "e"], False),
+        (["Arts, Crafts", "Food; Drink", "Home"], False),
+        (["x||y", "|", "x|"], False),
+    ],
+)
+def test_a_separator_alone_proves_nothing(tmp_path: Path, labels: list[str], warned: bool) -> None:
+    data = load_task(section(tsv(tmp_path, "t.tsv", [(f"text {row}", label) for row, label in enumerate(labels)])))
+    assert set(data.label_names) == set(labels)
+    assert [("several labels in one" in note) for note in data.counts.notes()] == [True] * warned
+
+
+def test_lists_are_refused_as_multi_label(tmp_path: Path) -> None:
+    table = pa.table({"text": ["a", "b"], "label": [["x"], ["x", "y"]]})
+    parquet.write_table(table, tmp_path / "t.parquet")
+    with pytest.raises(DataError, match=r"row 1, column 'label': \['x'\] is no class but a list: multi-label"):
+        load_task(section(str(tmp_path / "t.parquet")))
+
+
+def test_many_classes_with_few_rows_are_warned_of(tmp_path: Path) -> None:
+    few = tsv(tmp_path, "few.tsv", [(f"text {row}", f"{row % 26}") for row in range(40)])
+    assert ["fewer than 8 rows" in note for note in load_task(section(few)).counts.notes()] == [True]
+    many = tsv(tmp_path, "many.tsv", [(f"text {row}", f"{row % 26}") for row in range(26 * 20)])
+    assert load_task(section(many)).counts.notes() == []
+
+
+@pytest.mark.parametrize("empty", ["", " ", "\u00a0\u2003"])
+def test_rows_without_text_are_left_out_and_counted_in_every_split(tmp_path: Path, empty: str) -> None:
+    files = {name: [(f"{name} 1", "0"), (empty, "1"), (f"{name} 2", "1")] for name in ("train", "validation", "test", "more")}
+    paths = {name: tsv(tmp_path, f"{name}.tsv", rows) for name, rows in files.items()}
+    data = load_task(
+        section(paths["train"], validation=paths["validation"], test=paths["test"], transfer=[paths["more"]], group="label")
+    )
+    assert data.counts.rows == {"train": 2, "validation": 2, "test": 2, "transfer": 2}
+    assert data.counts.empty == {"train": 1, "validation": 1, "test": 1}
+    assert data.counts.transfer_dropped == {"without text": 1}
+    assert "test: 1 rows have no text and are left out" in data.counts.notes()
+    assert texts_of(data, "test") == ["test 1", "test 2"]
+    assert data.splits["train"].groups == ("0", "1")
+    assert data.splits["validation"].labels.tolist() == [0, 1]
+    split = load_task(section(tsv(tmp_path, "t.tsv", [*files["train"] * 10, *files["test"] * 10]), validation_fraction=0.5))
+    assert sum(split.counts.empty.values()) == 20
+    with pytest.raises(DataError, match="has no text in any row of 'text'"):
+        load_task(section(paths["train"], test=tsv(tmp_path, "none.tsv", [(empty, "1")])))
+
+
+def test_the_line_of_a_bad_label_is_that_of_the_file_where_rows_are_left_out(tmp_path: Path) -> None:
+    train = tsv(tmp_path, "train.tsv", [("a", "0"), ("b", "1")])
+    test = tsv(tmp_path, "test.tsv", [("", "0"), ("c", "1"), ("", "1"), ("d", "7")])
+    with pytest.raises(DataError, match="line 5 has the label '7'"):
+        load_task(section(train, test=test))
+    assert read_examples(tsv(tmp_path, "e.tsv", [("", "0"), ("c", "1")]), ["text"], "label").empty == 1
+
+
+def test_a_pair_with_one_empty_column_is_a_text(tmp_path: Path) -> None:
+    rows = [
+        {"one": "a", "two": "", "label": "0"},
+        {"one": None, "two": "b", "label": "1"},
+        {"one": "", "two": None, "label": "1"},
+    ]
+    train = jsonl(tmp_path, "t.jsonl", rows)
+    data = load_task(DataSection(train=train, text=["one", "two"], label="label"))
+    assert list(data.texts.values()) == [("a", ""), ("", "b")]
+    assert data.counts.empty == {"train": 1}
 
 
 def test_many_classes_are_not_all_listed(tmp_path: Path) -> None:

@@ -81,3 +81,54 @@ def test_a_bare_encoder_is_no_classifier(tmp_path: Path) -> None:
 def test_selection_by_loss_turns_its_sign() -> None:
     assert selection_score({"accuracy": 0.5, "loss": 0.3}, "loss") == -0.3
     assert selection_score({"accuracy": 0.5, "loss": 0.3}, "accuracy") == 0.5
+
+
+def _named(tmp_path: Path, *, declared: bool | None) -> Path:
+    """A student whose classes are words."""
+    path = make_model(tmp_path / "encoder", "bert", depth=1)
+    made = build_student(StudentSection(init_from=str(path)), ("bad", "good", "mixed"), max_length=8, seed=0)
+    record = student_record(made, name="t", method="kd", text_columns=("text",), label_column="label", labels_declared=declared)
+    save_student(tmp_path / "student", made, record, "card")
+    return tmp_path / "student"
+
+
+def _file(tmp_path: Path, labels: list[str]) -> str:
+    path = tmp_path / "data.tsv"
+    path.write_text("text\tlabel\n" + "".join(f"the film is {row} good\t{label}\n" for row, label in enumerate(labels)))
+    return str(path)
+
+
+def test_numbers_in_a_file_against_sorted_names_of_a_student_need_their_meaning(tmp_path: Path) -> None:
+    student = _named(tmp_path, declared=False)
+    expected = evaluate_model(student, _file(tmp_path, ["good", "mixed", "bad", "good"]))
+    file = _file(tmp_path, ["0", "1", "2", "0"])
+    with pytest.raises(DataError, match=r"line 2, column 'label': the label is '0', and .* has 'bad', 'good', 'mixed'") as caught:
+        evaluate_model(student, file)
+    assert "--labels" in caught.value.hint
+    assert evaluate_model(student, file, labels=["good", "mixed", "bad"]) == expected
+    with pytest.raises(RecipeError, match="--labels are good, bad; model"):
+        evaluate_model(student, file, labels=["good", "bad"])
+
+
+@pytest.mark.parametrize("declared", [True, None])
+def test_numbers_in_a_file_against_declared_names_are_class_numbers(tmp_path: Path, declared: bool | None) -> None:
+    student = _named(tmp_path, declared=declared)  # None: a student of 0.1.0, whose record does not say
+    expected = evaluate_model(student, _file(tmp_path, ["bad", "good", "mixed", "bad"]))
+    assert evaluate_model(student, _file(tmp_path, ["0", "1", "2", "0"])) == expected
+
+
+def test_a_record_of_0_1_0_is_read(tmp_path: Path) -> None:
+    import json
+
+    student = _named(tmp_path, declared=True)
+    record = json.loads((student / "kdcache.json").read_text())
+    del record["labels_declared"]
+    (student / "kdcache.json").write_text(json.dumps(record))
+    assert evaluate_model(student, _file(tmp_path, ["0", "good"]))["rows"] == 2
+
+
+def test_rows_that_are_left_out_or_cut_are_counted(tmp_path: Path, saved: Path) -> None:
+    path = tmp_path / "test.tsv"
+    path.write_text("sentence\tlabel\n \t1\nthe film is good\t1\n" + "the film is " * 20 + "bad\t0\n")
+    found = evaluate_model(saved, str(path))
+    assert (found["rows"], found["left_out"], found["truncated"]) == (2, 1, 1)

@@ -314,6 +314,7 @@ def test_damage_is_found_before_the_rows_are_used(tiny_run: TinyRun, tmp_path: P
 
 def test_pairs_of_texts(tiny_run: TinyRun, tmp_path: Path) -> None:
     lines_of = ["first\tsecond\tlabel", *(f"{text}\tthe plot is {text.split()[1]}\t{label}" for text, label in reviews(48))]
+    lines_of += ["the film is good\t\t1", "\tthe plot is bad\t0"]  # a column may be empty
     (tmp_path / "pairs.tsv").write_text("\n".join(lines_of) + "\n")
     student = make_model(tmp_path / "model", "bert", depth=1)
     recipe = tiny_run.recipe(
@@ -326,3 +327,30 @@ def test_pairs_of_texts(tiny_run: TinyRun, tmp_path: Path) -> None:
 
     found = evaluate_model(result.student, str(tmp_path / "pairs.tsv"))
     assert found["accuracy"] == result.scores["test"]["accuracy"]
+
+
+@pytest.mark.parametrize("targets", ["cache", "live", "none"])
+def test_the_share_of_texts_that_the_student_cuts_is_in_the_results(tiny_run: TinyRun, tmp_path: Path, targets: str) -> None:
+    method = {"none": "fine-tune"}.get(targets, "kd")
+    start = f'student.init_from="{tiny_run.teachers / "bert"}"'
+    recipe = tiny_run.recipe("student.max_length=7", f"distill.method={method}", start)
+    options = {"live_teachers": tiny_run.teachers} if targets == "live" else {}
+    result = run(recipe, None if targets == "none" else tiny_run.cache, tmp_path / "run", **options)
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(result.student)
+
+    def share(*files: str) -> float:
+        texts = [line.split("\t")[0] for file in files for line in Path(file).read_text().splitlines()[1:]]
+        cut = [len(ids) > 7 for ids in tokenizer(texts)["input_ids"]]
+        assert any(cut) and not all(cut)
+        return sum(cut) / len(cut)
+
+    data = recipe.data
+    assert data.validation is not None and data.test is not None
+    learned = [data.train] if targets == "none" else [data.train, *data.transfer]
+    expected = {"train": share(*learned), "validation": share(data.validation), "test": share(data.test)}
+    assert result.results["truncated"]["student"] == pytest.approx(expected)
+    assert result.results["truncated"]["teachers"] == (
+        {} if targets == "none" else dict.fromkeys(("bert", "roberta", "xlm"), 0.0)
+    )

@@ -7,8 +7,10 @@ import pytest
 
 from kdcache.cache.reader import open_cache
 from kdcache.dump.plan import DumpPlan, plan_dump
+from kdcache.dump.stage import dump_teachers
 from kdcache.errors import MismatchError
 from kdcache.progress import SilentProgress
+from kdcache.teachers.bundle import load_teacher
 from tests.dump.conftest import Workbench
 
 
@@ -85,3 +87,48 @@ def test_it_prints_and_serialises(bench: Workbench) -> None:
         "free on the disk",
     ):
         assert expected in text
+
+
+def test_a_plan_says_how_many_texts_each_teacher_and_the_student_cut_and_the_dump_records_it(bench: Workbench) -> None:
+    settings = ("data.max_length=9", "student.max_length=7", "dump.layers=[2]")
+    plan = _plan(bench, *settings)
+    report = bench.dump(*settings)
+    cache = open_cache(bench.cache)
+    texts = [text for part in cache.parts for text in cache.texts(part.name)]
+    records = cache.manifest.provenance["teachers"]
+    for teacher, run in zip(plan.teachers, report.runs, strict=True):
+        tokenizer = load_teacher(bench.teachers, teacher.teacher).tokenizer
+        expected = sum(len(ids) > 9 for ids in tokenizer([text for (text,) in texts])["input_ids"])
+        assert 0 < expected < len(texts)
+        assert teacher.truncated == run.truncated == records[teacher.teacher]["texts_truncated"] == expected
+        assert records[teacher.teacher]["texts_run"] == len(texts)
+        share = f"{100 * expected / len(texts):.1f}%"
+        assert f"teacher '{teacher.teacher}': {share} of 184 texts have more than 9 tokens and are cut" in "\n".join(plan.lines())
+        assert share in run.line()
+    tokenizer = load_teacher(bench.teachers, "bert").tokenizer  # the student starts from it
+    full = [text for part in cache.parts if part.scope == "full" for text in cache.texts(part.name)]
+    assert plan.student is not None
+    assert plan.student.truncated == sum(len(ids) > 7 for ids in tokenizer([text for (text,) in full])["input_ids"]) > 0
+    assert any(line.startswith("student: ") and "more than 7 tokens" in line for line in plan.lines())
+    json.dumps(plan.as_dict())
+
+
+def test_a_student_whose_tokenizer_is_out_of_reach_stops_no_plan(bench: Workbench) -> None:
+    plan = _plan(bench, 'student.init_from="nobody/nothing"', "student.layers=2")
+    assert plan.student is not None and "nobody/nothing" in plan.student.reason
+    assert any(line.startswith("student: how many texts it cuts is not known") for line in plan.lines())
+    assert plan.as_dict()["student"]["texts_truncated"] is None
+
+
+def test_what_is_cut_is_said_once_with_the_first_part(bench: Workbench) -> None:
+    class Notes(SilentProgress):
+        def __init__(self) -> None:
+            self.lines: list[str] = []
+
+        def note(self, message: str) -> None:
+            self.lines.append(message)
+
+    notes = Notes()
+    only = bench.only("bert")
+    dump_teachers(only.recipe("data.max_length=9"), bench.teachers, bench.cache, progress=notes)
+    assert len([line for line in notes.lines if line.startswith("teacher 'bert': ") and "more than 9 tokens" in line]) == 1

@@ -333,6 +333,7 @@ def test_an_interruption_does_not_lose_how_a_teacher_was_run(bench: Workbench, m
 
 def test_pairs_of_texts(bench: Workbench, tmp_path: Path) -> None:
     rows = [(one, other, label) for (one, label), (other, _) in zip(reviews(20, seed=8), reviews(20, seed=9), strict=True)]
+    rows += [("the film is good", "", 1), ("", "the plot is bad", 0)]  # a column may be empty
     pairs = tmp_path / "pairs.tsv"
     pairs.write_text("premise\thypothesis\tlabel\n" + "".join(f"{one}\t{other}\t{label}\n" for one, other, label in rows))
     recipe = tmp_path / "pairs.toml"

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 from kdcache.report.cards import model_card
-from kdcache.report.table import markdown, millions, result_rows, table, verdict
+from kdcache.report.metrics import scores
+from kdcache.report.table import data_notes, learned_nothing, markdown, millions, remarks, result_rows, table, verdict
 
 
 def scored(accuracy: float) -> dict[str, float]:
@@ -69,6 +71,51 @@ def test_a_draw_is_called_a_draw() -> None:
 
 def test_no_verdict_without_scored_rows() -> None:
     assert "no labelled split" in verdict(results(0.9, rows=0), results(0.8))
+
+
+def constant(accuracy: float, method: str = "mt-bert", rows: int = 500) -> dict[str, Any]:
+    """A student that gives every row the same answer, which is right on ``accuracy`` of them."""
+    document = results(accuracy, method, rows)
+    document["scores"]["test"] = {"accuracy": accuracy, "macro_f1": 0.06, "matthews": 0.0, "loss": 1.7}
+    return document
+
+
+def test_a_student_that_answers_one_class_is_not_called_better() -> None:
+    sentence = verdict(constant(0.276), constant(0.218, "fine-tune"))
+    assert "better" not in sentence
+    assert "learned nothing" in sentence
+    assert "0.276" in sentence and "0.218" in sentence
+
+
+def test_every_model_that_learned_nothing_is_named() -> None:
+    document = constant(0.276)
+    document["teachers"]["bert"]["scores"]["test"]["matthews"] = -0.02
+    said = remarks(document, results(0.84, "fine-tune"))
+    assert [line.split(" learned nothing")[0] for line in said] == ["The teacher bert", "The student, mt-bert"]
+    assert remarks(results(0.84), results(0.82, "fine-tune")) == []
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_answers_that_do_not_depend_on_the_label_count_as_nothing_and_those_that_do_count(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    labels = random.integers(0, 4, 1000)
+    blind = random.normal(size=(1000, 4))
+    blind[:, 1] += 2  # nearly always the same answer
+    seeing = blind + 2 * np.eye(4)[labels]
+    assert learned_nothing(scores(labels, blind), 1000)
+    assert not learned_nothing(scores(labels, seeing), 1000)
+    assert not learned_nothing(scores(np.zeros(9, np.int64), np.eye(4)[[0] * 9]), 9)  # one class, and every answer right
+
+
+def test_what_was_cut_and_left_out_is_said_under_the_table() -> None:
+    document = results(0.84) | {"max_length": 128, "empty_rows": {"train": 3}}
+    document["truncated"] = {"student": {"train": 0.25, "test": 0.0}, "teachers": {"bert": 0.0001, "roberta": 0.0}}
+    assert data_notes(document) == [
+        "The student: 25.0% (train) of the texts are cut at its max_length of 128 tokens.",
+        "Teacher bert: under 0.1% of the texts were cut at its max_length.",
+        "train: 3 rows without text are left out.",
+    ]
+    assert data_notes(results(0.84)) == []  # results of 0.1.0 do not say
 
 
 def test_millions() -> None:

@@ -267,6 +267,17 @@ def test_ready_and_shared_teachers_go_together(recipe: Recipe, tmp_path: Path, s
         run(with_teachers(both, both.teachers[0].model_dump(), {"name": "ready", "model": other, "head": "own"}), tmp_path)
 
 
+def test_a_classifier_that_only_numbers_its_labels_needs_a_declared_order(recipe: Recipe, tmp_path: Path) -> None:
+    model = str(make_model(tmp_path / "ready", "bert", depth=1, classes=2))
+    named = changed(recipe, data={"train": _renamed(recipe.data.train, tmp_path), "validation": None})
+    ready = with_teachers(named, {"name": "ready", "model": model, "head": "own"})
+    with pytest.raises(ModelError, match=r"'ready' names its labels LABEL_0 .* which is LABEL_0 is not known") as caught:
+        run(ready, tmp_path)
+    assert "data.labels" in caught.value.hint
+    run(changed(ready, data={"labels": ["positive", "negative"]}), tmp_path)
+    assert read_bundle(tmp_path / "teachers").label_names == ("positive", "negative")
+
+
 def test_a_classifier_of_another_task_is_refused(recipe: Recipe, tmp_path: Path) -> None:
     model = classifier(tmp_path / "ready", ("negative", "neutral", "positive"))
     with pytest.raises(ModelError, match="'ready' predicts negative, neutral, positive; the task's labels are 0, 1"):
