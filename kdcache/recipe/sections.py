@@ -98,6 +98,7 @@ class TeacherSection(_Section):
     model: NonEmpty
     head: Head = "shared"
     revision: str | None = None
+    trust_remote_code: bool = False  # run the Python code that comes with the model
     max_length: Positive | None = None  # data.max_length where not given
     layers: LayerNumbers | None = None  # dump.layers where not given
     per_layer: PerLayer = {}  # wins over dump.per_layer
@@ -199,6 +200,7 @@ class StudentSection(_Section):
     layers: Positive | BlockNumbers | None = None  # the first K, or the (1-based) layers to keep; None keeps all
     head: Literal["standard", "shared"] = "standard"
     max_length: Positive | None = None
+    trust_remote_code: bool = False  # run the Python code that comes with the model or its tokenizer
 
     @model_validator(mode="after")
     def _one_origin(self) -> StudentSection:
