@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from kdcache.errors import ModelError
+from kdcache.teachers.network import accepted_inputs as accepted_inputs
+from kdcache.teachers.network import at_last_token, head_reads_the_end, run_network
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -27,9 +29,9 @@ HeadKind = Literal["shared", "own"]
 
 @dataclass(frozen=True)
 class TeacherForward:
-    """``logits`` [batch, classes] in the task's class order; ``pooled`` [batch, width]: the shared head's, or the first
-    token's last state where the head is the teacher's own; ``hidden_states`` as in transformers: index 0 embeddings, k after block k,
-    each [batch, tokens, width].
+    """``logits`` [batch, classes] in the task's class order; ``pooled`` [batch, width]: the shared head's, or where the head is
+    the teacher's own the last state of the token that it reads: the first one, of decoders and XLNet the last one;
+    ``hidden_states`` as in transformers: index 0 embeddings, k after block k, each [batch, tokens, width].
     """
 
     logits: Tensor
@@ -55,22 +57,22 @@ class TeacherModel(nn.Module):
         self.head = head
         order = None if class_order is None else torch.tensor(list(class_order))
         self.register_buffer("class_order", order, persistent=False)
-        self._takes = accepted_inputs(encoder)
 
     def forward(self, inputs: Mapping[str, Tensor], *, hidden_states: bool = False) -> TeacherForward:
-        """``inputs`` as the tokenizer gives them, each [batch, tokens]; names that the encoder does not take are left out."""
-        taken = {name: tensor for name, tensor in inputs.items() if name in self._takes}
-        if self.head is None:
-            return self._own(taken, hidden_states)
-        output = self.encoder(**taken, output_hidden_states=hidden_states)
-        last = output.last_hidden_state
-        logits, pooled = self.head(last if self.adapter is None else self.adapter(last), inputs["attention_mask"])
-        return TeacherForward(logits, pooled, output.hidden_states if hidden_states else None)
+        """``inputs`` as ``kdcache.data.encoding.pad`` gives them, each [batch, tokens], padded on the right, as the states are.
 
-    def _own(self, inputs: dict[str, Tensor], hidden_states: bool) -> TeacherForward:
-        output = self.encoder(**inputs, output_hidden_states=True)
-        logits = output.logits if self.class_order is None else output.logits[:, self.class_order]
-        return TeacherForward(logits, output.hidden_states[-1][:, 0], output.hidden_states if hidden_states else None)
+        Names that the encoder does not take are left out.
+        """
+        mask = inputs["attention_mask"]
+        output = run_network(self.encoder, inputs, hidden_states=hidden_states or self.head is None)
+        states, last = output.hidden_states if hidden_states else None, output.last
+        assert last is not None
+        if self.head is not None:
+            logits, pooled = self.head(last if self.adapter is None else self.adapter(last), mask)
+            return TeacherForward(logits, pooled, states)
+        assert output.logits is not None
+        pooled = at_last_token(last, mask) if head_reads_the_end(self.encoder) else last[:, 0]
+        return TeacherForward(output.logits if self.class_order is None else output.logits[:, self.class_order], pooled, states)
 
 
 @dataclass
@@ -86,12 +88,6 @@ class Teacher:
     max_length: int
     fingerprints: Fingerprints
     label_names: tuple[str, ...]
-
-
-def accepted_inputs(model: nn.Module) -> frozenset[str]:
-    """Names of the tensors that the model's forward takes."""
-    known = {"input_ids", "attention_mask", "token_type_ids"}
-    return frozenset(known & set(inspect.signature(model.forward).parameters))
 
 
 def load_encoder(model: str, revision: str | None = None) -> PreTrainedModel:
