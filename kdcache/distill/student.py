@@ -20,18 +20,10 @@ from torch import Tensor, nn
 from kdcache.data.custom_code import code_not_run, wants_code
 from kdcache.data.encoding import encode, load_tokenizer, pad
 from kdcache.distill.blocks import blocks_to_keep, keep_blocks, set_dropout
-from kdcache.distill.padding import (
-    is_causal,
-    left_places,
-    positions,
-    reads_last_position,
-    require_pad_token,
-    settle_padding,
-    taken,
-    takes,
-)
+from kdcache.distill.padding import is_causal, require_pad_token, settle_padding
 from kdcache.errors import ModelError, RecipeError
-from kdcache.teachers.teacher import accepted_inputs, be_quiet, position_limit
+from kdcache.teachers.network import accepted_inputs, run_network
+from kdcache.teachers.teacher import be_quiet, position_limit
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -55,23 +47,14 @@ class StudentOutput:
 
 
 class StudentModel(nn.Module):
-    """A model with a head. ``network`` is the classifier of transformers, or the model without head where the head is shared.
-
-    A batch may have its padding on the right; with a causal decoder, and with XLNet, on either side.
-    """
+    """A model with a head. ``network`` is the classifier of transformers, or the model without head where the head is shared."""
 
     def __init__(self, network: PreTrainedModel, head: SharedHead | None = None, adapter: nn.Linear | None = None) -> None:
         super().__init__()
         self.network = network
         self.head = head
         self.adapter = adapter
-        one_type = getattr(network.config, "type_vocab_size", 2) < 2  # RoBERTa: a tokenizer's second type would be out of range
-        self.accepted = accepted_inputs(network) - ({"token_type_ids"} if one_type else set())
-        causal = is_causal(network)
-        self._turned = head is None and reads_last_position(network)
-        self._counted = causal and takes(network, "position_ids")
-        self._options: dict[str, bool] = {"use_cache": False} if causal and takes(network, "use_cache") else {}
-        self.takes_either_side = self._turned or causal
+        self.accepted = accepted_inputs(network)
 
     @property
     def head_kind(self) -> HeadKind:
@@ -92,28 +75,15 @@ class StudentModel(nn.Module):
         return int(self.config.num_hidden_layers)
 
     def forward(self, inputs: Mapping[str, Tensor], *, hidden_states: bool = False) -> StudentOutput:
-        """``inputs``: input_ids, attention_mask [batch, tokens] and what else the tokenizer gives."""
-        accepted = {name: tensor for name, tensor in inputs.items() if name in self.accepted}
-        if self._turned:
-            return self._padded_left(accepted, hidden_states)
-        if self._counted:
-            accepted["position_ids"] = positions(inputs["attention_mask"])
-        output = self.network(**accepted, **self._options, output_hidden_states=hidden_states, return_dict=True)
-        states = tuple(output.hidden_states) if hidden_states else ()
+        """``inputs``: input_ids, attention_mask [batch, tokens], padded on the right, and what else the tokenizer gives."""
+        output = run_network(self.network, inputs, hidden_states=hidden_states)
         if self.head is None:
-            return StudentOutput(output.logits.float(), states)
-        last = output.last_hidden_state if self.adapter is None else self.adapter(output.last_hidden_state)
+            assert output.logits is not None
+            return StudentOutput(output.logits.float(), output.hidden_states)
+        assert output.last is not None
+        last = output.last if self.adapter is None else self.adapter(output.last)
         logits, _ = self.head(last, inputs["attention_mask"])
-        return StudentOutput(logits.float(), states)
-
-    def _padded_left(self, inputs: Mapping[str, Tensor], hidden_states: bool) -> StudentOutput:
-        """Run with the padding on the left; hidden states come back in the places of ``inputs``."""
-        places = left_places(inputs["attention_mask"])
-        turned = {name: taken(tensor, places) for name, tensor in inputs.items()}
-        output = self.network(**turned, **self._options, output_hidden_states=hidden_states, return_dict=True)
-        back = places.argsort(dim=1)
-        states = tuple(taken(layer, back) for layer in output.hidden_states) if hidden_states else ()
-        return StudentOutput(output.logits.float(), states)
+        return StudentOutput(logits.float(), output.hidden_states)
 
 
 @dataclass(frozen=True)
