@@ -31,13 +31,14 @@ def is_causal(network: nn.Module) -> bool:
 
 
 def require_pad_token(tokenizer: PreTrainedTokenizerBase, config_id: int | None) -> int:
-    """Id of the tokenizer's padding token; where it has none it becomes the config's ``config_id``, else the token that ends a text.
+    """Id of the tokenizer's padding token; where it has none, the token that is chosen becomes it.
 
-    Raises ModelError where there is none of these.
+    That is the one of the config, ``config_id``; else the one that ends a text; and where the tokenizer itself ends every text
+    with that one, a decoder would look for the last token before it: then an unknown or a first token. Raises ModelError where there is none.
     """
     if tokenizer.pad_token_id is None:
         known = isinstance(config_id, int) and 0 <= config_id < len(tokenizer)
-        token = tokenizer.convert_ids_to_tokens([config_id])[0] if known else tokenizer.eos_token
+        token = tokenizer.convert_ids_to_tokens([config_id])[0] if known else _stand_in(tokenizer)
         if not token:
             raise ModelError(
                 f"the tokenizer '{tokenizer.name_or_path}' has no padding token, and none that ends a text to take its place",
@@ -45,6 +46,14 @@ def require_pad_token(tokenizer: PreTrainedTokenizerBase, config_id: int | None)
             )
         tokenizer.pad_token = token
     return int(tokenizer.pad_token_id)
+
+
+def _stand_in(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    end: str | None = tokenizer.eos_token
+    ids = tokenizer("a")["input_ids"]
+    if end is None or not ids or ids[-1] != tokenizer.eos_token_id:
+        return end
+    return next((token for token in (tokenizer.unk_token, tokenizer.bos_token) if token and token != end), end)
 
 
 def settle_padding(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

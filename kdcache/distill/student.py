@@ -28,7 +28,7 @@ from kdcache.teachers.teacher import be_quiet, position_limit
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-    from kdcache.recipe import StudentSection
+    from kdcache.recipe import Recipe, StudentSection
     from kdcache.teachers.head import SharedHead
 
 HeadKind = Literal["standard", "shared"]
@@ -151,17 +151,22 @@ def build_student(
     return student
 
 
-def check_section(section: StudentSection, source: str, *, trust_remote_code: bool, pooling: str) -> None:
-    """Refuse what cannot become a student, from its config alone and before anything is run: for the start of a whole run.
+def check_student(recipe: Recipe, teachers_dir: Path | None = None) -> None:
+    """Refuse a recipe whose model cannot become a student, from its config alone: for the start of a run, hours before the student.
 
-    ``source`` is a directory or hub name; for ``init_from = "teacher:NAME"`` the model that this teacher will be made from.
-    ``pooling`` is that of the shared head to be. Raises ModelError and RecipeError as ``build_student`` does; hub names that are
-    out of reach raise too.
+    Where ``teachers_dir`` does not hold the teacher that the student starts from yet, the model that it will be made from is looked
+    at. Raises ModelError and RecipeError as ``build_student`` does.
     """
-    section = section.model_copy(update={"trust_remote_code": trust_remote_code, "init_from": None if section.config else source})
-    config = _config(section, source)
+    section, revision = recipe.require_student(), None
+    origin, pooling = section.init_from or "", recipe.cofinetune.pooling
+    if origin.startswith(TEACHER_PREFIX) and not (teachers_dir and (teachers_dir / origin.removeprefix(TEACHER_PREFIX)).is_dir()):
+        teacher = recipe.teacher(origin.removeprefix(TEACHER_PREFIX))
+        source, revision = teacher.model, teacher.revision
+    else:
+        source = _source(section, teachers_dir)
+    config = _config(section, source, revision)
     if _own_code(section, config):
-        return  # its code is not run for a first look
+        return  # what it is can be known only by loading it
     model_class = _model_class(section, config, source)
     with torch.device("meta"):
         network = model_class(config, **({} if section.head == "standard" else without_pooler(model_class)))
@@ -210,13 +215,13 @@ def _source(section: StudentSection, teachers_dir: Path | None) -> str:
     return str(teachers_dir / name)
 
 
-def _config(section: StudentSection, source: str) -> PretrainedConfig:
+def _config(section: StudentSection, source: str, revision: str | None = None) -> PretrainedConfig:
     from transformers import AutoConfig
 
     be_quiet()
     if section.config is None:
         try:
-            found = AutoConfig.from_pretrained(source, trust_remote_code=section.trust_remote_code)
+            found = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=section.trust_remote_code)
         except Exception as error:  # transformers raises OSError, ValueError, KeyError … for a missing or foreign directory
             raise _not_loadable(source, error) from error
         return _usable(cast("PretrainedConfig", found), source)

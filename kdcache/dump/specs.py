@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kdcache.cache.spec import LayerSpec, TargetSpec, TaskSpec, TeacherSpec
+from kdcache.data.custom_code import code_not_run, wants_code
 from kdcache.data.encoding import TRUNCATION, tokenizer_json
 from kdcache.dump.layers import check_names, layer_spec, resolve_layers
 from kdcache.errors import DataError, MismatchError, ModelError
@@ -122,8 +123,14 @@ def student_depth(recipe: Recipe, teacher_depths: Mapping[str, int]) -> int | No
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.for_model(**student.config) if student.config is not None else AutoConfig.from_pretrained(origin)
+        config = (
+            AutoConfig.for_model(**student.config)
+            if student.config is not None
+            else AutoConfig.from_pretrained(origin, trust_remote_code=student.trust_remote_code)
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
+        if wants_code(error):
+            raise code_not_run(origin) from error
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(
             f"the student's depth, on which dump.layers depends, is not to be had from '{origin or student.config}': {reason}",

@@ -177,7 +177,7 @@ def position_limit(model: PreTrainedModel) -> int | None:
     RoBERTa and its kin number positions from ``padding_idx + 1``, so that many rows of their table are out of use.
     """
     for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+        if name.endswith(("position_embeddings", "wpe")) and isinstance(module, nn.Embedding):  # wpe: GPT-2
             return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
     return None
 
