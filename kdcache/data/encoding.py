@@ -243,9 +243,18 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(tokenizer_json(tokenizer).encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def pad(encoded: EncodedTexts, rows: Sequence[int] | np.ndarray, pad_token_id: int) -> dict[str, torch.Tensor]:
-    """The texts at ``rows`` as model inputs: int64 [batch, longest of rows], padded on the right.
+def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token id that fills up a batch: that of the padding token, else of the end of text, else 0; never attended to."""
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if isinstance(token, int):
+            return token
+    return 0
 
+
+def pad(encoded: EncodedTexts, rows: Sequence[int] | np.ndarray, pad_token_id: int) -> dict[str, torch.Tensor]:
+    """The texts at ``rows`` as model inputs: int64 [batch, longest of rows], padded on the right, whatever the tokenizer's side.
+
+    What a model makes of the side of its padding is the business of ``kdcache.teachers.network``.
     Keys: ``input_ids``, ``attention_mask`` and, where the model takes them, ``token_type_ids`` (padded with 0).
     """
     import torch

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 
-from kdcache.data.encoding import TRUNCATION, EncodedTexts, encode, pad, token_budget_batches, tokenizer_fingerprint
+from kdcache.data.encoding import TRUNCATION, EncodedTexts, encode, pad, padding_id, token_budget_batches, tokenizer_fingerprint
 from kdcache.distill.align_store import StudentTokens, student_tokens
 from kdcache.distill.alignment import align
 from kdcache.distill.assembly import Pieces, alignment_pieces, student_inputs, text_pieces
@@ -54,7 +54,7 @@ class _Running:
     coders: Mapping[int, Coder]
 
     def run(self, encoded: EncodedTexts, rows: np.ndarray, layers: Sequence[int]) -> TeacherOutput:
-        return self.backend.run(pad(encoded, rows, int(self.teacher.tokenizer.pad_token_id or 0)), layers, False)
+        return self.backend.run(pad(encoded, rows, padding_id(self.teacher.tokenizer)), layers, False)
 
     def target(self, layer: int, hidden: torch.Tensor, lengths: np.ndarray) -> torch.Tensor:
         """[rows, dim] as stored before quantisation, or [rows, bytes] as stored where the layer is coded.

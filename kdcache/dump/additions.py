@@ -77,7 +77,7 @@ def _classifier(name: str, path: Path, task: TaskSpec, max_length: int, place: P
     from kdcache.teachers.sources import open_source
 
     section = TeacherSection(name=name, model=str(path.absolute()), head="own", max_length=max_length)
-    source = open_source(section, max_length, task.label_names)
+    source = open_source(section, max_length, task.label_names, len(task.text_columns))
     if source.note:
         progress.note(source.note)
     bundle = save_teachers(place, Bundle(task.label_names, task.text_columns, {}), None, {name: source}, {})

@@ -4,7 +4,7 @@
 
 Digests say that a cache is as it was written; they do not say that it was written rightly. Here each teacher runs again on some
 texts, and spans, logits and every stored layer are compared with what it says. Found are a cache of other weights, spans or
-states that are shifted, a layer that is another one.
+states that are shifted, a layer that is another one, and a teacher whose outputs depend on padding.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from kdcache.dump.tolerance import (
     compare,
     logits_change,
     looks_like,
+    most_noise,
     relative_change,
     tolerance,
 )
@@ -56,7 +57,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Finding:
-    """What is wrong with one component of a teacher: ``weights``, ``tokens``, ``logits`` or ``layer N``; its worst rows first."""
+    """What is wrong with one component of a teacher, its worst rows first.
+
+    ``component``: ``weights``, ``padding`` (its outputs depend on it), ``tokens``, ``logits`` or ``layer N``.
+    """
 
     teacher: str
     component: str
@@ -126,7 +130,9 @@ def _audit_teacher(cache: Cache, teacher: Teacher, chosen: Sequence[PartRows], p
     try:
         progress.start(f"audit {teacher.name}", sum(len(part) for part in chosen), "texts")
         lives = [LivePart(teacher, spec, part) for part in chosen]
-        found.tolerance = _calibrated(lives, backend)
+        noise = _padding_noise(lives, backend)
+        found.tolerance = tolerance(spec.precision, *noise)
+        found.findings += _other_when_padded(spec, *noise)
         compared: dict[str, list[_Compared]] = {}
         for live in lives:
             for one in _compared(cache, live, backend, found.tolerance):
@@ -151,14 +157,26 @@ def _other_weights(spec: TeacherSpec, teacher: Teacher) -> list[Finding]:
     return [Finding(spec.name, "weights", f"the teacher there is another one: {told}")] if differing else []
 
 
-def _calibrated(lives: Sequence[LivePart], backend: TeacherBackend) -> Tolerance:
-    """What another padding changes: some texts in one batch, and each alone."""
+def _padding_noise(lives: Sequence[LivePart], backend: TeacherBackend) -> tuple[float, float]:
+    """What another padding changes in hidden states and logits, relatively: some texts in one batch, and each alone."""
     live = next((one for one in lives if one.chosen.full), lives[0])
     layers = tuple(live.spec.layers) if live.chosen.full else ()
     together = live.gather(backend, layers, _CALIBRATION_TEXTS, 1 << 30)
     alone = live.gather(backend, layers, _CALIBRATION_TEXTS, 1)
     hidden = max((relative_change(together[1][layer], alone[1][layer]) for layer in layers), default=0.0)
-    return tolerance(live.spec.precision, hidden, float(logits_change(together[0], alone[0]).max(initial=0.0)))
+    return hidden, float(logits_change(together[0], alone[0]).max(initial=0.0))
+
+
+def _other_when_padded(spec: TeacherSpec, hidden: float, logits: float) -> list[Finding]:
+    """More than rounding is no noise: what such a teacher says of a text depends on the texts beside it."""
+    most = most_noise(spec.precision)
+    changed = [
+        f"its {what} by {noise:.1%}" for what, noise in (("hidden states", hidden), ("logits", logits)) if not noise <= most
+    ]
+    if not changed:
+        return []
+    message = f"padding a text changes {' and '.join(changed)}; in {spec.precision} at most {most:.0%} is rounding"
+    return [Finding(spec.name, "padding", message)]
 
 
 @dataclass(frozen=True)

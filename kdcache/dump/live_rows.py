@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kdcache.data.encoding import EncodedTexts, encode
+from kdcache.data.encoding import EncodedTexts, encode, padding_id
 from kdcache.dump.engine import TextBatches
 from kdcache.teachers.selection import select_tokens
 
@@ -60,7 +60,7 @@ class LivePart:
     def __init__(self, teacher: Teacher, spec: TeacherSpec, chosen: PartRows) -> None:
         self.spec, self.chosen = spec, chosen
         self.encoded: EncodedTexts = encode(teacher.tokenizer, chosen.texts, spec.max_length)
-        self._pad = int(teacher.tokenizer.pad_token_id or 0)
+        self._pad = padding_id(teacher.tokenizer)
 
     def gather(
         self, backend: TeacherBackend, layers: Sequence[int], count: int | None = None, tokens_per_batch: int = TOKENS_PER_BATCH

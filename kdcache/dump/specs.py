@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING
 
 from kdcache.cache.spec import LayerSpec, TargetSpec, TaskSpec, TeacherSpec
 from kdcache.data.custom_code import code_not_run, wants_code
-from kdcache.data.encoding import TRUNCATION, tokenizer_json
+from kdcache.data.encoding import TRUNCATION, encode, padding_id, tokenizer_json
 from kdcache.dump.layers import check_names, layer_spec, resolve_layers
 from kdcache.errors import DataError, MismatchError, ModelError
 from kdcache.teachers.bundle import load_teacher
 from kdcache.teachers.teacher import check_max_length
+from kdcache.teachers.trial import is_causal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -50,7 +51,7 @@ class PreparedTeacher:
 
     @property
     def pad_token_id(self) -> int:
-        return int(self.tokenizer.pad_token_id or 0)
+        return padding_id(self.tokenizer)
 
 
 def task_spec(task: TaskData) -> TaskSpec:
@@ -166,8 +167,22 @@ def prepare(
         sample_texts=dump.sample_texts,
         layers=layers(teacher),
     )
+    _check_first_token(teacher, spec)
     teacher.model.to("meta")  # frees the weights before the next teacher is loaded
     return PreparedTeacher(spec, teacher.tokenizer, tokenizer_json(teacher.tokenizer), dump.seed)
+
+
+def _check_first_token(teacher: Teacher, spec: TeacherSpec) -> None:
+    """ModelError where layers are stored for the first token of a decoder, which has seen nothing of the text."""
+    layers = [layer for layer, form in spec.layers.items() if form.tokens == "first"]
+    if not layers:
+        return
+    text = encode(teacher.tokenizer, [("a plain sentence",)], spec.max_length)
+    if is_causal(teacher.model.encoder, text, padding_id(teacher.tokenizer)):
+        raise ModelError(
+            f"teacher '{spec.name}' is a causal decoder: the first token, for which layer {layers[0]} is to be stored, has seen nothing of the text",
+            'Set dump.tokens, or tokens of that layer, to "all" or "pooled".',
+        )
 
 
 def layer_specs(recipe: Recipe, section: TeacherSection, teacher: Teacher, student_layers: int | None) -> dict[int, LayerSpec]:

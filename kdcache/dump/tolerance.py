@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from kdcache.cache.spec import LayerSpec
 
 _FLOOR = {"float32": 1e-3, "bf16": 3e-2, "fp16": 1e-2}  # other machines and libraries, relative to the norm of a state
+_MOST_NOISE = {"float32": 1e-2, "bf16": 0.2, "fp16": 0.1}  # a model that padding changes more than this is not run rightly
 _MARGIN = 4.0  # times the noise that was measured
 _FLOAT16 = 2.0**-11
 _MARGIN_OF_MEAN = 1.25
@@ -39,9 +40,14 @@ class Tolerance:
 
 
 def tolerance(precision: str, hidden_noise: float, logits_noise: float) -> Tolerance:
-    """From the largest relative changes that padding was seen to make."""
-    floor = _FLOOR.get(precision, _FLOOR["bf16"])
-    return Tolerance(floor + _MARGIN * hidden_noise, floor + _MARGIN * logits_noise)
+    """From the largest relative changes that padding was seen to make; ``most_noise`` is the most that counts."""
+    floor, most = _FLOOR.get(precision, _FLOOR["bf16"]), most_noise(precision)
+    return Tolerance(floor + _MARGIN * min(hidden_noise, most), floor + _MARGIN * min(logits_noise, most))
+
+
+def most_noise(precision: str) -> float:
+    """How much padding may change a state or a logit, relative to its size, in a model that is run rightly."""
+    return _MOST_NOISE.get(precision, _MOST_NOISE["bf16"])
 
 
 def relative_change(one: np.ndarray, other: np.ndarray) -> float:

@@ -132,7 +132,7 @@ class OptimSection(_Section):
 class CofinetuneSection(OptimSection):
     """Joint training of the teachers (MT-BERT, section 3.1)."""
 
-    pooling: Literal["attention", "cls", "mean"] = "attention"
+    pooling: Literal["attention", "cls", "mean", "last"] = "attention"
     width: Positive | None = None  # of the shared space; the widest teacher where not given
     gradient_checkpointing: bool = False
 

@@ -22,7 +22,7 @@ from kdcache.errors import MismatchError, RecipeError
 from kdcache.teachers import joint
 from kdcache.teachers.bundle import Bundle, is_bundle, load_shared_head, read_bundle, write_bundle
 from kdcache.teachers.fingerprints import fingerprint_tensors
-from kdcache.teachers.head import SharedHead
+from kdcache.teachers.head import Pooling, SharedHead
 from kdcache.teachers.registration import save_teachers, scored
 from kdcache.teachers.sources import Source, open_source, under_shared_head
 from kdcache.training.durable import hold_lock, remove_leftovers
@@ -105,7 +105,7 @@ def add_teacher(
         bundle = read_bundle(teachers_dir)
         task = load_task(recipe.data)
         _check_same_task(teachers_dir, bundle, task)
-        sources = _open(recipe, task, [section])
+        sources = _open(recipe, task, [section], bundle.pooling)
         head = load_shared_head(teachers_dir, bundle) if section.head == "shared" else None
         digest = fingerprint_tensors(head.state_dict().items()) if head is not None else None
         log = MetricsLog(metrics or work_dir / "metrics.jsonl", f"add {name}")
@@ -124,8 +124,15 @@ def add_teacher(
         return _register(job, bundle, None, models, best)
 
 
-def _open(recipe: Recipe, task: TaskData, sections: Sequence[TeacherSection]) -> dict[str, Source]:
-    return {section.name: open_source(section, recipe.data.max_length, task.label_names) for section in sections}
+def _open(
+    recipe: Recipe, task: TaskData, sections: Sequence[TeacherSection], pooling: Pooling | None = None
+) -> dict[str, Source]:
+    """The models of ``sections``, for a shared head with ``pooling``, or with that of the recipe."""
+    pooling = pooling or recipe.cofinetune.pooling
+    columns = len(task.text_columns)
+    return {
+        section.name: open_source(section, recipe.data.max_length, task.label_names, columns, pooling) for section in sections
+    }
 
 
 def _new_models(job: _Job) -> tuple[SharedHead | None, dict[str, TeacherModel]]:

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from kdcache.errors import ModelError
+from kdcache.teachers.network import at_last_token
 
-Pooling = Literal["attention", "cls", "mean"]
-POOLINGS: tuple[Pooling, ...] = ("attention", "cls", "mean")
+Pooling = Literal["attention", "cls", "mean", "last"]
+POOLINGS: tuple[Pooling, ...] = ("attention", "cls", "mean", "last")
 _INITIAL_RANGE = 0.02  # of BERT
 
 
@@ -44,6 +45,14 @@ class FirstToken(nn.Module):
         return hidden[:, 0]
 
 
+class LastToken(nn.Module):
+    """The vector of the last token of each text: of a causal decoder the only one that has seen the whole text."""
+
+    def forward(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
+        """[batch, tokens, width] and [batch, tokens], padded on either side, to [batch, width]."""
+        return at_last_token(hidden, attention_mask)
+
+
 class MeanPooling(nn.Module):
     """The mean over the valid tokens."""
 
@@ -61,7 +70,7 @@ def _wide(hidden: Tensor) -> torch.dtype:
 def _new_pooling(pooling: Pooling, width: int) -> nn.Module:
     if pooling == "attention":
         return AttentionPooling(width)
-    return FirstToken() if pooling == "cls" else MeanPooling()
+    return {"cls": FirstToken, "last": LastToken, "mean": MeanPooling}[pooling]()
 
 
 class SharedHead(nn.Module):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from kdcache.data.encoding import encode
+from kdcache.data.encoding import encode, padding_id
 from kdcache.errors import DataError
 from kdcache.teachers.trainee import JointTrainee, Labels, TeacherTexts
 from kdcache.training import checkpoints, loop
@@ -110,9 +110,7 @@ def train(
 
 def _encoded(source: Source, train_rows: LabelledRows, validation: LabelledRows | None) -> TeacherTexts:
     held_out = None if validation is None else encode(source.tokenizer, validation.texts, source.max_length)
-    pad_token_id = source.tokenizer.pad_token_id
-    assert isinstance(pad_token_id, int)  # checked when the source was opened
-    return TeacherTexts(encode(source.tokenizer, train_rows.texts, source.max_length), held_out, pad_token_id)
+    return TeacherTexts(encode(source.tokenizer, train_rows.texts, source.max_length), held_out, padding_id(source.tokenizer))
 
 
 def _checkpoint_activations(network: PreTrainedModel) -> None:

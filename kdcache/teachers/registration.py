@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kdcache.cache.spec import Fingerprints
-from kdcache.data.encoding import encode
+from kdcache.data.encoding import encode, padding_id
 from kdcache.teachers.bundle import Bundle, TeacherRecord, fingerprints_on_disk, load_teacher, save_shared_head, save_teacher
 from kdcache.teachers.teacher import TeacherModel
 from kdcache.teachers.trainee import MEAN, predict, score_teachers
@@ -69,9 +69,7 @@ def scored(directory: Path, bundle: Bundle, validation: LabelledRows | None) -> 
     for name in bundle.teachers:
         teacher = load_teacher(directory, name, bundle)
         encoded = encode(teacher.tokenizer, validation.texts, teacher.max_length)
-        pad_token_id = teacher.tokenizer.pad_token_id
-        assert isinstance(pad_token_id, int)  # checked when the source was opened
-        logits[name] = predict(teacher.model.to(default_device()), encoded, pad_token_id)
+        logits[name] = predict(teacher.model.to(default_device()), encoded, padding_id(teacher.tokenizer))
     found = score_teachers(logits, validation.labels)
     records = {name: replace(record, scores=found[name]) for name, record in bundle.teachers.items()}
     return replace(bundle, teachers=records, mean_scores=found[MEAN])

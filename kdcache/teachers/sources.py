@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from kdcache.data.encoding import load_tokenizer, tokenizer_fingerprint
 from kdcache.errors import ModelError
 from kdcache.teachers.fingerprints import fingerprint_config, fingerprint_tensors
-from kdcache.teachers.head import SharedHead, new_adapter
+from kdcache.teachers.head import Pooling, SharedHead, new_adapter
 from kdcache.teachers.teacher import (
     TeacherModel,
     check_max_length,
@@ -18,6 +18,7 @@ from kdcache.teachers.teacher import (
     load_classifier,
     load_encoder,
 )
+from kdcache.teachers.trial import try_network
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -56,14 +57,31 @@ class Source:
         }
 
 
-def open_source(section: TeacherSection, default_max_length: int, label_names: Sequence[str]) -> Source:
-    """Load what the section names. Raises ModelError where it cannot be loaded, lacks weights, has too few positions or other labels."""
+def open_source(
+    section: TeacherSection,
+    default_max_length: int,
+    label_names: Sequence[str],
+    columns: int = 1,
+    pooling: Pooling | None = None,
+) -> Source:
+    """Load what the section names, for texts of ``columns`` columns, and try it on a few.
+
+    ``pooling`` is that of the shared head. Raises ModelError where the model cannot be loaded, lacks weights, has too few positions or
+    other labels, where it does not give a text the same outputs alone and in a batch, or where the pooling does not suit it.
+    """
     max_length = section.max_length or default_max_length
     own = section.head == "own"
     network = (load_classifier if own else load_encoder)(section.model, section.revision)
     tokenizer = load_tokenizer(section.model, section.revision)
     check_max_length(section.name, network, max_length)
     _check_vocabulary(section.name, network, tokenizer)
+    trial = try_network(section.name, network, tokenizer, max_length, columns)
+    if not own and trial.causal and pooling == "cls":
+        raise ModelError(
+            f"teacher '{section.name}' is a causal decoder ({network.config.model_type}): its first token, which pooling 'cls' reads, has "
+            "seen nothing of the text",
+            'Set cofinetune.pooling = "last", "attention" or "mean".',
+        )
     if not own:
         return Source(section, network, tokenizer, max_length)
     order, generic = class_order_of(section.name, network.config.id2label or {}, label_names)
@@ -79,8 +97,6 @@ def _check_vocabulary(name: str, network: PreTrainedModel, tokenizer: PreTrained
             f"teacher '{name}': its tokenizer has token ids up to {highest}, its model embeds only {rows}",
             "Give the tokenizer that belongs to the model.",
         )
-    if tokenizer.pad_token_id is None:
-        raise ModelError(f"teacher '{name}': its tokenizer has no padding token", "Set pad_token in its tokenizer_config.json.")
 
 
 def under_shared_head(sources: Mapping[str, Source], head: SharedHead) -> dict[str, TeacherModel]:

@@ -1,4 +1,4 @@
-"""A teacher: an encoder that AutoModel knows, an adapter where its width differs, and a head, shared or its own.
+"""A teacher: an encoder or decoder that AutoModel knows, an adapter where its width differs, and a head, shared or its own.
 
 Encoders are used without their pooler: the shared head pools itself, and a pooler that the checkpoint lacks would come with
 fresh random weights. Any other weight that the checkpoint lacks is an error for the same reason.
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from kdcache.teachers.head import SharedHead
 
 HeadKind = Literal["shared", "own"]
+_UNFIT = {"funnel": "its blocks shorten the text, so that hidden states and tokens do not correspond"}
 
 
 @dataclass(frozen=True)
@@ -92,18 +93,22 @@ class Teacher:
 
 def load_encoder(model: str, revision: str | None = None) -> PreTrainedModel:
     """The bare encoder in float32, without pooler. ModelError where it cannot be loaded or lacks weights."""
-    from transformers import MODEL_MAPPING, AutoConfig
+    from transformers import MODEL_FOR_TEXT_ENCODING_MAPPING, MODEL_MAPPING, AutoConfig
 
     be_quiet()
     with _explained(model):
         config = AutoConfig.from_pretrained(model, revision=revision)
-    if getattr(config, "is_encoder_decoder", False):
-        raise ModelError(
-            f"'{model}' is an encoder-decoder ({config.model_type}); teachers are encoders", "Choose an encoder, e.g. BERT."
-        )
+    _check_type(model, config)
+    seq2seq = getattr(config, "is_encoder_decoder", False)
     try:
-        model_class: Any = MODEL_MAPPING[type(config)]
+        model_class: Any = (MODEL_FOR_TEXT_ENCODING_MAPPING if seq2seq else MODEL_MAPPING)[type(config)]
     except KeyError as error:
+        if seq2seq:
+            raise ModelError(
+                f"'{model}' is an encoder-decoder ({config.model_type}) whose encoder transformers does not offer alone; "
+                "a teacher is an encoder or a decoder",
+                "Choose an encoder, e.g. BERT, a decoder, e.g. Qwen, or a T5.",
+            ) from error
         raise ModelError(
             f"'{model}' ({config.model_type}) is not a model that AutoModel knows", "Choose an encoder, e.g. BERT."
         ) from error
@@ -118,7 +123,33 @@ def load_classifier(model: str, revision: str | None = None) -> PreTrainedModel:
     be_quiet()
     with _explained(model):
         config = AutoConfig.from_pretrained(model, revision=revision)
+    _check_type(model, config)
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"'{model}' is an encoder-decoder ({config.model_type}): its classifier has no single stack of hidden states to learn from",
+            'Choose a classifier on an encoder or a decoder; the encoder of a T5 takes head = "shared".',
+        )
+    _check_one_class_per_text(model, config)
     return _load(AutoModelForSequenceClassification, model, revision, config, {})
+
+
+def _check_type(model: str, config: Any) -> None:
+    if config.model_type in _UNFIT:
+        raise ModelError(
+            f"'{model}' is a model of type '{config.model_type}': {_UNFIT[config.model_type]}",
+            "Choose another model, e.g. BERT, RoBERTa, DeBERTa, ModernBERT or Qwen.",
+        )
+
+
+def _check_one_class_per_text(model: str, config: Any) -> None:
+    """ModelError for classifiers whose outputs no softmax turns into probabilities: several labels per text, or a number."""
+    problem, labels = getattr(config, "problem_type", None), len(config.id2label or {})
+    if problem not in (None, "single_label_classification") or labels == 1:
+        kind = f"problem_type is '{problem}'" if problem is not None else "it has one output"
+        raise ModelError(
+            f"'{model}' does not choose one class per text ({kind} in its config.json): its outputs are no logits of a softmax",
+            'A teacher with head = "own" must be a single-label classifier; its encoder alone takes head = "shared".',
+        )
 
 
 def _load(loader: Any, model: str, revision: str | None, config: Any, options: dict[str, Any]) -> PreTrainedModel:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kdcache.data.encoding import EncodedTexts, encode, pad
+from kdcache.data.encoding import EncodedTexts, encode, pad, padding_id
 from kdcache.errors import ModelError
 from kdcache.teachers.backends import TeacherBackend, open_backend
 
@@ -125,4 +125,4 @@ class BackendContract:
 
 
 def _inputs(teacher: Teacher, encoded: EncodedTexts, rows: Sequence[int]) -> dict[str, Tensor]:
-    return pad(encoded, list(rows), int(teacher.tokenizer.pad_token_id))
+    return pad(encoded, list(rows), padding_id(teacher.tokenizer))

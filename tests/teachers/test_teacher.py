@@ -91,7 +91,7 @@ def test_an_encoder_is_no_classifier(tiny_models: dict[str, Path]) -> None:
 def test_what_is_not_there_or_no_encoder(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no model could be loaded from '/nowhere/at-all'"):
         load_encoder("/nowhere/at-all")
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "t5"}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bart"}))
     with pytest.raises(ModelError, match="encoder-decoder"):
         load_encoder(str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))

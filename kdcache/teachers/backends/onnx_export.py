@@ -23,12 +23,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from kdcache.data.encoding import encode, pad, padding_id
 from kdcache.errors import ModelError
 
 if TYPE_CHECKING:
     from kdcache.teachers.teacher import Teacher, TeacherModel
 
-EXPORTER_VERSION = 1  # raised whenever the graph that is made of one and the same teacher changes
+EXPORTER_VERSION = 2  # raised whenever the graph that is made of one and the same teacher changes
 
 _EXPORT_TEXTS = ("a plain sentence of ten or so words, with a comma", "a short one")
 _PARITY_TEXTS = ("yes", "café, naïve: 3.14 — and now a longer sentence than any that the exporter saw " * 2, "no more than this")
@@ -85,8 +86,8 @@ def output_names(teacher: Teacher, *, pooled: bool) -> list[str]:
 
 
 def _encode(teacher: Teacher, texts: Sequence[str]) -> dict[str, Tensor]:
-    encoded = teacher.tokenizer(list(texts), padding=True, truncation=True, max_length=teacher.max_length, return_tensors="pt")
-    return {str(name): tensor for name, tensor in encoded.items()}
+    encoded = encode(teacher.tokenizer, [(text,) for text in texts], teacher.max_length)
+    return pad(encoded, range(len(texts)), padding_id(teacher.tokenizer))
 
 
 def _export(teacher: Teacher, precision: str, target: Path) -> None:
