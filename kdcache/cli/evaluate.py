@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from kdcache.cli.options import Json
+from kdcache.cli.options import Json, TrustRemoteCode
 from kdcache.cli.output import out
 
 
@@ -25,6 +25,7 @@ def evaluate(
     label: Annotated[str | None, typer.Option(metavar="COLUMN", help="Label column.", show_default=False)] = None,
     max_length: Annotated[int | None, typer.Option(min=1, help="Tokens at most.", show_default=False)] = None,
     batch: Annotated[int, typer.Option(min=1, help="Rows of 128 tokens in one forward pass.")] = 32,
+    trust_remote_code: TrustRemoteCode = False,
     json: Json = False,  # noqa: ARG001  (its callback switches the output)
 ) -> None:
     """Score a model: accuracy, macro-F1, Matthews correlation, loss.
@@ -35,6 +36,8 @@ def evaluate(
     """
     from kdcache.distill.evaluation import evaluate_model
 
-    scores = evaluate_model(model, data, text=text, label=label, max_length=max_length, batch=batch)
+    scores = evaluate_model(
+        model, data, text=text, label=label, max_length=max_length, batch=batch, trust_remote_code=trust_remote_code
+    )
     out.document(scores)
     out.dict(scores)

@@ -7,7 +7,7 @@ student that somebody else made can never say so for the user.
 
 from __future__ import annotations
 
-from kdcache.errors import ModelError
+from kdcache.errors import CustomCodeError
 
 
 def wants_code(error: BaseException) -> bool:
@@ -15,9 +15,9 @@ def wants_code(error: BaseException) -> bool:
     return "trust_remote_code" in str(error)
 
 
-def code_not_run(model: object) -> ModelError:
+def code_not_run(model: object) -> CustomCodeError:
     """The error for a model that cannot be loaded without its code; the hint names the key that allows it."""
-    return ModelError(
+    return CustomCodeError(
         f"'{model}' comes with Python code of its own, which is run only where that is asked for",
         "Read that code. If you trust it, set trust_remote_code = true in [student], or in the [[teachers]] table of the model; "
         "commands without a recipe take --trust-remote-code.",

@@ -133,7 +133,9 @@ def _must_load_again(encoder: PreTrainedModel, rebuilt: PreTrainedModel, source:
     differing = sorted(name for name in names if _shape(ours, name) != _shape(theirs, name))
     if differing:
         name = differing[0]
-        raise _not_to_be_cut(encoder, source, f"its config makes '{name}' {_shape(theirs, name)}, the cut model has {_shape(ours, name)}")
+        raise _not_to_be_cut(
+            encoder, source, f"its config makes '{name}' {_shape(theirs, name)}, the cut model has {_shape(ours, name)}"
+        )
     modules = dict(rebuilt.named_modules())
     for path, module in encoder.named_modules():
         other = _plain_values(modules[path]) if path in modules else {}

@@ -70,11 +70,13 @@ def evaluate_model(
     label: str | None = None,
     max_length: int | None = None,
     batch: int = 32,
+    trust_remote_code: bool = False,
 ) -> dict[str, float]:
     """Scores of a saved model on a file (or hub data set), and ``rows``: how many were scored.
 
     A student of kdcache knows its text and label columns, label names and max_length; arguments override. A sequence
-    classifier from elsewhere has no record, so the columns must be named. Both heads load. Raises RecipeError where columns
+    classifier from elsewhere has no record, so the columns must be named. Both heads load. ``trust_remote_code`` allows the model to
+    run Python code that lies in its directory. Raises RecipeError where columns
     are not known, DataError for the file, ModelError and DamageError for the model.
     """
     directory = Path(model_dir)
@@ -86,7 +88,7 @@ def evaluate_model(
             f"model '{directory}' has no record of its text and label columns (kdcache.json)",
             "Name them: --text COLUMN (twice for pairs) and --label COLUMN.",
         )
-    student = load_student(directory)
+    student = load_student(directory, trust_remote_code=trust_remote_code)
     rows = read_examples(source, list(text), label, student.label_names)
     if max_length is not None:
         student = Student(student.model, student.tokenizer, student.label_names, max_length, student.source)

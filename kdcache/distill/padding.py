@@ -37,8 +37,10 @@ def require_pad_token(tokenizer: PreTrainedTokenizerBase, config_id: int | None)
     with that one, a decoder would look for the last token before it: then an unknown or a first token. Raises ModelError where there is none.
     """
     if tokenizer.pad_token_id is None:
-        known = isinstance(config_id, int) and 0 <= config_id < len(tokenizer)
-        token = tokenizer.convert_ids_to_tokens([config_id])[0] if known else _stand_in(tokenizer)
+        if config_id is not None and 0 <= config_id < len(tokenizer):
+            token: str | None = tokenizer.convert_ids_to_tokens([config_id])[0]
+        else:
+            token = _stand_in(tokenizer)
         if not token:
             raise ModelError(
                 f"the tokenizer '{tokenizer.name_or_path}' has no padding token, and none that ends a text to take its place",

@@ -33,7 +33,9 @@ if TYPE_CHECKING:
 
 HeadKind = Literal["standard", "shared"]
 TEACHER_PREFIX = "teacher:"
-_FAMILIES = "Choose an encoder, e.g. BERT, RoBERTa, DistilBERT, MPNet, ELECTRA or DeBERTa, or a decoder, e.g. GPT-2, Llama or Qwen."
+_FAMILIES = (
+    "Choose an encoder, e.g. BERT, RoBERTa, DistilBERT, MPNet, ELECTRA or DeBERTa, or a decoder, e.g. GPT-2, Llama or Qwen."
+)
 _PROBE = (("a good film",), ("the plot is rather weak , and the music of it hardly better",))
 _BATCH_TOLERANCE = 0.02  # of the largest logit: rounding is a hundred times less, a padding that is read is many times more
 
@@ -95,6 +97,7 @@ class Student:
     label_names: tuple[str, ...]
     max_length: int  # tokens
     source: str
+    own_code: bool = False  # Python code of its own was run to load it
 
     @property
     def parameters(self) -> int:
@@ -144,11 +147,16 @@ def build_student(
     length = section.max_length or max_length
     _check_fits(encoder, tokenizer, length, source)
     settle_padding(network, tokenizer)
-    student = Student(model, tokenizer, tuple(label_names), length, source)
+    student = Student(model, tokenizer, tuple(label_names), length, source, runs_own_code(network, tokenizer))
     _check_answers(student)
-    if section.trust_remote_code:
+    if student.own_code:
         _check_code_is_saved(network, source)
     return student
+
+
+def runs_own_code(*loaded: object) -> bool:
+    """Whether one of these, models or tokenizers, is of a class that came with it."""
+    return any(type(each).__module__.startswith("transformers_modules.") for each in loaded)
 
 
 def check_student(recipe: Recipe, teachers_dir: Path | None = None) -> None:
@@ -277,8 +285,10 @@ def _model_class(section: StudentSection, config: PretrainedConfig, source: str)
     if _own_code(section, config):
         return transformers.AutoModelForSequenceClassification if standard else transformers.AutoModel
     known: Any = transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING if standard else transformers.MODEL_MAPPING
-    if type(config) not in known:
-        raise ModelError(f"'{source}' is a model of type '{config.model_type}', which transformers cannot make a student of", _FAMILIES)
+    if type(config) not in known or runs_own_code(config):  # registered where another model's code was run before
+        raise ModelError(
+            f"'{source}' is a model of type '{config.model_type}', which transformers cannot make a student of", _FAMILIES
+        )
     return known[type(config)]
 
 
@@ -352,7 +362,9 @@ def _check_answers(student: Student) -> None:
         with torch.no_grad():
             together, *alone = [model(batch, hidden_states=True) for batch in batches]
     except Exception as error:  # whatever a family's forward raises
-        raise ModelError(f"'{source}' does not run as a student: {type(error).__name__}: {_first_line(error)}", _FAMILIES) from error
+        raise ModelError(
+            f"'{source}' does not run as a student: {type(error).__name__}: {_first_line(error)}", _FAMILIES
+        ) from error
     finally:
         model.train()
     expected = (*batches[0]["input_ids"].shape, model.width)
@@ -381,10 +393,12 @@ def _check_code_is_saved(network: PreTrainedModel, source: str) -> None:
         return
     with tempfile.TemporaryDirectory(prefix="kdcache-") as place:
         network.config.save_pretrained(place)
-        custom_object_save(network, place, config=network.config)
+        custom_object_save(network, place, config=cast(Any, network.config))
         wanted = {auto: network.config.auto_map.get(auto) for auto in ("AutoConfig", type(network)._auto_class) if auto}
         lacking = [
-            auto for auto, name in wanted.items() if not name or "--" in name or not (Path(place) / f"{name.split('.')[0]}.py").is_file()
+            auto
+            for auto, name in wanted.items()
+            if not name or "--" in name or not (Path(place) / f"{name.split('.')[0]}.py").is_file()
         ]
     if lacking:
         raise ModelError(

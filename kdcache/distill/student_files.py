@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from kdcache.data.custom_code import code_not_run, wants_code
 from kdcache.data.encoding import encode, load_tokenizer, pad
 from kdcache.distill.padding import require_pad_token, settle_padding
-from kdcache.distill.student import Student, StudentModel, without_pooler
+from kdcache.distill.student import Student, StudentModel, runs_own_code, without_pooler
 from kdcache.errors import DamageError, ModelError, RecipeError
 from kdcache.teachers.teacher import be_quiet
 from kdcache.training.durable import publish_directory, sync_tree
@@ -59,6 +59,7 @@ class StudentRecord:
     max_length: int
     shared_head: SharedHeadRecord | None = None
     kdcache: str = ""
+    trust_remote_code: bool = False  # it needs Python code of its own, which lies beside it; written only where that is so
 
 
 def student_record(
@@ -71,7 +72,9 @@ def student_record(
     shared = None
     if head is not None:
         shared = SharedHeadRecord(head.width, head.pooling_name, head.dropout_rate, student.model.adapter is not None)
-    return StudentRecord(name, method, text_columns, label_column, student.label_names, student.max_length, shared, __version__)
+    return StudentRecord(
+        name, method, text_columns, label_column, student.label_names, student.max_length, shared, __version__, student.own_code
+    )
 
 
 def save_student(directory: Path, student: Student, record: StudentRecord, card: str) -> None:
@@ -83,6 +86,8 @@ def save_student(directory: Path, student: Student, record: StudentRecord, card:
     model.network.save_pretrained(temporary)
     student.tokenizer.save_pretrained(temporary)
     document = {"format": FORMAT, "kind": "student", **asdict(record)}
+    if not record.trust_remote_code:
+        del document["trust_remote_code"]  # as it always was
     (temporary / RECORD_FILE).write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     (temporary / "README.md").write_text(card, encoding="utf-8")
     if model.head is not None:
@@ -135,13 +140,14 @@ def load_student(directory: Path, *, trust_remote_code: bool = False) -> Student
     tokenizer = load_tokenizer(str(directory), trust_remote_code=trust_remote_code)
     require_pad_token(tokenizer, network.config.pad_token_id)
     settle_padding(network, tokenizer)
+    own_code = runs_own_code(network, tokenizer)
     if record is None:
         id2label = {int(index): str(name) for index, name in (network.config.id2label or {}).items()}
         names = tuple(id2label[index] for index in sorted(id2label))
         longest = min(int(tokenizer.model_max_length), 512)
-        return Student(StudentModel(network).eval(), tokenizer, names, longest, str(directory))
+        return Student(StudentModel(network).eval(), tokenizer, names, longest, str(directory), own_code)
     model = StudentModel(network) if record.shared_head is None else _with_shared_head(network, record, directory)
-    return Student(model.eval(), tokenizer, record.label_names, record.max_length, str(directory))
+    return Student(model.eval(), tokenizer, record.label_names, record.max_length, str(directory), own_code)
 
 
 def _load_network(directory: Path, *, shared: bool, trusted: bool) -> PreTrainedModel:

@@ -44,6 +44,7 @@ class PreparedTeacher:
     tokenizer: PreTrainedTokenizerBase
     tokenizer_json: str
     seed: int  # of random projections
+    trust_remote_code: bool = False
 
     @property
     def name(self) -> str:
@@ -102,6 +103,7 @@ def prepare_teachers(recipe: Recipe, bundle: Bundle, teachers_dir: Path, classes
             section.name, teachers_dir, recipe.dump, classes,
             max_length=section.max_length or recipe.data.max_length,
             layers=lambda teacher, section=section: layer_specs(recipe, section, teacher, student_layers),  # type: ignore[misc]
+            trust_remote_code=section.trust_remote_code,
         )
         for section in recipe.teachers
     ]  # fmt: skip
@@ -148,9 +150,10 @@ def prepare(
     *,
     max_length: int,
     layers: Callable[[Teacher], Mapping[int, LayerSpec]],
+    trust_remote_code: bool = False,
 ) -> PreparedTeacher:
     """One teacher as ``dump`` has it run; ``layers`` says what is stored of it, once it is loaded. Raises as ``prepare_teachers``."""
-    teacher = load_teacher(teachers_dir, name)
+    teacher = load_teacher(teachers_dir, name, trust_remote_code=trust_remote_code)
     check_max_length(name, teacher.model.encoder, max_length)
     spec = TeacherSpec(
         name=name,
@@ -169,7 +172,7 @@ def prepare(
     )
     _check_first_token(teacher, spec)
     teacher.model.to("meta")  # frees the weights before the next teacher is loaded
-    return PreparedTeacher(spec, teacher.tokenizer, tokenizer_json(teacher.tokenizer), dump.seed)
+    return PreparedTeacher(spec, teacher.tokenizer, tokenizer_json(teacher.tokenizer), dump.seed, trust_remote_code)
 
 
 def _check_first_token(teacher: Teacher, spec: TeacherSpec) -> None:

@@ -277,6 +277,10 @@ class Recipe(_Section):
                 form = overlaid(form, table[name]) if name in table else form
         return form
 
+    def trusted(self) -> frozenset[str]:
+        """Names of the teachers whose own Python code may be run."""
+        return frozenset(teacher.name for teacher in self.teachers if teacher.trust_remote_code)
+
     def teacher(self, name: str) -> TeacherSection:
         """The teacher of that name; RecipeError names those there are."""
         for teacher in self.teachers:

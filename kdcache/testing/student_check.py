@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,12 @@ if TYPE_CHECKING:
     from kdcache.distill.student import Student
 
 LABELS = ("negative", "positive")
-TEXTS = ("the film is good", "bad", "a very long and rather tired story of it , with music and a fine actor", "the plot feels stale")
+TEXTS = (
+    "the film is good",
+    "bad",
+    "a very long and rather tired story of it , with music and a fine actor",
+    "the plot feels stale",
+)
 _CUT = (1, DEPTH)  # blocks that a cut student keeps: not the first ones, so that places and lists per layer must follow
 
 
@@ -64,13 +70,13 @@ def refusal(work: Any) -> str | None:
     return None
 
 
-def check_student(source: Path, layers: list[int] | None, directory: Path) -> None:
+def check_student(source: Path, layers: list[int] | None, directory: Path, *, trust_remote_code: bool = False) -> None:
     """Build, train and save a student; AssertionError where it answers otherwise in a batch, or after loading."""
     from kdcache.distill.student import build_student
     from kdcache.distill.student_files import load_student, save_student, student_record
     from kdcache.recipe import StudentSection
 
-    section = StudentSection(init_from=str(source), layers=layers)
+    section = StudentSection(init_from=str(source), layers=layers, trust_remote_code=trust_remote_code)
     student = build_student(section, LABELS, max_length=64, seed=0, dropout=0.0)
     assert student.model.depth == (DEPTH if layers is None else len(layers))
     _check_padding(student)
@@ -78,8 +84,8 @@ def check_student(source: Path, layers: list[int] | None, directory: Path) -> No
     expected = _check_padding(student)
     record = student_record(student, name="tiny", method="kd", text_columns=("sentence",), label_column="label")
     save_student(directory, student, record, "card")
-    _close(_batch(load_student(directory), TEXTS), expected, "loaded by kdcache")
-    _check_without_kdcache(directory, expected)
+    _close(_batch(load_student(directory, trust_remote_code=trust_remote_code), TEXTS), expected, "loaded by kdcache")
+    _check_without_kdcache(directory, expected, trust_remote_code)
 
 
 def _check_padding(student: Student) -> Tensor:
@@ -107,7 +113,10 @@ def _check_a_step(student: Student) -> None:
     import torch
     from torch.nn import functional
 
-    model, tokens = student.model.train(), dict(student.tokenizer(list(TEXTS), padding=True, padding_side="right", return_tensors="pt"))
+    model, tokens = (
+        student.model.train(),
+        dict(student.tokenizer(list(TEXTS), padding=True, padding_side="right", return_tensors="pt")),
+    )
     labels = torch.arange(len(TEXTS)) % 2
 
     def loss() -> torch.Tensor:
@@ -118,27 +127,30 @@ def _check_a_step(student: Student) -> None:
         return functional.cross_entropy(output.logits, labels)
 
     before = loss()
-    before.backward()  # type: ignore[no-untyped-call]
+    before.backward()
     gradients = [(parameter, parameter.grad) for parameter in model.parameters() if parameter.grad is not None]
     norm = sum(float(gradient.square().sum()) for _, gradient in gradients) ** 0.5
     assert norm > 0
     with torch.no_grad():
         for parameter, gradient in gradients:
-            parameter -= 1e-3 / norm * gradient
+            parameter.sub_(gradient, alpha=1e-3 / norm)
         after = loss()
     assert after < before, f"one step took the loss from {before.item()} to {after.item()}"
     model.zero_grad()
 
 
-def _check_without_kdcache(directory: Path, expected: Tensor) -> None:
+def _check_without_kdcache(directory: Path, expected: Tensor, trust_remote_code: bool) -> None:
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    model, report = AutoModelForSequenceClassification.from_pretrained(directory, output_loading_info=True)
+    model, report = AutoModelForSequenceClassification.from_pretrained(
+        directory, output_loading_info=True, trust_remote_code=trust_remote_code
+    )
     assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"], report
     tokens = AutoTokenizer.from_pretrained(directory)(list(TEXTS), padding=True, return_tensors="pt")
+    taken = {name: tensor for name, tensor in tokens.items() if name in inspect.signature(model.forward).parameters}
     with torch.no_grad():
-        _close(model.eval()(**tokens).logits, expected, "loaded by transformers alone")
+        _close(model.eval()(**taken).logits, expected, "loaded by transformers alone")
 
 
 def _close(found: Tensor, expected: Tensor, where: str) -> None:
