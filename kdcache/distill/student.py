@@ -393,7 +393,7 @@ def _check_code_is_saved(network: PreTrainedModel, source: str) -> None:
         return
     with tempfile.TemporaryDirectory(prefix="kdcache-") as place:
         network.config.save_pretrained(place)
-        custom_object_save(network, place, config=cast(Any, network.config))
+        custom_object_save(network, place, config=cast("Any", network.config))
         wanted = {auto: network.config.auto_map.get(auto) for auto in ("AutoConfig", type(network)._auto_class) if auto}
         lacking = [
             auto
