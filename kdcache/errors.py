@@ -4,6 +4,7 @@
     ├── RecipeError         2  the recipe, a flag or a file named by them is not usable
     │   └── DataError       2  a data file: missing column, unreadable line, empty text, unseen label
     ├── ModelError          1  a model cannot do what is asked of it: a layer it lacks, a width that does not fit
+    │   └── CustomCodeError     1  a model comes with Python code that nobody allowed to run
     ├── NonFiniteError      1  a teacher or a loss gave NaN or infinity
     ├── StorageError        1  the disk is full, or a file cannot be written
     ├── LockedError         1  another process is writing the same directory
@@ -45,6 +46,10 @@ class DataError(RecipeError):
 
 class ModelError(KdcacheError, ValueError):
     """A model cannot do what is asked of it."""
+
+
+class CustomCodeError(ModelError):
+    """A model cannot be loaded without running Python code that comes with it, and that was not asked for."""
 
 
 class NonFiniteError(KdcacheError, ArithmeticError):

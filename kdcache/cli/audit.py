@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kdcache.cli.options import Json
+from kdcache.cli.options import Json, TrustRemoteCode
 from kdcache.cli.output import out
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ def audit(
     ] = None,
     rows: Annotated[int, typer.Option(min=1, help="Texts to run the teachers on.")] = 256,
     seed: Annotated[int, typer.Option(min=0, help="Which texts these are.")] = 0,
+    trust_remote_code: TrustRemoteCode = False,
     json: Json = False,  # noqa: ARG001  (its callback switches the output)
 ) -> None:
     """Run the teachers again on some texts of a cache and compare: weights, token spans, logits, every stored layer.
@@ -36,7 +37,12 @@ def audit(
     from kdcache.progress import RichProgress
 
     report = compare(
-        open_cache(cache), teachers or cache.absolute().parent / "teachers", rows=rows, seed=seed, progress=RichProgress()
+        open_cache(cache),
+        teachers or cache.absolute().parent / "teachers",
+        rows=rows,
+        seed=seed,
+        trust_remote_code=trust_remote_code,
+        progress=RichProgress(),
     )
     out.document(report.as_dict())
     _show(report)

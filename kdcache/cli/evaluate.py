@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from kdcache.cli.options import Json
+from kdcache.cli.options import Json, TrustRemoteCode
 from kdcache.cli.output import out
 
 
@@ -29,6 +29,7 @@ def evaluate(
     ] = None,
     max_length: Annotated[int | None, typer.Option(min=1, help="Tokens at most.", show_default=False)] = None,
     batch: Annotated[int, typer.Option(min=1, help="Rows of 128 tokens in one forward pass.")] = 32,
+    trust_remote_code: TrustRemoteCode = False,
     json: Json = False,  # noqa: ARG001  (its callback switches the output)
 ) -> None:
     """Score a model: accuracy, macro-F1, Matthews correlation, loss.
@@ -40,6 +41,15 @@ def evaluate(
     """
     from kdcache.distill.evaluation import evaluate_model
 
-    scores = evaluate_model(model, data, text=text, label=label, max_length=max_length, batch=batch, labels=labels)
+    scores = evaluate_model(
+        model,
+        data,
+        text=text,
+        label=label,
+        max_length=max_length,
+        batch=batch,
+        labels=labels,
+        trust_remote_code=trust_remote_code,
+    )
     out.document(scores)
     out.dict(scores)

@@ -40,6 +40,7 @@ RemoteUrl = Annotated[
     str | None,
     typer.Option("--remote", metavar="URL", help="The team's remote; by default KDCACHE_REMOTE.", show_default=False),
 ]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")]
 RUNS = Path("runs")
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from kdcache.cli import report, stages
-from kdcache.cli.options import RUNS, Json, OutputDir, RecipeFile, Settings, open_job
+from kdcache.cli.options import RUNS, Job, Json, OutputDir, RecipeFile, Settings, open_job
 
 _DOES = {
     "teachers": "co-finetuning under one shared head",
@@ -37,8 +37,8 @@ def run(
     from kdcache.distill.methods import find_method
 
     job = open_job(recipe, settings, output_dir)
-    job.recipe.require_student()
     find_method(job.recipe.distill.method)  # before teachers are trained for a student that cannot be
+    _check_student(job)
     todo: dict[Any, Callable[[], object]] = {
         "teachers": lambda: stages.cofinetune(job),
         "cache": lambda: stages.dump(job),
@@ -56,3 +56,13 @@ def run(
             job.progress.note(f"{stage}: {_DOES[stage]}")
             work()
     report.report(job.run.root, json=json)
+
+
+def _check_student(job: Job) -> None:
+    """A model that cannot be a student is refused before teachers are trained for it; of a finished run nothing is looked at."""
+    job.recipe.require_student()
+    if not job.recipe.teachers or stages.is_finished(job, "cache"):
+        return  # the student is the next thing that is made
+    from kdcache.distill.student import check_student
+
+    check_student(job.recipe, job.teachers)

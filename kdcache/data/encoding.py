@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kdcache.cache.tokens import FIRST, LAST, MIDDLE, OTHER, TEXT, Tokens
+from kdcache.data.custom_code import code_not_run, wants_code
 from kdcache.errors import ModelError, RecipeError
 from kdcache.progress import counted, format_share
 
@@ -87,10 +88,11 @@ class EncodedTexts:
         return places
 
 
-def load_tokenizer(model: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(model: str, revision: str | None = None, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The fast tokenizer of a model directory or hub name.
 
-    Raises RecipeError where there is none to be had, ModelError where it is a slow one.
+    Raises RecipeError where there is none to be had, ModelError where it is a slow one, or needs code of its own that
+    ``trust_remote_code`` does not allow.
     """
     from transformers import AutoTokenizer
     from transformers.utils import logging
@@ -100,8 +102,10 @@ def load_tokenizer(model: str, revision: str | None = None) -> PreTrainedTokeniz
     where = f"the directory '{looked_at}'" if looked_at.is_dir() else f"'{model}' (there is no directory '{looked_at}')"
     hint = "Give a directory with tokenizer.json, or a hub name that is in reach or already downloaded."
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:  # the loaders of transformers raise OSError, ValueError, KeyError, TypeError, JSON errors …
+        if wants_code(error):
+            raise code_not_run(model) from error
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise RecipeError(f"no tokenizer could be loaded from {where}: {reason}", hint) from error
     words = set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)

@@ -1,14 +1,17 @@
-"""Cutting an encoder down to some of its blocks, whatever its family.
+"""Cutting a model down to some of its blocks, whatever its family.
 
-Encoders differ in where they keep their blocks, not in how: a ``ModuleList`` that is run in order. Where that is not so
-(ALBERT runs one block many times), cutting would give a model that does not load again, so it is refused.
+Models differ in where they keep their blocks, not in how: a ``ModuleList`` that is run in order. Where that is not so
+(ALBERT runs one block many times), cutting would give a model that does not load again, so it is refused. Blocks may differ
+from each other by what the config lists per layer (sliding or full attention): these lists are cut too. Whether the cut model
+is the one that its config describes is checked against a model that is built from the config as it will be saved.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -22,11 +25,20 @@ _PLACES = (
     "encoder.layer",  # BERT, RoBERTa, XLM-R, MPNet, ELECTRA, DeBERTa, CamemBERT …
     "transformer.layer",  # DistilBERT
     "encoder.layers",
-    "layers",  # ModernBERT
+    "layers",  # ModernBERT, Llama, Qwen, Mistral, Gemma, GPT-NeoX
+    "layer",  # XLNet
+    "h",  # GPT-2, GPT-J, GPT-Neo, BLOOM, Falcon
+    "decoder.layers",  # OPT
 )
+_PER_LAYER = (  # lists of the config that have one entry per block
+    "layer_types", "block_types", "layers_block_type", "mlp_layer_types", "attention_layers", "attention_window", "no_rope_layers",
+)  # fmt: skip
+_INDEX = {"layer_idx", "layer_id", "layer_number"}  # where a block keeps its own place, for the cache of a decoder
+_OF_NO_MATTER = {"training", "name_or_path"}
 _DROPOUTS = (
     "hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout", "seq_classif_dropout",
     "classifier_dropout", "cls_dropout", "pooler_dropout", "embedding_dropout", "mlp_dropout", "activation_dropout",
+    "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "summary_first_dropout", "summary_last_dropout",
 )  # fmt: skip
 
 
@@ -67,12 +79,14 @@ def keep_blocks(encoder: PreTrainedModel, chosen: Sequence[int], source: str) ->
     parent, name = _block_list(encoder, depth, source)
     blocks = cast("nn.ModuleList", getattr(parent, name))
     setattr(parent, name, nn.ModuleList(blocks[layer - 1] for layer in chosen))
-    for key in ("layer_types", "block_types"):
+    for key in _PER_LAYER:
         per_layer = getattr(encoder.config, key, None)
-        if isinstance(per_layer, list) and len(per_layer) == depth:
+        if isinstance(per_layer, list | tuple) and len(per_layer) == depth:
             setattr(encoder.config, key, [per_layer[layer - 1] for layer in chosen])
     encoder.config.num_hidden_layers = len(chosen)
-    _must_load_again(encoder, source)
+    rebuilt = _as_it_will_load(encoder, source)
+    _renumber(encoder, rebuilt, depth)
+    _must_load_again(encoder, rebuilt, source)
 
 
 def _block_list(encoder: PreTrainedModel, depth: int, source: str) -> tuple[nn.Module, str]:
@@ -91,18 +105,61 @@ def _block_list(encoder: PreTrainedModel, depth: int, source: str) -> tuple[nn.M
     )
 
 
-def _must_load_again(encoder: PreTrainedModel, source: str) -> None:
-    with torch.device("meta"):
-        rebuilt = type(encoder)(encoder.config)
+def _as_it_will_load(encoder: PreTrainedModel, source: str) -> PreTrainedModel:
+    """The model, without weights, that transformers makes of the config once it is saved."""
+    try:
+        config = type(encoder.config).from_dict(json.loads(encoder.config.to_json_string()))
+        with torch.device("meta"):
+            return type(encoder)(config)
+    except Exception as error:  # configs check their own values, each in its way
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise _not_to_be_cut(encoder, source, f"its config does not take them: {reason}") from error
+
+
+def _renumber(encoder: PreTrainedModel, rebuilt: PreTrainedModel, depth: int) -> None:
+    """The places of blocks, and their number, become what they will be after loading."""
+    theirs = dict(rebuilt.named_modules())
+    for path, module in encoder.named_modules():
+        for name, value in _plain_values(module).items():
+            wanted = getattr(theirs.get(path), name, value)
+            is_depth = value == depth and wanted == encoder.config.num_hidden_layers and type(value) is int
+            if name in _INDEX or is_depth:
+                setattr(module, name, wanted)
+
+
+def _must_load_again(encoder: PreTrainedModel, rebuilt: PreTrainedModel, source: str) -> None:
     ours, theirs = encoder.state_dict(), rebuilt.state_dict()
     names = (name for name in ours.keys() | theirs.keys() if not name.startswith("pooler."))  # classifiers may do without
     differing = sorted(name for name in names if _shape(ours, name) != _shape(theirs, name))
     if differing:
-        raise ModelError(
-            f"'{source}' cut to {encoder.config.num_hidden_layers} layers would not load again: its config makes "
-            f"'{differing[0]}' {_shape(theirs, differing[0])}, the cut model has {_shape(ours, differing[0])}",
-            "Leave out student.layers for this family.",
+        name = differing[0]
+        raise _not_to_be_cut(
+            encoder, source, f"its config makes '{name}' {_shape(theirs, name)}, the cut model has {_shape(ours, name)}"
         )
+    modules = dict(rebuilt.named_modules())
+    for path, module in encoder.named_modules():
+        other = _plain_values(modules[path]) if path in modules else {}
+        for name, value in _plain_values(module).items():
+            if name in other and other[name] != value:
+                raise _not_to_be_cut(
+                    encoder, source, f"its config makes {name} of '{path}' {other[name]!r}, the cut model has {value!r}"
+                )
+
+
+def _not_to_be_cut(encoder: PreTrainedModel, source: str, reason: str) -> ModelError:
+    return ModelError(
+        f"'{source}' cut to {encoder.config.num_hidden_layers} layers would not load again: {reason}",
+        "Leave out student.layers for this family, or keep its first layers.",
+    )
+
+
+def _plain_values(module: nn.Module) -> dict[str, Any]:
+    """Numbers, words and switches that a module keeps beside its tensors: they decide what it computes."""
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if name not in _OF_NO_MATTER and not name.startswith("_") and isinstance(value, bool | int | float | str | None)
+    }
 
 
 def _shape(state: dict[str, torch.Tensor], name: str) -> tuple[int, ...] | None:

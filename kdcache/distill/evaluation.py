@@ -72,6 +72,7 @@ def evaluate_model(
     max_length: int | None = None,
     batch: int = 32,
     labels: Sequence[str] | None = None,
+    trust_remote_code: bool = False,
 ) -> dict[str, float]:
     """Scores of a saved model on a file (or hub data set).
 
@@ -85,6 +86,7 @@ def evaluate_model(
         label: the label column.
         max_length: tokens that are read of a text.
         batch: rows of 128 tokens in one forward pass.
+        trust_remote_code: whether the model may run Python code that lies in its directory.
         labels: class names by the numbers that the file has for labels, where it has numbers and the model's order is another.
 
     Returns:
@@ -105,7 +107,7 @@ def evaluate_model(
             f"model '{directory}' has no record of its text and label columns (kdcache.json)",
             "Name them: --text COLUMN (twice for pairs) and --label COLUMN.",
         )
-    student = load_student(directory)
+    student = load_student(directory, trust_remote_code=trust_remote_code)
     if labels is not None and sorted(labels) != sorted(student.label_names):
         ours, theirs = listed_apart(tuple(labels), student.label_names)
         raise RecipeError(f"--labels are {ours}; model '{directory}' knows {theirs}", "Name each of its classes once.")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -61,10 +61,11 @@ def open_source(
     student: Student,
     cache: Cache | None,
     live_teachers: Path | None,
+    trusted: Collection[str] = (),
 ) -> TargetSource:
     """The source that the recipe asks for. Methods without teachers take no transfer texts: these carry no label.
 
-    Raises RecipeError where a method needs teachers and there is no cache; MismatchError where the cache lacks something.
+    ``trusted``: names of the teachers whose own Python code may be run. Raises RecipeError where a method needs teachers and there is no cache; MismatchError where the cache lacks something.
     """
     uses_teachers = settings.method.uses_teachers
     common = {"batch_size": section.batch_size, "max_length": student.max_length, "seed": section.seed}
@@ -88,7 +89,7 @@ def open_source(
         "texts": None if cache.has_text_here else data.texts,
     }
     if live_teachers is not None and uses_teachers:
-        return _live(joined, student.tokenizer, names, live_teachers, shared)
+        return _live(joined, student.tokenizer, names, live_teachers, shared, trusted)
     return CachedBatches(joined, student.tokenizer, teachers=names, **shared)  # type: ignore[arg-type]  # plain keywords
 
 
@@ -127,11 +128,12 @@ def _live(
     names: Sequence[str],
     directory: Path,
     options: Mapping[str, object],
+    trusted: Collection[str],
 ) -> TargetSource:
     from kdcache.distill.live import LiveBatches
     from kdcache.teachers.bundle import load_teacher
 
-    teachers = [load_teacher(directory, name) for name in names]
+    teachers = [load_teacher(directory, name, trust_remote_code=name in trusted) for name in names]
     return LiveBatches(cache, tokenizer, teachers=teachers, **options)  # type: ignore[arg-type]  # plain keywords
 
 
@@ -144,7 +146,11 @@ def teachers_beside(cache: Path | None, run_root: Path) -> Path | None:
 
 
 def check_teachers(
-    directory: Path | None, cache: Cache | None, names: Sequence[str], texts: Sequence[tuple[str, ...]]
+    directory: Path | None,
+    cache: Cache | None,
+    names: Sequence[str],
+    texts: Sequence[tuple[str, ...]],
+    trusted: Collection[str] = (),
 ) -> dict[str, TeacherFacts]:
     """Compare the teachers at hand, files and all, with those of the cache, and measure them one at a time on ``texts``.
 
@@ -156,7 +162,7 @@ def check_teachers(
         return {}
     known, facts = teacher_names(directory), {}
     for name in [name for name in names if name in known]:
-        teacher = load_teacher(directory, name)
+        teacher = load_teacher(directory, name, trust_remote_code=name in trusted)
         stored, found = asdict(cache.teachers[name].fingerprints), asdict(teacher.fingerprints)
         differing = [
             f"{key} ({stored[key][:12]} in the cache, {found[key][:12]} there)" for key in stored if stored[key] != found[key]

@@ -67,7 +67,7 @@ def distill(
     run, started = RunDirectory(run_root), time.perf_counter()
     training = prepare(recipe, cache, run_root, live_teachers, progress)
     source, student, data = training.source, training.student, training.data
-    facts = check_teachers(training.teachers_dir, training.cache, source.teachers, training.some_texts())
+    facts = check_teachers(training.teachers_dir, training.cache, source.teachers, training.some_texts(), recipe.trusted())
     said = teacher_scores(source, data, missing=recipe.distill.missing)  # before training: a cache that lacks texts says so now
     if source.skipped:
         progress.note(f"{source.skipped} rows are left out: the cache lacks their texts")

@@ -1,4 +1,4 @@
-"""The student: an encoder cut to size, with one of two heads.
+"""The student: an encoder, or a causal decoder, cut to size, with one of two heads.
 
 ``standard`` is a ``AutoModelForSequenceClassification`` and loads with transformers alone. ``shared`` is the paper's: the
 pooling and prediction layer that the teachers share (MT-BERT, section 3.1), copied from them, behind an adapter where the
@@ -8,6 +8,7 @@ widths differ. Both look the same to training: inputs in, logits and hidden stat
 from __future__ import annotations
 
 import inspect
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,19 +17,27 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from kdcache.data.encoding import load_tokenizer
+from kdcache.data.custom_code import code_not_run, wants_code
+from kdcache.data.encoding import encode, load_tokenizer, pad
 from kdcache.distill.blocks import blocks_to_keep, keep_blocks, set_dropout
+from kdcache.distill.padding import is_causal, require_pad_token, settle_padding
 from kdcache.errors import ModelError, RecipeError
-from kdcache.teachers.teacher import accepted_inputs, be_quiet, position_limit
+from kdcache.teachers.network import accepted_inputs, run_network
+from kdcache.teachers.teacher import be_quiet, position_limit
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-    from kdcache.recipe import StudentSection
+    from kdcache.recipe import Recipe, StudentSection
     from kdcache.teachers.head import SharedHead
 
 HeadKind = Literal["standard", "shared"]
 TEACHER_PREFIX = "teacher:"
+_FAMILIES = (
+    "Choose an encoder, e.g. BERT, RoBERTa, DistilBERT, MPNet, ELECTRA or DeBERTa, or a decoder, e.g. GPT-2, Llama or Qwen."
+)
+_PROBE = (("a good film",), ("the plot is rather weak , and the music of it hardly better",))
+_BATCH_TOLERANCE = 0.02  # of the largest logit: rounding is a hundred times less, a padding that is read is many times more
 
 
 @dataclass(frozen=True)
@@ -40,15 +49,14 @@ class StudentOutput:
 
 
 class StudentModel(nn.Module):
-    """An encoder with a head. ``network`` is the classifier of transformers, or the encoder where the head is shared."""
+    """A model with a head. ``network`` is the classifier of transformers, or the model without head where the head is shared."""
 
     def __init__(self, network: PreTrainedModel, head: SharedHead | None = None, adapter: nn.Linear | None = None) -> None:
         super().__init__()
         self.network = network
         self.head = head
         self.adapter = adapter
-        one_type = getattr(network.config, "type_vocab_size", 2) < 2  # RoBERTa: a tokenizer's second type would be out of range
-        self.accepted = accepted_inputs(network) - ({"token_type_ids"} if one_type else set())
+        self.accepted = accepted_inputs(network)
 
     @property
     def head_kind(self) -> HeadKind:
@@ -69,15 +77,15 @@ class StudentModel(nn.Module):
         return int(self.config.num_hidden_layers)
 
     def forward(self, inputs: Mapping[str, Tensor], *, hidden_states: bool = False) -> StudentOutput:
-        """``inputs``: input_ids, attention_mask [batch, tokens] and what else the tokenizer gives."""
-        accepted = {name: tensor for name, tensor in inputs.items() if name in self.accepted}
-        output = self.network(**accepted, output_hidden_states=hidden_states, return_dict=True)
-        states = tuple(output.hidden_states) if hidden_states else ()
+        """``inputs``: input_ids, attention_mask [batch, tokens], padded on the right, and what else the tokenizer gives."""
+        output = run_network(self.network, inputs, hidden_states=hidden_states)
         if self.head is None:
-            return StudentOutput(output.logits.float(), states)
-        last = output.last_hidden_state if self.adapter is None else self.adapter(output.last_hidden_state)
+            assert output.logits is not None
+            return StudentOutput(output.logits.float(), output.hidden_states)
+        assert output.last is not None
+        last = output.last if self.adapter is None else self.adapter(output.last)
         logits, _ = self.head(last, inputs["attention_mask"])
-        return StudentOutput(logits.float(), states)
+        return StudentOutput(logits.float(), output.hidden_states)
 
 
 @dataclass(frozen=True)
@@ -89,6 +97,7 @@ class Student:
     label_names: tuple[str, ...]
     max_length: int  # tokens
     source: str
+    own_code: bool = False  # Python code of its own was run to load it
 
     @property
     def parameters(self) -> int:
@@ -108,13 +117,17 @@ def build_student(
     """The untrained student of a recipe, on the CPU in float32. Weights that no checkpoint gives are drawn from ``seed``.
 
     ``max_length`` is that of the data, where the section has none of its own. ``teachers_dir`` is needed for
-    ``init_from = "teacher:NAME"`` and for the shared head. Raises ModelError and RecipeError.
+    ``init_from = "teacher:NAME"`` and for the shared head. Raises ModelError and RecipeError, also for a model that answers
+    otherwise in a batch than alone.
     """
     source = _source(section, teachers_dir)
     config = _config(section, source)
-    tokenizer = load_tokenizer(section.tokenizer or source)
+    tokenizer = load_tokenizer(section.tokenizer or source, trust_remote_code=section.trust_remote_code)
+    pad_token_id = require_pad_token(tokenizer, config.pad_token_id)
     if section.config is not None:
-        config.update({"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id} | section.config)
+        config.update({"vocab_size": len(tokenizer), "pad_token_id": pad_token_id} | section.config)
+    if config.pad_token_id is None:
+        config.pad_token_id = pad_token_id
     set_dropout(config, dropout)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -127,12 +140,58 @@ def build_student(
         else:
             network = encoder = _network(section, source, config)
             head, adapter = _shared_head(teachers_dir, int(config.hidden_size), len(label_names), dropout)
+            check_pooling(network, head.pooling_name, source)
             model = StudentModel(network, head, adapter)
     if section.config is None:
         keep_blocks(encoder, blocks_to_keep(section.layers, int(config.num_hidden_layers), source), source)
     length = section.max_length or max_length
     _check_fits(encoder, tokenizer, length, source)
-    return Student(model, tokenizer, tuple(label_names), length, source)
+    settle_padding(network, tokenizer)
+    student = Student(model, tokenizer, tuple(label_names), length, source, runs_own_code(network, tokenizer))
+    _check_answers(student)
+    if student.own_code:
+        _check_code_is_saved(network, source)
+    return student
+
+
+def runs_own_code(*loaded: object) -> bool:
+    """Whether one of these, models or tokenizers, is of a class that came with it."""
+    return any(type(each).__module__.startswith("transformers_modules.") for each in loaded)
+
+
+def check_student(recipe: Recipe, teachers_dir: Path | None = None) -> None:
+    """Refuse a recipe whose model cannot become a student, from its config alone: for the start of a run, hours before the student.
+
+    Where ``teachers_dir`` does not hold the teacher that the student starts from yet, the model that it will be made from is looked
+    at. Raises ModelError and RecipeError as ``build_student`` does.
+    """
+    section, revision = recipe.require_student(), None
+    origin, pooling = section.init_from or "", recipe.cofinetune.pooling
+    if origin.startswith(TEACHER_PREFIX) and not (teachers_dir and (teachers_dir / origin.removeprefix(TEACHER_PREFIX)).is_dir()):
+        teacher = recipe.teacher(origin.removeprefix(TEACHER_PREFIX))
+        source, revision = teacher.model, teacher.revision
+    else:
+        source = _source(section, teachers_dir)
+    config = _config(section, source, revision)
+    if _own_code(section, config):
+        return  # what it is can be known only by loading it
+    model_class = _model_class(section, config, source)
+    with torch.device("meta"):
+        network = model_class(config, **({} if section.head == "standard" else without_pooler(model_class)))
+    if section.head == "shared":
+        check_pooling(network, pooling, source)
+    if section.config is None:
+        keep_blocks(network.base_model, blocks_to_keep(section.layers, int(config.num_hidden_layers), source), source)
+
+
+def check_pooling(network: PreTrainedModel, pooling: str, source: str) -> None:
+    """ModelError where the shared head reads the first token, which in a causal decoder has seen nothing of the text."""
+    if pooling == "cls" and is_causal(network):
+        raise ModelError(
+            f"'{source}' is a causal decoder ({network.config.model_type}): its first token sees nothing of the text, and the "
+            "shared head with pooling 'cls' reads just that one",
+            "Set student.head = 'standard', or co-finetune with cofinetune.pooling = 'attention'.",
+        )
 
 
 def _source(section: StudentSection, teachers_dir: Path | None) -> str:
@@ -164,40 +223,48 @@ def _source(section: StudentSection, teachers_dir: Path | None) -> str:
     return str(teachers_dir / name)
 
 
-def _config(section: StudentSection, source: str) -> PretrainedConfig:
+def _config(section: StudentSection, source: str, revision: str | None = None) -> PretrainedConfig:
     from transformers import AutoConfig
 
     be_quiet()
     if section.config is None:
         try:
-            return cast("PretrainedConfig", AutoConfig.from_pretrained(source))
+            found = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=section.trust_remote_code)
         except Exception as error:  # transformers raises OSError, ValueError, KeyError … for a missing or foreign directory
             raise _not_loadable(source, error) from error
+        return _usable(cast("PretrainedConfig", found), source)
     values = dict(section.config)
     model_type = values.pop("model_type", None)
     if not isinstance(model_type, str):
         raise RecipeError("student.config has no model_type", 'Example: config = { model_type = "bert", num_hidden_layers = 4 }')
     try:
-        return AutoConfig.for_model(model_type, **values)
+        found = AutoConfig.for_model(model_type, **values)
     except Exception as error:  # unknown type, or a value of the wrong kind
         raise RecipeError(
             f"student.config is not usable: {_first_line(error)}", "Check model_type and the keys of that config."
         ) from error
+    return _usable(found, source)
+
+
+def _usable(config: PretrainedConfig, source: str) -> PretrainedConfig:
+    """ModelError for models whose hidden states are not one vector per token and layer."""
+    reason = ""
+    if getattr(config, "is_encoder_decoder", False):
+        reason = "it is an encoder-decoder, which has two stacks of layers"
+    elif getattr(config, "block_sizes", None):
+        reason = "its layers pool the tokens, so that hidden states change their length"
+    if reason:
+        raise ModelError(f"'{source}' is a model of type '{config.model_type}' and cannot be a student: {reason}", _FAMILIES)
+    return config
 
 
 def _network(section: StudentSection, source: str, config: PretrainedConfig) -> PreTrainedModel:
-    """The classifier, or for the shared head the bare encoder without pooler; freshly initialised where no weights are given."""
-    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, MODEL_MAPPING
-
+    """The classifier, or for the shared head the bare model without pooler; freshly initialised where no weights are given."""
     standard = section.head == "standard"
-    known = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING if standard else MODEL_MAPPING
-    if type(config) not in known:
-        raise ModelError(
-            f"'{source}' is a model of type '{config.model_type}', which transformers cannot make a student of",
-            "Choose an encoder, e.g. BERT, RoBERTa, DistilBERT, MPNet, ELECTRA or DeBERTa.",
-        )
-    model_class: Any = known[type(config)]
-    options = {} if standard else without_pooler(model_class)
+    model_class = _model_class(section, config, source)
+    options: dict[str, bool] = {} if standard else without_pooler(model_class)
+    if _own_code(section, config):
+        options = {"trust_remote_code": True}
     try:
         if section.config is not None:
             return cast("PreTrainedModel", model_class(config, **options).float())
@@ -208,6 +275,27 @@ def _network(section: StudentSection, source: str, config: PretrainedConfig) -> 
         raise _not_loadable(source, error) from error
     _check_complete(model, report, source)
     return cast("PreTrainedModel", model)
+
+
+def _model_class(section: StudentSection, config: PretrainedConfig, source: str) -> Any:
+    """The class that loads the model: that of transformers, or the auto class that finds the model's own code."""
+    import transformers
+
+    standard = section.head == "standard"
+    if _own_code(section, config):
+        return transformers.AutoModelForSequenceClassification if standard else transformers.AutoModel
+    known: Any = transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING if standard else transformers.MODEL_MAPPING
+    if type(config) not in known or runs_own_code(config):  # registered where another model's code was run before
+        raise ModelError(
+            f"'{source}' is a model of type '{config.model_type}', which transformers cannot make a student of", _FAMILIES
+        )
+    return known[type(config)]
+
+
+def _own_code(section: StudentSection, config: PretrainedConfig) -> bool:
+    """Whether the model is loaded through code of its own, which the section allows."""
+    auto_class = "AutoModelForSequenceClassification" if section.head == "standard" else "AutoModel"
+    return section.trust_remote_code and auto_class in (getattr(config, "auto_map", None) or {})
 
 
 def without_pooler(model_class: Any) -> dict[str, bool]:
@@ -263,13 +351,65 @@ def _check_fits(encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ma
             f"the tokenizer '{tokenizer.name_or_path}' has {len(tokenizer)} tokens, but the student '{source}' has embeddings for {vocabulary}",
             "Set student.tokenizer to the tokenizer that the model was made with.",
         )
-    if tokenizer.pad_token_id is None:
+
+
+def _check_answers(student: Student) -> None:
+    """Run the student on two short texts: families that kdcache does not know fail here, and not in the first step."""
+    model, source = student.model.eval(), student.source
+    encoded = encode(student.tokenizer, _PROBE, student.max_length)
+    batches = [pad(encoded, rows, int(student.tokenizer.pad_token_id)) for rows in ([0, 1], [0], [1])]
+    try:
+        with torch.no_grad():
+            together, *alone = [model(batch, hidden_states=True) for batch in batches]
+    except Exception as error:  # whatever a family's forward raises
         raise ModelError(
-            f"the tokenizer '{tokenizer.name_or_path}' has no padding token", "Set student.tokenizer to one that has."
+            f"'{source}' does not run as a student: {type(error).__name__}: {_first_line(error)}", _FAMILIES
+        ) from error
+    finally:
+        model.train()
+    expected = (*batches[0]["input_ids"].shape, model.width)
+    shapes = {tuple(layer.shape) for layer in together.hidden_states}
+    if len(together.hidden_states) != model.depth + 1 or shapes != {expected}:
+        raise ModelError(
+            f"'{source}' ({model.config.model_type}) gives {len(together.hidden_states)} hidden states of the shapes {sorted(shapes)}; "
+            f"{model.depth + 1} of the shape {expected} were expected",
+            _FAMILIES,
+        )
+    apart = torch.cat([output.logits for output in alone])
+    worst, scale = float((together.logits - apart).abs().max()), float(apart.abs().max())
+    if worst > _BATCH_TOLERANCE * scale + 1e-6:
+        raise ModelError(
+            f"'{source}' ({model.config.model_type}) answers otherwise in a batch than alone: its logits differ by {worst:.3g}, of {scale:.3g}",
+            "Set student.tokenizer to the tokenizer that the model was made with. " + _FAMILIES,
+        )
+
+
+def _check_code_is_saved(network: PreTrainedModel, source: str) -> None:
+    """ModelError where the saved student would lack the code that it needs: known now, and not after the training."""
+    from transformers.dynamic_module_utils import custom_object_save
+
+    references = dict(getattr(network.config, "auto_map", None) or {})
+    if not references:
+        return
+    with tempfile.TemporaryDirectory(prefix="kdcache-") as place:
+        network.config.save_pretrained(place)
+        custom_object_save(network, place, config=cast("Any", network.config))
+        wanted = {auto: network.config.auto_map.get(auto) for auto in ("AutoConfig", type(network)._auto_class) if auto}
+        lacking = [
+            auto
+            for auto, name in wanted.items()
+            if not name or "--" in name or not (Path(place) / f"{name.split('.')[0]}.py").is_file()
+        ]
+    if lacking:
+        raise ModelError(
+            f"the code of '{source}' cannot be saved with the student: its auto_map has no file for {', '.join(lacking)}",
+            "Copy the model and its .py files into one directory whose config.json names them in auto_map, and set student.init_from to it.",
         )
 
 
 def _not_loadable(source: str, error: Exception) -> ModelError:
+    if wants_code(error):
+        return code_not_run(source)
     return ModelError(
         f"no model could be loaded from '{source}': {_first_line(error)}",
         "Set student.init_from to a directory with config.json and model.safetensors, or to a hub name that is within reach.",

@@ -20,8 +20,10 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from kdcache.data.custom_code import code_not_run, wants_code
 from kdcache.data.encoding import encode, load_tokenizer, pad
-from kdcache.distill.student import Student, StudentModel, without_pooler
+from kdcache.distill.padding import require_pad_token, settle_padding
+from kdcache.distill.student import Student, StudentModel, runs_own_code, without_pooler
 from kdcache.errors import DamageError, ModelError, RecipeError
 from kdcache.files import make_directory
 from kdcache.teachers.teacher import be_quiet
@@ -59,6 +61,7 @@ class StudentRecord:
     shared_head: SharedHeadRecord | None = None
     kdcache: str = ""
     labels_declared: bool | None = None  # False: label_names are sorted, so their numbers are nobody's; None: not recorded
+    trust_remote_code: bool = False  # it needs Python code of its own, which lies beside it; written only where that is so
 
 
 def student_record(
@@ -78,7 +81,18 @@ def student_record(
     if head is not None:
         shared = SharedHeadRecord(head.width, head.pooling_name, head.dropout_rate, student.model.adapter is not None)
     names, length = student.label_names, student.max_length
-    return StudentRecord(name, method, text_columns, label_column, names, length, shared, __version__, labels_declared)
+    return StudentRecord(
+        name,
+        method,
+        text_columns,
+        label_column,
+        names,
+        length,
+        shared,
+        __version__,
+        labels_declared=labels_declared,
+        trust_remote_code=student.own_code,
+    )
 
 
 def save_student(directory: Path, student: Student, record: StudentRecord, card: str) -> None:
@@ -91,6 +105,8 @@ def save_student(directory: Path, student: Student, record: StudentRecord, card:
     model.network.save_pretrained(temporary)
     student.tokenizer.save_pretrained(temporary)
     document = {"format": FORMAT, "kind": "student", **asdict(record)}
+    if not record.trust_remote_code:
+        del document["trust_remote_code"]  # as it always was
     (temporary / RECORD_FILE).write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     (temporary / "README.md").write_text(card, encoding="utf-8")
     if model.head is not None:
@@ -133,33 +149,43 @@ def read_record(directory: Path) -> StudentRecord | None:
         ) from error
 
 
-def load_student(directory: Path) -> Student:
+def load_student(directory: Path, *, trust_remote_code: bool = False) -> Student:
     """A saved student, in eval mode, float32, on the CPU; also any sequence classifier that transformers loads.
 
-    Raises ModelError, RecipeError and DamageError.
+    ``trust_remote_code`` allows it to run Python code that lies in the directory. Raises ModelError, RecipeError and DamageError.
     """
     record = read_record(directory)
-    network = _load_network(directory, shared=record is not None and record.shared_head is not None)
-    tokenizer = load_tokenizer(str(directory))
+    network = _load_network(directory, shared=record is not None and record.shared_head is not None, trusted=trust_remote_code)
+    tokenizer = load_tokenizer(str(directory), trust_remote_code=trust_remote_code)
+    require_pad_token(tokenizer, network.config.pad_token_id)
+    settle_padding(network, tokenizer)
+    own_code = runs_own_code(network, tokenizer)
     if record is None:
         id2label = {int(index): str(name) for index, name in (network.config.id2label or {}).items()}
         names = tuple(id2label[index] for index in sorted(id2label))
         longest = min(int(tokenizer.model_max_length), 512)
-        return Student(StudentModel(network).eval(), tokenizer, names, longest, str(directory))
+        return Student(StudentModel(network).eval(), tokenizer, names, longest, str(directory), own_code)
     model = StudentModel(network) if record.shared_head is None else _with_shared_head(network, record, directory)
-    return Student(model.eval(), tokenizer, record.label_names, record.max_length, str(directory))
+    return Student(model.eval(), tokenizer, record.label_names, record.max_length, str(directory), own_code)
 
 
-def _load_network(directory: Path, *, shared: bool) -> PreTrainedModel:
-    from transformers import MODEL_MAPPING, AutoConfig, AutoModelForSequenceClassification
+def _load_network(directory: Path, *, shared: bool, trusted: bool) -> PreTrainedModel:
+    from transformers import MODEL_MAPPING, AutoConfig, AutoModel, AutoModelForSequenceClassification
 
     be_quiet()
     try:
-        config = AutoConfig.from_pretrained(directory)
-        loader: Any = MODEL_MAPPING[type(config)] if shared else AutoModelForSequenceClassification
-        options = without_pooler(loader) if shared else {}
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=trusted)
+        loader: Any = AutoModelForSequenceClassification
+        options: dict[str, bool] = {"trust_remote_code": trusted}
+        if shared and type(config) in MODEL_MAPPING and not trusted:
+            loader = MODEL_MAPPING[type(config)]
+            options = without_pooler(loader)
+        elif shared:
+            loader = AutoModel
         model, report = loader.from_pretrained(directory, dtype=torch.float32, output_loading_info=True, **options)
     except Exception as error:  # transformers raises OSError, ValueError, safetensors errors …
+        if wants_code(error):
+            raise code_not_run(directory) from error
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(f"no model could be loaded from '{directory}': {reason}", "Distill it again.") from error
     missing = sorted(report["missing_keys"])

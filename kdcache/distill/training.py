@@ -123,7 +123,7 @@ def prepare(
         dropout=recipe.distill.dropout,
         teachers_dir=teachers_dir,
     )
-    source = open_source(recipe.distill, settings, data, student, opened, live_teachers)
+    source = open_source(recipe.distill, settings, data, student, opened, live_teachers, recipe.trusted())
     if isinstance(source, CachedBatches):
         _note_memory(source.window_bytes, progress)
     targets: Literal["cache", "live", "none"] = "none" if not source.teachers else "live" if live_teachers else "cache"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,17 +40,22 @@ class Addition:
 
 @contextlib.contextmanager
 def open_additions(
-    given: Mapping[str, Path], task: TaskSpec, max_length: int, progress: Progress
+    given: Mapping[str, Path], task: TaskSpec, max_length: int, progress: Progress, trusted: Collection[str] = ()
 ) -> Iterator[dict[str, Addition]]:
-    """The teachers by name, for as long as the block runs. Raises ModelError, DamageError; MismatchError for another task."""
+    """The teachers by name, for as long as the block runs; the own Python code of those in ``trusted`` may be run. Raises ModelError, DamageError; MismatchError for another task."""
     with tempfile.TemporaryDirectory(prefix="kdcache-") as place:
-        found = {name: _addition(name, path, task, max_length, Path(place), progress) for name, path in given.items()}
+        found = {
+            name: _addition(name, path, task, max_length, Path(place), progress, trusted=name in trusted)
+            for name, path in given.items()
+        }
         for addition in found.values():
             _check_task(addition, task)
         yield found
 
 
-def _addition(name: str, path: Path, task: TaskSpec, max_length: int, place: Path, progress: Progress) -> Addition:
+def _addition(
+    name: str, path: Path, task: TaskSpec, max_length: int, place: Path, progress: Progress, *, trusted: bool
+) -> Addition:
     if is_bundle(path):
         return _of_bundle(name, path)
     if is_bundle(path.parent) and path.name in read_bundle(path.parent).teachers:
@@ -59,7 +64,7 @@ def _addition(name: str, path: Path, task: TaskSpec, max_length: int, place: Pat
         return _of_bundle(name, path.parent)
     if not path.is_dir():
         raise ModelError(f"there is no directory '{path}' of teacher '{name}'", "Name a bundle of teachers, or a classifier.")
-    return _classifier(name, path, task, max_length, place / name, progress)
+    return _classifier(name, path, task, max_length, place / name, progress, trusted=trusted)
 
 
 def _of_bundle(name: str, directory: Path) -> Addition:
@@ -71,13 +76,15 @@ def _of_bundle(name: str, directory: Path) -> Addition:
     return Addition(name, directory, bundle)
 
 
-def _classifier(name: str, path: Path, task: TaskSpec, max_length: int, place: Path, progress: Progress) -> Addition:
+def _classifier(
+    name: str, path: Path, task: TaskSpec, max_length: int, place: Path, progress: Progress, *, trusted: bool
+) -> Addition:
     """A bundle of this one teacher, in a place that goes away: fingerprints are those of a bundle's files."""
     from kdcache.teachers.bundle import Bundle
     from kdcache.teachers.registration import save_teachers
     from kdcache.teachers.sources import open_source
 
-    section = TeacherSection(name=name, model=str(path.absolute()), head="own", max_length=max_length)
+    section = TeacherSection(name=name, model=str(path.absolute()), head="own", max_length=max_length, trust_remote_code=trusted)
     source = open_source(section, max_length, task.label_names, len(task.text_columns))
     if source.note:
         progress.note(source.note)

@@ -99,10 +99,13 @@ class AuditReport:
         }  # fmt: skip
 
 
-def audit(cache: Cache, teachers_dir: Path, *, rows: int = 256, seed: int = 0, progress: Progress) -> AuditReport:
+def audit(
+    cache: Cache, teachers_dir: Path, *, rows: int = 256, seed: int = 0, trust_remote_code: bool = False, progress: Progress
+) -> AuditReport:
     """Compare ``rows`` texts of the cache with what the teachers in ``teachers_dir`` say of them now.
 
-    Raises MismatchError where the cache has no texts, or none of its teachers is there; what the backends raise.
+    ``trust_remote_code`` allows the teachers to run Python code that lies in their directories. Raises MismatchError where the cache has
+    no texts, or none of its teachers is there; what the backends raise.
     """
     if not cache.has_text:
         raise MismatchError(
@@ -117,7 +120,8 @@ def audit(cache: Cache, teachers_dir: Path, *, rows: int = 256, seed: int = 0, p
             "Name the directory that the cache was dumped from with --teachers.",
         )
     chosen = choose_rows(cache, rows, seed)
-    audits = tuple(_audit_teacher(cache, load_teacher(teachers_dir, name), chosen, progress) for name in there)
+    teachers = (load_teacher(teachers_dir, name, trust_remote_code=trust_remote_code) for name in there)  # one at a time
+    audits = tuple(_audit_teacher(cache, teacher, chosen, progress) for teacher in teachers)
     return AuditReport(cache.path, audits, tuple(name for name in cache.teachers if name not in there))
 
 

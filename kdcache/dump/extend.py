@@ -110,7 +110,9 @@ def extend_cache(
         raise RecipeError("nothing to add was named", "Name a teacher with --teacher NAME=DIR, or new rows with --recipe RECIPE.")
     max_length = _max_length(wanted, like or contents)
     with (
-        open_additions(wanted.teachers, contents.task, max_length, progress) as additions,
+        open_additions(
+            wanted.teachers, contents.task, max_length, progress, wanted.recipe.trusted() if wanted.recipe else ()
+        ) as additions,
         open_writer(cache_dir, contents.task, contents.settings, store_text=contents.has_text, arrivals=arrivals) as writer,
     ):
         new_texts = _new_texts(writer, full, logits_only)
@@ -198,7 +200,15 @@ def _prepare(addition: Addition, wanted: Wanted, contents: Contents, others: Con
         kept = dict(known.layers) if known is not None and (with_rows or not new) else {}
         return dict(sorted({**kept, **new}.items()))
 
-    return prepare(name, addition.directory, dump, len(contents.task.label_names), max_length=max_length, layers=layers)
+    return prepare(
+        name,
+        addition.directory,
+        dump,
+        len(contents.task.label_names),
+        max_length=max_length,
+        layers=layers,
+        trust_remote_code=section is not None and section.trust_remote_code,
+    )
 
 
 def _section(name: str, recipe: Recipe | None) -> TeacherSection | None:

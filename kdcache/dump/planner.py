@@ -196,7 +196,7 @@ def _measured(
 ) -> tuple[dict[int, list[Fidelity]], float]:
     """Fidelity of every form of every layer, and seconds per text of the forward pass."""
     spec = teacher.spec
-    loaded = load_teacher(teachers_dir, spec.name)
+    loaded = load_teacher(teachers_dir, spec.name, trust_remote_code=teacher.trust_remote_code)
     backend = open_backend(spec.backend, loaded, tuple(spec.layers), precision=spec.precision, work_dir=home())
     batches = text_batches(teacher, sample.texts, id_array([bytes(16)] * len(sample.texts)), tokens_per_batch)
     lengths = batches.encoded.lengths

@@ -112,7 +112,8 @@ def _now() -> str:
 
 
 def _origin(record: TeacherRecord) -> dict[str, Any]:
-    return {
+    code = {"trust_remote_code": "true"} if record.trust_remote_code else {}
+    return code | {
         "source": record.source,
         "revision": record.revision or "",
         "licence": record.licence,

@@ -70,7 +70,7 @@ class TeacherRun:
 def open_teacher(teacher: PreparedTeacher, teachers_dir: Path) -> Iterator[TeacherBackend]:
     """The teacher on the device, for as long as the block runs; its memory is free afterwards."""
     spec = teacher.spec
-    loaded = load_teacher(teachers_dir, spec.name)
+    loaded = load_teacher(teachers_dir, spec.name, trust_remote_code=teacher.trust_remote_code)
     backend = open_backend(spec.backend, loaded, tuple(spec.layers), precision=spec.precision, work_dir=home())
     try:
         yield backend

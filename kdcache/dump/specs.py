@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kdcache.cache.spec import LayerSpec, TargetSpec, TaskSpec, TeacherSpec
+from kdcache.data.custom_code import code_not_run, wants_code
 from kdcache.data.encoding import TRUNCATION, encode, padding_id, tokenizer_json
 from kdcache.data.labels import mismatch_cure
 from kdcache.dump.layers import check_names, layer_spec, resolve_layers
@@ -45,6 +46,7 @@ class PreparedTeacher:
     tokenizer: PreTrainedTokenizerBase
     tokenizer_json: str
     seed: int  # of random projections
+    trust_remote_code: bool = False
 
     @property
     def name(self) -> str:
@@ -105,6 +107,7 @@ def prepare_teachers(recipe: Recipe, bundle: Bundle, teachers_dir: Path, classes
             section.name, teachers_dir, recipe.dump, classes,
             max_length=section.max_length or recipe.data.max_length,
             layers=lambda teacher, section=section: layer_specs(recipe, section, teacher, student_layers),  # type: ignore[misc]
+            trust_remote_code=section.trust_remote_code,
         )
         for section in recipe.teachers
     ]  # fmt: skip
@@ -127,8 +130,14 @@ def student_depth(recipe: Recipe, teacher_depths: Mapping[str, int]) -> int | No
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.for_model(**student.config) if student.config is not None else AutoConfig.from_pretrained(origin)
+        config = (
+            AutoConfig.for_model(**student.config)
+            if student.config is not None
+            else AutoConfig.from_pretrained(origin, trust_remote_code=student.trust_remote_code)
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
+        if wants_code(error):
+            raise code_not_run(origin) from error
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(
             f"the student's depth, on which dump.layers depends, is not to be had from '{origin or student.config}': {reason}",
@@ -145,9 +154,10 @@ def prepare(
     *,
     max_length: int,
     layers: Callable[[Teacher], Mapping[int, LayerSpec]],
+    trust_remote_code: bool = False,
 ) -> PreparedTeacher:
     """One teacher as ``dump`` has it run; ``layers`` says what is stored of it, once it is loaded. Raises as ``prepare_teachers``."""
-    teacher = load_teacher(teachers_dir, name)
+    teacher = load_teacher(teachers_dir, name, trust_remote_code=trust_remote_code)
     check_max_length(name, teacher.model.encoder, max_length)
     spec = TeacherSpec(
         name=name,
@@ -166,7 +176,7 @@ def prepare(
     )
     _check_first_token(teacher, spec)
     teacher.model.to("meta")  # frees the weights before the next teacher is loaded
-    return PreparedTeacher(spec, teacher.tokenizer, tokenizer_json(teacher.tokenizer), dump.seed)
+    return PreparedTeacher(spec, teacher.tokenizer, tokenizer_json(teacher.tokenizer), dump.seed, trust_remote_code)
 
 
 def _check_first_token(teacher: Teacher, spec: TeacherSpec) -> None:

@@ -102,6 +102,7 @@ class TeacherSection(_Section):
     model: NonEmpty
     head: Head = "shared"
     revision: str | None = None
+    trust_remote_code: bool = False  # run the Python code that comes with the model
     max_length: Positive | None = None  # data.max_length where not given
     layers: LayerNumbers | None = None  # dump.layers where not given
     per_layer: PerLayer = {}  # wins over dump.per_layer
@@ -203,6 +204,7 @@ class StudentSection(_Section):
     layers: Positive | BlockNumbers | None = None  # the first K, or the (1-based) layers to keep; None keeps all
     head: Literal["standard", "shared"] = "standard"
     max_length: Positive | None = None
+    trust_remote_code: bool = False  # run the Python code that comes with the model or its tokenizer
 
     @model_validator(mode="after")
     def _one_origin(self) -> StudentSection:
@@ -278,6 +280,10 @@ class Recipe(_Section):
             for name in names:
                 form = overlaid(form, table[name]) if name in table else form
         return form
+
+    def trusted(self) -> frozenset[str]:
+        """Names of the teachers whose own Python code may be run."""
+        return frozenset(teacher.name for teacher in self.teachers if teacher.trust_remote_code)
 
     def teacher(self, name: str) -> TeacherSection:
         """The teacher of that name; RecipeError names those there are."""

@@ -23,7 +23,7 @@ import torch
 
 from kdcache.cache.spec import Fingerprints
 from kdcache.data.encoding import load_tokenizer
-from kdcache.errors import DamageError, KdcacheError, MismatchError, ModelError
+from kdcache.errors import CustomCodeError, DamageError, KdcacheError, MismatchError, ModelError
 from kdcache.files import make_directory, write_file
 from kdcache.teachers.fingerprints import fingerprint_teacher, tokenizer_as_used
 from kdcache.teachers.head import Pooling, SharedHead
@@ -55,6 +55,7 @@ class TeacherRecord:
     fingerprints: Fingerprints
     class_order: tuple[int, ...] | None = None
     scores: Mapping[str, float] = field(default_factory=dict)  # on validation; empty without one
+    trust_remote_code: bool = False  # it was made with Python code of its own; written only where that is so
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,9 @@ def _record(entry: dict[str, Any]) -> TeacherRecord:
 def write_bundle(directory: Path, bundle: Bundle) -> None:
     """Write teachers.json, durably and at once; the files that it describes are there already."""
     document = {"format": _FORMAT, **asdict(bundle)}
+    for entry in document["teachers"].values():
+        if not entry["trust_remote_code"]:
+            del entry["trust_remote_code"]  # as it always was
     write_file(directory / RECORD, (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode())
 
 
@@ -146,10 +150,10 @@ def load_shared_head(directory: Path, bundle: Bundle | None = None) -> SharedHea
     return head.eval()
 
 
-def load_teacher(directory: Path, name: str, bundle: Bundle | None = None) -> Teacher:
+def load_teacher(directory: Path, name: str, bundle: Bundle | None = None, *, trust_remote_code: bool = False) -> Teacher:
     """A teacher ready to run: in eval mode, in float32, on the CPU.
 
-    Raises ModelError where the bundle has no such teacher, DamageError where a file is missing or unreadable, and MismatchError
+    ``trust_remote_code`` allows it to run Python code that lies in its directory, which teachers.json alone never does. Raises ModelError where the bundle has no such teacher, DamageError where a file is missing or unreadable, and MismatchError
     (exit 4) where the files are not those that teachers.json describes: the caches of the one must not be taken for the other's.
     """
     bundle = bundle or read_bundle(directory)
@@ -159,7 +163,7 @@ def load_teacher(directory: Path, name: str, bundle: Bundle | None = None) -> Te
             f"Add it: kdcache cofinetune RECIPE --add {name}",
         )
     record = bundle.teachers[name]
-    model, tokenizer = _load_parts(directory, name, record, bundle)
+    model, tokenizer = _load_parts(directory, name, record, bundle, trusted=trust_remote_code)
     fingerprints = _fingerprints(model, tokenizer, name, bundle)
     _check_fingerprints(directory / name, record.fingerprints, fingerprints)
     return Teacher(
@@ -169,7 +173,7 @@ def load_teacher(directory: Path, name: str, bundle: Bundle | None = None) -> Te
 
 def fingerprints_on_disk(directory: Path, name: str, record: TeacherRecord, bundle: Bundle) -> Fingerprints:
     """Of a teacher that was saved just now, as ``load_teacher`` will find them."""
-    return _fingerprints(*_load_parts(directory, name, record, bundle), name, bundle)
+    return _fingerprints(*_load_parts(directory, name, record, bundle, trusted=record.trust_remote_code), name, bundle)
 
 
 def _fingerprints(model: TeacherModel, tokenizer: PreTrainedTokenizerBase, name: str, bundle: Bundle) -> Fingerprints:
@@ -184,14 +188,17 @@ def _fingerprints(model: TeacherModel, tokenizer: PreTrainedTokenizerBase, name:
 
 
 def _load_parts(
-    directory: Path, name: str, record: TeacherRecord, bundle: Bundle
+    directory: Path, name: str, record: TeacherRecord, bundle: Bundle, *, trusted: bool
 ) -> tuple[TeacherModel, PreTrainedTokenizerBase]:
     place = directory / name
     try:
-        tokenizer = load_tokenizer(str(place))
+        tokenizer = load_tokenizer(str(place), trust_remote_code=trusted)
         if record.head == "own":
-            return TeacherModel(load_classifier(str(place)), None, None, record.class_order).eval(), tokenizer
-        encoder = load_encoder(str(place))
+            classifier = load_classifier(str(place), trust_remote_code=trusted)
+            return TeacherModel(classifier, None, None, record.class_order).eval(), tokenizer
+        encoder = load_encoder(str(place), trust_remote_code=trusted)
+    except CustomCodeError:
+        raise
     except KdcacheError as error:
         raise DamageError(
             f"teacher directory '{place}' cannot be read: {error.message}", "Make the teachers again: kdcache cofinetune RECIPE"

@@ -172,7 +172,7 @@ def _register(
     """Save and score, then write the record that makes the directory a bundle; only then drop the checkpoints."""
     remove_leftovers(job.teachers_dir)
     bundle = save_teachers(job.teachers_dir, bundle, new_head, job.sources, models)
-    bundle = scored(job.teachers_dir, bundle, joint.labelled_rows(job.task, "validation"))
+    bundle = scored(job.teachers_dir, bundle, joint.labelled_rows(job.task, "validation"), job.recipe.trusted())
     write_bundle(job.teachers_dir, bundle)
     shutil.rmtree(job.place, ignore_errors=True)
     job.progress.note(f"teachers {', '.join(job.sources)} written to {job.teachers_dir}")

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -64,7 +66,7 @@ def fingerprint_teacher(model: TeacherModel, tokenizer: PreTrainedTokenizerBase)
     described = json.dumps(kind, sort_keys=True) + fingerprint_tensors(head)
     return Fingerprints(
         weights=fingerprint_tensors(encoder),
-        config=fingerprint_config(model.encoder.config.to_diff_dict()),
+        config=fingerprint_config(model.encoder.config.to_diff_dict() | fingerprint_code(model.encoder)),
         head=hashlib.sha256(described.encode()).hexdigest(),
         tokenizer=tokenizer_fingerprint(tokenizer),
     )
@@ -90,6 +92,20 @@ def tokenizer_as_used(fingerprint: str, network: PreTrainedModel, tokenizer: Pre
 
 def _takes_token_types(network: PreTrainedModel) -> bool:
     return "token_type_ids" in accepted_inputs(network) and getattr(network.config, "type_vocab_size", 2) >= 2
+
+
+def fingerprint_code(model: object) -> dict[str, str]:
+    """sha256 of the Python files that a model runs of its own, which come with it; empty for models of transformers."""
+    module = sys.modules[type(model).__module__]
+    if not module.__name__.startswith("transformers_modules.") or module.__file__ is None:
+        return {}
+    from transformers.dynamic_module_utils import get_relative_import_files
+
+    files = sorted({Path(module.__file__), *map(Path, get_relative_import_files(module.__file__))}, key=lambda path: path.name)
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+    return {"code": digest.hexdigest()}
 
 
 def _is_unused(model: TeacherModel, name: str) -> bool:

@@ -5,7 +5,7 @@ Fingerprints and scores are taken from the files, as every later process will lo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -58,16 +58,20 @@ def _record(source: Source, model: TeacherModel) -> TeacherRecord:
         licence=section.licence,
         fingerprints=Fingerprints("", "", "", ""),  # not known before the files are there
         class_order=source.class_order,
+        trust_remote_code=section.trust_remote_code,
     )
 
 
-def scored(directory: Path, bundle: Bundle, validation: LabelledRows | None) -> Bundle:
-    """The bundle with scores of every teacher, and of the mean of all, on validation; one teacher is in memory at a time."""
+def scored(directory: Path, bundle: Bundle, validation: LabelledRows | None, trusted: Collection[str] = ()) -> Bundle:
+    """The bundle with scores of every teacher, and of the mean of all, on validation; one teacher is in memory at a time.
+
+    ``trusted``: names of the teachers whose own Python code may be run.
+    """
     if validation is None:
         return bundle
     logits = {}
     for name in bundle.teachers:
-        teacher = load_teacher(directory, name, bundle)
+        teacher = load_teacher(directory, name, bundle, trust_remote_code=name in trusted)
         encoded = encode(teacher.tokenizer, validation.texts, teacher.max_length)
         logits[name] = predict(teacher.model.to(default_device()), encoded, padding_id(teacher.tokenizer))
     found = score_teachers(logits, validation.labels)

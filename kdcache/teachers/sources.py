@@ -80,8 +80,9 @@ def open_source(
     """
     max_length = section.max_length or default_max_length
     own = section.head == "own"
-    network = (load_classifier if own else load_encoder)(section.model, section.revision)
-    tokenizer = load_tokenizer(section.model, section.revision)
+    trusted = section.trust_remote_code
+    network = (load_classifier if own else load_encoder)(section.model, section.revision, trust_remote_code=trusted)
+    tokenizer = load_tokenizer(section.model, section.revision, trust_remote_code=trusted)
     check_max_length(section.name, network, max_length)
     _check_vocabulary(section.name, network, tokenizer)
     trial = try_network(section.name, network, tokenizer, max_length, columns)

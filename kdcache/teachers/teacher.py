@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from kdcache.data.custom_code import code_not_run, wants_code
 from kdcache.errors import ModelError
 from kdcache.progress import listed_apart
 from kdcache.teachers.network import accepted_inputs as accepted_inputs
@@ -92,14 +93,19 @@ class Teacher:
     label_names: tuple[str, ...]
 
 
-def load_encoder(model: str, revision: str | None = None) -> PreTrainedModel:
-    """The bare encoder in float32, without pooler. ModelError where it cannot be loaded or lacks weights."""
-    from transformers import MODEL_FOR_TEXT_ENCODING_MAPPING, MODEL_MAPPING, AutoConfig
+def load_encoder(model: str, revision: str | None = None, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The bare encoder in float32, without pooler. ModelError where it cannot be loaded or lacks weights.
+
+    ``trust_remote_code`` allows it to run Python code that comes with the model; CustomCodeError where it needs to and may not.
+    """
+    from transformers import MODEL_FOR_TEXT_ENCODING_MAPPING, MODEL_MAPPING, AutoConfig, AutoModel
 
     be_quiet()
     with _explained(model):
-        config = AutoConfig.from_pretrained(model, revision=revision)
+        config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
     _check_type(model, config)
+    if trust_remote_code and "AutoModel" in (getattr(config, "auto_map", None) or {}):
+        return _load(AutoModel, model, revision, config, {"trust_remote_code": True})
     seq2seq = getattr(config, "is_encoder_decoder", False)
     try:
         model_class: Any = (MODEL_FOR_TEXT_ENCODING_MAPPING if seq2seq else MODEL_MAPPING)[type(config)]
@@ -117,13 +123,16 @@ def load_encoder(model: str, revision: str | None = None) -> PreTrainedModel:
     return _load(model_class, model, revision, config, options)
 
 
-def load_classifier(model: str, revision: str | None = None) -> PreTrainedModel:
-    """A fine-tuned sequence classifier in float32. ModelError where it cannot be loaded or has no classification head."""
+def load_classifier(model: str, revision: str | None = None, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A fine-tuned sequence classifier in float32. ModelError where it cannot be loaded or has no classification head.
+
+    ``trust_remote_code`` as in ``load_encoder``.
+    """
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     be_quiet()
     with _explained(model):
-        config = AutoConfig.from_pretrained(model, revision=revision)
+        config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
     _check_type(model, config)
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(
@@ -131,7 +140,7 @@ def load_classifier(model: str, revision: str | None = None) -> PreTrainedModel:
             'Choose a classifier on an encoder or a decoder; the encoder of a T5 takes head = "shared".',
         )
     _check_one_class_per_text(model, config)
-    return _load(AutoModelForSequenceClassification, model, revision, config, {})
+    return _load(AutoModelForSequenceClassification, model, revision, config, {"trust_remote_code": trust_remote_code})
 
 
 def _check_type(model: str, config: Any) -> None:
@@ -182,6 +191,8 @@ class _explained:  # noqa: N801 - reads as a statement
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, Exception) and wants_code(error):
+            raise code_not_run(self._model) from error
         if isinstance(error, Exception):
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ModelError(
@@ -209,7 +220,7 @@ def position_limit(model: PreTrainedModel) -> int | None:
     RoBERTa and its kin number positions from ``padding_idx + 1``, so that many rows of their table are out of use.
     """
     for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+        if name.endswith(("position_embeddings", "wpe")) and isinstance(module, nn.Embedding):  # wpe: GPT-2
             return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
     return None
 

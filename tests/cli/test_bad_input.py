@@ -15,6 +15,7 @@ from kdcache.cache.locking import hold_lock
 from kdcache.cache.reader import open_cache
 from kdcache.errors import LockedError
 from kdcache.testing.architectures import ARCHITECTURES
+from kdcache.testing.custom_model import make_custom_model
 from kdcache.testing.faults import failing_disk
 from kdcache.testing.tiny import make_model
 from tests.cli.commands import Said, kdcache
@@ -148,6 +149,42 @@ def test_commands(
     identity = open_cache(copied.root / "cache").identity
     check(copied.call(command, *arguments), code, named)
     assert open_cache(copied.root / "cache").identity == identity
+
+
+STUDENTS = [
+    pytest.param("BART", (), "encoder-decoder", "Choose an encoder", id="BART"),
+    pytest.param("T5", (), "encoder-decoder", "Choose an encoder", id="T5"),
+    pytest.param("Funnel", (), "change their length", "Choose an encoder", id="Funnel"),
+    pytest.param("ALBERT", (), "share weights", "student.layers", id="layers of ALBERT"),
+    pytest.param("GPT-2", ("student.layers=7",), "has 3", "at most 3", id="more layers than a decoder has"),
+    pytest.param(
+        "Llama", ("student.head=shared", "cofinetune.pooling=cls"), "first token", "pooling", id="first token of a decoder"
+    ),
+    pytest.param("custom", (), "Python code of its own", "trust_remote_code = true", id="code of its own"),
+]
+
+
+@pytest.mark.parametrize(("name", "settings", "named", "cure"), STUDENTS)
+def test_models_that_cannot_be_students(
+    name: str, settings: tuple[str, ...], named: str, cure: str, review_recipe: Path, tmp_path: Path
+) -> None:
+    """Said by the run before its first teacher is trained."""
+    if name == "custom":
+        model = make_custom_model(tmp_path / "model")
+    else:
+        model = ARCHITECTURES[name].save(tmp_path / "model", "classifier" if name == "Funnel" else "base")
+    flags = [word for setting in (f"student.init_from={model}", *settings) for word in ("--set", setting)]
+    check(kdcache("run", review_recipe, "--output-dir", tmp_path / "runs", *flags), 1, named, cure)
+    assert not list((tmp_path / "runs").rglob("*"))
+
+
+def test_a_saved_student_with_code_of_its_own(tmp_path: Path) -> None:
+    data = tmp_path / "data.tsv"
+    data.write_text("sentence\tlabel\ngood\t1\nbad\t0\n")
+    model = make_custom_model(tmp_path / "model", classifier=True)
+    arguments = ("evaluate", model, "--data", data, "--text", "sentence", "--label", "label")
+    check(kdcache(*arguments), 1, "Python code of its own", "--trust-remote-code")
+    assert kdcache(*arguments, "--trust-remote-code").code == 0
 
 
 PATHS = [
