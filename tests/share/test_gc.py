@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import os
 import random
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 
+from kdcache.cache.manifest import read_manifest
 from kdcache.errors import DamageError, KdcacheError, LockedError, RemoteError
+from kdcache.progress import SilentProgress
 from kdcache.share import intents, layout, parallel
 from kdcache.share.directory import DirectoryRemote
 from kdcache.share.gc import GRACE, collect
@@ -25,7 +28,7 @@ from kdcache.share.refs import history, publish, resolve
 from kdcache.share.remote import Remote
 from kdcache.share.removal import remove
 from kdcache.testing.faults import Died
-from tests.share.worlds import DAY, Watched, World, broken_refs, watched
+from tests.share.worlds import DAY, START, Watched, World, broken_refs, watched
 
 Caches = dict[str, Path]
 
@@ -356,3 +359,133 @@ def test_a_fork_protects_both_its_versions(world: World, caches: Caches) -> None
     before = objects(world)
     assert collect(world.remote, delete=True, pace=world.pace).files == 0
     assert objects(world) == before
+
+
+class Told(SilentProgress):
+    """What a bar would show."""
+
+    def __init__(self) -> None:
+        self.tasks: list[tuple[str, int, str]] = []
+        self.done, self.bytes, self.finished = 0, 0, 0
+
+    def start(self, title: str, total: int, unit: str) -> None:
+        self.tasks.append((title, total, unit))
+
+    def advance(self, count: int, *, bytes_done: int = 0, **values: float) -> None:  # noqa: ARG002
+        self.done, self.bytes = self.done + count, self.bytes + bytes_done
+
+    def finish(self) -> None:
+        self.finished += 1
+
+
+def test_the_report_says_what_went_and_what_stayed(world: World, caches: Caches) -> None:
+    """Counted by a plain loop over the store before and after; what is not ours is neither counted nor touched."""
+    push(world.remote, caches["one"], "kept", pace=world.pace)
+    push(world.remote, caches["other"], "dropped", pace=world.pace)
+    remove(world.remote, "dropped")
+    world.seconds += 2 * GRACE
+    world.remote.write(layout.file_key(hashlib.sha256(b"left by a push that died").hexdigest()), b"young")
+    world.remote.write(layout.intent_key("0" * 32), b"{}")
+    world.remote.objects[layout.intent_key("0" * 32)] = (b"{}", world.seconds - GRACE - 1)
+    for foreign in ("files/00-notes", "files/zz-notes", "intents/notes.txt", "manifests/notes"):
+        world.remote.objects[foreign] = (b"not ours", START)
+    before, told = dict(world.remote.objects), Told()
+    report = collect(world.remote, delete=True, pace=world.pace, progress=told)
+    gone = {key: len(data) for key, (data, _) in before.items() if key not in world.remote.objects}
+    assert (set(report.keys), report.bytes) == (set(gone), sum(gone.values()))
+    kinds = [key.partition("/")[0] for key in report.keys]
+    assert [kind for kind, _ in itertools.groupby(kinds)] == ["refs", "manifests", "files", "intents"]
+    assert (report.refs, report.manifests, report.files) == tuple(kinds.count(kind) for kind in ("refs", "manifests", "files"))
+    kept = {digest.sha256: digest.size for digest in read_manifest(caches["one"]).contents.files.values()}
+    assert (report.kept_files, report.kept_bytes) == (len(kept), sum(kept.values()))
+    assert (report.young_files, report.young_bytes) == (1, len(b"young"))
+    assert all(
+        key in world.remote.objects for key in ("files/00-notes", "files/zz-notes", "intents/notes.txt", "manifests/notes")
+    )
+    assert (told.tasks, told.done, told.bytes, told.finished) == ([("gc", len(gone), "objects")], len(gone), report.bytes, 1)
+
+
+def test_a_tombstone_goes_a_run_after_what_it_dropped_and_not_before_the_grace_period(world: World, caches: Caches) -> None:
+    def numbers() -> list[int]:
+        return [ref.number for ref in history(world.remote, "sst2")]
+
+    push(world.remote, caches["one"], "sst2", pace=world.pace)
+    remove(world.remote, "sst2@1")
+    push(world.remote, caches["two"], "sst2", pace=world.pace)
+    world.seconds += GRACE
+    collect(world.remote, delete=True, pace=world.pace)
+    assert numbers() == [1, 2, 3]  # as old as the grace period is not older
+    world.seconds += 1
+    collect(world.remote, delete=True, pace=world.pace)
+    assert numbers() == [2, 3]
+    key = next(ref.key for ref in history(world.remote, "sst2") if ref.number == 2)
+    world.remote.objects[key] = (world.remote.objects[key][0], world.seconds)
+    collect(world.remote, delete=True, pace=world.pace)
+    assert numbers() == [2, 3]
+    world.seconds += GRACE + 1
+    collect(world.remote, delete=True, pace=world.pace)
+    assert numbers() == [3]
+
+
+@pytest.mark.parametrize("pushed", ["one", "two", "other"])
+def test_a_delete_that_took_what_was_pushed_while_gc_slept_is_said(caches: Caches, pushed: str) -> None:
+    """``one`` shares files with what gc deletes, ``two`` is all of it, with its manifest; ``other`` lives, and loses nothing."""
+    world, slept = prepared(caches), list[str]()
+    push_key = layout.manifest_key(hashlib.sha256((caches["two"] / "manifest.json").read_bytes()).hexdigest())
+    needed = {digest.sha256 for digest in read_manifest(caches["one"]).contents.files.values()}
+
+    def hear(method: str, key: str) -> None:
+        mine = key == push_key if pushed == "two" else layout.parse_file_key(key) in needed
+        if method == "delete" and mine and not slept:
+            slept.append(key)
+            world.seconds += 130
+            push(world.remote, caches[pushed], "new", pace=world.pace, workers=1)
+
+    with pytest.raises(KdcacheError) as caught:
+        collect(cast("Remote", Watched(world.remote, hear)), delete=True, pace=world.pace, workers=1)
+    if pushed == "other":
+        assert (
+            str(caught.value.message)
+            == f"gc on {world.remote.url} fell asleep, so a push may have begun meanwhile; nothing more is deleted"
+        )
+        assert caught.value.hint == "Run it again: it continues."
+        assert broken_refs(world.remote) == []
+    else:
+        assert isinstance(caught.value, DamageError)
+        assert caught.value.message == (
+            f"gc fell asleep in the middle of a delete, and new@1, which was pushed meanwhile, lacks '{slept[0]}' now"
+        )
+        assert caught.value.hint == "Push that cache again under the same name: what is gone is sent, and nothing else."
+        assert len(broken_refs(world.remote)) == 1
+        assert push(world.remote, caches[pushed], "new", pace=world.pace).files_sent == 1
+    assert len([key for key in slept if key in world.remote.objects]) == (pushed != "other")
+    assert broken_refs(world.remote) == []
+
+
+def test_a_gc_on_a_slow_store_keeps_its_mark_alive(caches: Caches) -> None:
+    """Each listed object takes seconds, all of them take far longer than a mark lives."""
+    world = prepared(caches)
+
+    class Slow:
+        url, conditional = world.remote.url, True
+
+        def list(self, prefix: str) -> Iterator[Any]:
+            for entry in world.remote.list(prefix):
+                yield entry
+                world.seconds += 20.0
+
+        def __getattr__(self, method: str) -> Any:
+            return getattr(world.remote, method)
+
+    report = collect(cast("Remote", Slow()), delete=True, pace=world.pace, workers=1)
+    assert report.files > 10
+    assert broken_refs(world.remote) == []
+
+
+def test_one_worker_is_the_calling_thread(caches: Caches) -> None:
+    world, threads = prepared(caches), set[int]()
+    remote = cast(
+        "Remote", Watched(world.remote, lambda method, _: threads.add(threading.get_ident()) if method == "delete" else None)
+    )
+    collect(remote, delete=True, pace=world.pace, workers=1)
+    assert threads == {threading.get_ident()}
