@@ -1,5 +1,6 @@
-"""Changes one line at a time and looks whether a test notices: ``make mutants``, or for some modules
+"""Mutation testing: change one line at a time and see whether a test fails.
 
+    make mutants
     python tests/mutation.py kdcache/files.py kdcache/share/gc.py
 
 ``tests/mutation.toml`` says which tests each module is held to. mutmut changes a copy of the checkout and runs, for each mutant, the
