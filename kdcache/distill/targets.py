@@ -18,6 +18,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from kdcache.distill.forms import Decoder
+    from kdcache.methods.parts.layer_map import LayerMap
 
 
 @dataclass(frozen=True, eq=False)
@@ -241,13 +242,13 @@ def _spans(bounds: np.ndarray) -> list[slice]:
 class TargetSource(Protocol):
     """Where batches come from. ``layer`` below is the teacher's own layer number, as in ``layer_map``.
 
-    ``layer_map`` gives, per teacher, one teacher layer for each student layer 1..K; it is empty where no hidden states are
-    asked for. ``coverage`` is, per teacher, the share of student tokens that have a target, over what was read so far;
+    ``layer_map`` gives, per teacher, one teacher layer for each student layer 1..K, or None for one without partner; where the
+    map changes from epoch to epoch, all layers that it draws from. It is empty where no hidden states are asked for. ``coverage`` is, per teacher, the share of student tokens that have a target, over what was read so far;
     ``skipped`` counts the rows left out because the cache lacks them.
     """
 
     teachers: tuple[str, ...]
-    layer_map: dict[str, tuple[int, ...]]
+    layer_map: LayerMap
     skipped: int
 
     @property
@@ -258,6 +259,10 @@ class TargetSource(Protocol):
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """One process's share of every global batch of ``epoch`` from ``first_step`` on."""
+        ...
+
+    def layers_at(self, epoch: int) -> LayerMap:
+        """The layer map of an epoch."""
         ...
 
     def target_dim(self, teacher: str, layer: int) -> int: ...

@@ -8,17 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from kdcache.distill.methods import METHODS
 from kdcache.distill.stage import distill
 from kdcache.distill.trainee import DistillTrainee
 from kdcache.distill.training import prepare
 from kdcache.dump.stage import dump_teachers
+from kdcache.methods.registry import method_names
 from kdcache.progress import SilentProgress
 from kdcache.recipe import Recipe
 from tests.distill.conftest import TinyRun
 
 CASES = [
-    *(([f"distill.method={name}"]) for name in METHODS),
+    *(([f"distill.method={name}"]) for name in method_names()),
     ["distill.paper=true"],
     ["distill.temperature=2.0", 'distill.teachers=["xlm", "roberta"]'],
     ["distill.accumulation=2"],
@@ -29,7 +29,7 @@ def losses(recipe: Recipe, run: TinyRun, cache: Path, live: bool, place: Path) -
     """Every loss term of every step of one epoch, with plain SGD updates in between."""
     training = prepare(recipe, cache, place, run.teachers if live else None, progress=SilentProgress())
     model = training.model().train()
-    trainee = DistillTrainee(model, training.source, None, place, {}, accumulation=recipe.distill.accumulation)
+    trainee = DistillTrainee(model, training.source, None, place, {}, epochs=1, accumulation=recipe.distill.accumulation)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     for batch in trainee.batches(0, 0):
         terms: dict[str, float] = {}

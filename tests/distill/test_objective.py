@@ -10,13 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from kdcache.distill.losses import soft_cross_entropy
-from kdcache.distill.methods import METHODS, Method
-from kdcache.distill.mixing import each_teacher
-from kdcache.distill.objective import DistillationModel, ObjectiveSettings, objective_settings, step_counts
+from kdcache.distill.objective import DistillationModel, ObjectiveSettings, objective_settings
 from kdcache.distill.student import Student, build_student
 from kdcache.distill.targets import Batch, Hidden, Targets
-from kdcache.distill.weighting import teacher_cross_entropy
+from kdcache.methods.base import Method
+from kdcache.methods.parts.hidden_states import HiddenStates
+from kdcache.methods.parts.soft_labels import SoftLabels
+from kdcache.methods.parts.task import TaskLoss
+from kdcache.methods.parts.weighting import teacher_cross_entropy
 from kdcache.recipe import DistillSection, StudentSection
 from kdcache.testing.tiny import make_model
 
@@ -53,11 +54,11 @@ def batch() -> Batch:
 
 def model_of(student: Student, settings: ObjectiveSettings) -> DistillationModel:
     dims = DIMS if settings.needs_hidden else {}
-    return DistillationModel(student.model, settings, TEACHERS, dims=dims, variances=VARIANCES, seed=0).train()
+    return DistillationModel(student.model, settings, TEACHERS, dims=dims, variances=lambda _epoch: VARIANCES, seed=0).train()
 
 
 def total(model: DistillationModel, batch: Batch, pieces: int = 1) -> tuple[float, dict[str, float]]:
-    counts, loss, terms = step_counts([batch]), 0.0, {}
+    counts, loss, terms = model.counts([batch]), 0.0, {}
     for piece in batch.split(pieces):
         found, parts = model(piece, counts)
         loss += found.item()
@@ -67,7 +68,6 @@ def total(model: DistillationModel, batch: Batch, pieces: int = 1) -> tuple[floa
 
 def hidden_in_loops(model: DistillationModel, batch: Batch) -> dict[tuple[int, int], float]:
     """MSE of every pair, token by token, with the matrices of the model."""
-    assert model.projections is not None
     assert batch.targets is not None
     states = model.student(batch.inputs, hidden_states=True).hidden_states
     found = {}
@@ -120,7 +120,7 @@ def test_kd_is_cross_entropy_with_the_mean_probability(student: Student, batch: 
 
 def test_fine_tune_ignores_targets(student: Student, batch: Batch) -> None:
     model = model_of(student, objective_settings(DistillSection(method="fine-tune")))
-    assert model.projections is None
+    assert not model.owned
     loss, terms = total(model, batch)
     assert set(terms) == {"task"}
     assert loss == terms["task"]
@@ -134,7 +134,7 @@ def test_micro_batches_give_the_loss_and_gradient_of_the_step(student: Student, 
 
     def gradients(pieces: int) -> tuple[float, list[Tensor]]:
         model.zero_grad()
-        counts, whole = step_counts([batch]), 0.0
+        counts, whole = model.counts([batch]), 0.0
         for piece in batch.split(pieces):
             loss, _ = model(piece, counts)
             loss.backward()
@@ -147,24 +147,20 @@ def test_micro_batches_give_the_loss_and_gradient_of_the_step(student: Student, 
         assert torch.allclose(a, b, atol=1e-5)
 
 
-def test_a_new_method_is_one_row_and_one_small_function(student: Student, batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_new_method_is_a_declaration_and_one_small_function(student: Student, batch: Batch) -> None:
     """Tiny-NewsRec: the weights are a softmax over the teachers, and multiply the hidden loss too."""
 
     def softmax_of_losses(_student: Tensor, teachers: Tensor, labels: Tensor, /) -> Tensor:
         return (-teacher_cross_entropy(teachers, labels)).softmax(dim=0)
 
-    row = Method(
-        "tiny-newsrec", "Tiny-NewsRec", "arXiv 2112.00944", softmax_of_losses, each_teacher, soft_cross_entropy,
-        hidden=True, weighting_on_hidden=True,
-    )  # fmt: skip
-    monkeypatch.setitem(METHODS, row.name, row)
-    model = model_of(student, objective_settings(DistillSection(method="tiny-newsrec")))
+    terms = (TaskLoss(), SoftLabels(), HiddenStates(weighted=True))
+    method = Method("tiny-newsrec", "Tiny-NewsRec", "arXiv 2112.00944", terms, softmax_of_losses)
+    model = model_of(student, ObjectiveSettings(method))
     _, terms = total(model, batch)
     assert terms["weight/a"] + terms["weight/b"] == pytest.approx(1.0)
     assert batch.targets is not None
     weights = softmax_of_losses(torch.empty(0), batch.targets.logits, batch.labels)
     states = model.student(batch.inputs, hidden_states=True).hidden_states
-    assert model.projections is not None
     matrix = model.projections.matrices["layer2"][:3]
     errors = 0.0
     for place, position in enumerate(COVERED[0]):
