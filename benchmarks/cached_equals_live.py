@@ -25,6 +25,7 @@ from kdcache.distill.training import prepare
 from kdcache.dump.stage import dump_teachers
 from kdcache.progress import RichProgress, SilentProgress
 from kdcache.recipe import Recipe, load_recipe
+from kdcache.training.best_epoch import BestEpoch
 
 EXACT = ['dump.projection="none"', 'dump.dtype="float32"']
 
@@ -69,7 +70,7 @@ def losses(recipe: Recipe, cache: Path, live: Path | None, place: Path) -> Itera
     """Every loss term of every step, with a step of plain SGD after each."""
     training = prepare(recipe, cache, place, live, SilentProgress())
     model = training.model().train()
-    trainee = DistillTrainee(model, training.source, None, place, {}, epochs=1)
+    trainee = DistillTrainee(model, training.source, None, BestEpoch(place, place, {}), epochs=1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     for batch in trainee.batches(0, 0):
         for loss, terms in trainee.losses(batch):

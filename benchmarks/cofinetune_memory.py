@@ -148,6 +148,7 @@ def count_saved_tensors(recipe: Any, kept: dict[str, int]) -> None:
     from kdcache.teachers.head import SharedHead
     from kdcache.teachers.sources import open_source, under_shared_head
     from kdcache.teachers.trainee import JointTrainee, Labels
+    from kdcache.training.best_epoch import BestEpoch
 
     task = load_task(recipe.data)
     rows = joint.labelled_rows(task, "train")
@@ -161,7 +162,7 @@ def count_saved_tensors(recipe: Any, kept: dict[str, int]) -> None:
         texts = {name: joint._encoded(sources[name], rows, None)}
         trainee = JointTrainee(
             {name: model}, texts, Labels(rows.labels, None), batch_size=size, accumulation=1, select_by="loss", seed=0,
-            keep=lambda epoch, metrics: None, note=lambda message: None,  # noqa: ARG005
+            best=BestEpoch(Path(), Path(), {}), note=lambda message: None,  # noqa: ARG005
         )  # fmt: skip
         own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
         seen: dict[int, int] = {}

@@ -107,8 +107,10 @@ def mark_finished(run: RunDirectory, stage: Stage, inputs: Inputs, seconds: floa
 
 
 def forget(run: RunDirectory, stage: Stage) -> None:
-    """Drop the stage's record, before what it made is made anew."""
-    _update(run, {name: entry for name, entry in read_record(run).get("stages", {}).items() if name != stage})
+    """Drop the stage's record, where there is one, before what it made is made anew."""
+    stages = read_record(run).get("stages", {})
+    if stage in stages:
+        _update(run, {name: entry for name, entry in stages.items() if name != stage})
 
 
 def read_record(run: RunDirectory) -> dict[str, Any]:

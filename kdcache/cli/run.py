@@ -34,8 +34,11 @@ def run(
 
     Example: kdcache run sst2.toml --set distill.seed=1 --set name="sst2-seed1"
     """
+    from kdcache.distill.objective import objective_settings
+
     job = open_job(recipe, settings, output_dir)
     job.recipe.require_student()
+    objective_settings(job.recipe.distill)  # before teachers are trained for a student that cannot be
     todo: dict[Any, Callable[[], object]] = {
         "teachers": lambda: stages.cofinetune(job),
         "cache": lambda: stages.dump(job),

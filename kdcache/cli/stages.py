@@ -7,7 +7,6 @@ directory only spares them the look. A student made with other settings is kept 
 from __future__ import annotations
 
 import shlex
-import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -125,6 +124,7 @@ def provenance() -> dict[str, Any]:
 def _keep_or_replace(run: RunDirectory, stage: Stage, inputs: Inputs, *, replace: bool) -> None:
     """MismatchError where a finished student was made with other inputs, unless it is to be replaced."""
     from kdcache.runs import changes, forget
+    from kdcache.training.durable import remove_directory
 
     differing = changes(run, stage, inputs)
     place = run.baseline if stage == "baseline" else run
@@ -137,7 +137,8 @@ def _keep_or_replace(run: RunDirectory, stage: Stage, inputs: Inputs, *, replace
     if replace:
         forget(run, stage)
         for made in (place.student, place.checkpoints / "distill"):
-            shutil.rmtree(made, ignore_errors=True)
+            if made.exists():
+                remove_directory(made)
         place.results.unlink(missing_ok=True)
 
 

@@ -11,7 +11,6 @@ and ends with the same weights (CPU, float32). ``results.json`` is written last:
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -25,10 +24,12 @@ from kdcache.distill.results import SCORED, STAGE, Measured, build_results, teac
 from kdcache.distill.sources import check_teachers, measure_speed
 from kdcache.distill.student_files import save_student, student_record
 from kdcache.distill.trainee import DistillTrainee
-from kdcache.distill.training import Training, prepare
+from kdcache.distill.training import NEWER_KEYS, Training, prepare
 from kdcache.methods.parts.hidden_states import PROJECTIONS, rate_factor
 from kdcache.report.cards import model_card
 from kdcache.runs import RunDirectory
+from kdcache.training.best_epoch import BestEpoch
+from kdcache.training.durable import remove_directory
 from kdcache.training.loop import LoopSettings, default_device, train
 from kdcache.training.metrics_log import MetricsLog
 
@@ -94,14 +95,13 @@ def _train(training: Training, validation: EncodedSplit | None, run: RunDirector
         model,
         training.source,
         validation,
-        place / "best",
-        identity,
+        BestEpoch(place / "best", place, identity),
         epochs=section.epochs,
         seed=section.seed,
         accumulation=section.accumulation,
         select_by=section.select_by,
     )
-    loop = replace(LoopSettings.from_section(section, identity), log_steps=1, own_rates=_own_rates(section, model))
+    loop = replace(LoopSettings.from_section(section, identity, NEWER_KEYS), log_steps=1, own_rates=_own_rates(section, model))
     outcome = train(trainee, loop, checkpoints=place, progress=progress, on_metrics=MetricsLog(run.metrics, STAGE))
     trainee.load_best(outcome.best_epoch)
     return outcome.best_epoch
@@ -128,4 +128,5 @@ def _save(training: Training, results: dict[str, Any], run: RunDirectory) -> Non
     )
     save_student(run.student, training.student, record, model_card(results))
     write_file(run.results, (json.dumps(results, indent=2, ensure_ascii=False) + "\n").encode())
-    shutil.rmtree(run.checkpoints / STAGE, ignore_errors=True)  # the student is safe: nothing is left to continue
+    if (run.checkpoints / STAGE).exists():  # the student is safe: nothing is left to continue
+        remove_directory(run.checkpoints / STAGE)  # at once: half a checkpoint would be damage to the next command

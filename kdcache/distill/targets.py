@@ -141,7 +141,8 @@ class Batch:
             return (self,)
         borders = np.linspace(0, len(self), pieces + 1).round().astype(int)
         mask = self.inputs["attention_mask"]
-        longest = np.maximum.reduceat(mask.numpy().sum(axis=1, dtype=np.int64), borders[:-1])  # no piece is empty
+        ends = (mask.numpy() * np.arange(1, mask.shape[1] + 1)).max(axis=1)  # of each row, where padding begins for good
+        longest = np.maximum.reduceat(ends.astype(np.int64), borders[:-1])  # no piece is empty
         targets = _Cuts(borders, longest, mask.shape[1]).targets(self.targets) if self.targets is not None else [None] * pieces
         spans = zip(itertools.pairwise(borders.tolist()), longest.tolist(), targets, strict=True)
         return tuple(

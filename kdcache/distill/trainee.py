@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from kdcache.distill.evaluation import EncodedSplit, selection_score, split_scores
 from kdcache.methods.base import Moment
-from kdcache.training import checkpoints
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from kdcache.distill.objective import DistillationModel
     from kdcache.distill.targets import Batch, TargetSource
+    from kdcache.training.best_epoch import BestEpoch
 
 
 @dataclass(frozen=True)
@@ -27,15 +26,14 @@ class Step:
 
 
 class DistillTrainee:
-    """``distillation`` holds student and projections; ``best`` is the directory that keeps the best epoch's student."""
+    """``distillation`` holds student and projections; ``best`` keeps the best epoch's student."""
 
     def __init__(
         self,
         distillation: DistillationModel,
         source: TargetSource,
         validation: EncodedSplit | None,
-        best: Path,
-        identity: Mapping[str, Any],
+        best: BestEpoch,
         *,
         epochs: int,
         seed: int = 0,
@@ -49,7 +47,6 @@ class DistillTrainee:
         self._source = source
         self._validation = validation
         self._best = best
-        self._identity = identity
         self._total_steps, self._seed = epochs * source.steps_per_epoch, seed
         self._accumulation = accumulation
         self._select_by = select_by
@@ -80,9 +77,12 @@ class DistillTrainee:
 
     def keep_best(self, epoch: int, metrics: dict[str, float]) -> None:  # noqa: ARG002 - of the protocol
         """Keep the student's weights durably; the projections have served."""
-        checkpoints.save(self._best, {"student": self._student.state_dict()}, step=epoch + 1, identity=self._identity)
+        self._best.keep(epoch, {"student": self._student.state_dict()})
+
+    def settle_best(self, epoch: int) -> None:
+        """Only ``epoch`` is needed from here on."""
+        self._best.settle(epoch)
 
     def load_best(self, epoch: int) -> None:
         """Put the weights of ``epoch`` (from 0) back into the student."""
-        state = checkpoints.load_step(self._best, epoch + 1)["student"]
-        self._student.load_state_dict(state)
+        self._student.load_state_dict(self._best.load(epoch)["student"])

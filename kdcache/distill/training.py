@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from kdcache.data.encoding import tokenizer_fingerprint
 from kdcache.distill.data import StudentData, student_data
 from kdcache.distill.joining import SplitJoin, join_counts
 from kdcache.distill.loader import CachedBatches
@@ -15,7 +16,7 @@ from kdcache.distill.objective import DistillationModel, ObjectiveSettings, obje
 from kdcache.distill.sources import open_source, teachers_beside
 from kdcache.distill.student import Student, build_student
 from kdcache.progress import format_bytes
-from kdcache.teachers.fingerprints import fingerprint_tensors
+from kdcache.teachers.fingerprints import fingerprint_tensors, lasting_config
 
 if TYPE_CHECKING:
     from kdcache.cache.reader import Cache
@@ -23,6 +24,15 @@ if TYPE_CHECKING:
     from kdcache.methods.base import Pair
     from kdcache.progress import Progress
     from kdcache.recipe import Recipe
+
+
+# Keys of ``Training.identity`` that kdcache 0.1.0 did not record; its checkpoints are compared on the others.
+NEWER_KEYS = frozenset(
+    (
+        "student.tokenizer", "student.token_types", "student.padding", "student.config", "student.network", "student.head", "labels",
+        "distill.layer_map",
+    )
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -66,7 +76,11 @@ class Training:
         )
 
     def identity(self, model: DistillationModel) -> dict[str, Any]:
-        """All that the weights depend on; the loop refuses to go on from a checkpoint of another training."""
+        """All that the weights depend on; the loop refuses to go on from a checkpoint of another training.
+
+        Of the loader: batches follow from data, cache, batch size, seed, window and ``missing``, which are here. Not here are the
+        device and the versions of libraries, which change rounding only: a training may go on elsewhere.
+        """
         section = self.recipe.distill.model_dump(mode="json", exclude={"checkpoint_steps"})
         return {f"distill.{key}": value for key, value in section.items()} | {
             "initial weights": fingerprint_tensors(model.state_dict().items()),
@@ -77,6 +91,22 @@ class Training:
             "targets": self.targets,
             "teachers": list(self.source.teachers),
             "layers": {name: list(layers) for name, layers in self.source.layer_map.items()},
+            **self._student_identity(),
+        }
+
+    def _student_identity(self) -> dict[str, Any]:
+        """``NEWER_KEYS``: what is no tensor of the student and changes what it reads or computes."""
+        model, tokenizer = self.student.model, self.student.tokenizer
+        head = model.head
+        shared = {} if head is None else {"pooling": head.pooling_name, "dropout": head.dropout.p}
+        return {
+            "student.tokenizer": tokenizer_fingerprint(tokenizer),
+            "student.token_types": "token_type_ids" in model.accepted.intersection(tokenizer.model_input_names),
+            "student.padding": [tokenizer.pad_token_id, tokenizer.padding_side],
+            "student.config": lasting_config(model.config.to_diff_dict()),
+            "student.network": type(model.network).__name__,
+            "student.head": {"kind": model.head_kind, **shared},
+            "labels": list(self.data.label_names),
         }
 
     def some_texts(self) -> list[tuple[str, ...]]:

@@ -41,8 +41,12 @@ def fingerprint_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
 
 def fingerprint_config(config: Mapping[str, Any]) -> str:
     """sha256 of the config as canonical JSON, without keys that do not change what the model computes."""
-    lasting = {key: value for key, value in config.items() if key not in _VOLATILE}
-    return hashlib.sha256(json.dumps(lasting, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(lasting_config(config), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def lasting_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a config that change what the model computes."""
+    return {key: value for key, value in config.items() if key not in _VOLATILE}
 
 
 def fingerprint_teacher(model: TeacherModel, tokenizer: PreTrainedTokenizerBase) -> Fingerprints:

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
 from kdcache.data.encoding import encode
 from kdcache.errors import DataError
 from kdcache.teachers.trainee import JointTrainee, Labels, TeacherTexts
-from kdcache.training import checkpoints, loop
+from kdcache.training import loop
+from kdcache.training.best_epoch import BestEpoch
 
 if TYPE_CHECKING:
     import numpy as np
@@ -82,12 +81,6 @@ def train(
     if settings.gradient_checkpointing:
         for source in sources.values():
             _checkpoint_activations(source.network)
-    container = nn.ModuleList(models.values())
-
-    def keep(epoch: int, scores: Mapping[str, float]) -> None:
-        state = {"model": container.state_dict(), "metrics": dict(scores)}
-        checkpoints.save(place / "best", state, step=epoch + 1, identity=identity, keep=2)
-
     trainee = JointTrainee(
         models,
         texts,
@@ -96,16 +89,15 @@ def train(
         accumulation=settings.accumulation,
         select_by=settings.select_by,
         seed=settings.seed,
-        keep=keep,
+        best=BestEpoch(place / "best", place, identity),
         note=progress.note,
     )
     loop_settings = loop.LoopSettings.from_section(settings, identity)
     outcome = loop.train(trainee, loop_settings, checkpoints=place / "checkpoints", progress=progress, on_metrics=metrics)
-    best = outcome.best_epoch + 1
-    if best != settings.epochs:
-        container.load_state_dict(checkpoints.load_step(place / "best", best)["model"])
-    container.eval()
-    return best
+    if outcome.best_epoch + 1 != settings.epochs:
+        trainee.load_best(outcome.best_epoch)
+    trainee.model.eval()
+    return outcome.best_epoch + 1
 
 
 def _encoded(source: Source, train_rows: LabelledRows, validation: LabelledRows | None) -> TeacherTexts:

@@ -25,6 +25,7 @@ from kdcache.training.loop import micro_batches
 
 if TYPE_CHECKING:
     from kdcache.teachers.teacher import TeacherModel
+    from kdcache.training.best_epoch import BestEpoch
 
 _EVALUATION_TOKENS = 4096  # padded tokens of one forward pass
 
@@ -59,14 +60,14 @@ class JointTrainee:
         accumulation: int,
         select_by: str,
         seed: int,
-        keep: Callable[[int, Mapping[str, float]], None],
+        best: BestEpoch,
         note: Callable[[str], None],
     ) -> None:
         self.model: nn.Module = nn.ModuleList(models.values())
         self.steps_per_epoch = math.ceil(len(labels.train) / batch_size)
         self._models, self._texts, self._labels = models, texts, labels
         self._batch_size, self._accumulation, self._select_by, self._seed = batch_size, accumulation, select_by, seed
-        self._keep, self._note = keep, note
+        self._best, self._note = best, note
 
     def batches(self, epoch: int, first_step: int) -> Iterator[np.ndarray]:
         """Rows of each batch: an order that is a pure function of seed and epoch."""
@@ -113,7 +114,16 @@ class JointTrainee:
         return predict(self._models[name], texts.validation, texts.pad_token_id)
 
     def keep_best(self, epoch: int, metrics: Mapping[str, float]) -> None:
-        self._keep(epoch, metrics)
+        """Keep the weights of all teachers and their scores."""
+        self._best.keep(epoch, {"model": self.model.state_dict(), "metrics": dict(metrics)})
+
+    def settle_best(self, epoch: int) -> None:
+        """Only ``epoch`` is needed from here on."""
+        self._best.settle(epoch)
+
+    def load_best(self, epoch: int) -> None:
+        """Put the weights of ``epoch`` (from 0) back into the teachers."""
+        self.model.load_state_dict(self._best.load(epoch)["model"])
 
 
 MEAN = "mean of teachers"  # not a possible name of a teacher

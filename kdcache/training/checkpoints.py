@@ -13,7 +13,7 @@ import io
 import json
 import pickle
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,46 +28,59 @@ _PREFIX = "step-"
 
 
 def save(
-    directory: Path, state: Mapping[str, Any], *, step: int, identity: Mapping[str, Any] | None = None, keep: int = 1
+    directory: Path, state: Mapping[str, Any], *, step: int, identity: Mapping[str, Any] | None = None, keep: int | None = 1
 ) -> Path:
-    """Write ``state`` as the checkpoint of ``step``; leaves the ``keep`` newest ones.
+    """Write ``state`` as the checkpoint of ``step``; leaves the ``keep`` newest ones, all of them where it is None.
 
     Values are what ``torch.save`` takes and ``torch.load(weights_only=True)`` gives back. Raises StorageError.
     """
     make_directory(directory)
     clean(directory)
-    final = directory / f"{_PREFIX}{step:08d}"
+    final = directory / _step_name(step)
     temporary = directory / f".{final.name}.tmp"
     temporary.mkdir()
     files = {f"{key}.pt": _write(temporary / f"{key}.pt", value) for key, value in state.items()}
     record = {"format": 1, "step": step, "identity": dict(identity or {}), "files": files}
     write_durably(temporary / RECORD, json.dumps(record, indent=1).encode())
     publish_directory(temporary, final)
-    for old in _steps(directory)[:-keep]:
+    for old in _steps(directory)[:-keep] if keep is not None else ():
         remove_directory(old)
     return final
 
 
-def load_latest(directory: Path, *, identity: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
+def keep_only(directory: Path, step: int) -> None:
+    """Remove the checkpoints of all other steps. Raises StorageError."""
+    clean(directory)
+    for path in _steps(directory):
+        if path.name != _step_name(step):
+            remove_directory(path)
+
+
+def load_latest(
+    directory: Path, *, identity: Mapping[str, Any] | None = None, newer_keys: Collection[str] = ()
+) -> dict[str, Any] | None:
     """The newest complete checkpoint as saved, or None where there is none; half-written ones are ignored.
+
+    ``newer_keys``: keys of ``identity`` that earlier versions did not record. Where a checkpoint lacks one of them, that key is
+    not compared; where it has it, it must be equal. All other keys must be there and equal.
 
     Raises DamageError naming the file that is missing, truncated or altered; MismatchError (exit 4) naming what differs
     where ``identity`` is given and is not that of the checkpoint.
     """
     found = _steps(directory)
-    return load(found[-1], identity=identity) if found else None
+    return load(found[-1], identity=identity, newer_keys=newer_keys) if found else None
 
 
 def load_step(directory: Path, step: int) -> dict[str, Any]:
     """The checkpoint of that step; DamageError where it is gone."""
-    return load(directory / f"{_PREFIX}{step:08d}")
+    return load(directory / _step_name(step))
 
 
-def load(checkpoint: Path, *, identity: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """One checkpoint directory, checked before anything is decoded."""
+def load(checkpoint: Path, *, identity: Mapping[str, Any] | None = None, newer_keys: Collection[str] = ()) -> dict[str, Any]:
+    """One checkpoint directory, checked before anything is decoded; arguments and errors as of ``load_latest``."""
     record = _read_record(checkpoint)
     if identity is not None:
-        _check_identity(checkpoint, record["identity"], identity)
+        _check_identity(checkpoint, record["identity"], identity, newer_keys)
     return {name.removesuffix(".pt"): _read(checkpoint / name, entry) for name, entry in record["files"].items()}
 
 
@@ -75,6 +88,10 @@ def clean(directory: Path) -> None:
     """Remove what an interrupted ``save`` left behind."""
     for leftover in directory.glob(f".{_PREFIX}*.tmp"):
         shutil.rmtree(leftover)
+
+
+def _step_name(step: int) -> str:
+    return f"{_PREFIX}{step:08d}"
 
 
 def _steps(directory: Path) -> list[Path]:
@@ -133,11 +150,27 @@ def _read(path: Path, entry: Mapping[str, Any]) -> Any:
         raise DamageError(f"checkpoint file '{path}' cannot be decoded: {error}", _afresh(path.parent)) from error
 
 
-def _check_identity(checkpoint: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    wanted = json.loads(json.dumps(wanted))
-    differing = [key for key in sorted({*saved, *wanted}) if saved.get(key) != wanted.get(key)]
+def identity_changes(
+    saved: Mapping[str, Any], wanted: Mapping[str, Any], newer_keys: Collection[str] = ()
+) -> dict[str, tuple[Any, Any]]:
+    """What differs, by key, as (then, now); inside of tables by dotted keys. ``newer_keys`` as of ``load_latest``."""
+    wanted = {key: value for key, value in json.loads(json.dumps(wanted)).items() if key in saved or key not in newer_keys}
+    return dict(_changes(saved, wanted))
+
+
+def _changes(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> Iterator[tuple[str, tuple[Any, Any]]]:
+    for key in sorted({*saved, *wanted}):
+        then, now = saved.get(key), wanted.get(key)
+        if isinstance(then, dict) and isinstance(now, dict):
+            yield from ((f"{key}.{inner}", change) for inner, change in _changes(then, now))
+        elif then != now:
+            yield key, (then, now)
+
+
+def _check_identity(checkpoint: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any], newer_keys: Collection[str]) -> None:
+    differing = identity_changes(saved, wanted, newer_keys)
     if differing:
-        changes = "; ".join(f"{key}: {_short(saved.get(key))} then, {_short(wanted.get(key))} now" for key in differing)
+        changes = "; ".join(f"{key}: {_short(then)} then, {_short(now)} now" for key, (then, now) in differing.items())
         message = f"checkpoint '{checkpoint}' belongs to another training: {changes}"
         raise MismatchError(message, f"Restore these settings, or start afresh: rm -r '{checkpoint.parent}'")
 

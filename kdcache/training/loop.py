@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -55,7 +55,10 @@ class Trainee(Protocol):
         """
 
     def keep_best(self, epoch: int, metrics: Metrics) -> None:
-        """Keep the weights as they are now, durably: no epoch was better so far."""
+        """Keep the weights as they are now, durably, beside those kept before: no epoch was better so far."""
+
+    def settle_best(self, epoch: int) -> None:
+        """The newest checkpoint names ``epoch`` as the best: the weights kept of other epochs can go."""
 
 
 @dataclass(frozen=True)
@@ -73,9 +76,12 @@ class LoopSettings:
     seed: int = 0
     own_rates: Mapping[str, float] = field(default_factory=dict)  # learning rates of parameters by the start of their names
     identity: Mapping[str, Any] = field(default_factory=dict)
+    newer_keys: frozenset[str] = (
+        frozenset()
+    )  # of ``identity``: not compared with a checkpoint of an earlier version that lacks them
 
     @classmethod
-    def from_section(cls, section: OptimSection, identity: Mapping[str, Any]) -> LoopSettings:
+    def from_section(cls, section: OptimSection, identity: Mapping[str, Any], newer_keys: Iterable[str] = ()) -> LoopSettings:
         return cls(
             epochs=section.epochs,
             learning_rate=section.learning_rate,
@@ -86,11 +92,12 @@ class LoopSettings:
             checkpoint_steps=section.checkpoint_steps,
             seed=section.seed,
             identity=identity,
+            newer_keys=frozenset(newer_keys),
         )
 
     def full_identity(self, steps_per_epoch: int) -> dict[str, Any]:
         """What a checkpoint must agree on; how often checkpoints and log lines are written is free."""
-        free = ("checkpoint_steps", "identity")
+        free = ("checkpoint_steps", "identity", "newer_keys")
         settled = {name: value for name, value in vars(self).items() if name not in free}
         return {**settled, "steps_per_epoch": steps_per_epoch, **self.identity}
 
@@ -188,6 +195,7 @@ class _Run:
         self.evaluate()
         place.epoch, place.step_in_epoch = place.epoch + 1, 0
         self.save()
+        self.trainee.settle_best(place.best_epoch)
 
     def step(self, batch: Any) -> float:
         """One optimizer step; the batch's loss."""
@@ -270,7 +278,7 @@ class _Run:
 
     def resume(self) -> None:
         """Go on from the newest checkpoint; from the start where there is none."""
-        state = checkpoint_files.load_latest(self.checkpoints, identity=self.identity)
+        state = checkpoint_files.load_latest(self.checkpoints, identity=self.identity, newer_keys=self.settings.newer_keys)
         if state is not None:
             self.trainee.model.load_state_dict(state.pop("model"))
             self.optimizer.load_state_dict(state.pop("optimizer"))

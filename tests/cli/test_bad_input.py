@@ -147,6 +147,18 @@ def test_an_output_directory_that_is_a_file(review_recipe: Path, tmp_path: Path)
     check(kdcache("cofinetune", review_recipe, "--output-dir", tmp_path / "file"), 1, "run directory", "--output-dir")
 
 
+@pytest.mark.parametrize("command", ["distill", "run"])
+@pytest.mark.parametrize("there", [True, False], ids=["a finished run", "no run"])
+def test_a_method_that_there_is_not(command: str, there: bool, finished: FinishedRun, tmp_path: Path) -> None:
+    """It is named before anything else is compared with it, and before anything is trained for it."""
+    runs = finished.runs if there else tmp_path
+    said = kdcache(command, finished.recipe, "--output-dir", runs, "--set", "distill.method=mtbert")
+    assert said.code == 2
+    assert "no distillation method 'mtbert'; there are: mt-bert, kd, fine-tune" in said.err
+    assert "Did you mean distill.method = 'mt-bert'?" in said.err
+    assert not list(tmp_path.iterdir())
+
+
 def test_texts_that_the_cache_lacks(copied: FinishedRun, tmp_path: Path) -> None:
     train = tmp_path / "train.tsv"
     train.write_text((copied.recipe.parent / "train.tsv").read_text() + "a text of tomorrow\t1\n")

@@ -98,6 +98,14 @@ def test_replace_makes_the_student_anew_and_leaves_the_rest(copied: FinishedRun)
     assert said.err.count("finished already, skipped") == 3  # teachers, cache, baseline: none depends on the temperature
 
 
+def test_replace_where_there_is_nothing_to_replace(copied: FinishedRun) -> None:
+    arguments = ("--cache", copied.root / "cache", "--set", "name=fresh", "--replace", "--json")
+    said = copied.call("distill", *arguments)
+    assert said.code == 0, said.err
+    assert (copied.runs / "fresh" / "student" / "model.safetensors").is_file()
+    assert copied.call("distill", *arguments, "--set", "distill.seed=3").document["seed"] == 3  # and now there is
+
+
 def test_a_second_student_from_the_same_cache_has_a_run_of_its_own(copied: FinishedRun) -> None:
     said = copied.call("distill", "--cache", copied.root / "cache", "--set", "name=second", "--set", "distill.seed=1", "--json")
     assert said.code == 0, said.err

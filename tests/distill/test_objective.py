@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import cast
 
 import numpy as np
 import pytest
@@ -11,14 +12,15 @@ import torch
 from torch import Tensor
 
 from kdcache.distill.objective import DistillationModel, ObjectiveSettings, objective_settings
-from kdcache.distill.student import Student, build_student
+from kdcache.distill.student import Student, StudentModel, build_student
 from kdcache.distill.targets import Batch, Hidden, Targets
 from kdcache.methods.base import Method
 from kdcache.methods.parts.hidden_states import HiddenStates
 from kdcache.methods.parts.soft_labels import SoftLabels
 from kdcache.methods.parts.task import TaskLoss
 from kdcache.methods.parts.weighting import teacher_cross_entropy
-from kdcache.recipe import DistillSection, StudentSection
+from kdcache.recipe import DistillSection, StudentSection, WeightsSection
+from kdcache.testing.steps import LoopStudent
 from kdcache.testing.tiny import make_model
 
 ROWS, LENGTH, CLASSES = 6, 5, 2
@@ -103,6 +105,92 @@ def test_mt_bert_is_the_sum_of_its_terms(student: Student, batch: Batch, paper: 
     assert terms["soft"] == pytest.approx(terms["soft/a"] + terms["soft/b"], rel=1e-6)
     assert {f"hidden/{name}/{layer}" for name in TEACHERS for layer in (1, 2)} < set(terms)
     assert 0 < terms["weight/a"] < 1
+
+
+def mt_bert_in_loops(model: DistillationModel, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    """The paper's loss of a whole step: row by row, teacher by teacher, token by token, coordinate by coordinate."""
+    assert batch.targets is not None
+    settings = model.settings
+    temperature = settings.temperature
+    output = model.student(batch.inputs, hidden_states=True)
+    labelled = [row for row in range(ROWS) if batch.labels[row] >= 0]
+    task, soft, hidden = (torch.zeros((), dtype=torch.float64) for _ in range(3))
+    for row in range(ROWS):
+        q = output.logits[row].softmax(dim=0)
+        softened = (output.logits[row] / temperature).softmax(dim=0)
+        label = int(batch.labels[row])
+        if label >= 0:
+            task = task - q[label].log() / len(labelled)
+        for teacher in range(len(TEACHERS)):
+            logits = batch.targets.logits[teacher, row]
+            weight = 1.0 if label < 0 else 1.0 / (1.0 - float(logits.softmax(dim=0)[label].log()))
+            p = (logits / temperature).softmax(dim=0)
+            for place in range(CLASSES):
+                soft = soft - weight * p[place] * softened[place].log() / ROWS
+    if settings.t_squared:
+        soft = temperature**2 * soft
+    if settings.needs_hidden:
+        for (teacher, layer), target in batch.targets.hidden.items():
+            mse = torch.zeros((), dtype=torch.float64)
+            for place, position in enumerate(target.positions.tolist()):
+                state, told = output.hidden_states[layer][position // LENGTH][position % LENGTH], target.values[place]
+                if settings.direction == "student-to-teacher":
+                    first = 0 if teacher == 0 else DIMS[0, layer]
+                    matrix = model.projections.matrices[f"layer{layer}"][first : first + DIMS[teacher, layer]]
+                    state = matrix.double() @ state
+                else:
+                    told = model.projections.matrices[f"layer{layer}-teacher{teacher}"].double() @ told.double()
+                for mine, theirs in zip(state, told, strict=True):
+                    mse = mse + (mine - theirs) ** 2 / (len(state) * len(target.positions))
+            hidden = hidden + (mse / VARIANCES[teacher, layer] / len(DIMS) if not settings.paper else mse)
+    loss = settings.task * task + settings.soft * soft + settings.hidden * hidden
+    return loss, {"task": task, "soft": soft, "hidden": hidden}
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 4])
+@pytest.mark.parametrize(
+    "section",
+    [
+        DistillSection(),
+        DistillSection(paper=True),
+        DistillSection(temperature=2.0, t_squared=True, weights=WeightsSection(task=0.5, soft=2.0, hidden=0.0)),
+    ],
+    ids=["default", "paper", "no hidden"],
+)
+def test_the_module_trains_on_the_loss_of_mt_bert(batch: Batch, section: DistillSection, pieces: int) -> None:
+    """Loss, terms and gradients of a step, through forward and backward of its micro-batches, some rows of it without a label."""
+    settings = objective_settings(section)
+    assert batch.targets is not None
+    batch = replace(batch, targets=replace(batch.targets, logits=batch.targets.logits.double()))
+    student = cast("StudentModel", LoopStudent(CLASSES))
+    dims = DIMS if settings.needs_hidden else {}
+    model = DistillationModel(student, settings, TEACHERS, dims=dims, variances=lambda _epoch: VARIANCES, seed=0).train()
+    generator = torch.Generator().manual_seed(6)
+    if settings.needs_hidden and settings.direction == "student-to-teacher":
+        model.projections.double()
+    for matrix in model.projections.parameters() if settings.needs_hidden else ():
+        matrix.data.normal_(generator=generator)  # those on the student's side start at zero
+    expected, expected_terms = mt_bert_in_loops(model, batch)
+    expected.backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+
+    counts, found, terms = model.counts([batch]), 0.0, {}
+    for piece in batch.split(pieces):
+        loss, parts = model(piece, counts)
+        loss.backward()
+        found += loss.item()
+        terms = {name: terms.get(name, 0.0) + value.item() for name, value in parts.items()}
+    exact = 1e-5 if settings.needs_hidden else 1e-12  # the hidden loss is computed in float32, all else is float64 here
+    assert found == pytest.approx(expected.item(), rel=exact)
+    assert terms["task"] == pytest.approx(expected_terms["task"].item(), rel=1e-12)
+    assert terms["soft"] == pytest.approx(expected_terms["soft"].item(), rel=1e-12)
+    assert terms.get("hidden", 0.0) == pytest.approx(expected_terms["hidden"].item(), rel=1e-5)
+    for name, parameter in model.named_parameters():
+        wanted = gradients[name]
+        assert wanted is not None, name
+        assert parameter.grad is not None, name
+        assert torch.allclose(parameter.grad, wanted, rtol=exact, atol=10 * exact * float(wanted.abs().max())), name
 
 
 def test_kd_is_cross_entropy_with_the_mean_probability(student: Student, batch: Batch) -> None:

@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from kdcache.distill.stage import DistillResult, distill
+from kdcache.distill.trainee import DistillTrainee
+from kdcache.distill.training import Training
 from kdcache.errors import DamageError, KdcacheError, MismatchError, ModelError, RecipeError
 from kdcache.progress import SilentProgress
 from kdcache.recipe import Recipe
@@ -221,6 +223,78 @@ def test_without_validation_the_last_epoch_is_kept(tiny_run: TinyRun, tmp_path: 
     result = run(tiny_run.recipe("distill.epochs=2").model_copy(update={"data": data}), tiny_run.cache, tmp_path)
     assert result.results["best_epoch"] == 2
     assert set(result.scores) == {"test"}
+
+
+class _Enough(Exception):
+    """Ends a training from inside."""
+
+
+@pytest.mark.parametrize(
+    ("overrides", "ratio"), [([], 10.0), (["distill.paper=true"], 1.0), (["distill.projection_learning_rate=3e-3"], 3.0)]
+)
+def test_the_projections_move_at_a_rate_of_their_own(
+    tiny_run: TinyRun, tmp_path: Path, overrides: list[str], ratio: float
+) -> None:
+    """W moves ten times as far in a step as the student does, or as the recipe says.
+
+    The first step of AdamW moves every number by the learning rate, whatever its gradient; weight decay is switched off.
+    """
+    from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+    before: list[torch.Tensor] = []
+    moved: dict[str, float] = {}
+
+    def parameters(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+        return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+    def remember(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        before.extend(parameter.detach().clone() for parameter in parameters(optimizer))
+
+    def compare(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        for was, parameter in zip(before, parameters(optimizer), strict=True):
+            kind = "projections" if id(parameter) in projections else "student"
+            moved[kind] = max(moved.get(kind, 0.0), float((parameter.detach() - was).abs().max()))
+        raise _Enough
+
+    projections: set[int] = set()
+    make = Training.model
+
+    def model(self: Training) -> Any:
+        made = make(self)
+        projections.update(id(parameter) for parameter in made.projections.parameters())
+        return made
+
+    hooks = [register_optimizer_step_pre_hook(remember), register_optimizer_step_post_hook(compare)]
+    try:
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(_Enough):
+            patch.setattr(Training, "model", model)
+            run(tiny_run.recipe("distill.weight_decay=0.0", *overrides), tiny_run.cache, tmp_path)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert moved["student"] > 0
+    assert moved["projections"] / moved["student"] == pytest.approx(ratio, rel=0.01)
+
+
+def test_the_best_epoch_is_what_is_saved_and_scored(tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three epochs the second one: neither the first nor the last."""
+    evaluate = DistillTrainee.evaluate
+    weights_of: list[dict[str, torch.Tensor]] = []
+    losses: list[float] = []
+
+    def scored(self: DistillTrainee, epoch: int) -> dict[str, float]:
+        found = evaluate(self, epoch)
+        weights_of.append({name: tensor.clone() for name, tensor in self._student.network.state_dict().items()})
+        losses.append(found["validation/loss"])
+        return {**found, "score": (0.2, 0.9, 0.5)[epoch]}
+
+    monkeypatch.setattr(DistillTrainee, "evaluate", scored)
+    result = run(tiny_run.recipe("distill.epochs=3"), tiny_run.cache, tmp_path)
+    assert result.results["best_epoch"] == 2
+    saved = weights(result)
+    assert all(torch.equal(saved[name], weights_of[1][name]) for name in saved)
+    assert any(not torch.equal(saved[name], weights_of[2][name]) for name in saved)
+    assert result.scores["validation"]["loss"] == pytest.approx(losses[1], rel=1e-6)
 
 
 def test_damage_is_found_before_the_rows_are_used(tiny_run: TinyRun, tmp_path: Path, copied: Copy) -> None:

@@ -69,6 +69,25 @@ def test_distillation_loss_is_equation_of_the_paper(
     assert loss.item() == pytest.approx(expected, rel=1e-12)
 
 
+def test_no_gradient_flows_through_weights_that_depend_on_the_student(student: Tensor, teachers: Tensor) -> None:
+    """A weighting may look at the student's logits; its weights are constants all the same, as in a loop over rows."""
+
+    def confidence(student_logits: Tensor, teacher_logits: Tensor, _labels: Tensor, /) -> Tensor:
+        return student_logits.softmax(dim=-1).amax(dim=-1).expand(teacher_logits.shape[:2])
+
+    student.requires_grad_()
+    expected = torch.zeros_like(student)
+    for row in range(ROWS):
+        q = softmax(student[row].tolist())
+        for teacher in range(TEACHERS):
+            p = softmax(teachers[teacher, row].tolist())
+            for place in range(CLASSES):  # d CE(p, softmax(z)) / dz = softmax(z) - p, times a weight that stays as it is
+                expected[row, place] += max(q) * (q[place] - p[place]) / ROWS
+    DistillationLoss(weighting=confidence)(student, teachers, LABELS).backward()
+    assert student.grad is not None
+    assert torch.allclose(student.grad, expected, rtol=1e-12, atol=1e-14)
+
+
 def test_task_loss_counts_labelled_rows_only(student: Tensor) -> None:
     rows = [row for row in range(ROWS) if LABELS[row] >= 0]
     expected = sum(-math.log(softmax(student[row].tolist())[int(LABELS[row])]) for row in rows) / len(rows)

@@ -15,6 +15,7 @@ from kdcache.teachers.head import SharedHead, new_adapter
 from kdcache.teachers.teacher import TeacherModel, load_encoder
 from kdcache.teachers.trainee import MEAN, JointTrainee, Labels, TeacherTexts, predict, score_teachers
 from kdcache.testing.tiny import reviews
+from kdcache.training.best_epoch import BestEpoch
 
 ROWS = 11
 
@@ -45,7 +46,7 @@ def make_trainee(tiny_models: dict[str, Path], *, accumulation: int) -> JointTra
         accumulation=accumulation,
         select_by="accuracy",
         seed=0,
-        keep=lambda epoch, metrics: None,  # noqa: ARG005
+        best=BestEpoch(Path(), Path(), {}),
         note=lambda message: None,  # noqa: ARG005
     )
 

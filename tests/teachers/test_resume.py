@@ -10,12 +10,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from kdcache.cache import files
 from kdcache.errors import DamageError, LockedError, MismatchError, StorageError
 from kdcache.progress import SilentProgress
 from kdcache.recipe import Recipe, dump_toml
+from kdcache.teachers import cofinetune as cofinetune_stage
+from kdcache.teachers.bundle import read_bundle
 from kdcache.teachers.cofinetune import cofinetune
+from kdcache.teachers.trainee import JointTrainee
 from kdcache.testing.faults import failing_disk
 from kdcache.training.durable import hold_lock
 
@@ -87,6 +91,47 @@ def test_kill_minus_nine_loses_nothing(recipe: Recipe, tmp_path: Path) -> None:
         assert statuses[-1] == 0, name
         assert statuses.count(signal.SIGKILL) >= (0 if name == "moments" else 5), name  # it may be done before the moment comes
         assert files_in(tmp_path / name) == undisturbed, name
+
+
+def test_the_best_epoch_outlives_kills_after_which_epochs_score_differently(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed twice between keeping a better epoch and the checkpoint that names it; run again, those epochs score worse."""
+    changed = recipe.model_copy(update={"cofinetune": recipe.cofinetune.model_copy(update={"epochs": 4})})
+    evaluate, keep_best = JointTrainee.evaluate, JointTrainee.keep_best
+    weights: dict[int, bytes] = {}
+
+    def run_with(scores: dict[int, float], interrupted_at: int | None = None) -> None:
+        def scored(self: JointTrainee, epoch: int) -> dict[str, float]:
+            weights[epoch] = b"".join(tensor.numpy().tobytes() for tensor in self.model.state_dict().values())
+            return {**evaluate(self, epoch), "score": scores[epoch]}
+
+        def kept(self: JointTrainee, epoch: int, metrics: dict[str, float]) -> None:
+            keep_best(self, epoch, metrics)
+            if epoch == interrupted_at:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(JointTrainee, "evaluate", scored)
+        monkeypatch.setattr(JointTrainee, "keep_best", kept)
+        run(changed, tmp_path)
+
+    with pytest.raises(KeyboardInterrupt):
+        run_with({0: 0.5, 1: 0.6}, interrupted_at=1)
+    with pytest.raises(KeyboardInterrupt):
+        run_with({1: 0.1, 2: 0.7}, interrupted_at=2)
+    saved: list[bytes] = []
+    save = cofinetune_stage.save_teachers
+    monkeypatch.setattr(
+        cofinetune_stage,
+        "save_teachers",
+        lambda directory, bundle, head, sources, models: (
+            saved.append(b"".join(t.numpy().tobytes() for t in torch.nn.ModuleList(models.values()).state_dict().values())),
+            save(directory, bundle, head, sources, models),
+        )[1],
+    )
+    run_with({2: 0.1, 3: 0.1})
+    assert read_bundle(tmp_path / "teachers").training["best_epoch"] == 1
+    assert saved == [weights[0]]
 
 
 @pytest.mark.parametrize("step", [1, 9, 10, 14, 33, 58, 62, 67, 76, 78])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 from collections.abc import Iterator, Mapping
@@ -18,7 +19,7 @@ from kdcache.errors import DamageError, MismatchError, NonFiniteError, RecipeErr
 from kdcache.progress import SilentProgress
 from kdcache.training.loop import LoopSettings, Outcome, micro_batches, train
 from kdcache.training.metrics_log import MetricsLog
-from kdcache.training.precision import check_precision
+from kdcache.training.precision import check_precision, make_accelerator
 
 SETTINGS = LoopSettings(epochs=3, learning_rate=0.05, checkpoint_steps=2, log_steps=2, seed=3, identity={"data": "a"})
 
@@ -34,6 +35,7 @@ class Regression:
     steps_per_epoch: int = 5
     dropout: float = 0.5
     kept: list[int] = field(default_factory=list)
+    settled: list[int] = field(default_factory=list)
     seen: int = 0
 
     def __post_init__(self) -> None:
@@ -66,6 +68,9 @@ class Regression:
     def keep_best(self, epoch: int, metrics: Mapping[str, float]) -> None:  # noqa: ARG002
         self.kept.append(epoch)
 
+    def settle_best(self, epoch: int) -> None:
+        self.settled.append(epoch)
+
 
 def run(trainee: Regression, directory: Path, settings: LoopSettings = SETTINGS) -> Outcome:
     log = MetricsLog(directory / "metrics.jsonl", "toy")
@@ -86,6 +91,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, list[d
     trainee = Regression()
     assert run(trainee, directory) == Outcome(best_epoch=1, steps=15)
     assert trainee.kept == [0, 1]
+    assert trainee.settled == [0, 1, 1]
     return weights(trainee), lines(directory)
 
 
@@ -190,6 +196,59 @@ def test_a_gradient_that_is_not_finite_is_not_applied(tmp_path: Path) -> None:
     with pytest.raises(NonFiniteError, match=r"step 3 \(epoch 1\): gradient norm = (inf|nan)"):
         run(trainee, tmp_path)
     assert all(torch.isfinite(parameter).all() for parameter in trainee.model.parameters())
+
+
+@contextlib.contextmanager
+def gradients_as_applied() -> Iterator[list[Tensor]]:
+    """All gradients in a row, at every step of any optimizer, as the optimizer gets them."""
+    from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+    seen: list[Tensor] = []
+
+    def look(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        seen.append(torch.cat([parameter.grad.flatten().clone() for parameter in parameters if parameter.grad is not None]))
+
+    hook = register_optimizer_step_pre_hook(look)
+    try:
+        yield seen
+    finally:
+        hook.remove()
+
+
+@pytest.mark.parametrize("micro", [1, 2])
+def test_the_gradient_that_is_applied_is_no_longer_than_allowed(micro: int, tmp_path: Path) -> None:
+    """The whole gradient of a step is shortened, all micro-batches and parameters together, and keeps its direction."""
+    one_step = replace(SETTINGS, epochs=1, log_steps=1)
+    applied: dict[float, Tensor] = {}
+    for limit in (1e9, 0.25):
+        with gradients_as_applied() as seen:
+            run(Regression(micro=micro, steps_per_epoch=1), tmp_path / str(limit), replace(one_step, max_grad_norm=limit))
+        (applied[limit],) = seen
+        assert lines(tmp_path / str(limit))[0]["grad_norm"] == pytest.approx(float(applied[1e9].norm()))  # before the cut
+    assert float(applied[1e9].norm()) > 0.25
+    assert float(applied[0.25].norm()) == pytest.approx(0.25, rel=1e-4)
+    torch.testing.assert_close(applied[0.25] / applied[0.25].norm(), applied[1e9] / applied[1e9].norm())
+
+
+def test_the_scale_of_losses_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """fp16's gradient scaler finds its scale by trial; a resumed training that started again at the first one would skip steps."""
+    made: list[Any] = []
+
+    def scaled(precision: str) -> Any:
+        accelerator = make_accelerator(precision)
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0, growth_interval=3)
+        made.append(accelerator)
+        return accelerator
+
+    monkeypatch.setattr("kdcache.training.loop.make_accelerator", scaled)
+    run(Regression(), tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(Regression(die_at=8), tmp_path / "resumed")
+    run(Regression(), tmp_path / "resumed")
+    whole, _, resumed = (accelerator.scaler.state_dict() for accelerator in made)
+    assert whole["scale"] == 2.0 * 2**5  # 15 steps, none of them skipped
+    assert resumed == whole
 
 
 def test_fp16_needs_a_gpu() -> None:

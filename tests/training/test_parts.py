@@ -69,6 +69,30 @@ def test_all_generators_go_back_to_where_they_were(tmp_path: Path) -> None:
     assert draw() == first
 
 
+@pytest.mark.parametrize(("then", "now"), [(2, 1), (1, 2), (2, 2)])
+def test_generators_of_gpus_go_back_where_others_are_visible_now(then: int, now: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A training of one process uses the first GPU; how many more were visible must not matter to its resume."""
+    restored: dict[int, int] = {}
+
+    def set_rng_state(state: torch.Tensor, device: int) -> None:
+        if device >= now:
+            raise IndexError("tuple index out of range")  # as torch does
+        restored[device] = int(state[0])
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: now)
+    for module in (torch.cuda, torch.cuda.random):
+        monkeypatch.setattr(module, "set_rng_state", set_rng_state)
+    restore_rng_state(rng_state_without_gpus() | {"cuda": [torch.tensor([10 + device]) for device in range(then)]})
+    assert restored == {device: 10 + device for device in range(min(then, now))}
+
+
+def rng_state_without_gpus() -> dict[str, object]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        return rng_state()
+
+
 def test_lines_of_other_stages_stay_and_torn_ones_go(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     one, two = MetricsLog(path, "one"), MetricsLog(path, "two")

@@ -89,7 +89,7 @@ def _first(target: Hidden, flat: Tensor, first: Tensor) -> Vectors:
 def _mean(target: Hidden, flat: Tensor, begins: Tensor) -> Vectors:
     found = len(target.positions)
     if not found:
-        return _nothing(flat.new_zeros(len(begins), flat.shape[1]), target)
+        return _nothing(flat.index_select(0, begins), target)
     offsets = torch.searchsorted(target.positions, begins)
     counts = torch.diff(offsets, append=offsets.new_tensor([found]))
     teacher = F.embedding_bag(torch.arange(found, device=offsets.device), target.aligned(), offsets, mode="mean")
@@ -283,15 +283,19 @@ class HiddenProjections(nn.Module):
         if self.direction == "student-to-teacher":
             return F.linear(student, self._blocks(pair[1])[pair]), teacher
         if self.direction == "teacher-to-student":
-            return student, F.linear(teacher, self.matrices[own])
+            return student, _on_teacher(teacher, self.matrices[own])
         if self.direction == "both":
-            return F.linear(student, self.matrices[f"{own}-student"]), F.linear(teacher, self.matrices[f"{own}-teacher"])
+            return F.linear(student, self.matrices[f"{own}-student"]), _on_teacher(teacher, self.matrices[f"{own}-teacher"])
         return student, teacher
 
     def _blocks(self, layer: int) -> dict[Pair, Tensor]:
         pairs = [pair for pair in self.dims if pair[1] == layer]
         blocks = self.matrices[f"layer{layer}"].split([self.dims[pair] for pair in pairs])
         return dict(zip(pairs, blocks, strict=True))
+
+
+def _on_teacher(teacher: Tensor, matrix: Tensor) -> Tensor:
+    return F.linear(teacher.to(matrix.dtype), matrix)  # stored values are float32 at most
 
 
 def rate_factor(paper: bool) -> int:

@@ -65,7 +65,8 @@ def _differences(rows: Tensor) -> Tensor:
 def _scaled_distances(rows: Tensor, pairs: Tensor) -> Tensor:
     distances = torch.linalg.vector_norm(_differences(rows), dim=-1) * pairs
     mean = distances.sum(dim=(-2, -1), keepdim=True) / pairs.sum(dim=(-2, -1), keepdim=True).clamp(min=1)
-    return distances / mean.clamp(min=_TINY)
+    scaled: Tensor = distances / mean.clamp(min=_TINY)
+    return scaled
 
 
 def _angles(rows: Tensor, pairs: Tensor) -> Tensor:
