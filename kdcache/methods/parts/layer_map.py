@@ -31,12 +31,13 @@ class TeacherLayers:
     stored: tuple[int, ...]
 
 
-class LayerRule(Protocol):
-    """The layers of one teacher for student layers 1..K; ``draw`` gives n numbers in [0, 1) for rules that are random."""
+Draw = Callable[[int], np.ndarray]  # n -> n numbers in [0, 1), by seed, epoch and teacher
 
-    def __call__(
-        self, teacher: TeacherLayers, student_layers: int, draw: Callable[[int], np.ndarray], /
-    ) -> tuple[int | None, ...]: ...
+
+class LayerRule(Protocol):
+    """The layers of one teacher for student layers 1..K; ``draw`` is there for rules that are random."""
+
+    def __call__(self, teacher: TeacherLayers, student_layers: int, draw: Draw, /) -> tuple[int | None, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -71,15 +72,15 @@ class _Draw:
         return (np.asarray(np.random.PCG64(sequence).random_raw(count), np.uint64) >> np.uint64(11)) * 2.0**-53
 
 
-def _even(teacher: TeacherLayers, student_layers: int, _draw: Callable[[int], np.ndarray], /) -> tuple[int | None, ...]:
+def _even(teacher: TeacherLayers, student_layers: int, _draw: Draw, /) -> tuple[int | None, ...]:
     return even_layers(teacher.depth, student_layers)
 
 
-def _last(teacher: TeacherLayers, student_layers: int, _draw: Callable[[int], np.ndarray], /) -> tuple[int | None, ...]:
+def _last(teacher: TeacherLayers, student_layers: int, _draw: Draw, /) -> tuple[int | None, ...]:
     return (*(None,) * (student_layers - 1), teacher.depth)
 
 
-def _random(teacher: TeacherLayers, student_layers: int, draw: Callable[[int], np.ndarray], /) -> tuple[int | None, ...]:
+def _random(teacher: TeacherLayers, student_layers: int, draw: Draw, /) -> tuple[int | None, ...]:
     stored = np.asarray(teacher.stored)
     if len(stored) >= student_layers:
         chosen = stored[np.argsort(draw(len(stored)), kind="stable")[:student_layers]]

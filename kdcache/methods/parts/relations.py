@@ -15,7 +15,7 @@ _TINY = 1e-12
 
 
 def distance_relation(student: Tensor, teacher: Tensor, valid: Tensor, /) -> Tensor:
-    """Huber loss between the distances of two rows, each divided by the mean distance (RKD, eq. 6 to 8).
+    """Huber loss between the distances of two rows, each divided by the mean distance (RKD, section 3.2.1).
 
     Args:
         student: ``[..., rows, width]``.
@@ -31,7 +31,7 @@ def distance_relation(student: Tensor, teacher: Tensor, valid: Tensor, /) -> Ten
 
 
 def angle_relation(student: Tensor, teacher: Tensor, valid: Tensor, /) -> Tensor:
-    """Huber loss between the cosines of the angles that two rows have as seen from a third (RKD, eq. 9 to 11).
+    """Huber loss between the cosines of the angles that two rows have as seen from a third (RKD, section 3.2.2).
 
     Arguments as in ``distance_relation``. The mean is over triples of different rows.
     """
