@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +25,9 @@ from kdcache.cache.files import make_directory, write_file
 from kdcache.cache.spec import Fingerprints
 from kdcache.data.encoding import load_tokenizer
 from kdcache.errors import DamageError, KdcacheError, MismatchError, ModelError
-from kdcache.teachers.fingerprints import fingerprint_teacher
+from kdcache.teachers.fingerprints import fingerprint_teacher, tokenizer_as_used
 from kdcache.teachers.head import Pooling, SharedHead
+from kdcache.teachers.sources import TOKEN_TYPES
 from kdcache.teachers.teacher import HeadKind, Teacher, TeacherModel, load_classifier, load_encoder
 from kdcache.training.durable import publish_directory, sync_tree
 
@@ -159,7 +160,7 @@ def load_teacher(directory: Path, name: str, bundle: Bundle | None = None) -> Te
         )
     record = bundle.teachers[name]
     model, tokenizer = _load_parts(directory, name, record, bundle)
-    fingerprints = fingerprint_teacher(model, tokenizer)
+    fingerprints = _fingerprints(model, tokenizer, name, bundle)
     _check_fingerprints(directory / name, record.fingerprints, fingerprints)
     return Teacher(
         name, model, tokenizer, record.head, record.depth, record.width, record.max_length, fingerprints, bundle.label_names
@@ -168,7 +169,18 @@ def load_teacher(directory: Path, name: str, bundle: Bundle | None = None) -> Te
 
 def fingerprints_on_disk(directory: Path, name: str, record: TeacherRecord, bundle: Bundle) -> Fingerprints:
     """Of a teacher that was saved just now, as ``load_teacher`` will find them."""
-    return fingerprint_teacher(*_load_parts(directory, name, record, bundle))
+    return _fingerprints(*_load_parts(directory, name, record, bundle), name, bundle)
+
+
+def _fingerprints(model: TeacherModel, tokenizer: PreTrainedTokenizerBase, name: str, bundle: Bundle) -> Fingerprints:
+    """Of a bundle made by 0.1.0, which did not record token types, the fingerprints that 0.1.0 gave."""
+    found = fingerprint_teacher(model, tokenizer)
+    training = bundle.training
+    identities = (training.get("identity", {}), training.get("added", {}).get(name, {}))
+    if not any(f"teachers.{name}.{TOKEN_TYPES}" in identity for identity in identities):
+        return found
+    used = tokenizer_as_used(found.tokenizer, model.encoder, tokenizer, len(bundle.text_columns))
+    return replace(found, tokenizer=used)
 
 
 def _load_parts(

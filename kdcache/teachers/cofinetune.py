@@ -10,7 +10,6 @@ data is refused, because caches may depend on it.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +24,7 @@ from kdcache.teachers.fingerprints import fingerprint_tensors
 from kdcache.teachers.head import SharedHead
 from kdcache.teachers.registration import save_teachers, scored
 from kdcache.teachers.sources import Source, open_source, under_shared_head
+from kdcache.training.checkpoints import identity_changes
 from kdcache.training.durable import hold_lock, remove_leftovers
 from kdcache.training.metrics_log import MetricsLog
 from kdcache.training.seeding import seed_everything
@@ -173,8 +173,7 @@ def _reuse(job: _Job, bundle: Bundle, identity: Mapping[str, Any], existing: Map
             f"'{job.teachers_dir}' holds the teachers {', '.join(bundle.teachers)}, and not {', '.join(newcomers)}",
             f"Train a newcomer against their shared head: kdcache cofinetune RECIPE --add {newcomers[0]}",
         )
-    now = json.loads(json.dumps(identity))
-    differing = [key for key in sorted({*now, *existing}) if now.get(key) != existing.get(key)]
+    differing = list(identity_changes(existing, identity, joint.newer_keys(identity)))
     if differing:
         more = f" and {len(differing) - 6} more" if len(differing) > 6 else ""
         raise MismatchError(

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from kdcache.cache.spec import Fingerprints
-from kdcache.data.encoding import tokenizer_fingerprint
+from kdcache.data.encoding import require_fast, tokenizer_fingerprint
+from kdcache.teachers.teacher import accepted_inputs
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from kdcache.teachers.teacher import TeacherModel
 
@@ -67,6 +68,28 @@ def fingerprint_teacher(model: TeacherModel, tokenizer: PreTrainedTokenizerBase)
         head=hashlib.sha256(described.encode()).hexdigest(),
         tokenizer=tokenizer_fingerprint(tokenizer),
     )
+
+
+def gives_token_types(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the model tells token types apart and the tokenizer is set to give them (``model_input_names``)."""
+    return _takes_token_types(network) and "token_type_ids" in tokenizer.model_input_names
+
+
+def tokenizer_as_used(fingerprint: str, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, columns: int) -> str:
+    """``fingerprint`` of the tokenizer, or another one where it withholds token types that would change the outputs.
+
+    They would where the model tells types apart and texts of so many ``columns`` have another type than 0.
+    """
+    if gives_token_types(network, tokenizer) or not _takes_token_types(network):
+        return fingerprint
+    probe = require_fast(tokenizer).encode("a", "a" if columns == 2 else None)
+    if not any(kind for kind, valid in zip(probe.type_ids, probe.attention_mask, strict=True) if valid):
+        return fingerprint
+    return hashlib.sha256(f"{fingerprint} without token types".encode()).hexdigest()
+
+
+def _takes_token_types(network: PreTrainedModel) -> bool:
+    return "token_type_ids" in accepted_inputs(network) and getattr(network.config, "type_vocab_size", 2) >= 2
 
 
 def _is_unused(model: TeacherModel, name: str) -> bool:

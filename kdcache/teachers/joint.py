@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from kdcache.data.encoding import encode
 from kdcache.errors import DataError
+from kdcache.teachers.sources import TOKEN_TYPES
 from kdcache.teachers.trainee import JointTrainee, Labels, TeacherTexts
 from kdcache.training import loop
 from kdcache.training.best_epoch import BestEpoch
@@ -56,6 +57,11 @@ def identity(recipe: Recipe, task: TaskData, sources: Mapping[str, Source], *, s
     return {**{f"cofinetune.{key}": value for key, value in settings.items()}, **names, **splits, **teachers, **head}
 
 
+def newer_keys(identity: Mapping[str, Any]) -> frozenset[str]:
+    """Keys of ``identity`` that kdcache 0.1.0 did not record; where they are absent, they are not compared."""
+    return frozenset(key for key in identity if key.startswith("teachers.") and key.endswith(f".{TOKEN_TYPES}"))
+
+
 def _digest(examples: Examples) -> str:
     return hashlib.sha256(examples.text_ids.tobytes() + examples.labels.astype("<i8").tobytes()).hexdigest()
 
@@ -92,7 +98,7 @@ def train(
         best=BestEpoch(place / "best", place, identity),
         note=progress.note,
     )
-    loop_settings = loop.LoopSettings.from_section(settings, identity)
+    loop_settings = loop.LoopSettings.from_section(settings, identity, newer_keys(identity))
     outcome = loop.train(trainee, loop_settings, checkpoints=place / "checkpoints", progress=progress, on_metrics=metrics)
     if outcome.best_epoch + 1 != settings.epochs:
         trainee.load_best(outcome.best_epoch)

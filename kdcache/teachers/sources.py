@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from kdcache.data.encoding import load_tokenizer, tokenizer_fingerprint
 from kdcache.errors import ModelError
-from kdcache.teachers.fingerprints import fingerprint_config, fingerprint_tensors
+from kdcache.teachers.fingerprints import fingerprint_config, fingerprint_tensors, gives_token_types
 from kdcache.teachers.head import SharedHead, new_adapter
 from kdcache.teachers.teacher import (
     TeacherModel,
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from kdcache.recipe import TeacherSection
+
+
+TOKEN_TYPES = "token_types"  # a key of ``Source.identity`` that kdcache 0.1.0 did not record
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ class Source:
             "weights": fingerprint_tensors(self.network.state_dict().items()),
             "config": fingerprint_config(self.network.config.to_diff_dict()),
             "tokenizer": tokenizer_fingerprint(self.tokenizer),
+            TOKEN_TYPES: gives_token_types(self.network, self.tokenizer),
             "max_length": self.max_length,
             "class_order": None if self.class_order is None else list(self.class_order),
         }

@@ -76,7 +76,7 @@ def attempt(place: Path, scores: Scores, history: History, disk: Disk) -> None:
     """The training, on a disk that may die; at its end the student has the weights of the best epoch."""
     trainee = Scored(place, scores, history)
     with files.use_disk(disk):
-        outcome = train(trainee, SETTINGS, checkpoints=place, progress=SilentProgress(), on_metrics=lambda line: None)
+        outcome = train(trainee, SETTINGS, checkpoints=place, progress=SilentProgress(), on_metrics=lambda _: None)
         trainee.load_best(outcome.best_epoch)
     assert sorted(history.scores) == list(range(EPOCHS))
     assert outcome.best_epoch == max(range(EPOCHS), key=lambda epoch: history.scores[epoch])

@@ -108,6 +108,25 @@ def test_another_training_does_not_go_on_from_here(tiny_run: TinyRun, killed: di
         distill(tiny_run.recipe(*OVERRIDES), tiny_run.cache, root, progress=SilentProgress())
 
 
+def test_killed_while_checkpoints_of_a_finished_run_are_removed(
+    tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of a checkpoint must not be taken for damage by the same command."""
+    remove = shutil.rmtree
+
+    def half(directory: Path, **options: Any) -> None:
+        if any(Path(directory).rglob("checkpoint.json")):
+            next(Path(directory).rglob("*.pt")).unlink()
+            raise KeyboardInterrupt
+        remove(directory, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", half)
+        distill(tiny_run.recipe("distill.epochs=1"), tiny_run.cache, tmp_path, progress=SilentProgress())
+    distill(tiny_run.recipe("distill.epochs=1"), tiny_run.cache, tmp_path, progress=SilentProgress())
+    assert not list((tmp_path / "checkpoints").glob("*distill*"))
+
+
 class Interrupting(SilentProgress):
     """Ctrl-C after so many optimizer steps."""
 

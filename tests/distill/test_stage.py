@@ -252,7 +252,7 @@ def test_without_validation_the_last_epoch_is_kept(tiny_run: TinyRun, tmp_path: 
     assert set(result.scores) == {"test"}
 
 
-class _Enough(Exception):
+class _Stopped(Exception):  # noqa: N818 - no error
     """Ends a training from inside."""
 
 
@@ -281,7 +281,7 @@ def test_the_projections_move_at_a_rate_of_their_own(
         for was, parameter in zip(before, parameters(optimizer), strict=True):
             kind = "projections" if id(parameter) in projections else "student"
             moved[kind] = max(moved.get(kind, 0.0), float((parameter.detach() - was).abs().max()))
-        raise _Enough
+        raise _Stopped
 
     projections: set[int] = set()
     make = Training.model
@@ -293,7 +293,7 @@ def test_the_projections_move_at_a_rate_of_their_own(
 
     hooks = [register_optimizer_step_pre_hook(remember), register_optimizer_step_post_hook(compare)]
     try:
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(_Enough):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(_Stopped):
             patch.setattr(Training, "model", model)
             run(tiny_run.recipe("distill.weight_decay=0.0", *overrides), tiny_run.cache, tmp_path)
     finally:

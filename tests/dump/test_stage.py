@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from kdcache.cache.files import use_disk
 from kdcache.cache.reader import open_cache
 from kdcache.data.encoding import encode, pad
 from kdcache.dump import run
 from kdcache.dump.quantise import dequantise
 from kdcache.errors import MismatchError, ModelError
-from kdcache.teachers.bundle import load_teacher
+from kdcache.teachers.bundle import load_teacher, read_bundle
 from kdcache.teachers.teacher import Teacher
+from kdcache.testing.faults import Died, counting_disk, dying_disk
 from kdcache.testing.teachers import make_teachers
 from kdcache.testing.tiny import reviews
 from tests.dump.conftest import Workbench
@@ -99,6 +103,73 @@ def test_two_dumps_of_one_recipe_have_one_identity(bench: Workbench, tmp_path: P
     first = bench.dump()
     assert bench.dump(cache=tmp_path / "again").identity == first.identity
     assert bench.dump("dump.layers=[1]", cache=tmp_path / "other").identity != first.identity
+
+
+def digests(cache: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(cache)): path.read_bytes()
+        for path in sorted(cache.rglob("*"))
+        if path.is_file() and ".dump" not in path.parts
+    }
+
+
+def test_batches_of_another_size_change_rounding_only(bench: Workbench, tmp_path: Path) -> None:
+    """``tokens_per_batch`` is not part of a cache's specification; nor are device and library versions, which do no more."""
+    bench.dump(*EXACT)
+    other = bench.dump(*EXACT, "dump.tokens_per_batch=64", cache=tmp_path / "other").cache
+    found, again = digests(bench.cache), digests(other)
+    assert found.keys() == again.keys()
+    rounded = [name for name in found if found[name] != again[name] and "manifest" not in name and "README" not in name]
+    assert all("/outputs/" in name or "/hidden/" in name or "/basis/" in name for name in rounded)
+    one, two = open_cache(bench.cache), open_cache(other)
+    for name in one.teachers:
+        for part in one.parts:
+            np.testing.assert_allclose(
+                one.outputs(name, part.name).logits, two.outputs(name, part.name).logits, rtol=1e-5, atol=1e-5
+            )
+            for layer in one.teachers[name].layers if part.scope == "full" else ():
+                values = (cache.hidden(name, part.name, layer).values for cache in (one, two))
+                np.testing.assert_allclose(*values, rtol=1e-5, atol=1e-5)
+
+
+def test_a_dump_goes_on_with_batches_of_another_size(bench: Workbench, tmp_path: Path) -> None:
+    """What is there stays as it is, byte for byte, and the rest is made as it is asked for now."""
+    with use_disk(counting := counting_disk()):
+        bench.dump(*EXACT, cache=tmp_path / "whole")
+    with use_disk(dying_disk(len(counting.steps) // 2)), pytest.raises(Died):
+        bench.dump(*EXACT)
+    before = digests(bench.cache)
+    kept = {name: data for name, data in before.items() if name.startswith("teachers/bert/")}  # finished; the next one was begun
+    assert len([name for name in kept if "/outputs/" in name]) == 6
+    report = bench.dump(*EXACT, "dump.tokens_per_batch=64")
+    after = digests(bench.cache)
+    assert kept.items() <= after.items()
+    assert bench.dump(*EXACT, "dump.tokens_per_batch=333").runs == ()
+    assert open_cache(bench.cache).identity == report.identity
+
+
+@pytest.mark.parametrize("columns", [("premise", "hypothesis"), ("premise",)], ids=["pairs", "single texts"])
+def test_token_types_that_a_tokenizer_withholds_are_another_teacher(columns: tuple[str, ...], tmp_path: Path) -> None:
+    """Where they change what the teacher says: pairs, for a model that tells types apart. Bundles of 0.1.0 stay what they are."""
+    families = {"bert": "bert", "roberta": "roberta", "xlm": "xlm-roberta", "distilbert": "distilbert"}
+    directory = make_teachers(tmp_path / "teachers", families, text_columns=columns)  # type: ignore[arg-type]
+    old = read_bundle(directory)
+    fingerprints = {name: load_teacher(directory, name).fingerprints for name in families}
+    recorded = {f"teachers.{name}.token_types": name == "bert" for name in families}
+    new = replace(old, training={"identity": recorded, "added": {}})
+    assert {name: load_teacher(directory, name, new).fingerprints for name in families} == fingerprints
+    for name in families:
+        path = directory / name / "tokenizer_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"model_input_names": ["input_ids", "attention_mask"]}))
+    refused = []
+    for name in families:
+        assert load_teacher(directory, name, old).fingerprints == fingerprints[name]
+        try:
+            load_teacher(directory, name, new)
+        except MismatchError as error:
+            assert "tokenizer" in error.message
+            refused.append(name)
+    assert refused == (["bert"] if len(columns) == 2 else [])
 
 
 def test_the_layers_of_a_teacher_may_be_its_own(bench: Workbench) -> None:

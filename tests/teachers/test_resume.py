@@ -155,6 +155,28 @@ def test_another_recipe_does_not_continue_it(recipe: Recipe, tmp_path: Path) -> 
     run(recipe.model_copy(update={"cofinetune": free}), tmp_path)
 
 
+def test_what_the_first_version_left_goes_on(recipe: Recipe, undisturbed: dict[str, bytes], tmp_path: Path) -> None:
+    """0.1.0 did not record token types: a checkpoint and a bundle without them are compared on the rest."""
+
+    def without_token_types(path: Path) -> None:
+        text = path.read_text()
+        kept = "\n".join(line for line in text.splitlines() if ".token_types" not in line)
+        assert len(kept) < len(text) - 1
+        path.write_text(kept + "\n")
+
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe, tmp_path, Interrupting(3))
+    (record,) = (tmp_path / "work" / "joint" / "checkpoints").glob("*/checkpoint.json")
+    without_token_types(record)
+    assert not run(recipe, tmp_path)
+    assert files_in(tmp_path) == undisturbed
+    without_token_types(tmp_path / "teachers" / "teachers.json")
+    assert run(recipe, tmp_path)
+    changed = recipe.cofinetune.model_copy(update={"learning_rate": 1e-3})
+    with pytest.raises(MismatchError, match=r"what differs: cofinetune\.learning_rate$"):
+        run(recipe.model_copy(update={"cofinetune": changed}), tmp_path)
+
+
 def test_a_damaged_checkpoint_is_found(recipe: Recipe, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         run(recipe, tmp_path, Interrupting(3))
