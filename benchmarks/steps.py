@@ -28,7 +28,6 @@ from measure import in_a_process, machine, peak_memory_mb, ratio, rounds, summar
 
 from kdcache.cache.memory import keep_freed_blocks
 from kdcache.cache.reader import open_cache
-from kdcache.distill.objective import DistillationModel, step_counts
 from kdcache.distill.training import Training, prepare
 from kdcache.progress import SilentProgress
 from kdcache.recipe import load_recipe
@@ -36,6 +35,7 @@ from kdcache.training.loop import default_device
 from kdcache.training.optim import adamw
 
 if TYPE_CHECKING:
+    from kdcache.distill.objective import DistillationModel
     from kdcache.distill.targets import Batch
 
 CONTENDERS = ("fine-tune", "cached", "memory", "logits only", "live")
@@ -181,7 +181,7 @@ class Runner:
         clock = Clock(self.seconds, self.device)
         batch = next(self.batches)
         pieces = [piece.to(self.device, non_blocking=True) for piece in batch.split(self.accumulation)]
-        counts = step_counts([batch])
+        counts = self.model.counts([batch])
         clock.lap("data")
         for piece in pieces:
             precision = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocast)
@@ -206,7 +206,7 @@ class Runner:
 
         batch = next(self.batches)
         with FlopCounterMode(display=False) as counter:
-            loss, _ = self.model(batch.to(self.device), step_counts([batch]))
+            loss, _ = self.model(batch.to(self.device), self.model.counts([batch]))
             loss.backward()
         self.optimizer.zero_grad()
         return int(counter.get_total_flops())

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kdcache.cache.reader import open_cache
-    from kdcache.distill import losses
     from kdcache.distill.loader import loader
+    from kdcache.methods import losses
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "loader", "losses", "open_cache"]
@@ -25,7 +25,7 @@ __all__ = ["__version__", "loader", "losses", "open_cache"]
 _PLACES = {
     "open_cache": ("kdcache.cache.reader", "open_cache"),
     "loader": ("kdcache.distill.loader", "loader"),
-    "losses": ("kdcache.distill.losses", None),
+    "losses": ("kdcache.methods.losses", None),
 }
 
 

@@ -151,7 +151,18 @@ def digest(inputs: Inputs) -> str:
 
 
 _TRANSFER = {"transfer", "transfer_rows"}  # of the data section: what only the dump and the student see
-_SOFT = {"method", "paper", "temperature", "t_squared", "hidden_direction", "teachers", "teacher_layers", "missing", "weights"}
+_SOFT = {
+    "method",
+    "paper",
+    "temperature",
+    "t_squared",
+    "hidden_direction",
+    "layer_map",
+    "teachers",
+    "teacher_layers",
+    "missing",
+    "weights",
+}
 _STORED = {"layers", "per_layer"}  # of a teacher: what the dump alone sees
 _NEVER = {"licence", "checkpoint_steps", "trust_remote_code"}  # change no result
 

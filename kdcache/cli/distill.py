@@ -44,13 +44,13 @@ def distill(
 
     Example: kdcache distill sst2.toml --cache runs/sst2/cache --set distill.seed=1 --set name="sst2-seed1"
     """
-    from kdcache.distill.methods import find_method
+    from kdcache.methods.registry import check_method
     from kdcache.report.page import read_results
     from kdcache.report.table import data_notes, remarks, result_rows, table
 
     job = open_job(recipe, settings, output_dir, cache=None if cache is None else find_cache(cache, remote))
     job.recipe.require_student()
-    find_method(job.recipe.distill.method)  # before the run that is there is asked what differs
+    check_method(job.recipe.distill.method)  # before the run that is there is asked what differs
     if stages.is_finished(job, "student", live=live_teachers is not None) and not replace:
         job.progress.note("student: finished already with these settings, skipped")
     else:

@@ -18,6 +18,7 @@ from kdcache.cli import (
     env,
     evaluate,
     extend,
+    methods,
     pipelines,
     plan,
     remote,
@@ -57,6 +58,7 @@ _add(app, "distill", distill.distill)
 _add(app, "run", run.run)
 _add(app, "evaluate", evaluate.evaluate)
 _add(app, "report", report.report)
+_add(app, "methods", methods.methods)
 _add(app, "env", env.env)
 _add(_cache, "info", cache.info)
 _add(_cache, "verify", cache.verify)

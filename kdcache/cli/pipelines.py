@@ -54,13 +54,15 @@ def cp(
 
 
 def validate(recipe: RecipeFile, settings: Settings = None, json: Json = False) -> None:  # noqa: ARG001
-    """Check a pipeline file: every key, every value, every override.
+    """Check a pipeline file: every key, every value, every override, the name of the method.
 
     Example: kdcache pipelines validate sst2.toml --set distill.seed=1
     """
+    from kdcache.methods.registry import check_method
     from kdcache.recipe import load_recipe
 
     loaded = load_recipe(recipe, settings)
+    check_method(loaded.distill.method)
     teachers = [teacher.name for teacher in loaded.teachers]
     out.document({"valid": True, "name": loaded.name, "teachers": teachers, "recipe": loaded.model_dump(mode="json")})
     out.text(f"{recipe} is valid: '{loaded.name}', teachers: {', '.join(teachers) or 'none'}, method: {loaded.distill.method}")

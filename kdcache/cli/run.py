@@ -34,10 +34,10 @@ def run(
 
     Example: kdcache run sst2.toml --set distill.seed=1 --set name="sst2-seed1"
     """
-    from kdcache.distill.methods import find_method
+    from kdcache.distill.objective import objective_settings
 
     job = open_job(recipe, settings, output_dir)
-    find_method(job.recipe.distill.method)  # before teachers are trained for a student that cannot be
+    objective_settings(job.recipe.distill)  # before teachers are trained for a student that cannot be
     _check_student(job)
     todo: dict[Any, Callable[[], object]] = {
         "teachers": lambda: stages.cofinetune(job),

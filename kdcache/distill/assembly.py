@@ -83,7 +83,7 @@ def text_pieces(tokens: TokenSelection, sheets: Sheets) -> list[Pieces]:
 
 
 def cached_targets(
-    sheets: Sheets, teachers: tuple[str, ...], layer_map: Mapping[str, tuple[int, ...]], forms: Forms
+    sheets: Sheets, teachers: tuple[str, ...], layer_map: Mapping[str, tuple[int | None, ...]], forms: Forms
 ) -> Iterator[Targets]:
     """The targets of every step out of decoded parts; values stay in the dtype in which they were stored."""
     cards = sheets.rows.cards
@@ -98,6 +98,7 @@ def cached_targets(
         (index, student_layer): (name, layer)
         for index, name in enumerate(teachers)
         for student_layer, layer in enumerate(layer_map.get(name, ()), start=1)
+        if layer is not None
     }
     for step, (first, last) in enumerate(itertools.pairwise(sheets.rows.edges.tolist())):
         made: dict[tuple[str, int], Hidden] = {}

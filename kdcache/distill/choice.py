@@ -8,12 +8,10 @@ from typing import TYPE_CHECKING
 from kdcache.cache import layout
 from kdcache.cache.spec import needs_tokens
 from kdcache.errors import MismatchError, RecipeError
-from kdcache.teachers.layer_map import even_layers
+from kdcache.methods.parts.layer_map import LayerMap, even_layers, layers_read
 
 if TYPE_CHECKING:
     from kdcache.cache.reader import Cache
-
-LayerMap = dict[str, tuple[int, ...]]
 
 
 def splits_of(cache: Cache, split: str, with_transfer: bool) -> tuple[str, ...]:
@@ -23,7 +21,7 @@ def splits_of(cache: Cache, split: str, with_transfer: bool) -> tuple[str, ...]:
 
 
 def chosen_teachers(
-    cache: Cache, teachers: Sequence[str] | None, layer_map: Mapping[str, tuple[int, ...]] | None
+    cache: Cache, teachers: Sequence[str] | None, layer_map: Mapping[str, tuple[int | None, ...]] | None
 ) -> tuple[tuple[str, ...], LayerMap]:
     """The teachers to use, and the layer map of those that have one.
 
@@ -46,7 +44,7 @@ def chosen_teachers(
             "Make the lists in distill.teacher_layers equally long.",
         )
     for name, layers in chosen.items():
-        _check_layers(cache, name, layers)
+        _check_layers(cache, name, layers_read(layers))
     return names, chosen
 
 
@@ -62,7 +60,13 @@ def largest_max_length(cache: Cache) -> int:
 
 
 def files_used(
-    cache: Cache, parts: Sequence[int], teachers: Sequence[str], layers: LayerMap, *, logits: bool, texts: bool = False
+    cache: Cache,
+    parts: Sequence[int],
+    teachers: Sequence[str],
+    layers: Mapping[str, tuple[int, ...]],
+    *,
+    logits: bool,
+    texts: bool = False,
 ) -> list[str]:
     """The files that batches from ``parts`` are made of, part by part, by their names in the manifest."""
     files: list[str] = []
@@ -71,7 +75,7 @@ def files_used(
         for teacher in teachers:
             if logits:
                 files.append(layout.outputs_file(teacher, part))
-            stored = {layer: cache.teachers[teacher].layers[layer] for layer in sorted(set(layers.get(teacher, ())))}
+            stored = {layer: cache.teachers[teacher].layers[layer] for layer in layers.get(teacher, ())}
             files += [layout.tokens_file(teacher, part)] if needs_tokens(stored) else []
             files += [layout.group_file(teacher, part)] if stored else []
             for layer, spec in stored.items():

@@ -25,6 +25,7 @@ from kdcache.distill.parts import DecodedPart, TeacherPart, Texts, check_texts, 
 from kdcache.distill.rows import Rows, Sheets, longest_first
 from kdcache.distill.targets import Batch, Hidden, Targets
 from kdcache.errors import MismatchError
+from kdcache.methods.parts.layer_map import LayerMap, LayersOfEpoch, layers_read
 from kdcache.teachers.coder import Coder
 from kdcache.teachers.selection import select_tokens
 
@@ -90,7 +91,8 @@ class LiveBatches:
         teachers: Sequence[Teacher],
         batch_size: int,
         max_length: int,
-        layer_map: Mapping[str, tuple[int, ...]] | None = None,
+        layer_map: Mapping[str, tuple[int | None, ...]] | None = None,
+        layers_at: LayersOfEpoch | None = None,
         backends: Mapping[str, TeacherBackend] | None = None,
         project: bool = True,
         seed: int = 0,
@@ -105,6 +107,7 @@ class LiveBatches:
         self.cache = cache
         names = [teacher.name for teacher in teachers]
         self.teachers, self.layer_map = chosen_teachers(cache, names, layer_map if hidden else None)
+        self._layers_at = layers_at
         examples = join_examples(cache, splits_of(cache, split, with_transfer), missing=missing, hidden=bool(self.layer_map))
         check_texts(cache, texts, examples)
         self.skipped = examples.skipped
@@ -135,9 +138,13 @@ class LiveBatches:
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """The share of process ``rank`` of every step of ``epoch`` from ``first_step`` on; targets lie on the teachers' device."""
-        order = self.epochs.order(epoch)
+        order, layers = self.epochs.order(epoch), self.layers_at(epoch)
         for step in range(first_step, self.steps_per_epoch):
-            yield self._batch(self.epochs.rows(order, step))
+            yield self._batch(self.epochs.rows(order, step), layers)
+
+    def layers_at(self, epoch: int) -> LayerMap:
+        """The layer map of an epoch."""
+        return self.layer_map if self._layers_at is None else self._layers_at(epoch)
 
     def target_dim(self, teacher: str, layer: int) -> int:
         """Width of the targets of a teacher's layer."""
@@ -164,7 +171,7 @@ class LiveBatches:
         from kdcache.teachers.backends.torch_backend import TorchBackend
 
         _check_same(self.cache, teacher)
-        layers = tuple(sorted(set(self.layer_map.get(teacher.name, ()))))
+        layers = layers_read(self.layer_map.get(teacher.name, ()))
         bases = {layer: self.cache.basis(teacher.name, layer) for layer in layers} if self._project else {}
         same = self._student.agrees_with(tokenizer_fingerprint(teacher.tokenizer), teacher.max_length, TRUNCATION)
         backend = backend or TorchBackend(teacher, precision="float32")
@@ -184,18 +191,18 @@ class LiveBatches:
             found.append(self._part_texts[part][row])
         return found
 
-    def _batch(self, examples: np.ndarray) -> Batch:
+    def _batch(self, examples: np.ndarray, layers: LayerMap) -> Batch:
         joined = self.epochs.examples
         texts = self._texts_at(joined, examples)
         student = encode(self._student.tokenizer, texts, self._student.max_length)
         self._truncated += student.truncated_count, len(student)
         order = longest_first(student.lengths)
         examples, texts, student = examples[order], [texts[place] for place in order], student.select(order)
-        targets = self._targets(texts, student) if self._running and (self._logits or self.layer_map) else None
+        targets = self._targets(texts, student, layers) if self._running and (self._logits or self.layer_map) else None
         (inputs,) = student_inputs(_sheets(student), int(self._student.tokenizer.pad_token_id or 0))
         return Batch(inputs, torch.from_numpy(joined.labels[examples]), joined.text_ids[examples], targets)
 
-    def _targets(self, texts: Sequence[tuple[str, ...]], student: EncodedTexts) -> Targets:
+    def _targets(self, texts: Sequence[tuple[str, ...]], student: EncodedTexts, layers: LayerMap) -> Targets:
         logits: list[torch.Tensor] = []
         hidden: dict[tuple[int, int], Hidden] = {}
         for index, running in enumerate(self._running):
@@ -203,12 +210,14 @@ class LiveBatches:
             output = running.run(encoded, np.arange(len(texts)), running.layers)
             logits.append(output.logits.clone())
             if running.layers:
-                hidden |= self._hidden(index, running, student, encoded, output)
+                made = self._hidden(index, running, student, encoded, output)
+                wanted = enumerate(layers[running.teacher.name], start=1)
+                hidden |= {(index, layer): made[own] for layer, own in wanted if own is not None}
         return Targets(self.teachers, torch.stack(logits) if self._logits else torch.empty(len(logits), len(texts), 0), hidden)
 
     def _hidden(
         self, index: int, running: _Running, student: EncodedTexts, encoded: EncodedTexts, output: TeacherOutput
-    ) -> dict[tuple[int, int], Hidden]:
+    ) -> dict[int, Hidden]:
         places: dict[str, Pieces] = {}
         made: dict[int, Hidden] = {}
         for layer in running.layers:
@@ -216,8 +225,7 @@ class LiveBatches:
             if form.tokens not in places:
                 places[form.tokens] = self._pieces(index, running, form, student, student_tokens(encoded), values.device)
             made[layer] = places[form.tokens].target(values, None, form.decoder)
-        wanted = enumerate(self.layer_map[running.teacher.name], start=1)
-        return {(index, layer): made[own] for layer, own in wanted}
+        return made
 
     def _pieces(
         self, index: int, running: _Running, form: Form, student: EncodedTexts, teacher: Tokens, device: torch.device

@@ -27,6 +27,7 @@ from kdcache.distill.parts import DecodedPart, PartDecoder, Texts, check_texts
 from kdcache.distill.prefetch import READ_AHEAD, PartWindow, Shelf, Timetable, bundled, in_background, runs_of_steps
 from kdcache.distill.rows import Rows, Sheets, numbered
 from kdcache.distill.targets import Batch
+from kdcache.methods.parts.layer_map import LayerMap, LayersOfEpoch, layers_read
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,7 +43,8 @@ class CachedBatches:
 
     ``split`` (and 'transfer' with it, where the cache has it and ``with_transfer``) says which examples; ``teachers`` is any
     subset of the cache's, in the order given. ``layer_map`` gives per teacher one of its stored layers for each student
-    layer 1..K and is read where ``hidden``; ``logits=False`` reads none. ``max_length`` is the student's, in tokens.
+    layer 1..K, or None for one without partner, and is read where ``hidden``; with ``layers_at`` (epoch -> layer map) it names
+    instead all layers that any epoch uses. ``logits=False`` reads no logits. ``max_length`` is the student's, in tokens.
     ``missing='skip'`` leaves out examples whose text the cache lacks. ``texts`` (id -> columns) replaces the cache's own.
     ``window``: from how many parts batches are drawn; 'all' is a uniform shuffle, for which all parts are read first.
     ``batch_size`` is that of the step over all ``world`` processes; this one takes share ``rank``. ``memory_bytes`` bounds what
@@ -63,7 +65,8 @@ class CachedBatches:
         batch_size: int,
         max_length: int,
         teachers: Sequence[str] | None = None,
-        layer_map: Mapping[str, tuple[int, ...]] | None = None,
+        layer_map: Mapping[str, tuple[int | None, ...]] | None = None,
+        layers_at: LayersOfEpoch | None = None,
         seed: int = 0,
         window: Window = 8,
         missing: Literal["error", "skip"] = "error",
@@ -77,17 +80,19 @@ class CachedBatches:
     ) -> None:
         self.cache = cache
         self.teachers, self.layer_map = chosen_teachers(cache, teachers, layer_map if hidden else None)
+        self._layers_at = layers_at
+        self._used = {name: layers_read(layers) for name, layers in self.layer_map.items()}
         examples = join_examples(cache, splits_of(cache, split, with_transfer), missing=missing, hidden=bool(self.layer_map))
         check_texts(cache, texts, examples)
         self.skipped = examples.skipped
         self.epochs = Epochs(examples, batch_size, seed, window, rank, world)
         parts = np.unique(examples.parts).tolist()
-        cache.check_present(files_used(cache, parts, self.teachers, self.layer_map, logits=logits))
+        cache.check_present(files_used(cache, parts, self.teachers, self._used, logits=logits))
         self._logits, self._background = logits, background
         self._pad_token_id = int(student_tokenizer.pad_token_id or 0)
         student = StudentTokens(student_tokenizer, max_length)
-        self._decode = PartDecoder(cache, student, self.teachers, self.layer_map, logits, texts)
-        self._forms = stored_forms(cache, self.layer_map)
+        self._decode = PartDecoder(cache, student, self.teachers, self._used, logits, texts)
+        self._forms = stored_forms(cache, self._used)
         self._has_targets = bool(self.teachers) and (logits or bool(self.layer_map))
         self._shelf: Shelf[DecodedPart] = Shelf(memory_bytes)
         self._covered: dict[int, list[tuple[int, int]]] = {}  # part -> per teacher: covered and all student tokens
@@ -101,7 +106,7 @@ class CachedBatches:
     @property
     def window_bytes(self) -> int:
         """Bytes of hidden states that are decoded at once: of the largest parts, as many as the window and reading ahead hold."""
-        used = [(name, layer) for name, layers in self.layer_map.items() for layer in set(layers)]
+        used = [(name, layer) for name, layers in self._used.items() for layer in layers]
         specs = {key: self.cache.teachers[key[0]].layers[key[1]] for key in used}
         parts = [self.cache.parts[index].name for index in np.unique(self.epochs.examples.parts).tolist()]
         sizes = [
@@ -133,6 +138,10 @@ class CachedBatches:
         finally:
             bundles.close()
 
+    def layers_at(self, epoch: int) -> LayerMap:
+        """The layer map of an epoch."""
+        return self.layer_map if self._layers_at is None else self._layers_at(epoch)
+
     def target_dim(self, teacher: str, layer: int) -> int:
         """Width of the stored targets of a teacher's layer."""
         return target_dim(self.cache, teacher, layer)
@@ -146,18 +155,21 @@ class CachedBatches:
         return cached_logits(self.cache, self.teachers, split)
 
     def _walk(self, epoch: int, first_step: int) -> Generator[list[Batch]]:
-        order = self.epochs.order(epoch)
+        order, layers = self.epochs.order(epoch), self.layers_at(epoch)
         mine, steps = self.epochs.shares(order, first_step)
         timetable = Timetable.of(self.epochs.examples.parts[mine], steps)
         del mine, steps  # as long as the data; the epoch is longer
         window = PartWindow(self._decoded, self._shelf, timetable)
         try:
             for together in runs_of_steps(first_step, self.steps_per_epoch):
-                yield from bundled(self._batches([self.epochs.rows(order, step) for step in together], together, window))
+                rows = [self.epochs.rows(order, step) for step in together]
+                yield from bundled(self._batches(rows, together, window, layers))
         finally:
             window.close()
 
-    def _batches(self, steps: Sequence[np.ndarray], numbers: range, window: PartWindow[DecodedPart]) -> Iterator[Batch]:
+    def _batches(
+        self, steps: Sequence[np.ndarray], numbers: range, window: PartWindow[DecodedPart], layers: LayerMap
+    ) -> Iterator[Batch]:
         """The batches of consecutive steps: looked up together, since what Python spends is spent once for all of them."""
         joined, examples = self.epochs.examples, np.concatenate(steps)
         parts, part_of = numbered(joined.parts[examples])
@@ -168,7 +180,7 @@ class CachedBatches:
         labels = sheets.per_row(joined.labels[examples])
         text_ids = np.ascontiguousarray(sheets.rows.cards["id"])
         inputs, nothing = student_inputs(sheets, self._pad_token_id), itertools.repeat(None)
-        targets = cached_targets(sheets, self.teachers, self.layer_map, self._forms) if self._has_targets else nothing
+        targets = cached_targets(sheets, self.teachers, layers, self._forms) if self._has_targets else nothing
         for step, (own, said) in enumerate(zip(inputs, targets, strict=False)):
             yield Batch(own, labels[step], text_ids[edges[step] : edges[step + 1]], said)
 
@@ -203,7 +215,7 @@ def loader(
     split: str = "train",
     batch_size: int = 32,
     student_layers: int | None = None,
-    layer_map: Mapping[str, tuple[int, ...]] | None = None,
+    layer_map: Mapping[str, tuple[int | None, ...]] | None = None,
     max_length: int | None = None,
     teachers: Sequence[str] | None = None,
     with_transfer: bool = True,

@@ -1,37 +1,29 @@
-"""The total loss of a step: the slots of a method, filled in with a recipe's weights, as one module.
+"""The total loss of a step: the terms of a method, each with its weight, as one module with the student.
 
-The student and the matrices W_ij live in one module whose ``forward`` ends in the loss, because several processes
-(accelerate) only see parameters that ``forward`` touches, and because one checkpoint must hold them all.
+The student and what terms own (the matrices W) live in one module whose ``forward`` ends in the loss, because several
+processes (accelerate) only see parameters that ``forward`` touches, and because one checkpoint must hold them all.
+Terms are looked at through the seam of ``kdcache.methods.base`` alone: no method and no term is known here by name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
-from kdcache.distill.losses import (
-    Direction,
-    HiddenProjections,
-    Pair,
-    balanced_mean,
-    mean_squared_error,
-    plain_sum,
-    share_of_variance,
-    soft_losses,
-    task_loss,
-    teacher_weights,
-)
-from kdcache.distill.methods import Method, find_method
+from kdcache.errors import RecipeError
+from kdcache.methods.base import Direction, Method, Moment, Owned, Pair, Setup, StepCounts, Term, View, Weight
+from kdcache.methods.parts.layer_map import EVEN, LAYER_MAPPINGS, LayerMapping
+from kdcache.methods.parts.weighting import teacher_weights
+from kdcache.methods.registry import find_method
 
 if TYPE_CHECKING:
     from kdcache.distill.student import StudentModel
-    from kdcache.distill.targets import Batch, Targets
+    from kdcache.distill.targets import Batch
     from kdcache.recipe import DistillSection
-
-PROJECTIONS = "projections."  # how the names of the W_ij start in DistillationModel
 
 
 @dataclass(frozen=True)
@@ -45,56 +37,81 @@ class ObjectiveSettings:
     soft: float = 1.0
     hidden: float = 0.1
     direction: Direction = "student-to-teacher"
-    balanced: bool = True  # hidden: mean of shares of variance; False = the paper's plain sum
+    paper: bool = False  # plain sums over teachers and layers, not balanced means
+    layer_map: LayerMapping = EVEN
+
+    def weight(self, term: Term) -> float:
+        """The factor of a term that the recipe chooses."""
+        weights: dict[Weight, float] = {"task": self.task, "soft": self.soft, "hidden": self.hidden}
+        return weights[term.weight]
+
+    @property
+    def terms(self) -> tuple[Term, ...]:
+        """Those that are computed: what a term of weight 0 needs of teachers is not read."""
+        return tuple(term for term in self.method.terms if self.weight(term) > 0 or not term.needs.teachers)
 
     @property
     def needs_hidden(self) -> bool:
         """Whether hidden targets are read at all."""
-        return self.method.hidden and self.hidden > 0
+        return any(term.needs.hidden for term in self.terms)
 
     @property
     def needs_logits(self) -> bool:
         """Whether the teachers' logits are read at all."""
-        soft = self.method.soft_loss is not None and self.soft > 0
-        return soft or (self.needs_hidden and self.method.weighting_on_hidden)
+        return any(term.needs.logits for term in self.terms)
 
 
 def objective_settings(section: DistillSection) -> ObjectiveSettings:
-    """From a recipe. ``paper = true`` means: plain sums, the teacher's side projected, all weights 1, no factor T²."""
+    """From a recipe. ``paper = true`` means: plain sums, the teacher's side projected, all weights 1, no factor T².
+
+    Raises RecipeError for an unknown method, a layer map that the method does not take, and micro-batches of a method that
+    compares the rows of a batch.
+    """
     method = find_method(section.method)
+    layer_map = _layer_map(section, method)
     if section.paper:
-        return ObjectiveSettings(
-            method, section.temperature, task=1.0, soft=1.0, hidden=1.0, direction="teacher-to-student", balanced=False
+        settings = ObjectiveSettings(
+            method, section.temperature, hidden=1.0, direction="teacher-to-student", paper=True, layer_map=layer_map
         )
-    weights = section.weights
-    return ObjectiveSettings(
-        method, section.temperature, section.t_squared, weights.task, weights.soft, weights.hidden, section.hidden_direction
-    )
+    else:
+        task, soft, hidden = section.weights.task, section.weights.soft, section.weights.hidden
+        settings = ObjectiveSettings(
+            method,
+            section.temperature,
+            section.t_squared,
+            task,
+            soft,
+            hidden,
+            section.hidden_direction,
+            layer_map=layer_map,
+        )
+    across = [term.name for term in settings.terms if term.scope == "batch"]
+    if across and section.accumulation > 1:
+        raise RecipeError(
+            f"the term '{across[0]}' of method '{method.name}' compares the rows of a batch with each other, "
+            f"and distill.accumulation = {section.accumulation} cuts batches into pieces",
+            "Set distill.accumulation = 1, with a smaller distill.batch_size where memory is short.",
+        )
+    return settings
 
 
-@dataclass(frozen=True)
-class StepCounts:
-    """What the means of a step divide by, over all its micro-batches and processes."""
-
-    rows: int
-    labelled: int
-    covered: dict[Pair, int]  # student tokens with a target
-
-
-def step_counts(batches: Sequence[Batch]) -> StepCounts:
-    """Counts over the micro-batches of one optimizer step."""
-    covered: dict[Pair, int] = {}
-    for batch in batches:
-        for pair, hidden in batch.targets.hidden.items() if batch.targets else ():
-            covered[pair] = covered.get(pair, 0) + hidden.count
-    labelled = sum(int((batch.labels >= 0).sum()) for batch in batches)
-    return StepCounts(sum(len(batch.labels) for batch in batches), labelled, covered)
+def _layer_map(section: DistillSection, method: Method) -> LayerMapping:
+    wanted = section.layer_map
+    if method.layer_map is None:
+        return EVEN if wanted is None else LAYER_MAPPINGS[wanted]
+    if wanted is not None and wanted != method.layer_map.name:
+        raise RecipeError(
+            f"distill.layer_map is '{wanted}', but method '{method.name}' has its own: {method.layer_map.name}",
+            "Leave distill.layer_map out, or choose layers with distill.teacher_layers.",
+        )
+    return method.layer_map
 
 
 class DistillationModel(nn.Module):
-    """Student, projections and objective; ``forward`` gives the loss of a micro-batch and its terms.
+    """Student, what terms own, and objective; ``forward`` gives the loss of a micro-batch and its terms.
 
-    ``teachers`` and ``variances`` follow the order of the target source: (teacher index, student layer) -> variance.
+    ``teachers``, ``dims`` and ``variances`` follow the order of the target source: (teacher index, student layer) -> value;
+    ``variances`` for each epoch, since a layer map may change from one to the next.
     """
 
     def __init__(
@@ -103,72 +120,87 @@ class DistillationModel(nn.Module):
         settings: ObjectiveSettings,
         teachers: Sequence[str],
         *,
-        dims: dict[Pair, int],
-        variances: dict[Pair, float],
+        dims: Mapping[Pair, int],
+        variances: Callable[[int], Mapping[Pair, float]],
         seed: int = 0,
     ) -> None:
         super().__init__()
         self.student = student
         self.settings = settings
         self.teachers = tuple(teachers)
-        self.variances = variances
-        self.projections = HiddenProjections(dims, student.width, settings.direction, seed=seed) if dims else None
-
-    def forward(self, batch: Batch, counts: StepCounts) -> tuple[Tensor, dict[str, Tensor]]:
-        """(loss, terms before their weights). Summed over the micro-batches of a step both are those of the whole step."""
-        settings = self.settings
-        output = self.student(batch.inputs, hidden_states=settings.needs_hidden)
-        terms = {"task": task_loss(output.logits, batch.labels, counts.labelled)}
-        loss = settings.task * terms["task"]
-        if batch.targets is None or not settings.method.uses_teachers:
-            return loss, terms
-        weights = self._teacher_weights(output.logits, batch, counts, terms)
-        if settings.method.soft_loss is not None and settings.soft > 0:
-            terms["soft"] = self._soft(output.logits, batch.targets, weights, counts, terms)
-            loss = loss + settings.soft * terms["soft"]
-        if settings.needs_hidden:
-            terms["hidden"] = self._hidden(output.hidden_states, batch, weights, counts, terms)
-            loss = loss + settings.hidden * terms["hidden"]
-        return loss, terms
-
-    def _teacher_weights(self, logits: Tensor, batch: Batch, counts: StepCounts, terms: dict[str, Tensor]) -> Tensor:
-        """w_i(x) as [teachers, batch]; their means are logged, since weights near 1 everywhere say little."""
-        if not self.settings.needs_logits or batch.targets is None:
-            return logits.new_ones(len(self.teachers), len(batch.labels))
-        weights = teacher_weights(self.settings.method.weighting, logits, batch.targets.logits, batch.labels)
-        for name, row in zip(self.teachers, weights, strict=True):
-            terms[f"weight/{name}"] = row.sum() / counts.rows
-        return weights
-
-    def _soft(self, logits: Tensor, targets: Targets, weights: Tensor, counts: StepCounts, terms: dict[str, Tensor]) -> Tensor:
-        settings, method = self.settings, self.settings.method
-        assert method.soft_loss is not None
-        losses = soft_losses(
-            logits,
-            targets.logits,
-            weights,
+        setup = Setup(
+            self.teachers,
+            student.width,
+            dims,
+            variances,
             temperature=settings.temperature,
             t_squared=settings.t_squared,
-            mixing=method.mixing,
-            soft_loss=method.soft_loss,
-            count=counts.rows,
+            direction=settings.direction,
+            paper=settings.paper,
+            seed=seed,
         )
-        if len(losses) == len(self.teachers):
-            terms |= {f"soft/{name}": loss for name, loss in zip(self.teachers, losses, strict=True)}
-        return losses.sum()
+        self._terms = [(term, term.bind(setup)) for term in settings.terms]
+        self.owned: dict[str, Owned] = {}
+        for _, bound in self._terms:
+            self.owned |= bound.owned
+        for name, owned in self.owned.items():
+            self.add_module(name, owned.module)
 
-    def _hidden(
-        self, hidden_states: Sequence[Tensor], batch: Batch, weights: Tensor, counts: StepCounts, terms: dict[str, Tensor]
-    ) -> Tensor:
-        assert self.projections is not None
-        assert batch.targets is not None
-        length, targets = batch.inputs["input_ids"].shape[1], batch.targets.hidden
-        losses: dict[Pair, Tensor] = {}
-        for pair, (student, teacher) in self.projections(hidden_states, targets).items():
-            rows = targets[pair].rows(length) if self.settings.method.weighting_on_hidden else None
-            token_weights = None if rows is None else weights[pair[0]][rows]
-            losses[pair] = mean_squared_error(student, teacher, token_weights=token_weights, count=counts.covered[pair])
-        if self.settings.balanced:
-            losses = share_of_variance(losses, self.variances)
-        terms |= {f"hidden/{self.teachers[i]}/{j}": loss for (i, j), loss in sorted(losses.items())}
-        return balanced_mean(losses) if self.settings.balanced else plain_sum(losses)
+    def counts(self, batches: Sequence[Batch]) -> StepCounts:
+        """Counts over the micro-batches of one optimizer step; meant for the host, before they are on the device."""
+        vectors: dict[str, dict[Pair, int]] = {}
+        for term, bound in self._terms:
+            totals = vectors.setdefault(term.name, {})
+            for batch in batches:
+                for pair, count in bound.count(batch).items():
+                    totals[pair] = totals.get(pair, 0) + count
+        labelled = sum(int((batch.labels >= 0).sum()) for batch in batches)
+        return StepCounts(sum(len(batch.labels) for batch in batches), labelled, vectors)
+
+    def forward(self, batch: Batch, counts: StepCounts, moment: Moment | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """(loss, terms before their weights). Summed over the micro-batches of a step both are those of the whole step."""
+        moment, method = moment or Moment(), self.settings.method
+        output = self.student(batch.inputs, hidden_states=self.settings.needs_hidden)
+        log: dict[str, Tensor] = {}
+        view = self._view(output.logits, output.hidden_states, batch, counts, moment, log)
+        loss: Tensor | None = None
+        for term, bound in self._terms:
+            weight = self.settings.weight(term) * method.schedule(term.name, moment)
+            if term.needs.teachers and (weight == 0 or batch.targets is None):
+                continue
+            log[term.name] = bound(view, log)
+            weighted = weight * log[term.name]
+            loss = weighted if loss is None else loss + weighted
+        return output.logits.sum() * 0 if loss is None else loss, log
+
+    def _view(
+        self,
+        logits: Tensor,
+        hidden: Sequence[Tensor],
+        batch: Batch,
+        counts: StepCounts,
+        moment: Moment,
+        log: dict[str, Tensor],
+    ) -> View:
+        """What the terms see; the means of the weights are logged, since weights near 1 everywhere say little."""
+        targets, teachers = batch.targets, len(self.teachers)
+        factors = self.settings.method.teachers(moment, teachers)
+        weights = logits.new_ones(teachers, len(batch.labels))
+        if targets is not None and any(term.weighted for term, _ in self._terms):
+            weights = teacher_weights(self.settings.method.weighting, logits, targets.logits, batch.labels)
+            if any(factor != 1.0 for factor in factors):
+                weights = weights * torch.tensor(factors, dtype=weights.dtype).to(weights.device)[:, None]
+            log |= {f"weight/{name}": row.sum() / counts.rows for name, row in zip(self.teachers, weights, strict=True)}
+        return View(
+            student_logits=logits,
+            student_hidden=hidden,
+            attention_mask=batch.inputs["attention_mask"],
+            labels=batch.labels,
+            text_ids=batch.text_ids,
+            teacher_logits=logits.new_empty(teachers, len(batch.labels), 0) if targets is None else targets.logits,
+            hidden_targets={} if targets is None else targets.hidden,
+            weights=weights,
+            factors=factors,
+            counts=counts,
+            moment=moment,
+        )

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from kdcache.distill.data import StudentData
+    from kdcache.methods.parts.layer_map import LayerMap
 
 
 class PlainBatches:
@@ -31,7 +32,7 @@ class PlainBatches:
         self, data: StudentData, tokenizer: PreTrainedTokenizerBase, *, batch_size: int, max_length: int, seed: int
     ) -> None:
         self.teachers: tuple[str, ...] = ()
-        self.layer_map: dict[str, tuple[int, ...]] = {}
+        self.layer_map: LayerMap = {}
         self.skipped = 0
         self.coverage: dict[str, float] = {}
         train = data.splits["train"]
@@ -61,6 +62,10 @@ class PlainBatches:
             rows = rows[longest_first(self._encoded.lengths[rows])]
             inputs = pad(self._encoded, rows, self._pad_token_id)
             yield Batch(inputs, torch.from_numpy(joined.labels[rows]), joined.text_ids[rows], None)
+
+    def layers_at(self, epoch: int) -> LayerMap:  # noqa: ARG002 - of the protocol
+        """There are no teachers."""
+        return {}
 
     def target_dim(self, teacher: str, layer: int) -> int:
         """There are no teachers."""

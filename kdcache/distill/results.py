@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kdcache import __version__
-from kdcache.distill.mixing import mean_probability
 from kdcache.errors import MismatchError
+from kdcache.methods.parts.mixing import mean_probability
 from kdcache.report.curves import read_curves, scales
 from kdcache.report.metrics import scores
 

@@ -14,11 +14,14 @@ from typing import TYPE_CHECKING
 
 from kdcache.cache.selection import Selection
 from kdcache.data.encoding import encode, pad
-from kdcache.distill.choice import LayerMap, chosen_teachers, even_layer_map
+from kdcache.distill.choice import chosen_teachers
 from kdcache.distill.data import with_data
+from kdcache.distill.forms import target_dim
 from kdcache.distill.loader import CachedBatches
 from kdcache.distill.plain import PlainBatches
 from kdcache.errors import MismatchError, RecipeError
+from kdcache.methods.parts.hidden_states import FITS
+from kdcache.methods.parts.layer_map import LayerMap, LayersOfEpoch, TeacherLayers, layers_read
 from kdcache.training.loop import default_device
 
 if TYPE_CHECKING:
@@ -76,14 +79,15 @@ def open_source(
                 "Give the cache of their targets with --cache, or set distill.method = 'fine-tune'.",
             )
         return PlainBatches(data, student.tokenizer, **common)
-    names, layer_map = choose(section, settings, cache, student.model.depth)
-    cache.select(Selection({name: tuple(sorted(set(layer_map.get(name, ())))) for name in names}))
+    names, layer_map, layers_at = choose(section, settings, cache, student.model.depth)
+    cache.select(Selection({name: layers_read(layer_map.get(name, ())) for name in names}))
     joined = with_data(cache, data)
     shared = common | {
         "window": section.window,
         "missing": section.missing,
         "with_transfer": uses_teachers and "transfer" in data.splits,
         "layer_map": layer_map,
+        "layers_at": layers_at,
         "hidden": settings.needs_hidden,
         "logits": settings.needs_logits,
         "texts": None if cache.has_text_here else data.texts,
@@ -95,18 +99,40 @@ def open_source(
 
 def choose(
     section: DistillSection, settings: ObjectiveSettings, cache: Cache, student_layers: int
-) -> tuple[tuple[str, ...], LayerMap]:
-    """Teachers and layer map: g(j) = round(j * depth / K) of the design, or what ``distill.teacher_layers`` says.
+) -> tuple[tuple[str, ...], LayerMap, LayersOfEpoch | None]:
+    """Teachers and layers: the layer map of the method or recipe, or what ``distill.teacher_layers`` says.
 
-    A layer that the cache lacks is never replaced by another. Raises MismatchError naming the stored ones, RecipeError for
-    lists of the wrong length and for teachers that are not used.
+    Where the map changes from epoch to epoch, it names all layers that any epoch uses, and a function gives that of an epoch.
+    A layer that the cache lacks is never replaced by another. Raises MismatchError naming the stored ones, and for layers
+    whose stored vectors a term cannot use; RecipeError for lists of the wrong length and for teachers that are not used.
     """
     if not settings.method.uses_teachers:
-        return (), {}
+        return (), {}, None
     names, _ = chosen_teachers(cache, section.teachers, None)
     if not settings.needs_hidden:
-        return names, {}
-    layer_map = even_layer_map(cache, names, student_layers)
+        return names, {}, None
+    lists = _chosen_lists(section, names, student_layers)
+    teachers = {name: TeacherLayers(cache.teachers[name].depth, tuple(sorted(cache.teachers[name].layers))) for name in names}
+    mapping = settings.layer_map
+
+    def layers_at(epoch: int) -> LayerMap:
+        return mapping.layers(teachers, student_layers, seed=section.seed, epoch=epoch) | lists
+
+    _, layer_map = chosen_teachers(cache, names, layers_at(0))
+    if not any(layers_read(layers) for layers in layer_map.values()):
+        raise RecipeError(
+            f"method '{settings.method.name}' pairs no layer of a student with {student_layers} layers",
+            "Take a student with more layers (student.layers), or name teacher layers with distill.teacher_layers.",
+        )
+    if mapping.per_epoch:
+        layer_map = {name: teachers[name].stored for name in names} | lists
+        _check_one_width(cache, layer_map)
+    _check_stored_vectors(settings, cache, layer_map)
+    return names, layer_map, layers_at if mapping.per_epoch else None
+
+
+def _chosen_lists(section: DistillSection, names: Sequence[str], student_layers: int) -> LayerMap:
+    """``distill.teacher_layers``, checked."""
     for name, layers in (section.teacher_layers or {}).items():
         if name not in names:
             raise RecipeError(
@@ -118,8 +144,37 @@ def choose(
                 f"distill.teacher_layers gives {len(layers)} layers for teacher '{name}'; the student has {student_layers} layers",
                 "Name one teacher layer for each student layer.",
             )
-        layer_map[name] = tuple(layers)
-    return chosen_teachers(cache, names, layer_map)
+    return {name: tuple(layers) for name, layers in (section.teacher_layers or {}).items()}
+
+
+def _check_one_width(cache: Cache, layer_map: LayerMap) -> None:
+    """Layers that take turns share a projection, so their targets must be equally wide."""
+    for name, layers in layer_map.items():
+        widths = {layer: target_dim(cache, name, layer) for layer in layers_read(layers)}
+        if len(set(widths.values())) > 1:
+            told = ", ".join(f"layer {layer}: {width}" for layer, width in widths.items())
+            raise MismatchError(
+                f"layers of teacher '{name}' in cache '{cache.path}' have different widths ({told}), so they cannot take turns",
+                'Choose distill.layer_map = "even", or dump all layers with one dim.',
+            )
+
+
+def _check_stored_vectors(settings: ObjectiveSettings, cache: Cache, layer_map: LayerMap) -> None:
+    used = [(name, layer) for name, layers in layer_map.items() for layer in layers_read(layers)]
+    for term in settings.terms:
+        for name, layer in used if term.needs.hidden else ():
+            assert term.needs.hidden is not None
+            stored, usable = cache.teachers[name].layers[layer].tokens, FITS[term.needs.hidden]
+            if stored not in usable:
+                raise MismatchError(
+                    f"the term '{term.name}' of method '{settings.method.name}' needs {_VECTORS[term.needs.hidden]}; cache "
+                    f"'{cache.path}' holds {_STORED[stored]} for layer {layer} of teacher '{name}'",
+                    f"Dump it with dump.tokens = {' or '.join(f'{tokens!r}' for tokens in usable)}, or choose another method.",
+                )
+
+
+_VECTORS = {"tokens": "a vector for every token", "first": "the first token's vector", "mean": "the mean of the tokens"}
+_STORED = {"all": "a vector for every token", "first": "the first token's vector", "pooled": "the mean of the tokens"}
 
 
 def _live(

@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, Any
 from kdcache.cache.memory import keep_freed_blocks
 from kdcache.data.encoding import truncation_note
 from kdcache.distill.evaluation import EncodedSplit, encode_split, split_scores
-from kdcache.distill.objective import PROJECTIONS
 from kdcache.distill.results import SCORED, STAGE, Measured, build_results, teacher_scores
 from kdcache.distill.sources import check_teachers, measure_speed
 from kdcache.distill.student_files import save_student, student_record
 from kdcache.distill.trainee import DistillTrainee
 from kdcache.distill.training import NEWER_KEYS, Training, prepare
 from kdcache.files import write_file
+from kdcache.methods.parts.hidden_states import PROJECTIONS, rate_factor
 from kdcache.report.cards import model_card
 from kdcache.runs import RunDirectory
 from kdcache.training.best_epoch import BestEpoch
@@ -36,8 +36,9 @@ from kdcache.training.metrics_log import MetricsLog
 
 if TYPE_CHECKING:
     from kdcache.cache.reader import Cache
+    from kdcache.distill.objective import DistillationModel
     from kdcache.progress import Progress
-    from kdcache.recipe import Recipe
+    from kdcache.recipe import DistillSection, Recipe
 
 
 @dataclass(frozen=True)
@@ -105,14 +106,25 @@ def _train(training: Training, validation: EncodedSplit | None, run: RunDirector
         training.source,
         validation,
         BestEpoch(place / "best", place, identity),
+        epochs=section.epochs,
+        seed=section.seed,
         accumulation=section.accumulation,
         select_by=section.select_by,
     )
-    rate = section.projection_learning_rate or section.learning_rate * (1 if section.paper else 10)
-    loop = replace(LoopSettings.from_section(section, identity, NEWER_KEYS), log_steps=1, own_rates={PROJECTIONS: rate})
+    loop = replace(LoopSettings.from_section(section, identity, NEWER_KEYS), log_steps=1, own_rates=_own_rates(section, model))
     outcome = train(trainee, loop, checkpoints=place, progress=progress, on_metrics=MetricsLog(run.metrics, STAGE))
     trainee.load_best(outcome.best_epoch)
     return outcome.best_epoch
+
+
+def _own_rates(section: DistillSection, model: DistillationModel) -> dict[str, float]:
+    """Learning rates of what terms own, by the start of the parameters' names.
+
+    That of the projections is the recipe's to choose, and in the settings of every run: checkpoints are compared on it.
+    """
+    rates = {f"{name}.": section.learning_rate * owned.rate_factor for name, owned in model.owned.items()}
+    projections = section.projection_learning_rate or section.learning_rate * rate_factor(section.paper)
+    return rates | {f"{PROJECTIONS}.": projections}
 
 
 def _save(training: Training, results: dict[str, Any], run: RunDirectory) -> None:

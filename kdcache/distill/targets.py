@@ -18,6 +18,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from kdcache.distill.forms import Decoder
+    from kdcache.methods.parts.layer_map import LayerMap
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,7 +141,8 @@ class Batch:
             return (self,)
         borders = np.linspace(0, len(self), pieces + 1).round().astype(int)
         mask = self.inputs["attention_mask"]
-        longest = np.maximum.reduceat(mask.numpy().sum(axis=1, dtype=np.int64), borders[:-1])  # no piece is empty
+        ends = (mask.numpy() * np.arange(1, mask.shape[1] + 1)).max(axis=1)  # of each row, where padding begins for good
+        longest = np.maximum.reduceat(ends.astype(np.int64), borders[:-1])  # no piece is empty
         targets = _Cuts(borders, longest, mask.shape[1]).targets(self.targets) if self.targets is not None else [None] * pieces
         spans = zip(itertools.pairwise(borders.tolist()), longest.tolist(), targets, strict=True)
         return tuple(
@@ -241,14 +243,15 @@ def _spans(bounds: np.ndarray) -> list[slice]:
 class TargetSource(Protocol):
     """Where batches come from. ``layer`` below is the teacher's own layer number, as in ``layer_map``.
 
-    ``layer_map`` gives, per teacher, one teacher layer for each student layer 1..K; it is empty where no hidden states are
-    asked for. ``coverage`` is, per teacher, the share of student tokens that have a target, over what was read so far;
-    ``truncated`` is the share of the texts read so far that the student reads cut to its max_length, None before any is read;
+    ``layer_map`` gives, per teacher, one teacher layer for each student layer 1..K, or None for one without partner; where the
+    map changes from epoch to epoch, all layers that it draws from. It is empty where no hidden states are asked for. ``coverage``
+    is, per teacher, the share of student tokens that have a target, over what was read so far; ``truncated`` is the share of the
+    texts read so far that the student reads cut to its max_length, None before any is read;
     ``skipped`` counts the rows left out because the cache lacks them.
     """
 
     teachers: tuple[str, ...]
-    layer_map: dict[str, tuple[int, ...]]
+    layer_map: LayerMap
     skipped: int
 
     @property
@@ -262,6 +265,10 @@ class TargetSource(Protocol):
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """One process's share of every global batch of ``epoch`` from ``first_step`` on."""
+        ...
+
+    def layers_at(self, epoch: int) -> LayerMap:
+        """The layer map of an epoch."""
         ...
 
     def target_dim(self, teacher: str, layer: int) -> int: ...

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from kdcache.teachers.fingerprints import fingerprint_tensors, lasting_config
 if TYPE_CHECKING:
     from kdcache.cache.reader import Cache
     from kdcache.distill.targets import TargetSource
+    from kdcache.methods.base import Pair
     from kdcache.progress import Progress
     from kdcache.recipe import Recipe
 
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 NEWER_KEYS = frozenset(
     (
         "student.tokenizer", "student.token_types", "student.padding", "student.config", "student.network", "student.head", "labels",
+        "distill.layer_map",
     )
 )  # fmt: skip
 
@@ -49,17 +52,26 @@ class Training:
     def model(self) -> DistillationModel:
         """The student with the projections and the loss that the recipe chooses."""
         source = self.source
-        pairs = {
-            (index, layer): (name, own)
-            for index, name in enumerate(source.teachers)
-            for layer, own in enumerate(source.layer_map.get(name, ()), start=1)
-        }
+
+        def pairs(epoch: int) -> dict[Pair, tuple[str, int]]:
+            layer_map = source.layers_at(epoch)
+            return {
+                (index, layer): (name, own)
+                for index, name in enumerate(source.teachers)
+                for layer, own in enumerate(layer_map.get(name, ()), start=1)
+                if own is not None
+            }
+
+        @functools.cache
+        def variances(epoch: int) -> dict[Pair, float]:
+            return {pair: source.target_variance(*layer) for pair, layer in pairs(epoch).items()}
+
         return DistillationModel(
             self.student.model,
             self.settings,
             source.teachers,
-            dims={pair: source.target_dim(*layer) for pair, layer in pairs.items()},
-            variances={pair: source.target_variance(*layer) for pair, layer in pairs.items()},
+            dims={pair: source.target_dim(*layer) for pair, layer in pairs(0).items()},
+            variances=variances,
             seed=self.recipe.distill.seed,
         )
 

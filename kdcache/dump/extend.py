@@ -29,9 +29,9 @@ from kdcache.dump.scoring import validation_scores
 from kdcache.dump.specs import PreparedTeacher, layer_specs, prepare, scopes, student_depth
 from kdcache.dump.stage import refuse_stale, run_missing, write_examples
 from kdcache.errors import DamageError, MismatchError, RecipeError
+from kdcache.methods.parts.layer_map import even_layers
 from kdcache.progress import listed, listed_apart
 from kdcache.recipe.sections import DumpSection, TeacherSection
-from kdcache.teachers.layer_map import even_layers
 
 if TYPE_CHECKING:
     from kdcache.cache.contents import Contents

@@ -13,8 +13,8 @@ from kdcache.cache.codebook import coded_dim
 from kdcache.cache.spec import LayerSpec
 from kdcache.dump.projection import check_dim
 from kdcache.errors import ModelError, RecipeError
+from kdcache.methods.parts.layer_map import even_layers
 from kdcache.recipe.sections import check_stored
-from kdcache.teachers.layer_map import even_layers
 
 if TYPE_CHECKING:
     from kdcache.recipe import Recipe, TeacherSection

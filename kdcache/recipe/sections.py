@@ -232,7 +232,8 @@ class DistillSection(OptimSection):
     paper: bool = False  # plain sums, teacher-to-student, all weights 1
     temperature: AboveZero = 1.0
     t_squared: bool = False
-    hidden_direction: Literal["student-to-teacher", "teacher-to-student"] = "student-to-teacher"
+    hidden_direction: Literal["student-to-teacher", "teacher-to-student", "both", "none"] = "student-to-teacher"  # of the W_ij
+    layer_map: Literal["even", "last", "random"] | None = None  # that of the method where not given, else even
     teachers: Annotated[Strings, Field(min_length=1)] | None = None  # of the cache; all where not given
     teacher_layers: dict[str, list[Annotated[int, Field(ge=0)]]] | None = (
         None  # per teacher, one for each student layer; else even

@@ -8,21 +8,24 @@ from pathlib import Path
 import pytest
 import torch
 
-from kdcache.distill.methods import METHODS
 from kdcache.distill.stage import distill
 from kdcache.distill.trainee import DistillTrainee
 from kdcache.distill.training import prepare
 from kdcache.dump.stage import dump_teachers
+from kdcache.methods.base import Moment
+from kdcache.methods.registry import method_names
 from kdcache.progress import SilentProgress
 from kdcache.recipe import Recipe
 from kdcache.training.best_epoch import BestEpoch
 from tests.distill.conftest import TinyRun
 
 CASES = [
-    *(([f"distill.method={name}"]) for name in METHODS),
+    *(([f"distill.method={name}"]) for name in method_names()),
     ["distill.paper=true"],
     ["distill.temperature=2.0", 'distill.teachers=["xlm", "roberta"]'],
     ["distill.accumulation=2"],
+    ["distill.layer_map=last"],
+    ["distill.hidden_direction=both"],
 ]
 
 
@@ -30,7 +33,9 @@ def losses(recipe: Recipe, run: TinyRun, cache: Path, live: bool, place: Path) -
     """Every loss term of every step of one epoch, with plain SGD updates in between."""
     training = prepare(recipe, cache, place, run.teachers if live else None, progress=SilentProgress())
     model = training.model().train()
-    trainee = DistillTrainee(model, training.source, None, BestEpoch(place, place, {}), accumulation=recipe.distill.accumulation)
+    trainee = DistillTrainee(
+        model, training.source, None, BestEpoch(place, place, {}), epochs=1, accumulation=recipe.distill.accumulation
+    )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     for batch in trainee.batches(0, 0):
         terms: dict[str, float] = {}
@@ -87,6 +92,28 @@ def test_targets_of_every_form_agree_in_every_step(tiny_run: TinyRun, tmp_path: 
         assert any(name.startswith("hidden/") for name in cached[0])
         for step, (ours, theirs) in enumerate(zip(cached, live, strict=True)):
             assert ours == pytest.approx(theirs, rel=1e-4), step
+
+
+def test_layers_that_change_from_epoch_to_epoch(tiny_run: TinyRun, tmp_path: Path) -> None:
+    """Two epochs of a random layer map; a training that goes on in the second one draws the same layers."""
+    cache = tiny_run.cache.with_name("cache-every-layer")
+    every = tiny_run.recipe("dump.layers=[1, 2, 3, 4]", "dump.projection=none", "dump.dtype=float32")
+    dump_teachers(every, tiny_run.teachers, cache, progress=SilentProgress())
+    recipe = tiny_run.recipe("distill.dropout=0.0", "distill.layer_map=random", "distill.seed=3")
+    cached = prepare(recipe, cache, tmp_path, None, progress=SilentProgress())
+    live = prepare(recipe, cache, tmp_path, tiny_run.teachers, progress=SilentProgress())
+    maps = [cached.source.layers_at(epoch) for epoch in range(6)]
+    assert maps == [live.source.layers_at(epoch) for epoch in range(6)]
+    assert len({layers["bert"] for layers in maps}) > 1
+    for epoch in (0, 1):
+        counts = []
+        for source in (cached.source, live.source):
+            batch = next(iter(source.batches(epoch)))
+            assert batch.targets is not None
+            model = cached.model()
+            loss, terms = model(batch, model.counts([batch]), Moment(8 * epoch, 16, epoch))
+            counts.append({"loss": loss.item()} | {name: value.item() for name, value in terms.items()})
+        assert counts[0] == pytest.approx(counts[1], rel=1e-5)
 
 
 def test_the_stage_runs_with_live_teachers(tiny_run: TinyRun, tmp_path: Path) -> None:

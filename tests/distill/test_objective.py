@@ -9,16 +9,18 @@ from typing import cast
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from kdcache.distill.losses import soft_cross_entropy
-from kdcache.distill.methods import METHODS, Method
-from kdcache.distill.mixing import each_teacher
-from kdcache.distill.objective import DistillationModel, ObjectiveSettings, objective_settings, step_counts
-from kdcache.distill.student import Student, StudentModel, StudentOutput, build_student
+from kdcache.distill.objective import DistillationModel, ObjectiveSettings, objective_settings
+from kdcache.distill.student import Student, StudentModel, build_student
 from kdcache.distill.targets import Batch, Hidden, Targets
-from kdcache.distill.weighting import teacher_cross_entropy
+from kdcache.methods.base import Method
+from kdcache.methods.parts.hidden_states import HiddenStates
+from kdcache.methods.parts.soft_labels import SoftLabels
+from kdcache.methods.parts.task import TaskLoss
+from kdcache.methods.parts.weighting import teacher_cross_entropy
 from kdcache.recipe import DistillSection, StudentSection, WeightsSection
+from kdcache.testing.steps import LoopStudent
 from kdcache.testing.tiny import make_model
 
 ROWS, LENGTH, CLASSES = 6, 5, 2
@@ -54,11 +56,11 @@ def batch() -> Batch:
 
 def model_of(student: Student, settings: ObjectiveSettings) -> DistillationModel:
     dims = DIMS if settings.needs_hidden else {}
-    return DistillationModel(student.model, settings, TEACHERS, dims=dims, variances=VARIANCES, seed=0).train()
+    return DistillationModel(student.model, settings, TEACHERS, dims=dims, variances=lambda _epoch: VARIANCES, seed=0).train()
 
 
 def total(model: DistillationModel, batch: Batch, pieces: int = 1) -> tuple[float, dict[str, float]]:
-    counts, loss, terms = step_counts([batch]), 0.0, {}
+    counts, loss, terms = model.counts([batch]), 0.0, {}
     for piece in batch.split(pieces):
         found, parts = model(piece, counts)
         loss += found.item()
@@ -68,7 +70,6 @@ def total(model: DistillationModel, batch: Batch, pieces: int = 1) -> tuple[floa
 
 def hidden_in_loops(model: DistillationModel, batch: Batch) -> dict[tuple[int, int], float]:
     """MSE of every pair, token by token, with the matrices of the model."""
-    assert model.projections is not None
     assert batch.targets is not None
     states = model.student(batch.inputs, hidden_states=True).hidden_states
     found = {}
@@ -106,27 +107,6 @@ def test_mt_bert_is_the_sum_of_its_terms(student: Student, batch: Batch, paper: 
     assert 0 < terms["weight/a"] < 1
 
 
-class DoubleStudent(nn.Module):
-    """A student in float64 whose arithmetic can be written out: layer j is h_j = tanh(A_j h_(j-1)), the head is on the first token."""
-
-    width = 4
-
-    def __init__(self) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(5)
-
-        def drawn(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.randn(*shape, generator=generator, dtype=torch.float64))
-
-        self.embeddings, self.first, self.second, self.head = drawn(100, 4), drawn(4, 4), drawn(4, 4), drawn(CLASSES, 4)
-
-    def forward(self, inputs: dict[str, Tensor], *, hidden_states: bool = False) -> StudentOutput:
-        states = [self.embeddings[inputs["input_ids"]]]
-        for matrix in (self.first, self.second):
-            states.append(torch.tanh(states[-1] @ matrix.T))
-        return StudentOutput(states[-1][:, 0] @ self.head.T, tuple(states) if hidden_states else ())
-
-
 def mt_bert_in_loops(model: DistillationModel, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     """The paper's loss of a whole step: row by row, teacher by teacher, token by token, coordinate by coordinate."""
     assert batch.targets is not None
@@ -149,7 +129,7 @@ def mt_bert_in_loops(model: DistillationModel, batch: Batch) -> tuple[Tensor, di
                 soft = soft - weight * p[place] * softened[place].log() / ROWS
     if settings.t_squared:
         soft = temperature**2 * soft
-    if model.projections is not None:
+    if settings.needs_hidden:
         for (teacher, layer), target in batch.targets.hidden.items():
             mse = torch.zeros((), dtype=torch.float64)
             for place, position in enumerate(target.positions.tolist()):
@@ -162,7 +142,7 @@ def mt_bert_in_loops(model: DistillationModel, batch: Batch) -> tuple[Tensor, di
                     told = model.projections.matrices[f"layer{layer}-teacher{teacher}"].double() @ told.double()
                 for mine, theirs in zip(state, told, strict=True):
                     mse = mse + (mine - theirs) ** 2 / (len(state) * len(target.positions))
-            hidden = hidden + (mse / VARIANCES[teacher, layer] / len(DIMS) if settings.balanced else mse)
+            hidden = hidden + (mse / VARIANCES[teacher, layer] / len(DIMS) if not settings.paper else mse)
     loss = settings.task * task + settings.soft * soft + settings.hidden * hidden
     return loss, {"task": task, "soft": soft, "hidden": hidden}
 
@@ -182,20 +162,20 @@ def test_the_module_trains_on_the_loss_of_mt_bert(batch: Batch, section: Distill
     settings = objective_settings(section)
     assert batch.targets is not None
     batch = replace(batch, targets=replace(batch.targets, logits=batch.targets.logits.double()))
-    student = cast("StudentModel", DoubleStudent())
+    student = cast("StudentModel", LoopStudent(CLASSES))
     dims = DIMS if settings.needs_hidden else {}
-    model = DistillationModel(student, settings, TEACHERS, dims=dims, variances=VARIANCES, seed=0).train()
+    model = DistillationModel(student, settings, TEACHERS, dims=dims, variances=lambda _epoch: VARIANCES, seed=0).train()
     generator = torch.Generator().manual_seed(6)
-    if model.projections is not None and settings.direction == "student-to-teacher":
+    if settings.needs_hidden and settings.direction == "student-to-teacher":
         model.projections.double()
-    for matrix in model.projections.parameters() if model.projections is not None else ():
+    for matrix in model.projections.parameters() if settings.needs_hidden else ():
         matrix.data.normal_(generator=generator)  # those on the student's side start at zero
     expected, expected_terms = mt_bert_in_loops(model, batch)
     expected.backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     model.zero_grad(set_to_none=True)
 
-    counts, found, terms = step_counts([batch]), 0.0, {}
+    counts, found, terms = model.counts([batch]), 0.0, {}
     for piece in batch.split(pieces):
         loss, parts = model(piece, counts)
         loss.backward()
@@ -228,7 +208,7 @@ def test_kd_is_cross_entropy_with_the_mean_probability(student: Student, batch: 
 
 def test_fine_tune_ignores_targets(student: Student, batch: Batch) -> None:
     model = model_of(student, objective_settings(DistillSection(method="fine-tune")))
-    assert model.projections is None
+    assert not model.owned
     loss, terms = total(model, batch)
     assert set(terms) == {"task"}
     assert loss == terms["task"]
@@ -242,7 +222,7 @@ def test_micro_batches_give_the_loss_and_gradient_of_the_step(student: Student, 
 
     def gradients(pieces: int) -> tuple[float, list[Tensor]]:
         model.zero_grad()
-        counts, whole = step_counts([batch]), 0.0
+        counts, whole = model.counts([batch]), 0.0
         for piece in batch.split(pieces):
             loss, _ = model(piece, counts)
             loss.backward()
@@ -255,24 +235,20 @@ def test_micro_batches_give_the_loss_and_gradient_of_the_step(student: Student, 
         assert torch.allclose(a, b, atol=1e-5)
 
 
-def test_a_new_method_is_one_row_and_one_small_function(student: Student, batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_new_method_is_a_declaration_and_one_small_function(student: Student, batch: Batch) -> None:
     """Tiny-NewsRec: the weights are a softmax over the teachers, and multiply the hidden loss too."""
 
     def softmax_of_losses(_student: Tensor, teachers: Tensor, labels: Tensor, /) -> Tensor:
         return (-teacher_cross_entropy(teachers, labels)).softmax(dim=0)
 
-    row = Method(
-        "tiny-newsrec", "Tiny-NewsRec", "arXiv 2112.00944", softmax_of_losses, each_teacher, soft_cross_entropy,
-        hidden=True, weighting_on_hidden=True,
-    )  # fmt: skip
-    monkeypatch.setitem(METHODS, row.name, row)
-    model = model_of(student, objective_settings(DistillSection(method="tiny-newsrec")))
+    terms = (TaskLoss(), SoftLabels(), HiddenStates(weighted=True))
+    method = Method("tiny-newsrec", "Tiny-NewsRec", "arXiv 2112.00944", terms, softmax_of_losses)
+    model = model_of(student, ObjectiveSettings(method))
     _, terms = total(model, batch)
     assert terms["weight/a"] + terms["weight/b"] == pytest.approx(1.0)
     assert batch.targets is not None
     weights = softmax_of_losses(torch.empty(0), batch.targets.logits, batch.labels)
     states = model.student(batch.inputs, hidden_states=True).hidden_states
-    assert model.projections is not None
     matrix = model.projections.matrices["layer2"][:3]
     errors = 0.0
     for place, position in enumerate(COVERED[0]):

@@ -13,7 +13,12 @@ import torch
 from kdcache.distill.stage import DistillResult, distill
 from kdcache.distill.trainee import DistillTrainee
 from kdcache.distill.training import Training
+from kdcache.dump.stage import dump_teachers
 from kdcache.errors import DamageError, KdcacheError, MismatchError, ModelError, RecipeError
+from kdcache.methods.base import Feature, Method
+from kdcache.methods.parts.hidden_states import HiddenStates
+from kdcache.methods.parts.layer_map import LayerMapping
+from kdcache.methods.parts.task import TaskLoss
 from kdcache.progress import SilentProgress
 from kdcache.recipe import Recipe
 from kdcache.testing.teachers import make_teachers
@@ -187,6 +192,28 @@ def test_refused_before_training(tiny_run: TinyRun, tmp_path: Path, case: str) -
         run(tiny_run.recipe(*overrides), tiny_run.cache, tmp_path)
     assert caught.value.hint
     assert not (tmp_path / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(("stored", "feature"), [("pooled", "first"), ("first", "mean"), ("first", "tokens")])
+def test_vectors_that_a_term_cannot_use_are_refused(
+    tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stored: str, feature: Feature
+) -> None:
+    cache = tiny_run.cache.with_name(f"cache-of-{stored}")
+    dump_teachers(tiny_run.recipe(f"dump.tokens={stored}"), tiny_run.teachers, cache, progress=SilentProgress())
+    method = Method("picky", "", "", (TaskLoss(), HiddenStates(feature)))
+    monkeypatch.setattr("kdcache.distill.objective.find_method", lambda _name: method)
+    with pytest.raises(MismatchError, match=r"'hidden' of method 'picky' needs .* for layer 2 of teacher 'bert'") as caught:
+        run(tiny_run.recipe(), cache, tmp_path)
+    assert "dump.tokens = 'all'" in caught.value.hint
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_a_student_without_a_layer_pair_is_refused(tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nothing = LayerMapping("nothing", lambda _teacher, layers, _draw: (None,) * layers)
+    method = Method("lonely", "", "", (TaskLoss(), HiddenStates()), layer_map=nothing)
+    monkeypatch.setattr("kdcache.distill.objective.find_method", lambda _name: method)
+    with pytest.raises(RecipeError, match="method 'lonely' pairs no layer of a student with 2 layers"):
+        run(tiny_run.recipe(), tiny_run.cache, tmp_path)
 
 
 def test_text_that_the_cache_lacks(tiny_run: TinyRun, tmp_path: Path) -> None:

@@ -1,23 +1,24 @@
-"""The table of methods, and that a new method is a row."""
+"""Methods are found by the names of their files; the recipe's choices become settings."""
 
 from __future__ import annotations
 
 import pytest
 
-from kdcache.distill.methods import METHODS, find_method
 from kdcache.distill.objective import objective_settings
 from kdcache.errors import RecipeError
+from kdcache.methods.registry import all_methods, find_method, method_names
 from kdcache.recipe import DistillSection, WeightsSection
 
 
 def test_known_methods_are_found_by_name() -> None:
     assert [find_method(name).name for name in ("mt-bert", "kd", "fine-tune")] == ["mt-bert", "kd", "fine-tune"]
-    assert [name for name, method in METHODS.items() if not method.uses_teachers] == ["fine-tune"]
-    assert [name for name, method in METHODS.items() if method.hidden] == ["mt-bert"]
+    assert tuple(method.name for method in all_methods()) == method_names()
+    assert [method.name for method in all_methods() if not method.uses_teachers] == ["fine-tune"]
+    assert all(method.title and method.source and method.note for method in all_methods())
 
 
 def test_unknown_method_names_the_known_ones() -> None:
-    with pytest.raises(RecipeError, match="mt-bert, kd, fine-tune") as caught:
+    with pytest.raises(RecipeError, match=r"no distillation method 'mt_bert'; there are: .*fine-tune, kd, mt-bert") as caught:
         find_method("mt_bert")
     assert "'mt-bert'" in caught.value.hint
     assert caught.value.exit_code == 2
@@ -28,14 +29,14 @@ def test_paper_means_plain_sums_teacher_to_student_and_all_weights_one() -> None
     settings = objective_settings(section)
     assert (settings.task, settings.soft, settings.hidden) == (1.0, 1.0, 1.0)
     assert settings.direction == "teacher-to-student"
-    assert not settings.balanced
+    assert settings.paper
     assert not settings.t_squared
     assert settings.temperature == 2.0
 
 
 def test_default_is_balanced_with_the_weights_of_the_recipe() -> None:
     settings = objective_settings(DistillSection())
-    assert settings.balanced
+    assert not settings.paper
     assert (settings.task, settings.soft, settings.hidden) == (1.0, 1.0, 0.1)
     assert settings.direction == "student-to-teacher"
 

@@ -1,6 +1,6 @@
-"""How the teachers' soft labels come together: pure functions from all teachers' logits to those the student is taught.
+"""The slot M: how the teachers' soft labels come together, from all teachers' logits to those that the student learns.
 
-What goes out are logits again (softmax(m/T) is the mixture), so that every soft-label loss takes the same input, whether
+What comes out are logits again (softmax(m/T) is the mixture), so that every soft-label loss takes the same input, whether
 it works on probabilities or on logits.
 """
 
@@ -31,3 +31,9 @@ def mean_probability(teacher_logits: Tensor, weights: Tensor, temperature: float
     shares = (weights / weights.sum(dim=0)).unsqueeze(-1)
     log_mean = torch.logsumexp(F.log_softmax(teacher_logits / temperature, dim=-1) + shares.log(), dim=0, keepdim=True)
     return temperature * log_mean, torch.ones_like(weights[:1])
+
+
+def mean_logit(teacher_logits: Tensor, weights: Tensor, _temperature: float, /) -> tuple[Tensor, Tensor]:
+    """One target: the mean of the teachers' logits, each teacher with its share of the weights on the row."""
+    shares = (weights / weights.sum(dim=0)).unsqueeze(-1)
+    return (shares * teacher_logits).sum(dim=0, keepdim=True), torch.ones_like(weights[:1])

@@ -1,7 +1,7 @@
-"""How much a teacher counts on a row: pure functions of student logits, teacher logits and labels.
+"""The slot w: how much a teacher counts on a row, a pure function of student logits, teacher logits and labels.
 
 All three are at hand whether the teachers are live or cached, so a weighting never needs a new dump. Each has a form for
-rows without a label. A new weighting is one function here and one row in ``methods.METHODS``.
+rows without a label.
 """
 
 from __future__ import annotations
@@ -14,11 +14,27 @@ from torch import Tensor
 
 
 class Weighting(Protocol):
-    """Weights [teachers, batch] of the teachers' terms; no gradient flows through them."""
+    """Weights [teachers, batch] of the teachers' terms; ``teacher_weights`` makes constants of them."""
 
     def __call__(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, /) -> Tensor:
         """Shapes: student_logits [batch, classes], teacher_logits [teachers, batch, classes], labels [batch], -1 = none."""
         ...
+
+
+def teacher_weights(weighting: Weighting, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
+    """w_i(x) as constants: no gradient flows through them, even where a weighting looks at the student.
+
+    Args:
+        weighting: The function to apply.
+        student_logits: ``[batch, classes]``.
+        teacher_logits: ``[teachers, batch, classes]``.
+        labels: ``[batch]``, -1 = none.
+
+    Returns:
+        Weights ``[teachers, batch]``.
+    """
+    with torch.no_grad():
+        return weighting(student_logits, teacher_logits, labels)
 
 
 def one(_student_logits: Tensor, teacher_logits: Tensor, _labels: Tensor, /) -> Tensor:

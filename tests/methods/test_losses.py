@@ -8,19 +8,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from kdcache.distill.losses import (
+from kdcache.distill.targets import Hidden
+from kdcache.methods.losses import (
     DistillationLoss,
     HiddenProjections,
     balanced_mean,
+    each_teacher,
+    inverse_cross_entropy,
+    mean_probability,
     mean_squared_error,
+    one,
     plain_sum,
     share_of_variance,
     soft_cross_entropy,
     task_loss,
+    teacher_cross_entropy,
 )
-from kdcache.distill.mixing import each_teacher, mean_probability
-from kdcache.distill.targets import Hidden
-from kdcache.distill.weighting import inverse_cross_entropy, one, teacher_cross_entropy
 
 TEACHERS, ROWS, CLASSES = 3, 5, 4
 

@@ -1,0 +1,66 @@
+"""``kdcache.losses``: the losses as plain functions and modules, for a training loop of one's own.
+
+They know neither recipes nor caches: tensors and numbers in, tensors out. ``kdcache distill`` computes with the same code::
+
+    soft = losses.DistillationLoss(temperature=2.0)
+    loss = losses.task_loss(logits, labels) + soft(logits, teacher_logits, labels)
+
+Every loss is a sum over rows or tokens divided by a count. The count defaults to that of the given batch. Where a step is
+cut into micro-batches, give the count of the whole step: then the micro-batches' losses add up to that of the step.
+"""
+
+from __future__ import annotations
+
+from kdcache.methods.base import Direction, Pair
+from kdcache.methods.parts.hidden_states import (
+    HiddenProjections,
+    balanced_mean,
+    cosine_distance,
+    mean_squared_error,
+    plain_sum,
+    share_of_variance,
+    squared_distance,
+)
+from kdcache.methods.parts.mixing import Mixing, each_teacher, mean_logit, mean_probability
+from kdcache.methods.parts.relations import angle_relation, cosine_relation, distance_relation
+from kdcache.methods.parts.soft_labels import (
+    DistillationLoss,
+    SoftLoss,
+    kl_divergence,
+    logit_squared_error,
+    soft_cross_entropy,
+    soft_losses,
+)
+from kdcache.methods.parts.task import task_loss
+from kdcache.methods.parts.weighting import Weighting, inverse_cross_entropy, one, teacher_cross_entropy, teacher_weights
+
+__all__ = [
+    "Direction",
+    "DistillationLoss",
+    "HiddenProjections",
+    "Mixing",
+    "Pair",
+    "SoftLoss",
+    "Weighting",
+    "angle_relation",
+    "balanced_mean",
+    "cosine_distance",
+    "cosine_relation",
+    "distance_relation",
+    "each_teacher",
+    "inverse_cross_entropy",
+    "kl_divergence",
+    "logit_squared_error",
+    "mean_logit",
+    "mean_probability",
+    "mean_squared_error",
+    "one",
+    "plain_sum",
+    "share_of_variance",
+    "soft_cross_entropy",
+    "soft_losses",
+    "squared_distance",
+    "task_loss",
+    "teacher_cross_entropy",
+    "teacher_weights",
+]

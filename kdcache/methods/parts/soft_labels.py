@@ -1,0 +1,178 @@
+"""The slot D: losses between the student's and the teachers' soft labels, and the term that sums them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kdcache.methods.base import Needs, Owned, Pair, Scope, Setup, View, Weight
+from kdcache.methods.parts.mixing import Mixing, each_teacher
+from kdcache.methods.parts.weighting import Weighting, inverse_cross_entropy, teacher_weights
+
+if TYPE_CHECKING:
+    from kdcache.distill.targets import Batch
+
+
+class SoftLoss(Protocol):
+    """D: a loss for every target and row."""
+
+    def __call__(
+        self, student_logits: Tensor, target_logits: Tensor, temperature: float, labels: Tensor | None = None, /
+    ) -> Tensor:
+        """A loss ``[targets, batch]``.
+
+        Shapes: student_logits ``[batch, classes]``, target_logits ``[targets, batch, classes]``, labels ``[batch]``, -1 = none.
+        """
+        ...
+
+
+def soft_cross_entropy(
+    student_logits: Tensor, target_logits: Tensor, temperature: float, _labels: Tensor | None = None, /
+) -> Tensor:
+    """CE(softmax(z_i/T), softmax(z_s/T)) of every target and row.
+
+    Args:
+        student_logits: ``[batch, classes]``.
+        target_logits: ``[targets, batch, classes]``.
+        temperature: T, above 0.
+
+    Returns:
+        Losses ``[targets, batch]``.
+    """
+    target = F.softmax(target_logits / temperature, dim=-1)
+    return -(target * F.log_softmax(student_logits / temperature, dim=-1)).sum(dim=-1)
+
+
+def kl_divergence(student_logits: Tensor, target_logits: Tensor, temperature: float, _labels: Tensor | None = None, /) -> Tensor:
+    """KL(softmax(z_i/T) || softmax(z_s/T)): ``soft_cross_entropy`` minus the target's entropy, with the same gradient."""
+    target = F.log_softmax(target_logits / temperature, dim=-1)
+    return (target.exp() * (target - F.log_softmax(student_logits / temperature, dim=-1))).sum(dim=-1)
+
+
+def logit_squared_error(
+    student_logits: Tensor, target_logits: Tensor, _temperature: float, _labels: Tensor | None = None, /
+) -> Tensor:
+    """Mean over the classes of (z_s - z_i)²; the temperature plays no part. Shapes as in ``soft_cross_entropy``."""
+    return (student_logits - target_logits).square().mean(dim=-1)
+
+
+def soft_losses(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    weights: Tensor,
+    *,
+    temperature: float = 1.0,
+    t_squared: bool = False,
+    mixing: Mixing = each_teacher,
+    soft_loss: SoftLoss = soft_cross_entropy,
+    labels: Tensor | None = None,
+    count: int | None = None,
+) -> Tensor:
+    """Weighted soft-label losses, one for each target that ``mixing`` makes of the teachers.
+
+    Args:
+        student_logits: ``[batch, classes]``.
+        teacher_logits: ``[teachers, batch, classes]``.
+        weights: ``[teachers, batch]``, constants.
+        temperature: T, above 0.
+        t_squared: Multiply by T².
+        mixing: How the teachers' soft labels come together.
+        soft_loss: The loss between a target and the student.
+        labels: ``[batch]``, -1 = none; for losses that use them.
+        count: Rows of the whole step; those of the batch where not given.
+
+    Returns:
+        ``[targets]``: sums over the rows divided by ``count``.
+    """
+    targets, shares = mixing(teacher_logits, weights, temperature)
+    losses = soft_loss(student_logits, targets, temperature, labels) * shares
+    factor = temperature**2 if t_squared else 1.0
+    return factor * losses.sum(dim=1) / max(losses.shape[1] if count is None else count, 1)
+
+
+class DistillationLoss(nn.Module):
+    """L_dis = sum_i CE(softmax(z_i/T), softmax(z_s/T)) / (1 + CE(y, softmax(z_i))), per row, then the mean over the rows.
+
+    MT-BERT (arXiv 2106.01023), section 3.2. Rows without a gold label weigh 1. The weights are constants: no gradient
+    flows through ``weighting``. ``kdcache distill`` computes its soft term with the same functions.
+
+    Args:
+        temperature: T, above 0.
+        t_squared: Multiply by T²; the paper does not.
+        weighting: How much a teacher counts on a row.
+    """
+
+    def __init__(
+        self, temperature: float = 1.0, *, t_squared: bool = False, weighting: Weighting = inverse_cross_entropy
+    ) -> None:
+        super().__init__()
+        self.temperature = temperature
+        self.t_squared = t_squared
+        self.weighting = weighting
+
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
+        """The loss of a batch.
+
+        Args:
+            student_logits: ``[batch, classes]``.
+            teacher_logits: ``[teachers, batch, classes]``.
+            labels: ``[batch]``, -1 = none.
+
+        Returns:
+            A scalar.
+        """
+        weights = teacher_weights(self.weighting, student_logits, teacher_logits, labels)
+        losses = soft_losses(student_logits, teacher_logits, weights, temperature=self.temperature, t_squared=self.t_squared)
+        return losses.sum()
+
+
+@dataclass(frozen=True)
+class SoftLabels:
+    """The term: soft labels of the teachers, mixed and weighted; temperature and T² are those of the recipe."""
+
+    loss: SoftLoss = soft_cross_entropy
+    mixing: Mixing = each_teacher
+    name: str = "soft"
+    weight: Weight = "soft"
+    scope: Scope = "row"
+    weighted: bool = True
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(logits=True)
+
+    def bind(self, setup: Setup, /) -> BoundSoftLabels:
+        """With temperature and T² of the setup."""
+        return BoundSoftLabels(self, setup)
+
+
+class BoundSoftLabels:
+    """Ready to use; owns no parameters. Logs the loss of each teacher where every teacher is a target."""
+
+    owned: Mapping[str, Owned] = {}
+
+    def __init__(self, term: SoftLabels, setup: Setup) -> None:
+        self._term, self._setup = term, setup
+
+    def count(self, _batch: Batch, /) -> Mapping[Pair, int]:
+        return {}
+
+    def __call__(self, view: View, log: dict[str, Tensor], /) -> Tensor:
+        losses = soft_losses(
+            view.student_logits,
+            view.teacher_logits,
+            view.weights,
+            temperature=self._setup.temperature,
+            t_squared=self._setup.t_squared,
+            mixing=self._term.mixing,
+            soft_loss=self._term.loss,
+            labels=view.labels,
+            count=view.counts.rows,
+        )
+        if len(losses) == len(self._setup.teachers):
+            log |= {f"{self._term.name}/{name}": loss for name, loss in zip(self._setup.teachers, losses, strict=True)}
+        return losses.sum()
