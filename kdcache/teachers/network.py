@@ -1,13 +1,14 @@
 """How a model of transformers is run on padded texts, so that a text gives the same alone and in a batch.
 
-Everywhere in kdcache padding is on the right, whatever the tokenizer says: states of tokens lie where their tokens do. That is
-right for encoders (positions count from the first token) and for causal decoders (no token sees what follows it). Three kinds
-of model want more, and get it here and nowhere else:
+Everywhere in kdcache padding is on the right, whatever the tokenizer says: states of tokens lie where their tokens
+do. That is right for encoders (positions count from the first token) and for causal decoders (no token sees what
+follows it). Three kinds of model want more, and get it here and nowhere else:
 
 - heads that read the last position (XLNet): the inputs are turned to the left side and the hidden states turned back;
-- heads that look for the last token that is not padding (GPT-2, Llama, Qwen): padding gets the id that they know as padding;
-- the same heads where the config names no such id: transformers then reads the last position and takes one text at a time;
-  the last token of each text is read here, by the attention mask.
+- heads that look for the last token that is not padding (GPT-2, Llama, Qwen): padding gets the id that they know as
+  padding;
+- the same heads where the config names no such id: transformers then reads the last position and takes one text at a
+  time; the last token of each text is read here, by the attention mask.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class NetworkOutput:
-    """``logits`` [batch, classes] of a classifier, else None; ``last`` [batch, tokens, width] is the last hidden state, None of a
-    classifier that was not asked for hidden states; ``hidden_states`` is empty where they were not asked for.
+    """``logits`` [batch, classes] of a classifier, else None; ``last`` [batch, tokens, width] is the last hidden state,
+    None of a classifier that was not asked for hidden states; ``hidden_states`` is empty where they were not asked for.
     """
 
     logits: Tensor | None
@@ -38,7 +39,8 @@ class NetworkOutput:
 def accepted_inputs(model: nn.Module) -> frozenset[str]:
     """Names of the tensors that the model's forward takes.
 
-    Token types are left out where the model knows one type only (RoBERTa): the second type of a pair would be out of range.
+    Token types are left out where the model knows one type only (RoBERTa): the second type of a pair would be out of
+    range.
     """
     known = {"input_ids", "attention_mask", "token_type_ids"}
     types = getattr(getattr(model, "config", None), "type_vocab_size", None)
@@ -91,13 +93,20 @@ def _reads_last_token(network: PreTrainedModel) -> bool:
 
 
 def at_last_token(states: Tensor, mask: Tensor) -> Tensor:
-    """[batch, width]: of ``states`` [batch, tokens, width] that of the last token of each text, on whichever side the padding is."""
+    """The state of the last token of each text, on whichever side the padding is.
+
+    ``states`` [batch, tokens, width] and ``mask`` [batch, tokens] to [batch, width].
+    """
     last = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(dim=1)
-    return states[torch.arange(len(states), device=states.device), last.to(states.device)]
+    places = last.to(states.device).reshape(-1, 1, 1).expand(-1, 1, states.shape[2])
+    return states.gather(1, places).squeeze(1)  # indexing by rows would fix their number in an exported graph
 
 
 def padded_left(tensor: Tensor, mask: Tensor) -> Tensor:
-    """``tensor`` [batch, tokens, ...], padded on the right, with the padding moved to the left; ``mask`` is that on the right."""
+    """``tensor``, padded on the right, with the padding moved to the left.
+
+    ``tensor`` is [batch, tokens] or [batch, tokens, width]; ``mask`` is that of the padding on the right.
+    """
     return _turned(tensor, mask.sum(dim=1, keepdim=True))
 
 
@@ -108,5 +117,6 @@ def padded_right(tensor: Tensor, mask: Tensor) -> Tensor:
 
 def _turned(tensor: Tensor, by: Tensor) -> Tensor:
     places = (torch.arange(tensor.shape[1], device=tensor.device) + by.to(tensor.device)) % tensor.shape[1]
-    rows = torch.arange(len(tensor), device=tensor.device).unsqueeze(1)
-    return tensor[rows, places]
+    if tensor.dim() == 3:
+        places = places.unsqueeze(2).expand(-1, -1, tensor.shape[2])
+    return tensor.gather(1, places)

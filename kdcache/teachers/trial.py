@@ -1,7 +1,7 @@
 """A model is tried on a few made-up texts before anything is spent on it.
 
-Of a model that kdcache was never tried with nobody knows whether its hidden states are one per token and block, or whether
-padding changes what it says of a text. Both would give wrong students without an error, hours later.
+The hidden states of an unknown model may not be one per token and block, and padding may change its outputs. Both would
+give wrong students without an error, hours later.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ _OTHERS = "Choose a model that docs/models.md lists, e.g. BERT, RoBERTa, DeBERTa
 
 @dataclass(frozen=True)
 class Trial:
-    """``causal``: no token sees those after it. ``padding``: the largest relative change that padding made in states and logits."""
+    """``causal``: no token sees those after it. ``padding``: the largest relative change that padding made in states
+    and logits.
+    """
 
     causal: bool
     padding: float
@@ -36,10 +38,10 @@ class Trial:
 def try_network(
     name: str, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int, columns: int = 1
 ) -> Trial:
-    """Run the model of teacher ``name`` on made-up texts of ``columns`` columns, together and each alone; it is in eval mode.
+    """Run the model of teacher ``name``, which is in eval mode, on made-up texts of ``columns`` columns, together and alone.
 
-    Raises ModelError where that fails, where the hidden states are not one vector per token and block, or where a text gives
-    other outputs alone than in a batch; NonFiniteError for NaN and infinity.
+    Raises ModelError where that fails, where the hidden states are not one vector per token and block, or where a text
+    gives other outputs alone than in a batch; NonFiniteError for NaN and infinity.
     """
     encoded = encode(tokenizer, [(text,) * columns for text in _TEXTS], max_length)
     filler = padding_id(tokenizer)
