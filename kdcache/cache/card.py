@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from kdcache.cache.describe import describe_manifest
+from kdcache.codecs.base import LayerSpec
+from kdcache.codecs.registry import format_of
 
 if TYPE_CHECKING:
     from kdcache.cache.manifest import Manifest
@@ -94,8 +96,8 @@ def _layers(layers: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _form(layer: Mapping[str, Any]) -> str:
-    coded = layer["dtype"] == "coded"
-    stored = f"coded, {layer['bytes']} bytes" if coded else f"{layer['projection']} {layer['dim']} {layer['dtype']}"
+    spec = LayerSpec(layer["projection"], layer["dim"], layer["dtype"], layer.get("bytes", 0))
+    stored = format_of(spec).label(spec)
     return stored + {"first": ", first token", "pooled": ", mean of tokens"}.get(layer.get("tokens", ""), "")
 
 

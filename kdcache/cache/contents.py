@@ -13,7 +13,8 @@ from kdcache.cache import layout
 
 if TYPE_CHECKING:
     from kdcache.cache.files import FileDigest
-    from kdcache.cache.spec import LayerSpec, Scope, Settings, TaskSpec, TeacherSpec
+    from kdcache.cache.spec import Scope, Settings, TaskSpec, TeacherSpec
+    from kdcache.codecs.base import LayerSpec
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from kdcache.cache.spec import Fingerprints, LayerSpec, Settings, TaskSpec, TeacherSpec
+from kdcache.cache.spec import Fingerprints, Settings, TaskSpec, TeacherSpec
+from kdcache.codecs.base import LayerSpec
 from kdcache.errors import MismatchError
 
 _HINT = "Ask for what the cache was made with, or dump into a new directory."

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from kdcache.cache import layout
 from kdcache.cache.spec import needs_tokens
 from kdcache.errors import MismatchError, RecipeError
-from kdcache.teachers.layer_map import even_layers
+from kdcache.recipe.layer_map import even_layers
 
 if TYPE_CHECKING:
     from kdcache.cache.reader import Cache

@@ -28,15 +28,16 @@ from kdcache.dump.scoring import validation_scores
 from kdcache.dump.specs import PreparedTeacher, layer_specs, prepare, scopes, student_depth
 from kdcache.dump.stage import refuse_stale, run_missing, write_examples
 from kdcache.errors import DamageError, MismatchError, RecipeError
+from kdcache.recipe.layer_map import even_layers
 from kdcache.recipe.sections import DumpSection, TeacherSection
-from kdcache.teachers.layer_map import even_layers
 
 if TYPE_CHECKING:
     from kdcache.cache.contents import Contents
     from kdcache.cache.digests import Arrivals
     from kdcache.cache.manifest import Manifest
-    from kdcache.cache.spec import LayerSpec, TaskSpec, TeacherSpec
+    from kdcache.cache.spec import TaskSpec, TeacherSpec
     from kdcache.cache.writer import CacheWriter
+    from kdcache.codecs.base import LayerSpec
     from kdcache.data.task import TaskData
     from kdcache.dump.additions import Addition
     from kdcache.dump.run import TeacherRun

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kdcache.cache.spec import LayerSpec, TargetSpec, TaskSpec, TeacherSpec
+from kdcache.cache.spec import TargetSpec, TaskSpec, TeacherSpec
 from kdcache.data.encoding import TRUNCATION, tokenizer_json
 from kdcache.dump.layers import check_names, layer_spec, resolve_layers
 from kdcache.errors import DataError, MismatchError, ModelError
@@ -22,6 +22,7 @@ from kdcache.teachers.teacher import check_max_length
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from kdcache.codecs.base import LayerSpec
     from kdcache.data.task import TaskData
     from kdcache.recipe import DumpSection, Recipe, TeacherSection
     from kdcache.teachers.bundle import Bundle

@@ -15,8 +15,8 @@ import pytest
 
 from kdcache.cache.files import use_disk, write_file
 from kdcache.cache.reader import open_cache
-from kdcache.cache.spec import LayerSpec
 from kdcache.cache.verify import unreferenced, verify
+from kdcache.codecs.base import LayerSpec
 from kdcache.errors import StorageError
 from kdcache.testing.caches import LAYERS, Plan, dump, made_plan, made_teacher, made_texts
 from kdcache.testing.faults import Died, count_steps, counting_disk, dying_disk, failing_disk, flip_bit, run_with_fault

@@ -2,7 +2,7 @@ import pytest
 
 from kdcache.dump.layers import resolve_layers
 from kdcache.errors import ModelError, RecipeError
-from kdcache.teachers.layer_map import even_layers
+from kdcache.recipe.layer_map import even_layers
 
 
 def test_the_paper_s_layer_map() -> None:

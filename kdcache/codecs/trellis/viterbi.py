@@ -38,7 +38,7 @@ class _Step:
     squares: Tensor  # float32 [shared, 2 ** depth, 1]
 
 
-class Trellis:
+class Viterbi:
     """``levels``: for each coordinate, of ``bits`` each, its table [2 ** max(window, bits)]."""
 
     def __init__(self, levels: Sequence[Tensor], bits: Sequence[int], window: int) -> None:

@@ -1,8 +1,7 @@
-"""From projected hidden states to the rows of a coded layer, on the device that the teacher runs on.
+"""From coordinates to rows of bits on the device that the teacher runs on, and back on the student's.
 
 A coordinate's value depends on its own bits and, in a trellis code, on bits before it, so the best string is found by
-dynamic programming over the coordinates (Viterbi), all tokens of a block at once. It lies here and not in the dump because live teachers
-must give a student the very targets that a cache holds.
+dynamic programming over the coordinates (Viterbi), all tokens of a block at once.
 """
 
 from __future__ import annotations
@@ -13,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdcache.cache.codebook import Codebook, pack_windows
-from kdcache.teachers.trellis import Trellis
+from kdcache.codecs.trellis.codebook import Codebook, pack_windows, places
+from kdcache.codecs.trellis.viterbi import Viterbi
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -33,16 +32,39 @@ class Coder:
         tables = {depth: torch.from_numpy(table.copy()).to(device) for depth, table in codebook.tables.items()}
         self._levels = [tables[depth] * scale for depth, scale in zip(self._bits, scales, strict=True)]
         self._codebook = codebook
-        self._trellis = Trellis(self._levels, self._bits, codebook.window) if torch.device(device).type == "cpu" else None
+        self._viterbi = Viterbi(self._levels, self._bits, codebook.window) if torch.device(device).type == "cpu" else None
 
     def __call__(self, coordinates: Tensor) -> np.ndarray:
         """The rows that decode closest to ``coordinates`` (float32, finite), in the sum of squares."""
-        if self._trellis is not None:
-            windows = self._trellis.windows_of(coordinates.float())
+        if self._viterbi is not None:
+            windows = self._viterbi.windows_of(coordinates.float())
         else:
             found = search_on_device(coordinates, self._levels, self._bits, self._codebook.window)
             windows = found.T.to(torch.uint8).cpu().numpy()
         return pack_windows(windows, self._codebook.bits, self._row_bytes)
+
+
+class RowDecoder:
+    """Unpacks rows of a coded layer by look-up, all coordinates at once, on whatever device the rows are."""
+
+    def __init__(self, codebook: Codebook) -> None:
+        where = places(codebook)
+        arrays = {"byte": where.byte, "shift": where.shift, "mask": where.mask, "first": where.first}
+        tensors = {name: torch.from_numpy(array).to(torch.int32) for name, array in arrays.items()}
+        tensors |= {"levels": torch.from_numpy(codebook.levels.copy()), "scale": torch.from_numpy(codebook.scale.copy())}
+        self.dim = len(codebook.bits)
+        self._on: dict[torch.device, dict[str, Tensor]] = {torch.device("cpu"): tensors}
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """float32 [n, dim] of ``rows`` uint8 [n, bytes]."""
+        if rows.device not in self._on:
+            here = self._on[torch.device("cpu")]
+            self._on[rows.device] = {name: tensor.to(rows.device) for name, tensor in here.items()}
+        of = self._on[rows.device]
+        padded = torch.nn.functional.pad(rows, (1, 1)).to(torch.int32)
+        words = (padded[:, :-1] << 8) | padded[:, 1:]
+        entries = words.index_select(1, of["byte"]).bitwise_right_shift_(of["shift"]).bitwise_and_(of["mask"]).add_(of["first"])
+        return of["levels"].index_select(0, entries.view(-1)).view(entries.shape).mul_(of["scale"])
 
 
 def best_windows(coordinates: Tensor, levels: Sequence[Tensor], bits: Sequence[int], window: int) -> Tensor:
@@ -51,7 +73,7 @@ def best_windows(coordinates: Tensor, levels: Sequence[Tensor], bits: Sequence[i
     ``levels``: per coordinate its table, [2 ** max(window, bits)]. The sum of squared errors of a row is the least possible.
     """
     if coordinates.device.type == "cpu":
-        return torch.from_numpy(Trellis(levels, bits, window).windows_of(coordinates.float()).T.astype(np.int64))
+        return torch.from_numpy(Viterbi(levels, bits, window).windows_of(coordinates.float()).T.astype(np.int64))
     return search_on_device(coordinates, levels, bits, window)
 
 

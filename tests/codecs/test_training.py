@@ -10,10 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdcache.cache.codebook import Codebook, decode_rows, table_sizes
-from kdcache.dump.codebooks import DISTORTION, allot_bits, fit_coded_basis, train_codebook
-from kdcache.dump.projection import Moments
-from kdcache.teachers.coder import Coder, best_windows, search_on_device
+from kdcache.codecs.base import Basis, LayerSpec
+from kdcache.codecs.trellis import TRELLIS, codebook_of
+from kdcache.codecs.trellis.codebook import Codebook, decode_rows, table_sizes
+from kdcache.codecs.trellis.coder import Coder, best_windows, search_on_device
+from kdcache.codecs.trellis.training import DISTORTION, allot_bits, train_codebook
+from kdcache.dump.fitting import LayerFit
 
 
 @given(st.lists(st.floats(0, 1e6), min_size=1, max_size=30), st.integers(0, 300))
@@ -78,10 +80,11 @@ def _layer(rows: int, width: int = 24) -> torch.Tensor:
     return torch.randn(rows, width, generator=generator) * torch.logspace(1, -1, width) + 3.0
 
 
-def _moments(hidden: torch.Tensor) -> Moments:
-    moments = Moments(hidden.shape[1], cross=True)
-    moments.add(hidden)
-    return moments
+def _fitted(hidden: torch.Tensor, row_bytes: int) -> Basis:
+    rows, width = hidden.shape
+    fit = LayerFit(TRELLIS.layer(LayerSpec("pca", 0, "coded", row_bytes), width, "a layer"), width, rows, seed=0)
+    fit.add(hidden, np.arange(rows))
+    return fit.basis(name="t", layer=1)
 
 
 @pytest.mark.parametrize("window", [0, 3, 6])
@@ -90,17 +93,17 @@ def test_the_search_of_the_cpu_finds_what_that_of_a_gpu_finds(window: int, monke
     bits = [8, 7, 5, 5, 4, 3, 2, 2, 1, 1, 1, 1]
     levels = [torch.randn(1 << max(window, depth), generator=generator) * depth for depth in bits]
     coordinates = torch.randn(150, len(bits), generator=generator) * torch.tensor(bits)
-    monkeypatch.setattr("kdcache.teachers.trellis._TOKENS", 64)  # several blocks, the last one short
+    monkeypatch.setattr("kdcache.codecs.trellis.viterbi._TOKENS", 64)  # several blocks, the last one short
     assert (best_windows(coordinates, levels, bits, window) == search_on_device(coordinates, levels, bits, window)).all()
 
 
 def test_a_token_gets_the_same_row_in_any_batch() -> None:
     """Else a part that is dumped again after a crash, or by a live teacher, would have other bytes."""
     hidden = _layer(900)
-    basis = fit_coded_basis(_moments(hidden), hidden, 8, name="t", layer=1)
-    assert basis.components is not None and basis.codebook is not None
+    basis = _fitted(hidden, 8)
+    assert basis.components is not None
     coordinates = hidden @ torch.from_numpy(basis.components).T
-    coder = Coder(basis.codebook, 8, "cpu")
+    coder = Coder(codebook_of(basis), 8, "cpu")
     for count in (1, 100, 513):
         np.testing.assert_array_equal(coder(coordinates[:count]), coder(coordinates)[:count])
 
@@ -109,10 +112,10 @@ def test_bits_beat_a_cut_at_the_same_bytes_and_more_bytes_keep_more() -> None:
     hidden, unseen = _layer(4000), _layer(5000)[4000:]
     kept = []
     for size in (2, 4, 8, 16):
-        basis = fit_coded_basis(_moments(hidden), hidden, size, name="t", layer=1)
-        assert basis.components is not None and basis.mean is not None and basis.codebook is not None
+        basis = _fitted(hidden, size)
+        assert basis.components is not None and basis.mean is not None
         coordinates = (unseen.numpy() - basis.mean) @ basis.components.T
-        decoded = decode_rows(Coder(basis.codebook, size, "cpu")(torch.from_numpy(coordinates)), basis.codebook)
+        decoded = decode_rows(Coder(codebook_of(basis), size, "cpu")(torch.from_numpy(coordinates)), codebook_of(basis))
         back = decoded @ basis.components + basis.mean
         kept.append(1 - np.square(back - unseen.numpy()).sum() / np.square(unseen.numpy() - basis.mean).sum())
         assert basis.target_variance == pytest.approx(float(decoded.var(axis=0).mean()), rel=0.15)
@@ -125,15 +128,14 @@ def test_bits_beat_a_cut_at_the_same_bytes_and_more_bytes_keep_more() -> None:
 
 def test_the_same_sample_gives_the_same_codebook() -> None:
     hidden = _layer(500)
-    one, other = (fit_coded_basis(_moments(hidden), hidden, 4, name="t", layer=1) for _ in range(2))
-    assert one.codebook is not None and other.codebook is not None
-    for name, values in vars(one.codebook).items():
-        np.testing.assert_array_equal(getattr(other.codebook, name), values)
+    one, other = (_fitted(hidden, 4) for _ in range(2))
+    for name, values in one.tables.items():
+        np.testing.assert_array_equal(other.tables[name], values)
 
 
 def test_a_layer_that_never_changes_is_coded_as_what_it_is() -> None:
     hidden = torch.full((50, 6), 2.5)
-    basis = fit_coded_basis(_moments(hidden), hidden, 2, name="t", layer=1)
-    assert basis.components is not None and basis.mean is not None and basis.codebook is not None
-    rows = Coder(basis.codebook, 2, "cpu")((hidden - torch.from_numpy(basis.mean)) @ torch.from_numpy(basis.components).T)
-    np.testing.assert_allclose(decode_rows(rows, basis.codebook), 0.0, atol=1e-6)
+    basis = _fitted(hidden, 2)
+    assert basis.components is not None and basis.mean is not None
+    rows = Coder(codebook_of(basis), 2, "cpu")((hidden - torch.from_numpy(basis.mean)) @ torch.from_numpy(basis.components).T)
+    np.testing.assert_allclose(decode_rows(rows, codebook_of(basis)), 0.0, atol=1e-6)

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from kdcache.cache.spec import TokenSelection
+    from kdcache.codecs.base import TokenSelection
 
 
 def select_tokens(hidden: Tensor, lengths: np.ndarray, selection: TokenSelection) -> Tensor:
     """[rows, width] of packed ``hidden`` [tokens, width]: its rows as they are, or one row for each text of ``lengths`` tokens."""
     if selection == "all":
         return hidden
+    import torch
+
     counts = torch.as_tensor(lengths, dtype=torch.int64, device=hidden.device)
     starts = counts.cumsum(0) - counts
     if selection == "first":

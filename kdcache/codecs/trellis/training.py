@@ -1,4 +1,4 @@
-"""Where the bits of a coded layer go, and what they stand for: fitted on the sample, like the basis.
+"""Where the bits of a row go, and what they stand for: fitted on the sample, like the basis.
 
 A cut at few dimensions throws away what int8 then stores too exactly. Here every coordinate of the PCA basis gets as many bits
 as pay (reverse water-filling: the next bit goes where it takes away the most distortion), and the tables of a trellis code are
@@ -14,13 +14,13 @@ from statistics import NormalDist
 import numpy as np
 import torch
 
-from kdcache.cache.blocks import Basis
-from kdcache.cache.codebook import MAX_BITS, Codebook, coded_dim, decode_rows, table_sizes
-from kdcache.dump.projection import Moments, fit_basis
-from kdcache.teachers.coder import Coder, best_windows
+from kdcache.codecs.base import Basis
+from kdcache.codecs.projection import coordinates
+from kdcache.codecs.trellis import tables_of
+from kdcache.codecs.trellis.codebook import MAX_BITS, Codebook, decode_rows, table_sizes
+from kdcache.codecs.trellis.coder import Coder, best_windows
 
 WINDOW = 6  # bits that a value is looked up by
-SAMPLE_ROWS = 4096  # tokens on which tables are trained
 ROUNDS = 5  # of training; the distortion on unseen rows hardly changes after the third
 
 # distortion of a Gaussian of variance 1 at 0 to 8 bits: python benchmarks/coding.py --gaussian
@@ -47,33 +47,28 @@ def allot_bits(variance: np.ndarray, budget: int, curve: Sequence[float] = DISTO
     return bits
 
 
-def fit_coded_basis(moments: Moments, sample: torch.Tensor, row_bytes: int, *, name: str, layer: int) -> Basis:
+def coded_basis(whole: Basis, sample: torch.Tensor, row_bytes: int) -> Basis:
     """Basis and codebook of a layer: the leading PCA coordinates that have a bit.
 
-    ``sample`` [rows, width] are hidden states of the sample; tables are trained on them, on their device. Raises as ``fit_basis``.
+    ``whole``: a PCA basis of at least as many dimensions as can have a bit. ``sample`` [rows, width] are hidden states of the
+    sample; tables are trained on them, on their device.
     """
-    dim = coded_dim(len(moments.mean), row_bytes)
-    return coded_basis(fit_basis(moments, "pca", dim, seed=0, name=name, layer=layer), sample, row_bytes)
-
-
-def coded_basis(whole: Basis, sample: torch.Tensor, row_bytes: int) -> Basis:
-    """``fit_coded_basis`` from a PCA basis of at least as many dimensions as can have a bit."""
     assert whole.components is not None and whole.mean is not None and whole.explained_variance is not None
     bits = allot_bits(whole.explained_variance.astype(np.float64), 8 * row_bytes)
     dim = int((bits > 0).sum())
     components, variance = np.ascontiguousarray(whole.components[:dim]), whole.explained_variance[:dim]
-    centred = sample.float() - torch.from_numpy(whole.mean).to(sample.device)
-    coordinates = centred @ torch.from_numpy(components).to(sample.device).T
-    codebook = train_codebook(coordinates, bits[:dim], np.sqrt(variance))
-    stored = decode_rows(Coder(codebook, row_bytes, sample.device)(coordinates), codebook)
+    axes, mean = torch.from_numpy(components).T, torch.from_numpy(whole.mean)  # a view: a cache's tables depend on the layout
+    points = coordinates(sample.float(), mean.to(sample.device), axes.to(sample.device))
+    codebook = train_codebook(points, bits[:dim], np.sqrt(variance))
+    stored = decode_rows(Coder(codebook, row_bytes, sample.device)(points), codebook)
     target = float(stored.astype(np.float64).var(axis=0).mean()) if len(stored) else 0.0
-    return Basis(components, whole.mean, variance, whole.total_variance, target, codebook)
+    return Basis(components, whole.mean, variance, whole.total_variance, target, tables_of(codebook))
 
 
 def train_codebook(
-    coordinates: torch.Tensor, bits: np.ndarray, scale: np.ndarray, *, window: int = WINDOW, rounds: int = ROUNDS
+    points: torch.Tensor, bits: np.ndarray, scale: np.ndarray, *, window: int = WINDOW, rounds: int = ROUNDS
 ) -> Codebook:
-    """Tables for ``bits`` uint8 [dim] (1 to 8), shared by the coordinates of equal depth, trained on ``coordinates`` [n, dim].
+    """Tables for ``bits`` uint8 [dim] (1 to 8), shared by the coordinates of equal depth, trained on ``points`` [n, dim].
 
     Each round codes the sample and moves every entry to the mean of the values that chose it, each in units of its coordinate's
     ``scale`` and weighted by its square: what is lowered is the distortion of the row. An entry that few chose stays.
@@ -81,12 +76,12 @@ def train_codebook(
     tables = {depth: _first_table(depth, window) for depth in table_sizes(bits, window)}
     scale = scale.astype(np.float32)
     weight = scale.astype(np.float64) ** 2
-    units = coordinates.double().cpu().numpy() / np.where(scale > 0, scale, 1.0)
-    for _ in range(rounds if len(coordinates) else 0):
+    units = points.double().cpu().numpy() / np.where(scale > 0, scale, 1.0)
+    for _ in range(rounds if len(points) else 0):
         levels = [
-            torch.from_numpy(tables[depth] * one).to(coordinates.device) for depth, one in zip(bits.tolist(), scale, strict=True)
+            torch.from_numpy(tables[depth] * one).to(points.device) for depth, one in zip(bits.tolist(), scale, strict=True)
         ]
-        chosen = best_windows(coordinates, levels, bits.tolist(), window).cpu().numpy()
+        chosen = best_windows(points, levels, bits.tolist(), window).cpu().numpy()
         for depth, table in tables.items():
             mine = bits == depth
             entries = chosen[:, mine].ravel()

@@ -44,11 +44,6 @@ class Places:
     first: np.ndarray
 
 
-def coded_dim(width: int, row_bytes: int) -> int:
-    """The most coordinates of a layer of ``width`` that can have a bit in rows of ``row_bytes``."""
-    return min(width, 8 * row_bytes)
-
-
 def table_sizes(bits: np.ndarray, window: int) -> dict[int, int]:
     """Entries of the table of each depth that occurs, by rising depth."""
     return {int(depth): 1 << max(window, int(depth)) for depth in np.unique(bits)}

@@ -2,7 +2,10 @@ import numpy as np
 import pytest
 import torch
 
-from kdcache.dump.projection import Moments, Projector, check_dim, fit_basis
+from kdcache.codecs.base import LayerSpec
+from kdcache.codecs.int8 import INT8
+from kdcache.codecs.projection import Projector
+from kdcache.dump.fitting import Moments, fit_basis
 from kdcache.errors import ModelError, NonFiniteError
 
 
@@ -87,10 +90,11 @@ def test_the_projector_applies_what_was_fitted() -> None:
 
 
 def test_more_dimensions_than_the_layer_has_are_refused_with_both_numbers() -> None:
-    assert check_dim("none", 128, 64, "bert", 3) == 64
-    assert check_dim("pca", 64, 64, "bert", 3) == 64
+    where = "layer 3 of teacher 'bert'"
+    assert INT8.layer(LayerSpec("none", 128, "int8"), 64, where).dim == 64
+    assert INT8.layer(LayerSpec("pca", 64, "int8"), 64, where).dim == 64
     with pytest.raises(ModelError, match=r"dump\.dim is 128, but layer 3 of teacher 'bert' is only 64 wide"):
-        check_dim("pca", 128, 64, "bert", 3)
+        INT8.layer(LayerSpec("pca", 128, "int8"), 64, where)
 
 
 def test_a_sample_that_is_not_finite_is_refused() -> None:
