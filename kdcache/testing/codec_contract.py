@@ -31,7 +31,7 @@ from kdcache.errors import DamageError, NonFiniteError
 from kdcache.testing.caches import Plan, dump, made_hidden, made_teacher, made_texts
 
 WIDTH = 6  # of the made-up teachers
-_TINY = 128 * float(np.finfo(np.float32).smallest_normal)  # rows below may become zeros
+_TINY = 512 * float(np.finfo(np.float32).smallest_normal)  # rows below may become zeros
 _inherited = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.differing_executors])
 
 
