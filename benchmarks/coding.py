@@ -29,18 +29,19 @@ import numpy as np
 import torch
 from product import KMEANS_ROWS, ProductQuantiser, kmeans, nearest, some
 
-from kdcache.cache.codebook import decode_rows
 from kdcache.cache.ids import id_array
+from kdcache.codecs.base import Basis, LayerSpec
+from kdcache.codecs.int8 import INT8
+from kdcache.codecs.trellis import TRELLIS
+from kdcache.codecs.trellis.codebook import decode_rows
+from kdcache.codecs.trellis.coder import Coder, RowDecoder
+from kdcache.codecs.trellis.training import allot_bits, train_codebook
 from kdcache.data.task import load_task
-from kdcache.distill.forms import Decoder
-from kdcache.dump.codebooks import SAMPLE_ROWS, allot_bits, train_codebook
-from kdcache.dump.projection import Moments, fit_basis
-from kdcache.dump.quantise import quantise
+from kdcache.dump.fitting import Moments, fit_basis
 from kdcache.dump.run import open_teacher, text_batches
 from kdcache.dump.specs import PreparedTeacher, prepare_teachers, scopes
 from kdcache.recipe import load_recipe
 from kdcache.teachers.bundle import read_bundle
-from kdcache.teachers.coder import Coder
 
 UNSEEN_ROWS = 4096
 DECODED_ROWS = 1024  # at once: about a batch
@@ -172,7 +173,9 @@ Result = tuple[float, float | None]
 
 def cut(states: States, size: int) -> Result:
     components, mean = states.basis.components[: max(1, size - 4)], states.basis.mean
-    block = quantise((states.unseen - mean) @ components.T, "int8")
+    nothing = Basis(None, None, None, 0.0, 0.0)
+    block = INT8.encode((states.unseen - mean) @ components.T, LayerSpec("pca", len(components), "int8"), nothing)
+    assert block.scales is not None
     values, scales = torch.from_numpy(block.values), torch.from_numpy(block.scales)
     return states.share((values.float() * scales[:, None]).numpy() @ components + mean), timed(
         lambda: values.float() * scales[:, None]
@@ -181,7 +184,7 @@ def cut(states: States, size: int) -> Result:
 
 def coded(states: States, size: int, window: int, basis: Rotation | None = None) -> Result:
     whole = basis or states.basis
-    sample = some(states.fit, SAMPLE_ROWS)
+    sample = some(states.fit, TRELLIS.sample_rows)
     coordinates = torch.from_numpy((sample - whole.mean) @ whole.components.T)
     variance = whole.explained_variance.astype(np.float64) if basis is None else coordinates.numpy().var(axis=0, dtype=np.float64)
     bits = allot_bits(variance, 8 * size)
@@ -189,14 +192,14 @@ def coded(states: States, size: int, window: int, basis: Rotation | None = None)
     codebook = train_codebook(coordinates[:, mine], bits[mine], np.sqrt(variance[mine]), window=window)
     components = whole.components[mine]
     rows = torch.from_numpy(Coder(codebook, size, "cpu")(torch.from_numpy((states.unseen - whole.mean) @ components.T)))
-    decoder = Decoder(codebook)
+    decoder = RowDecoder(codebook)
     return states.share(decoder(rows).numpy() @ components + whole.mean), timed(lambda: decoder(rows[:DECODED_ROWS]))
 
 
 def per_coordinate(states: States, size: int) -> Result:
     whole = states.basis
     coordinates, unseen = (
-        torch.from_numpy((x - whole.mean) @ whole.components.T) for x in (some(states.fit, SAMPLE_ROWS), states.unseen)
+        torch.from_numpy((x - whole.mean) @ whole.components.T) for x in (some(states.fit, TRELLIS.sample_rows), states.unseen)
     )
     back = np.zeros(unseen.shape, np.float32)
     bits = allot_bits(whole.explained_variance.astype(np.float64), 8 * size)

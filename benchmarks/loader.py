@@ -71,10 +71,11 @@ def _texts(count: int, words: int) -> list[tuple[str, ...]]:
 
 
 def _write_cache(path: Path, tokenizers: list[Any], options: argparse.Namespace) -> None:
-    from kdcache.cache.blocks import Basis, HiddenBlock, Outputs
+    from kdcache.cache.blocks import Outputs
     from kdcache.cache.ids import id_array, text_id
-    from kdcache.cache.spec import Fingerprints, LayerSpec, Settings, TargetSpec, TaskSpec, TeacherSpec
+    from kdcache.cache.spec import Fingerprints, Settings, TargetSpec, TaskSpec, TeacherSpec
     from kdcache.cache.writer import open_writer
+    from kdcache.codecs.base import Basis, HiddenBlock, LayerSpec
     from kdcache.data.encoding import TRUNCATION, encode, tokenizer_fingerprint, tokenizer_json
     from kdcache.distill.align_store import student_tokens
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kdcache.cache.blocks import HiddenBlock
+from kdcache.codecs.base import HiddenBlock
 from kdcache.distill.interleave import Interleaved, layers_of
 from kdcache.distill.loader import loader
 from kdcache.testing import tiny

@@ -181,10 +181,11 @@ def part_bounds(rows: int) -> list[tuple[int, int]]:
 
 
 def write_kdcache(folder: Path, values: np.ndarray, offsets: np.ndarray) -> None:
-    from kdcache.cache.blocks import Basis, HiddenBlock, Outputs
+    from kdcache.cache.blocks import Outputs
     from kdcache.cache.ids import id_array, id_list, text_id
-    from kdcache.cache.spec import Fingerprints, LayerSpec, Settings, TargetSpec, TaskSpec, TeacherSpec
+    from kdcache.cache.spec import Fingerprints, Settings, TargetSpec, TaskSpec, TeacherSpec
     from kdcache.cache.writer import open_writer
+    from kdcache.codecs.base import Basis, HiddenBlock, LayerSpec
     from kdcache.data.encoding import TRUNCATION, encode, tokenizer_fingerprint, tokenizer_json
     from kdcache.distill.align_store import student_tokens
     from kdcache.files import use_disk

@@ -100,7 +100,8 @@ def write(path: Path, rows: int) -> None:
 
 def teachers() -> list[TeacherSpec]:
     """How the made-up teachers are said to have been run; their tokens are those of the student."""
-    from kdcache.cache.spec import Fingerprints, LayerSpec, TargetSpec, TeacherSpec
+    from kdcache.cache.spec import Fingerprints, TargetSpec, TeacherSpec
+    from kdcache.codecs.base import LayerSpec
     from kdcache.data.encoding import TRUNCATION, tokenizer_fingerprint
     from kdcache.testing import tiny
 
@@ -117,7 +118,8 @@ def teachers() -> list[TeacherSpec]:
 
 def write_targets(writer: CacheWriter, specs: list[TeacherSpec], rng: np.random.Generator) -> None:
     """Random outputs and hidden states of every teacher and part; each part is tokenised once."""
-    from kdcache.cache.blocks import Basis, HiddenBlock, Outputs
+    from kdcache.cache.blocks import Outputs
+    from kdcache.codecs.base import Basis, HiddenBlock
     from kdcache.data.encoding import encode
     from kdcache.testing import tiny
 

@@ -19,6 +19,7 @@ from coding import hidden_states, pick
 from product import ProductQuantiser
 
 from kdcache import open_cache
+from kdcache.codecs.registry import format_of, storage_formats
 from kdcache.data.encoding import encode
 from kdcache.distill.forms import target_dim
 from kdcache.dump.fidelity import measure, through
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Form:
-    """How a layer is stored. A coded row takes 1/``share`` of the bytes of float16 at full width; so does, with 1/``product``, a row of
+    """How a layer is stored. A row of set bytes takes 1/``share`` of the bytes of float16 at full width; so does, with 1/``product``, a row of
     product quantisation.
     """
 
@@ -48,7 +49,7 @@ class Form:
     def settings(self, width: int) -> dict[str, Any]:
         """The keys of a recipe's ``per_layer`` for a teacher of ``width``."""
         if self.share is not None:
-            return {"projection": "pca", "dtype": "coded", "bytes": _share(width, self.share)}
+            return {"projection": "pca", "dtype": self.dtype, "bytes": _share(width, self.share)}
         if self.dim is not None:
             return {"projection": "pca", "dim": min(self.dim, width), "dtype": self.dtype}
         return {"projection": "none", "dtype": self.dtype}
@@ -59,17 +60,20 @@ def _share(width: int, share: int) -> int:
 
 
 # the most telling first: what is there when a run is stopped early says most
-FORMS: Mapping[str, Form] = {
+_TELLING = {
     "float16": Form("float16"),
-    "coded-8th": Form("coded", share=8),
-    "coded-48th": Form("coded", share=48),
-    "coded-16th": Form("coded", share=16),
+    "trellis-8th": Form("trellis", share=8),
+    "trellis-48th": Form("trellis", share=48),
+    "trellis-16th": Form("trellis", share=16),
     "int8": Form("int8"),
     "pca-128": Form("int8", dim=128),
     "product-8th": Form("float16", product=8),
     "pca-32": Form("int8", dim=32),
     "float32": Form("float32"),
     "pca-256": Form("int8", dim=256),
+}
+FORMS: Mapping[str, Form] = _TELLING | {
+    name: Form(name) for name, one in storage_formats().items() if not one.by_bytes and name not in _TELLING
 }
 EXACT = "float32"
 
@@ -190,7 +194,7 @@ def kept(cache: Cache, name: str, layer: int, form: Form, rebuild: Rebuild | Non
     """Bytes per token of one layer, dimensions that the student learns, and the share of variance of ``unseen`` [tokens, width] that survives being stored."""
     teacher = cache.teachers[name]
     spec = teacher.layers[layer]
-    size = spec.row_bytes if form.product is None else _share(teacher.width, form.product)
+    size = format_of(spec).row_bytes(spec) if form.product is None else _share(teacher.width, form.product)
     back = through(spec, cache.basis(name, layer), unseen if rebuild is None else rebuild(unseen))
     found = measure(spec, back, unseen)
     numbers = {"width": teacher.width, "dim": target_dim(cache, name, layer), "bytes": size, "kept": round(found.explained, 6)}

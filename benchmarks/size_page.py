@@ -52,7 +52,7 @@ class Measured:
 
     @property
     def dimensions(self) -> float:
-        """That the student learns, mean over the layers; of a coded layer those that have a bit."""
+        """That the student learns, mean over the layers; of a layer in trellis those that have a bit."""
         return statistics.mean(float(layer["dim"]) for layer in self.layers)
 
     @property
@@ -146,7 +146,7 @@ def point(form: Measured) -> size_plot.Point:
 def family(form: Form) -> str:
     if form.product is not None:
         return "product quantisation"
-    return "coded" if form.share else "cut, int8" if form.dim else "whole width"
+    return form.dtype if form.share else f"cut, {form.dtype}" if form.dim else "whole width"
 
 
 def title(form: Form) -> str:

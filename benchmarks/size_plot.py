@@ -8,10 +8,9 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from kdcache.report.frontier import COLOURS
+from kdcache.report.frontier import family_colours
 
 WIDTH, LEFT, RIGHT, HEIGHT, GAP, TOP = 720, 60, 170, 200, 46, 30
-FAMILIES = {**COLOURS, "product quantisation": "#8250df"}
 STYLE = (
     "text{font:11px sans-serif;fill:#57606a}path{fill:none;stroke:#8c959f}line{stroke-width:1.2}"
     "svg{background:#fff}rect{fill:#fff}"
@@ -68,7 +67,7 @@ def plot(points: Sequence[Point], references: Mapping[str, float]) -> str:
             f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}" stroke="#57606a" stroke-dasharray="4 3"/>'
         )
         drawn.append(_text(WIDTH - RIGHT + 6, at + 4, name, "start"))
-    there = {family: colour for family, colour in FAMILIES.items() if any(point.family == family for point in points)}
+    there = family_colours(point.family for point in points)
     for number, (family, colour) in enumerate(there.items()):
         mine = sorted((point for point in points if point.family == family), key=lambda point: point.bytes)
         drawn.append(_text(WIDTH - RIGHT + 6, below.top + 14 + 16 * number, family, "start", colour))

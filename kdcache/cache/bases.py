@@ -1,4 +1,4 @@
-"""The safetensors file of a layer's basis: projection, mean, variances, and the codebook of a coded layer.
+"""The safetensors file of a layer's basis: projection, mean, variances, and the tensors of its storage format.
 
 The header is compared with the one that the manifest implies before a tensor is looked at; nothing is allocated by what a
 file claims.
@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kdcache.cache.blocks import Basis
-from kdcache.cache.codebook import MAX_BITS, Codebook, check_codebook
+from kdcache.codecs.base import Basis
+from kdcache.codecs.registry import format_of
 
 if TYPE_CHECKING:
-    from kdcache.cache.spec import LayerSpec
+    from kdcache.codecs.base import LayerSpec
 
 _MAX_HEADER = 1 << 16
-_MAX_LEVELS = MAX_BITS << MAX_BITS
 _OPTIONAL = {"components", "mean", "explained_variance"}
+_COMMON = _OPTIONAL | {"total_variance", "target_variance"}
 
 
 class BasisDamageError(ValueError):
@@ -31,15 +31,11 @@ class BasisDamageError(ValueError):
 def check_basis(basis: Basis, spec: LayerSpec, width: int) -> None:
     """Raises ValueError where a basis is not one of ``dim`` rows for hidden states of ``width``, or not finite.
 
-    That of a coded layer has at most ``dim`` rows and a codebook.
+    Its own tensors are judged by the storage format, which may leave it fewer rows.
     """
     if (basis.components is None) != (spec.projection == "none"):
         raise ValueError(f"projection '{spec.projection}' {'has no' if spec.projection == 'none' else 'needs'} components")
-    if (basis.codebook is None) == (spec.dtype == "coded"):
-        raise ValueError(f"a layer in {spec.dtype} {'needs a' if spec.dtype == 'coded' else 'has no'} codebook")
-    if basis.codebook is not None:
-        _check_rows(len(basis.codebook.bits), spec)
-        check_codebook(basis.codebook, len(basis.codebook.bits), spec.bytes)
+    format_of(spec).check_tables(basis, spec)
     arrays = _arrays(basis)
     wanted = _shapes(spec, width, {name: values.shape for name, values in arrays.items()})
     for name, values in arrays.items():
@@ -72,60 +68,36 @@ def decode_basis(data: bytes, spec: LayerSpec, width: int) -> Basis:
     totals = [float(arrays[name][0]) for name in ("total_variance", "target_variance")]
     if not all(math.isfinite(total) and total >= 0 for total in totals):
         raise BasisDamageError("has a variance that is negative or not finite")
-    codebook = _codebook(arrays, spec) if spec.dtype == "coded" else None
-    return Basis(arrays.get("components"), arrays.get("mean"), arrays.get("explained_variance"), totals[0], totals[1], codebook)
-
-
-def _codebook(arrays: dict[str, np.ndarray], spec: LayerSpec) -> Codebook:
-    codebook = Codebook(arrays["bits"], arrays["scale"], int(arrays["window"][0]), arrays["levels"])
+    tables = {name: values for name, values in arrays.items() if name not in _COMMON}
+    basis = Basis(arrays.get("components"), arrays.get("mean"), arrays.get("explained_variance"), totals[0], totals[1], tables)
     try:
-        check_codebook(codebook, len(codebook.bits), spec.bytes)
+        format_of(spec).check_tables(basis, spec)
     except ValueError as error:
-        raise BasisDamageError(f"has a codebook that cannot be: {error}") from error
-    return codebook
-
-
-def _check_rows(rows: int, spec: LayerSpec) -> None:
-    if not 1 <= rows <= spec.dim:
-        raise ValueError(f"bits has {rows} entries, expected 1 to {spec.dim}")
+        raise BasisDamageError(f"has tensors that cannot be: {error}") from error
+    return basis
 
 
 def _shapes(spec: LayerSpec, width: int, given: Mapping[str, Sequence[int]]) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Every tensor that may be there; what a codebook leaves open is as ``given``, within its bounds."""
-    dim = spec.dim
-    coded: dict[str, tuple[str, tuple[int, ...]]] = {}
-    if spec.dtype == "coded":
-        dim = min(spec.dim, _count(given, "bits"))
-        levels = min(_MAX_LEVELS, _count(given, "levels"))
-        coded = {"bits": ("U8", (dim,)), "scale": ("F32", (dim,)), "levels": ("F32", (levels,)), "window": ("U8", (1,))}
+    """Every tensor that may be there; what the storage format leaves open is as ``given``, within its bounds."""
+    storage = format_of(spec)
+    dim = storage.basis_dim(spec, given)
     return {
         "components": ("F32", (dim, width)),
         "mean": ("F32", (width,)),
         "explained_variance": ("F32", (dim,)),
         "total_variance": ("F64", (1,)),
         "target_variance": ("F64", (1,)),
-        **coded,
+        **storage.basis_shapes(spec, given),
     }
-
-
-def _count(given: Mapping[str, Sequence[int]], name: str) -> int:
-    """The only extent of a tensor as a file gives it; 1 where that is not one positive number."""
-    shape = given.get(name, ())
-    known = isinstance(shape, list | tuple) and len(shape) == 1 and type(shape[0]) is int
-    return max(1, shape[0]) if known else 1
 
 
 def _arrays(basis: Basis) -> dict[str, np.ndarray]:
     optional = {"components": basis.components, "mean": basis.mean, "explained_variance": basis.explained_variance}
-    if basis.codebook is not None:
-        optional |= {"scale": basis.codebook.scale, "levels": basis.codebook.levels}
     arrays = {name: np.ascontiguousarray(value, dtype="<f4") for name, value in optional.items() if value is not None}
     arrays["total_variance"] = np.array([basis.total_variance], dtype="<f8")
     arrays["target_variance"] = np.array([basis.target_variance], dtype="<f8")
-    if basis.codebook is not None:
-        arrays["bits"] = np.ascontiguousarray(basis.codebook.bits)
-        arrays["window"] = np.array([basis.codebook.window], dtype=np.uint8)
-    return arrays
+    tables = {name: np.ascontiguousarray(value, dtype=value.dtype.newbyteorder("<")) for name, value in basis.tables.items()}
+    return arrays | tables
 
 
 def _check_header(data: bytes, spec: LayerSpec, width: int) -> None:

@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from kdcache.cache import layout
+from kdcache.codecs.registry import format_of
 
 if TYPE_CHECKING:
     from kdcache.cache.contents import Contents
     from kdcache.cache.spec import TeacherSpec
 
 _FRAME = 1 << 16  # schema, header, padding
-_CODEBOOK = 1 << 24
 _EXAMPLE = 1100  # bytes of a row: id, label, and a group of a thousand characters on average
 TOKENIZER = 1 << 28
 TEXT = 1 << 31  # of a part
@@ -44,4 +44,4 @@ def _of_teacher(contents: Contents, teacher: TeacherSpec) -> Iterator[tuple[str,
         yield layout.tokens_file(teacher.name, part_name), 10 * tokens + 4 * texts.get(part_name, 0) + _FRAME
     for layer, spec in teacher.layers.items():
         values = spec.dim * teacher.width + teacher.width + spec.dim
-        yield layout.basis_file(teacher.name, layer), 4 * values + _FRAME + (_CODEBOOK if spec.dtype == "coded" else 0)
+        yield layout.basis_file(teacher.name, layer), 4 * values + _FRAME + format_of(spec).basis_bytes

@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kdcache.cache.layout import array_shapes
 from kdcache.cache.tokens import OTHER, Tokens
+from kdcache.codecs.registry import format_of
 from kdcache.errors import NonFiniteError
 
 if TYPE_CHECKING:
-    from kdcache.cache.blocks import HiddenBlock, Outputs
+    from kdcache.cache.blocks import Outputs
     from kdcache.cache.spec import TeacherSpec
+    from kdcache.codecs.base import HiddenBlock
 
 _HINT = "Look at that text and at the teacher; a half-precision backend may overflow: try precision = 'float32'."
 
@@ -58,25 +59,14 @@ def check_hidden(block: HiddenBlock, layer: int, spec: TeacherSpec, part: str, i
     ``offsets`` int64 [n + 1]: text i owns rows ``offsets[i]:offsets[i + 1]`` of the layer.
     """
     layer_spec = spec.layers[layer]
-    shape, dtype = next(iter(array_shapes(layer, layer_spec, int(offsets[-1])).values()))
-    total = shape[0]
-    if block.values.shape != shape or block.values.dtype != np.dtype(dtype):
-        found = f"{block.values.dtype}{list(block.values.shape)}"
-        raise ValueError(f"layer {layer} of {part} is {found}, expected {dtype}{list(shape)}")
-    if (block.scales is None) == (layer_spec.dtype == "int8"):
-        raise ValueError(f"layer {layer} of {part}: scales belong to int8 and to nothing else")
-    rows = block.values
-    if block.scales is not None:
-        if block.scales.shape != (total,) or block.scales.dtype != np.float32:
-            raise ValueError(
-                f"scales of layer {layer} of {part} are {block.scales.dtype}{list(block.scales.shape)}, expected float32[{total}]"
-            )
-        if total and block.values.min() < -127:
-            raise ValueError(f"layer {layer} of {part} has the code -128; codes are -127 to 127")
-        rows = block.scales[:, None]
-    good = np.isfinite(rows)
+    storage = format_of(layer_spec)
+    try:
+        storage.check_block(block, layer_spec, int(offsets[-1]))
+    except ValueError as error:
+        raise ValueError(f"layer {layer} of {part} {error}") from error
+    good = storage.finite_rows(block)
     if not good.all():
-        token = int((~good).any(axis=1).argmax())
+        token = int((~good).argmax())
         text = int(np.searchsorted(offsets, token, side="right")) - 1
         raise _not_finite(f"layer {layer}", spec, part, ids, text)
 

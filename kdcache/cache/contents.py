@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 from kdcache.cache import layout
 
 if TYPE_CHECKING:
-    from kdcache.cache.spec import LayerSpec, Scope, Settings, TaskSpec, TeacherSpec
+    from kdcache.cache.spec import Scope, Settings, TaskSpec, TeacherSpec
+    from kdcache.codecs.base import LayerSpec
     from kdcache.files import FileDigest
 
 

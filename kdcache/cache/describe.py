@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from kdcache.cache import layout
 from kdcache.cache.schema import teacher_document
+from kdcache.codecs.base import LayerSpec
+from kdcache.codecs.registry import format_of
 
 if TYPE_CHECKING:
     from kdcache.cache.contents import Contents
@@ -50,12 +52,13 @@ def describe_manifest(manifest: Manifest) -> dict[str, Any]:
 
 
 def stored_as(layer: Mapping[str, Any]) -> str:
-    """How a layer of ``describe_manifest`` is stored, in words: ``pca 128 int8``, ``coded, 96 bytes per token``."""
+    """How a layer of ``describe_manifest`` is stored, in words: ``pca 128 int8``, ``trellis, 96 bytes per token``."""
     selected = str(layer.get("tokens", ""))
-    if layer["dtype"] == "coded":
-        stored = f"coded, {layer['row_bytes']} bytes per {'text' if selected else 'token'}"
-    else:
-        stored = f"{layer['projection']} {layer['dim']} {layer['dtype']}"
+    spec = LayerSpec(layer["projection"], layer["dim"], layer["dtype"])
+    storage = format_of(spec)
+    stored = storage.label(spec)
+    if storage.by_bytes:
+        stored = f"{storage.title}, {layer['row_bytes']} bytes per {'text' if selected else 'token'}"
     return stored + {"first": ", first token", "pooled": ", mean of tokens"}.get(selected, "")
 
 
@@ -93,7 +96,7 @@ def _teacher(contents: Contents, name: str) -> dict[str, Any]:
         rows = {part.name: contents.rows(name, part, one) or 0 for part in full}
         paths = {path for part, count in rows.items() for path in layout.layer_files(name, part, layer, one, count)}
         total = sum(sizes[path] for path in paths) + sizes[layout.basis_file(name, layer)]
-        document["layers"][str(layer)] |= {"row_bytes": one.row_bytes, "bytes": total}
+        document["layers"][str(layer)] |= {"row_bytes": format_of(one).row_bytes(one), "bytes": total}
     return {
         **document,
         "pooled": spec.pooled,

@@ -1,4 +1,4 @@
-"""Hidden states of a part on their way to files: one zarr array per layer, one more for the scales of int8 codes."""
+"""Hidden states of a part on their way to files: one zarr array per layer, one more for scales where the storage format has them."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ import numpy as np
 
 from kdcache.cache import layout
 from kdcache.cache.arrays import ArrayDamageError, array_metadata, decode_shard, encode_shard, group_metadata
-from kdcache.cache.blocks import HiddenBlock
 from kdcache.cache.checks import check_hidden
+from kdcache.codecs.base import HiddenBlock
 
 if TYPE_CHECKING:
     from kdcache.cache.contents import Contents, PartInfo
     from kdcache.cache.digests import CheckedFiles
-    from kdcache.cache.spec import LayerSpec, TeacherSpec
+    from kdcache.cache.spec import TeacherSpec
+    from kdcache.codecs.base import LayerSpec
     from kdcache.files import Buffer
 
 

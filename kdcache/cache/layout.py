@@ -9,9 +9,10 @@ import re
 from typing import TYPE_CHECKING
 
 from kdcache.cache.arrays import shard_name
+from kdcache.codecs.registry import format_of
 
 if TYPE_CHECKING:
-    from kdcache.cache.spec import LayerSpec
+    from kdcache.codecs.base import LayerSpec
 
 MANIFEST = "manifest.json"
 CARD = "README.md"
@@ -84,12 +85,8 @@ def group_file(teacher: str, part: str) -> str:
 
 def array_shapes(layer: int, spec: LayerSpec, rows: int) -> dict[str, tuple[tuple[int, ...], str]]:
     """The arrays of a layer with so many rows (tokens, or texts): name inside the group -> shape and dtype."""
-    if spec.dtype == "coded":
-        return {layer_name(layer): ((rows, spec.bytes), "uint8")}
-    arrays: dict[str, tuple[tuple[int, ...], str]] = {layer_name(layer): ((rows, spec.dim), spec.dtype)}
-    if spec.dtype == "int8":
-        arrays[f"{layer_name(layer)}-scale"] = ((rows,), "float32")
-    return arrays
+    arrays = format_of(spec).arrays(spec, rows)
+    return {layer_name(layer) + suffix: (shape, dtype) for suffix, shape, dtype in arrays}
 
 
 def array_files(teacher: str, part: str, name: str, shape: tuple[int, ...]) -> tuple[str, str | None]:

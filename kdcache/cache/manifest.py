@@ -13,15 +13,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pydantic
 
 from kdcache.cache import layout
 from kdcache.cache.arrays import array_metadata, group_metadata, shard_bytes
 from kdcache.cache.bounds import most_bytes
 from kdcache.cache.canonical import NotCanonicalError, digest_of, digest_of_ordered, parse_json, readable_json
-from kdcache.cache.codebook import coded_dim
-from kdcache.cache.schema import FORMAT, VERSION, ManifestModel, contents_document, contents_of, files_document
+from kdcache.cache.schema import FORMAT, UNKNOWN_FORMAT, VERSION, ManifestModel, contents_document, contents_of, files_document
 from kdcache.cache.spec import needs_tokens
+from kdcache.codecs.registry import format_of
 from kdcache.errors import DamageError, MismatchError
 from kdcache.files import digest_bytes
 
@@ -119,6 +120,10 @@ def _parse(data: bytes, name: str) -> Manifest:
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(step)[:80] for step in first["loc"])
+        if first["type"] == UNKNOWN_FORMAT:
+            raise MismatchError(
+                f"{name}: {where}: {first['msg']}", "A newer kdcache may read it: pip install -U kdcache"
+            ) from error
         raise DamageError(f"{name} is not a valid manifest: {where}: {first['msg']}", hint) from error
     except ValueError as error:
         raise DamageError(f"{name} is not a valid manifest: {error}", hint) from error
@@ -186,16 +191,10 @@ def _check_teacher(teacher: TeacherSpec, with_tokens: set[str], full: set[str], 
     _require(not needs_tokens(teacher.layers) or with_tokens == full, f"{where} lacks tokens of a part")
     for layer, spec in teacher.layers.items():
         _require(layer <= teacher.depth, f"{where} has a layer {layer} beyond its depth {teacher.depth}")
-        _require(spec.projection != "none" or spec.dim == teacher.width, f"{where}: layer {layer} has not the teacher's width")
-        _require(spec.dim <= teacher.width, f"{where}: layer {layer} has dim {spec.dim} beyond the width {teacher.width}")
-        _require(
-            (spec.dtype == "coded") == (spec.bytes > 0), f"{where}: layer {layer}: bytes belong to coded layers, and to no others"
-        )
-        coded = spec.projection == "pca" and spec.dim == coded_dim(teacher.width, spec.bytes)
-        _require(
-            spec.dtype != "coded" or coded,
-            f"{where}: layer {layer} is coded, and not in the dimensions of pca that its bytes allow",
-        )
+        try:
+            format_of(spec).check_layer(spec, teacher.width)
+        except ValueError as error:
+            raise ValueError(f"{where}: layer {layer} {error}") from error
 
 
 def _check_arrays(contents: Contents) -> None:
@@ -217,7 +216,7 @@ def _check_array(contents: Contents, files: tuple[str, str | None], shape: tuple
         contents.files[metadata] == digest_bytes(array_metadata(shape, dtype)),
         f"'{metadata}' is not the metadata of {dtype}{list(shape)}",
     )
-    itemsize = {"float32": 4, "float16": 2, "int8": 1, "uint8": 1}[dtype]
+    itemsize = np.dtype(dtype).itemsize
     if shard:
         expected = shard_bytes(shape, itemsize)
         _require(contents.files[shard].size == expected, f"'{shard}' must have {expected} bytes for {dtype}{list(shape)}")

@@ -5,14 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
 from kdcache.cache.contents import Contents, PartInfo, SplitInfo
-from kdcache.cache.spec import Fingerprints, LayerSpec, Settings, TargetSpec, TaskSpec, TeacherSpec
+from kdcache.cache.spec import Fingerprints, Settings, TargetSpec, TaskSpec, TeacherSpec
+from kdcache.codecs.base import LayerSpec
+from kdcache.codecs.registry import storage_format
+from kdcache.errors import MismatchError
 from kdcache.files import FileDigest
 
 FORMAT = "kdcache"
 VERSION = 1
+UNKNOWN_FORMAT = "unknown_storage_format"  # pydantic's kind of that error
 
 Count = Annotated[int, Field(ge=0, le=2**40)]
 Size = Annotated[int, Field(ge=1, le=2**20)]
@@ -24,6 +29,13 @@ PartName = Annotated[str, Field(pattern=r"^part-[0-9]{5}$")]
 TeacherName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 SplitName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,31}$")]
 Path_ = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*){0,7}$", max_length=240)]
+
+
+def _known_format(name: str) -> str:
+    try:
+        return storage_format(name).name
+    except MismatchError as error:
+        raise PydanticCustomError(UNKNOWN_FORMAT, "{reason}", {"reason": error.message}) from error
 
 
 class _Strict(BaseModel):
@@ -61,8 +73,8 @@ class FingerprintsModel(_Strict):
 class LayerModel(_Strict):
     projection: Literal["none", "pca", "random"]
     dim: Annotated[int, Field(ge=1, le=65536)]
-    dtype: Literal["float32", "float16", "int8", "coded"]
-    bytes: Annotated[int, Field(ge=1, le=65536)] | None = None  # of a row, for coded layers
+    dtype: Annotated[Word, AfterValidator(_known_format)]
+    bytes: Annotated[int, Field(ge=1, le=65536)] | None = None  # of a row, where the format wants it set
     tokens: Literal["first", "pooled"] | None = None  # absent: every token
 
 

@@ -13,11 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-Projection = Literal["none", "pca", "random"]
-StoredDtype = Literal["float32", "float16", "int8", "coded"]
-TokenSelection = Literal["all", "first", "pooled"]
+if TYPE_CHECKING:
+    from kdcache.codecs.base import LayerSpec
+
 Scope = Literal["full", "logits"]
 HeadKind = Literal["shared", "own"]
 
@@ -46,35 +46,6 @@ class Fingerprints:
     config: str
     head: str
     tokenizer: str
-
-
-_ITEM = {"float32": 4, "float16": 2, "int8": 1, "coded": 0}
-_SCALE = 4  # float32 per row of int8
-
-
-@dataclass(frozen=True)
-class LayerSpec:
-    """What is stored of one layer; ``dim`` is the teacher's width where ``projection`` is 'none'.
-
-    ``tokens``: a row for every token, for the first token of a text, or the mean of a text's tokens. A 'coded' layer has rows of
-    ``bytes`` bytes; its ``dim`` is the most coordinates that can have a bit, and its basis says how many have one.
-    """
-
-    projection: Projection
-    dim: int
-    dtype: StoredDtype
-    bytes: int = 0  # of a row, for 'coded' only
-    tokens: TokenSelection = "all"
-
-    @property
-    def row_bytes(self) -> int:
-        """What one row takes, its scale with it."""
-        return self.bytes + self.dim * _ITEM[self.dtype] + (_SCALE if self.dtype == "int8" else 0)
-
-    @property
-    def per_text(self) -> bool:
-        """Whether there is one row per text, and no token is needed to read it."""
-        return self.tokens != "all"
 
 
 def needs_tokens(layers: Mapping[int, LayerSpec]) -> bool:

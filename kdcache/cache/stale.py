@@ -7,7 +7,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from kdcache.cache.spec import Fingerprints, LayerSpec, Settings, TaskSpec, TeacherSpec
+from kdcache.cache.spec import Fingerprints, Settings, TaskSpec, TeacherSpec
+from kdcache.codecs.base import LayerSpec
 from kdcache.errors import MismatchError
 from kdcache.progress import listed_apart
 

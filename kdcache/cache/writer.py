@@ -42,12 +42,13 @@ from kdcache.files import FileDigest, digest_bytes, write_file
 if TYPE_CHECKING:
     import numpy as np
 
-    from kdcache.cache.blocks import Basis, HiddenBlock, Outputs
+    from kdcache.cache.blocks import Outputs
     from kdcache.cache.digests import Arrivals
     from kdcache.cache.journal import Journal
     from kdcache.cache.selection import LocalSelection
     from kdcache.cache.spec import Settings, TaskSpec, TeacherSpec
     from kdcache.cache.tokens import Tokens
+    from kdcache.codecs.base import Basis, HiddenBlock
 
 
 @contextlib.contextmanager

@@ -21,8 +21,8 @@ from kdcache.distill.targets import Hidden, Targets
 if TYPE_CHECKING:
     import torch
 
-    from kdcache.cache.spec import TokenSelection
-    from kdcache.distill.forms import Decoder, Forms
+    from kdcache.codecs.base import Decoder, TokenSelection
+    from kdcache.distill.forms import Forms
 
 
 def student_inputs(sheets: Sheets, pad_token_id: int) -> list[dict[str, torch.Tensor]]:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 if TYPE_CHECKING:
-    from kdcache.cache.blocks import HiddenBlock
+    from kdcache.codecs.base import HiddenBlock
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 
+from kdcache.codecs.projection import Projector
+from kdcache.codecs.registry import format_of
+from kdcache.codecs.selection import select_tokens
 from kdcache.data.encoding import TRUNCATION, EncodedTexts, encode, pad, padding_id, token_budget_batches, tokenizer_fingerprint
 from kdcache.distill.align_store import StudentTokens, student_tokens
 from kdcache.distill.alignment import align
@@ -20,21 +23,19 @@ from kdcache.distill.assembly import Pieces, alignment_pieces, student_inputs, t
 from kdcache.distill.choice import chosen_teachers, splits_of
 from kdcache.distill.epochs import Epochs
 from kdcache.distill.examples import JoinedExamples, join_examples
-from kdcache.distill.forms import Decoder, Form, target_dim
+from kdcache.distill.forms import Form, target_dim
 from kdcache.distill.parts import DecodedPart, TeacherPart, Texts, check_texts, texts_of
 from kdcache.distill.rows import Rows, Sheets, longest_first
 from kdcache.distill.targets import Batch, Hidden, Targets
 from kdcache.errors import MismatchError
 from kdcache.methods.parts.layer_map import LayerMap, LayersOfEpoch, layers_read
-from kdcache.teachers.coder import Coder
-from kdcache.teachers.selection import select_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from kdcache.cache.blocks import Basis
     from kdcache.cache.reader import Cache
     from kdcache.cache.tokens import Tokens
+    from kdcache.codecs.base import Encoder
     from kdcache.distill.order import Window
     from kdcache.teachers.backends import TeacherBackend, TeacherOutput
     from kdcache.teachers.teacher import Teacher
@@ -50,26 +51,35 @@ class _Running:
     backend: TeacherBackend
     layers: tuple[int, ...]
     same_tokens: bool  # as the student's
-    bases: Mapping[int, Basis]
-    forms: Mapping[int, Form]
-    coders: Mapping[int, Coder]
+    stored: Mapping[int, _Stored]
 
     def run(self, encoded: EncodedTexts, rows: np.ndarray, layers: Sequence[int]) -> TeacherOutput:
         return self.backend.run(pad(encoded, rows, padding_id(self.teacher.tokenizer)), layers, False)
 
-    def target(self, layer: int, hidden: torch.Tensor, lengths: np.ndarray) -> torch.Tensor:
-        """[rows, dim] as stored before quantisation, or [rows, bytes] as stored where the layer is coded.
 
-        A tensor that autograd may keep, which those of inference mode are not.
-        """
-        basis, hidden = self.bases.get(layer), select_tokens(hidden, lengths, self.forms[layer].tokens)
-        if basis is None or basis.components is None or basis.mean is None:
-            return hidden.clone()
-        mean, components = (torch.tensor(array, device=hidden.device) for array in (basis.mean, basis.components))
-        projected = (hidden - mean) @ components.T
-        if layer not in self.coders:
-            return projected
-        return torch.from_numpy(self.coders[layer](projected)).to(hidden.device)
+@dataclass(frozen=True, eq=False)
+class _Stored:
+    """From a teacher's hidden states to the targets that a cache would give for one of its layers.
+
+    What storing merely rounds is not stored and read back: ``encode`` is None.
+    """
+
+    form: Form
+    project: Projector | None  # None: states come at full width
+    encode: Encoder | None
+
+    def __call__(self, hidden: torch.Tensor, lengths: np.ndarray) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Values and scales [rows, ...]; tensors that autograd may keep, which those of inference mode are not."""
+        selected = select_tokens(hidden, lengths, self.form.tokens)
+        projected = selected if self.project is None else self.project(selected)
+        if self.encode is None:
+            return (projected.clone() if projected.is_inference() else projected), None
+        block = self.encode(projected)
+        values, scales = (
+            None if one is None else torch.from_numpy(one).to(hidden.device) for one in (block.values, block.scales)
+        )
+        assert values is not None
+        return values, scales
 
 
 class LiveBatches:
@@ -172,16 +182,19 @@ class LiveBatches:
 
         _check_same(self.cache, teacher)
         layers = layers_read(self.layer_map.get(teacher.name, ()))
-        bases = {layer: self.cache.basis(teacher.name, layer) for layer in layers} if self._project else {}
         same = self._student.agrees_with(tokenizer_fingerprint(teacher.tokenizer), teacher.max_length, TRUNCATION)
         backend = backend or TorchBackend(teacher, precision="float32")
-        forms, coders = {}, {}
-        for layer, spec in ((layer, self.cache.teachers[teacher.name].layers[layer]) for layer in layers):
-            codebook = bases[layer].codebook if layer in bases else None
-            forms[layer] = Form(spec.tokens, None if codebook is None else Decoder(codebook))
-            if codebook is not None:
-                coders[layer] = Coder(codebook, spec.bytes, backend.device)
-        return _Running(teacher, backend, layers, same, bases, forms, coders)
+        stored = {layer: self._stored(teacher.name, layer, backend.device) for layer in layers}
+        return _Running(teacher, backend, layers, same, stored)
+
+    def _stored(self, teacher: str, layer: int, device: str) -> _Stored:
+        spec = self.cache.teachers[teacher].layers[layer]
+        if not self._project:
+            return _Stored(Form(spec.tokens), None, None)
+        storage, basis = format_of(spec), self.cache.basis(teacher, layer)
+        if not storage.coarse:
+            return _Stored(Form(spec.tokens), Projector(basis, device), None)
+        return _Stored(Form(spec.tokens, storage.decoder(basis)), Projector(basis, device), storage.encoder(spec, basis, device))
 
     def _texts_at(self, examples: JoinedExamples, places: np.ndarray) -> list[tuple[str, ...]]:
         found = []
@@ -221,10 +234,11 @@ class LiveBatches:
         places: dict[str, Pieces] = {}
         made: dict[int, Hidden] = {}
         for layer in running.layers:
-            form, values = running.forms[layer], running.target(layer, output.hidden[layer], encoded.lengths)
+            stored = running.stored[layer]
+            form, (values, scales) = stored.form, stored(output.hidden[layer], encoded.lengths)
             if form.tokens not in places:
                 places[form.tokens] = self._pieces(index, running, form, student, student_tokens(encoded), values.device)
-            made[layer] = places[form.tokens].target(values, None, form.decoder)
+            made[layer] = places[form.tokens].target(values, scales, form.decoder)
         return made
 
     def _pieces(

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from kdcache.cache import layout
+from kdcache.codecs.registry import format_of
 from kdcache.distill.align_store import StudentTokens
 from kdcache.distill.assembly import cached_targets, student_inputs
 from kdcache.distill.choice import chosen_teachers, even_layer_map, files_used, largest_max_length, splits_of
@@ -108,10 +109,9 @@ class CachedBatches:
         """Bytes of hidden states that are decoded at once: of the largest parts, as many as the window and reading ahead hold."""
         used = [(name, layer) for name, layers in self._used.items() for layer in layers]
         specs = {key: self.cache.teachers[key[0]].layers[key[1]] for key in used}
+        row_bytes = {key: format_of(spec).row_bytes(spec) for key, spec in specs.items()}
         parts = [self.cache.parts[index].name for index in np.unique(self.epochs.examples.parts).tolist()]
-        sizes = [
-            sum(self.cache.row_count(name, part, layer) * specs[name, layer].row_bytes for name, layer in used) for part in parts
-        ]
+        sizes = [sum(self.cache.row_count(name, part, layer) * row_bytes[name, layer] for name, layer in used) for part in parts]
         held = len(sizes) if self.epochs.window == "all" else self.epochs.window + READ_AHEAD
         return sum(sorted(sizes, reverse=True)[:held])
 

@@ -18,10 +18,9 @@ from kdcache.distill.interleave import Interleaved
 from kdcache.errors import DamageError, MismatchError
 
 if TYPE_CHECKING:
-    from kdcache.cache.blocks import HiddenBlock
     from kdcache.cache.reader import Cache
-    from kdcache.cache.spec import TokenSelection
     from kdcache.cache.tokens import Tokens
+    from kdcache.codecs.base import HiddenBlock, TokenSelection
     from kdcache.data.encoding import EncodedTexts
     from kdcache.distill.align_store import StudentTokens
     from kdcache.distill.examples import JoinedExamples

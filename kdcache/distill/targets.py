@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from kdcache.distill.forms import Decoder
+    from kdcache.codecs.base import Decoder
     from kdcache.methods.parts.layer_map import LayerMap
 
 
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 class Hidden:
     """Hidden states of one teacher layer for the student tokens of one batch.
 
-    ``values`` are the teacher's tokens, [S, dim] in float32, float16 or int8; with ``scales`` [S] a value is code x scale; with
-    ``decoder`` they are uint8 [S, bytes], and it gives the values.
+    ``values`` are the teacher's tokens as they are stored, [S, ...]: numbers, or what ``decoder`` turns into numbers [S, dim].
+    With ``scales`` [S] a target is a number times its scale.
     Student token p (of P covered ones) is the sum of weight[n] * values[src[n]] over its entries n: those from ``first[p]`` to
     ``first[p + 1]``, of the last token all that remain, at least one each. ``src is None`` means the identity: S = P, token p is values[p].
     ``positions`` [P], ascending, are flat places b * L + t in the student's [B, L]; tokens that no teacher token overlaps

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kdcache.cache.blocks import HiddenBlock
 from kdcache.cache.spec import needs_tokens
 from kdcache.dump.live_rows import LivePart, PartRows, choose_rows
 from kdcache.dump.tolerance import (
@@ -223,8 +222,7 @@ def _compared(cache: Cache, live: LivePart, backend: TeacherBackend, allowed: To
         at = (np.arange(len(rows)), rows) if form.per_text else places
         if at is None:
             continue  # the texts are cut otherwise now: there are no rows to compare, and the finding about tokens says so
-        block = cache.hidden(spec.name, part, layer)
-        block = HiddenBlock(block.values[at[1]], None if block.scales is None else block.scales[at[1]])
+        block = cache.hidden(spec.name, part, layer).take(at[1])
         states = live.selected(hidden[layer], form.tokens)
         comparison = compare(states, block, form, cache.basis(spec.name, layer), allowed.hidden)
         times = np.zeros(len(rows))

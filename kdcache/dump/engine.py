@@ -2,7 +2,7 @@
 
 Texts are run sorted by length, in batches of a token budget, because padding is wasted work; the results are put back where
 the part has them. Batches are a pure function of the part and the settings, so that a part that is dumped again after a
-crash gets the same bytes. What is stored is projected on the device and quantised batch by batch: a part never exists in
+crash gets the same bytes. What is stored is projected and encoded on the device batch by batch: a part never exists in
 memory at full width, and that happens in a thread while the next batch is run.
 """
 
@@ -15,19 +15,23 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kdcache.cache.blocks import Basis, HiddenBlock, Outputs
+from kdcache.cache.blocks import Outputs
 from kdcache.cache.tokens import Tokens
+from kdcache.codecs.base import largest_on_device
+from kdcache.codecs.plain import FLOAT32
+from kdcache.codecs.projection import Projector
+from kdcache.codecs.registry import format_of
+from kdcache.codecs.selection import select_tokens
 from kdcache.data.encoding import EncodedTexts, pad, token_budget_batches
 from kdcache.dump.behind import OneBehind
 from kdcache.dump.fitting import LayerFit
-from kdcache.dump.projection import Projector
-from kdcache.dump.quantise import cure_of, quantise, unstorable_token
 from kdcache.errors import NonFiniteError
-from kdcache.teachers.coder import Coder
-from kdcache.teachers.selection import select_tokens
 
 if TYPE_CHECKING:
-    from kdcache.cache.spec import LayerSpec, TeacherSpec
+    import torch
+
+    from kdcache.cache.spec import TeacherSpec
+    from kdcache.codecs.base import Basis, HiddenBlock, LayerSpec, StorageFormat
     from kdcache.teachers.backends import TeacherBackend, TeacherOutput
 
 OnBatch = Callable[[int], None]  # called with the number of texts after every forward pass
@@ -83,15 +87,15 @@ class TextBatches:
 def fit_bases(
     batches: TextBatches, backend: TeacherBackend, layers: Mapping[int, LayerSpec], seed: int, on_batch: OnBatch
 ) -> dict[int, Basis]:
-    """The bases of ``layers`` from one pass over the sample; ``seed`` chooses random projections and the rows of codebooks.
+    """The bases of ``layers`` from one pass over the sample; ``seed`` chooses random projections and the rows that formats train on.
 
-    What is kept of the sample are its moments and, for a coded layer, some rows: memory does not grow with the sample.
+    What is kept of the sample are its moments and, where a storage format trains on them, some rows: memory does not grow with the sample.
     """
     fits: dict[int, LayerFit] = {}
     for rows, output in batches.run(backend, tuple(layers)):
         for layer, spec in layers.items():
             hidden = output.hidden[layer]
-            _refuse_hidden(batches, rows, hidden.cpu().numpy(), "float32", layer)
+            _refuse_hidden(batches, rows, hidden, FLOAT32, layer)
             if layer not in fits:
                 fits[layer] = LayerFit(spec, hidden.shape[1], batches.row_count(spec), seed)
             fits[layer].add(select_tokens(hidden, batches.encoded.lengths[rows], spec.tokens), batches.places(rows, spec))
@@ -113,7 +117,7 @@ def run_part(
     """
     texts = len(batches.encoded)
     storers = {layer: _Storer(spec.layers[layer], bases[layer], backend.device) for layer in layers}
-    hidden = {layer: _empty_block(batches.row_count(spec.layers[layer]), spec.layers[layer]) for layer in layers}
+    hidden = {layer: storers[layer].empty(batches.row_count(spec.layers[layer])) for layer in layers}
     logits = np.empty((texts, *spec.target.shape), np.float32)
     pooled = None if spec.pooled is None else np.empty((texts, spec.pooled), np.float32)
 
@@ -122,7 +126,7 @@ def run_part(
         if pooled is not None and output.pooled is not None:
             pooled[rows] = _finite_rows(batches, rows, output.pooled.cpu().numpy(), "pooled vector")
         for layer in layers:
-            _store(hidden[layer], batches.places(rows, spec.layers[layer]), storers[layer](batches, rows, output, layer))
+            hidden[layer].put(batches.places(rows, spec.layers[layer]), storers[layer](batches, rows, output, layer))
 
     with OneBehind[None]("kdcache-store") as behind:
         for rows, output in batches.run(backend, layers, pooled=pooled is not None):
@@ -131,49 +135,45 @@ def run_part(
     return Outputs(logits, pooled), hidden
 
 
-def _empty_block(rows: int, spec: LayerSpec) -> HiddenBlock:
-    if spec.dtype == "coded":
-        return HiddenBlock(np.empty((rows, spec.bytes), np.uint8))
-    scales = np.empty(rows, np.float32) if spec.dtype == "int8" else None
-    return HiddenBlock(np.empty((rows, spec.dim), np.dtype(spec.dtype)), scales)
-
-
-def _store(whole: HiddenBlock, places: np.ndarray, piece: HiddenBlock) -> None:
-    whole.values[places] = piece.values
-    if whole.scales is not None and piece.scales is not None:
-        whole.scales[places] = piece.scales
-
-
 class _Storer:
     """From what a teacher gives for a batch to the stored form of one layer."""
 
     def __init__(self, spec: LayerSpec, basis: Basis, device: str) -> None:
-        self._spec = spec
+        self._spec, self._format = spec, format_of(spec)
         self._project = Projector(basis, device)
-        self._code = None if basis.codebook is None else Coder(basis.codebook, spec.bytes, device)
+        self._encode = self._format.encoder(spec, basis, device)
+
+    def empty(self, rows: int) -> HiddenBlock:
+        """The layer of a part of so many rows, to be filled."""
+        return self._format.empty(self._spec, rows)
 
     def __call__(self, batches: TextBatches, rows: np.ndarray, output: TeacherOutput, layer: int) -> HiddenBlock:
         """One row per token of ``rows``, or per text. Raises NonFiniteError with teacher, text and layer."""
         selected = select_tokens(output.hidden[layer], batches.encoded.lengths[rows], self._spec.tokens)
         projected = self._project(selected)
-        values = projected.cpu().numpy()
-        _refuse_hidden(batches, rows, values, self._spec.dtype, layer, per_text=self._spec.per_text)
-        return quantise(values, self._spec.dtype) if self._code is None else HiddenBlock(self._code(projected))
+        _refuse_hidden(batches, rows, projected, self._format, layer, per_text=self._spec.per_text)
+        return self._encode(projected)
 
 
 def _finite_rows(batches: TextBatches, rows: np.ndarray, values: np.ndarray, what: str) -> np.ndarray:
     finite = np.isfinite(values).all(axis=1)
     if not finite.all():
         text = batches.text_of_row(int(rows[np.argmin(finite)]))
-        raise NonFiniteError(f"teacher '{batches.teacher}', text {text}, {what}: NaN or infinity", cure_of("float32"))
+        raise NonFiniteError(f"teacher '{batches.teacher}', text {text}, {what}: NaN or infinity", FLOAT32.cure)
     return values
 
 
 def _refuse_hidden(
-    batches: TextBatches, rows: np.ndarray, values: np.ndarray, dtype: str, layer: int, *, per_text: bool = False
+    batches: TextBatches,
+    rows: np.ndarray,
+    values: torch.Tensor,
+    storage: StorageFormat,
+    layer: int,
+    *,
+    per_text: bool = False,
 ) -> None:
-    found = unstorable_token(values, dtype)
+    found = storage.unstorable(largest_on_device(values))
     if found is not None:
         place, reason = found
         text = batches.text_of_row(int(rows[place])) if per_text else batches.text_of_token(rows, place)
-        raise NonFiniteError(f"teacher '{batches.teacher}', text {text}, layer {layer}: {reason}", cure_of(dtype))
+        raise NonFiniteError(f"teacher '{batches.teacher}', text {text}, layer {layer}: {reason}", storage.cure)

@@ -37,8 +37,9 @@ if TYPE_CHECKING:
     from kdcache.cache.contents import Contents
     from kdcache.cache.digests import Arrivals
     from kdcache.cache.manifest import Manifest
-    from kdcache.cache.spec import LayerSpec, TaskSpec, TeacherSpec
+    from kdcache.cache.spec import TaskSpec, TeacherSpec
     from kdcache.cache.writer import CacheWriter
+    from kdcache.codecs.base import LayerSpec
     from kdcache.data.task import TaskData
     from kdcache.dump.additions import Addition
     from kdcache.dump.run import TeacherRun

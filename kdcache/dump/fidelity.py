@@ -9,20 +9,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
-from kdcache.cache.codebook import coded_dim, decode_rows
-from kdcache.cache.spec import LayerSpec
-from kdcache.dump.codebooks import coded_basis
-from kdcache.dump.quantise import dequantise, quantise
-from kdcache.teachers.coder import Coder
+from kdcache.codecs.base import LayerSpec, largest_on_device
+from kdcache.codecs.projection import Projector, leading, unprojected
+from kdcache.codecs.registry import format_of, storage_formats
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from kdcache.cache.blocks import Basis
+    from kdcache.codecs.base import Basis
     from kdcache.teachers.teacher import TeacherModel
 
-_CUTS = (32, 64, 128, 256, 512)
-_BUDGETS = (8, 16, 32, 48, 96, 192, 384)
 _TOGETHER = 256  # rows that are compared at once: in float64 they stay in the core's cache
 _TINY = 1e-12
 
@@ -45,9 +41,8 @@ class Fidelity:
 
     @property
     def form(self) -> str:
-        """In a few words: ``pca 128 int8``, ``coded 96``."""
-        spec = self.spec
-        return f"coded {spec.bytes}" if spec.dtype == "coded" else f"{spec.projection} {spec.dim} {spec.dtype}"
+        """In a few words: ``pca 128 int8``, ``trellis 96``."""
+        return format_of(self.spec).label(self.spec)
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able."""
@@ -61,43 +56,29 @@ class Fidelity:
 
 def candidates(width: int, asked: LayerSpec) -> list[LayerSpec]:
     """Forms worth a look for a layer of ``width``, the one that the recipe asks for among them; all for the same tokens."""
-    whole = LayerSpec("none", width, "float32", tokens=asked.tokens)
-    forms = [
-        whole,
-        replace(whole, dtype="float16"),
-        replace(whole, dtype="int8"),
-        *(replace(whole, projection="pca", dim=dim, dtype="int8") for dim in _CUTS if dim < width),
-        *(
-            replace(whole, projection="pca", dim=coded_dim(width, size), dtype="coded", bytes=size)
-            for size in _BUDGETS
-            if size <= width
-        ),
-    ]
+    whole = LayerSpec("none", width, asked.dtype, tokens=asked.tokens)
+    forms = [spec for storage in storage_formats().values() for spec in storage.candidates(replace(whole, dtype=storage.name))]
     if asked not in forms and asked.projection != "random":
         forms.append(asked)
-    return sorted(forms, key=lambda form: form.row_bytes, reverse=True)
+    return sorted(forms, key=lambda form: format_of(form).row_bytes(form), reverse=True)
 
 
 def rebuilt(spec: LayerSpec, whole: Basis, sample: torch.Tensor, unseen: torch.Tensor) -> torch.Tensor:
     """``unseen`` [rows, width] after it was stored as ``spec`` and read back. ``whole``: the PCA basis at full width;
     ``sample``: the rows that tables are trained on. All on one device, as is the result.
     """
-    return through(spec, coded_basis(whole, sample, spec.bytes) if spec.dtype == "coded" else whole, unseen)
+    return through(spec, format_of(spec).fit(whole, sample, spec), unseen)
 
 
 def through(spec: LayerSpec, basis: Basis, unseen: torch.Tensor) -> torch.Tensor:
-    """``rebuilt`` with the basis that a cache stores, or one of more dimensions."""
-    if spec.projection == "none":
-        return torch.from_numpy(dequantise(quantise(unseen.cpu().numpy(), spec.dtype))).to(unseen.device)
-    assert basis.components is not None and basis.mean is not None
-    components = torch.from_numpy(basis.components[: spec.dim]).to(unseen.device)
-    mean = torch.from_numpy(basis.mean).to(unseen.device)
-    projected = (unseen - mean) @ components.T
-    if basis.codebook is not None:
-        values = decode_rows(Coder(basis.codebook, spec.bytes, unseen.device)(projected), basis.codebook)
-    else:
-        values = dequantise(quantise(projected.cpu().numpy(), spec.dtype))
-    return torch.from_numpy(values).to(unseen.device) @ components + mean
+    """``rebuilt`` with the basis that a cache stores, or one of more dimensions. NonFiniteError where a row cannot be stored."""
+    storage = format_of(spec)
+    basis = unprojected(basis) if spec.projection == "none" else leading(basis, spec.dim)
+    projector = Projector(basis, unseen.device)
+    projected = projector(unseen)
+    storage.check_storable(largest_on_device(projected))
+    block = storage.encoder(spec, basis, unseen.device)(projected)
+    return projector.back(torch.from_numpy(storage.decode(block, basis)).to(unseen.device))
 
 
 def measure(spec: LayerSpec, back: torch.Tensor, unseen: torch.Tensor) -> Fidelity:
@@ -112,7 +93,9 @@ def measure(spec: LayerSpec, back: torch.Tensor, unseen: torch.Tensor) -> Fideli
     explained = 1.0 - float(error.sum()) / total if total > 0 else 1.0
     norm = true_square.sqrt()
     cosine = float((inner / (norm.clamp_min(_TINY) * found_square.sqrt().clamp_min(_TINY))).mean())
-    return Fidelity(spec, spec.row_bytes, explained, cosine, float((error.sqrt() / norm.clamp_min(_TINY)).mean()))
+    return Fidelity(
+        spec, format_of(spec).row_bytes(spec), explained, cosine, float((error.sqrt() / norm.clamp_min(_TINY)).mean())
+    )
 
 
 def soft_label_kl(model: TeacherModel, back: torch.Tensor, lengths: Sequence[int], logits: np.ndarray) -> float | None:

@@ -1,28 +1,109 @@
-"""What is gathered of a layer over the sample of texts, and the basis that comes of it."""
+"""The frozen bases, fitted on the sample of texts: P and μ of ``codecs.projection``, and what a storage format trains.
+
+Bases are fitted in float64 on a seeded sample of the texts, from moments that are added up batch by batch, so that memory does
+not grow with the sample. Every layer also gets the variance of its target, by which the hidden loss is divided: without it,
+losses of two teachers are not comparable.
+"""
 
 from __future__ import annotations
 
+import hashlib
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from kdcache.dump.codebooks import SAMPLE_ROWS, fit_coded_basis
-from kdcache.dump.projection import Moments, fit_basis
+from kdcache.codecs.base import Basis
+from kdcache.codecs.registry import format_of
+from kdcache.errors import NonFiniteError
 
 if TYPE_CHECKING:
-    from kdcache.cache.blocks import Basis
-    from kdcache.cache.spec import LayerSpec
+    from kdcache.codecs.base import LayerSpec
 
 
-class LayerFit:
-    """One layer of a teacher while its sample is run; ``rows`` is how many there will be, of which a seeded choice is kept."""
+class Moments:
+    """Mean and scatter matrix of a stream of token vectors, in float64; merged batch by batch (Chan et al. 1979).
 
-    def __init__(self, spec: LayerSpec, width: int, rows: int, seed: int) -> None:
-        self._spec = spec
-        self._seed = seed
-        self.moments = Moments(width, cross=spec.projection != "none")
-        self._wanted = _chosen(rows, seed) if spec.dtype == "coded" else np.zeros(rows, np.bool_)
+    ``cross`` is False where only variances per dimension are wanted: then ``scatter`` is [width], else [width, width].
+    """
+
+    def __init__(self, width: int, *, cross: bool) -> None:
+        self.count = 0
+        self.mean = np.zeros(width)
+        self.scatter = np.zeros((width, width) if cross else width)
+        self._cross = cross
+
+    def add(self, tokens: torch.Tensor) -> None:
+        """Take in ``tokens`` [tokens, width] of any float type, on any device that knows float64."""
+        if not len(tokens):
+            return
+        x = tokens.to(torch.float64) if tokens.device.type != "mps" else tokens.cpu().to(torch.float64)
+        mean = x.mean(dim=0)
+        x = x - mean
+        scatter = (x.T @ x if self._cross else (x * x).sum(dim=0)).cpu().numpy()
+        delta = mean.cpu().numpy() - self.mean
+        total = self.count + len(tokens)
+        between = np.outer(delta, delta) if self._cross else delta * delta
+        self.scatter += scatter + between * (self.count * len(tokens) / total)
+        self.mean += delta * (len(tokens) / total)
+        self.count = total
+
+    def covariance(self) -> np.ndarray:
+        """[width, width] (or [width] without ``cross``): the scatter divided by the number of tokens."""
+        return self.scatter / max(self.count, 1)
+
+
+def fit_basis(moments: Moments, projection: str, dim: int, *, seed: int, name: str, layer: int) -> Basis:
+    """The basis of one layer from the moments of its sample.
+
+    'pca': the ``dim`` leading eigenvectors of the covariance, each turned so that its largest entry is positive.
+    'random': orthonormal rows from a generator seeded by (seed, name, layer); not scaled, since the stored target variance
+    makes the scale immaterial. 'none': no components, h is stored as it is.
+    Variances are over the tokens of the sample: ``total_variance`` is their mean over the width of the layer,
+    ``target_variance`` their mean over the stored dimensions.
+    Raises NonFiniteError where the sample was not finite.
+    """
+    covariance = moments.covariance()
+    if not np.isfinite(covariance).all():
+        raise NonFiniteError(f"teacher '{name}', layer {layer}: hidden states of the sample are not finite")
+    if projection == "none":
+        variance = float(covariance.mean())
+        return Basis(None, None, None, variance, variance)
+    components = (
+        _leading_eigenvectors(covariance, dim)
+        if projection == "pca"
+        else _orthonormal_rows(dim, len(covariance), seed, name, layer)
+    )
+    variance = np.einsum("ij,jk,ik->i", components, covariance, components, optimize=True).clip(min=0.0)
+    return Basis(
+        components.astype(np.float32),
+        moments.mean.astype(np.float32),
+        variance.astype(np.float32),
+        float(np.trace(covariance)) / len(covariance),
+        float(variance.mean()),
+    )
+
+
+def _leading_eigenvectors(covariance: np.ndarray, dim: int) -> np.ndarray:
+    _, vectors = np.linalg.eigh(covariance)  # rising eigenvalues, vectors in columns
+    rows = np.ascontiguousarray(vectors[:, ::-1][:, :dim].T)
+    largest = rows[np.arange(dim), np.abs(rows).argmax(axis=1)]
+    return rows * np.where(largest < 0, -1.0, 1.0)[:, None]
+
+
+def _orthonormal_rows(dim: int, width: int, seed: int, name: str, layer: int) -> np.ndarray:
+    digest = hashlib.blake2b(f"{seed}/{name}/{layer}".encode(), digest_size=8).digest()
+    gaussian = np.random.default_rng(int.from_bytes(digest, "little")).standard_normal((width, dim))
+    q, r = np.linalg.qr(gaussian)
+    return np.ascontiguousarray((q * np.where(np.diag(r) < 0, -1.0, 1.0)).T)
+
+
+class Sample:
+    """What is gathered of one layer over the sample: its moments, and a seeded choice of ``keep`` of its ``rows`` rows."""
+
+    def __init__(self, width: int, rows: int, seed: int, *, cross: bool, keep: int) -> None:
+        self.moments = Moments(width, cross=cross)
+        self._wanted = _chosen(rows, keep, seed)
         self._kept: list[torch.Tensor] = []
 
     def add(self, hidden: torch.Tensor, places: np.ndarray) -> None:
@@ -32,20 +113,27 @@ class LayerFit:
         if mine.any():
             self._kept.append(hidden[torch.from_numpy(mine).to(hidden.device)].clone())
 
-    def kept(self) -> torch.Tensor:
-        """[rows, width]: the rows on which tables are trained."""
-        return torch.cat(self._kept)
+    def kept(self) -> torch.Tensor | None:
+        """[rows, width]: the rows that were kept; None where there are none."""
+        return torch.cat(self._kept) if self._kept else None
+
+
+class LayerFit(Sample):
+    """One layer of a teacher while its sample is run; ``rows`` is how many there will be."""
+
+    def __init__(self, spec: LayerSpec, width: int, rows: int, seed: int) -> None:
+        super().__init__(width, rows, seed, cross=spec.projection != "none", keep=format_of(spec).sample_rows)
+        self._spec, self._seed = spec, seed
 
     def basis(self, *, name: str, layer: int) -> Basis:
         """The basis of layer ``layer`` of teacher ``name``; NonFiniteError where the sample was not finite."""
         spec = self._spec
-        if spec.dtype == "coded":
-            return fit_coded_basis(self.moments, self.kept(), spec.bytes, name=name, layer=layer)
-        return fit_basis(self.moments, spec.projection, spec.dim, seed=self._seed, name=name, layer=layer)
+        basis = fit_basis(self.moments, spec.projection, spec.dim, seed=self._seed, name=name, layer=layer)
+        return format_of(spec).fit(basis, self.kept(), spec)
 
 
-def _chosen(rows: int, seed: int) -> np.ndarray:
-    """Which of ``rows`` to keep, as bool [rows]: ``SAMPLE_ROWS`` of them, or all; raw numbers of the generator, which numpy promises to keep."""
+def _chosen(rows: int, count: int, seed: int) -> np.ndarray:
+    """Which of ``rows`` to keep, as bool [rows]: ``count`` of them, or all; raw numbers of the generator, which numpy promises to keep."""
     chosen = np.zeros(rows, np.bool_)
-    chosen[np.argsort(np.random.PCG64(seed).random_raw(rows), kind="stable")[:SAMPLE_ROWS]] = True
+    chosen[np.argsort(np.random.PCG64(seed).random_raw(rows), kind="stable")[:count]] = True
     return chosen

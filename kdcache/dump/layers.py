@@ -6,12 +6,10 @@ A layer number is an index into the encoder's hidden states: 0 is the embeddings
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from kdcache.cache.codebook import coded_dim
-from kdcache.cache.spec import LayerSpec
-from kdcache.dump.projection import check_dim
+from kdcache.codecs.base import LayerSpec
+from kdcache.codecs.registry import format_of
 from kdcache.errors import ModelError, RecipeError
 from kdcache.methods.parts.layer_map import even_layers
 from kdcache.recipe.sections import check_stored
@@ -64,29 +62,13 @@ def layer_spec(recipe: Recipe, section: TeacherSection, layer: int, depth: int, 
             f"layer {layer} of teacher '{section.name}': {error}", "See dump.per_layer and its per_layer."
         ) from error
     assert form.projection is not None and form.dim is not None and form.dtype is not None and form.tokens is not None
-    if form.dtype == "coded" and form.bytes is not None:
-        return LayerSpec(
-            "pca", coded_dim(width, check_bytes(form.bytes, width, section.name, layer)), "coded", form.bytes, form.tokens
-        )
-    dim = check_dim(form.projection, form.dim, width, section.name, layer)
-    return LayerSpec(form.projection, dim, form.dtype, tokens=form.tokens)
+    asked = LayerSpec(form.projection, form.dim, form.dtype, form.bytes or 0, form.tokens)
+    return spec_like(asked, section.name, layer, width)
 
 
 def spec_like(form: LayerSpec, name: str, layer: int, width: int) -> LayerSpec:
     """A layer of another teacher, or another layer, stored as ``form`` is. ModelError where it does not fit the width."""
-    if form.dtype == "coded":
-        return replace(form, dim=coded_dim(width, check_bytes(form.bytes, width, name, layer)))
-    return replace(form, dim=check_dim(form.projection, form.dim, width, name, layer))
-
-
-def check_bytes(row_bytes: int, width: int, name: str, layer: int) -> int:
-    """``row_bytes`` itself; ModelError where int8 of all ``width`` dimensions would take no more."""
-    if row_bytes > width:
-        raise ModelError(
-            f"bytes is {row_bytes}, but layer {layer} of teacher '{name}' is only {width} wide: a byte for each dimension is the most",
-            f'Set bytes to at most {width}, or store the layer in dtype = "int8" with projection = "none".',
-        )
-    return row_bytes
+    return format_of(form).layer(form, width, f"layer {layer} of teacher '{name}'")
 
 
 def check_names(names: Iterable[str], layers: Sequence[int], where: str, name: str) -> None:

@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kdcache.codecs.selection import select_tokens
 from kdcache.data.encoding import EncodedTexts, encode, padding_id
 from kdcache.dump.engine import TextBatches
-from kdcache.teachers.selection import select_tokens
 
 if TYPE_CHECKING:
     from kdcache.cache.reader import Cache
-    from kdcache.cache.spec import TeacherSpec, TokenSelection
+    from kdcache.cache.spec import TeacherSpec
     from kdcache.cache.tokens import Tokens
+    from kdcache.codecs.base import TokenSelection
     from kdcache.teachers.backends import TeacherBackend
     from kdcache.teachers.teacher import Teacher
 

@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from kdcache.cache.codebook import coded_dim
 from kdcache.cache.ids import id_array
-from kdcache.cache.spec import LayerSpec, needs_tokens
+from kdcache.cache.spec import needs_tokens
+from kdcache.codecs.registry import storage_formats
+from kdcache.codecs.selection import select_tokens
 from kdcache.data.encoding import encode
 from kdcache.data.task import load_task
 from kdcache.dump.fidelity import Fidelity, candidates, measure, rebuilt, soft_label_kl
-from kdcache.dump.fitting import LayerFit
-from kdcache.dump.projection import fit_basis
+from kdcache.dump.fitting import Sample, fit_basis
 from kdcache.dump.recommend import Choice, Recommendation, recommend
 from kdcache.dump.run import text_batches
 from kdcache.dump.sizes import hidden_bytes, outputs_bytes, tokens_bytes
@@ -35,9 +35,9 @@ from kdcache.progress import format_bytes, format_seconds
 from kdcache.runs import home
 from kdcache.teachers.backends import open_backend
 from kdcache.teachers.bundle import load_teacher, read_bundle
-from kdcache.teachers.selection import select_tokens
 
 if TYPE_CHECKING:
+    from kdcache.codecs.base import LayerSpec
     from kdcache.progress import Progress
     from kdcache.recipe import Recipe
     from kdcache.teachers.teacher import Teacher
@@ -173,8 +173,8 @@ class _Gathered:
         self.asked = asked
         self._unseen = rows  # bool [rows of the sample]
         self._order = np.cumsum(~rows) - 1
-        largest = LayerSpec("pca", coded_dim(width, width), "coded", width)  # gathers what every form needs
-        self.fit = LayerFit(largest, width, int((~rows).sum()), seed)
+        keep = max(one.sample_rows for one in storage_formats().values())
+        self.fit = Sample(width, int((~rows).sum()), seed, cross=True, keep=keep)
         self._kept: list[torch.Tensor] = []
         self._places: list[np.ndarray] = []
 
@@ -235,7 +235,9 @@ def _forms(
     asked: LayerSpec, width: int, gathered: _Gathered, head_of: Teacher | None, lengths: Sequence[int], logits: np.ndarray
 ) -> list[Fidelity]:
     whole = fit_basis(gathered.fit.moments, "pca", width, seed=0, name="", layer=0)
-    sample, unseen = gathered.fit.kept().cpu()[:_TRAINING_ROWS], gathered.unseen()
+    kept, unseen = gathered.fit.kept(), gathered.unseen()
+    assert kept is not None
+    sample = kept.cpu()[:_TRAINING_ROWS]
     forms = []
     for spec in candidates(width, asked):
         back = rebuilt(spec, whole, sample, unseen)

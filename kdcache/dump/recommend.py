@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from kdcache.codecs.registry import format_of
+
 if TYPE_CHECKING:
-    from kdcache.cache.spec import LayerSpec
+    from kdcache.codecs.base import LayerSpec
     from kdcache.dump.fidelity import Fidelity
 
 ENOUGH = 0.9  # share of the variance to keep where no budget is given
@@ -122,7 +124,5 @@ def _made(choices: Sequence[Choice], hulls: Sequence[list[int]], place: Sequence
 
 def _keys(spec: LayerSpec) -> tuple[tuple[str, str], ...]:
     """The recipe keys that ask for a form, with their values in TOML."""
-    if spec.dtype == "coded":
-        return (("projection", '"pca"'), ("dtype", '"coded"'), ("bytes", str(spec.bytes)))
-    dim = () if spec.projection == "none" else (("dim", str(spec.dim)),)
-    return (("projection", f'"{spec.projection}"'), ("dtype", f'"{spec.dtype}"'), *dim)
+    keys = format_of(spec).keys(spec)
+    return tuple((key, json.dumps(value)) for key, value in keys.items())

@@ -25,8 +25,8 @@ from kdcache.teachers.backends import open_backend
 from kdcache.teachers.bundle import load_teacher
 
 if TYPE_CHECKING:
-    from kdcache.cache.blocks import Basis
     from kdcache.cache.writer import CacheWriter, PartTask
+    from kdcache.codecs.base import Basis
     from kdcache.dump.specs import PreparedTeacher
     from kdcache.progress import Progress
     from kdcache.teachers.backends import TeacherBackend

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kdcache.cache.spec import LayerSpec, TargetSpec, TaskSpec, TeacherSpec
+from kdcache.cache.spec import TargetSpec, TaskSpec, TeacherSpec
 from kdcache.data.custom_code import code_not_run, wants_code
 from kdcache.data.encoding import TRUNCATION, encode, padding_id, tokenizer_json
 from kdcache.data.labels import mismatch_cure
@@ -26,6 +26,7 @@ from kdcache.teachers.trial import is_causal
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from kdcache.codecs.base import LayerSpec
     from kdcache.data.task import TaskData
     from kdcache.recipe import DumpSection, Recipe, TeacherSection
     from kdcache.teachers.bundle import Bundle

@@ -1,8 +1,7 @@
 """How far what is stored may lie from what a teacher says now: padding noise, and what the stored form gives away.
 
 A batch is padded to its longest text, and another padding changes the last digits of every state. How much is measured on the
-spot, by running some texts alone and together. The stored form adds its rounding: half a scale per coordinate for int8, and for a coded
-row the error that coding the live state makes, because the stored row was the best one for its own state.
+spot, by running some texts alone and together. The storage format adds what storing takes away, and knows it row by row.
 """
 
 from __future__ import annotations
@@ -12,23 +11,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
-from kdcache.cache.codebook import decode_rows
-from kdcache.dump.quantise import dequantise
-from kdcache.teachers.coder import Coder
+from kdcache.codecs.projection import project
+from kdcache.codecs.registry import format_of
 
 if TYPE_CHECKING:
-    from kdcache.cache.blocks import Basis, HiddenBlock
-    from kdcache.cache.spec import LayerSpec
+    from kdcache.codecs.base import Basis, HiddenBlock, LayerSpec
 
 _FLOOR = {"float32": 1e-3, "bf16": 3e-2, "fp16": 1e-2}  # other machines and libraries, relative to the norm of a state
 _MOST_NOISE = {"float32": 1e-2, "bf16": 0.2, "fp16": 0.1}  # a model that padding changes more than this is not run rightly
 _MARGIN = 4.0  # times the noise that was measured
-_FLOAT16 = 2.0**-11
 _MARGIN_OF_MEAN = 1.25
 _NEARER = 0.75  # of the distance, before another layer or another token is named
-_MISFIT = 3.0  # times the distortion that a codebook had on its sample
 
 
 @dataclass(frozen=True)
@@ -67,7 +61,7 @@ class Comparison:
     """Of rows of one layer: distance between stored and live target, and the largest that is allowed; float64 [rows] each.
 
     ``excess``: root mean square of the distances, as a multiple of what noise and rounding should make of it. Far finer than a
-    bound on each row. ``fits``: whether the live states are such as the codebook was made for, where there is one.
+    bound on each row. ``fits``: whether the live states are such as the basis was made for.
     """
 
     stored: np.ndarray  # float32 [rows, dim]
@@ -80,19 +74,12 @@ class Comparison:
 
 def compare(live: np.ndarray, block: HiddenBlock, spec: LayerSpec, basis: Basis, allowed_change: float) -> Comparison:
     """``live`` float32 [rows, width] hidden states against the stored ``block`` of the same rows."""
-    projected = project(live, basis)
+    storage, projected = format_of(spec), project(live, basis)
     noise = allowed_change * np.linalg.norm(live.astype(np.float64), axis=1)
-    if basis.codebook is None:
-        stored = dequantise(block)
-        most, usual = _rounding(stored, block, spec)
-        allowed, fits = noise + most, True
-    else:
-        stored = decode_rows(block.values, basis.codebook)
-        again = decode_rows(Coder(basis.codebook, spec.bytes, "cpu")(torch.from_numpy(projected)), basis.codebook)
-        usual = np.linalg.norm(projected.astype(np.float64) - again, axis=1)
-        allowed, fits = usual + 2 * noise, _fits(usual, basis)
+    stored, rounding = storage.decode(block, basis), storage.rounding(block, projected, spec, basis)
     error = np.linalg.norm(projected.astype(np.float64) - stored, axis=1)
-    return Comparison(stored, basis, error, allowed, _rms(error) / max(_MARGIN_OF_MEAN * _rms(usual) + _rms(noise), 1e-12), fits)
+    usual = max(_MARGIN_OF_MEAN * _rms(rounding.usual) + _rms(noise), 1e-12)
+    return Comparison(stored, basis, error, rounding.most + rounding.noise * noise, _rms(error) / usual, rounding.fits)
 
 
 def looks_like(layer: int, comparison: Comparison, every: Mapping[int, np.ndarray]) -> str:
@@ -113,32 +100,6 @@ def looks_like(layer: int, comparison: Comparison, every: Mapping[int, np.ndarra
 
 def _distance(one: np.ndarray, other: np.ndarray) -> float:
     return float(np.median(np.linalg.norm(one - other, axis=1)))
-
-
-def project(live: np.ndarray, basis: Basis) -> np.ndarray:
-    """P·(h − m) of ``live`` [rows, width], or h itself."""
-    if basis.components is None or basis.mean is None:
-        return live
-    projected: np.ndarray = (live - basis.mean) @ basis.components.T
-    return projected
-
-
-def _rounding(stored: np.ndarray, block: HiddenBlock, spec: LayerSpec) -> tuple[np.ndarray, np.ndarray]:
-    """The largest and the usual norm of what rounding takes from each row."""
-    if block.scales is not None:
-        step = block.scales.astype(np.float64) * np.sqrt(spec.dim)
-        return step / 2 * 1.01, step / np.sqrt(12)
-    size = np.linalg.norm(stored.astype(np.float64), axis=1) * (_FLOAT16 if spec.dtype == "float16" else 0.0)
-    return size, size / np.sqrt(3)
-
-
-def _fits(own: np.ndarray, basis: Basis) -> bool:
-    """Not so where coding the live states loses more than all that there was to code, and more than it lost on the sample."""
-    if basis.explained_variance is None or not len(own):
-        return True
-    variance = float(basis.explained_variance.sum(dtype=np.float64))
-    distortion = variance - len(basis.explained_variance) * basis.target_variance  # tables hold means
-    return bool(np.square(own).mean() <= max(variance, _MISFIT * distortion))
 
 
 def _rms(values: np.ndarray) -> float:

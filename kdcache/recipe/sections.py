@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
-from kdcache.errors import RecipeError
+from kdcache.errors import MismatchError, RecipeError
 from kdcache.progress import listed
 
 DATA_FILE_ENDINGS = (".tsv", ".csv", ".jsonl", ".ndjson", ".parquet")
@@ -34,6 +35,17 @@ def _which_layer(name: str) -> str:
     return name
 
 
+def _storage_format(spelling: str) -> str:
+    from kdcache.codecs.registry import storage_formats, stored_name
+
+    try:
+        return stored_name(spelling)
+    except MismatchError as error:
+        titles = [f"'{one.title}'" for one in storage_formats().values()]
+        expected = f"{', '.join(titles[:-1])} or {titles[-1]}"
+        raise PydanticCustomError("literal_error", "{expected} was expected", {"expected": expected}) from error
+
+
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 NotNegative = Annotated[float, Field(ge=0.0)]
 AboveZero = Annotated[float, Field(gt=0.0)]
@@ -46,7 +58,7 @@ LayerNumbers = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1),
 BlockNumbers = Annotated[list[Positive], Field(min_length=1), AfterValidator(_distinct)]
 Precision = Literal["float32", "bf16", "fp16"]
 Projection = Literal["none", "pca", "random"]
-StoredDtype = Literal["float32", "float16", "int8", "coded"]
+StoredDtype = Annotated[str, AfterValidator(_storage_format)]  # a name of kdcache.codecs.registry
 TokenSelection = Literal["all", "first", "pooled"]
 WhichLayer = Annotated[str, AfterValidator(_which_layer)]
 Head = Literal["shared", "own"]
@@ -88,7 +100,7 @@ class StoredSection(_Section):
     projection: Projection | None = None
     dim: Positive | None = None
     dtype: StoredDtype | None = None
-    bytes: Positive | None = None  # of a row, for dtype "coded"
+    bytes: Positive | None = None  # of a row, for dtype "trellis"
     tokens: TokenSelection | None = None
 
 
@@ -144,8 +156,8 @@ class CofinetuneSection(OptimSection):
 class DumpSection(_Section):
     """What the cache stores of each teacher.
 
-    With ``dtype = "coded"`` a row takes ``bytes`` bytes whatever the teacher's width, and ``dim`` says nothing: the bits go to the
-    dimensions of the PCA basis where they tell most.
+    With ``dtype = "trellis"`` a row takes ``bytes`` bytes whatever the teacher's width, and ``dim`` says nothing: the bits go to
+    the dimensions of the PCA basis where they tell most.
     """
 
     backend: Literal["torch", "onnxruntime"] = "torch"
@@ -153,9 +165,9 @@ class DumpSection(_Section):
     projection: Projection = "pca"
     dim: Positive = 128
     dtype: StoredDtype = "int8"
-    bytes: Positive | None = None  # of a token and layer, for dtype "coded"
+    bytes: Positive | None = None  # of a token and layer, for dtype "trellis"
     tokens: TokenSelection = "all"  # a target for every token, for the first one, or for the mean of a text's tokens
-    per_layer: PerLayer = {}  # what differs in some layers: per_layer = { 12 = { dtype = "coded", bytes = 192 } }
+    per_layer: PerLayer = {}  # what differs in some layers: per_layer = { 12 = { dtype = "trellis", bytes = 192 } }
     pooled: bool = False
     part_size: Positive = 4096  # texts
     sample_texts: Positive = 2048  # on which bases and variances are fitted
@@ -176,23 +188,29 @@ class DumpSection(_Section):
 
 
 def overlaid(below: StoredSection, above: StoredSection) -> StoredSection:
-    """``below`` with what ``above`` gives; bytes belong to dtype "coded" and go where another dtype is given."""
+    """``below`` with what ``above`` gives; bytes go where ``above`` gives a dtype that takes none, and with one that does comes pca."""
+    from kdcache.codecs.registry import storage_format
+
     given = above.model_dump(exclude_none=True)
-    if given.get("dtype", "coded") != "coded":
-        given.setdefault("bytes", None)
-    if given.get("dtype") == "coded":
-        given.setdefault("projection", "pca")
+    if "dtype" in given:
+        by_bytes = storage_format(given["dtype"]).by_bytes
+        given.setdefault(*(("projection", "pca") if by_bytes else ("bytes", None)))
     return below.model_copy(update=given)
 
 
 def check_stored(form: StoredSection, where: str = "") -> None:
     """ValueError where dtype, bytes and projection of ``where`` do not go together."""
-    if form.dtype == "coded" and form.bytes is None:
-        raise ValueError(f'{where}dtype = "coded" needs bytes: how many a token takes in a layer, for example bytes = 96')
-    if form.dtype == "coded" and form.projection != "pca":
-        raise ValueError(f'{where}dtype = "coded" needs projection = "pca", not "{form.projection}"')
-    if form.dtype != "coded" and form.bytes is not None:
-        raise ValueError(f'{where}bytes = {form.bytes} goes with dtype = "coded"; with "{form.dtype}" set dim')
+    from kdcache.codecs.registry import storage_format, storage_formats
+
+    assert form.dtype is not None
+    storage = storage_format(form.dtype)
+    if form.bytes is not None and not storage.by_bytes:
+        others = " or ".join(f'"{one.title}"' for one in storage_formats().values() if one.by_bytes)
+        raise ValueError(f'{where}bytes = {form.bytes} goes with dtype = {others}; with "{storage.title}" set dim')
+    try:
+        storage.check_keys(form.projection, form.bytes)
+    except ValueError as error:
+        raise ValueError(f"{where}{error}") from error
 
 
 class StudentSection(_Section):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import html
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 _WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 460, 240, 44, 24, 34
-COLOURS = {"coded": "#1f6feb", "cut, int8": "#d9822b", "whole width": "#7a8794"}
+_COLOURS = ("#1f6feb", "#d9822b", "#7a8794", "#2f9e63", "#a04bbd", "#b8860b")  # families take turns
 
 Point = tuple[float, float, str, str]  # bytes per row, share kept, family, form
 
@@ -19,6 +20,11 @@ def frontier_charts(plan: Mapping[str, Any]) -> list[str]:
     return [_chart(name, _points(name, plan["layers"]), _recommended(name, plan)) for name in teachers]
 
 
+def family_colours(families: Iterable[str]) -> dict[str, str]:
+    """A colour for each distinct family, in the order of their names."""
+    return dict(zip(sorted(set(families)), itertools.cycle(_COLOURS), strict=False))
+
+
 def _points(teacher: str, layers: Sequence[Mapping[str, Any]]) -> list[Point]:
     found: dict[str, list[tuple[float, float]]] = {}
     for form in (form for layer in layers if layer["teacher"] == teacher for form in layer["forms"]):
@@ -27,7 +33,9 @@ def _points(teacher: str, layers: Sequence[Mapping[str, Any]]) -> list[Point]:
 
 
 def _family(form: str) -> str:
-    return "coded" if form.startswith("coded") else "whole width" if form.startswith("none") else "cut, int8"
+    """``trellis``, ``cut, int8`` or ``whole width``, from a form as a plan names it: ``trellis 96``, ``pca 128 int8``."""
+    first, *rest = form.split()
+    return "whole width" if first == "none" else f"cut, {rest[-1]}" if len(rest) > 1 else first
 
 
 def _recommended(teacher: str, plan: Mapping[str, Any]) -> set[str]:
@@ -45,7 +53,7 @@ def _chart(teacher: str, points: Sequence[Point], recommended: set[str]) -> str:
         return _LEFT + 8 + across * (_WIDTH - _LEFT - 24), _HEIGHT - _BOTTOM - up * (_HEIGHT - _BOTTOM - _TOP)
 
     drawn = [_axes(teacher, floor)]
-    for number, (family, colour) in enumerate(COLOURS.items()):
+    for number, (family, colour) in enumerate(family_colours(point[2] for point in points).items()):
         mine = sorted(point for point in points if point[2] == family)
         line = " ".join("{:.1f},{:.1f}".format(*place(size, kept)) for size, kept, _, _ in mine)
         drawn.append(f'<polyline points="{line}" style="stroke:{colour}"/>')

@@ -14,12 +14,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kdcache.cache.blocks import Basis, HiddenBlock, Outputs
-from kdcache.cache.codebook import Codebook, table_sizes
+from kdcache.cache.blocks import Outputs
 from kdcache.cache.ids import id_array, id_list, text_id
-from kdcache.cache.spec import Fingerprints, LayerSpec, Settings, TargetSpec, TaskSpec, TeacherSpec, needs_tokens
+from kdcache.cache.spec import Fingerprints, Settings, TargetSpec, TaskSpec, TeacherSpec, needs_tokens
 from kdcache.cache.tokens import FIRST, LAST, TEXT, Tokens
 from kdcache.cache.writer import CacheWriter, open_writer
+from kdcache.codecs.base import Basis, HiddenBlock, LayerSpec
+from kdcache.codecs.registry import format_of
+from kdcache.codecs.trellis import tables_of
+from kdcache.codecs.trellis.codebook import Codebook, table_sizes
 
 if TYPE_CHECKING:
     from kdcache.cache.manifest import Manifest
@@ -127,24 +130,27 @@ def made_hidden(spec: TeacherSpec, layer: int, texts: Sequence[tuple[str, ...]])
     one = spec.layers[layer]
     counts = [1 if one.per_text else int(made_tokens([text]).offsets[-1]) for text in texts]
     keys = [text_id(text) + bytes([row]) for text, count in zip(texts, counts, strict=True) for row in range(count)]
-    if one.dtype == "coded":
+    storage = format_of(one)
+    if storage.by_bytes:
         codes = _rows(f"{spec.name}/{layer}", keys, one.bytes)
         return HiddenBlock(np.round(codes * 127.5 + 127.5).astype(np.uint8))
     values = _rows(f"{spec.name}/{layer}", keys, one.dim)
     if one.dtype == "int8":
         codes = np.clip(np.round(values * 127), -127, 127).astype(np.int8)
         return HiddenBlock(codes, np.full(len(keys), 1 / 127, dtype=np.float32))
-    return HiddenBlock(values.astype(one.dtype))
+    return storage.encode(values, one, made_basis(spec, layer))
 
 
 def made_basis(spec: TeacherSpec, layer: int) -> Basis:
     """The first ``dim`` unit vectors; of a coded layer, the first 4 and a codebook of 5, 4, 3 and 1 bits with a window of 4."""
     one = spec.layers[layer]
-    if one.dtype == "coded":
+    if format_of(one).by_bytes:
         bits = np.array([5, 4, 3, 1], dtype=np.uint8)
         levels = _rows(f"{spec.name}/{layer}/levels", [b""], sum(table_sizes(bits, 4).values()))[0]
         codebook = Codebook(bits, np.array([4.0, 2.0, 1.0, 0.5], np.float32), 4, levels)
-        return Basis(np.eye(4, spec.width, dtype=np.float32), np.zeros(spec.width, np.float32), None, 2.0, 1.5, codebook)
+        return Basis(
+            np.eye(4, spec.width, dtype=np.float32), np.zeros(spec.width, np.float32), None, 2.0, 1.5, tables_of(codebook)
+        )
     if one.projection == "none":
         return Basis(None, None, None, 2.0, 2.0)
     components = np.eye(one.dim, spec.width, dtype=np.float32)

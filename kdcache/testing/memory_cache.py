@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kdcache.cache.blocks import Basis, HiddenBlock, Outputs
+from kdcache.cache.blocks import Outputs
 from kdcache.cache.ids import IdIndex, id_array, text_id
-from kdcache.cache.spec import Fingerprints, LayerSpec, TargetSpec, TaskSpec, TeacherSpec
+from kdcache.cache.spec import Fingerprints, TargetSpec, TaskSpec, TeacherSpec
+from kdcache.codecs.base import Basis, HiddenBlock, LayerSpec
+from kdcache.codecs.registry import format_of
 from kdcache.data.encoding import TRUNCATION, EncodedTexts, encode, tokenizer_fingerprint
 from kdcache.distill.align_store import student_tokens
 
@@ -73,7 +75,7 @@ class MemoryCache:
         self._index = IdIndex(np.concatenate(self._ids))
 
     def _spec(self, name: str, teacher: MemoryTeacher) -> TeacherSpec:
-        layers = {layer: LayerSpec("none", dim, teacher.dtype) for layer, dim in teacher.layers.items()}  # type: ignore[arg-type]
+        layers = {layer: LayerSpec("none", dim, teacher.dtype) for layer, dim in teacher.layers.items()}
         prints = Fingerprints("w", "c", "h", tokenizer_fingerprint(teacher.tokenizer))
         return TeacherSpec(
             name, "shared", prints, 4, 8, teacher.max_length, TRUNCATION, "torch", "float32",
@@ -141,10 +143,7 @@ class MemoryCache:
         values = np.concatenate(
             [truth(teacher, layer, text, length, spec.dim) for text, length in zip(texts, lengths, strict=True)]
         )
-        if spec.dtype == "int8":
-            scales = (np.abs(values).max(axis=1) / 127).astype(np.float32)
-            return HiddenBlock((values / scales[:, None]).round().astype(np.int8), scales)
-        return HiddenBlock(values.astype(spec.dtype))
+        return format_of(spec).encode(values, spec, self.basis(teacher, layer))
 
     def basis(self, teacher: str, layer: int) -> Basis:
         assert layer in self.teachers[teacher].layers

@@ -55,5 +55,5 @@ def test_bytes_of_a_row_and_of_a_layer_are_two_figures(tmp_path: Path) -> None:
         own = [path for path in files if f"layer-{int(number):02d}" in path.as_posix()]
         assert one["bytes"] == sum(path.stat().st_size for path in own) > 100
     card = cache_card(manifest)
-    assert "4 (coded, 2 bytes per token)" in card
-    assert "3 (coded, 2 bytes per text, mean of tokens)" in card
+    assert "4 (trellis, 2 bytes per token)" in card
+    assert "3 (trellis, 2 bytes per text, mean of tokens)" in card

@@ -10,7 +10,8 @@ import pytest
 
 from kdcache.cache.diff import diff
 from kdcache.cache.reader import open_cache
-from kdcache.cache.spec import LayerSpec, Settings
+from kdcache.cache.spec import Settings
+from kdcache.codecs.base import LayerSpec
 from kdcache.share.directory import DirectoryRemote
 from kdcache.share.push import push
 from kdcache.testing.caches import Plan, dump, made_plan, made_teacher, made_texts

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from kdcache.cache.reader import open_cache
-from kdcache.cache.spec import LayerSpec
 from kdcache.cache.verify import unreferenced, verify
+from kdcache.codecs.base import LayerSpec
 from kdcache.errors import StorageError
 from kdcache.files import use_disk, write_file
 from kdcache.testing.caches import LAYERS, Plan, dump, made_plan, made_teacher, made_texts

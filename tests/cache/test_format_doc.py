@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from kdcache.cache.ids import text_id
-from kdcache.cache.spec import LayerSpec
+from kdcache.codecs.base import LayerSpec
 from kdcache.testing.caches import Plan, dump, made_teacher, made_texts
 
 PAGE = Path(__file__).parents[2] / "docs" / "cache-format.md"

@@ -11,11 +11,12 @@ import pytest
 import zarr
 from safetensors.numpy import load_file
 
-from kdcache.cache.codebook import decode_rows
 from kdcache.cache.describe import describe
 from kdcache.cache.manifest import make_manifest
 from kdcache.cache.reader import open_cache
 from kdcache.cache.verify import verify
+from kdcache.codecs.trellis import codebook_of
+from kdcache.codecs.trellis.codebook import decode_rows
 from kdcache.errors import DamageError, MismatchError
 from kdcache.testing.caches import CODED, PER_TEXT, Plan, dump, made_basis, made_hidden, made_teacher, made_texts
 
@@ -40,8 +41,7 @@ def test_every_form_is_read_back(tmp_path: Path, plan: Plan) -> None:
                 np.testing.assert_array_equal(found.values, made.values)
                 assert cache.row_count(spec.name, part.name, layer) == len(made.values)
         basis, made_one = cache.basis(spec.name, 3), made_basis(spec, 3)
-        assert basis.codebook is not None and made_one.codebook is not None
-        np.testing.assert_array_equal(basis.codebook.levels, made_one.codebook.levels)
+        np.testing.assert_array_equal(basis.tables["levels"], made_one.tables["levels"])
     assert verify(tmp_path) == []
     assert describe(cache)["teachers"]["bert"]["layers"]["3"]["tokens"] == "pooled"
     assert dump(tmp_path, plan).identity == cache.identity
@@ -95,8 +95,8 @@ def test_a_flipped_bit_is_found_and_repaired(tmp_path: Path, plan: Plan, file: s
 @pytest.mark.parametrize(
     ("layer", "said"),
     [
-        (replace(CODED, bytes=0), "bytes belong to coded layers"),
-        (replace(CODED, dtype="int8"), "bytes belong to coded layers"),
+        (replace(CODED, bytes=0), "layer 2 lacks bytes, which a layer in coded needs"),
+        (replace(CODED, dtype="int8"), "layer 2 has bytes, which do not belong to int8"),
         (replace(CODED, dim=5), "not in the dimensions of pca"),
         (replace(CODED, projection="random"), "not in the dimensions of pca"),
     ],
@@ -130,6 +130,5 @@ def test_a_decoder_can_be_written_from_the_specification(tmp_path: Path, plan: P
         width = max(window, depth)
         number = string[:, end - width : end] @ (1 << np.arange(width)[::-1])
         values[:, place] = basis["scale"][place] * tables[depth][number]
-    codebook = open_cache(tmp_path).basis("bert", 2).codebook
-    assert codebook is not None
+    codebook = codebook_of(open_cache(tmp_path).basis("bert", 2))
     np.testing.assert_allclose(values, decode_rows(rows, codebook), rtol=1e-6)

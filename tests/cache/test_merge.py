@@ -11,8 +11,9 @@ import pytest
 
 from kdcache.cache.manifest import read_manifest
 from kdcache.cache.merge import merge
-from kdcache.cache.spec import Fingerprints, LayerSpec, Settings, TeacherSpec
+from kdcache.cache.spec import Fingerprints, Settings, TeacherSpec
 from kdcache.cache.verify import verify
+from kdcache.codecs.base import LayerSpec
 from kdcache.errors import MismatchError
 from kdcache.testing.caches import LAYERS, Plan, dump, made_plan, made_teacher
 

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 import kdcache
 from kdcache.cache.ids import id_array, id_list, text_id
 from kdcache.cache.reader import Cache, open_cache
-from kdcache.cache.spec import LayerSpec, Settings, TaskSpec, needs_tokens
+from kdcache.cache.spec import Settings, TaskSpec, needs_tokens
+from kdcache.codecs.base import LayerSpec
 from kdcache.errors import MismatchError
 from kdcache.testing.caches import (
     Plan,

@@ -15,7 +15,7 @@ from tests.cli.conftest import FinishedRun
 def test_plan_prints_forms_and_recipe_lines_and_the_page_draws_them(copied: FinishedRun) -> None:
     said = copied.call("plan", "--budget", "2MB", "--set", "dump.layers=[2]", "--texts", "20")
     assert said.code == 0, said.err
-    for expected in ("kept", "KL", "coded 8", "recommended: ", "[dump]", "recipe"):
+    for expected in ("kept", "KL", "trellis 8", "recommended: ", "[dump]", "recipe"):
         assert expected in said.out
     assert kdcache("report", copied.root).code == 0
     page = (copied.root / "report.html").read_text()

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdcache.cache.blocks import HiddenBlock
+from kdcache.codecs.base import HiddenBlock
 from kdcache.distill import interleave
 from kdcache.distill.interleave import Interleaved, joined, layers_of
 

@@ -18,7 +18,7 @@ from kdcache.progress import SilentProgress
 from tests.distill.conftest import TinyRun
 
 SIZE = Path(__file__).parents[2] / "benchmarks" / "size.py"
-FORMS = ("float16", "coded-8th", "product-8th")
+FORMS = ("float16", "trellis-8th", "product-8th")
 STUDENTS = (*(f"reviews-size-{form}-0" for form in FORMS), "reviews-kd-0")
 
 
@@ -54,12 +54,12 @@ def test_a_form_holds_what_a_dump_would_have_stored(runs: Path, tiny_run: TinyRu
     live = open_cache(tmp_path / "live")
     for name, spec in live.teachers.items():
         for part in live.parts:
-            assert np.array_equal(form(runs, "coded-8th").outputs(name, part.name).logits, live.outputs(name, part.name).logits)
+            assert np.array_equal(form(runs, "trellis-8th").outputs(name, part.name).logits, live.outputs(name, part.name).logits)
         for layer in spec.layers:
             exact = states(open_cache(tiny_run.exact), name, layer)
             assert np.array_equal(states(form(runs, "float16"), name, layer), exact.astype(np.float16))
             # padding in the pass that fits bases is another, so a few rows at a border fall to the other side
-            same = (states(form(runs, "coded-8th"), name, layer) == states(live, name, layer)).all(axis=1)
+            same = (states(form(runs, "trellis-8th"), name, layer) == states(live, name, layer)).all(axis=1)
             assert same.mean() > 0.95, (name, layer, same.mean())
 
 
@@ -79,8 +79,8 @@ def test_another_run_does_nothing_and_the_page_tells_of_every_form(runs: Path, t
     text = (tmp_path / "accuracy-against-bytes-table.md").read_text()
     measured = {name: json.loads((runs / f"reviews-size-{name}" / "measured.json").read_text())["layers"] for name in FORMS}
     kept = {name: np.mean([layer["kept"] for layer in layers]) for name, layers in measured.items()}
-    assert 0.999 < kept["float16"] <= 1 and 0 < kept["coded-8th"] < 1 and 0 < kept["product-8th"] < 1
-    for name, title in (("coded-8th", "coded, 1/8"), ("product-8th", "product quantisation, 1/8")):
+    assert 0.999 < kept["float16"] <= 1 and 0 < kept["trellis-8th"] < 1 and 0 < kept["product-8th"] < 1
+    for name, title in (("trellis-8th", "trellis, 1/8"), ("product-8th", "product quantisation, 1/8")):
         accuracy = json.loads((runs / f"reviews-size-{name}-0" / "results.json").read_text())["scores"]["test"]["accuracy"]
         row = next(line for line in text.splitlines() if line.startswith(f"| {title}"))
         assert f"{kept[name]:.3f}" in row and f"{accuracy:.4f}" in row

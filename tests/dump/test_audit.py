@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kdcache.cache.blocks import HiddenBlock, Outputs
+from kdcache.cache.blocks import Outputs
 from kdcache.cache.reader import open_cache
 from kdcache.cache.verify import verify
+from kdcache.codecs.base import HiddenBlock
 from kdcache.dump import run
 from kdcache.dump.audit import AuditReport, audit
 from kdcache.dump.engine import TextBatches, run_part

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdcache.cache.reader import open_cache
-from kdcache.cache.spec import LayerSpec
+from kdcache.codecs.base import LayerSpec
 from kdcache.dump.fidelity import Fidelity, measure
 from kdcache.dump.planner import StoragePlan, plan_storage
 from kdcache.dump.recommend import Choice, recommend
@@ -54,7 +54,7 @@ def test_bytes_are_those_of_the_dump_and_fidelity_falls_with_them(planned: tuple
         exact = next(form for name, (form, _) in forms.items() if name.endswith("float32"))
         assert exact.explained == pytest.approx(1.0, abs=1e-6)
         assert exact.relative_error < 1e-6
-        coded = [form for name, (form, _) in forms.items() if name.startswith("coded")]
+        coded = [form for name, (form, _) in forms.items() if name.startswith("trellis")]
         assert sorted(coded, key=lambda form: form.row_bytes) == sorted(coded, key=lambda form: form.explained)
         for form in one.forms:
             head = one.layer == 4 and one.teacher != "xlm"  # xlm is a whole classifier of its own

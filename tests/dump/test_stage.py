@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from kdcache.cache.reader import open_cache
+from kdcache.codecs.int8 import INT8
 from kdcache.data.encoding import encode, pad
 from kdcache.dump import run
-from kdcache.dump.quantise import dequantise
 from kdcache.errors import MismatchError, ModelError
 from kdcache.files import use_disk
 from kdcache.teachers.bundle import load_teacher, read_bundle
@@ -70,7 +70,7 @@ def test_what_is_read_back_is_what_the_teachers_say(bench: Workbench) -> None:
             for field in ("offsets", "starts", "ends", "segments", "roles"):
                 np.testing.assert_array_equal(getattr(tokens, field), getattr(encoded, field))
             for layer in (0, 2, 4):
-                stored = dequantise(cache.hidden(name, part.name, layer))
+                stored = cache.hidden(name, part.name, layer).values
                 states = np.concatenate([one[2][layer] for one in expected])
                 np.testing.assert_allclose(stored, states, atol=1e-5, rtol=1e-5)
 
@@ -90,9 +90,9 @@ def test_int8_on_a_pca_basis_is_within_half_a_scale(bench: Workbench) -> None:
             assert block.scales is not None
             states = np.concatenate([_forward(teacher, text)[2][3] for text in cache.texts(part.name)])
             projected = (states - basis.mean) @ basis.components.T
-            assert (np.abs(dequantise(block) - projected) <= block.scales[:, None] / 2 + 1e-5).all()
+            assert (np.abs(INT8.decode(block, basis) - projected) <= block.scales[:, None] / 2 + 1e-5).all()
             if name == "bert":
-                stored.append(dequantise(block))
+                stored.append(INT8.decode(block, basis))
                 exact.append(projected)
     target_variance = cache.basis("bert", 3).target_variance  # of the sample, 64 of 120 texts
     assert target_variance == pytest.approx(np.concatenate(exact).var(axis=0).mean(), rel=0.25)

@@ -21,7 +21,7 @@ from kdcache.errors import RecipeError
 from kdcache.methods.base import Direction, Feature, Needs, Owned, Pair, Scope, Setup, View, Weight
 
 if TYPE_CHECKING:
-    from kdcache.cache.spec import TokenSelection
+    from kdcache.codecs.base import TokenSelection
     from kdcache.distill.targets import Batch, Hidden
 
 _TINY_VARIANCE = 1e-8  # a constant target has nothing to teach; it must not divide by zero either

@@ -1,0 +1,113 @@
+"""float8: eight bits of floating point (e4m3) per coordinate and one float32 scale per row; value = number x scale.
+
+A sign, four bits of exponent, three of mantissa: the error is relative to the coordinate, where that of int8 is relative to the
+largest of the row. It is for states at full width, some of whose dimensions are a hundred times as large as the others.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from kdcache.codecs.base import HiddenBlock, Rounding, StorageFormat, StoredArray, largest_of
+
+if TYPE_CHECKING:
+    import torch
+
+    from kdcache.codecs.base import Basis, Decoder, Encoder, LayerSpec
+
+LARGEST = 448.0  # of e4m3; the scale of a row is absmax / 448, so nothing lies beyond
+NAN = 0x7F  # with either sign; never written. 255, the fill value that betrays a missing chunk, is one of the two
+_SMALLEST_SCALE = float(np.finfo(np.float32).smallest_normal)
+
+
+def _tables() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Values float32 [256], the distance to the next value float32 [256], and the borders float32 [126] of the codes 0 to 0x7e.
+
+    A border is halfway between two values, which is rounded to the even code: where the upper one is even, the border is a
+    little lower, so that a code is always the count of the borders below.
+    """
+    code = np.arange(256)
+    exponent, mantissa = code >> 3 & 15, code & 7
+    step = np.ldexp(1.0, np.maximum(exponent, 1) - 10)
+    values = np.where(code & 128, -1.0, 1.0) * step * np.where(exponent > 0, 8 + mantissa, mantissa)
+    values[(code & NAN) == NAN] = np.nan
+    borders = ((values[:NAN][:-1] + values[:NAN][1:]) / 2).astype(np.float32)
+    borders[1::2] = np.nextafter(borders[1::2], np.float32(0.0))
+    return values.astype(np.float32), step.astype(np.float32), borders
+
+
+VALUES, _STEPS, _BORDERS = _tables()
+
+
+class Float8(StorageFormat):
+    """|x - decoded| <= the larger of |x| / 16 and scale / 1024.
+
+    A row whose absmax is below 448 times the smallest normal float32 gets scale 0 and decodes to zeros. Encoding what was decoded
+    gives the same codes again.
+    """
+
+    name = "float8"
+
+    def arrays(self, spec: LayerSpec, rows: int) -> tuple[StoredArray, ...]:
+        return StoredArray("", (rows, spec.dim), "uint8"), StoredArray("-scale", (rows,), "float32")
+
+    def encode(self, values: np.ndarray, spec: LayerSpec, basis: Basis) -> HiddenBlock:
+        largest = largest_of(values).astype(np.float32)
+        self.check_storable(largest)
+        scales = largest / np.float32(LARGEST)
+        scales[scales < _SMALLEST_SCALE] = 0.0
+        numbers = values / np.where(scales > 0.0, scales, np.float32(np.inf))[:, None]
+        codes = np.searchsorted(_BORDERS, np.abs(numbers)).astype(np.uint8)
+        return HiddenBlock(codes | np.signbit(numbers).astype(np.uint8) << 7, scales)
+
+    def encoder(self, spec: LayerSpec, basis: Basis, device: torch.device | str) -> Encoder:
+        import torch
+
+        limit = torch.full((1,), LARGEST, device=device)  # a tensor: a GPU multiplies by the inverse of a number
+
+        def encoded(values: torch.Tensor) -> HiddenBlock:
+            scales = values.abs().amax(dim=1) / limit
+            scales[scales < _SMALLEST_SCALE] = 0.0
+            numbers = values / torch.where(scales > 0.0, scales, torch.inf)[:, None]
+            numbers = numbers.cpu() if numbers.device.type == "mps" else numbers  # knows no float8
+            return HiddenBlock(numbers.to(torch.float8_e4m3fn).view(torch.uint8).cpu().numpy(), scales.cpu().numpy())
+
+        return encoded
+
+    def decode(self, block: HiddenBlock, basis: Basis) -> np.ndarray:
+        assert block.scales is not None
+        values: np.ndarray = VALUES[block.values]
+        values *= block.scales[:, None]
+        return values
+
+    def decoder(self, basis: Basis | None) -> Decoder | None:
+        import torch
+
+        table = torch.from_numpy(VALUES)
+
+        def numbers(codes: torch.Tensor) -> torch.Tensor:
+            if codes.device.type == "cuda":
+                return codes.view(torch.float8_e4m3fn).to(torch.float32)
+            return table.to(codes.device).index_select(0, codes.reshape(-1).int()).view(codes.shape)
+
+        return numbers
+
+    def check_block(self, block: HiddenBlock, spec: LayerSpec, rows: int) -> None:
+        super().check_block(block, spec, rows)
+        if (block.values & NAN == NAN).any():
+            raise ValueError("has the code 127 or 255, which stand for no number")
+
+    def finite_rows(self, block: HiddenBlock) -> np.ndarray:
+        assert block.scales is not None
+        finite: np.ndarray = np.isfinite(block.scales)
+        return finite
+
+    def rounding(self, block: HiddenBlock, projected: np.ndarray, spec: LayerSpec, basis: Basis) -> Rounding:
+        assert block.scales is not None
+        step = block.scales.astype(np.float64) * np.linalg.norm(_STEPS[block.values].astype(np.float64), axis=1)
+        return Rounding(step / 2 * 1.01, step / np.sqrt(12))
+
+
+FLOAT8 = Float8()

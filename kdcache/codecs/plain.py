@@ -1,0 +1,66 @@
+"""float32 and float16: the numbers themselves."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from kdcache.codecs.base import HiddenBlock, Rounding, StorageFormat, StoredArray, largest_of
+
+if TYPE_CHECKING:
+    import torch
+
+    from kdcache.codecs.base import Basis, Encoder, LayerSpec
+
+_FLOAT16_LIMIT = 65520.0  # from here on, float16 rounds to infinity
+_HALF_ULP, _HALF_LEAST = 2.0**-11, 2.0**-25  # of float16: relative, and below its normal numbers
+
+
+class Float32(StorageFormat):
+    """Nothing is lost."""
+
+    name = "float32"
+
+    def arrays(self, spec: LayerSpec, rows: int) -> tuple[StoredArray, ...]:
+        return (StoredArray("", (rows, spec.dim), self.name),)
+
+    def encode(self, values: np.ndarray, spec: LayerSpec, basis: Basis) -> HiddenBlock:
+        self.check_storable(largest_of(values))
+        return HiddenBlock(np.ascontiguousarray(values, dtype=self.name))
+
+    def encoder(self, spec: LayerSpec, basis: Basis, device: torch.device | str) -> Encoder:
+        import torch
+
+        dtype = getattr(torch, self.name)
+        return lambda values: HiddenBlock(values.to(dtype).cpu().numpy())
+
+    def rounding(self, block: HiddenBlock, projected: np.ndarray, spec: LayerSpec, basis: Basis) -> Rounding:
+        nothing = np.zeros(len(block))
+        return Rounding(nothing, nothing)
+
+
+class Float16(Float32):
+    """Rounded to eleven bits; a value beyond 65504 is refused."""
+
+    name = "float16"
+
+    def unstorable(self, largest: np.ndarray) -> tuple[int, str] | None:
+        found = super().unstorable(largest)
+        if found is None and (largest >= _FLOAT16_LIMIT).any():
+            row = int(np.argmax(largest >= _FLOAT16_LIMIT))
+            return row, f"{largest[row]:.6g} is beyond float16, whose largest number is 65504"
+        return found
+
+    @property
+    def cure(self) -> str:
+        return (
+            'Set dump.dtype = "int8" or "float32"; if the value is not finite, the teacher\'s weights or precision are at fault.'
+        )
+
+    def rounding(self, block: HiddenBlock, projected: np.ndarray, spec: LayerSpec, basis: Basis) -> Rounding:
+        size = np.linalg.norm(block.values.astype(np.float64), axis=1) * _HALF_ULP
+        return Rounding(np.hypot(size, _HALF_LEAST * np.sqrt(spec.dim)), size / np.sqrt(3))
+
+
+FLOAT32, FLOAT16 = Float32(), Float16()

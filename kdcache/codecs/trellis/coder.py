@@ -1,0 +1,110 @@
+"""From coordinates to rows of bits on the device that the teacher runs on, and back on the student's.
+
+A coordinate's value depends on its own bits and, in a trellis code, on bits before it, so the best string is found by
+dynamic programming over the coordinates (Viterbi), all tokens of a block at once.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kdcache.codecs.trellis.codebook import Codebook, pack_windows, places
+from kdcache.codecs.trellis.viterbi import Viterbi
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_COSTS_BYTES = 2 << 30  # of a block of tokens: on a GPU many hide the time that starting a kernel takes
+_NEVER = 1e30
+
+
+class Coder:
+    """Packs coordinates [n, dim] into uint8 rows [n, bytes] by a codebook."""
+
+    def __init__(self, codebook: Codebook, row_bytes: int, device: torch.device | str) -> None:
+        self._bits = codebook.bits.tolist()
+        self._row_bytes = row_bytes
+        scales = codebook.scale.tolist()
+        tables = {depth: torch.from_numpy(table.copy()).to(device) for depth, table in codebook.tables.items()}
+        self._levels = [tables[depth] * scale for depth, scale in zip(self._bits, scales, strict=True)]
+        self._codebook = codebook
+        self._viterbi = Viterbi(self._levels, self._bits, codebook.window) if torch.device(device).type == "cpu" else None
+
+    def __call__(self, coordinates: Tensor) -> np.ndarray:
+        """The rows that decode closest to ``coordinates`` (float32, finite), in the sum of squares."""
+        if self._viterbi is not None:
+            windows = self._viterbi.windows_of(coordinates.float())
+        else:
+            found = search_on_device(coordinates, self._levels, self._bits, self._codebook.window)
+            windows = found.T.to(torch.uint8).cpu().numpy()
+        return pack_windows(windows, self._codebook.bits, self._row_bytes)
+
+
+class RowDecoder:
+    """Unpacks rows of a coded layer by look-up, all coordinates at once, on whatever device the rows are."""
+
+    def __init__(self, codebook: Codebook) -> None:
+        where = places(codebook)
+        arrays = {"byte": where.byte, "shift": where.shift, "mask": where.mask, "first": where.first}
+        tensors = {name: torch.from_numpy(array).to(torch.int32) for name, array in arrays.items()}
+        tensors |= {"levels": torch.from_numpy(codebook.levels.copy()), "scale": torch.from_numpy(codebook.scale.copy())}
+        self.dim = len(codebook.bits)
+        self._on: dict[torch.device, dict[str, Tensor]] = {torch.device("cpu"): tensors}
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """float32 [n, dim] of ``rows`` uint8 [n, bytes]."""
+        if rows.device not in self._on:
+            here = self._on[torch.device("cpu")]
+            self._on[rows.device] = {name: tensor.to(rows.device) for name, tensor in here.items()}
+        of = self._on[rows.device]
+        padded = torch.nn.functional.pad(rows, (1, 1)).to(torch.int32)
+        words = (padded[:, :-1] << 8) | padded[:, 1:]
+        entries = words.index_select(1, of["byte"]).bitwise_right_shift_(of["shift"]).bitwise_and_(of["mask"]).add_(of["first"])
+        return of["levels"].index_select(0, entries.view(-1)).view(entries.shape).mul_(of["scale"])
+
+
+def best_windows(coordinates: Tensor, levels: Sequence[Tensor], bits: Sequence[int], window: int) -> Tensor:
+    """int64 [n, dim]: for each coordinate the entry of its table, such that neighbours agree on the bits they share.
+
+    ``levels``: per coordinate its table, [2 ** max(window, bits)]. The sum of squared errors of a row is the least possible.
+    """
+    if coordinates.device.type == "cpu":
+        return torch.from_numpy(Viterbi(levels, bits, window).windows_of(coordinates.float()).T.astype(np.int64))
+    return search_on_device(coordinates, levels, bits, window)
+
+
+def search_on_device(coordinates: Tensor, levels: Sequence[Tensor], bits: Sequence[int], window: int) -> Tensor:
+    """``best_windows`` in as few and as large operations as possible: what a GPU wants."""
+    block = min(max(_COSTS_BYTES // (4 * sum(len(table) for table in levels)), 64), 8192)
+    pieces = [_search(piece.T.contiguous(), levels, bits, window) for piece in coordinates.float().split(block)]
+    return torch.cat(pieces) if pieces else torch.empty(0, len(bits), dtype=torch.int64, device=coordinates.device)
+
+
+def _search(columns: Tensor, levels: Sequence[Tensor], bits: Sequence[int], window: int) -> Tensor:
+    """The same for ``columns`` [dim, n], by two walks over the coordinates.
+
+    ``costs[d]`` [entries, n] is the least error, up to a constant per token, of coordinates 0 to d where d takes that entry.
+    """
+    tokens = columns.shape[1]
+    before = columns.new_full((1 << window, tokens), _NEVER)
+    before[0] = 0.0  # nothing but zeros lies before a row
+    costs = [before]
+    for column, table, depth in zip(columns, levels, bits, strict=True):
+        shared = 1 << (max(window, depth) - depth)  # values of the bits that belong to coordinates before
+        best = costs[-1].view(-1, shared, tokens).amin(0)
+        best = best - best.amin(0)  # keeps the sums small where float32 is fine
+        cost = (table * table).view(shared, -1, 1) + best[:, None]
+        costs.append(cost.view(-1, tokens).addcmul_(table[:, None], column[None], value=-2.0))
+    found = torch.empty(len(bits), tokens, dtype=torch.int64, device=columns.device)
+    entry = costs[-1].argmin(0)
+    for place in range(len(bits) - 1, -1, -1):
+        found[place] = entry
+        shared = 1 << (max(window, bits[place]) - bits[place])
+        prefix = entry >> bits[place]
+        rows = torch.arange(0, len(costs[place]), shared, device=columns.device)[:, None] + prefix
+        entry = costs[place].gather(0, rows).argmin(0) * shared + prefix
+    return found.T

@@ -1,0 +1,151 @@
+"""The best row of a trellis code on the CPU: what ``coder.search_on_device`` finds, with a fraction of its memory traffic.
+
+The entry of a coordinate is a window over the bits of the row. Going on to the next coordinate drops the oldest bits of the window, and
+each dropped bit is a choice between two halves of the costs: a comparison and a minimum. So the costs of one coordinate are
+enough, and what is kept for the way back is one byte per window that is left: which bits were dropped. docs/decisions/0014 has the
+numbers.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_TOKENS = 4096  # of a block: below, what Python spends on each of the few hundred steps outweighs what the cache gains
+_NEVER = 1e30
+# costs are taken relative to the least where few are left, and every so many coordinates: small sums are exact
+_FEW, _OFTEN = 4, 16
+
+
+@dataclass(frozen=True, eq=False)
+class _Step:
+    """One coordinate: it goes on from ``shared`` windows, has ``entries``, and windows that are ``left`` for the next one."""
+
+    shared: int
+    entries: int
+    left: int
+    depth: int
+    table: Tensor  # float32 [entries, 1]
+    squares: Tensor  # float32 [shared, 2 ** depth, 1]
+
+
+class Viterbi:
+    """``levels``: for each coordinate, of ``bits`` each, its table [2 ** max(window, bits)]."""
+
+    def __init__(self, levels: Sequence[Tensor], bits: Sequence[int], window: int) -> None:
+        shared = [1 << (max(window, depth) - depth) for depth in bits]
+        self._steps = [
+            _Step(before, len(table), left, depth, table[:, None], (table * table).view(before, -1, 1))
+            for before, left, depth, table in zip(shared, [*shared[1:], 1], bits, levels, strict=True)
+        ]
+        self._widest = max((step.entries for step in self._steps), default=0)
+
+    def windows_of(self, coordinates: Tensor) -> np.ndarray:
+        """uint8 [dim, n]: the entry of each coordinate, in the rows whose values come closest to ``coordinates`` float32 [n, dim]."""
+        found = np.empty((len(self._steps), len(coordinates)), np.uint8)
+        blocks = -(-len(coordinates) // _TOKENS)
+        borders = [len(coordinates) * number // max(1, blocks) for number in range(blocks + 1)]
+        for first, last in itertools.pairwise(borders):
+            block = _Block(last - first, self._widest, sum(step.left for step in self._steps))
+            self._forward(coordinates[first:last].T.contiguous(), block)
+            self._backward(block, found[:, first:last])
+        return found
+
+    def _forward(self, columns: Tensor, block: _Block) -> None:
+        """Fills ``block.choices``.
+
+        A cost, of a window and a token, is the least error of a row up to the coordinate whose entry ends with that window,
+        up to a constant per token.
+        """
+        best, row = block.best, 0
+        best[: self._steps[0].shared] = _NEVER
+        best[0] = 0.0  # nothing but zeros lies before a row
+        for place, (step, column) in enumerate(zip(self._steps, columns, strict=True)):
+            before, by_window, costs = block.views(step.shared, step.entries)
+            torch.add(before, step.squares, out=by_window)
+            costs.addcmul_(step.table, column, value=-2.0)
+            block.drop(step.entries, step.left, block.choices[row : row + step.left])
+            row += step.left
+            if step.left <= _FEW or place % _OFTEN == 0:
+                best[: step.left] -= best[: step.left].min(axis=0)
+
+    def _backward(self, block: _Block, found: np.ndarray) -> None:
+        """The entries ``found`` [dim, n] of the rows that end cheapest."""
+        count, row = found.shape[1], len(block.choices)
+        tokens, window = np.arange(count), np.zeros(count, np.uint8)
+        where, choices = tokens.copy(), block.choices.reshape(-1)
+        for step, entry in zip(reversed(self._steps), found[::-1], strict=True):
+            row -= step.left
+            dropped = choices[row * count : (row + step.left) * count].take(where)
+            np.multiply(dropped, np.uint8(step.left), out=entry)
+            entry += window
+            np.right_shift(entry, step.depth, out=window)
+            np.multiply(window, count, out=where, dtype=np.int64)
+            where += tokens
+
+
+class _Memory:
+    """What a block needs, for ``entries`` x tokens costs and ``choices`` x tokens choices."""
+
+    def __init__(self, entries: int, choices: int) -> None:
+        self.costs, self.best = torch.empty(entries), torch.empty(entries // 2)
+        self.codes = np.empty((3, entries // 2), np.uint8)
+        self.choices = np.empty(choices, np.uint8)
+
+
+_kept = threading.local()  # memory of this thread: fresh memory would cost a tenth of a search
+
+
+class _Block:
+    """Costs and choices of a block of ``count`` tokens."""
+
+    def __init__(self, count: int, widest: int, choices: int) -> None:
+        entries, choice_bytes = widest * count, choices * count
+        memory: _Memory | None = getattr(_kept, "memory", None)
+        if memory is None or len(memory.costs) < entries or len(memory.choices) < choice_bytes:
+            memory = _kept.memory = _Memory(entries, choice_bytes)
+        self._costs = memory.costs[:entries].view(widest, count)
+        self._best = memory.best[: entries // 2].view(-1, count)
+        self._values, self.best = self._costs.numpy(), self._best.numpy()
+        self._codes = [memory.codes[number, : entries // 2].reshape(-1, count) for number in range(3)]
+        self.choices = memory.choices[:choice_bytes].reshape(choices, count)
+        self._views: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
+
+    def views(self, shared: int, entries: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Costs of the windows before [shared, 1, n]; those to come as [shared, entries / shared, n] and as [entries, n]."""
+        if (shared, entries) not in self._views:
+            costs = self._costs[:entries]
+            self._views[shared, entries] = self._best[:shared, None], costs.unflatten(0, (shared, -1)), costs
+        return self._views[shared, entries]
+
+    def drop(self, entries: int, left: int, choices: np.ndarray) -> None:
+        """From the costs of ``entries`` to the best ones of the windows ``left``; ``choices`` [left, n]: the bits dropped, the oldest first."""
+        flags, code, spare = self._codes
+        half = entries // 2
+        code = choices if half == left else code[:half]
+        self._compare(half, code, last=half == left)
+        while half > left:
+            half //= 2
+            flag, target = flags[:half], choices if half == left else spare[:half]
+            self._compare(half, flag, last=half == left)
+            low, high = code[:half], code[half : 2 * half]
+            np.bitwise_xor(low, high, out=target)  # target = 2 * (high where flag else low) + flag
+            target *= flag
+            target ^= low
+            target += target
+            target |= flag
+            code, spare = target, code
+
+    def _compare(self, half: int, flag: np.ndarray, *, last: bool) -> None:
+        low, high = self._values[:half], self._values[half : 2 * half]
+        np.less(high, low, out=flag.view(np.bool_))
+        np.minimum(low, high, out=self.best[:half] if last else low)
