@@ -17,15 +17,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kdcache.codecs.base import Basis, Decoder, HiddenBlock, Rounding, StorageFormat, StoredArray, TensorShape, largest_of
-from kdcache.codecs.trellis.codebook import MAX_BITS, Codebook, check_codebook, decode_rows
 from kdcache.errors import ModelError
 
 if TYPE_CHECKING:
     import torch
 
     from kdcache.codecs.base import Encoder, LayerSpec
+    from kdcache.codecs.trellis.codebook import Codebook
 
-_MAX_LEVELS = MAX_BITS << MAX_BITS
+_MAX_LEVELS = 8 << 8  # entries of the tables of all depths, 1 to 8 bits
 _BUDGETS = (8, 16, 32, 48, 96, 192, 384)  # bytes of a row that a plan looks at
 _MISFIT = 3.0  # times the distortion that a codebook had on its sample
 
@@ -37,6 +37,8 @@ def coded_dim(width: int, row_bytes: int) -> int:
 
 def codebook_of(basis: Basis) -> Codebook:
     """The codebook that the tensors of a basis are."""
+    from kdcache.codecs.trellis.codebook import Codebook
+
     tables = basis.tables
     return Codebook(tables["bits"], tables["scale"], int(tables["window"][0]), tables["levels"])
 
@@ -113,6 +115,8 @@ class Trellis(StorageFormat):
         return lambda values: HiddenBlock(coder(values))
 
     def decode(self, block: HiddenBlock, basis: Basis) -> np.ndarray:
+        from kdcache.codecs.trellis.codebook import decode_rows
+
         return decode_rows(block.values, codebook_of(basis))
 
     def decoder(self, basis: Basis | None) -> Decoder | None:
@@ -144,6 +148,8 @@ class Trellis(StorageFormat):
         return {"bits": ("U8", (dim,)), "scale": ("F32", (dim,)), "levels": ("F32", (levels,)), "window": ("U8", (1,))}
 
     def check_tables(self, basis: Basis, spec: LayerSpec) -> None:
+        from kdcache.codecs.trellis.codebook import check_codebook
+
         if basis.tables.keys() != {"bits", "scale", "levels", "window"}:
             raise ValueError(f"a layer in {self.name} needs a codebook: bits, scale, levels and window")
         codebook = codebook_of(basis)
