@@ -21,11 +21,16 @@ def splits_of(cache: Cache, split: str, with_transfer: bool) -> tuple[str, ...]:
 
 
 def chosen_teachers(
-    cache: Cache, teachers: Sequence[str] | None, layer_map: Mapping[str, tuple[int | None, ...]] | None
+    cache: Cache,
+    teachers: Sequence[str] | None,
+    layer_map: Mapping[str, tuple[int | None, ...]] | None,
+    *,
+    taking_turns: bool = False,
 ) -> tuple[tuple[str, ...], LayerMap]:
     """The teachers to use, and the layer map of those that have one.
 
-    Raises MismatchError where the cache lacks a teacher or layer, RecipeError where layer maps differ in length.
+    Raises MismatchError where the cache lacks a teacher or layer, RecipeError where layer maps differ in length, which those may
+    whose layers take turns.
     """
     names = tuple(cache.teachers) if teachers is None else tuple(teachers)
     for name in names:
@@ -37,7 +42,7 @@ def chosen_teachers(
             )
     chosen = {name: tuple(layer_map[name]) for name in names if layer_map and name in layer_map}
     lengths = {name: len(layers) for name, layers in chosen.items()}
-    if len(set(lengths.values())) > 1:
+    if len(set(lengths.values())) > 1 and not taking_turns:
         told = ", ".join(f"{name}: {length}" for name, length in lengths.items())
         raise RecipeError(
             f"the layer map must give one teacher layer per student layer for every teacher; it gives {told}",

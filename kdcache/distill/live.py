@@ -116,7 +116,9 @@ class LiveBatches:
     ) -> None:
         self.cache = cache
         names = [teacher.name for teacher in teachers]
-        self.teachers, self.layer_map = chosen_teachers(cache, names, layer_map if hidden else None)
+        self.teachers, self.layer_map = chosen_teachers(
+            cache, names, layer_map if hidden else None, taking_turns=layers_at is not None
+        )
         self._layers_at = layers_at
         examples = join_examples(cache, splits_of(cache, split, with_transfer), missing=missing, hidden=bool(self.layer_map))
         check_texts(cache, texts, examples)

@@ -80,7 +80,9 @@ class CachedBatches:
         background: bool = True,
     ) -> None:
         self.cache = cache
-        self.teachers, self.layer_map = chosen_teachers(cache, teachers, layer_map if hidden else None)
+        self.teachers, self.layer_map = chosen_teachers(
+            cache, teachers, layer_map if hidden else None, taking_turns=layers_at is not None
+        )
         self._layers_at = layers_at
         self._used = {name: layers_read(layers) for name, layers in self.layer_map.items()}
         examples = join_examples(cache, splits_of(cache, split, with_transfer), missing=missing, hidden=bool(self.layer_map))

@@ -64,8 +64,8 @@ class ObjectiveSettings:
 def objective_settings(section: DistillSection) -> ObjectiveSettings:
     """From a recipe. ``paper = true`` means: plain sums, the teacher's side projected, all weights 1, no factor T².
 
-    Raises RecipeError for an unknown method, a layer map that the method does not take, and micro-batches of a method that
-    compares the rows of a batch.
+    Raises RecipeError for an unknown method, a layer map that the method does not take, and micro-batches of a method
+    that compares the rows of a batch.
     """
     method = find_method(section.method)
     layer_map = _layer_map(section, method)
@@ -110,8 +110,8 @@ def _layer_map(section: DistillSection, method: Method) -> LayerMapping:
 class DistillationModel(nn.Module):
     """Student, what terms own, and objective; ``forward`` gives the loss of a micro-batch and its terms.
 
-    ``teachers``, ``dims`` and ``variances`` follow the order of the target source: (teacher index, student layer) -> value;
-    ``variances`` for each epoch, since a layer map may change from one to the next.
+    ``teachers``, ``dims`` and ``variances`` follow the order of the target source: (teacher index, student layer) ->
+    value; ``variances`` for each epoch, since a layer map may change from one to the next.
     """
 
     def __init__(
@@ -158,7 +158,7 @@ class DistillationModel(nn.Module):
         return StepCounts(sum(len(batch.labels) for batch in batches), labelled, vectors)
 
     def forward(self, batch: Batch, counts: StepCounts, moment: Moment | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """(loss, terms before their weights). Summed over the micro-batches of a step both are those of the whole step."""
+        """(loss, terms before their weights). Over the micro-batches of a step both add up to those of the step."""
         moment, method = moment or Moment(), self.settings.method
         output = self.student(batch.inputs, hidden_states=self.settings.needs_hidden)
         log: dict[str, Tensor] = {}

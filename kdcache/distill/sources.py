@@ -20,7 +20,7 @@ from kdcache.distill.forms import target_dim
 from kdcache.distill.loader import CachedBatches
 from kdcache.distill.plain import PlainBatches
 from kdcache.errors import MismatchError, RecipeError
-from kdcache.methods.parts.hidden_states import FITS
+from kdcache.methods.parts.features import FITS
 from kdcache.methods.parts.layer_map import LayerMap, LayersOfEpoch, TeacherLayers, layers_read
 from kdcache.training.loop import default_device
 

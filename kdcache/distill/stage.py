@@ -26,7 +26,7 @@ from kdcache.distill.student_files import save_student, student_record
 from kdcache.distill.trainee import DistillTrainee
 from kdcache.distill.training import NEWER_KEYS, Training, prepare
 from kdcache.files import write_file
-from kdcache.methods.parts.hidden_states import PROJECTIONS, rate_factor
+from kdcache.methods.parts.projections import PROJECTIONS, rate_factor
 from kdcache.report.cards import model_card
 from kdcache.runs import RunDirectory
 from kdcache.training.best_epoch import BestEpoch

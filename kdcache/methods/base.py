@@ -150,7 +150,7 @@ class View:
 
 
 class Owned(NamedTuple):
-    """A module that a term trains: its learning rate is ``rate_factor`` times the student's. Thrown away after training."""
+    """A module that a term trains at ``rate_factor`` times the student's learning rate. Thrown away after training."""
 
     module: nn.Module
     rate_factor: float = 1.0
@@ -171,7 +171,7 @@ class BoundTerm(Protocol):
         ...
 
     def __call__(self, view: View, log: dict[str, Tensor], /) -> Tensor:
-        """The loss of a micro-batch before its weight, a scalar with a gradient. Details for the metrics go into ``log``."""
+        """The loss of a micro-batch before its weight, a scalar with a gradient. Details to log go into ``log``."""
         ...
 
 

@@ -1,19 +1,20 @@
 """``kdcache.losses``: the losses as plain functions and modules, for a training loop of one's own.
 
-They know neither recipes nor caches: tensors and numbers in, tensors out. ``kdcache distill`` computes with the same code::
+They know neither recipes nor caches: tensors and numbers in, tensors out. ``kdcache distill`` computes with the same
+code::
 
     soft = losses.DistillationLoss(temperature=2.0)
     loss = losses.task_loss(logits, labels) + soft(logits, teacher_logits, labels)
 
-Every loss is a sum over rows or tokens divided by a count. The count defaults to that of the given batch. Where a step is
-cut into micro-batches, give the count of the whole step: then the micro-batches' losses add up to that of the step.
+Every loss is a sum over rows or tokens divided by a count. The count defaults to that of the given batch. Where a
+step is cut into micro-batches, give the count of the whole step: then the micro-batches' losses add up to that of the
+step.
 """
 
 from __future__ import annotations
 
 from kdcache.methods.base import Direction, Pair
 from kdcache.methods.parts.hidden_states import (
-    HiddenProjections,
     balanced_mean,
     cosine_distance,
     mean_squared_error,
@@ -22,6 +23,7 @@ from kdcache.methods.parts.hidden_states import (
     squared_distance,
 )
 from kdcache.methods.parts.mixing import Mixing, each_teacher, mean_logit, mean_probability
+from kdcache.methods.parts.projections import HiddenProjections
 from kdcache.methods.parts.relations import angle_relation, cosine_relation, distance_relation
 from kdcache.methods.parts.soft_labels import (
     DistillationLoss,

@@ -2,9 +2,10 @@
 
     L = L_task + L_DS + sum over j < K of |h_s,j / |h_s,j| - h_t,l / |h_t,l||²    (section 3)
 
-The map is PKD-Skip: every (depth/K)-th layer, and the last student layer has no partner. The weights α and β are those of
-``distill.weights``. Of several teachers the soft labels are averaged, as in ``kd``. In the paper student and teacher are equally
-wide and there is no W (``paper = true``); where they are not, the recipe's W stands on the chosen side.
+The map is PKD-Skip: every (depth/K)-th layer, and the last student layer has no partner. The weights α and β are
+those of ``distill.weights``. Of several teachers the soft labels are averaged, as in ``kd``. In the paper student and
+teacher are equally wide and there is no W (``paper = true``); where they are not, the recipe's W stands on the chosen
+side.
 """
 
 from __future__ import annotations

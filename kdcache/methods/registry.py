@@ -1,4 +1,4 @@
-"""Methods by name: every module of ``kdcache.methods`` that is not listed below declares one. No torch until one is loaded."""
+"""Methods by name: each module here that ``_OTHERS`` does not list declares one. Imports no torch until one is loaded."""
 
 from __future__ import annotations
 

@@ -2,9 +2,9 @@
 
     L = L_task + 25 L_distance + 50 L_angle    (section 3.2; the factors are those for classification, section 4.2)
 
-A text's vector is the mean of the last layer's states. Relations are compared, never coordinates, so there is no W. Factors
-of 1 and 2, the paper's for metric learning, are ``weights.hidden = 0.04``. Of several teachers the losses are averaged, or
-summed with ``paper = true``.
+A text's vector is the mean of the last layer's states. Relations are compared, never coordinates, so there is no W.
+Factors of 1 and 2, the paper's for metric learning, are ``weights.hidden = 0.04``. Of several teachers the losses are
+averaged, or summed with ``paper = true``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A student and a step's batch, small enough to compute a loss of by loops, with all that a real batch may have in it."""
+"""A student and a step's batch, small enough for losses in loops, with all that a real batch may have in it."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ def test_loss_terms_agree_in_every_step(tiny_run: TinyRun, tmp_path: Path, overr
     live = list(losses(recipe, tiny_run, tiny_run.exact, True, tmp_path))
     assert len(cached) == (6 if "distill.method=fine-tune" in overrides else 8)
     for step, (ours, theirs) in enumerate(zip(cached, live, strict=True)):
-        assert ours == pytest.approx(theirs, rel=1e-4), step
+        assert ours == pytest.approx(theirs, rel=1e-5), step
 
 
 def test_projected_and_quantised_targets_stay_close(tiny_run: TinyRun, tmp_path: Path) -> None:
@@ -91,13 +91,15 @@ def test_targets_of_every_form_agree_in_every_step(tiny_run: TinyRun, tmp_path: 
         assert len(cached) == 8
         assert any(name.startswith("hidden/") for name in cached[0])
         for step, (ours, theirs) in enumerate(zip(cached, live, strict=True)):
-            assert ours == pytest.approx(theirs, rel=1e-4), step
+            assert ours == pytest.approx(theirs, rel=1e-5), step
 
 
 def test_layers_that_change_from_epoch_to_epoch(tiny_run: TinyRun, tmp_path: Path) -> None:
     """Two epochs of a random layer map; a training that goes on in the second one draws the same layers."""
     cache = tiny_run.cache.with_name("cache-every-layer")
-    every = tiny_run.recipe("dump.layers=[1, 2, 3, 4]", "dump.projection=none", "dump.dtype=float32")
+    every = tiny_run.recipe(
+        "dump.layers=[1, 2, 3, 4]", "teachers.xlm.layers=[2, 4]", "dump.projection=none", "dump.dtype=float32"
+    )
     dump_teachers(every, tiny_run.teachers, cache, progress=SilentProgress())
     recipe = tiny_run.recipe("distill.dropout=0.0", "distill.layer_map=random", "distill.seed=3")
     cached = prepare(recipe, cache, tmp_path, None, progress=SilentProgress())

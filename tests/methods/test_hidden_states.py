@@ -12,6 +12,7 @@ from kdcache.distill.objective import DistillationModel, ObjectiveSettings
 from kdcache.distill.targets import Batch, Hidden
 from kdcache.errors import RecipeError
 from kdcache.methods.base import Direction, Feature, Method, Pair
+from kdcache.methods.parts.features import select_vectors
 from kdcache.methods.parts.hidden_states import (
     COSINE,
     MEAN_SQUARE,
@@ -19,7 +20,6 @@ from kdcache.methods.parts.hidden_states import (
     Distance,
     HiddenRelations,
     HiddenStates,
-    select_vectors,
 )
 from kdcache.methods.parts.relations import cosine_relation
 from kdcache.testing.steps import COVERED, LENGTH, MASK, PAIRS, ROWS, TEACHERS, VARIANCES, loop_model, step_batch, step_loss

@@ -1,123 +1,30 @@
-"""The slots Φ, R and W: losses between hidden states of the student and of the teachers, and the terms that sum them.
+"""The slot R: losses between hidden states of the student and of the teachers, and the terms that sum them.
 
     R(W Φ(h_s,j), Φ(h_i,l)) for student layer j and teacher layer l = g_i(j)
 
-Φ picks vectors (``Feature``: all tokens, the first token, their mean) and may scale them to length 1. R is a ``Distance``
-between two vectors (``HiddenStates``), or a ``Relation`` among the rows of a batch (``HiddenRelations``, relations.py).
-W is ``HiddenProjections``.
+R is a ``Distance`` between two vectors (``HiddenStates``), or a ``Relation`` among the rows of a batch
+(``HiddenRelations``; relations.py). Φ is in features.py, W in projections.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from kdcache.errors import RecipeError
 from kdcache.methods.base import Direction, Feature, Needs, Owned, Pair, Scope, Setup, View, Weight
+from kdcache.methods.parts.features import at_least_float32, count_vectors, select_vectors
+from kdcache.methods.parts.projections import PROJECTIONS, HiddenProjections, rate_factor
 
 if TYPE_CHECKING:
-    from kdcache.codecs.base import TokenSelection
     from kdcache.distill.targets import Batch, Hidden
 
 _TINY_VARIANCE = 1e-8  # a constant target has nothing to teach; it must not divide by zero either
-PROJECTIONS = "projections"  # what W is called in checkpoints
-
-FITS: Mapping[Feature, tuple[TokenSelection, ...]] = {  # what a cache may hold (dump.tokens) for a feature
-    "stored": ("all", "first", "pooled"),
-    "tokens": ("all",),
-    "first": ("all", "first"),
-    "mean": ("all", "pooled"),
-}
-
-
-# --- Φ: which vectors -------------------------------------------------------------------------------------------------
-
-
-class Vectors(NamedTuple):
-    """The two sides of a layer pair: n vectors each, and the row of the batch that each belongs to.
-
-    ``valid`` [n] is 0 for vectors without a target, which lie there so that shapes depend on no values; None: all have one.
-    """
-
-    student: Tensor  # [n, width]
-    teacher: Tensor  # [n, dim]
-    rows: Tensor | None  # [n]; None: vector n is row n
-    valid: Tensor | None
-
-
-def select_vectors(target: Hidden, states: Tensor, mask: Tensor, feature: Feature) -> Vectors:
-    """Φ without scaling.
-
-    Args:
-        target: Of one layer pair.
-        states: The student's, ``[batch, tokens, width]``.
-        mask: Attention mask, ``[batch, tokens]``; padding may be on either side.
-        feature: Which vectors. The first token is the first that is no padding. The mean is over the tokens that have a
-            target; of targets that are stored as a mean, over all.
-
-    Returns:
-        For ``stored`` and ``tokens`` one vector for each target; else one for each row. No value is read on the host.
-    """
-    flat = states.flatten(0, 1)
-    if feature in ("stored", "tokens"):
-        return Vectors(target.of_student(flat), target.aligned(), target.rows(states.shape[1]), None)
-    if target.bags is not None:
-        return Vectors(target.of_student(flat), target.aligned(), None, None)
-    begins = torch.arange(len(states), device=target.positions.device) * states.shape[1]
-    return _first(target, flat, begins + mask.argmax(dim=1)) if feature == "first" else _mean(target, flat, begins)
-
-
-def _first(target: Hidden, flat: Tensor, first: Tensor) -> Vectors:
-    student, found = flat.index_select(0, first), len(target.positions)
-    if not found:
-        return _nothing(student, target)
-    place = torch.searchsorted(target.positions, first).clamp(max=found - 1)
-    valid = target.positions[place] == first
-    if target.src is None:  # decode only what is used
-        scales = None if target.scales is None else target.scales[place]
-        teacher = replace(target, values=target.values[place], scales=scales, positions=first).aligned()
-    else:
-        teacher = target.aligned()[place]
-    return Vectors(student, teacher, None, valid)
-
-
-def _mean(target: Hidden, flat: Tensor, begins: Tensor) -> Vectors:
-    found = len(target.positions)
-    if not found:
-        return _nothing(flat.index_select(0, begins), target)
-    offsets = torch.searchsorted(target.positions, begins)
-    counts = torch.diff(offsets, append=offsets.new_tensor([found]))
-    teacher = F.embedding_bag(torch.arange(found, device=offsets.device), target.aligned(), offsets, mode="mean")
-    return Vectors(F.embedding_bag(target.positions, _exact(flat), offsets, mode="mean"), teacher, None, counts > 0)
-
-
-def _nothing(student: Tensor, target: Hidden) -> Vectors:
-    teacher = target.aligned()
-    return Vectors(student, teacher.new_zeros(len(student), teacher.shape[1]), None, torch.zeros_like(student[:, 0]))
-
-
-def count_vectors(target: Hidden, mask: Tensor, feature: Feature) -> int:
-    """How many vectors of a feature have a target; on the host, with the attention mask ``[batch, tokens]``."""
-    if feature in ("stored", "tokens") or target.bags is not None:
-        return target.count
-    positions, length = target.positions.cpu(), mask.shape[1]
-    if feature == "mean":
-        return len(torch.unique_consecutive(positions // length))
-    first = mask.cpu().argmax(dim=1) + length * torch.arange(len(mask))
-    return int(torch.isin(first, positions).sum())
-
-
-def _exact(tensor: Tensor) -> Tensor:
-    """In float32 at least."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-
-# --- R: distances between two vectors -----------------------------------------------------------------------------------
 
 
 class VectorLoss(Protocol):
@@ -152,8 +59,8 @@ def mean_squared_error(
     """
     count = max(len(student) if count is None else count, 1)
     if token_weights is None:  # one kernel each way
-        return F.mse_loss(_exact(student), _exact(teacher), reduction="sum") / (count * student.shape[1])
-    errors = (_exact(student) - _exact(teacher)).square().mean(dim=-1)
+        return F.mse_loss(at_least_float32(student), at_least_float32(teacher), reduction="sum") / (count * student.shape[1])
+    errors = (at_least_float32(student) - at_least_float32(teacher)).square().mean(dim=-1)
     return (errors * token_weights).sum() / count
 
 
@@ -161,13 +68,13 @@ def squared_distance(
     student: Tensor, teacher: Tensor, *, token_weights: Tensor | None = None, count: int | None = None
 ) -> Tensor:
     """The mean of the squared Euclidean distances; arguments as in ``mean_squared_error``."""
-    errors = (_exact(student) - _exact(teacher)).square().sum(dim=-1)
+    errors = (at_least_float32(student) - at_least_float32(teacher)).square().sum(dim=-1)
     return _weighted(errors, token_weights, count)
 
 
 def cosine_distance(student: Tensor, teacher: Tensor, *, token_weights: Tensor | None = None, count: int | None = None) -> Tensor:
     """The mean of 1 - cos(student, teacher); arguments as in ``mean_squared_error``."""
-    errors = 1 - F.cosine_similarity(_exact(student), _exact(teacher), dim=-1)
+    errors = 1 - F.cosine_similarity(at_least_float32(student), at_least_float32(teacher), dim=-1)
     return _weighted(errors, token_weights, count)
 
 
@@ -194,116 +101,6 @@ def plain_sum(losses: Mapping[Pair, Tensor]) -> Tensor:
 def balanced_mean(losses: Mapping[Pair, Tensor]) -> Tensor:
     """The mean over teachers and layers, so that the term's scale does not depend on how many there are."""
     return torch.stack(list(losses.values())).mean()
-
-
-# --- W: learnable projections -------------------------------------------------------------------------------------------
-
-
-class HiddenProjections(nn.Module):
-    """W_ij, one learnable matrix per teacher and student layer, thrown away after training (MT-BERT, section 3.2).
-
-    student-to-teacher keeps the teachers' matrices of one student layer as blocks of a single [sum of dims, width] matrix:
-    one product instead of N. teacher-to-student keeps one [width, dim] matrix per pair. ``both`` has one matrix on each
-    side, into the smaller of the two widths. ``none`` has no matrix. No bias, as in the paper.
-
-    On the student's side W starts at zero: the student's side is 0, the loss starts at the variance of its target, and W
-    learns before the student is pulled. Started at random it predicts noise, which costs many times that variance, and the
-    student pays for it (docs/results.md). Where the teacher's side is projected, zero is the collapse itself, so W starts at
-    random, by ``seed``; so it does for losses that are free of scale, which have no gradient at zero.
-
-    Args:
-        dims: (teacher index, student layer) -> dimensions of the stored target.
-        width: Hidden size of the student.
-        direction: On which side W stands.
-        seed: Of random initial values.
-        scale_free: The loss looks at directions alone.
-    """
-
-    def __init__(
-        self, dims: Mapping[Pair, int], width: int, direction: Direction, *, seed: int = 0, scale_free: bool = False
-    ) -> None:
-        super().__init__()
-        self.direction = direction
-        self.dims = dict(sorted(dims.items(), key=lambda item: (item[0][1], item[0][0])))
-        generator = torch.Generator().manual_seed(seed)
-
-        def drawn(rows: int, columns: int) -> Tensor:
-            matrix: Tensor = torch.randn((rows, columns), generator=generator) / columns**0.5
-            return matrix
-
-        self.matrices = nn.ParameterDict()
-        for (teacher, layer), dim in self.dims.items():
-            own = f"layer{layer}-teacher{teacher}"
-            if direction == "student-to-teacher":
-                block = drawn(dim, width) if scale_free else torch.zeros(dim, width)
-                self._append(f"layer{layer}", block)
-            elif direction == "teacher-to-student":
-                self._append(own, drawn(width, dim))
-            elif direction == "both":
-                self._append(f"{own}-student", drawn(min(width, dim), width))
-                self._append(f"{own}-teacher", drawn(min(width, dim), dim))
-
-    def _append(self, name: str, block: Tensor) -> None:
-        known = [self.matrices[name].data] if name in self.matrices else []
-        self.matrices[name] = nn.Parameter(torch.cat([*known, block]))
-
-    def forward(self, student_hidden: Sequence[Tensor], targets: Mapping[Pair, Hidden]) -> dict[Pair, tuple[Tensor, Tensor]]:
-        """Both sides of every pair, for targets as they are stored.
-
-        Args:
-            student_hidden: ``[batch, tokens, width]`` by layer, 0 = embeddings.
-            targets: (teacher index, student layer) -> targets of the batch.
-
-        Returns:
-            (student side, teacher side) of every pair, both ``[targets, dim or width]``.
-        """
-        if self.direction != "student-to-teacher":
-            return {
-                pair: self.project(pair, target.of_student(student_hidden[pair[1]].flatten(0, 1)), target.aligned())
-                for pair, target in targets.items()
-            }
-        sides: dict[Pair, tuple[Tensor, Tensor]] = {}
-        for layer in sorted({layer for _, layer in targets}):
-            states = student_hidden[layer].flatten(0, 1)
-            blocks = self._blocks(layer)
-            if any(targets[pair].count < len(states) // 2 for pair in blocks if pair in targets):  # targets per text
-                sided = {
-                    pair: F.linear(targets[pair].of_student(states), block) for pair, block in blocks.items() if pair in targets
-                }
-            else:
-                sizes = [len(block) for block in blocks.values()]
-                projected = zip(blocks, F.linear(states, self.matrices[f"layer{layer}"]).split(sizes, dim=1), strict=True)
-                sided = {pair: targets[pair].of_student(side) for pair, side in projected if pair in targets}
-            sides |= {pair: (side, targets[pair].aligned()) for pair, side in sided.items()}
-        return sides
-
-    def project(self, pair: Pair, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-        """Both sides of a pair after W; student ``[n, width]``, teacher ``[n, dim]``."""
-        own = f"layer{pair[1]}-teacher{pair[0]}"
-        if self.direction == "student-to-teacher":
-            return F.linear(student, self._blocks(pair[1])[pair]), teacher
-        if self.direction == "teacher-to-student":
-            return student, _on_teacher(teacher, self.matrices[own])
-        if self.direction == "both":
-            return F.linear(student, self.matrices[f"{own}-student"]), _on_teacher(teacher, self.matrices[f"{own}-teacher"])
-        return student, teacher
-
-    def _blocks(self, layer: int) -> dict[Pair, Tensor]:
-        pairs = [pair for pair in self.dims if pair[1] == layer]
-        blocks = self.matrices[f"layer{layer}"].split([self.dims[pair] for pair in pairs])
-        return dict(zip(pairs, blocks, strict=True))
-
-
-def _on_teacher(teacher: Tensor, matrix: Tensor) -> Tensor:
-    return F.linear(teacher.to(matrix.dtype), matrix)  # stored values are float32 at most
-
-
-def rate_factor(paper: bool) -> int:
-    """The learning rate of W over that of the student: at the student's own rate W hardly moves (docs/method.md)."""
-    return 1 if paper else 10
-
-
-# --- the terms ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -372,7 +169,7 @@ class BoundHiddenStates:
 
     def _sides(self, view: View) -> Iterator[tuple[Pair, Tensor, Tensor, Tensor | None]]:
         targets = _active(view)
-        if self._term.feature in ("stored", "tokens") and not self._term.normalised:  # W first: one product for all teachers
+        if self._term.feature in ("stored", "tokens") and not self._term.normalised:  # one product for all
             length = view.attention_mask.shape[1]
             for pair, (student, teacher) in self.projections(view.student_hidden, targets).items():
                 yield (
@@ -385,7 +182,7 @@ class BoundHiddenStates:
         for pair, target in targets.items():
             vectors = select_vectors(target, view.student_hidden[pair[1]], view.attention_mask, self._term.feature)
             student, teacher = (
-                (F.normalize(_exact(side), dim=-1) for side in vectors[:2]) if self._term.normalised else vectors[:2]
+                (F.normalize(at_least_float32(side), dim=-1) for side in vectors[:2]) if self._term.normalised else vectors[:2]
             )
             weights = self._weights(view, pair, vectors.rows) if self._term.weighted else None
             if vectors.valid is not None:
@@ -399,10 +196,10 @@ class BoundHiddenStates:
 
 
 class Relation(Protocol):
-    """R over the rows of a batch: how the relations among the student's vectors differ from those among the teacher's."""
+    """R over the rows of a batch: how far the student's relations differ from the teacher's."""
 
     def __call__(self, student: Tensor, teacher: Tensor, valid: Tensor, /) -> Tensor:
-        """A scalar. Shapes: student ``[rows, width]``, teacher ``[rows, dim]``; valid ``[rows]``, 0 = leave the row out."""
+        """A scalar. Shapes: student ``[rows, width]``, teacher ``[rows, dim]``, valid ``[rows]``, 0 = leave out."""
         ...
 
 
@@ -452,7 +249,7 @@ class BoundHiddenRelations:
         losses: dict[Pair, Tensor] = {}
         for pair, target in _active(view).items():
             vectors = select_vectors(target, view.student_hidden[pair[1]], view.attention_mask, self._term.feature)
-            student, teacher = (_exact(side) for side in vectors[:2])
+            student, teacher = (at_least_float32(side) for side in vectors[:2])
             if self._term.normalised:
                 student, teacher = F.normalize(student, dim=-1), F.normalize(teacher, dim=-1)
             valid = torch.ones_like(teacher[:, 0]) if vectors.valid is None else vectors.valid.to(teacher.dtype)

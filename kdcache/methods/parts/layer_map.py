@@ -1,6 +1,7 @@
 """The slot G: which teacher layer a student layer learns from. The dump takes the even map from here too. No torch.
 
-A layer map gives, per teacher, one teacher layer for each student layer 1..K, or None for a student layer without partner.
+A layer map gives, per teacher, one teacher layer for each student layer 1..K, or None for a student layer without
+partner.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ LayersOfEpoch = Callable[[int], LayerMap]  # epoch from 0 -> the map of that epo
 def even_layers(depth: int, student_layers: int) -> tuple[int, ...]:
     """The teacher layer g(j) = round(j·depth/K) for each student layer j = 1..K (MT-BERT, section 3.2).
 
-    The last student layer always meets the last teacher layer. A student deeper than the teacher meets some layers twice.
+    The last student layer always meets the last teacher layer. A student deeper than the teacher meets some layers
+    twice.
     """
     return tuple(round(j * depth / student_layers) for j in range(1, student_layers + 1))
 
@@ -91,5 +93,5 @@ def _random(teacher: TeacherLayers, student_layers: int, draw: Draw, /) -> tuple
 
 EVEN = LayerMapping("even", _even)  # every (depth/K)-th layer
 LAST = LayerMapping("last", _last)  # the last pair alone
-RANDOM = LayerMapping("random", _random, per_epoch=True)  # K of the stored layers in ascending order (RAIL-KD, arXiv 2109.10164)
+RANDOM = LayerMapping("random", _random, per_epoch=True)  # of those stored, ascending (arXiv 2109.10164)
 LAYER_MAPPINGS = {mapping.name: mapping for mapping in (EVEN, LAST, RANDOM)}

@@ -1,7 +1,7 @@
 """The slot M: how the teachers' soft labels come together, from all teachers' logits to those that the student learns.
 
-What comes out are logits again (softmax(m/T) is the mixture), so that every soft-label loss takes the same input, whether
-it works on probabilities or on logits.
+What comes out are logits again (softmax(m/T) is the mixture), so that every soft-label loss takes the same input,
+whether it works on probabilities or on logits.
 """
 
 from __future__ import annotations

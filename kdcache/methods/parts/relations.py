@@ -1,8 +1,9 @@
-"""Relations among the rows of a batch, for the slot R: distances, angles and cosines (RKD, arXiv 1904.05068, section 3.2).
+"""Relations among the rows of a batch, for the slot R: distances, angles and cosines (RKD, arXiv 1904.05068).
 
-Each compares a matrix of the student's vectors with that of the teacher's, so the two may differ in width. All take rows in the
-dimension before the last, and may have more dimensions before it. Rows with ``valid`` = 0 are left out of everything, without
-that a value is read on the host. The result is a mean over the relations that are left; 0 where there are none.
+Each compares a matrix of the student's vectors with that of the teacher's, so the two may differ in width. All take
+rows in the dimension before the last, and may have more dimensions before it. Rows with ``valid`` = 0 are left out of
+everything, without that a value is read on the host. The result is a mean over the relations that are left; 0 where
+there are none.
 """
 
 from __future__ import annotations

@@ -25,7 +25,8 @@ class SoftLoss(Protocol):
     ) -> Tensor:
         """A loss ``[targets, batch]``.
 
-        Shapes: student_logits ``[batch, classes]``, target_logits ``[targets, batch, classes]``, labels ``[batch]``, -1 = none.
+        Shapes: student_logits ``[batch, classes]``, target_logits ``[targets, batch, classes]``, labels ``[batch]``,
+        -1 = none.
         """
         ...
 
@@ -48,7 +49,7 @@ def soft_cross_entropy(
 
 
 def kl_divergence(student_logits: Tensor, target_logits: Tensor, temperature: float, _labels: Tensor | None = None, /) -> Tensor:
-    """KL(softmax(z_i/T) || softmax(z_s/T)): ``soft_cross_entropy`` minus the target's entropy, with the same gradient."""
+    """KL(softmax(z_i/T) || softmax(z_s/T)): ``soft_cross_entropy`` minus the target's entropy; the same gradient."""
     target = F.log_softmax(target_logits / temperature, dim=-1)
     return (target.exp() * (target - F.log_softmax(student_logits / temperature, dim=-1))).sum(dim=-1)
 
@@ -95,7 +96,7 @@ def soft_losses(
 
 
 class DistillationLoss(nn.Module):
-    """L_dis = sum_i CE(softmax(z_i/T), softmax(z_s/T)) / (1 + CE(y, softmax(z_i))), per row, then the mean over the rows.
+    """L_dis = sum_i CE(softmax(z_i/T), softmax(z_s/T)) / (1 + CE(y, softmax(z_i))), the mean over the rows.
 
     MT-BERT (arXiv 2106.01023), section 3.2. Rows without a gold label weigh 1. The weights are constants: no gradient
     flows through ``weighting``. ``kdcache distill`` computes its soft term with the same functions.

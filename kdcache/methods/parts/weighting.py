@@ -1,7 +1,7 @@
 """The slot w: how much a teacher counts on a row, a pure function of student logits, teacher logits and labels.
 
-All three are at hand whether the teachers are live or cached, so a weighting never needs a new dump. Each has a form for
-rows without a label.
+All three are at hand whether the teachers are live or cached, so a weighting never needs a new dump. Each has a form
+for rows without a label.
 """
 
 from __future__ import annotations
