@@ -13,8 +13,10 @@ import stat
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
+from kdcache.cache.arrow_file import TableDamageError
+from kdcache.cache.bases import BasisDamageError
 from kdcache.cache.selection import not_here, not_yet_here
 from kdcache.errors import DamageError, KdcacheError
 
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from kdcache.cache.files import FileDigest
     from kdcache.cache.selection import LocalSelection, Selection
 
+T = TypeVar("T")
 Key = tuple[int, int, int, int, str]  # device, inode, size, time of change, sha256
 
 _found_whole: set[Key] = set()
@@ -201,6 +204,14 @@ class CheckedFiles:
         """The bytes of a file. Raises DamageError."""
         with self.open(path) as file:
             return file.read_rest()
+
+    def decode(self, path: str, decode: Callable[[bytes], T]) -> T:
+        """What ``decode`` makes of the bytes of a file. Raises DamageError, which names the file, where it refuses them."""
+        data = self.read(path)
+        try:
+            return decode(data)
+        except (TableDamageError, BasisDamageError, UnicodeDecodeError) as error:
+            raise self.damage(path, error) from error
 
     def check(self, path: str, on_bytes: Callable[[int], None] | None = None) -> None:
         """Read a file to its end without keeping it. Raises DamageError."""

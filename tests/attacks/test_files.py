@@ -89,6 +89,26 @@ def many_rows(data: bytes, rows: int) -> bytes:
     return data.replace(old, new)
 
 
+def unverified(data: bytes) -> bytes:
+    """The schema in a message of a kind that Arrow does not know, and so does not verify, with two thousand million fields."""
+    message = 16 + struct.unpack_from("<I", data, 16)[0]
+    vtable = message - struct.unpack_from("<i", data, message)[0]
+    kind, header = (message + struct.unpack_from("<H", data, vtable + 4 + 2 * slot)[0] for slot in (1, 2))
+    schema = header + struct.unpack_from("<I", data, header)[0]
+    place = schema + struct.unpack_from("<H", data, schema - struct.unpack_from("<i", data, schema)[0] + 6)[0]
+    fields = place + struct.unpack_from("<I", data, place)[0]
+    forged = bytearray(data)
+    forged[kind] = 9
+    forged[fields : fields + 4] = struct.pack("<I", 2**31 - 1)
+    return bytes(forged)
+
+
+def other_footer(data: bytes) -> bytes:
+    """The footer of a file of other columns: a reader that begins there reads another table."""
+    other = arrow(pa.schema([pa.field("label", pa.binary(16), nullable=False)]), [ids()])
+    return data[: -10 - struct.unpack("<i", data[-10:-6])[0]] + other[-10 - struct.unpack("<i", other[-10:-6])[0] :]
+
+
 def zip_bomb() -> bytes:
     data = io.BytesIO()
     with zipfile.ZipFile(data, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -120,6 +140,9 @@ ARROW: dict[str, tuple[str, Callable[[Path], bytes]]] = {
     "rows without number": (IDS, lambda victim: many_rows((victim / IDS).read_bytes(), 2**62)),
     "a negative number of rows": (IDS, lambda victim: many_rows((victim / IDS).read_bytes(), -4)),
     "two batches": (IDS, lambda _: arrow(tables.ids_schema(), [ids(2)], batches=2)),
+    "a message of no known kind": (IDS, lambda victim: unverified((victim / IDS).read_bytes())),
+    "a footer that is not that of its file": (IDS, lambda victim: other_footer((victim / IDS).read_bytes())),
+    "a text that is not UTF-8": (TEXT, lambda victim: (victim / TEXT).read_bytes().replace(b"train 1", b"train \xff")),
     "a stream in place of a file": (IDS, lambda victim: (victim / IDS).read_bytes()[8:]),
     "cut off in the header": (IDS, lambda victim: (victim / IDS).read_bytes()[:200] + b"ARROW1"),
     "list offsets beyond the values": (TOKENS, lambda victim: tokens_with(victim, [0, 2, 4, 8, 2**31 - 1])),
