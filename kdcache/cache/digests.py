@@ -50,6 +50,18 @@ class Arrivals(Protocol):
         ...
 
 
+@contextlib.contextmanager
+def enough_memory(path: str | Path, size: int) -> Iterator[None]:
+    """DamageError in the place of MemoryError: a sparse file of terabytes costs its author nothing."""
+    try:
+        yield
+    except MemoryError as error:
+        raise DamageError(
+            f"'{path}' needs {size} bytes of memory, more than there are",
+            "Read it on a machine that has them; if no such file was dumped, the cache is forged.",
+        ) from error
+
+
 class CheckedFile:
     """An open file of a cache, read from front to back."""
 
@@ -72,9 +84,10 @@ class CheckedFile:
 
     def read_rest(self) -> bytes:
         """All that was not read yet."""
-        data = bytearray(self._left)
-        self.readinto(memoryview(data))
-        return bytes(data)
+        with enough_memory(self._path, self._left):
+            data = bytearray(self._left)
+            self.readinto(memoryview(data))
+            return bytes(data)
 
     @property
     def left(self) -> int:
