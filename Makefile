@@ -3,10 +3,11 @@
 
 PYTHON ?= python3
 WORKERS ?= 2
+MINUTES ?= 60
 VENV := .venv
 RUN := $(VENV)/bin
 
-.PHONY: setup demo test coverage check lint types imports docs bench bench-size clean
+.PHONY: setup demo test coverage fuzz check lint types imports docs bench bench-size clean
 
 setup: $(VENV)/.kdcache
 
@@ -50,6 +51,10 @@ coverage: $(VENV)/.dev
 	$(TESTS) --cov --cov-report=term:skip-covered
 
 check: lint types imports test
+
+# Files and answers of a remote that are damaged or forged; findings, with what shows them again, go to fuzz-findings/.
+fuzz: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(RUN)/python -m kdcache.testing.fuzz --minutes $(MINUTES)
 
 docs: $(VENV)/.docs
 	$(RUN)/sphinx-build -W --keep-going -b html docs docs/_build/html

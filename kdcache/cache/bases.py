@@ -62,7 +62,7 @@ def decode_basis(data: bytes, spec: LayerSpec, width: int) -> Basis:
     try:
         arrays = load(data)
     except (SafetensorError, ValueError) as error:
-        raise BasisDamageError(f"is not readable: {error}") from error
+        raise BasisDamageError(f"is not readable: {str(error)[:200]}") from error
     if (spec.projection != "none") != ("components" in arrays):
         raise BasisDamageError(f"has not the components of projection '{spec.projection}'")
     totals = [float(arrays[name][0]) for name in ("total_variance", "target_variance")]

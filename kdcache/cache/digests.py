@@ -13,8 +13,10 @@ import stat
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
+from kdcache.cache.arrow_file import TableDamageError
+from kdcache.cache.bases import BasisDamageError
 from kdcache.cache.selection import not_here, not_yet_here
 from kdcache.errors import DamageError, KdcacheError
 
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from kdcache.cache.selection import LocalSelection, Selection
     from kdcache.files import FileDigest
 
+T = TypeVar("T")
 Key = tuple[int, int, int, int, str]  # device, inode, size, time of change, sha256
 
 _found_whole: set[Key] = set()
@@ -47,6 +50,18 @@ class Arrivals(Protocol):
         ...
 
 
+@contextlib.contextmanager
+def enough_memory(path: str | Path, size: int) -> Iterator[None]:
+    """DamageError in the place of MemoryError: a sparse file of terabytes costs its author nothing."""
+    try:
+        yield
+    except MemoryError as error:
+        raise DamageError(
+            f"'{path}' needs {size} bytes of memory, more than there are",
+            "Read it on a machine that has them; if no such file was dumped, the cache is forged.",
+        ) from error
+
+
 class CheckedFile:
     """An open file of a cache, read from front to back."""
 
@@ -69,9 +84,10 @@ class CheckedFile:
 
     def read_rest(self) -> bytes:
         """All that was not read yet."""
-        data = bytearray(self._left)
-        self.readinto(memoryview(data))
-        return bytes(data)
+        with enough_memory(self._path, self._left):
+            data = bytearray(self._left)
+            self.readinto(memoryview(data))
+            return bytes(data)
 
     @property
     def left(self) -> int:
@@ -201,6 +217,14 @@ class CheckedFiles:
         """The bytes of a file. Raises DamageError."""
         with self.open(path) as file:
             return file.read_rest()
+
+    def decode(self, path: str, decode: Callable[[bytes], T]) -> T:
+        """What ``decode`` makes of the bytes of a file. Raises DamageError, which names the file, where it refuses them."""
+        data = self.read(path)
+        try:
+            return decode(data)
+        except (TableDamageError, BasisDamageError, UnicodeDecodeError) as error:
+            raise self.damage(path, error) from error
 
     def check(self, path: str, on_bytes: Callable[[int], None] | None = None) -> None:
         """Read a file to its end without keeping it. Raises DamageError."""

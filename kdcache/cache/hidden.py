@@ -10,6 +10,7 @@ import numpy as np
 from kdcache.cache import layout
 from kdcache.cache.arrays import ArrayDamageError, array_metadata, decode_shard, encode_shard, group_metadata
 from kdcache.cache.checks import check_hidden
+from kdcache.cache.digests import enough_memory
 from kdcache.codecs.base import HiddenBlock
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def _read_array(files: CheckedFiles, shard: str | None, shape: tuple[int, ...], 
     if shard is None:
         return np.empty(shape, dtype=dtype)
     try:
-        with files.open(shard) as file:
+        with files.open(shard) as file, enough_memory(files.root / shard, file.left):
             return decode_shard(file, shape, dtype)
     except ArrayDamageError as error:
         raise files.damage(shard, error) from error

@@ -15,19 +15,37 @@ belong to the manifest that was valid when they were made: once another one is i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import pydantic
 
 from kdcache.cache import layout
 from kdcache.cache.canonical import NotCanonicalError, canonical_json, digest_of, parse_json
 from kdcache.cache.contents import Contents, PartInfo, SplitInfo
-from kdcache.cache.schema import files_document, teacher_document, teacher_from_document
+from kdcache.cache.schema import (
+    PART_NAME,
+    SPLIT_NAME,
+    TEACHER_NAME,
+    BaseRecord,
+    FilesRecord,
+    PartRecord,
+    SplitRecord,
+    TeacherPartRecord,
+    TeacherRecord,
+    files_document,
+    teacher_document,
+    teacher_from_document,
+)  # fmt: skip
 from kdcache.errors import DamageError
 from kdcache.files import FileDigest, remove_file, write_file
 
 if TYPE_CHECKING:
     from kdcache.cache.spec import TeacherSpec
+
+_LAYER_NAME = re.compile(r"layer-[0-9]{2,4}$")
 
 
 class Journal:
@@ -129,12 +147,42 @@ class Journal:
             record: dict[str, Any] = parse_json(path.read_bytes())
             if record.pop("checksum") != digest_of(record):
                 raise ValueError("its checksum does not match")
+            self._check(path.relative_to(self.directory).parts, record)
+        except pydantic.ValidationError as error:
+            first = error.errors()[0]
+            raise self._damage(path, f"{'.'.join(str(step)[:80] for step in first['loc'])}: {first['msg']}") from error
         except (OSError, NotCanonicalError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DamageError(
-                f"commit record '{path}' is damaged: {error}",
-                f"Remove '{self.directory}' and run the command again: what is not in the manifest is dumped again.",
-            ) from error
+            raise self._damage(path, str(error)[:200]) from error
         return record
+
+    @staticmethod
+    def _check(steps: Sequence[str], record: dict[str, Any]) -> None:
+        """Name and shape of a record. Raises ValueError. Like all of a cache, records may come from somebody else."""
+        name = steps[-1].removesuffix(".json")
+        match steps:
+            case ["base.json"]:
+                BaseRecord.model_validate(record)
+            case ["damaged.json"]:
+                FilesRecord.model_validate(record)
+            case ["parts", _] if PART_NAME.match(name):
+                PartRecord.model_validate(record)
+            case ["splits", _] if SPLIT_NAME.match(name):
+                SplitRecord.model_validate(record)
+            case ["teachers", teacher, "teacher.json"] if TEACHER_NAME.match(teacher):
+                TeacherRecord.model_validate(record)
+                teacher_from_document(teacher, record["spec"])
+            case ["teachers", teacher, _] if TEACHER_NAME.match(teacher) and _LAYER_NAME.match(name):
+                FilesRecord.model_validate(record)
+            case ["teachers", teacher, _] if TEACHER_NAME.match(teacher) and PART_NAME.match(name):
+                TeacherPartRecord.model_validate(record)
+            case _:
+                raise ValueError("no record has such a name")
+
+    def _damage(self, path: Path, reason: str) -> DamageError:
+        return DamageError(
+            f"commit record '{path}' is damaged: {reason}",
+            f"Remove '{self.directory}' and run the command again: what is not in the manifest is dumped again.",
+        )
 
 
 def _digests(record: dict[str, Any]) -> dict[str, FileDigest]:

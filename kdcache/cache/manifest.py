@@ -168,6 +168,9 @@ def _check_contents(contents: Contents) -> None:
     full = {part.name for part in contents.parts if part.scope == "full"}
     for name, teacher in contents.teachers.items():
         _check_teacher(teacher, set(contents.tokens[name]), full, len(contents.task.label_names))
+        for part in contents.parts:
+            tokens, most = contents.tokens[name].get(part.name, 0), part.texts * teacher.max_length
+            _require(tokens <= most, f"teacher '{name}' has {tokens} tokens in {part.name}, whose texts have at most {most}")
     expected = contents.expected_files()
     _require(
         contents.files.keys() <= expected.keys(),

@@ -12,15 +12,15 @@ read-only views.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from kdcache.cache import layout, tables
-from kdcache.cache.bases import BasisDamageError, decode_basis
+from kdcache.cache.bases import decode_basis
 from kdcache.cache.digests import CheckedFiles
 from kdcache.cache.hidden import decode_layer
 from kdcache.cache.ids import ID_BYTES, IdIndex
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from kdcache.cache.spec import Settings, TaskSpec, TeacherSpec
     from kdcache.codecs.base import Basis, HiddenBlock, LayerSpec
 
-T = TypeVar("T")
 _KEPT = 1 << 18  # texts whose index stays in memory, 5 MB; that of more is made again in a second per two million
 
 
@@ -134,15 +133,13 @@ class Cache:
         if split not in self._contents.splits:
             raise self._no("split", split, self._contents.splits)
         info = self._contents.splits[split]
-        ids, labels, groups = self._table(info.file, lambda data: tables.decode_examples(data, info.examples))
-        if len(labels) and not -1 <= labels.min() <= labels.max() < len(self.task.label_names):
-            raise self._files.damage(info.file, f"has a label that is not one of the {len(self.task.label_names)} of the task")
-        return ExamplesTable(ids, labels, groups)
+        classes = len(self.task.label_names)
+        return ExamplesTable(*self._files.decode(info.file, lambda data: tables.decode_examples(data, info.examples, classes)))
 
     def text_ids(self, part_name: str) -> np.ndarray:
         """Ids of the texts of a part in its order, ``uint8[n, 16]``."""
         part = self._part(part_name)
-        return self._table(layout.ids_file(part.name), lambda data: tables.decode_ids(data, part.texts))
+        return self._files.decode(layout.ids_file(part.name), lambda data: tables.decode_ids(data, part.texts))
 
     def texts(self, part_name: str) -> list[tuple[str, ...]]:
         """The texts of a part in its order. MismatchError where the cache stores none."""
@@ -150,7 +147,7 @@ class Cache:
         if not self.has_text:
             raise MismatchError(f"cache '{self.path}' was made without its texts", "Give the data that it was made from.")
         columns = self.task.text_columns
-        return self._table(layout.text_file(part.name), lambda data: tables.decode_text(data, columns, part.texts))
+        return self._files.decode(layout.text_file(part.name), lambda data: tables.decode_text(data, columns, part.texts))
 
     def locate(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Where texts lie: index into ``parts`` (int32[m]) and row in that part (int32[m]); -1 where a text is absent.
@@ -168,7 +165,7 @@ class Cache:
         """Logits ``float32[n, classes]`` and pooled vectors of a part."""
         spec, part = self._teacher(teacher), self._part(part_name)
         path = layout.outputs_file(teacher, part.name)
-        return self._table(path, lambda data: tables.decode_outputs(data, part.texts, spec.target.shape[0], spec.pooled))
+        return self._files.decode(path, lambda data: tables.decode_outputs(data, part.texts, spec.target.shape[0], spec.pooled))
 
     def token_count(self, teacher: str, part_name: str) -> int:
         """Tokens of a part, from the manifest alone; MismatchError where none are stored of it."""
@@ -191,7 +188,7 @@ class Cache:
         """Spans, segments and roles of the tokens of a part."""
         count, part = self.token_count(teacher, part_name), self._part(part_name)
         path = layout.tokens_file(teacher, part.name)
-        tokens = self._table(path, lambda data: tables.decode_tokens(data, part.texts, count))
+        tokens = self._files.decode(path, lambda data: tables.decode_tokens(data, part.texts, count))
         if count and not 0 <= tokens.roles.min() <= tokens.roles.max() <= OTHER:
             raise self._files.damage(path, "has a token of unknown role")
         if len(tokens) and tokens.lengths.max() > self._teacher(teacher).max_length:
@@ -208,12 +205,12 @@ class Cache:
     def basis(self, teacher: str, layer: int) -> Basis:
         """Projection, mean and variances of one layer."""
         spec, path = self._layer(teacher, layer), layout.basis_file(teacher, layer)
-        return self._table(path, lambda data: decode_basis(data, spec, self._teacher(teacher).width))
+        return self._files.decode(path, lambda data: decode_basis(data, spec, self._teacher(teacher).width))
 
     def tokenizer_json(self, teacher: str) -> str:
         """The teacher's tokenizer.json, truncation and padding nulled."""
         self._teacher(teacher)
-        return self._table(layout.tokenizer_file(teacher), lambda data: data.decode("utf-8"))
+        return self._files.decode(layout.tokenizer_file(teacher), lambda data: data.decode("utf-8"))
 
     def check_present(self, paths: list[str]) -> None:
         """Presence and size of files, by their names in the manifest, without reading them; those on their way count as there.
@@ -240,13 +237,6 @@ class Cache:
         """Say in which order files will be wanted, so that those that are on their way come in this order."""
         if self._arrivals is not None:
             self._arrivals.expect(paths)
-
-    def _table(self, path: str, decode: Callable[[bytes], T]) -> T:
-        data = self._files.read(path)
-        try:
-            return decode(data)
-        except (tables.TableDamageError, BasisDamageError, UnicodeDecodeError) as error:
-            raise self._files.damage(path, error) from error
 
     def _text_index(self) -> tuple[IdIndex, np.ndarray, np.ndarray]:
         """All ids, part after part, full parts first; the index of these parts, and where each begins among the ids."""

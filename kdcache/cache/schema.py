@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -25,9 +26,12 @@ Hex = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+:/ -]{0,127}$")]
 Label = Annotated[str, Field(min_length=1, max_length=1000, pattern=r"^[^\x00-\x1f\x7f-\x9f]+$")]  # they are printed
 Digits = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,3})$")]
-PartName = Annotated[str, Field(pattern=r"^part-[0-9]{5}$")]
-TeacherName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
-SplitName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,31}$")]
+PART_NAME = re.compile(r"^part-[0-9]{5}$")
+TEACHER_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+SPLIT_NAME = re.compile(r"^[a-z][a-z0-9_-]{0,31}$")
+PartName = Annotated[str, Field(pattern=PART_NAME.pattern)]
+TeacherName = Annotated[str, Field(pattern=TEACHER_NAME.pattern)]
+SplitName = Annotated[str, Field(pattern=SPLIT_NAME.pattern)]
 Path_ = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*){0,7}$", max_length=240)]
 
 
@@ -118,6 +122,36 @@ class ManifestModel(_Strict):
     provenance: dict[str, Any]
     identity: Hex
     checksum: Hex
+
+
+class FilesRecord(_Strict):
+    """A commit record that names files: of a basis, of a repair; the other records add to it."""
+
+    files: Annotated[dict[Path_, FileModel], Field(max_length=1_000_000)]
+
+
+class PartRecord(FilesRecord):
+    scope: Literal["full", "logits"]
+    texts: Size
+
+
+class SplitRecord(SplitModel, FilesRecord):
+    pass
+
+
+class TeacherRecord(FilesRecord):
+    spec: dict[str, Any]  # checked by ``teacher_from_document``
+
+
+class TeacherPartRecord(FilesRecord):
+    tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
+
+
+class BaseRecord(SettingsModel, TaskModel):
+    """What a dump starts from; ``identity`` is empty where there was no cache."""
+
+    identity: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")]
+    text: Literal["stored", "absent"]
 
 
 def contents_document(contents: Contents) -> dict[str, Any]:

@@ -40,10 +40,7 @@ class TextPlan:
             path = layout.ids_file(part.name)
             if path not in self._files:
                 raise self._lost(path)
-            try:
-                self._ids[part.name] = tables.decode_ids(self._files.read(path), part.texts)
-            except tables.TableDamageError as error:
-                raise self._files.damage(path, error) from error
+            self._ids[part.name] = self._files.decode(path, lambda data: tables.decode_ids(data, part.texts))
         return self._ids[part.name]
 
     def texts(self, part: PartInfo) -> list[tuple[str, ...]]:
@@ -60,11 +57,7 @@ class TextPlan:
                 f"cache '{self._root}' does not store its texts, and {part.name} holds some that were not given",
                 "Give the texts that it was made from, or dump into a new directory.",
             )
-        path = layout.text_file(part.name)
-        try:
-            return tables.decode_text(self._files.read(path), self._contents.task.text_columns, part.texts)
-        except tables.TableDamageError as error:
-            raise self._files.damage(path, error) from error
+        return self._stored(part)
 
     def add(self, full: Texts, logits_only: Texts) -> None:
         """Put new texts into new parts: first those wanted in full, then those of which logits alone are wanted."""
@@ -74,6 +67,10 @@ class TextPlan:
         self._append("full", [one for one in full if one not in known])
         known = self._known("full") | self._known("logits")
         self._append("logits", [one for one in logits_only if one not in known])
+
+    def _stored(self, part: PartInfo) -> list[tuple[str, ...]]:
+        columns = self._contents.task.text_columns
+        return self._files.decode(layout.text_file(part.name), lambda data: tables.decode_text(data, columns, part.texts))
 
     def _append(self, scope: Scope, ids: Iterable[bytes]) -> None:
         ordered = seeded_order(set(ids), self._contents.settings.seed)
@@ -116,9 +113,8 @@ class TextPlan:
         """Write damaged text files again. What comes back must be the old file, or every target would change its text."""
         for part in self._contents.parts:
             if layout.ids_file(part.name) not in self._files and layout.text_file(part.name) in self._files:
-                path = layout.text_file(part.name)
-                stored = tables.decode_text(self._files.read(path), self._contents.task.text_columns, part.texts)
-                self._restore_file(part, layout.ids_file(part.name), tables.encode_ids(id_array(map(text_id, stored))))
+                ids = id_array(map(text_id, self._stored(part)))
+                self._restore_file(part, layout.ids_file(part.name), tables.encode_ids(ids))
         self._restore_plan("full", full)
         self._restore_plan("logits", logits_only)
         for part in self._contents.parts:

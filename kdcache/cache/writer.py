@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -166,7 +167,10 @@ class CacheWriter:
         spec = self._contents.teachers[name]
         wanted = self.layers_with_basis(name) & set(spec.layers if layers is None else layers)
         there = {layer: layout.basis_file(name, layer) for layer in sorted(wanted)}
-        return {layer: decode_basis(self._files.read(path), spec.layers[layer], spec.width) for layer, path in there.items()}
+        return {
+            layer: self._files.decode(path, partial(decode_basis, spec=spec.layers[layer], width=spec.width))
+            for layer, path in there.items()
+        }
 
     def write_bases(self, name: str, bases: Mapping[int, Basis]) -> None:
         """Add bases of layers. MismatchError where a layer has another one already: hidden states depend on it."""

@@ -18,6 +18,7 @@ import functools
 import hashlib
 import json
 import logging
+import re
 import secrets
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -130,7 +131,9 @@ def load_arrays(path: Path, required: set[str]) -> Arrays | None:
         return None
     try:
         header: dict[str, Any] = json.loads(head)
-        fields = {str(name): (np.dtype(str(dtype)), int(length)) for name, (dtype, length) in header["arrays"].items()}
+        fields = {str(name): (_dtype(dtype), int(length)) for name, (dtype, length) in header["arrays"].items()}
+        if any(length < 0 for _, length in fields.values()):
+            return None
         if header["sha256"] != hashlib.sha256(body).hexdigest() or not required <= fields.keys():
             return None
         arrays: Arrays = {}
@@ -138,6 +141,13 @@ def load_arrays(path: Path, required: set[str]) -> Arrays | None:
         for name, (dtype, length) in fields.items():
             arrays[name] = np.frombuffer(body, dtype, length, start)
             start += arrays[name].nbytes
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return None
-    return arrays
+    return arrays if start == len(body) else None
+
+
+def _dtype(name: str) -> np.dtype[Any]:
+    """A number of one, two, four or eight bytes; numpy's own names may be programs of their own."""
+    if not re.fullmatch(r"[<|][iuf][1248]", name):
+        raise ValueError(name)
+    return np.dtype(name)

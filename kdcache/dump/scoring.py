@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,15 +26,16 @@ def validation_scores(writer: CacheWriter, name: str) -> dict[str, float]:
     if split is None:
         return {}
     files, spec = CheckedFiles(writer.root, contents.files), contents.teachers[name]
-    ids, labels, _ = tables.decode_examples(files.read(split.file), split.examples)
+    classes = len(contents.task.label_names)
+    ids, labels, _ = files.decode(split.file, lambda data: tables.decode_examples(data, split.examples, classes))
     wanted = id_list(ids)
     logits: dict[bytes, np.ndarray] = {}
     for part in writer.parts:
         rows = {text: row for row, text in enumerate(id_list(part.text_ids))}
         here = [text for text in wanted if text in rows]
         if here:
-            data = files.read(layout.outputs_file(name, part.name))
-            outputs = tables.decode_outputs(data, len(part.text_ids), spec.target.shape[0], spec.pooled)
+            decode = partial(tables.decode_outputs, rows=len(part.text_ids), classes=spec.target.shape[0], pooled=spec.pooled)
+            outputs = files.decode(layout.outputs_file(name, part.name), decode)
             logits |= {text: np.array(outputs.logits[rows[text]]) for text in here}
     if not wanted or not all(text in logits for text in wanted):
         return {}

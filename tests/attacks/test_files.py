@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
 import json
 import os
+import resource
 import socket
 import struct
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
 from kdcache.cache import tables
+from kdcache.cache.arrays import array_metadata, shard_bytes
 from kdcache.cache.layout import STATE
 from kdcache.cache.reader import open_cache
 from kdcache.cache.tokens import Tokens
 from kdcache.errors import DamageError
 from kdcache.testing.caches import dump, made_plan, made_texts
+from kdcache.testing.faults import edit_manifest
 from tests.attacks.victim import BERT, assert_refused, pickled, put_file
 
 IDS = "texts/part-00000.arrow"
@@ -89,6 +94,26 @@ def many_rows(data: bytes, rows: int) -> bytes:
     return data.replace(old, new)
 
 
+def unverified(data: bytes) -> bytes:
+    """The schema in a message of a kind that Arrow does not know, and so does not verify, with two thousand million fields."""
+    message = 16 + struct.unpack_from("<I", data, 16)[0]
+    vtable = message - struct.unpack_from("<i", data, message)[0]
+    kind, header = (message + struct.unpack_from("<H", data, vtable + 4 + 2 * slot)[0] for slot in (1, 2))
+    schema = header + struct.unpack_from("<I", data, header)[0]
+    place = schema + struct.unpack_from("<H", data, schema - struct.unpack_from("<i", data, schema)[0] + 6)[0]
+    fields = place + struct.unpack_from("<I", data, place)[0]
+    forged = bytearray(data)
+    forged[kind] = 9
+    forged[fields : fields + 4] = struct.pack("<I", 2**31 - 1)
+    return bytes(forged)
+
+
+def other_footer(data: bytes) -> bytes:
+    """The footer of a file of other columns: a reader that begins there reads another table."""
+    other = arrow(pa.schema([pa.field("label", pa.binary(16), nullable=False)]), [ids()])
+    return data[: -10 - struct.unpack("<i", data[-10:-6])[0]] + other[-10 - struct.unpack("<i", other[-10:-6])[0] :]
+
+
 def zip_bomb() -> bytes:
     data = io.BytesIO()
     with zipfile.ZipFile(data, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -120,6 +145,9 @@ ARROW: dict[str, tuple[str, Callable[[Path], bytes]]] = {
     "rows without number": (IDS, lambda victim: many_rows((victim / IDS).read_bytes(), 2**62)),
     "a negative number of rows": (IDS, lambda victim: many_rows((victim / IDS).read_bytes(), -4)),
     "two batches": (IDS, lambda _: arrow(tables.ids_schema(), [ids(2)], batches=2)),
+    "a message of no known kind": (IDS, lambda victim: unverified((victim / IDS).read_bytes())),
+    "a footer that is not that of its file": (IDS, lambda victim: other_footer((victim / IDS).read_bytes())),
+    "a text that is not UTF-8": (TEXT, lambda victim: (victim / TEXT).read_bytes().replace(b"train 1", b"train \xff")),
     "a stream in place of a file": (IDS, lambda victim: (victim / IDS).read_bytes()[8:]),
     "cut off in the header": (IDS, lambda victim: (victim / IDS).read_bytes()[:200] + b"ARROW1"),
     "list offsets beyond the values": (TOKENS, lambda victim: tokens_with(victim, [0, 2, 4, 8, 2**31 - 1])),
@@ -203,6 +231,9 @@ SAFETENSORS: dict[str, bytes] = {
     "bytes behind the tensors": header(tensors(), bytes(4000)),
     "a variance that is none": header(tensors(), bytes(72) + struct.pack("<dd", float("nan"), 1.0)),
     "a negative variance": header(tensors(), bytes(72) + struct.pack("<dd", -1.0, 1.0)),
+    "a text of its own in a message": header(
+        tensors(components={"dtype": "F32", "shape": [3, 6], "data_offsets": "x" * 5000}), bytes(88)
+    ),
     "a list of tensors": header([tensors()]),
 }
 
@@ -245,6 +276,44 @@ def test_shards(victim: Path, attack: str) -> None:
         data[:] = b"\xff" * len(data)
     put_file(victim, SHARD, bytes(data))
     assert_refused(victim)
+
+
+def test_an_array_of_half_a_terabyte_that_takes_no_room_on_the_disk(victim: Path) -> None:
+    """Everything fits together, so the size is found out where the array is made."""
+    rows, width, layer = 2**21, 2**16, f"{BERT}/hidden/part-00000.zarr/layer-04"
+
+    def change(document: dict[str, Any]) -> None:
+        teacher = document["teachers"]["bert"]
+        teacher |= {
+            "width": width,
+            "max_length": 2**20,
+            "layers": {"4": {"projection": "none", "dim": width, "dtype": "float32"}},
+        }
+        teacher["tokens"]["part-00000"] = rows
+        document["files"] = {name: file for name, file in document["files"].items() if "layer-02" not in name}
+        metadata = array_metadata((rows, width), "float32")
+        (victim / f"{layer}/zarr.json").write_bytes(metadata)
+        document["files"][f"{layer}/zarr.json"] = {"bytes": len(metadata), "sha256": hashlib.sha256(metadata).hexdigest()}
+        document["files"][SHARD]["bytes"] = shard_bytes((rows, width), 4)
+
+    edit_manifest(victim, change, resign=True)
+    os.truncate(victim / SHARD, shard_bytes((rows, width), 4))
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (1 << 38, hard))  # some systems give out a terabyte that nobody has
+    try:
+        with pytest.raises(DamageError, match=r"layer-04/c/0/0' needs \d+ bytes of memory"):
+            open_cache(victim).hidden("bert", "part-00000", 4)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+@pytest.mark.parametrize("name", [IDS, TEXT, BASIS])
+def test_a_dump_that_goes_on_with_forged_files_refuses_them_by_name(victim: Path, name: str) -> None:
+    put_file(victim, name, b"neither of the two")
+    if name == TEXT:
+        (victim / IDS).unlink()
+    with pytest.raises(DamageError, match=Path(name).name):
+        dump(victim, made_plan(6, 2, ("bert",)), repair=name == TEXT)
 
 
 def test_a_tokenizer_is_text_and_is_not_run(victim: Path) -> None:

@@ -8,10 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from kdcache.cache.arrays import array_metadata, shard_bytes, shard_name
 from kdcache.cache.manifest import MAX_BYTES
 from kdcache.cache.selection import SELECTION
+from kdcache.files import digest_bytes
 from kdcache.testing.faults import edit_manifest
 from tests.attacks.victim import BERT, assert_refused, signed
 
@@ -52,6 +55,17 @@ def put(table: str, key: str, value: Any) -> Change:
     return lambda document: document[table].__setitem__(key, value)
 
 
+def crowded(document: dict[str, Any]) -> None:
+    """A part with one token more than its four texts of at most 16 tokens can have; all that follows from it is right."""
+    rows, arrays = 4 * 16 + 1, f"{BERT}/hidden/part-00000.zarr/layer"
+    document["teachers"]["bert"]["tokens"]["part-00000"] = rows
+    shapes = {"02": ((rows, 3), "int8"), "02-scale": ((rows,), "float32"), "04": ((rows, 6), "float32")}
+    for name, (shape, dtype) in shapes.items():
+        metadata = digest_bytes(array_metadata(shape, dtype))
+        document["files"][f"{arrays}-{name}/zarr.json"] = {"bytes": metadata.size, "sha256": metadata.sha256}
+        document["files"][f"{arrays}-{name}/{shard_name(len(shape))}"]["bytes"] = shard_bytes(shape, np.dtype(dtype).itemsize)
+
+
 SIGNED: dict[str, Change] = {
     "a million labels": put("task", "label_names", [f"label {number}" for number in range(1_000_000)]),
     "a label that steers a terminal": put("task", "label_names", ["bad", "\x1b]0;owned\x07\x1b[2J"]),
@@ -60,6 +74,7 @@ SIGNED: dict[str, Change] = {
         parts=[{"name": "part-00000", "scope": "full", "texts": 1}] * 100_001
     ),
     "a part without end": put("settings", "part_size", 2**53 - 1),
+    "more tokens than its texts can have": crowded,
     "a negative part": put("settings", "part_size", -1),
     "a teacher called like a device": lambda d: d["teachers"].update({"NUL ": d["teachers"].pop("bert")}),
     "a teacher with a NUL": lambda d: d["teachers"].update({"be\0rt": d["teachers"].pop("bert")}),

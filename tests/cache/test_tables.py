@@ -41,9 +41,9 @@ def test_empty_parts_and_texts_without_tokens() -> None:
 
 def test_labels_and_groups_may_be_missing() -> None:
     labels = np.array([0, -1, 2, -1, 1])
-    assert tables.decode_examples(tables.encode_examples(IDS, labels, None), 5)[1:] == (pytest.approx(labels), None)
+    assert tables.decode_examples(tables.encode_examples(IDS, labels, None), 5, 3)[1:] == (pytest.approx(labels), None)
     groups = ("a", "b", "", "d", "e")
-    assert tables.decode_examples(tables.encode_examples(IDS, labels, groups), 5)[2] == groups
+    assert tables.decode_examples(tables.encode_examples(IDS, labels, groups), 5, 3)[2] == groups
 
 
 def test_a_compressed_file_is_refused_before_it_is_decompressed() -> None:

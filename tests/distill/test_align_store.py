@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import logging
 from pathlib import Path
 from unittest.mock import Mock
@@ -124,3 +125,26 @@ def test_arrays_come_back_as_they_were(tmp_path: Path) -> None:
         np.testing.assert_array_equal(found[name], array)
     assert load_arrays(tmp_path / "a" / "b.bin", {"other"}) is None
     assert load_arrays(tmp_path / "absent.bin", set()) is None
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("dtype", "09"),
+        ("dtype", "O"),
+        ("dtype", "<f4,<i8"),
+        ("dtype", "(2,)<i4"),
+        ("length", -1),
+        ("length", 2**70),
+        ("length", 2),
+    ],
+)
+def test_a_first_line_that_says_anything_is_made_again(tmp_path: Path, field: str, value: object) -> None:
+    """Numpy takes programs and structures for names of types; a file that was forged, or written by a newer version, has any."""
+    path = tmp_path / "x.bin"
+    save_arrays(path, {"a": np.arange(3)})
+    head, _, body = path.read_bytes().partition(b"\n")
+    header = json.loads(head)
+    header["arrays"]["a"][0 if field == "dtype" else 1] = value
+    path.write_bytes(json.dumps(header).encode() + b"\n" + body)
+    assert load_arrays(path, {"a"}) is None
