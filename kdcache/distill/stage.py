@@ -81,7 +81,7 @@ def distill(
     speed = measure_speed(student.model, student.tokenizer, student.max_length, training.some_texts())
     measured = Measured(scores, said, facts, speed, best, seconds, time.perf_counter() - started)
     results = build_results(training, measured, run.metrics)
-    _save(training, results, run)
+    _save(training, results, run, progress)
     return DistillResult(run.student, results)
 
 
@@ -105,7 +105,7 @@ def _train(training: Training, validation: EncodedSplit | None, run: RunDirector
     return outcome.best_epoch
 
 
-def _save(training: Training, results: dict[str, Any], run: RunDirectory) -> None:
+def _save(training: Training, results: dict[str, Any], run: RunDirectory, progress: Progress) -> None:
     recipe = training.recipe
     record = student_record(
         training.student,
@@ -114,6 +114,8 @@ def _save(training: Training, results: dict[str, Any], run: RunDirectory) -> Non
         text_columns=training.data.text_columns,
         label_column=recipe.data.label,
     )
-    save_student(run.student, training.student, record, model_card(results))
+    lacking = save_student(run.student, training.student, record, model_card(results))
+    if lacking:
+        progress.note(f"student/ has no model.onnx: {lacking}")
     write_file(run.results, (json.dumps(results, indent=2, ensure_ascii=False) + "\n").encode())
     shutil.rmtree(run.checkpoints / STAGE, ignore_errors=True)  # the student is safe: nothing is left to continue

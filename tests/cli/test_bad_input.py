@@ -129,7 +129,9 @@ STUDENTS = [
     pytest.param("Funnel", (), "change their length", "Choose an encoder", id="Funnel"),
     pytest.param("ALBERT", (), "share weights", "student.layers", id="layers of ALBERT"),
     pytest.param("GPT-2", ("student.layers=7",), "has 3", "at most 3", id="more layers than a decoder has"),
-    pytest.param("Llama", ("student.head=shared", "cofinetune.pooling=cls"), "first token", "pooling", id="first token of a decoder"),
+    pytest.param(
+        "Llama", ("student.head=shared", "cofinetune.pooling=cls"), "first token", "pooling", id="first token of a decoder"
+    ),
     pytest.param("custom", (), "Python code of its own", "trust_remote_code = true", id="code of its own"),
 ]
 
