@@ -176,7 +176,15 @@ _ENTRIES = (
         "Funnel",
         "funnel",
         "encoder",
-        {"block_sizes": [1, 1, 1], "d_model": WIDTH, "n_head": 2, "d_head": 16, "d_inner": 2 * WIDTH, "num_decoder_layers": 1},
+        {
+            "architectures": ["FunnelModel"],
+            "block_sizes": [1, 1, 1],
+            "d_model": WIDTH,
+            "n_head": 2,
+            "d_head": 16,
+            "d_inner": 2 * WIDTH,
+            "num_decoder_layers": 1,
+        },
         _cls_of_its_own_type,
     ),
     Architecture(

@@ -11,6 +11,7 @@ import copy
 import hashlib
 import json
 import logging
+import re
 import shutil
 import tempfile
 import warnings
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 EXPORTER_VERSION = 2  # raised whenever the graph that is made of one and the same teacher changes
 
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _EXPORT_TEXTS = ("a plain sentence of ten or so words, with a comma", "a short one")
 _PARITY_TEXTS = ("yes", "café, naïve: 3.14 — and now a longer sentence than any that the exporter saw " * 2, "no more than this")
 
@@ -113,7 +115,7 @@ def _export(teacher: Teacher, precision: str, target: Path) -> None:
                 raise RuntimeError("the exporter gave no program")
             program.save(str(target))
     except Exception as error:  # the exporter raises what its many passes raise
-        reason = str(error).strip().splitlines()
+        reason = _COLOUR.sub("", str(error)).strip().splitlines()
         raise ModelError(
             f"teacher '{teacher.name}' cannot be exported to ONNX: {type(error).__name__}: {reason[0] if reason else 'no reason given'}",
             'Run this teacher with dump.backend = "torch".',
