@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -225,6 +226,43 @@ def test_a_teacher_whose_output_is_not_finite(review_recipe: Path, tmp_path: Pat
     if first.code == 0:  # scored and registered; the dump refuses it
         first = kdcache("dump-teachers", recipe, *runs)
     check(first, 1, "broken")
+
+
+MODELS = [
+    pytest.param("BART", "own", {}, (), "encoder-decoder", "encoder or a decoder", id="BART, own head"),
+    pytest.param("BART", "shared", {}, (), "encoder-decoder", "BERT", id="BART, shared head"),
+    pytest.param("T5", "own", {}, (), "encoder-decoder", 'head = "shared"', id="T5, own head"),
+    pytest.param("Funnel", "own", {}, (), "shorten the text", "BERT", id="Funnel, own head"),
+    pytest.param("Funnel", "shared", {}, (), "shorten the text", "BERT", id="Funnel, shared head"),
+    pytest.param(
+        "BERT", "own", {"problem_type": "multi_label_classification"}, (), "multi_label_classification", "single-label", id="multi-label"
+    ),
+    pytest.param("BERT", "own", {"problem_type": "regression"}, (), "regression", "single-label", id="regression"),
+    pytest.param("BERT", "own", {"classes": 1}, (), "one output", "single-label", id="one output"),
+    pytest.param(
+        "Qwen2", "shared", {}, ("cofinetune.pooling=cls",), "causal decoder", 'cofinetune.pooling = "last"', id="decoder, first token"
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("architecture", "head", "changes", "settings", "named", "cure"), MODELS)
+def test_models_that_cannot_teach(
+    architecture: str,
+    head: str,
+    changes: dict[str, Any],
+    settings: tuple[str, ...],
+    named: str,
+    cure: str,
+    review_recipe: Path,
+    tmp_path: Path,
+) -> None:
+    model = ARCHITECTURES[architecture].save(tmp_path / "model", "classifier" if head == "own" else "base", **changes)
+    asked = (f"teachers.roberta.model={model}", f"teachers.roberta.head={head}", *settings)
+    flags = [word for setting in asked for word in ("--set", setting)]
+    said = kdcache("cofinetune", review_recipe, "--output-dir", tmp_path / "runs", *flags)
+    check(said, 1, named, cure)
+    assert "epoch" not in said.err  # nothing was trained before it was known
+    assert not list((tmp_path / "runs").rglob("*.safetensors"))
 
 
 def test_a_full_disk_loses_nothing(copied: FinishedRun, monkeypatch: pytest.MonkeyPatch) -> None:

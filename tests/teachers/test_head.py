@@ -42,6 +42,14 @@ def test_cls_and_mean() -> None:
     assert SharedHead(3, 2, "mean").eval()(hidden, mask)[1].tolist() == [[1.5, 2.5, 3.5]]
 
 
+def test_last_is_the_last_token_on_either_side_of_the_padding() -> None:
+    head = SharedHead(3, 2, "last").eval()
+    hidden = torch.arange(24.0).reshape(2, 4, 3)
+    mask = torch.tensor([[1, 1, 0, 0], [0, 1, 1, 1]])
+    assert head(hidden, mask)[1].tolist() == [[3.0, 4.0, 5.0], [21.0, 22.0, 23.0]]
+    assert torch.equal(head(hidden.flip(1), torch.ones(2, 4))[1], hidden[:, 0])
+
+
 def test_dropout_only_in_training() -> None:
     head = SharedHead(8, 2, "mean", dropout=0.5)
     hidden, mask = torch.randn(1, 2, 8), torch.ones(1, 2)
