@@ -1,6 +1,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -8,8 +9,11 @@ from kdcache.data.encoding import encode, pad
 from kdcache.errors import ModelError, NonFiniteError
 from kdcache.teachers.backends import onnx_backend, onnx_export, open_backend
 from kdcache.teachers.bundle import load_teacher
+from kdcache.teachers.fingerprints import fingerprint_teacher
 from kdcache.teachers.teacher import Teacher
+from kdcache.testing.architectures import ARCHITECTURES
 from kdcache.testing.backends import TEXTS, BackendContract
+from kdcache.testing.teacher_check import open_teacher, reference_logits
 
 
 class TestOnnx(BackendContract):
@@ -37,6 +41,19 @@ class TestOnnxWithItsOwnHead(BackendContract):
     @classmethod
     def teacher(cls, bundle: Path) -> Teacher:
         return load_teacher(bundle, "own")
+
+
+def test_a_decoder_reads_the_last_token_of_each_text(tmp_path: Path) -> None:
+    """A graph of fixed places would read those of the batch that it was traced with."""
+    entry = ARCHITECTURES["Qwen2"]
+    directory = entry.save(tmp_path / "model", "classifier")
+    teacher = open_teacher(directory, "own")
+    teacher.fingerprints = fingerprint_teacher(teacher.model, teacher.tokenizer)
+    texts = [("the film is good and great",), (f"bad {entry.tokenizer().eos_token}",), ("the plot",)]
+    encoded = encode(teacher.tokenizer, texts, teacher.max_length)
+    backend = open_backend("onnxruntime", teacher, [1], precision="float32", work_dir=tmp_path)
+    output = backend.run(pad(encoded, [0, 1, 2], 0), [1], True)
+    np.testing.assert_allclose(output.logits.numpy(), reference_logits(directory, texts), atol=1e-5)
 
 
 @pytest.fixture(scope="module")
