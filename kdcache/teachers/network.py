@@ -93,11 +93,12 @@ def _reads_last_token(network: PreTrainedModel) -> bool:
 def at_last_token(states: Tensor, mask: Tensor) -> Tensor:
     """[batch, width]: of ``states`` [batch, tokens, width] that of the last token of each text, on whichever side the padding is."""
     last = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(dim=1)
-    return states[torch.arange(len(states), device=states.device), last.to(states.device)]
+    places = last.to(states.device).reshape(-1, 1, 1).expand(-1, 1, states.shape[2])
+    return states.gather(1, places).squeeze(1)  # indexing by rows would fix their number in an exported graph
 
 
 def padded_left(tensor: Tensor, mask: Tensor) -> Tensor:
-    """``tensor`` [batch, tokens, ...], padded on the right, with the padding moved to the left; ``mask`` is that on the right."""
+    """``tensor`` [batch, tokens] or [batch, tokens, width], padded on the right, with the padding moved to the left; ``mask`` is that on the right."""
     return _turned(tensor, mask.sum(dim=1, keepdim=True))
 
 
@@ -108,5 +109,6 @@ def padded_right(tensor: Tensor, mask: Tensor) -> Tensor:
 
 def _turned(tensor: Tensor, by: Tensor) -> Tensor:
     places = (torch.arange(tensor.shape[1], device=tensor.device) + by.to(tensor.device)) % tensor.shape[1]
-    rows = torch.arange(len(tensor), device=tensor.device).unsqueeze(1)
-    return tensor[rows, places]
+    if tensor.dim() == 3:
+        places = places.unsqueeze(2).expand(-1, -1, tensor.shape[2])
+    return tensor.gather(1, places)
