@@ -23,6 +23,7 @@ from kdcache.testing.architectures import ARCHITECTURES, DEPTH
 from kdcache.testing.student_check import TEXTS, StudentVerdict, student_verdict
 from kdcache.testing.teachers import make_teachers
 
+PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 REFUSED = {"T5": "encoder-decoder", "BART": "encoder-decoder", "Funnel": "funnel"}
 WHOLE_ONLY = {"ALBERT": "share weights"}
 
@@ -38,6 +39,8 @@ def test_every_architecture_as_a_student(name: str, tmp_path: Path) -> None:
         assert verdict.cut is not None and WHOLE_ONLY[name] in verdict.cut, verdict
     else:
         assert (verdict.cut is None) == verdict.works, verdict.cut
+    row = next(line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith(f"| {name} |"))
+    assert row.endswith(f" | {verdict.word} |")
 
 
 def test_the_table_has_an_answer_for_every_student() -> None:
