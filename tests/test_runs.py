@@ -121,3 +121,13 @@ def test_a_run_directory_that_cannot_be_made(tmp_path: Path) -> None:
 
 def test_the_baseline_is_a_run_inside_the_run(tmp_path: Path) -> None:
     assert RunDirectory(tmp_path).baseline.results == tmp_path / "baseline" / "results.json"
+
+
+def test_allowing_a_model_its_own_code_makes_no_other_run(review_recipe: Path) -> None:
+    """A record that 0.1.0 made knows nothing of the key; the stages that it names as finished stay finished."""
+    plain = load_recipe(review_recipe)
+    allowed = load_recipe(review_recipe, ["teachers.bert.trust_remote_code=true", "student.trust_remote_code=true"])
+    for stage in ("teachers", "cache", "student", "baseline"):
+        inputs = stage_inputs(plain, stage)
+        assert not [key for key in inputs if "trust" in key]
+        assert stage_inputs(allowed, stage) == inputs

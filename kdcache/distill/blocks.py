@@ -38,7 +38,7 @@ _OF_NO_MATTER = {"training", "name_or_path"}
 _DROPOUTS = (
     "hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout", "seq_classif_dropout",
     "classifier_dropout", "cls_dropout", "pooler_dropout", "embedding_dropout", "mlp_dropout", "activation_dropout",
-    "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "summary_first_dropout", "summary_last_dropout",
+    "classifier_dropout_prob", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "summary_first_dropout", "summary_last_dropout",
 )  # fmt: skip
 
 

@@ -93,7 +93,7 @@ def distill(
     taken = time.perf_counter() - started
     measured = Measured(scores, said, facts, speed, best, seconds, taken, truncated)
     results = build_results(training, measured, run.metrics)
-    _save(training, results, run)
+    _save(training, results, run, progress)
     return DistillResult(run.student, results)
 
 
@@ -127,7 +127,7 @@ def _own_rates(section: DistillSection, model: DistillationModel) -> dict[str, f
     return rates | {f"{PROJECTIONS}.": projections}
 
 
-def _save(training: Training, results: dict[str, Any], run: RunDirectory) -> None:
+def _save(training: Training, results: dict[str, Any], run: RunDirectory, progress: Progress) -> None:
     recipe = training.recipe
     record = student_record(
         training.student,
@@ -137,7 +137,9 @@ def _save(training: Training, results: dict[str, Any], run: RunDirectory) -> Non
         label_column=recipe.data.label,
         labels_declared=training.data.labels_declared,
     )
-    save_student(run.student, training.student, record, model_card(results))
+    lacking = save_student(run.student, training.student, record, model_card(results))
+    if lacking:
+        progress.note(f"student/ has no model.onnx: {lacking}")
     write_file(run.results, (json.dumps(results, indent=2, ensure_ascii=False) + "\n").encode())
     if (run.checkpoints / STAGE).exists():  # the student is safe: nothing is left to continue
         remove_directory(run.checkpoints / STAGE)  # at once: half a checkpoint would be damage to the next command

@@ -5,12 +5,14 @@ student/
   kdcache.json                                 what transformers has no place for: columns, max_length, method, head
   README.md                                    the model card
   shared_head.safetensors                      with the shared head only: pooling, dense layer and adapter
-  model.onnx                                   with the shared head only: input_ids, attention_mask … -> logits
+  model.onnx                                   with the shared head only: input_ids, attention_mask … -> logits; absent where torch
+                                               cannot export the model (XLNet, Longformer)
 """
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import warnings
 from dataclasses import asdict, dataclass
@@ -36,6 +38,7 @@ RECORD_FILE = "kdcache.json"
 HEAD_FILE = "shared_head.safetensors"
 ONNX_FILE = "model.onnx"
 FORMAT = 1
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")  # of the exporter's messages
 
 
 @dataclass(frozen=True)
@@ -95,8 +98,11 @@ def student_record(
     )
 
 
-def save_student(directory: Path, student: Student, record: StudentRecord, card: str) -> None:
-    """Write the directory under a temporary name, sync it, and put it in the place of an older one. Raises StorageError."""
+def save_student(directory: Path, student: Student, record: StudentRecord, card: str) -> str:
+    """Write the directory under a temporary name, sync it, and put it in the place of an older one. Raises StorageError.
+
+    Returns why there is no model.onnx, where torch could not export it: a trained student is not lost for that. Else "".
+    """
     temporary = directory.with_name(f".{directory.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     make_directory(directory.parent)
@@ -108,12 +114,18 @@ def save_student(directory: Path, student: Student, record: StudentRecord, card:
     if not record.trust_remote_code:
         del document["trust_remote_code"]  # as it always was
     (temporary / RECORD_FILE).write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    (temporary / "README.md").write_text(card, encoding="utf-8")
+    lacking = ""
     if model.head is not None:
         _save_shared_head(model, temporary / HEAD_FILE)
-        export_onnx(student, len(record.text_columns), temporary / ONNX_FILE)
+        try:
+            export_onnx(student, len(record.text_columns), temporary / ONNX_FILE)
+        except ModelError as error:
+            lacking, card = error.message, f"{card}\nThere is no `{ONNX_FILE}`: {error.message}.\n"
+            (temporary / ONNX_FILE).unlink(missing_ok=True)
+    (temporary / "README.md").write_text(card, encoding="utf-8")
     sync_tree(temporary)
     publish_directory(temporary, directory)
+    return lacking
 
 
 def _save_shared_head(model: StudentModel, path: Path) -> None:
@@ -248,7 +260,7 @@ def export_onnx(student: Student, columns: int, path: Path) -> None:
             assert program is not None
             program.save(str(path), external_data=False)
     except Exception as error:  # the exporter raises what its many passes raise
-        reason = (str(error).strip().splitlines() or [""])[0]
+        reason = (_COLOUR.sub("", str(error)).strip().splitlines() or [""])[0]
         raise ModelError(
             f"the student cannot be exported to ONNX: {type(error).__name__}: {reason}", "Set student.head = 'standard'."
         ) from error

@@ -13,10 +13,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from kdcache.testing.architectures import ARCHITECTURES
+from kdcache.testing.student_check import student_verdict
 from kdcache.testing.teacher_check import TeacherVerdict, teacher_verdict
 
 BEGIN, END = "<!-- table -->", "<!-- end of table -->"
-_HEADER = ("model", "kind", "teacher, own head", "teacher, shared head", "either padding side", "alone against batched")
+_HEADER = (
+    "model",
+    "kind",
+    "teacher, own head",
+    "teacher, shared head",
+    "either padding side",
+    "alone against batched",
+    "student",
+)
 
 
 def teacher_column(verdict: TeacherVerdict) -> str:
@@ -26,11 +35,13 @@ def teacher_column(verdict: TeacherVerdict) -> str:
 
 
 def rows() -> Iterator[tuple[str, ...]]:
-    """The cells of every architecture; the last is the largest difference, the only one that rounding changes."""
+    """The cells of every architecture; the largest difference is the only one that rounding changes."""
     for name, architecture in ARCHITECTURES.items():
         with tempfile.TemporaryDirectory() as place:
-            verdict = teacher_verdict(architecture, Path(place))
-        yield name, architecture.kind, teacher_column(verdict), f"{verdict.difference:.0e}" if verdict.works else "–"
+            verdict = teacher_verdict(architecture, Path(place) / "teacher")
+            student = student_verdict(architecture, Path(place) / "student")
+        difference = f"{verdict.difference:.0e}" if verdict.works else "–"
+        yield name, architecture.kind, teacher_column(verdict), difference, student.word
 
 
 def table() -> str:

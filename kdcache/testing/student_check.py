@@ -127,6 +127,7 @@ def _check_a_step(student: Student) -> None:
         return functional.cross_entropy(output.logits, labels)
 
     before = loss()
+    assert torch.equal(loss(), before), "dropout = 0 leaves some of it"
     before.backward()
     gradients = [(parameter, parameter.grad) for parameter in model.parameters() if parameter.grad is not None]
     norm = sum(float(gradient.square().sum()) for _, gradient in gradients) ** 0.5

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from kdcache.distill.evaluation import encode_split, predict
 from kdcache.distill.student import Student, build_student
+from kdcache.distill.student_files import load_student, save_student, student_record
 from kdcache.errors import ModelError
 from kdcache.recipe import StudentSection
 from kdcache.teachers import network
@@ -22,6 +23,7 @@ from kdcache.testing.architectures import ARCHITECTURES, DEPTH
 from kdcache.testing.student_check import TEXTS, StudentVerdict, student_verdict
 from kdcache.testing.teachers import make_teachers
 
+PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 REFUSED = {"T5": "encoder-decoder", "BART": "encoder-decoder", "Funnel": "funnel"}
 WHOLE_ONLY = {"ALBERT": "share weights"}
 
@@ -37,6 +39,8 @@ def test_every_architecture_as_a_student(name: str, tmp_path: Path) -> None:
         assert verdict.cut is not None and WHOLE_ONLY[name] in verdict.cut, verdict
     else:
         assert (verdict.cut is None) == verdict.works, verdict.cut
+    row = next(line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith(f"| {name} |"))
+    assert row.endswith(f" | {verdict.word} |")
 
 
 def test_the_table_has_an_answer_for_every_student() -> None:
@@ -181,6 +185,20 @@ def test_decoders_under_the_shared_head(name: str, tmp_path: Path) -> None:
     )
     with pytest.raises(ModelError, match=r"causal decoder .* first token"):
         build_student(section, ("0", "1"), max_length=64, seed=0, teachers_dir=teachers)
+
+
+def test_a_student_that_torch_cannot_export_is_saved_without_its_graph(tmp_path: Path) -> None:
+    teachers = make_teachers(tmp_path / "teachers", {"bert": "bert"}, label_names=("0", "1"))
+    section = StudentSection(init_from=str(ARCHITECTURES["Longformer"].save(tmp_path / "source")), head="shared")
+    student = build_student(section, ("0", "1"), max_length=64, seed=0, teachers_dir=teachers)
+    record = student_record(student, name="tiny", method="kd", text_columns=("sentence",), label_column="label")
+    lacking = save_student(tmp_path / "student", student, record, "card")
+    assert "cannot be exported" in lacking
+    assert "\n" not in lacking
+    assert "\x1b" not in lacking
+    assert not (tmp_path / "student" / "model.onnx").exists()
+    assert lacking in (tmp_path / "student" / "README.md").read_text()
+    assert torch.allclose(logits(load_student(tmp_path / "student"), TEXTS), logits(student, TEXTS), atol=1e-6)
 
 
 def build(source: Path, **settings: Any) -> Student:
