@@ -1,4 +1,4 @@
-"""Changes one line at a time and looks whether a test notices: ``make mutants``, or for some modules
+"""Changes one line at a time and looks whether a test notices: ``make mutants``, or for some modules, as below.
 
     python tests/mutation.py kdcache/cache/files.py kdcache/share/gc.py
 

@@ -18,6 +18,7 @@ from kdcache.distill.student import Student, StudentModel
 from kdcache.distill.student_files import load_student, read_record
 from kdcache.errors import RecipeError
 from kdcache.report.metrics import scores
+from kdcache.training.loop import default_device
 
 _TOKENS_PER_ROW = 128  # a batch of n rows is n x 128 padded tokens
 
@@ -90,6 +91,6 @@ def evaluate_model(
     rows = read_examples(source, list(text), label, student.label_names)
     if max_length is not None:
         student = Student(student.model, student.tokenizer, student.label_names, max_length, student.source)
-    student.model.to("cuda" if torch.cuda.is_available() else "cpu")
+    student.model.to(default_device())
     split = encode_split(student, rows.texts, rows.labels)
     return {**split_scores(student.model, split, batch), "rows": len(rows.labels)}
