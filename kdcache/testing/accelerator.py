@@ -28,26 +28,26 @@ _MAY_INDEX = {_ATEN.index.Tensor, _ATEN.index_put_.default, _ATEN.index_put.defa
 
 
 class Elsewhere(torch.Tensor):
-    """A tensor of the accelerator; ``values`` are its values, on the CPU."""
+    """A tensor of the accelerator; ``inside`` has its values, on the CPU."""
 
-    values: Tensor
+    inside: Tensor
 
     @staticmethod
     def __new__(cls, values: Tensor) -> Elsewhere:
         made: Elsewhere = torch.Tensor._make_wrapper_subclass(
             cls, values.shape, strides=values.stride(), storage_offset=values.storage_offset(), dtype=values.dtype, device=DEVICE
         )
-        made.values = values
+        made.inside = values
         return made
 
     def __init__(self, values: Tensor) -> None:
         pass
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
-        return f"Elsewhere({self.values!r})"
+        return f"Elsewhere({self.inside!r})"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.values.detach().__reduce_ex__(protocol)  # saved as tensors of a GPU are
+        return self.inside.detach().__reduce_ex__(protocol)  # saved as tensors of a GPU are
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
@@ -109,7 +109,7 @@ def _run(func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
         strangers = [one for one in flat if isinstance(one, Tensor) and not isinstance(one, Elsewhere) and one.dim()]
         if strangers and not (func in _MAY_INDEX and isinstance(first, Elsewhere)):
             raise RuntimeError(f"{func}: expected all tensors to be on the same device, found the accelerator and the CPU")
-    real_args, real_kwargs = tree_unflatten([one.values if isinstance(one, Elsewhere) else one for one in flat], spec)
+    real_args, real_kwargs = tree_unflatten([one.inside if isinstance(one, Elsewhere) else one for one in flat], spec)
     if asked is not None:
         real_kwargs["device"] = torch.device("cpu") if asked == DEVICE else asked
     result = func(*real_args, **real_kwargs)
@@ -118,7 +118,7 @@ def _run(func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
     goes_there = asked == DEVICE if asked is not None else bool(there)
     if not goes_there:
         return result
-    known = {id(one.values): one for one in there}
+    known = {id(one.inside): one for one in there}
 
     def placed(one: Any) -> Any:
         if not isinstance(one, Tensor):
