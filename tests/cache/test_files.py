@@ -37,7 +37,7 @@ WAYS: dict[str, Write] = {
     "write_file": lambda path: write_file(path, b"new content"),
     "write_stream": lambda path: write_stream(path, [b"new ", b"content"], lambda: None),
     "create_file": lambda path: create_file(path, b"new content"),
-    "share_file": lambda path: share_file(path.parents[1] / "source", path),
+    "share_file": lambda path: share_file(next(found for one in path.parents if (found := one / "source").exists()), path),
 }
 
 
