@@ -118,9 +118,11 @@ def share_file(source: Path, target: Path) -> None:
     except OSError:
         write_file(target, source.read_bytes())
         return
-    _step(target, lambda: disk.rename(temporary, target))
-    with contextlib.suppress(FileNotFoundError):
-        temporary.unlink()  # where both names were of one file already, renaming does nothing
+    try:
+        _step(target, lambda: disk.rename(temporary, target))
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()  # where renaming failed, and where both names were of one file already: then it does nothing
     _step(target, lambda: disk.fsync_directory(target.parent))
 
 

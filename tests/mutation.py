@@ -1,4 +1,4 @@
-"""Mutation testing: change one line at a time and see whether a test fails.
+"""Changes one line at a time and looks whether a test notices: ``make mutants``, or for some modules, as below.
 
     make mutants
     python tests/mutation.py kdcache/files.py kdcache/share/gc.py

@@ -19,6 +19,7 @@ from kdcache.distill.student_files import load_student, read_record
 from kdcache.errors import RecipeError
 from kdcache.progress import listed_apart
 from kdcache.report.metrics import scores
+from kdcache.training.loop import default_device
 
 _TOKENS_PER_ROW = 128  # a batch of n rows is n x 128 padded tokens
 
@@ -115,7 +116,7 @@ def evaluate_model(
     rows = read_examples(source, list(text), label, student.label_names, labels_declared=declared, numbered_as=labels)
     if max_length is not None:
         student = Student(student.model, student.tokenizer, student.label_names, max_length, student.source)
-    student.model.to("cuda" if torch.cuda.is_available() else "cpu")
+    student.model.to(default_device())
     split = encode_split(student, rows.texts, rows.labels)
     odd = {"left_out": rows.empty, "truncated": split.encoded.truncated_count}
     counts = {"rows": len(rows.labels), **{name: count for name, count in odd.items() if count}}

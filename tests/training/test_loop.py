@@ -54,10 +54,12 @@ class Regression:
 
     def losses(self, batch: Any) -> Iterator[tuple[Tensor, Mapping[str, float | Tensor]]]:
         self.seen += 1
+        device = next(self.model.parameters()).device
+        inputs, targets = self.inputs.to(device), self.targets.to(device)
         jitter = random.random() + float(np.random.rand())
         for part in micro_batches(len(batch), self.micro):
             rows = batch[part]
-            error = ((self.model(self.inputs[rows]) - self.targets[rows]) ** 2).mean() * (len(rows) / len(batch))
+            error = ((self.model(inputs[rows]) - targets[rows]) ** 2).mean() * (len(rows) / len(batch))
             poison = torch.nan if self.seen - 1 == self.poison_at else 1.0
             yield error * (1 + 0.01 * jitter) * poison, {"squares": error.detach() * poison, "one": 1.0 / self.micro}
 
@@ -78,7 +80,7 @@ def run(trainee: Regression, directory: Path, settings: LoopSettings = SETTINGS)
 
 
 def weights(trainee: Regression) -> bytes:
-    return b"".join(parameter.detach().numpy().tobytes() for parameter in trainee.model.parameters())
+    return b"".join(parameter.detach().cpu().numpy().tobytes() for parameter in trainee.model.parameters())
 
 
 def lines(directory: Path) -> list[dict[str, Any]]:
@@ -122,7 +124,7 @@ def test_micro_batches_add_up_to_the_batch(tmp_path: Path) -> None:
     for micro in (1, 3):
         trainee = Regression(micro=micro, dropout=0.0)
         run(trainee, tmp_path / str(micro))
-        outcomes.append(torch.cat([parameter.detach().flatten() for parameter in trainee.model.parameters()]))
+        outcomes.append(torch.cat([parameter.detach().cpu().flatten() for parameter in trainee.model.parameters()]))
     torch.testing.assert_close(*outcomes)
     one, three = (lines(tmp_path / name) for name in ("1", "3"))
     assert [line.keys() for line in one] == [line.keys() for line in three]

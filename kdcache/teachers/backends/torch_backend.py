@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kdcache.errors import ModelError
 from kdcache.teachers.backends.base import TeacherOutput
+from kdcache.training.loop import default_device
 
 if TYPE_CHECKING:
     from kdcache.teachers.teacher import Teacher
@@ -31,7 +32,7 @@ class TorchBackend:
         if precision not in _AUTOCAST:
             raise ModelError(f"precision '{precision}' is not known; expected float32, bf16 or fp16", "Set dump.precision.")
         self.precision = precision
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = default_device().type
         self._dtype = _AUTOCAST[precision]
         self._model = teacher.model.to(self.device).eval()
 

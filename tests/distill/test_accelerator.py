@@ -1,0 +1,62 @@
+"""A student that trains on an accelerator: all that it is given goes there, and it learns what it learns on the CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from kdcache.cache.reader import open_cache
+from kdcache.cache.verify import verify
+from kdcache.distill.evaluation import evaluate_model
+from kdcache.distill.stage import DistillResult, distill
+from kdcache.dump.stage import dump_teachers
+from kdcache.progress import SilentProgress
+from kdcache.testing.accelerator import fake_accelerator
+from tests.distill.conftest import TinyRun
+
+CASES = {"mt-bert, in pieces": ["distill.accumulation=2"], "kd": ["distill.method=kd"], "fine-tune": ["distill.method=fine-tune"]}
+
+
+def assert_same(here: DistillResult, there: DistillResult) -> None:
+    """With the same kernel of attention on both sides, up to rounding: AdamW has a kernel of its own for the CPU."""
+    found, expected = (load_file(one.student / "model.safetensors") for one in (there, here))
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("overrides", CASES.values(), ids=CASES)
+def test_a_student_from_a_cache(tiny_run: TinyRun, tmp_path: Path, overrides: list[str]) -> None:
+    recipe = tiny_run.recipe(*overrides, "distill.dropout=0.0")
+    with sdpa_kernel(SDPBackend.MATH):
+        here = distill(recipe, tiny_run.cache, tmp_path / "here", progress=SilentProgress())
+    with fake_accelerator():
+        there = distill(recipe, tiny_run.cache, tmp_path / "there", progress=SilentProgress())
+        score = evaluate_model(there.student, str(tiny_run.recipe().data.validation))
+    assert_same(here, there)
+    assert score["accuracy"] == there.scores["validation"]["accuracy"]
+
+
+def test_a_student_of_live_teachers(tiny_run: TinyRun, tmp_path: Path) -> None:
+    recipe = tiny_run.recipe("distill.dropout=0.0")
+    with sdpa_kernel(SDPBackend.MATH):
+        here = distill(recipe, tiny_run.cache, tmp_path / "here", live_teachers=tiny_run.teachers, progress=SilentProgress())
+    with fake_accelerator():
+        there = distill(recipe, tiny_run.cache, tmp_path / "there", live_teachers=tiny_run.teachers, progress=SilentProgress())
+    assert_same(here, there)
+
+
+def test_a_dump(tiny_run: TinyRun, tmp_path: Path) -> None:
+    """Coded, since codes are searched on the device."""
+    with fake_accelerator():
+        dump_teachers(tiny_run.recipe("dump.dtype=coded", "dump.bytes=4"), tiny_run.teachers, tmp_path, progress=SilentProgress())
+    assert verify(tmp_path) == []
+    found, expected = open_cache(tmp_path), open_cache(tiny_run.cache)
+    for teacher in found.teachers:
+        for part in found.parts:
+            np.testing.assert_allclose(
+                found.outputs(teacher, part.name).logits, expected.outputs(teacher, part.name).logits, atol=1e-4, rtol=1e-4
+            )
