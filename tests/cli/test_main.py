@@ -20,6 +20,7 @@ from tests.cli.conftest import FinishedRun
 HEAVY = ("torch", "transformers", "accelerate", "onnxruntime", "datasets", "pyarrow", "zarr", "pydantic", "rich.table")
 COMMANDS = [
     *(("cofinetune",), ("plan",), ("dump-teachers",), ("audit",), ("distill",), ("run",), ("evaluate",), ("report",), ("env",)),
+    ("methods",),
     *(("cache", "info"), ("cache", "verify"), ("pipelines", "ls"), ("pipelines", "cp"), ("pipelines", "validate")),
     *(("pipelines", "prepare"), ("remote", "check")),
     *(("cache", "push"), ("cache", "pull"), ("cache", "ls"), ("cache", "rm"), ("cache", "gc"), ("cache", "status")),
@@ -68,6 +69,7 @@ def test_help_lists_every_command() -> None:
         "report",
         "cache",
         "pipelines",
+        "methods",
         "env",
     ):
         assert f"\n  {name}" in said.out

@@ -43,7 +43,8 @@ class Scored(DistillTrainee):
 
     def __init__(self, place: Path, scores: Scores, history: History) -> None:
         source = SimpleNamespace(steps_per_epoch=3)
-        super().__init__(cast("Any", Distillation()), cast("Any", source), None, BestEpoch(place / "best", place, {"data": "a"}))
+        best = BestEpoch(place / "best", place, {"data": "a"})
+        super().__init__(cast("Any", Distillation()), cast("Any", source), None, best, epochs=EPOCHS)
         self._scores, self._history = scores, history
 
     def batches(self, epoch: int, first_step: int) -> Iterator[Any]:
