@@ -10,8 +10,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-
-from kdcache.cache import files
 from kdcache.cache.files import (
     Disk,
     FileDigest,
@@ -25,6 +23,8 @@ from kdcache.cache.files import (
     write_file,
     write_stream,
 )
+
+from kdcache.cache import files
 from kdcache.errors import StorageError
 from kdcache.testing.faults import FaultyDisk, counting_disk, failing_disk
 from kdcache.testing.power_cut import watched
