@@ -176,7 +176,7 @@ def fingerprints_on_disk(directory: Path, name: str, record: TeacherRecord, bund
 
 
 def _load_parts(
-    directory: Path, name: str, record: TeacherRecord, bundle: Bundle, *, trusted: bool
+    directory: Path, name: str, record: TeacherRecord, bundle: Bundle, *, trusted: bool = False
 ) -> tuple[TeacherModel, PreTrainedTokenizerBase]:
     place = directory / name
     try:
