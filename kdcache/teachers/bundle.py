@@ -188,7 +188,7 @@ def _fingerprints(model: TeacherModel, tokenizer: PreTrainedTokenizerBase, name:
 
 
 def _load_parts(
-    directory: Path, name: str, record: TeacherRecord, bundle: Bundle, *, trusted: bool
+    directory: Path, name: str, record: TeacherRecord, bundle: Bundle, *, trusted: bool = False
 ) -> tuple[TeacherModel, PreTrainedTokenizerBase]:
     place = directory / name
     try:

@@ -192,9 +192,9 @@ def test_one_teacher_at_a_time(bench: Workbench, monkeypatch: pytest.MonkeyPatch
     loaded: list[torch.nn.Module] = []
     load = run.load_teacher
 
-    def watched(directory: Path, name: str) -> Teacher:
+    def watched(directory: Path, name: str, **options: bool) -> Teacher:
         assert all(parameter.device.type == "meta" for model in loaded for parameter in model.parameters())
-        teacher = load(directory, name)
+        teacher = load(directory, name, **options)
         loaded.append(teacher.model)
         return teacher
 
@@ -311,10 +311,10 @@ def test_provenance_and_card(bench: Workbench) -> None:
 def test_an_interruption_does_not_lose_how_a_teacher_was_run(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
     load = run.load_teacher
 
-    def interrupted(directory: Path, name: str) -> Teacher:
+    def interrupted(directory: Path, name: str, **options: bool) -> Teacher:
         if name == "xlm":
             raise KeyboardInterrupt
-        return load(directory, name)
+        return load(directory, name, **options)
 
     monkeypatch.setattr(run, "load_teacher", interrupted)
     with pytest.raises(KeyboardInterrupt):
