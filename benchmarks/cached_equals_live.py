@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 from small import first_rows
 
-from kdcache.distill.trainee import DistillTrainee
-from kdcache.distill.training import prepare
+from kdcache.distill.setup import prepare
+from kdcache.distill.stage import DistillTrainee
 from kdcache.dump.stage import dump_teachers
 from kdcache.progress import RichProgress, SilentProgress
 from kdcache.recipe import Recipe, load_recipe

@@ -35,7 +35,7 @@ from kdcache.codecs.int8 import INT8
 from kdcache.codecs.trellis import TRELLIS
 from kdcache.codecs.trellis.codebook import decode_rows
 from kdcache.codecs.trellis.coder import Coder, RowDecoder
-from kdcache.codecs.trellis.training import allot_bits, train_codebook
+from kdcache.codecs.trellis.fit import allot_bits, train_codebook
 from kdcache.data.task import load_task
 from kdcache.dump.fitting import Moments, fit_basis
 from kdcache.dump.run import open_teacher, text_batches

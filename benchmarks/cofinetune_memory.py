@@ -78,8 +78,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
     from kdcache.progress import SilentProgress
     from kdcache.teachers.cofinetune import cofinetune
+    from kdcache.teachers.joint import JointTrainee
     from kdcache.teachers.teacher import be_quiet
-    from kdcache.teachers.trainee import JointTrainee
 
     if options.measure == "summed":
         JointTrainee.losses = summed_losses(JointTrainee.losses)  # type: ignore[method-assign]
@@ -146,8 +146,8 @@ def count_saved_tensors(recipe: Any, kept: dict[str, int]) -> None:
     from kdcache.data.task import load_task
     from kdcache.teachers import joint
     from kdcache.teachers.head import SharedHead
+    from kdcache.teachers.joint import JointTrainee, Labels
     from kdcache.teachers.sources import open_source, under_shared_head
-    from kdcache.teachers.trainee import JointTrainee, Labels
     from kdcache.training.best_epoch import BestEpoch
 
     task = load_task(recipe.data)

@@ -71,13 +71,13 @@ def _texts(count: int, words: int) -> list[tuple[str, ...]]:
 
 
 def _write_cache(path: Path, tokenizers: list[Any], options: argparse.Namespace) -> None:
-    from kdcache.cache.blocks import Outputs
     from kdcache.cache.ids import id_array, text_id
     from kdcache.cache.spec import Fingerprints, Settings, TargetSpec, TaskSpec, TeacherSpec
+    from kdcache.cache.tokens import Outputs
     from kdcache.cache.writer import open_writer
     from kdcache.codecs.base import Basis, HiddenBlock, LayerSpec
     from kdcache.data.encoding import TRUNCATION, encode, tokenizer_fingerprint, tokenizer_json
-    from kdcache.distill.align_store import student_tokens
+    from kdcache.loader.alignment import student_tokens
 
     texts = _texts(options.parts * options.part_size, options.words)
     layers = {DEPTH * j // options.layers: LayerSpec("pca", options.dim, options.dtype) for j in range(1, options.layers + 1)}
@@ -112,7 +112,7 @@ def _block(rng: np.random.Generator, tokens: int, options: argparse.Namespace, b
 
 def _measure(path: Path, tokenizers: list[Any], options: argparse.Namespace) -> dict[str, Any]:
     from kdcache.cache.reader import open_cache
-    from kdcache.distill.loader import loader
+    from kdcache.loader.cached import loader
 
     with _timed() as opening:
         memory = round(options.memory_gb * 2**30)

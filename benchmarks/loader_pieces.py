@@ -21,8 +21,8 @@ import numpy as np
 import torch
 
 from kdcache.codecs.base import HiddenBlock
-from kdcache.distill.interleave import Interleaved, layers_of
-from kdcache.distill.loader import loader
+from kdcache.loader.cached import loader
+from kdcache.loader.parts import Interleaved, layers_of
 from kdcache.testing import tiny
 
 TOKENS, TEACHER_TOKENS, PARTS = 1100, 1000, 8  # of a batch of 32 texts
@@ -130,7 +130,7 @@ def _batches() -> dict[str, int]:
     """Everything that the loader does for a batch, parts decoded, by how many steps are looked up at once; medians over epochs by turns."""
     import rivals
 
-    from kdcache.distill import prefetch
+    from kdcache.loader import prefetch
 
     options = argparse.Namespace(rows=16384, dim=256, dtype="float16", tokens=24)
     taken: dict[str, list[float]] = {}
@@ -152,8 +152,7 @@ def _batches() -> dict[str, int]:
 def _part() -> dict[str, float]:
     """Student tokens and an alignment of a part, made anew."""
     from kdcache.data.encoding import encode
-    from kdcache.distill.align_store import student_tokens
-    from kdcache.distill.alignment import align
+    from kdcache.loader.alignment import align, student_tokens
 
     texts = [(" ".join(text for text, _ in tiny.reviews(3, seed=seed)),) for seed in range(4096)]
     student = encode(tiny.wordpiece_tokenizer(), texts, 128)

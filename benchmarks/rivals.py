@@ -40,10 +40,10 @@ HERE = "kdcache, caller's thread"
 CONTENDERS = ("kdcache", HERE, "memory map", "safetensors", "datasets", "streaming", "litdata")
 IMPORTS = {  # what a program has loaded before it opens its data
     **dict.fromkeys(
-        ("kdcache", HERE), ("kdcache.distill.loader", "kdcache.cache.reader", "kdcache.testing.tiny", "transformers", "zarr")
+        ("kdcache", HERE), ("kdcache.loader.cached", "kdcache.cache.reader", "kdcache.testing.tiny", "transformers", "zarr")
     ),
     "memory map": (),
-    "safetensors": ("safetensors.numpy", "kdcache.distill.order"),
+    "safetensors": ("safetensors.numpy", "kdcache.loader.order"),
     "datasets": ("datasets",),
     "streaming": ("streaming",),
     "litdata": ("litdata",),
@@ -181,14 +181,14 @@ def part_bounds(rows: int) -> list[tuple[int, int]]:
 
 
 def write_kdcache(folder: Path, values: np.ndarray, offsets: np.ndarray) -> None:
-    from kdcache.cache.blocks import Outputs
     from kdcache.cache.ids import id_array, id_list, text_id
     from kdcache.cache.spec import Fingerprints, Settings, TargetSpec, TaskSpec, TeacherSpec
+    from kdcache.cache.tokens import Outputs
     from kdcache.cache.writer import open_writer
     from kdcache.codecs.base import Basis, HiddenBlock, LayerSpec
     from kdcache.data.encoding import TRUNCATION, encode, tokenizer_fingerprint, tokenizer_json
-    from kdcache.distill.align_store import student_tokens
     from kdcache.files import use_disk
+    from kdcache.loader.alignment import student_tokens
     from kdcache.testing import tiny
     from kdcache.testing.faults import UnsyncedDisk
 
@@ -228,7 +228,7 @@ def digits(row: int, length: int) -> tuple[str, ...]:
 
 
 def read_kdcache(folder: Path, arguments: argparse.Namespace) -> Callable[[], Batches]:
-    from kdcache.distill.loader import loader
+    from kdcache.loader.cached import loader
     from kdcache.testing import tiny
 
     whole = arguments.regime == "memory"
@@ -293,7 +293,7 @@ def write_safetensors(folder: Path, values: np.ndarray, offsets: np.ndarray) -> 
 def read_safetensors(folder: Path, arguments: argparse.Namespace) -> Callable[[], Batches]:
     from safetensors.numpy import load_file
 
-    from kdcache.distill.order import epoch_order
+    from kdcache.loader.order import epoch_order
 
     bounds, whole = part_bounds(arguments.rows), arguments.regime == "memory"
     part_of = np.repeat(np.arange(PARTS), [end - start for start, end in bounds])

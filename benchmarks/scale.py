@@ -28,8 +28,8 @@ from measure import in_a_process, machine, peak_memory_mb, resident_mb
 if TYPE_CHECKING:
     from kdcache.cache.spec import TeacherSpec
     from kdcache.cache.writer import CacheWriter
-    from kdcache.distill.loader import CachedBatches
-    from kdcache.distill.targets import Batch
+    from kdcache.loader.cached import CachedBatches
+    from kdcache.loader.targets import Batch
 
 TEACHERS, LAYERS, DIM, WORDS, PART, WINDOW = 3, 3, 8, 5, 4096, 2
 MAX_LENGTH = 32
@@ -118,7 +118,7 @@ def teachers() -> list[TeacherSpec]:
 
 def write_targets(writer: CacheWriter, specs: list[TeacherSpec], rng: np.random.Generator) -> None:
     """Random outputs and hidden states of every teacher and part; each part is tokenised once."""
-    from kdcache.cache.blocks import Outputs
+    from kdcache.cache.tokens import Outputs
     from kdcache.codecs.base import Basis, HiddenBlock
     from kdcache.data.encoding import encode
     from kdcache.testing import tiny
@@ -142,7 +142,7 @@ def read(path: Path, steps: int) -> dict[str, float]:
     """Open, first batch, and memory once the window is full, over ``steps`` batches."""
     import torch
 
-    from kdcache.distill.loader import loader
+    from kdcache.loader.cached import loader
     from kdcache.testing import tiny
 
     torch.set_num_threads(1)

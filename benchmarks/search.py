@@ -22,7 +22,7 @@ from measure import machine, ratio, rounds, summary
 
 from kdcache.codecs.trellis import coded_dim
 from kdcache.codecs.trellis.coder import Coder, search_on_device
-from kdcache.codecs.trellis.training import WINDOW, allot_bits, train_codebook
+from kdcache.codecs.trellis.fit import WINDOW, allot_bits, train_codebook
 
 CASES = ((384, 16), (384, 48), (384, 96), (384, 192), (768, 96), (768, 192))  # width and bytes
 

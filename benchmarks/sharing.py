@@ -134,9 +134,9 @@ def _peak_memory_mb(pid: int) -> float:
 
 def write(path: Path, gigabytes: float) -> None:
     """A cache of about that size that is valid in every byte."""
-    from kdcache.cache.blocks import Outputs
     from kdcache.cache.ids import id_array, text_id
     from kdcache.cache.spec import Fingerprints, Settings, TargetSpec, TaskSpec, TeacherSpec
+    from kdcache.cache.tokens import Outputs
     from kdcache.cache.writer import open_writer
     from kdcache.codecs.base import Basis, HiddenBlock, LayerSpec
     from kdcache.files import use_disk

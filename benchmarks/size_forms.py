@@ -21,10 +21,10 @@ from product import ProductQuantiser
 from kdcache import open_cache
 from kdcache.codecs.registry import format_of, storage_formats
 from kdcache.data.encoding import encode
-from kdcache.distill.forms import target_dim
 from kdcache.dump.fidelity import measure, through
 from kdcache.dump.specs import PreparedTeacher, prepare_teachers, scopes
 from kdcache.dump.stage import dump_teachers
+from kdcache.loader.choice import target_dim
 from kdcache.progress import RichProgress
 from kdcache.teachers.backends import TeacherBackend, TeacherOutput
 from kdcache.teachers.bundle import read_bundle

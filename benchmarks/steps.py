@@ -28,7 +28,7 @@ from measure import in_a_process, machine, peak_memory_mb, ratio, rounds, summar
 
 from kdcache.cache.memory import keep_freed_blocks
 from kdcache.cache.reader import open_cache
-from kdcache.distill.training import Training, prepare
+from kdcache.distill.setup import Training, prepare
 from kdcache.progress import SilentProgress
 from kdcache.recipe import load_recipe
 from kdcache.training.loop import default_device
@@ -36,7 +36,7 @@ from kdcache.training.optim import adamw
 
 if TYPE_CHECKING:
     from kdcache.distill.objective import DistillationModel
-    from kdcache.distill.targets import Batch
+    from kdcache.loader.targets import Batch
 
 CONTENDERS = ("fine-tune", "cached", "memory", "logits only", "live")
 METHODS = {"fine-tune": ["distill.method=fine-tune"], "logits only": ["distill.weights.hidden=0.0"]}

@@ -17,12 +17,12 @@ from kdcache.cache.spec import LayerSpec
 from kdcache.files import Disk, create_file, share_file, use_disk, write_file, write_stream
 from kdcache.progress import SilentProgress
 from kdcache.runs import RunDirectory, mark_finished, write_durably
-from kdcache.share.directory import DirectoryRemote
 from kdcache.share.local_store import LocalStore
 from kdcache.share.pull import pull
 from kdcache.share.push import push
 from kdcache.share.reading_through import read_through
 from kdcache.share.refs import resolve
+from kdcache.share.stores.directory import DirectoryRemote
 from kdcache.testing.caches import LAYERS, Plan, dump, made_plan, made_teacher, made_texts
 from kdcache.testing.memory_remote import MemoryRemote
 from kdcache.testing.power_cut import watched

@@ -11,8 +11,8 @@ from kdcache.codecs.registry import format_of
 from kdcache.errors import NonFiniteError
 
 if TYPE_CHECKING:
-    from kdcache.cache.blocks import Outputs
     from kdcache.cache.spec import TeacherSpec
+    from kdcache.cache.tokens import Outputs
     from kdcache.codecs.base import HiddenBlock
 
 _HINT = "Look at that text and at the teacher; a half-precision backend may overflow: try precision = 'float32'."

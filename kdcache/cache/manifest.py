@@ -18,7 +18,6 @@ import pydantic
 
 from kdcache.cache import layout
 from kdcache.cache.arrays import array_metadata, group_metadata, shard_bytes
-from kdcache.cache.bounds import most_bytes
 from kdcache.cache.canonical import NotCanonicalError, digest_of, digest_of_ordered, parse_json, readable_json
 from kdcache.cache.schema import FORMAT, UNKNOWN_FORMAT, VERSION, ManifestModel, contents_document, contents_of, files_document
 from kdcache.cache.spec import needs_tokens
@@ -29,6 +28,7 @@ from kdcache.files import digest_bytes
 if TYPE_CHECKING:
     from kdcache.cache.contents import Contents
     from kdcache.cache.spec import TeacherSpec
+
 
 MAX_BYTES = 256 << 20
 _APART = ("provenance", "identity", "checksum")  # not part of the identity
@@ -232,3 +232,34 @@ def _require(condition: bool, message: str) -> None:
 
 def _first(paths: set[str]) -> str:
     return f"'{min(paths)[:200]}'" if paths else ""
+
+
+_FRAME = 1 << 16  # schema, header, padding
+_EXAMPLE = 1100  # bytes of a row: id, label, and a group of a thousand characters on average
+TOKENIZER = 1 << 28
+TEXT = 1 << 31  # of a part
+
+
+def most_bytes(contents: Contents) -> Iterator[tuple[str, int]]:
+    """Each file that is read whole, and the bytes that it has at most."""
+    for part in contents.parts:
+        yield layout.ids_file(part.name), 16 * part.texts + _FRAME
+        if contents.has_text:
+            yield layout.text_file(part.name), TEXT
+    for split in contents.splits.values():
+        yield split.file, _EXAMPLE * split.examples + _FRAME
+    for teacher in contents.teachers.values():
+        yield from _of_teacher(contents, teacher)
+
+
+def _of_teacher(contents: Contents, teacher: TeacherSpec) -> Iterator[tuple[str, int]]:
+    yield layout.tokenizer_file(teacher.name), TOKENIZER
+    row = 4 * (teacher.target.shape[0] + (teacher.pooled or 0))
+    for part in contents.parts:
+        yield layout.outputs_file(teacher.name, part.name), row * part.texts + _FRAME
+    texts = {part.name: part.texts for part in contents.parts}
+    for part_name, tokens in contents.tokens.get(teacher.name, {}).items():
+        yield layout.tokens_file(teacher.name, part_name), 10 * tokens + 4 * texts.get(part_name, 0) + _FRAME
+    for layer, spec in teacher.layers.items():
+        values = spec.dim * teacher.width + teacher.width + spec.dim
+        yield layout.basis_file(teacher.name, layer), 4 * values + _FRAME + format_of(spec).basis_bytes

@@ -8,13 +8,15 @@ from typing import Any
 
 from kdcache.cache import layout
 from kdcache.cache.contents import Contents
+from kdcache.cache.digests import CheckedFiles
+from kdcache.cache.hidden import known_files
 from kdcache.cache.journal import Journal
 from kdcache.cache.manifest import Manifest, read_manifest
-from kdcache.cache.repair import drop_damaged
+from kdcache.cache.selection import read_local
 from kdcache.cache.spec import Settings, TaskSpec
 from kdcache.cache.stale import check_task
 from kdcache.errors import DamageError, MismatchError
-from kdcache.files import remove_temporaries
+from kdcache.files import remove_temporaries, write_file
 
 
 def refuse_links(root: Path) -> None:
@@ -89,3 +91,36 @@ def _begun(record: dict[str, Any] | None) -> Contents | None:
         Settings(record["seed"], record["part_size"]),
         record["text"] == "stored",
     )
+
+
+def drop_damaged(root: Path, contents: Contents, journal: Journal) -> None:
+    """Take damaged files out of ``contents``, durably. Every file is read."""
+    local = read_local(root)
+    files = CheckedFiles(root, contents.files, trust_earlier=False, local=local)
+    damaged = {path for path in list(contents.files) if not _is_whole(files, path)}
+    full = [part for part in contents.parts if part.scope == "full"]
+    for teacher in contents.teachers.values():
+        for part in full:
+            for path, data in known_files(contents, teacher, part).items():
+                if path in damaged:
+                    write_file(root / path, data)
+                    damaged.discard(path)
+        for layer, spec in teacher.layers.items():
+            if layout.basis_file(teacher.name, layer) in damaged:
+                for part in full:
+                    rows = contents.rows(teacher.name, part, spec)
+                    paths = () if rows is None else layout.layer_files(teacher.name, part.name, layer, spec, rows)
+                    damaged |= contents.files.keys() & set(paths)
+    lost = {path: contents.files.pop(path) for path in sorted(damaged)}
+    contents.lost.update(lost)
+    journal.add_damaged(lost)
+
+
+def _is_whole(files: CheckedFiles, path: str) -> bool:
+    try:
+        files.check(path)
+    except DamageError:
+        return False
+    except MismatchError:  # not pulled: nothing can be said of it
+        return True
+    return True

@@ -30,11 +30,11 @@ from kdcache.cache.tokens import OTHER, Tokens
 from kdcache.errors import MismatchError
 
 if TYPE_CHECKING:
-    from kdcache.cache.blocks import Outputs
     from kdcache.cache.contents import PartInfo
     from kdcache.cache.digests import Arrivals
     from kdcache.cache.selection import LocalSelection, Selection
     from kdcache.cache.spec import Settings, TaskSpec, TeacherSpec
+    from kdcache.cache.tokens import Outputs
     from kdcache.codecs.base import Basis, HiddenBlock, LayerSpec
 
 _KEPT = 1 << 18  # texts whose index stays in memory, 5 MB; that of more is made again in a second per two million

@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 
 from kdcache.cache.arrow_file import Field, TableDamageError, read_columns
-from kdcache.cache.blocks import Outputs
 from kdcache.cache.ids import ID_BYTES
-from kdcache.cache.tokens import Tokens
+from kdcache.cache.tokens import Outputs, Tokens
 
 __all__ = ["TableDamageError"]
 

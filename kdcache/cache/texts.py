@@ -7,6 +7,7 @@ seed. Parts are recorded one by one, in order: what is left after an interruptio
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from kdcache.cache.digests import CheckedFiles
     from kdcache.cache.journal import Journal
     from kdcache.cache.spec import Scope
+
 
 Texts = Mapping[bytes, tuple[str, ...]]
 
@@ -143,3 +145,21 @@ class TextPlan:
             f"'{self._root / path}' is damaged, and the texts that were given do not give it back",
             "Use the data that the cache was made from with --repair, or dump into a new directory.",
         )
+
+
+@dataclass(frozen=True)
+class Part:
+    """Texts that are run together. Scope 'full' gets everything, 'logits' gets outputs alone."""
+
+    name: str
+    scope: Scope
+    text_ids: np.ndarray  # uint8[n, 16]
+
+
+@dataclass(frozen=True)
+class PartTask:
+    """What is still missing of one teacher and part."""
+
+    part: Part
+    outputs: bool
+    layers: tuple[int, ...]

@@ -35,3 +35,11 @@ class Tokens:
     def lengths(self) -> np.ndarray:
         """Tokens per text, ``int64[n]``."""
         return np.diff(self.offsets)
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a teacher predicts for the ``n`` texts of a part."""
+
+    logits: np.ndarray  # float32[n, classes], raw: never a probability
+    pooled: np.ndarray | None = None  # float32[n, width]

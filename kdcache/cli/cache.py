@@ -17,7 +17,7 @@ from kdcache.progress import counted, format_bytes, listed
 
 if TYPE_CHECKING:
     from kdcache.share.refs import Ref
-    from kdcache.share.remote import Remote
+    from kdcache.share.stores.base import Remote
 
 CachePath = Annotated[Path, typer.Argument(metavar="PATH", help="Directory of a cache.", show_default=False)]
 CacheReference = Annotated[
@@ -33,7 +33,7 @@ def info(cache: CacheReference, remote: RemoteUrl = None, json: Json = False) ->
 
     Example: kdcache cache info sst2-3t@v2
     """
-    from kdcache.cache.describe import describe
+    from kdcache.cache.card import describe
     from kdcache.cache.reader import open_cache
 
     if Path(cache).is_dir():
@@ -107,7 +107,7 @@ def require_directory(path: Path) -> None:
 
 
 def _describe_remote(remote: Remote, ref: Ref) -> dict[str, Any]:
-    from kdcache.cache.describe import describe
+    from kdcache.cache.card import describe
     from kdcache.cache.reader import Cache
     from kdcache.share.pull import fetch_manifest
 
@@ -166,7 +166,7 @@ def _size(path: Path) -> int:
 
 def _show(description: dict[str, Any]) -> None:
     """For humans: the facts, then a line for each teacher and each of its layers."""
-    from kdcache.cache.describe import stored_as
+    from kdcache.cache.card import stored_as
 
     apart = ("teachers", "provenance", "examples", "bytes", "selection")
     examples = ", ".join(f"{split} {count:,}" for split, count in description["examples"].items())

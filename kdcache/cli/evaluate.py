@@ -39,7 +39,7 @@ def evaluate(
 
     Example: kdcache evaluate runs/sst2/student --data data/test.tsv --json
     """
-    from kdcache.distill.evaluation import evaluate_model
+    from kdcache.students.score import evaluate_model
 
     scores = evaluate_model(
         model,

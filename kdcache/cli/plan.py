@@ -14,7 +14,7 @@ from kdcache.errors import KdcacheError, RecipeError
 from kdcache.progress import format_bytes
 
 if TYPE_CHECKING:
-    from kdcache.dump.planner import StoragePlan
+    from kdcache.dump.plan import StoragePlan
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
@@ -40,7 +40,7 @@ def plan(
     """
     limit = None if budget is None else size_of(budget)
     job = open_job(recipe, settings, output_dir, teachers=teachers)
-    from kdcache.dump.planner import plan_storage
+    from kdcache.dump.plan import plan_storage
     from kdcache.runs import write_durably
 
     made = plan_storage(job.recipe, job.teachers, budget=limit, unseen=texts, progress=job.progress)

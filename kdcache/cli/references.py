@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kdcache.errors import RecipeError
-from kdcache.share import layout
+from kdcache.share import keys as layout
 
 if TYPE_CHECKING:
     from kdcache.share.reading_through import RemoteCache
     from kdcache.share.refs import Ref
-    from kdcache.share.remote import Remote
+    from kdcache.share.stores.base import Remote
 
 _REFERENCE = re.compile(rf"{layout.NAME.pattern}(@{layout.TAG.pattern})?")
 
@@ -50,6 +50,6 @@ def find_version(reference: str, url: str | None = None) -> tuple[Remote, Ref]:
 
 def open_team(url: str | None = None) -> Remote:
     """The remote at ``url``, or at KDCACHE_REMOTE. Raises RecipeError where neither names one."""
-    from kdcache.share.opening import default_remote, open_remote
+    from kdcache.share.stores.registry import default_remote, open_remote
 
     return open_remote(url) if url else default_remote()

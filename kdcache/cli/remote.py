@@ -27,8 +27,8 @@ def check(url: RemoteUrl = None, json: Json = False) -> None:  # noqa: ARG001
 
     Example: kdcache remote check s3://team-bucket/kdcache
     """
-    from kdcache.share.opening import default_remote, open_remote
-    from kdcache.share.probe import check as probe
+    from kdcache.share.stores.probe import check as probe
+    from kdcache.share.stores.registry import default_remote, open_remote
 
     report = probe(open_remote(url) if url is not None else default_remote())
     document: dict[str, Any] = {

@@ -63,6 +63,6 @@ def _check_student(job: Job) -> None:
     job.recipe.require_student()
     if not job.recipe.teachers or stages.is_finished(job, "cache"):
         return  # the student is the next thing that is made
-    from kdcache.distill.student import check_student
+    from kdcache.students.build import check_student
 
     check_student(job.recipe, job.teachers)

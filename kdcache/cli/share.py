@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from kdcache.share.listing import Name, Status
     from kdcache.share.push import PushReport
     from kdcache.share.refs import Ref
-    from kdcache.share.remote import Remote
+    from kdcache.share.stores.base import Remote
 
 Reference = Annotated[
     str, typer.Argument(metavar="NAME", help="NAME, NAME@3, NAME@TAG or NAME@DIGEST on the remote.", show_default=False)
@@ -90,7 +90,7 @@ def pull(
     Example: kdcache cache pull sst2-3t --teachers bert --no-hidden --to caches/sst2
     """
     from kdcache.progress import RichProgress
-    from kdcache.share.layout import split_reference
+    from kdcache.share.keys import split_reference
     from kdcache.share.pull import pull as fetch
     from kdcache.share.refs import resolve
 
@@ -134,7 +134,7 @@ def ls(
     if name is None and not remote and url is None:
         _list_here()
         return
-    from kdcache.share.layout import check_name
+    from kdcache.share.keys import check_name
     from kdcache.share.listing import names
 
     store = open_team(url)
@@ -203,7 +203,7 @@ def rm(name: Reference, remote: RemoteUrl = None, json: Json = False) -> None:  
 
     Example: kdcache cache rm sst2-3t@2
     """
-    from kdcache.share.removal import remove
+    from kdcache.share.gc import remove
 
     store = open_team(remote)
     dropped = remove(store, name)

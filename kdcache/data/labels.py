@@ -26,7 +26,7 @@ from kdcache.errors import DataError
 from kdcache.progress import listed
 
 if TYPE_CHECKING:
-    from kdcache.data.files import Rows
+    from kdcache.data.reading import Rows
 
 NO_LABEL = -1
 _INTEGER = re.compile(r"-?[0-9]+")

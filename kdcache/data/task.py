@@ -18,19 +18,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from hashlib import blake2b
 from itertools import compress
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kdcache.cache.ids import id_array
+from kdcache.cache.ids import id_array, text_id
 from kdcache.data.counts import DataCounts, count_rows
-from kdcache.data.files import Rows, read_rows
 from kdcache.data.labels import NO_LABEL, ClassOrder, class_order, label_cells, label_numbers, label_warnings
-from kdcache.data.texts import column_texts, has_text, ids_of, rows_with_text, seeded_keys
+from kdcache.data.reading import Rows, read_rows
 from kdcache.errors import DataError
 
 if TYPE_CHECKING:
+    from kdcache.data.reading import Rows
     from kdcache.recipe import DataSection
 
 
@@ -217,3 +218,69 @@ def _transfer(section: DataSection, splits: dict[str, _Split]) -> tuple[dict[byt
     used = order[: section.transfer_rows]
     dropped["beyond transfer_rows"] = len(order) - len(used)
     return {identity: found[identity] for identity in used}, dropped
+
+
+def column_texts(rows: Rows, names: Sequence[str]) -> list[tuple[str, ...]]:
+    """One tuple of ``names``' values per row, exactly as in the file: it is what tokenizers are given and ids are made of.
+
+    A null is the empty string. Raises DataError for a missing column, and for a text that is no string, or holds a NUL.
+    """
+    columns = []
+    for name in names:
+        values = ["" if value is None else value for value in rows.column(name, "text")]
+        for row, value in enumerate(values):
+            if not isinstance(value, str) or "\0" in value:
+                raise _unusable(rows, row, name, value)
+        columns.append(values)
+    return list(zip(*columns, strict=True))
+
+
+def has_text(text: tuple[str, ...]) -> bool:
+    """Whether a column has anything but white space. Where none has, a model would read special tokens alone.
+
+    A pair with one empty column is a text. White space is what Python takes for it; of other characters that show nothing, such
+    as U+200B, some tokenizers make tokens and others do not, so they count as text.
+    """
+    return any(column.strip() for column in text)
+
+
+def rows_with_text(rows: Rows, names: Sequence[str]) -> tuple[Rows, list[tuple[str, ...]], int]:
+    """The rows that have text in one of the columns ``names``, their texts, and how many rows have none.
+
+    Raises DataError where no row has, and as ``column_texts``.
+    """
+    texts = column_texts(rows, names)
+    keep = [has_text(text) for text in texts]
+    left_out = keep.count(False)
+    if not left_out:
+        return rows, texts, 0
+    if left_out == len(keep):
+        columns = " and ".join(f"'{name}'" for name in names)
+        raise DataError(f"{rows.source} has no text in any row of {columns}", "Name the column that holds the text in data.text.")
+    return rows.take(keep), list(compress(texts, keep)), left_out
+
+
+def _unusable(rows: Rows, row: int, name: str, value: object) -> DataError:
+    place = f"{rows.place(row)}, column '{name}'"
+    if isinstance(value, str):
+        return DataError(f"{place}: the text holds a NUL character", "Remove it from the row.")
+    return DataError(
+        f"{place}: {value!r} is no text but {type(value).__name__}", "Name a text column in data.text, or store it as a string."
+    )
+
+
+def ids_of(rows: Rows, texts: Sequence[tuple[str, ...]]) -> list[bytes]:
+    """Text ids. Raises DataError with the line for a text that is no Unicode (half of a surrogate pair out of a JSON escape)."""
+    ids = []
+    for row, text in enumerate(texts):
+        try:
+            ids.append(text_id(text))
+        except DataError as error:
+            raise DataError(f"{rows.place(row)}: {error.message}", error.hint) from error
+    return ids
+
+
+def seeded_keys(ids: Sequence[bytes], seed: int, purpose: str) -> list[int]:
+    """A number in 0 .. 2^64 - 1 per text, evenly spread: a pure function of text, seed and purpose."""
+    key, person = seed.to_bytes(8, "little"), purpose.encode()
+    return [int.from_bytes(blake2b(identity, digest_size=8, key=key, person=person).digest(), "little") for identity in ids]

@@ -21,9 +21,9 @@ from kdcache.methods.parts.weighting import teacher_weights
 from kdcache.methods.registry import find_method
 
 if TYPE_CHECKING:
-    from kdcache.distill.student import StudentModel
-    from kdcache.distill.targets import Batch
+    from kdcache.loader.targets import Batch
     from kdcache.recipe import DistillSection
+    from kdcache.students.build import StudentModel
 
 
 @dataclass(frozen=True)

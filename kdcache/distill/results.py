@@ -19,10 +19,10 @@ from kdcache.report.metrics import scores
 
 if TYPE_CHECKING:
     from kdcache.cache.reader import Cache
-    from kdcache.distill.data import StudentData
-    from kdcache.distill.sources import Speed, TeacherFacts
-    from kdcache.distill.targets import TargetSource
-    from kdcache.distill.training import Training
+    from kdcache.distill.setup import Training
+    from kdcache.distill.target_source import Speed, TeacherFacts
+    from kdcache.loader.data import StudentData
+    from kdcache.loader.targets import TargetSource
 
 STAGE = "distill"  # in metrics.jsonl
 SCORED = ("validation", "test")

@@ -12,31 +12,34 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdcache.cache.memory import keep_freed_blocks
 from kdcache.data.encoding import truncation_note
-from kdcache.distill.evaluation import EncodedSplit, encode_split, split_scores
 from kdcache.distill.results import SCORED, STAGE, Measured, build_results, teacher_scores
-from kdcache.distill.sources import check_teachers, measure_speed
-from kdcache.distill.student_files import save_student, student_record
-from kdcache.distill.trainee import DistillTrainee
-from kdcache.distill.training import NEWER_KEYS, Training, prepare
+from kdcache.distill.setup import NEWER_KEYS, Training, prepare
+from kdcache.distill.target_source import check_teachers, measure_speed
 from kdcache.files import write_file
+from kdcache.methods.base import Moment
 from kdcache.methods.parts.projections import PROJECTIONS, rate_factor
 from kdcache.report.cards import model_card
 from kdcache.runs import RunDirectory
+from kdcache.students.save import save_student, student_record
+from kdcache.students.score import EncodedSplit, encode_split, selection_score, split_scores
 from kdcache.training.best_epoch import BestEpoch
 from kdcache.training.durable import remove_directory
 from kdcache.training.loop import LoopSettings, default_device, train
 from kdcache.training.metrics_log import MetricsLog
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
+
     from kdcache.cache.reader import Cache
     from kdcache.distill.objective import DistillationModel
+    from kdcache.loader.targets import Batch, TargetSource
     from kdcache.progress import Progress
     from kdcache.recipe import DistillSection, Recipe
 
@@ -143,3 +146,74 @@ def _save(training: Training, results: dict[str, Any], run: RunDirectory, progre
     write_file(run.results, (json.dumps(results, indent=2, ensure_ascii=False) + "\n").encode())
     if (run.checkpoints / STAGE).exists():  # the student is safe: nothing is left to continue
         remove_directory(run.checkpoints / STAGE)  # at once: half a checkpoint would be damage to the next command
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one optimizer step learns from, and where in the training it is."""
+
+    batch: Batch
+    moment: Moment
+
+
+class DistillTrainee:
+    """``distillation`` holds student and projections; ``best`` keeps the best epoch's student."""
+
+    def __init__(
+        self,
+        distillation: DistillationModel,
+        source: TargetSource,
+        validation: EncodedSplit | None,
+        best: BestEpoch,
+        *,
+        epochs: int,
+        seed: int = 0,
+        accumulation: int = 1,
+        select_by: str = "accuracy",
+    ) -> None:
+        self.model: nn.Module = distillation
+        self._distillation = distillation
+        self.steps_per_epoch = source.steps_per_epoch
+        self._student = distillation.student
+        self._source = source
+        self._validation = validation
+        self._best = best
+        self._total_steps, self._seed = epochs * source.steps_per_epoch, seed
+        self._accumulation = accumulation
+        self._select_by = select_by
+
+    def batches(self, epoch: int, first_step: int) -> Iterator[Step]:
+        """One per optimizer step."""
+        before = epoch * self.steps_per_epoch
+        for step, batch in enumerate(self._source.batches(epoch, first_step), start=before + first_step):
+            yield Step(batch, Moment(step, self._total_steps, epoch, self._seed))
+
+    def losses(self, step: Step) -> Iterator[tuple[Tensor, dict[str, float | Tensor]]]:
+        """The loss of each micro-batch, divided by the counts of the whole step, and its terms before their weights."""
+        device = next(self.model.parameters()).device
+        counts = self._distillation.counts([step.batch])
+        for piece in step.batch.split(self._accumulation):
+            loss, terms = self.model(piece.to(device, non_blocking=True), counts, step.moment)
+            yield loss, dict(terms)
+
+    def evaluate(self, epoch: int) -> dict[str, float]:  # noqa: ARG002 - of the protocol
+        """Scores on validation; nothing without one, which makes the last epoch the best."""
+        if self._validation is None:
+            return {}
+        found = split_scores(self._student, self._validation)
+        return {
+            "score": selection_score(found, self._select_by),
+            **{f"validation/{name}": value for name, value in found.items()},
+        }
+
+    def keep_best(self, epoch: int, metrics: dict[str, float]) -> None:  # noqa: ARG002 - of the protocol
+        """Keep the student's weights durably; the projections have served."""
+        self._best.keep(epoch, {"student": self._student.state_dict()})
+
+    def settle_best(self, epoch: int) -> None:
+        """Only ``epoch`` is needed from here on."""
+        self._best.settle(epoch)
+
+    def load_best(self, epoch: int) -> None:
+        """Put the weights of ``epoch`` (from 0) back into the student."""
+        self._student.load_state_dict(self._best.load(epoch)["student"])

@@ -8,19 +8,28 @@ deberta=models/deberta-sst2            an already fine-tuned classifier, which k
 from __future__ import annotations
 
 import contextlib
+import math
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from kdcache.cache import layout, tables
+from kdcache.cache.digests import CheckedFiles
+from kdcache.cache.ids import id_list
 from kdcache.errors import MismatchError, ModelError
 from kdcache.progress import listed_apart
 from kdcache.recipe.sections import TeacherSection
+from kdcache.report.metrics import scores
 from kdcache.teachers.bundle import is_bundle, read_bundle, write_bundle
 
 if TYPE_CHECKING:
     from kdcache.cache.spec import TaskSpec
+    from kdcache.cache.writer import CacheWriter
     from kdcache.progress import Progress
     from kdcache.teachers.bundle import Bundle, TeacherRecord
 
@@ -102,3 +111,30 @@ def _check_task(addition: Addition, task: TaskSpec) -> None:
             f"{of_cache} and {len(task.text_columns)}",
             "Add a teacher of the cache's own task.",
         )
+
+
+SPLIT = "validation"
+
+
+def validation_scores(writer: CacheWriter, name: str) -> dict[str, float]:
+    """``kdcache.report.metrics.scores`` of a teacher all of whose parts are written; empty without labelled validation rows."""
+    contents = writer.contents
+    split = contents.splits.get(SPLIT)
+    if split is None:
+        return {}
+    files, spec = CheckedFiles(writer.root, contents.files), contents.teachers[name]
+    classes = len(contents.task.label_names)
+    ids, labels, _ = files.decode(split.file, lambda data: tables.decode_examples(data, split.examples, classes))
+    wanted = id_list(ids)
+    logits: dict[bytes, np.ndarray] = {}
+    for part in writer.parts:
+        rows = {text: row for row, text in enumerate(id_list(part.text_ids))}
+        here = [text for text in wanted if text in rows]
+        if here:
+            decode = partial(tables.decode_outputs, rows=len(part.text_ids), classes=spec.target.shape[0], pooled=spec.pooled)
+            outputs = files.decode(layout.outputs_file(name, part.name), decode)
+            logits |= {text: np.array(outputs.logits[rows[text]]) for text in here}
+    if not wanted or not all(text in logits for text in wanted):
+        return {}
+    found = scores(labels, np.stack([logits[text] for text in wanted]))
+    return {metric: value for metric, value in found.items() if math.isfinite(value)}

@@ -10,20 +10,20 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from types import TracebackType
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import numpy as np
 
-from kdcache.cache.blocks import Outputs
-from kdcache.cache.tokens import Tokens
+from kdcache.cache.tokens import Outputs, Tokens
 from kdcache.codecs.base import largest_on_device
 from kdcache.codecs.plain import FLOAT32
 from kdcache.codecs.projection import Projector
 from kdcache.codecs.registry import format_of
-from kdcache.codecs.selection import select_tokens
+from kdcache.codecs.token_selection import select_tokens
 from kdcache.data.encoding import EncodedTexts, pad, token_budget_batches
-from kdcache.dump.behind import OneBehind
 from kdcache.dump.fitting import LayerFit
 from kdcache.errors import NonFiniteError
 
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from kdcache.cache.spec import TeacherSpec
     from kdcache.codecs.base import Basis, HiddenBlock, LayerSpec, StorageFormat
     from kdcache.teachers.backends import TeacherBackend, TeacherOutput
+
 
 OnBatch = Callable[[int], None]  # called with the number of texts after every forward pass
 
@@ -177,3 +178,35 @@ def _refuse_hidden(
         place, reason = found
         text = batches.text_of_row(int(rows[place])) if per_text else batches.text_of_token(rows, place)
         raise NonFiniteError(f"teacher '{batches.teacher}', text {text}, layer {layer}: {reason}", storage.cure)
+
+
+T = TypeVar("T")
+
+
+class OneBehind(Generic[T]):
+    """At most one action runs, in order. ``on_done`` gets what it gave back; what it raised is raised at the next one, or at the end."""
+
+    def __init__(self, name: str, on_done: Callable[[T], None] = lambda _: None) -> None:
+        self._on_done = on_done
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
+        self._pending: Future[T] | None = None
+
+    def start(self, action: Callable[[], T]) -> None:
+        """Start ``action`` once the one before is done."""
+        self._settle()
+        self._pending = self._executor.submit(action)
+
+    def __enter__(self) -> OneBehind[T]:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            if kind is None:
+                self._settle()
+        finally:
+            self._executor.shutdown(wait=True)  # after an error of the caller, the action before still ends
+
+    def _settle(self) -> None:
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            self._on_done(pending.result())

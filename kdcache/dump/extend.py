@@ -22,10 +22,9 @@ from kdcache.cache.manifest import read_manifest
 from kdcache.cache.merge import contents_so_far, take
 from kdcache.cache.writer import open_writer
 from kdcache.data.labels import mismatch_cure
-from kdcache.dump.additions import open_additions
+from kdcache.dump.additions import open_additions, validation_scores
 from kdcache.dump.layers import check_layer, spec_like
 from kdcache.dump.provenance import extended_provenance, forget_runs, inherit_run
-from kdcache.dump.scoring import validation_scores
 from kdcache.dump.specs import PreparedTeacher, layer_specs, prepare, scopes, student_depth
 from kdcache.dump.stage import refuse_stale, run_missing, write_examples
 from kdcache.errors import DamageError, MismatchError, RecipeError

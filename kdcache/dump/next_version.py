@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from kdcache.share.local_store import LocalStore
     from kdcache.share.push import PushReport
     from kdcache.share.refs import Ref
-    from kdcache.share.remote import Remote
+    from kdcache.share.stores.base import Remote
     from kdcache.share.working_copy import WorkingCopy
 
 ROUNDS = 20  # versions that others may publish between the last look and one's own, before giving up

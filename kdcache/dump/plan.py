@@ -1,290 +1,362 @@
-"""What a dump will run, write and take, before it does: ``dump-teachers --dry-run``.
+"""What to store: every form of every layer, what it costs over the whole data and what it keeps; and the best that fits a budget.
 
-Rows, tokens and bytes are counted, not guessed: every text that is missing is tokenised. Minutes come from timing each
-teacher on a few batches of those texts on this machine. Nothing is written to the cache.
+    kdcache plan RECIPE --budget 2GB
+
+Each teacher runs once, over a seeded sample of texts: bases are fitted on most of them, fidelity is measured on the others. How
+long the pass takes says how long the dump will.
 """
 
 from __future__ import annotations
 
-import shutil
+import json
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
-from kdcache.cache.ids import IdIndex, id_array
-from kdcache.cache.layout import MANIFEST
-from kdcache.cache.reader import open_cache
-from kdcache.cache.spec import Settings, needs_tokens
-from kdcache.cache.stale import check_task as check_cache_task
-from kdcache.cache.stale import check_teacher
-from kdcache.data.encoding import encode, truncation_note
+from kdcache.cache.ids import id_array
+from kdcache.cache.spec import needs_tokens
+from kdcache.codecs.registry import format_of, storage_formats
+from kdcache.codecs.token_selection import select_tokens
+from kdcache.data.encoding import encode
 from kdcache.data.task import load_task
-from kdcache.dump.run import open_teacher, text_batches
-from kdcache.dump.sizes import hidden_bytes, outputs_bytes, tokens_bytes
-from kdcache.dump.specs import PreparedTeacher, check_task, prepare_teachers, scopes, task_spec
+from kdcache.dump.fidelity import Fidelity, candidates, measure, rebuilt, soft_label_kl
+from kdcache.dump.fitting import Sample, fit_basis
+from kdcache.dump.run import text_batches
+from kdcache.dump.specs import PreparedTeacher, check_task, hidden_bytes, outputs_bytes, prepare_teachers, scopes, tokens_bytes
 from kdcache.dump.student_texts import TruncationPlan, student_truncation
-from kdcache.errors import StorageError
+from kdcache.errors import DataError, RecipeError
 from kdcache.progress import format_bytes, format_seconds
-from kdcache.teachers.bundle import read_bundle
+from kdcache.runs import home
+from kdcache.teachers.backends import open_backend
+from kdcache.teachers.bundle import load_teacher, read_bundle
 
 if TYPE_CHECKING:
-    from kdcache.cache.reader import Cache
-    from kdcache.cache.spec import Scope, TaskSpec, TeacherSpec
-    from kdcache.cache.writer import CacheWriter, PartTask
-    from kdcache.data.counts import DataCounts
+    from kdcache.codecs.base import LayerSpec
+    from kdcache.dump.fidelity import Fidelity
     from kdcache.progress import Progress
     from kdcache.recipe import Recipe
+    from kdcache.teachers.teacher import Teacher
 
-_TIMED_TEXTS = 512
-_TIMED_SECONDS = 5.0
-_SAMPLED_TEXTS = 256  # for the check of free space at the start of a dump
 
-Text = tuple[str, ...]
+UNSEEN_TEXTS = 256
+_TRAINING_ROWS = 2048  # half of a dump's: a codebook for each of many budgets is trained, and loses a thousandth by it
 
 
 @dataclass(frozen=True)
-class TeacherPlan:
-    """What is to be done for one teacher. ``hidden`` is bytes per layer; ``stored_layers`` are in the cache already."""
+class LayerCandidates:
+    """The forms of one layer and what they keep; ``bytes`` over the whole data, in the order of ``forms``."""
 
     teacher: str
-    texts: int
-    tokens: int
-    hidden: Mapping[int, int]
-    outputs: int
-    spans: int
-    seconds: float
-    stored_layers: tuple[int, ...]
-    truncated: int = 0  # of ``texts``, cut to max_length
-    max_length: int = 0
-
-    @property
-    def bytes(self) -> int:
-        return sum(self.hidden.values()) + self.outputs + self.spans
+    layer: int
+    forms: tuple[Fidelity, ...]
+    bytes: tuple[int, ...]
+    asked: int  # place of the recipe's own form; -1 where it was not measured
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able."""
         return {
-            "texts": self.texts,
-            "texts_truncated": self.truncated,
-            "tokens": self.tokens,
-            "bytes": {"hidden": {str(layer): size for layer, size in self.hidden.items()}, "outputs": self.outputs, "tokens": self.spans},
-            "seconds": round(self.seconds, 1),
-            "layers_in_cache": list(self.stored_layers),
-        }  # fmt: skip
-
-    def lines(self) -> list[str]:
-        """For people."""
-        if not self.texts:
-            return [f"{self.teacher}: nothing is missing"]
-        layers = [f"  layer {layer}: {format_bytes(size)}" for layer, size in self.hidden.items()]
-        return [
-            f"{self.teacher}: {self.texts:,} texts, {self.tokens:,} tokens, {format_bytes(self.bytes)}, "
-            f"about {format_seconds(self.seconds)}",
-            *(f"  {line}" for line in truncation_note(f"teacher '{self.teacher}'", self.truncated, self.texts, self.max_length)),
-            *layers,
-            f"  logits and pooled vectors: {format_bytes(self.outputs)}; token spans: {format_bytes(self.spans)}",
-        ]
+            "teacher": self.teacher,
+            "layer": self.layer,
+            "in_recipe": self.forms[self.asked].form if self.asked >= 0 else None,
+            "forms": [{**form.as_dict(), "bytes": size} for form, size in zip(self.forms, self.bytes, strict=True)],
+        }
 
 
 @dataclass(frozen=True)
-class DumpPlan:
-    """The whole plan. ``existing_texts`` and ``existing_teachers`` are in the cache already; ``free`` is of its disk."""
+class StoragePlan:
+    """``fixed``: bytes of logits, pooled vectors and spans, which every choice pays. ``seconds``: of the dump, per teacher."""
 
-    cache: Path
-    counts: DataCounts
-    full_texts: int
-    logits_texts: int
-    existing_texts: int
-    existing_teachers: tuple[str, ...]
-    teachers: tuple[TeacherPlan, ...]
-    free: int
+    layers: tuple[LayerCandidates, ...]
+    texts: int
+    fixed: int
+    seconds: Mapping[str, float]
+    budget: int | None
+    recommendation: Recommendation | None
+    truncated: Mapping[str, TruncationPlan] = field(default_factory=dict)  # per teacher
     student: TruncationPlan | None = None
 
-    @property
-    def bytes(self) -> int:
-        return sum(teacher.bytes for teacher in self.teachers)
-
-    @property
-    def seconds(self) -> float:
-        return sum(teacher.seconds for teacher in self.teachers)
-
     def as_dict(self) -> dict[str, Any]:
-        """JSON-able; what ``--json`` prints."""
+        """JSON-able; what ``--json`` prints and the report draws."""
         return {
-            "cache": str(self.cache),
-            "data": self.counts.as_dict(),
-            "texts": {"full": self.full_texts, "logits_only": self.logits_texts, "in_cache": self.existing_texts},
-            "teachers_in_cache": list(self.existing_teachers),
-            "teachers": {teacher.teacher: teacher.as_dict() for teacher in self.teachers},
-            "bytes": self.bytes,
-            "minutes": round(self.seconds / 60, 1),
-            "free_bytes": self.free,
-            "student": None if self.student is None else self.student.as_dict(),
+            "texts": self.texts,
+            "bytes_fixed": self.fixed,
+            "budget": self.budget,
+            "minutes": {name: round(seconds / 60, 2) for name, seconds in self.seconds.items()},
+            "truncation": {
+                "teachers": {name: one.as_dict() for name, one in self.truncated.items()},
+                "student": None if self.student is None else self.student.as_dict(),
+            },
+            "layers": [layer.as_dict() for layer in self.layers],
+            "recommendation": None if self.recommendation is None else self.recommendation.as_dict(),
         }
 
     def lines(self) -> list[str]:
-        """For people."""
-        there = ", ".join(self.existing_teachers) or "none"
+        """For people, the recommendation apart."""
+        total = sum(self.seconds.values())
+        per_teacher = ", ".join(f"{name} {format_seconds(seconds)}" for name, seconds in self.seconds.items())
         return [
-            *self.counts.lines(),
-            f"texts: {self.full_texts:,} with hidden states, {self.logits_texts:,} with logits only; {self.existing_texts:,} of them "
-            f"in the cache already (teachers there: {there})",
-            *(line for teacher in self.teachers for line in teacher.lines()),
+            f"{self.texts:,} texts with hidden states; logits, pooled vectors and spans take {format_bytes(self.fixed)} in any case",
+            f"the dump takes about {format_seconds(total)} in any form ({per_teacher})",
+            *(line for name, one in self.truncated.items() for line in one.lines(f"teacher '{name}'")),
             *(() if self.student is None else self.student.lines()),
-            f"together: {format_bytes(self.bytes)}, about {format_seconds(self.seconds)}; free on the disk: {format_bytes(self.free)}",
         ]
 
 
-def plan_dump(recipe: Recipe, teachers_dir: Path, cache_dir: Path, *, progress: Progress) -> DumpPlan:
-    """What ``dump_teachers`` with the same arguments would do. Raises what it would raise before running a teacher.
+def plan_storage(
+    recipe: Recipe, teachers_dir: Path, *, budget: int | None = None, unseen: int = UNSEEN_TEXTS, progress: Progress
+) -> StoragePlan:
+    """Run the recipe's teachers on a sample and work out what each form of their layers costs and keeps.
 
-    What an unpublished, interrupted dump has committed already is not subtracted.
+    ``budget``: bytes of the whole cache; without one the smallest forms that keep nine tenths are recommended. ``unseen``: texts to
+    measure on. Raises what the dump would raise before it runs, and DataError where there are too few texts to measure on.
     """
     task = load_task(recipe.data)
+    for line in task.counts.notes():
+        progress.note(line)
     bundle = read_bundle(teachers_dir)
     check_task(task, bundle, teachers_dir)
     teachers = prepare_teachers(recipe, bundle, teachers_dir, len(task.label_names))
-    cache = _published(cache_dir)
-    if cache is not None:
-        _refuse_stale(cache, recipe, task_spec(task), teachers)
-    full, logits_only = scopes(task)
-    new_full, new_logits = _unknown(cache, full, "full"), _unknown(cache, logits_only, "logits")
-    plans = []
-    for teacher in teachers:
-        groups = _missing_groups(cache, teacher.spec, new_full, new_logits)
-        plans.append(_plan_teacher(teacher, cache, groups, teachers_dir, recipe.dump.tokens_per_batch, progress))
-    existing = tuple(cache.teachers) if cache is not None else ()
-    known = len(full) + len(logits_only) - len(new_full) - len(new_logits)
-    student = student_truncation(recipe, teachers_dir, teachers, list(full.values()))
-    counts, free = task.counts, free_bytes(cache_dir)
-    return DumpPlan(cache_dir, counts, len(full), len(logits_only), known, existing, tuple(plans), free, student)
-
-
-def check_free_space(writer: CacheWriter, teachers: Sequence[PreparedTeacher], missing: Mapping[str, Sequence[PartTask]]) -> None:
-    """StorageError where what is missing clearly needs more than the disk has free; tokens are counted on a few texts."""
-    needed = 0
-    for teacher in teachers:
-        tasks = missing[teacher.name]
-        with_layers = [task for task in tasks if task.layers]
-        per_text = _tokens_per_text(teacher, writer.texts_of(with_layers[0].part)[:_SAMPLED_TEXTS]) if with_layers else 0.0
-        for task in tasks:
-            texts = len(task.part.text_ids)
-            needed += outputs_bytes(texts, teacher.spec) if task.outputs else 0
-            needed += sum(hidden_bytes(int(per_text * texts), texts, teacher.spec.layers[layer]) for layer in task.layers)
-    free = free_bytes(writer.root)
-    if needed > free:
-        raise StorageError(
-            f"the dump needs about {format_bytes(needed)}, but the disk of '{writer.root}' has {format_bytes(free)} free",
-            'Free some space, or store less: dump.dtype = "int8", a smaller dump.dim, fewer dump.layers '
-            "(kdcache dump-teachers --dry-run says what each one costs).",
+    if not any(teacher.spec.layers for teacher in teachers):
+        raise RecipeError(
+            "the recipe stores no hidden states: there is nothing to plan", 'Set dump.layers, for example to "even".'
         )
-
-
-def free_bytes(path: Path) -> int:
-    """Free bytes of the disk that ``path`` lies on, or would lie on."""
-    place = path.absolute()
-    while not place.exists():
-        place = place.parent
-    return shutil.disk_usage(place).free
-
-
-def _tokens_per_text(teacher: PreparedTeacher, texts: Sequence[Text]) -> float:
-    return float(encode(teacher.tokenizer, texts, teacher.spec.max_length).lengths.mean())
+    full, logits_only = scopes(task)
+    sample = _sample(list(full.values()), recipe.dump.sample_texts, unseen, recipe.dump.seed)
+    layers: list[LayerCandidates] = []
+    seconds: dict[str, float] = {}
+    truncated: dict[str, TruncationPlan] = {}
+    fixed = 0
+    for teacher in teachers:
+        encoded = encode(teacher.tokenizer, list(full.values()), teacher.spec.max_length)
+        tokens = int(encoded.lengths.sum())
+        truncated[teacher.name] = TruncationPlan(len(full), encoded.truncated_count, teacher.spec.max_length)
+        fixed += outputs_bytes(len(full) + len(logits_only), teacher.spec)
+        fixed += tokens_bytes(tokens, len(full)) if needs_tokens(teacher.spec.layers) else 0
+        measured, per_text = _measured(teacher, teachers_dir, sample, recipe.dump.tokens_per_batch, progress)
+        seconds[teacher.name] = per_text * (len(full) + len(logits_only) + min(recipe.dump.sample_texts, len(full)))
+        for layer, forms in measured.items():
+            sizes = tuple(hidden_bytes(tokens, len(full), form.spec) for form in forms)
+            asked = [place for place, form in enumerate(forms) if form.spec == teacher.spec.layers[layer]]
+            layers.append(LayerCandidates(teacher.name, layer, tuple(forms), sizes, asked[0] if asked else -1))
+    choices = [Choice(one.teacher, one.layer, one.forms, one.bytes) for one in layers]
+    student = student_truncation(recipe, teachers_dir, teachers, list(full.values()))
+    recommended = recommend(choices, None if budget is None else budget - fixed, fixed)
+    return StoragePlan(tuple(layers), len(full), fixed, seconds, budget, recommended, truncated, student)
 
 
 @dataclass(frozen=True)
-class _Group:
-    """Texts of which the same is missing."""
+class _Sample:
+    """Texts to fit on, first, and texts to measure on."""
 
-    texts: Sequence[Text]
-    outputs: bool
-    layers: tuple[int, ...]
-
-
-def _published(cache_dir: Path) -> Cache | None:
-    return open_cache(cache_dir) if (cache_dir / MANIFEST).is_file() else None
+    texts: list[tuple[str, ...]]
+    fit: int
+    seed: int
 
 
-def _refuse_stale(cache: Cache, recipe: Recipe, task: TaskSpec, teachers: Sequence[PreparedTeacher]) -> None:
-    settings = Settings(recipe.dump.seed, recipe.dump.part_size)
-    check_cache_task(cache.path, (cache.task, cache.settings, cache.has_text), (task, settings, cache.has_text))
-    for teacher in teachers:
-        old = cache.teachers.get(teacher.name)
-        if old is not None:
-            check_teacher(cache.path, old, teacher.spec, set(old.layers))
+def _sample(texts: Sequence[tuple[str, ...]], fit: int, unseen: int, seed: int) -> _Sample:
+    if len(texts) < 8:
+        raise DataError(f"there are {len(texts)} texts to store; a plan needs 8 at least", "Give more train or transfer texts.")
+    unseen = min(unseen, len(texts) // 4)
+    fit = min(fit, len(texts) - unseen)
+    order = np.argsort(np.random.PCG64(seed).random_raw(len(texts)), kind="stable")[: fit + unseen]
+    return _Sample([texts[place] for place in order], fit, seed)
 
 
-def _unknown(cache: Cache | None, texts: Mapping[bytes, Text], scope: Scope) -> list[Text]:
-    """The texts that the cache has in no part; wanted in full, those that it has in no full part."""
-    if cache is None or not texts:
-        return list(texts.values())
-    parts = [part for part in cache.parts if scope == "logits" or part.scope == "full"]
-    if not parts:
-        return list(texts.values())
-    index = IdIndex(np.concatenate([cache.text_ids(part.name) for part in parts]))
-    absent = index.find(id_array(texts)) < 0
-    return [text for text, new in zip(texts.values(), absent.tolist(), strict=True) if new]
+class _Gathered:
+    """One layer while its teacher runs: what bases are fitted from, and the rows to measure on."""
+
+    def __init__(self, asked: LayerSpec, width: int, rows: np.ndarray, seed: int) -> None:
+        self.asked = asked
+        self._unseen = rows  # bool [rows of the sample]
+        self._order = np.cumsum(~rows) - 1
+        keep = max(one.sample_rows for one in storage_formats().values())
+        self.fit = Sample(width, int((~rows).sum()), seed, cross=True, keep=keep)
+        self._kept: list[torch.Tensor] = []
+        self._places: list[np.ndarray] = []
+
+    def add(self, hidden: torch.Tensor, places: np.ndarray) -> None:
+        apart = self._unseen[places]
+        mask = torch.from_numpy(apart).to(hidden.device)
+        self.fit.add(hidden[~mask], self._order[places[~apart]])
+        self._kept.append(hidden[mask].float().cpu())
+        self._places.append(places[apart])
+
+    def unseen(self) -> torch.Tensor:
+        """[rows, width] in the order of the sample."""
+        order = np.argsort(np.concatenate(self._places), kind="stable")
+        return torch.cat(self._kept)[torch.from_numpy(order)]
 
 
-def _missing_groups(cache: Cache | None, spec: TeacherSpec, new_full: Sequence[Text], new_logits: Sequence[Text]) -> list[_Group]:
-    """What a dump would still have to run, in the order in which it would."""
-    groups = []
-    old = None if cache is None else cache.teachers.get(spec.name)
-    for part in () if cache is None else cache.parts:
-        layers = tuple(spec.layers.keys() - (old.layers if old else {})) if part.scope == "full" else ()
-        if cache is not None and (old is None or layers):
-            groups.append(_Group(cache.texts(part.name), old is None, layers))
-    groups += [_Group(new_full, True, tuple(spec.layers)), _Group(new_logits, True, ())]
-    return [group for group in groups if group.texts]
-
-
-def _plan_teacher(
-    teacher: PreparedTeacher,
-    cache: Cache | None,
-    groups: Sequence[_Group],
-    teachers_dir: Path,
-    tokens_per_batch: int,
-    progress: Progress,
-) -> TeacherPlan:
+def _measured(
+    teacher: PreparedTeacher, teachers_dir: Path, sample: _Sample, tokens_per_batch: int, progress: Progress
+) -> tuple[dict[int, list[Fidelity]], float]:
+    """Fidelity of every form of every layer, and seconds per text of the forward pass."""
     spec = teacher.spec
-    stored = cache.teachers[spec.name].layers if cache is not None and spec.name in cache.teachers else {}
-    hidden = {layer: 0 for group in groups for layer in sorted(group.layers)}
-    texts = tokens = outputs = spans = full = truncated = 0
-    for group in groups:
-        encoded = encode(teacher.tokenizer, group.texts, spec.max_length)
-        count, truncated = int(encoded.lengths.sum()), truncated + encoded.truncated_count
-        texts, tokens = texts + len(group.texts), tokens + count
-        outputs += outputs_bytes(len(group.texts), spec) if group.outputs else 0
-        wanted = {layer: spec.layers[layer] for layer in group.layers}
-        spans += tokens_bytes(count, len(group.texts)) if group.outputs and needs_tokens(wanted) else 0
-        full += len(group.texts) if group.layers else 0
-        for layer in group.layers:
-            hidden[layer] += hidden_bytes(count, len(group.texts), spec.layers[layer])
-    seconds = 0.0
-    if texts:
-        fitted_on = min(spec.sample_texts, full) if spec.layers.keys() - stored.keys() else 0
-        progress.note(f"timing teacher '{spec.name}' on a few batches")
-        per_token = _seconds_per_token(teacher, groups[0], teachers_dir, tokens_per_batch)
-        seconds = per_token * tokens * (1 + fitted_on / texts)
-    layers = tuple(sorted(stored))
-    return TeacherPlan(spec.name, texts, tokens, hidden, outputs, spans, seconds, layers, truncated, spec.max_length)
+    loaded = load_teacher(teachers_dir, spec.name, trust_remote_code=teacher.trust_remote_code)
+    backend = open_backend(spec.backend, loaded, tuple(spec.layers), precision=spec.precision, work_dir=home())
+    batches = text_batches(teacher, sample.texts, id_array([bytes(16)] * len(sample.texts)), tokens_per_batch)
+    lengths = batches.encoded.lengths
+    apart = np.arange(len(sample.texts)) >= sample.fit
+    gathered = {
+        layer: _Gathered(one, spec.width, apart if one.per_text else np.repeat(apart, lengths), sample.seed)
+        for layer, one in spec.layers.items()
+    }
+    logits = np.empty((len(sample.texts), *spec.target.shape), np.float32)
+    try:
+        progress.start(f"run {spec.name}", len(sample.texts), "texts")
+        began, spent = time.perf_counter(), 0.0
+        for rows, output in batches.run(backend, tuple(spec.layers)):
+            logits[rows] = output.logits.cpu().numpy()
+            spent += time.perf_counter() - began
+            for layer, one in spec.layers.items():
+                gathered[layer].add(select_tokens(output.hidden[layer], lengths[rows], one.tokens), batches.places(rows, one))
+            progress.advance(len(rows))
+            began = time.perf_counter()
+        progress.finish()
+        unseen_lengths, unseen_logits = lengths[apart].tolist(), logits[apart]
+        progress.start(f"measure forms of {spec.name}", len(spec.layers), "layers")
+        forms = {}
+        for layer, one in spec.layers.items():
+            head_of = loaded if layer == spec.depth else None
+            forms[layer] = _forms(one, spec.width, gathered.pop(layer), head_of, unseen_lengths, unseen_logits)
+            progress.advance(1)
+        progress.finish()
+        return forms, spent / len(sample.texts)
+    finally:
+        backend.close()
+        loaded.model.to("meta")
 
 
-def _seconds_per_token(teacher: PreparedTeacher, group: _Group, teachers_dir: Path, tokens_per_batch: int) -> float:
-    """Wall time per token, padding and all, of a few batches after one that warms up."""
-    texts = group.texts[:_TIMED_TEXTS]
-    batches = text_batches(teacher, texts, id_array([bytes(16)] * len(texts)), tokens_per_batch)
-    with open_teacher(teacher, teachers_dir) as backend:
-        next(batches.run(backend, group.layers))
-        began = time.perf_counter()
-        tokens = 0
-        for rows, output in batches.run(backend, group.layers):
-            output.logits.cpu()  # waits for the device
-            tokens += int(batches.encoded.lengths[rows].sum())
-            if time.perf_counter() - began > _TIMED_SECONDS:
-                break
-        return (time.perf_counter() - began) / max(tokens, 1)
+def _forms(
+    asked: LayerSpec, width: int, gathered: _Gathered, head_of: Teacher | None, lengths: Sequence[int], logits: np.ndarray
+) -> list[Fidelity]:
+    whole = fit_basis(gathered.fit.moments, "pca", width, seed=0, name="", layer=0)
+    kept, unseen = gathered.fit.kept(), gathered.unseen()
+    assert kept is not None
+    sample = kept.cpu()[:_TRAINING_ROWS]
+    forms = []
+    for spec in candidates(width, asked):
+        back = rebuilt(spec, whole, sample, unseen)
+        kl = soft_label_kl(head_of.model, back, lengths, logits) if head_of is not None and not spec.per_text else None
+        forms.append(replace(measure(spec, back, unseen), kl=kl))
+    return forms
+
+
+ENOUGH = 0.9  # share of the variance to keep where no budget is given
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The forms that one layer could be stored in, with their bytes over the whole data."""
+
+    teacher: str
+    layer: int
+    forms: Sequence[Fidelity]
+    bytes: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """A form for every layer. ``bytes`` of the whole cache; ``explained``: mean over the layers."""
+
+    forms: dict[tuple[str, int], Fidelity]
+    bytes: int
+    explained: float
+
+    def settings(self) -> list[str]:
+        """What asks for it, as ``--set`` takes it: the form of most layers in ``[dump]``, the others per teacher and layer."""
+        common = Counter(_keys(form.spec) for form in self.forms.values()).most_common(1)[0][0]
+        lines = [f"dump.{key}={value}" for key, value in common]
+        for (teacher, layer), form in self.forms.items():
+            mine = _keys(form.spec)
+            if mine != common:
+                table = ", ".join(f"{key} = {value}" for key, value in mine)
+                lines.append(f"teachers.{teacher}.per_layer.{layer}={{ {table} }}")
+        return lines
+
+    def toml(self) -> list[str]:
+        """The same as lines of a recipe."""
+        lines, teacher = ["[dump]"], ""
+        for setting in self.settings():
+            key, value = setting.split("=", 1)
+            steps = key.split(".")
+            if steps[0] == "dump":
+                lines.append(f"{steps[1]} = {value}")
+                continue
+            name = ".".join(steps[1:-2])
+            lines += [] if name == teacher else [f"# under [[teachers]], name = {json.dumps(name)}:"]
+            teacher = name
+            lines.append(f"per_layer.{steps[-1]} = {value}")
+        return lines
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        layers = [{"teacher": teacher, "layer": layer, **form.as_dict()} for (teacher, layer), form in self.forms.items()]
+        return {"bytes": self.bytes, "explained": round(self.explained, 6), "layers": layers, "settings": self.settings()}
+
+
+def recommend(choices: Sequence[Choice], budget: int | None, fixed: int) -> Recommendation | None:
+    """The best forms in ``budget`` bytes of hidden states; None where even the smallest forms take more.
+
+    From the smallest form of every layer, the step that keeps most per byte is taken again and again: along the upper hull of
+    each layer's forms that is the best there is but for the last step. Without a budget, the smallest forms that keep ``ENOUGH``.
+    """
+    hulls = [_hull(choice) for choice in choices]
+    place = [0] * len(choices)
+    if budget is None:
+        for index, (choice, hull) in enumerate(zip(choices, hulls, strict=True)):
+            enough = [one for one in hull if choice.forms[one].explained >= ENOUGH]
+            place[index] = hull.index(enough[0]) if enough else len(hull) - 1
+        return _made(choices, hulls, place, fixed)
+    spent = sum(choice.bytes[hull[0]] for choice, hull in zip(choices, hulls, strict=True))
+    if spent > budget:
+        return None
+    while True:
+        steps = []
+        for index, (choice, hull) in enumerate(zip(choices, hulls, strict=True)):
+            if place[index] + 1 < len(hull):
+                now, then = hull[place[index]], hull[place[index] + 1]
+                cost = choice.bytes[then] - choice.bytes[now]
+                if spent + cost <= budget:
+                    steps.append(((choice.forms[then].explained - choice.forms[now].explained) / max(cost, 1), -index, cost))
+        if not steps:
+            return _made(choices, hulls, place, fixed)
+        _, index, cost = max(steps)
+        place[-index] += 1
+        spent += cost
+
+
+def _hull(choice: Choice) -> list[int]:
+    """Places of the forms that no mixture of others beats, by rising bytes."""
+    order = sorted(range(len(choice.forms)), key=lambda one: (choice.bytes[one], -choice.forms[one].explained))
+    hull: list[int] = []
+    for one in order:
+        if hull and choice.forms[one].explained <= choice.forms[hull[-1]].explained:
+            continue
+        while len(hull) > 1 and _gain(choice, hull[-2], hull[-1]) <= _gain(choice, hull[-1], one):
+            hull.pop()
+        hull.append(one)
+    return hull
+
+
+def _gain(choice: Choice, less: int, more: int) -> float:
+    return (choice.forms[more].explained - choice.forms[less].explained) / max(choice.bytes[more] - choice.bytes[less], 1)
+
+
+def _made(choices: Sequence[Choice], hulls: Sequence[list[int]], place: Sequence[int], fixed: int) -> Recommendation:
+    chosen = [hull[one] for hull, one in zip(hulls, place, strict=True)]
+    forms = {(choice.teacher, choice.layer): choice.forms[one] for choice, one in zip(choices, chosen, strict=True)}
+    total = fixed + sum(choice.bytes[one] for choice, one in zip(choices, chosen, strict=True))
+    return Recommendation(forms, total, sum(form.explained for form in forms.values()) / len(forms))
+
+
+def _keys(spec: LayerSpec) -> tuple[tuple[str, str], ...]:
+    """The recipe keys that ask for a form, with their values in TOML."""
+    keys = format_of(spec).keys(spec)
+    return tuple((key, json.dumps(value)) for key, value in keys.items())

@@ -17,8 +17,7 @@ import numpy as np
 
 from kdcache.cache.spec import needs_tokens
 from kdcache.data.encoding import encode, truncation_note
-from kdcache.dump.behind import OneBehind
-from kdcache.dump.engine import TextBatches, fit_bases, run_part
+from kdcache.dump.engine import OneBehind, TextBatches, fit_bases, run_part
 from kdcache.progress import counted, format_bytes, format_rate, format_seconds, format_share
 from kdcache.runs import home
 from kdcache.teachers.backends import open_backend

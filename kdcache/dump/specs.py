@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kdcache.cache.spec import TargetSpec, TaskSpec, TeacherSpec
+from kdcache.codecs.registry import format_of
 from kdcache.data.custom_code import code_not_run, wants_code
 from kdcache.data.encoding import TRUNCATION, encode, padding_id, tokenizer_json
 from kdcache.data.labels import mismatch_cure
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from kdcache.recipe import DumpSection, Recipe, TeacherSection
     from kdcache.teachers.bundle import Bundle
     from kdcache.teachers.teacher import Teacher
+
 
 _CONTROL = re.compile("[\\x00-\\x1f\\x7f-\\x9f]")
 _TEACHER_PREFIX = "teacher:"
@@ -204,3 +206,22 @@ def layer_specs(recipe: Recipe, section: TeacherSection, teacher: Teacher, stude
 def _pooled_width(teacher: Teacher) -> int:
     """The shared head pools in the shared space; a teacher with its own head gives its first token's last state."""
     return teacher.width if teacher.model.head is None else teacher.model.head.width
+
+
+_TOKEN = 4 + 4 + 1 + 1  # start, end, segment, role
+_OFFSET = 8  # per text
+
+
+def hidden_bytes(tokens: int, texts: int, spec: LayerSpec) -> int:
+    """One layer of ``texts`` texts that have ``tokens`` tokens."""
+    return (texts if spec.per_text else tokens) * format_of(spec).row_bytes(spec)
+
+
+def outputs_bytes(texts: int, spec: TeacherSpec) -> int:
+    """Logits and pooled vectors of ``texts`` texts."""
+    return texts * 4 * (sum(spec.target.shape) + (spec.pooled or 0))
+
+
+def tokens_bytes(tokens: int, texts: int) -> int:
+    """Spans, segments and roles."""
+    return tokens * _TOKEN + (texts + 1) * _OFFSET

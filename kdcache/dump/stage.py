@@ -23,7 +23,7 @@ from kdcache.cache.manifest import read_manifest
 from kdcache.cache.spec import Settings
 from kdcache.cache.writer import open_writer
 from kdcache.data.task import load_task
-from kdcache.dump.plan import check_free_space
+from kdcache.dump.dry_run import check_free_space
 from kdcache.dump.provenance import dump_provenance, forget_runs, remember_run
 from kdcache.dump.run import OpenTeacher, TeacherRun, lacks_bases, open_teacher, run_teacher
 from kdcache.dump.specs import check_task, prepare_teachers, scopes, task_spec

@@ -13,18 +13,19 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
-from kdcache.errors import DamageError, RemoteError
+from kdcache.errors import DamageError, MismatchError, RemoteError
 from kdcache.progress import SilentProgress
-from kdcache.share import layout
+from kdcache.share import keys as layout
 from kdcache.share.intents import Lease, Pace, alive, hold, refuse_if_alive
 from kdcache.share.parallel import WORKERS, SharedProgress, Stop, for_each
 from kdcache.share.pull import fetch_manifest
-from kdcache.share.refs import all_histories, live, read_refs
+from kdcache.share.refs import Ref, all_histories, history, live, read_refs, resolve, tombstone
 
 if TYPE_CHECKING:
     from kdcache.progress import Progress
     from kdcache.share.refs import Ref
-    from kdcache.share.remote import Entry, Remote
+    from kdcache.share.stores.base import Entry, Remote
+
 
 T = TypeVar("T")
 
@@ -253,3 +254,26 @@ def _beating(lease: Lease | None, items: Iterable[T]) -> Iterator[T]:
 def _count(pair: list[int], entry: Entry) -> None:
     pair[0] += 1
     pair[1] += entry.size
+
+
+def remove(remote: Remote, reference: str) -> tuple[Ref, ...]:
+    """Drop every version of ``name``, or the one that ``name@version`` means. Gives back what was dropped.
+
+    Raises MismatchError where there is nothing of the kind, RemoteAccessError, RemoteError.
+    """
+    name, version = layout.split_reference(reference)
+    if version is not None:
+        ref = resolve(remote, reference)
+        same = tuple(one for one in live(history(remote, name)) if one.number == ref.number)
+        if len(same) > 1:
+            raise MismatchError(
+                f"version {ref.number} of '{name}' was made twice, by two writers at once: both would be dropped",
+                f"Push on top of them, or drop all of them with: kdcache cache rm {name}",
+            )
+        tombstone(remote, name, (ref.number,))
+        return same
+    dropped = live(history(remote, name))
+    if not dropped:
+        resolve(remote, reference)  # says why there is nothing
+    tombstone(remote, name, "all")
+    return dropped

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from kdcache.cache.canonical import NotCanonicalError, canonical_json, parse_json
 from kdcache.errors import KdcacheError, LockedError, RemoteError
-from kdcache.share import layout
+from kdcache.share import keys as layout
 
 if TYPE_CHECKING:
-    from kdcache.share.remote import Entry, Remote
+    from kdcache.share.stores.base import Entry, Remote
 
 _MAX_BYTES = 4096
 _WORDS = {"intent": ("a push", layout.INTENTS, layout.intent_key), "mark": ("a gc", layout.MARKS, layout.mark_key)}

@@ -14,14 +14,14 @@ from kdcache.cache.manifest import read_manifest
 from kdcache.cache.selection import Selection, local_selection
 from kdcache.errors import KdcacheError
 from kdcache.progress import counted
-from kdcache.share import layout
+from kdcache.share import keys as layout
 from kdcache.share.presence import missing_of
 from kdcache.share.pull import fetch_manifest
 from kdcache.share.refs import Ref, all_histories, history, live
 
 if TYPE_CHECKING:
     from kdcache.cache.contents import Contents
-    from kdcache.share.remote import Remote
+    from kdcache.share.stores.base import Remote
 
 
 @dataclass(frozen=True)

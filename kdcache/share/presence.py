@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from kdcache.share import layout
+from kdcache.share import keys as layout
 from kdcache.share.parallel import WORKERS, gather
 
 if TYPE_CHECKING:
-    from kdcache.share.remote import Remote
+    from kdcache.share.stores.base import Remote
 
 _FOLDERS = 256  # of files: the first two hex digits of the digest
 _PAGE = 1000  # objects that a store lists per request

@@ -23,7 +23,7 @@ from kdcache.cache.selection import Selection, local_selection, union, write_sel
 from kdcache.errors import DamageError, MismatchError, MissingObjectError
 from kdcache.files import FileDigest, make_directory, remove_file, remove_temporaries, write_file
 from kdcache.progress import SilentProgress
-from kdcache.share import layout
+from kdcache.share import keys as layout
 from kdcache.share.parallel import WORKERS, SharedProgress, Stop, for_each
 from kdcache.share.refs import Ref, resolve
 from kdcache.share.transfer import copy_file, fetch_file, file_digest
@@ -31,7 +31,7 @@ from kdcache.share.transfer import copy_file, fetch_file, file_digest
 if TYPE_CHECKING:
     from kdcache.cache.manifest import Manifest
     from kdcache.progress import Progress
-    from kdcache.share.remote import Remote
+    from kdcache.share.stores.base import Remote
 
 __all__ = ["PullReport", "fetch_file", "fetch_manifest", "fetch_manifest_bytes", "pull"]
 

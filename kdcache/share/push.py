@@ -10,18 +10,20 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kdcache.cache import layout as cache_layout
 from kdcache.cache.digests import CheckedFiles
-from kdcache.cache.manifest import read_manifest
+from kdcache.cache.layout import text_file
+from kdcache.cache.manifest import Manifest, make_manifest, read_manifest
 from kdcache.cache.selection import local_selection
 from kdcache.errors import MismatchError, RemoteAccessError, RemoteError
 from kdcache.files import FileDigest
 from kdcache.progress import SilentProgress
-from kdcache.share import layout, refs
+from kdcache.share import keys as layout
+from kdcache.share import refs
 from kdcache.share.intents import Lease, Pace, hold, wait_until_none
 from kdcache.share.parallel import WORKERS, SharedProgress, Stop, for_each
 from kdcache.share.presence import missing_of
@@ -31,7 +33,8 @@ if TYPE_CHECKING:
     from kdcache.cache.manifest import Manifest
     from kdcache.progress import Progress
     from kdcache.share.refs import Ref
-    from kdcache.share.remote import Remote
+    from kdcache.share.stores.base import Remote
+
 
 _ROUNDS = 5  # of beginning again after a lapse or a loss
 
@@ -122,8 +125,6 @@ def _prepare(
     manifest = read_manifest(root)
     data = (root / cache_layout.MANIFEST).read_bytes()
     if not with_text:
-        from kdcache.cache.textfree import without_text
-
         manifest = without_text(manifest)
         data = manifest.to_bytes()
     contents = manifest.contents
@@ -242,3 +243,13 @@ def _writable(remote: Remote) -> Iterator[None]:
             f"push needs the right to write to {remote.url}: {error.message}",
             error.hint or "Use credentials that may write there; pull, ls and verify work with these.",
         ) from error
+
+
+def without_text(manifest: Manifest) -> Manifest:
+    """The manifest of the same cache without its texts: what ``dump-teachers --no-text`` would have made. Provenance is kept."""
+    contents = manifest.contents
+    if not contents.has_text:
+        return manifest
+    texts = {text_file(part.name) for part in contents.parts}
+    files = {path: digest for path, digest in contents.files.items() if path not in texts}
+    return make_manifest(replace(contents.copy(), has_text=False, files=files), manifest.provenance)

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from kdcache.progress import Progress
     from kdcache.share.local_store import LocalStore
     from kdcache.share.refs import Ref
-    from kdcache.share.remote import Remote
+    from kdcache.share.stores.base import Remote
 
 WORKERS = 4  # files under way at once, besides the one that is waited for
 _HINT = "Run the same command again: it continues from its checkpoint, and fetches nothing that has arrived."

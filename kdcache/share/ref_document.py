@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kdcache.cache.canonical import NotCanonicalError, canonical_json, digest_of, parse_json
 from kdcache.errors import DamageError, MismatchError
-from kdcache.share import layout
+from kdcache.share import keys as layout
 
 MAX_BYTES = 1 << 16
 MAX_REMOVED = 5000  # versions that one tombstone can name

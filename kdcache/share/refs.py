@@ -17,12 +17,12 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Literal
 
 from kdcache.errors import MismatchError, MissingObjectError, RemoteError
-from kdcache.share import layout
+from kdcache.share import keys as layout
 from kdcache.share.parallel import gather
 from kdcache.share.ref_document import MAX_BYTES, Ref, parse_ref, ref_bytes
 
 if TYPE_CHECKING:
-    from kdcache.share.remote import Entry, Remote
+    from kdcache.share.stores.base import Entry, Remote
 
 __all__ = ["OvertakenError", "Ref", "history", "live", "publish", "resolve", "tombstone"]
 

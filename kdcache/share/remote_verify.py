@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from kdcache.cache.verify import Damage
 from kdcache.errors import DamageError
 from kdcache.progress import SilentProgress
-from kdcache.share import layout
+from kdcache.share import keys as layout
 from kdcache.share.parallel import WORKERS, SharedProgress, Stop, for_each
 from kdcache.share.presence import sizes_of
 from kdcache.share.pull import fetch_manifest
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from kdcache.files import FileDigest
     from kdcache.progress import Progress
     from kdcache.share.refs import Ref
-    from kdcache.share.remote import Remote
+    from kdcache.share.stores.base import Remote
 
 
 def verify_remote(

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 
 from kdcache.errors import DamageError, MissingObjectError, RemoteAccessError, RemoteError
 from kdcache.files import FileDigest, write_stream
-from kdcache.share import layout
+from kdcache.share import keys as layout
 
 if TYPE_CHECKING:
-    from kdcache.share.remote import Remote
+    from kdcache.share.stores.base import Remote
 
 SMALL = 1 << 20  # bytes; files up to here are sent from memory, exactly the bytes that were digested
 _BLOCK = 1 << 20

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from kdcache.progress import Progress
     from kdcache.share.local_store import LocalStore
     from kdcache.share.refs import Ref
-    from kdcache.share.remote import Remote
+    from kdcache.share.stores.base import Remote
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 from kdcache.cache.spec import Fingerprints
 from kdcache.data.encoding import encode, padding_id
 from kdcache.teachers.bundle import Bundle, TeacherRecord, fingerprints_on_disk, load_teacher, save_shared_head, save_teacher
+from kdcache.teachers.joint import MEAN, predict, score_teachers
 from kdcache.teachers.teacher import TeacherModel
-from kdcache.teachers.trainee import MEAN, predict, score_teachers
 from kdcache.training.loop import default_device
 
 if TYPE_CHECKING:

@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kdcache.cache.blocks import Outputs
 from kdcache.cache.ids import id_array, id_list, text_id
 from kdcache.cache.spec import Fingerprints, Settings, TargetSpec, TaskSpec, TeacherSpec, needs_tokens
-from kdcache.cache.tokens import FIRST, LAST, TEXT, Tokens
+from kdcache.cache.tokens import FIRST, LAST, TEXT, Outputs, Tokens
 from kdcache.cache.writer import CacheWriter, open_writer
 from kdcache.codecs.base import Basis, HiddenBlock, LayerSpec
 from kdcache.codecs.registry import format_of

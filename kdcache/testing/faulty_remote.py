@@ -23,7 +23,7 @@ from kdcache.errors import RemoteError
 from kdcache.testing.faults import Died
 
 if TYPE_CHECKING:
-    from kdcache.share.remote import Entry, Remote
+    from kdcache.share.stores.base import Entry, Remote
 
 T = TypeVar("T")
 _WRITES = ("write", "create", "delete")

@@ -29,7 +29,7 @@ from kdcache.cache.tokens import Tokens
 from kdcache.cache.verify import verify
 from kdcache.errors import DamageError
 from kdcache.files import use_disk
-from kdcache.share import layout as share_layout
+from kdcache.share import keys as share_layout
 from kdcache.share.gc import collect
 from kdcache.share.intents import Pace
 from kdcache.share.listing import names, status
@@ -55,7 +55,7 @@ from kdcache.testing.mutations import (
 
 if TYPE_CHECKING:
     from kdcache.files import FileDigest
-    from kdcache.share.remote import Entry
+    from kdcache.share.stores.base import Entry
 
 REFUSED = (3, 4)  # damaged, or not what is asked for
 UNREACHED = (1, 3, 4)  # and a remote that does not answer as it should
@@ -295,7 +295,7 @@ def listing(place: Path) -> Target:
 
 def student(place: Path) -> Target:
     """Kept tokens and alignments of a student, with the digest in their first line made right again."""
-    from kdcache.distill.align_store import load_arrays, save_arrays
+    from kdcache.loader.alignment import load_arrays, save_arrays
 
     path = place / "kept.bin"
     arrays: dict[str, np.ndarray] = {"first": np.arange(9), "src": np.arange(8, dtype=np.int32), "weight": np.ones(8, np.float32)}
@@ -319,7 +319,7 @@ def student(place: Path) -> Target:
 
 def tokens(place: Path) -> Target:
     """Token files whose every value may be anything, read, and aligned with the tokens of a student."""
-    from kdcache.distill.alignment import align
+    from kdcache.loader.alignment import align
 
     cache = _victim(place)
     held = _HeldFiles(cache.path, cache.manifest.contents.files)

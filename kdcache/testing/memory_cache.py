@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kdcache.cache.blocks import Outputs
 from kdcache.cache.ids import IdIndex, id_array, text_id
 from kdcache.cache.spec import Fingerprints, TargetSpec, TaskSpec, TeacherSpec
+from kdcache.cache.tokens import Outputs
 from kdcache.codecs.base import Basis, HiddenBlock, LayerSpec
 from kdcache.codecs.registry import format_of
 from kdcache.data.encoding import TRUNCATION, EncodedTexts, encode, tokenizer_fingerprint
-from kdcache.distill.align_store import student_tokens
+from kdcache.loader.alignment import student_tokens
 
 if TYPE_CHECKING:
     from kdcache.cache.tokens import Tokens

@@ -13,8 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from kdcache.errors import DamageError, MissingObjectError
-from kdcache.share.keys import check_key, check_prefix
-from kdcache.share.remote import Entry
+from kdcache.share.stores.base import Entry, check_key, check_prefix
 
 BLOCK = 1 << 20  # bytes of one block of ``read``
 

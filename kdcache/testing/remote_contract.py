@@ -22,7 +22,7 @@ import pytest
 from kdcache.errors import DamageError, MissingObjectError, RemoteError
 
 if TYPE_CHECKING:
-    from kdcache.share.remote import Remote
+    from kdcache.share.stores.base import Remote
 
 T = TypeVar("T")
 LARGE = 40 << 20  # bytes: several parts of a multipart upload

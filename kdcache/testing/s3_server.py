@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from kdcache.share.remote import Remote
+    from kdcache.share.stores.base import Remote
 
 BUCKET = "team"
 READY = 60  # seconds until a server must answer
@@ -66,7 +66,7 @@ class S3Server:
 
     def open(self, url: str | None = None, user: User | None = None) -> Remote:
         """A remote at ``url``, by default at a place that nobody else uses."""
-        from kdcache.share.object_store import open_object_store
+        from kdcache.share.stores.object_store import open_object_store
 
         return open_object_store(url or self.url(), self.environment(user))
 

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from kdcache.distill.objective import DistillationModel, ObjectiveSettings
-from kdcache.distill.student import StudentOutput
-from kdcache.distill.targets import Batch, Hidden, Targets
+from kdcache.loader.targets import Batch, Hidden, Targets
+from kdcache.students.build import StudentOutput
 
 if TYPE_CHECKING:
-    from kdcache.distill.student import StudentModel
     from kdcache.methods.base import Moment, Pair
+    from kdcache.students.build import StudentModel
 
 ROWS, LENGTH, CLASSES, WIDTH = 6, 5, 3, 4
 TEACHERS = ("a", "b")

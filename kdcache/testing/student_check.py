@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from kdcache.distill.student import Student
+    from kdcache.students.build import Student
 
 LABELS = ("negative", "positive")
 TEXTS = (
@@ -72,9 +72,9 @@ def refusal(work: Any) -> str | None:
 
 def check_student(source: Path, layers: list[int] | None, directory: Path, *, trust_remote_code: bool = False) -> None:
     """Build, train and save a student; AssertionError where it answers otherwise in a batch, or after loading."""
-    from kdcache.distill.student import build_student
-    from kdcache.distill.student_files import load_student, save_student, student_record
     from kdcache.recipe import StudentSection
+    from kdcache.students.build import build_student
+    from kdcache.students.save import load_student, save_student, student_record
 
     section = StudentSection(init_from=str(source), layers=layers, trust_remote_code=trust_remote_code)
     student = build_student(section, LABELS, max_length=64, seed=0, dropout=0.0)
@@ -102,7 +102,7 @@ def _batch(student: Student, texts: Sequence[str]) -> Tensor:
     import numpy as np
     import torch
 
-    from kdcache.distill.evaluation import encode_split, predict
+    from kdcache.students.score import encode_split, predict
 
     split = encode_split(student, [(text,) for text in texts], np.zeros(len(texts), np.int64))
     return torch.from_numpy(predict(student.model, split))

@@ -22,16 +22,18 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from kdcache.errors import NonFiniteError
+from kdcache.errors import NonFiniteError, RecipeError
 from kdcache.training import checkpoints as checkpoint_files
 from kdcache.training.durable import hold_lock
 from kdcache.training.optim import adamw, linear_schedule
-from kdcache.training.precision import make_accelerator
 from kdcache.training.seeding import restore_rng_state, rng_state, seed_everything
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+
     from kdcache.progress import Progress
     from kdcache.recipe import OptimSection
+
 
 Metrics = dict[str, float]
 
@@ -295,3 +297,27 @@ class _Run:
 def default_device() -> torch.device:
     """Where models run outside training: CUDA where there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def check_precision(precision: str, device: torch.device) -> None:
+    """RecipeError where training in ``precision`` does not work on ``device``: fp16 needs the gradient scaler of a GPU."""
+    if precision == "fp16" and device.type == "cpu":
+        raise RecipeError("precision 'fp16' needs a GPU; this machine trains on the CPU", "Use float32, or bf16.")
+
+
+def make_accelerator(precision: str) -> Accelerator:
+    """An accelerator of one process; RecipeError where the device cannot do ``precision``."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    mixed = {"float32": "no", "bf16": "bf16", "fp16": "fp16"}[precision]
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed:
+        AcceleratorState._reset_state()  # accelerate keeps one precision per process; stages of one run may differ
+    accelerator = Accelerator(mixed_precision=mixed)
+    check_precision(precision, accelerator.device)
+    if accelerator.num_processes > 1:
+        raise RecipeError(
+            f"kdcache trains in one process; it was started in {accelerator.num_processes}",
+            "Start it with python, not accelerate launch.",
+        )
+    return accelerator

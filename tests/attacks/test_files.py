@@ -396,7 +396,7 @@ def test_a_hard_link_to_a_file_outside_is_never_written_through(victim: Path) ->
 
 def test_a_student_does_not_align_with_spans_that_all_overlap() -> None:
     """A token file of a few megabytes would make pairs without number."""
-    from kdcache.distill.alignment import align
+    from kdcache.loader.alignment import align
 
     def covering(count: int, end: int) -> Tokens:
         whole = np.zeros(count, np.int32)

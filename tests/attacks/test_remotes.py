@@ -12,7 +12,7 @@ from kdcache.cache.layout import STATE
 from kdcache.cache.manifest import MAX_BYTES
 from kdcache.cache.reader import open_cache
 from kdcache.errors import DamageError, KdcacheError
-from kdcache.share import layout
+from kdcache.share import keys as layout
 from kdcache.share.local_store import LocalStore
 from kdcache.share.pull import fetch_manifest, pull
 from kdcache.share.push import push

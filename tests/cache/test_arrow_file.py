@@ -12,8 +12,7 @@ import pytest
 
 from kdcache.cache import tables
 from kdcache.cache.arrow_file import TableDamageError
-from kdcache.cache.blocks import Outputs
-from kdcache.cache.tokens import Tokens
+from kdcache.cache.tokens import Outputs, Tokens
 
 IDS = np.arange(80, dtype=np.uint8).reshape(5, 16)
 LABELS = np.array([0, -1, 2, -1, 1])

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kdcache.cache.card import cache_card
-from kdcache.cache.describe import describe_manifest
+from kdcache.cache.card import cache_card, describe_manifest
 from kdcache.cache.manifest import parse_manifest
 from kdcache.cache.reader import open_cache
 from kdcache.testing.caches import CODED, LAYERS, PER_TEXT, dump, made_plan, made_teacher

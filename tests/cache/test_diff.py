@@ -12,8 +12,8 @@ from kdcache.cache.diff import diff
 from kdcache.cache.reader import open_cache
 from kdcache.cache.spec import Settings
 from kdcache.codecs.base import LayerSpec
-from kdcache.share.directory import DirectoryRemote
 from kdcache.share.push import push
+from kdcache.share.stores.directory import DirectoryRemote
 from kdcache.testing.caches import Plan, dump, made_plan, made_teacher, made_texts
 from tests.cli.commands import kdcache
 

@@ -11,7 +11,7 @@ import pytest
 import zarr
 from safetensors.numpy import load_file
 
-from kdcache.cache.describe import describe
+from kdcache.cache.card import describe
 from kdcache.cache.manifest import make_manifest
 from kdcache.cache.reader import open_cache
 from kdcache.cache.verify import verify

@@ -10,9 +10,8 @@ import pyarrow as pa
 import pytest
 
 from kdcache.cache import tables
-from kdcache.cache.blocks import Outputs
 from kdcache.cache.tables import TableDamageError
-from kdcache.cache.tokens import Tokens
+from kdcache.cache.tokens import Outputs, Tokens
 
 IDS = np.arange(80, dtype=np.uint8).reshape(5, 16)
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kdcache.cache.blocks import Outputs
 from kdcache.cache.ids import id_array
 from kdcache.cache.reader import open_cache
 from kdcache.cache.spec import Settings, TaskSpec, TeacherSpec
+from kdcache.cache.tokens import Outputs
 from kdcache.cache.verify import unreferenced, verify
 from kdcache.cache.writer import CacheWriter, open_writer
 from kdcache.codecs.base import HiddenBlock, LayerSpec

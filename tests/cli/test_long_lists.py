@@ -13,10 +13,10 @@ import pytest
 from kdcache.cache.diff import _show
 from kdcache.cache.stale import check_task as check_cache
 from kdcache.data.task import load_task
-from kdcache.distill.data import student_data
 from kdcache.dump.additions import _check_task as check_addition
 from kdcache.dump.specs import check_task as check_teachers
 from kdcache.errors import KdcacheError
+from kdcache.loader.data import student_data
 from kdcache.progress import listed_apart
 from kdcache.recipe import DataSection
 from kdcache.report.cards import model_card

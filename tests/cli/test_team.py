@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from kdcache.cache.manifest import read_manifest
-from kdcache.share.layout import parse_file_key
-from kdcache.share.remote import Remote
+from kdcache.share.keys import parse_file_key
+from kdcache.share.stores.base import Remote
 from kdcache.testing.s3_server import S3Server
 from kdcache.testing.teachers import make_teachers
 from tests.cli.commands import Said, kdcache

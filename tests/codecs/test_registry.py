@@ -57,7 +57,8 @@ import sys
 import numpy as np
 from kdcache.codecs.base import Basis, LayerSpec
 from kdcache.codecs.registry import storage_formats
-from kdcache.codecs import base, projection, registry, selection
+from kdcache.codecs import base, projection, registry
+from kdcache.codecs import token_selection as selection
 from kdcache.cache import reader, verify, writer
 for one in storage_formats().values():
     if not one.by_bytes:

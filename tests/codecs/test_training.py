@@ -14,7 +14,7 @@ from kdcache.codecs.base import Basis, LayerSpec
 from kdcache.codecs.trellis import TRELLIS, codebook_of
 from kdcache.codecs.trellis.codebook import Codebook, decode_rows, table_sizes
 from kdcache.codecs.trellis.coder import Coder, best_windows, search_on_device
-from kdcache.codecs.trellis.training import DISTORTION, allot_bits, train_codebook
+from kdcache.codecs.trellis.fit import DISTORTION, allot_bits, train_codebook
 from kdcache.dump.fitting import LayerFit
 
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from kdcache.data.files import _READERS, read_rows
+from kdcache.data.reading import _READERS, read_rows
 from kdcache.errors import DataError
 from kdcache.recipe import DATA_FILE_ENDINGS
 

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from kdcache.data.files import read_rows
-from kdcache.data.hub import parse_spec
+from kdcache.data.reading import parse_spec, read_rows
 from kdcache.data.task import load_task
 from kdcache.errors import DataError
 from kdcache.recipe import DataSection

@@ -11,8 +11,7 @@ import json
 import sys
 from pathlib import Path
 
-from kdcache.distill.stage import distill
-from kdcache.distill.trainee import DistillTrainee
+from kdcache.distill.stage import DistillTrainee, distill
 from kdcache.progress import SilentProgress
 from kdcache.recipe import load_recipe
 from kdcache.testing.killing import run_child

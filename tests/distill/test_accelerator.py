@@ -12,10 +12,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kdcache.cache.reader import open_cache
 from kdcache.cache.verify import verify
-from kdcache.distill.evaluation import evaluate_model
 from kdcache.distill.stage import DistillResult, distill
 from kdcache.dump.stage import dump_teachers
 from kdcache.progress import SilentProgress
+from kdcache.students.score import evaluate_model
 from kdcache.testing.accelerator import fake_accelerator
 from tests.distill.conftest import TinyRun
 

@@ -13,8 +13,8 @@ import pytest
 
 from kdcache.cache.ids import id_array, text_id
 from kdcache.data.encoding import encode
-from kdcache.distill import align_store
-from kdcache.distill.align_store import StudentTokens, load_arrays, save_arrays, student_tokens
+from kdcache.loader import alignment as align_store
+from kdcache.loader.alignment import StudentTokens, load_arrays, save_arrays, student_tokens
 from kdcache.runs import home
 from kdcache.testing import tiny
 

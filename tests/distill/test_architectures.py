@@ -12,11 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from kdcache.distill.evaluation import encode_split, predict
-from kdcache.distill.student import Student, build_student
-from kdcache.distill.student_files import load_student, save_student, student_record
 from kdcache.errors import ModelError
 from kdcache.recipe import StudentSection
+from kdcache.students.build import Student, build_student
+from kdcache.students.save import load_student, save_student, student_record
+from kdcache.students.score import encode_split, predict
 from kdcache.teachers import network
 from kdcache.teachers.bundle import HEAD_FILE
 from kdcache.testing.architectures import ARCHITECTURES, DEPTH

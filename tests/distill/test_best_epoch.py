@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from kdcache import files
-from kdcache.distill.trainee import DistillTrainee
+from kdcache.distill.stage import DistillTrainee
 from kdcache.files import Disk
 from kdcache.progress import SilentProgress
 from kdcache.testing.faults import Died, FaultyDisk, UnsyncedDisk

@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from kdcache.distill.stage import distill
-from kdcache.distill.trainee import DistillTrainee
-from kdcache.distill.training import prepare
+from kdcache.distill.setup import prepare
+from kdcache.distill.stage import DistillTrainee, distill
 from kdcache.dump.stage import dump_teachers
 from kdcache.methods.base import Moment
 from kdcache.methods.registry import method_names

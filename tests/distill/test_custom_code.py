@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from kdcache.data.encoding import load_tokenizer
-from kdcache.distill.student import Student, build_student
-from kdcache.distill.student_files import load_student, read_record, save_student, student_record
 from kdcache.errors import CustomCodeError, KdcacheError, ModelError
 from kdcache.recipe import StudentSection
+from kdcache.students.build import Student, build_student
+from kdcache.students.save import load_student, read_record, save_student, student_record
 from kdcache.teachers.fingerprints import fingerprint_teacher
 from kdcache.teachers.teacher import TeacherModel, load_classifier, load_encoder
 from kdcache.testing.custom_model import RAN, make_custom_model

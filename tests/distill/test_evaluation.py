@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from kdcache.distill.evaluation import encode_split, evaluate_model, predict, selection_score
-from kdcache.distill.student import Student, build_student
-from kdcache.distill.student_files import save_student, student_record
 from kdcache.errors import DataError, ModelError, RecipeError
 from kdcache.recipe import StudentSection
 from kdcache.report.metrics import scores
+from kdcache.students.build import Student, build_student
+from kdcache.students.save import save_student, student_record
+from kdcache.students.score import encode_split, evaluate_model, predict, selection_score
 from kdcache.testing.tiny import make_model, reviews, write_reviews
 
 

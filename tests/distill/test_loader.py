@@ -14,18 +14,16 @@ import torch
 
 from kdcache.cache.ids import text_id
 from kdcache.data.encoding import encode, pad
-from kdcache.distill.align_store import student_tokens
-from kdcache.distill.alignment import align
-from kdcache.distill.assembly import student_inputs
-from kdcache.distill.loader import CachedBatches, cached_logits, loader
-from kdcache.distill.parts import DecodedPart
-from kdcache.distill.rows import Rows, Sheets
 from kdcache.errors import DamageError, MismatchError, RecipeError
+from kdcache.loader.alignment import align, student_tokens
+from kdcache.loader.assembly import Rows, Sheets, student_inputs
+from kdcache.loader.cached import CachedBatches, cached_logits, loader
+from kdcache.loader.parts import DecodedPart
 from kdcache.testing import tiny
 from kdcache.testing.memory_cache import MemoryCache, MemoryTeacher, Text, truth, truth_logits
 
 if TYPE_CHECKING:
-    from kdcache.distill.targets import Batch
+    from kdcache.loader.targets import Batch
 
 MAP = {"bert": (2, 4), "roberta": (4, 4), "xlm": (2, 4)}
 
@@ -297,7 +295,7 @@ def test_a_process_that_ends_with_an_open_iterator_does_not_hang() -> None:
     import sys
 
     code = (
-        "from kdcache.distill.prefetch import in_background; import itertools\n"
+        "from kdcache.loader.prefetch import in_background; import itertools\n"
         "held = in_background(lambda: itertools.count())\nprint(next(held))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)

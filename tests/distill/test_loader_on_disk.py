@@ -16,13 +16,12 @@ import torch
 from kdcache.cache.ids import id_list
 from kdcache.cache.reader import open_cache
 from kdcache.data.encoding import encode, pad
-from kdcache.distill.align_store import student_tokens
-from kdcache.distill.alignment import align
-from kdcache.distill.live import LiveBatches
-from kdcache.distill.loader import CachedBatches, loader
-from kdcache.distill.prefetch import READ_AHEAD
-from kdcache.distill.training import prepare
+from kdcache.distill.setup import prepare
 from kdcache.errors import DamageError, MismatchError
+from kdcache.loader.alignment import align, student_tokens
+from kdcache.loader.cached import CachedBatches, loader
+from kdcache.loader.live import LiveBatches
+from kdcache.loader.prefetch import READ_AHEAD
 from kdcache.teachers.bundle import load_teacher
 from kdcache.testing import tiny
 from tests.distill.conftest import TinyRun

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from kdcache.distill.objective import DistillationModel, ObjectiveSettings, objective_settings
-from kdcache.distill.student import Student, StudentModel, build_student
-from kdcache.distill.targets import Batch, Hidden, Targets
+from kdcache.loader.targets import Batch, Hidden, Targets
 from kdcache.methods.base import Method
 from kdcache.methods.parts.hidden_states import HiddenStates
 from kdcache.methods.parts.soft_labels import SoftLabels
 from kdcache.methods.parts.task import TaskLoss
 from kdcache.methods.parts.weighting import teacher_cross_entropy
 from kdcache.recipe import DistillSection, StudentSection, WeightsSection
+from kdcache.students.build import Student, StudentModel, build_student
 from kdcache.testing.steps import LoopStudent
 from kdcache.testing.tiny import make_model
 

@@ -14,18 +14,18 @@ from safetensors.torch import load_file
 from kdcache.cache.layout import layer_files
 from kdcache.cache.reader import Cache, open_cache
 from kdcache.cache.verify import to_come, verify
-from kdcache.distill.examples import join_examples
-from kdcache.distill.order import epoch_order
 from kdcache.distill.stage import DistillResult, distill
 from kdcache.errors import RemoteError
+from kdcache.loader.examples import join_examples
+from kdcache.loader.order import epoch_order
 from kdcache.progress import SilentProgress
 from kdcache.recipe import Recipe
-from kdcache.share.layout import parse_file_key
+from kdcache.share.keys import parse_file_key
 from kdcache.share.local_store import LocalStore
-from kdcache.share.opening import open_remote
 from kdcache.share.push import push
 from kdcache.share.reading_through import read_through
 from kdcache.share.refs import resolve
+from kdcache.share.stores.registry import open_remote
 from kdcache.testing.memory_remote import MemoryRemote
 from tests.distill.conftest import TinyRun
 

@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from kdcache.distill.stage import DistillResult, distill
-from kdcache.distill.trainee import DistillTrainee
-from kdcache.distill.training import Training
+from kdcache.distill.setup import Training
+from kdcache.distill.stage import DistillResult, DistillTrainee, distill
 from kdcache.dump.stage import dump_teachers
 from kdcache.errors import DamageError, KdcacheError, MismatchError, ModelError, RecipeError
 from kdcache.methods.base import Feature, Method
@@ -101,7 +100,7 @@ def test_every_term_of_every_step_is_logged(mt_bert: tuple[DistillResult, Path])
 
 
 def test_student_directory_has_card_and_record(mt_bert: tuple[DistillResult, Path], tiny_run: TinyRun) -> None:
-    from kdcache.distill.evaluation import evaluate_model
+    from kdcache.students.score import evaluate_model
 
     result, root = mt_bert
     assert "mt-bert" in (result.student / "README.md").read_text()
@@ -350,7 +349,7 @@ def test_pairs_of_texts(tiny_run: TinyRun, tmp_path: Path) -> None:
     )  # fmt: skip
     result = run(recipe, None, tmp_path / "run")
     assert result.results["text_columns"] == ["first", "second"]
-    from kdcache.distill.evaluation import evaluate_model
+    from kdcache.students.score import evaluate_model
 
     found = evaluate_model(result.student, str(tmp_path / "pairs.tsv"))
     assert found["accuracy"] == result.scores["test"]["accuracy"]

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from kdcache.distill.student import Student, build_student
-from kdcache.distill.student_files import load_student, read_record, save_student, student_record
 from kdcache.errors import DamageError, ModelError, RecipeError
 from kdcache.recipe import StudentSection
+from kdcache.students.build import Student, build_student
+from kdcache.students.save import load_student, read_record, save_student, student_record
 from kdcache.teachers.bundle import load_teacher
 from kdcache.testing.teachers import make_teachers
 from kdcache.testing.tiny import Family, make_model

@@ -13,13 +13,13 @@ from safetensors.torch import load_file
 from kdcache.cache.layout import MANIFEST
 from kdcache.cache.reader import open_cache
 from kdcache.cache.selection import Selection, write_selection
-from kdcache.cache.textfree import without_text
 from kdcache.cache.verify import unreferenced, verify
 from kdcache.distill.stage import DistillResult, distill
 from kdcache.dump.stage import dump_teachers
 from kdcache.errors import DataError, MismatchError
 from kdcache.progress import SilentProgress
 from kdcache.recipe import Recipe
+from kdcache.share.push import without_text
 from kdcache.testing.tiny import reviews, write_reviews
 from tests.distill.conftest import TinyRun
 

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kdcache.cache.blocks import Outputs
 from kdcache.cache.reader import open_cache
+from kdcache.cache.tokens import Outputs
 from kdcache.cache.verify import verify
 from kdcache.codecs.base import HiddenBlock
 from kdcache.dump import run

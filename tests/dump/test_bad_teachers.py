@@ -14,7 +14,7 @@ import torch
 
 from kdcache.cache.reader import open_cache
 from kdcache.data.task import load_task
-from kdcache.dump import plan
+from kdcache.dump import dry_run as plan
 from kdcache.errors import NonFiniteError, StorageError
 from kdcache.teachers.bundle import load_teacher
 from kdcache.teachers.teacher import TeacherModel

@@ -14,19 +14,18 @@ from kdcache.cache.layout import MANIFEST
 from kdcache.cache.manifest import read_manifest
 from kdcache.cache.reader import open_cache
 from kdcache.cache.selection import Selection, read_local, write_selection
-from kdcache.cache.textfree import without_text
 from kdcache.cache.verify import verify
 from kdcache.dump.extend import ExtendReport, Wanted, extend_cache
 from kdcache.errors import MismatchError, ModelError, RemoteError
 from kdcache.progress import SilentProgress
 from kdcache.report.metrics import scores
-from kdcache.share import layout
-from kdcache.share.directory import DirectoryRemote
-from kdcache.share.layout import parse_file_key
+from kdcache.share import keys as layout
+from kdcache.share.keys import parse_file_key
 from kdcache.share.local_store import LocalStore
-from kdcache.share.push import push
+from kdcache.share.push import push, without_text
 from kdcache.share.reading_through import read_through
 from kdcache.share.refs import resolve
+from kdcache.share.stores.directory import DirectoryRemote
 from kdcache.share.working_copy import working_copy
 from kdcache.testing.faulty_remote import FaultyRemote
 from kdcache.testing.memory_remote import MemoryRemote

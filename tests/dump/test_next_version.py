@@ -19,7 +19,7 @@ from kdcache.progress import SilentProgress
 from kdcache.share.local_store import LocalStore
 from kdcache.share.push import push
 from kdcache.share.refs import history, resolve
-from kdcache.share.remote import Remote
+from kdcache.share.stores.base import Remote
 from kdcache.testing.memory_remote import MemoryRemote
 from kdcache.testing.tiny import reviews, write_reviews
 from tests.dump.conftest import Workbench

@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 from kdcache.cache.reader import open_cache
-from kdcache.dump.plan import DumpPlan, plan_dump
+from kdcache.dump.dry_run import DumpPlan, plan_dump
 from kdcache.dump.stage import dump_teachers
 from kdcache.errors import MismatchError
 from kdcache.progress import SilentProgress

@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from kdcache.cache.reader import open_cache
 from kdcache.codecs.base import LayerSpec
 from kdcache.dump.fidelity import Fidelity, measure
-from kdcache.dump.planner import StoragePlan, plan_storage
-from kdcache.dump.recommend import Choice, recommend
+from kdcache.dump.plan import Choice, StoragePlan, plan_storage, recommend
 from kdcache.errors import DataError, RecipeError
 from kdcache.progress import SilentProgress
 from tests.dump.conftest import Workbench

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from kdcache.distill.objective import DistillationModel, objective_settings
-from kdcache.distill.student import build_student
-from kdcache.distill.targets import Batch, Hidden, Targets
+from kdcache.loader.targets import Batch, Hidden, Targets
 from kdcache.methods.base import Pair
 from kdcache.recipe import DistillSection, StudentSection
+from kdcache.students.build import build_student
 from kdcache.testing.tiny import make_model
 
 DIMS: dict[Pair, int] = {(0, 1): 3, (0, 2): 3, (1, 1): 4, (1, 2): 4}

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from kdcache.distill.objective import DistillationModel, ObjectiveSettings
-from kdcache.distill.targets import Batch, Hidden
 from kdcache.errors import RecipeError
+from kdcache.loader.targets import Batch, Hidden
 from kdcache.methods.base import Direction, Feature, Method, Pair
 from kdcache.methods.parts.features import select_vectors
 from kdcache.methods.parts.hidden_states import (

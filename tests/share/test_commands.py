@@ -8,7 +8,7 @@ import pytest
 
 from kdcache.cache.manifest import read_manifest
 from kdcache.cache.verify import verify
-from kdcache.share import layout
+from kdcache.share import keys as layout
 from kdcache.testing.faults import delete, flip_bit
 from tests.cli.commands import kdcache
 

@@ -70,7 +70,7 @@ def test_bodies_that_break_off_are_continued_and_not_begun_again(tmp_path: Path)
     import hashlib
 
     from kdcache.files import FileDigest
-    from kdcache.share.layout import file_key
+    from kdcache.share.keys import file_key
 
     data = bytes(range(256)) * 4096
     digest = FileDigest(len(data), hashlib.sha256(data).hexdigest())
@@ -86,7 +86,7 @@ def test_bodies_that_break_off_are_continued_and_not_begun_again(tmp_path: Path)
 
 def test_an_object_that_is_too_short_or_too_long_is_damage_and_not_a_broken_connection(tmp_path: Path) -> None:
     from kdcache.files import digest_bytes
-    from kdcache.share.layout import file_key
+    from kdcache.share.keys import file_key
 
     digest = digest_bytes(b"x" * 1000)
     for wrong in (b"", b"x" * 999, b"x" * 1001, b"x" * (3 << 20)):

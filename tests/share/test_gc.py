@@ -18,15 +18,15 @@ import pytest
 from kdcache.cache.manifest import read_manifest
 from kdcache.errors import DamageError, KdcacheError, LockedError, RemoteError
 from kdcache.progress import SilentProgress
-from kdcache.share import intents, layout, parallel
-from kdcache.share.directory import DirectoryRemote
-from kdcache.share.gc import GRACE, collect
+from kdcache.share import intents, parallel
+from kdcache.share import keys as layout
+from kdcache.share.gc import GRACE, collect, remove
 from kdcache.share.intents import hold
 from kdcache.share.pull import pull
 from kdcache.share.push import push
 from kdcache.share.refs import history, publish, resolve
-from kdcache.share.remote import Remote
-from kdcache.share.removal import remove
+from kdcache.share.stores.base import Remote
+from kdcache.share.stores.directory import DirectoryRemote
 from kdcache.testing.faults import Died
 from tests.share.worlds import DAY, START, Watched, World, broken_refs, watched
 

@@ -26,14 +26,14 @@ from kdcache.cache.selection import Selection
 from kdcache.cache.verify import unreferenced, verify
 from kdcache.errors import RemoteAccessError
 from kdcache.files import use_disk
-from kdcache.share import layout
-from kdcache.share.directory import DirectoryRemote
-from kdcache.share.opening import open_remote
+from kdcache.share import keys as layout
 from kdcache.share.pull import pull
 from kdcache.share.push import push
 from kdcache.share.refs import history, resolve
-from kdcache.share.remote import Remote
 from kdcache.share.remote_verify import verify_remote
+from kdcache.share.stores.base import Remote
+from kdcache.share.stores.directory import DirectoryRemote
+from kdcache.share.stores.registry import open_remote
 from kdcache.testing.caches import dump, made_plan
 from kdcache.testing.faults import Died, UnsyncedDisk
 from kdcache.testing.faulty_remote import FaultyRemote
@@ -43,7 +43,7 @@ from tests.share.conftest import MEMORY
 from tests.share.worlds import broken_refs
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["kdcache.share.push", "kdcache.share.pull", "kdcache.share.opening", __name__])
+CONTEXT.set_forkserver_preload(["kdcache.share.push", "kdcache.share.pull", "kdcache.share.stores.registry", __name__])
 MOMENTS = 10
 
 

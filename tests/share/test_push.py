@@ -13,11 +13,11 @@ import pytest
 from kdcache.cache.manifest import read_manifest
 from kdcache.cache.selection import Selection
 from kdcache.errors import MismatchError, RemoteAccessError, RemoteError
-from kdcache.share import layout
+from kdcache.share import keys as layout
 from kdcache.share.pull import pull
 from kdcache.share.push import PushReport, push
 from kdcache.share.refs import OvertakenError, history
-from kdcache.share.remote import Remote
+from kdcache.share.stores.base import Remote
 from tests.share.test_gc import Told, prepared
 from tests.share.worlds import Watched, World, broken_refs, watched
 

@@ -16,7 +16,7 @@ from kdcache.cache.selection import Selection, read_selection
 from kdcache.cache.verify import unreferenced, verify
 from kdcache.errors import DamageError, KdcacheError, LockedError, MismatchError
 from kdcache.files import use_disk
-from kdcache.share import layout
+from kdcache.share import keys as layout
 from kdcache.share.intents import hold
 from kdcache.share.presence import missing_of
 from kdcache.share.pull import pull

@@ -10,9 +10,9 @@ import pytest
 
 from kdcache.cache.canonical import canonical_json, digest_of, parse_json
 from kdcache.errors import DamageError, MismatchError, RecipeError
-from kdcache.share import layout
+from kdcache.share import keys as layout
 from kdcache.share.refs import OvertakenError, Ref, history, live, publish, resolve, tombstone
-from kdcache.share.remote import Remote
+from kdcache.share.stores.base import Remote
 from kdcache.testing.memory_remote import MemoryRemote
 from tests.share.worlds import Watched
 

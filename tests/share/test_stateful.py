@@ -19,12 +19,11 @@ from kdcache.cache.manifest import read_manifest
 from kdcache.cache.selection import Selection
 from kdcache.cache.verify import verify
 from kdcache.errors import MismatchError
-from kdcache.share import layout
-from kdcache.share.gc import GRACE, collect
+from kdcache.share import keys as layout
+from kdcache.share.gc import GRACE, collect, remove
 from kdcache.share.pull import pull
 from kdcache.share.push import push
 from kdcache.share.refs import history, live
-from kdcache.share.removal import remove
 from kdcache.testing.caches import dump, made_plan
 from tests.share.conftest import MEMORY
 from tests.share.worlds import DAY, World, broken_refs

@@ -10,10 +10,10 @@ from typing import Any, cast
 from kdcache.cache.manifest import parse_manifest
 from kdcache.errors import MissingObjectError
 from kdcache.files import digest_bytes
-from kdcache.share import layout
+from kdcache.share import keys as layout
 from kdcache.share.intents import Pace
 from kdcache.share.refs import all_histories, live
-from kdcache.share.remote import Remote
+from kdcache.share.stores.base import Remote
 from kdcache.testing.faults import Died
 from kdcache.testing.memory_remote import MemoryRemote
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from kdcache.progress import SilentProgress
 from kdcache.recipe import load_recipe
 from kdcache.teachers.cofinetune import cofinetune
-from kdcache.teachers.trainee import JointTrainee
+from kdcache.teachers.joint import JointTrainee
 from kdcache.testing.killing import run_child
 
 

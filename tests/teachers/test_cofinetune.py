@@ -20,7 +20,7 @@ from kdcache.progress import SilentProgress
 from kdcache.recipe import Recipe
 from kdcache.teachers.bundle import load_shared_head, load_teacher, read_bundle, teacher_names
 from kdcache.teachers.cofinetune import CofinetuneResult, add_teacher, cofinetune
-from kdcache.teachers.trainee import JointTrainee
+from kdcache.teachers.joint import JointTrainee
 from kdcache.testing.tiny import make_model
 
 from .conftest import files_in

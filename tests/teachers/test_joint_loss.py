@@ -12,8 +12,8 @@ from torch.nn import functional
 from kdcache.data.encoding import encode, load_tokenizer, pad
 from kdcache.report.metrics import scores
 from kdcache.teachers.head import SharedHead, new_adapter
+from kdcache.teachers.joint import MEAN, JointTrainee, Labels, TeacherTexts, predict, score_teachers
 from kdcache.teachers.teacher import TeacherModel, load_encoder
-from kdcache.teachers.trainee import MEAN, JointTrainee, Labels, TeacherTexts, predict, score_teachers
 from kdcache.testing.tiny import reviews
 from kdcache.training.best_epoch import BestEpoch
 

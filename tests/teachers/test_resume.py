@@ -19,7 +19,7 @@ from kdcache.recipe import Recipe, dump_toml
 from kdcache.teachers import cofinetune as cofinetune_stage
 from kdcache.teachers.bundle import read_bundle
 from kdcache.teachers.cofinetune import cofinetune
-from kdcache.teachers.trainee import JointTrainee
+from kdcache.teachers.joint import JointTrainee
 from kdcache.testing.faults import failing_disk
 from kdcache.training.durable import hold_lock
 

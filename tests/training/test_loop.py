@@ -17,9 +17,8 @@ from torch import Tensor, nn
 
 from kdcache.errors import DamageError, MismatchError, NonFiniteError, RecipeError
 from kdcache.progress import SilentProgress
-from kdcache.training.loop import LoopSettings, Outcome, micro_batches, train
+from kdcache.training.loop import LoopSettings, Outcome, check_precision, make_accelerator, micro_batches, train
 from kdcache.training.metrics_log import MetricsLog
-from kdcache.training.precision import check_precision, make_accelerator
 
 SETTINGS = LoopSettings(epochs=3, learning_rate=0.05, checkpoint_steps=2, log_steps=2, seed=3, identity={"data": "a"})
 

@@ -135,7 +135,7 @@ class Trellis(StorageFormat):
         return Rounding(own, own, noise=2.0, fits=_fits(own, basis))
 
     def fit(self, basis: Basis, sample: torch.Tensor | None, spec: LayerSpec) -> Basis:
-        from kdcache.codecs.trellis.training import coded_basis
+        from kdcache.codecs.trellis.fit import coded_basis
 
         assert sample is not None
         return coded_basis(basis, sample, spec.bytes)

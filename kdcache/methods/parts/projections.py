@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from kdcache.distill.targets import Hidden
+    from kdcache.loader.targets import Hidden
     from kdcache.methods.base import Direction, Pair
 
 PROJECTIONS = "projections"  # what W is called in checkpoints

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from kdcache.errors import RemoteError
-from kdcache.share import store_access
-from kdcache.share.object_store import ObjectStoreRemote, open_object_store
+from kdcache.share.stores import store_access
+from kdcache.share.stores.object_store import ObjectStoreRemote, open_object_store
 from kdcache.testing.broken_wire import Wire, broken_wire
 from kdcache.testing.s3_server import S3Server
 

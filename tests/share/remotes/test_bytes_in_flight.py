@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 
 from kdcache.files import FileDigest
-from kdcache.share.budget import ByteBudget
-from kdcache.share.object_store import IN_FLIGHT, MOST_PARTS, PART, open_object_store
 from kdcache.share.parallel import for_each
+from kdcache.share.stores.object_store import IN_FLIGHT, MOST_PARTS, PART, ByteBudget, open_object_store
 from kdcache.share.transfer import SMALL, file_digest, send_file
 
 MIB = 1 << 20
@@ -55,7 +54,7 @@ def sparse(path: Path, size: int) -> Path:
 @pytest.fixture
 def uploads(monkeypatch: pytest.MonkeyPatch) -> Uploads:
     found = Uploads()
-    monkeypatch.setattr("kdcache.share.object_store.obstore", lambda: found)
+    monkeypatch.setattr("kdcache.share.stores.object_store.obstore", lambda: found)
     return found
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from kdcache.errors import RemoteError
-from kdcache.share.probe import check
-from kdcache.share.remote import Entry
+from kdcache.share.stores.base import Entry
+from kdcache.share.stores.probe import check
 from kdcache.testing.memory_remote import MemoryRemote
 from kdcache.testing.s3_server import S3Server
 from tests.cli.commands import kdcache
@@ -138,7 +138,7 @@ def test_a_clock_that_is_wrong_is_told() -> None:
 
 
 def test_an_unusable_store_exits_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kdcache.share.opening.open_remote", lambda _: LateLists())
+    monkeypatch.setattr("kdcache.share.stores.registry.open_remote", lambda _: LateLists())
     said = kdcache("remote", "check", tmp_path)
     assert said.code == 1
     assert "cannot hold caches: no list after write" in said.err

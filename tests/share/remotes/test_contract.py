@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from kdcache.files import use_disk
-from kdcache.share.directory import DirectoryRemote
-from kdcache.share.remote import Remote
+from kdcache.share.stores.base import Remote
+from kdcache.share.stores.directory import DirectoryRemote
 from kdcache.testing.faults import UnsyncedDisk
 from kdcache.testing.memory_remote import MemoryRemote
 from kdcache.testing.remote_contract import RemoteContract

@@ -11,7 +11,7 @@ import pytest
 
 from kdcache.errors import MissingObjectError, RemoteAccessError, RemoteError
 from kdcache.files import Disk, use_disk
-from kdcache.share.directory import DirectoryRemote
+from kdcache.share.stores.directory import DirectoryRemote
 from kdcache.testing.faults import Died, UnsyncedDisk, counting_disk, dying_disk, failing_disk
 from kdcache.testing.remote_contract import at_once
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from kdcache.errors import RemoteAccessError, RemoteError
-from kdcache.share import store_access
-from kdcache.share.object_store import ObjectStoreRemote, open_object_store
+from kdcache.share.stores import store_access
+from kdcache.share.stores.object_store import ObjectStoreRemote, open_object_store
 from kdcache.testing.s3_server import S3Server, User
 
 
@@ -163,7 +163,7 @@ def test_somebody_elses_object_is_a_conflict_even_if_the_answer_was_lost(
 def test_a_store_is_not_used_in_a_fork(rclone_store: S3Server) -> None:
     code = """
 import os, sys
-from kdcache.share.object_store import open_object_store
+from kdcache.share.stores.object_store import open_object_store
 from kdcache.errors import RemoteError
 remote = open_object_store(sys.argv[1])
 assert remote.head("one") is None
@@ -190,7 +190,7 @@ def test_memory_does_not_grow_with_the_size_of_an_object(seaweedfs: S3Server, tm
     code = """
 import resource, sys
 from pathlib import Path
-from kdcache.share.object_store import open_object_store
+from kdcache.share.stores.object_store import open_object_store
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
 remote = open_object_store(sys.argv[1])
 remote.write("small", bytes(9 << 20))

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from kdcache.errors import RecipeError
-from kdcache.share.directory import DirectoryRemote
-from kdcache.share.opening import default_remote, open_remote
+from kdcache.share.stores.directory import DirectoryRemote
+from kdcache.share.stores.registry import default_remote, open_remote
 from tests.cli.commands import kdcache
 
 

@@ -16,12 +16,12 @@ from kdcache.cache.reader import open_cache
 from kdcache.cache.selection import Selection
 from kdcache.cache.verify import to_come, verify
 from kdcache.errors import MismatchError
-from kdcache.share.directory import DirectoryRemote
-from kdcache.share.layout import parse_file_key
+from kdcache.share.keys import parse_file_key
 from kdcache.share.local_store import LocalStore
 from kdcache.share.push import push
 from kdcache.share.reading_through import read_through
 from kdcache.share.refs import resolve
+from kdcache.share.stores.directory import DirectoryRemote
 from kdcache.testing.faulty_remote import FaultyRemote
 from kdcache.testing.s3_server import S3Server
 from tests.share.store.test_reading_through import read_teacher

@@ -15,12 +15,12 @@ from kdcache.cache.reader import Cache, open_cache
 from kdcache.cache.selection import Selection, read_local
 from kdcache.cache.verify import to_come, verify
 from kdcache.errors import MismatchError, RemoteError
-from kdcache.share.directory import DirectoryRemote
-from kdcache.share.layout import parse_file_key
+from kdcache.share.keys import parse_file_key
 from kdcache.share.local_store import LocalStore
 from kdcache.share.push import push
 from kdcache.share.reading_through import read_through
 from kdcache.share.refs import Ref, resolve
+from kdcache.share.stores.directory import DirectoryRemote
 from kdcache.testing.caches import dump, made_plan
 from kdcache.testing.memory_remote import MemoryRemote
 

@@ -7,7 +7,8 @@ import torch
 
 from kdcache.data.encoding import encode, pad
 from kdcache.errors import ModelError, NonFiniteError
-from kdcache.teachers.backends import onnx_backend, onnx_export, open_backend
+from kdcache.teachers.backends import onnx_backend, open_backend
+from kdcache.teachers.backends import onnx_backend as onnx_export
 from kdcache.teachers.bundle import load_teacher
 from kdcache.teachers.fingerprints import fingerprint_teacher
 from kdcache.teachers.teacher import Teacher

@@ -1,0 +1,157 @@
+"""What is trained on what: everything that a recipe chooses, opened and checked, before the first step."""
+
+from __future__ import annotations
+
+import functools
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from kdcache.data.encoding import tokenizer_fingerprint
+from kdcache.distill.objective import DistillationModel, ObjectiveSettings, objective_settings
+from kdcache.distill.target_source import open_source, teachers_beside
+from kdcache.loader.cached import CachedBatches
+from kdcache.loader.data import SplitJoin, StudentData, join_counts, student_data
+from kdcache.progress import format_bytes
+from kdcache.students.build import Student, build_student
+from kdcache.teachers.fingerprints import fingerprint_tensors, lasting_config
+
+if TYPE_CHECKING:
+    from kdcache.cache.reader import Cache
+    from kdcache.loader.targets import TargetSource
+    from kdcache.methods.base import Pair
+    from kdcache.progress import Progress
+    from kdcache.recipe import Recipe
+
+
+# Keys of ``Training.identity`` that kdcache 0.1.0 did not record; its checkpoints are compared on the others.
+NEWER_KEYS = frozenset(
+    (
+        "student.tokenizer", "student.token_types", "student.padding", "student.config", "student.network", "student.head", "labels",
+        "distill.layer_map",
+    )
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Training:
+    """A training that is ready to start; the student still has its initial weights."""
+
+    recipe: Recipe
+    settings: ObjectiveSettings
+    data: StudentData
+    student: Student
+    source: TargetSource
+    cache: Cache | None
+    targets: Literal["cache", "live", "none"]
+    teachers_dir: Path | None  # the teachers that are at hand
+    joins: tuple[SplitJoin, ...] = ()  # of the data with the cache, per split
+
+    def model(self) -> DistillationModel:
+        """The student with the projections and the loss that the recipe chooses."""
+        source = self.source
+
+        def pairs(epoch: int) -> dict[Pair, tuple[str, int]]:
+            layer_map = source.layers_at(epoch)
+            return {
+                (index, layer): (name, own)
+                for index, name in enumerate(source.teachers)
+                for layer, own in enumerate(layer_map.get(name, ()), start=1)
+                if own is not None
+            }
+
+        @functools.cache
+        def variances(epoch: int) -> dict[Pair, float]:
+            return {pair: source.target_variance(*layer) for pair, layer in pairs(epoch).items()}
+
+        return DistillationModel(
+            self.student.model,
+            self.settings,
+            source.teachers,
+            dims={pair: source.target_dim(*layer) for pair, layer in pairs(0).items()},
+            variances=variances,
+            seed=self.recipe.distill.seed,
+        )
+
+    def identity(self, model: DistillationModel) -> dict[str, Any]:
+        """All that the weights depend on; the loop refuses to go on from a checkpoint of another training.
+
+        Of the loader: batches follow from data, cache, batch size, seed, window and ``missing``, which are here. Not here are the
+        device and the versions of libraries, which change rounding only: a training may go on elsewhere.
+        """
+        section = self.recipe.distill.model_dump(mode="json", exclude={"checkpoint_steps"})
+        return {f"distill.{key}": value for key, value in section.items()} | {
+            "initial weights": fingerprint_tensors(model.state_dict().items()),
+            "data": self.data.digest(),
+            "text columns": list(self.data.text_columns),
+            "max_length": self.student.max_length,
+            "cache": self.cache.identity if self.cache is not None else None,
+            "targets": self.targets,
+            "teachers": list(self.source.teachers),
+            "layers": {name: list(layers) for name, layers in self.source.layer_map.items()},
+            **self._student_identity(),
+        }
+
+    def _student_identity(self) -> dict[str, Any]:
+        """``NEWER_KEYS``: what is no tensor of the student and changes what it reads or computes."""
+        model, tokenizer = self.student.model, self.student.tokenizer
+        head = model.head
+        shared = {} if head is None else {"pooling": head.pooling_name, "dropout": head.dropout.p}
+        return {
+            "student.tokenizer": tokenizer_fingerprint(tokenizer),
+            "student.token_types": "token_type_ids" in model.accepted.intersection(tokenizer.model_input_names),
+            "student.padding": [tokenizer.pad_token_id, tokenizer.padding_side],
+            "student.config": lasting_config(model.config.to_diff_dict()),
+            "student.network": type(model.network).__name__,
+            "student.head": {"kind": model.head_kind, **shared},
+            "labels": list(self.data.label_names),
+        }
+
+    def some_texts(self) -> list[tuple[str, ...]]:
+        """What speed is measured on: the first texts of the test split, or of what there is."""
+        return self.data.texts_of(next(name for name in ("test", "validation", "train") if name in self.data.splits))[:96]
+
+
+def prepare(
+    recipe: Recipe, cache: Path | Cache | None, run_root: Path, live_teachers: Path | None, progress: Progress
+) -> Training:
+    """Open cache and data, build the student, choose teachers and layers. Raises what ``stage.distill`` raises."""
+    settings, section = objective_settings(recipe.distill), recipe.require_student()
+    opened = _open(cache)
+    data = student_data(recipe.data, opened)
+    for note in data.notes:
+        progress.note(note)
+    joins = join_counts(data, opened) if settings.method.uses_teachers else ()
+    for line in (line for join in joins for line in join.lines()):
+        progress.note(line)
+    teachers_dir = live_teachers or teachers_beside(None if opened is None else opened.path, run_root)
+    student = build_student(
+        section,
+        data.label_names,
+        max_length=recipe.data.max_length,
+        seed=recipe.distill.seed,
+        dropout=recipe.distill.dropout,
+        teachers_dir=teachers_dir,
+    )
+    source = open_source(recipe.distill, settings, data, student, opened, live_teachers, recipe.trusted())
+    if isinstance(source, CachedBatches):
+        _note_memory(source.window_bytes, progress)
+    targets: Literal["cache", "live", "none"] = "none" if not source.teachers else "live" if live_teachers else "cache"
+    return Training(recipe, settings, data, student, source, opened, targets, teachers_dir, joins)
+
+
+def _note_memory(needed: int, progress: Progress) -> None:
+    """Say before the first step that a window will not fit, where parts are large: the system would only kill the run."""
+    installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > installed / 2:
+        progress.note(
+            f"the window holds up to {format_bytes(needed)} of hidden states at once, of {format_bytes(installed)} of memory in all: "
+            "a smaller distill.window needs less"
+        )
+
+
+def _open(cache: Path | Cache | None) -> Cache | None:
+    from kdcache.cache.reader import open_cache
+
+    return open_cache(cache) if isinstance(cache, Path) else cache

@@ -1,0 +1,298 @@
+"""What a dump will run, write and take, before it does: ``dump-teachers --dry-run``.
+
+Rows, tokens and bytes are counted, not guessed: every text that is missing is tokenised. Minutes come from timing each
+teacher on a few batches of those texts on this machine. Nothing is written to the cache.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kdcache.cache.ids import IdIndex, id_array
+from kdcache.cache.layout import MANIFEST
+from kdcache.cache.reader import open_cache
+from kdcache.cache.spec import Settings, needs_tokens
+from kdcache.cache.stale import check_task as check_cache_task
+from kdcache.cache.stale import check_teacher
+from kdcache.data.encoding import encode, truncation_note
+from kdcache.data.task import load_task
+from kdcache.dump.run import open_teacher, text_batches
+from kdcache.dump.specs import (
+    PreparedTeacher,
+    check_task,
+    hidden_bytes,
+    outputs_bytes,
+    prepare_teachers,
+    scopes,
+    task_spec,
+    tokens_bytes,
+)
+from kdcache.dump.student_texts import TruncationPlan, student_truncation
+from kdcache.errors import StorageError
+from kdcache.progress import format_bytes, format_seconds
+from kdcache.teachers.bundle import read_bundle
+
+if TYPE_CHECKING:
+    from kdcache.cache.reader import Cache
+    from kdcache.cache.spec import Scope, TaskSpec, TeacherSpec
+    from kdcache.cache.writer import CacheWriter, PartTask
+    from kdcache.data.counts import DataCounts
+    from kdcache.progress import Progress
+    from kdcache.recipe import Recipe
+
+_TIMED_TEXTS = 512
+_TIMED_SECONDS = 5.0
+_SAMPLED_TEXTS = 256  # for the check of free space at the start of a dump
+
+Text = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class TeacherPlan:
+    """What is to be done for one teacher. ``hidden`` is bytes per layer; ``stored_layers`` are in the cache already."""
+
+    teacher: str
+    texts: int
+    tokens: int
+    hidden: Mapping[int, int]
+    outputs: int
+    spans: int
+    seconds: float
+    stored_layers: tuple[int, ...]
+    truncated: int = 0  # of ``texts``, cut to max_length
+    max_length: int = 0
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.hidden.values()) + self.outputs + self.spans
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {
+            "texts": self.texts,
+            "texts_truncated": self.truncated,
+            "tokens": self.tokens,
+            "bytes": {"hidden": {str(layer): size for layer, size in self.hidden.items()}, "outputs": self.outputs, "tokens": self.spans},
+            "seconds": round(self.seconds, 1),
+            "layers_in_cache": list(self.stored_layers),
+        }  # fmt: skip
+
+    def lines(self) -> list[str]:
+        """For people."""
+        if not self.texts:
+            return [f"{self.teacher}: nothing is missing"]
+        layers = [f"  layer {layer}: {format_bytes(size)}" for layer, size in self.hidden.items()]
+        return [
+            f"{self.teacher}: {self.texts:,} texts, {self.tokens:,} tokens, {format_bytes(self.bytes)}, "
+            f"about {format_seconds(self.seconds)}",
+            *(f"  {line}" for line in truncation_note(f"teacher '{self.teacher}'", self.truncated, self.texts, self.max_length)),
+            *layers,
+            f"  logits and pooled vectors: {format_bytes(self.outputs)}; token spans: {format_bytes(self.spans)}",
+        ]
+
+
+@dataclass(frozen=True)
+class DumpPlan:
+    """The whole plan. ``existing_texts`` and ``existing_teachers`` are in the cache already; ``free`` is of its disk."""
+
+    cache: Path
+    counts: DataCounts
+    full_texts: int
+    logits_texts: int
+    existing_texts: int
+    existing_teachers: tuple[str, ...]
+    teachers: tuple[TeacherPlan, ...]
+    free: int
+    student: TruncationPlan | None = None
+
+    @property
+    def bytes(self) -> int:
+        return sum(teacher.bytes for teacher in self.teachers)
+
+    @property
+    def seconds(self) -> float:
+        return sum(teacher.seconds for teacher in self.teachers)
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able; what ``--json`` prints."""
+        return {
+            "cache": str(self.cache),
+            "data": self.counts.as_dict(),
+            "texts": {"full": self.full_texts, "logits_only": self.logits_texts, "in_cache": self.existing_texts},
+            "teachers_in_cache": list(self.existing_teachers),
+            "teachers": {teacher.teacher: teacher.as_dict() for teacher in self.teachers},
+            "bytes": self.bytes,
+            "minutes": round(self.seconds / 60, 1),
+            "free_bytes": self.free,
+            "student": None if self.student is None else self.student.as_dict(),
+        }
+
+    def lines(self) -> list[str]:
+        """For people."""
+        there = ", ".join(self.existing_teachers) or "none"
+        return [
+            *self.counts.lines(),
+            f"texts: {self.full_texts:,} with hidden states, {self.logits_texts:,} with logits only; {self.existing_texts:,} of them "
+            f"in the cache already (teachers there: {there})",
+            *(line for teacher in self.teachers for line in teacher.lines()),
+            *(() if self.student is None else self.student.lines()),
+            f"together: {format_bytes(self.bytes)}, about {format_seconds(self.seconds)}; free on the disk: {format_bytes(self.free)}",
+        ]
+
+
+def plan_dump(recipe: Recipe, teachers_dir: Path, cache_dir: Path, *, progress: Progress) -> DumpPlan:
+    """What ``dump_teachers`` with the same arguments would do. Raises what it would raise before running a teacher.
+
+    What an unpublished, interrupted dump has committed already is not subtracted.
+    """
+    task = load_task(recipe.data)
+    bundle = read_bundle(teachers_dir)
+    check_task(task, bundle, teachers_dir)
+    teachers = prepare_teachers(recipe, bundle, teachers_dir, len(task.label_names))
+    cache = _published(cache_dir)
+    if cache is not None:
+        _refuse_stale(cache, recipe, task_spec(task), teachers)
+    full, logits_only = scopes(task)
+    new_full, new_logits = _unknown(cache, full, "full"), _unknown(cache, logits_only, "logits")
+    plans = []
+    for teacher in teachers:
+        groups = _missing_groups(cache, teacher.spec, new_full, new_logits)
+        plans.append(_plan_teacher(teacher, cache, groups, teachers_dir, recipe.dump.tokens_per_batch, progress))
+    existing = tuple(cache.teachers) if cache is not None else ()
+    known = len(full) + len(logits_only) - len(new_full) - len(new_logits)
+    student = student_truncation(recipe, teachers_dir, teachers, list(full.values()))
+    counts, free = task.counts, free_bytes(cache_dir)
+    return DumpPlan(cache_dir, counts, len(full), len(logits_only), known, existing, tuple(plans), free, student)
+
+
+def check_free_space(writer: CacheWriter, teachers: Sequence[PreparedTeacher], missing: Mapping[str, Sequence[PartTask]]) -> None:
+    """StorageError where what is missing clearly needs more than the disk has free; tokens are counted on a few texts."""
+    needed = 0
+    for teacher in teachers:
+        tasks = missing[teacher.name]
+        with_layers = [task for task in tasks if task.layers]
+        per_text = _tokens_per_text(teacher, writer.texts_of(with_layers[0].part)[:_SAMPLED_TEXTS]) if with_layers else 0.0
+        for task in tasks:
+            texts = len(task.part.text_ids)
+            needed += outputs_bytes(texts, teacher.spec) if task.outputs else 0
+            needed += sum(hidden_bytes(int(per_text * texts), texts, teacher.spec.layers[layer]) for layer in task.layers)
+    free = free_bytes(writer.root)
+    if needed > free:
+        raise StorageError(
+            f"the dump needs about {format_bytes(needed)}, but the disk of '{writer.root}' has {format_bytes(free)} free",
+            'Free some space, or store less: dump.dtype = "int8", a smaller dump.dim, fewer dump.layers '
+            "(kdcache dump-teachers --dry-run says what each one costs).",
+        )
+
+
+def free_bytes(path: Path) -> int:
+    """Free bytes of the disk that ``path`` lies on, or would lie on."""
+    place = path.absolute()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
+
+
+def _tokens_per_text(teacher: PreparedTeacher, texts: Sequence[Text]) -> float:
+    return float(encode(teacher.tokenizer, texts, teacher.spec.max_length).lengths.mean())
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Texts of which the same is missing."""
+
+    texts: Sequence[Text]
+    outputs: bool
+    layers: tuple[int, ...]
+
+
+def _published(cache_dir: Path) -> Cache | None:
+    return open_cache(cache_dir) if (cache_dir / MANIFEST).is_file() else None
+
+
+def _refuse_stale(cache: Cache, recipe: Recipe, task: TaskSpec, teachers: Sequence[PreparedTeacher]) -> None:
+    settings = Settings(recipe.dump.seed, recipe.dump.part_size)
+    check_cache_task(cache.path, (cache.task, cache.settings, cache.has_text), (task, settings, cache.has_text))
+    for teacher in teachers:
+        old = cache.teachers.get(teacher.name)
+        if old is not None:
+            check_teacher(cache.path, old, teacher.spec, set(old.layers))
+
+
+def _unknown(cache: Cache | None, texts: Mapping[bytes, Text], scope: Scope) -> list[Text]:
+    """The texts that the cache has in no part; wanted in full, those that it has in no full part."""
+    if cache is None or not texts:
+        return list(texts.values())
+    parts = [part for part in cache.parts if scope == "logits" or part.scope == "full"]
+    if not parts:
+        return list(texts.values())
+    index = IdIndex(np.concatenate([cache.text_ids(part.name) for part in parts]))
+    absent = index.find(id_array(texts)) < 0
+    return [text for text, new in zip(texts.values(), absent.tolist(), strict=True) if new]
+
+
+def _missing_groups(cache: Cache | None, spec: TeacherSpec, new_full: Sequence[Text], new_logits: Sequence[Text]) -> list[_Group]:
+    """What a dump would still have to run, in the order in which it would."""
+    groups = []
+    old = None if cache is None else cache.teachers.get(spec.name)
+    for part in () if cache is None else cache.parts:
+        layers = tuple(spec.layers.keys() - (old.layers if old else {})) if part.scope == "full" else ()
+        if cache is not None and (old is None or layers):
+            groups.append(_Group(cache.texts(part.name), old is None, layers))
+    groups += [_Group(new_full, True, tuple(spec.layers)), _Group(new_logits, True, ())]
+    return [group for group in groups if group.texts]
+
+
+def _plan_teacher(
+    teacher: PreparedTeacher,
+    cache: Cache | None,
+    groups: Sequence[_Group],
+    teachers_dir: Path,
+    tokens_per_batch: int,
+    progress: Progress,
+) -> TeacherPlan:
+    spec = teacher.spec
+    stored = cache.teachers[spec.name].layers if cache is not None and spec.name in cache.teachers else {}
+    hidden = {layer: 0 for group in groups for layer in sorted(group.layers)}
+    texts = tokens = outputs = spans = full = truncated = 0
+    for group in groups:
+        encoded = encode(teacher.tokenizer, group.texts, spec.max_length)
+        count, truncated = int(encoded.lengths.sum()), truncated + encoded.truncated_count
+        texts, tokens = texts + len(group.texts), tokens + count
+        outputs += outputs_bytes(len(group.texts), spec) if group.outputs else 0
+        wanted = {layer: spec.layers[layer] for layer in group.layers}
+        spans += tokens_bytes(count, len(group.texts)) if group.outputs and needs_tokens(wanted) else 0
+        full += len(group.texts) if group.layers else 0
+        for layer in group.layers:
+            hidden[layer] += hidden_bytes(count, len(group.texts), spec.layers[layer])
+    seconds = 0.0
+    if texts:
+        fitted_on = min(spec.sample_texts, full) if spec.layers.keys() - stored.keys() else 0
+        progress.note(f"timing teacher '{spec.name}' on a few batches")
+        per_token = _seconds_per_token(teacher, groups[0], teachers_dir, tokens_per_batch)
+        seconds = per_token * tokens * (1 + fitted_on / texts)
+    layers = tuple(sorted(stored))
+    return TeacherPlan(spec.name, texts, tokens, hidden, outputs, spans, seconds, layers, truncated, spec.max_length)
+
+
+def _seconds_per_token(teacher: PreparedTeacher, group: _Group, teachers_dir: Path, tokens_per_batch: int) -> float:
+    """Wall time per token, padding and all, of a few batches after one that warms up."""
+    texts = group.texts[:_TIMED_TEXTS]
+    batches = text_batches(teacher, texts, id_array([bytes(16)] * len(texts)), tokens_per_batch)
+    with open_teacher(teacher, teachers_dir) as backend:
+        next(batches.run(backend, group.layers))
+        began = time.perf_counter()
+        tokens = 0
+        for rows, output in batches.run(backend, group.layers):
+            output.logits.cpu()  # waits for the device
+            tokens += int(batches.encoded.lengths[rows].sum())
+            if time.perf_counter() - began > _TIMED_SECONDS:
+                break
+        return (time.perf_counter() - began) / max(tokens, 1)

@@ -1,0 +1,187 @@
+"""What a student learns from and is scored on, and how that joins a cache.
+
+The recipe's data files decide on examples, labels and splits, so that corrected labels need no new dump; where the files are
+not at hand (a cache that a colleague made), the cache's own examples do. Either way a row meets its targets by text id.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+import numpy as np
+
+from kdcache.cache.ids import IdIndex, id_list
+from kdcache.data.labels import mismatch_cure
+from kdcache.data.task import Examples, load_task
+from kdcache.errors import DataError, MismatchError
+from kdcache.progress import listed_apart
+
+if TYPE_CHECKING:
+    from kdcache.cache.reader import Cache
+    from kdcache.recipe import DataSection
+
+
+class ExamplesOf(Protocol):
+    """Examples of the data files and those of a cache look alike."""
+
+    @property
+    def text_ids(self) -> np.ndarray: ...
+
+    @property
+    def labels(self) -> np.ndarray: ...
+
+
+@dataclass(frozen=True, eq=False)
+class StudentData:
+    """``texts`` by id; ``splits`` of train, validation, test and transfer, those that there are; ``origin`` for the record."""
+
+    texts: Mapping[bytes, tuple[str, ...]]
+    splits: Mapping[str, ExamplesOf]
+    label_names: tuple[str, ...]
+    text_columns: tuple[str, ...]
+    origin: str  # "recipe" or "cache"
+    labels_declared: bool = True  # by a recipe or a data set; else the class order is that of the sorted names
+    empty_rows: Mapping[str, int] = field(default_factory=dict)  # per split, left out because they have no text
+    notes: tuple[str, ...] = ()  # what is odd about the data, for people
+
+    def texts_of(self, split: str) -> list[tuple[str, ...]]:
+        """The text of every example of ``split``, in its order."""
+        return [self.texts[identity] for identity in id_list(self.splits[split].text_ids)]
+
+    def digest(self) -> str:
+        """sha256 over ids and labels of every split: what a resumed training must agree on."""
+        digest = hashlib.sha256()
+        for name in sorted(self.splits):
+            split = self.splits[name]
+            digest.update(name.encode() + split.text_ids.tobytes() + np.asarray(split.labels, np.int64).tobytes())
+        return digest.hexdigest()
+
+
+def student_data(section: DataSection, cache: Cache | None) -> StudentData:
+    """The recipe's data, or that of the cache where the recipe's training file is not there.
+
+    Raises DataError for files that are there and not usable, or not there and no cache to stand in; MismatchError where label
+    names or text columns are not those of the cache.
+    """
+    try:
+        task = load_task(section)
+    except DataError as error:
+        if cache is None or Path(section.train).exists():
+            raise
+        if not cache.has_text:
+            raise DataError(
+                f"cache '{cache.path}' came without its texts, and the data are not here either: {error.message}",
+                "Name the data that it was made from in [data]: rows join by their text.",
+            ) from error
+        return _data_of(cache)
+    empty = task.counts.empty
+    notes = tuple(task.counts.notes())
+    data = StudentData(
+        task.texts, dict(task.splits), task.label_names, task.text_columns, "recipe", task.labels_declared, empty, notes
+    )
+    if cache is not None:
+        _check_same_task(data, cache)
+    return data
+
+
+def _data_of(cache: Cache) -> StudentData:
+    texts = {
+        identity: text
+        for part in cache.parts
+        for identity, text in zip(id_list(cache.text_ids(part.name)), cache.texts(part.name), strict=True)
+    }
+    splits = {name: cache.examples(name) for name in cache.splits}
+    names = tuple(cache.task.label_names)
+    declared = names != tuple(sorted(names))  # a sorted order may have been declared as well; then that is not known
+    return StudentData(texts, splits, names, tuple(cache.task.text_columns), "cache", declared)
+
+
+def _check_same_task(data: StudentData, cache: Cache) -> None:
+    if data.label_names != tuple(cache.task.label_names):
+        ours, theirs = listed_apart(data.label_names, cache.task.label_names)
+        cure = "Set data.labels to the cache's labels in their order, or dump the teachers of this task: kdcache dump-teachers"
+        raise MismatchError(
+            f"the labels of the data are {ours}; those of cache '{cache.path}' are {theirs}",
+            mismatch_cure(data.label_names, cache.task.label_names, cure),
+        )
+    if len(data.text_columns) != len(cache.task.text_columns):
+        raise MismatchError(
+            f"the data has {len(data.text_columns)} text columns, cache '{cache.path}' has {len(cache.task.text_columns)}",
+            "Set data.text to the columns that were dumped.",
+        )
+
+
+class CacheWithData:
+    """A cache that answers with the examples of ``data`` and with everything else of its own."""
+
+    def __init__(self, cache: Cache, data: StudentData) -> None:
+        self._cache = cache
+        self._data = data
+        self.splits = tuple(data.splits)
+
+    def examples(self, split: str) -> Any:
+        """The examples of the data, not those that the cache was dumped with."""
+        if split not in self._data.splits:
+            raise MismatchError(f"the data has no split '{split}'; it has: {', '.join(self.splits)}", "Name its file in [data].")
+        found = self._data.splits[split]
+        return Examples(found.text_ids, np.asarray(found.labels, np.int64), None)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cache, name)
+
+
+def with_data(cache: Cache, data: StudentData) -> Cache:
+    """``cache`` with the examples of ``data`` in the place of its own."""
+    return cast("Cache", CacheWithData(cache, data)) if data.origin == "recipe" else cache
+
+
+@dataclass(frozen=True)
+class SplitJoin:
+    """A split of the data: ``missing`` of its ``rows`` have a text that the cache lacks, ``extra`` texts of the cache it lacks."""
+
+    split: str
+    rows: int
+    missing: int
+    extra: int
+    first_missing: str = ""  # text id, and the beginning of the text
+    first_extra: str = ""  # text id
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able, without what is empty."""
+        return {name: value for name, value in vars(self).items() if name != "split" and value != ""}
+
+    def lines(self) -> list[str]:
+        """For people; nothing where everything joins."""
+        lines = []
+        if self.missing:
+            lines.append(
+                f"{self.split}: {self.missing:,} of {self.rows:,} rows have a text that the cache lacks; the first: {self.first_missing}"
+            )
+        if self.extra:
+            lines.append(
+                f"{self.split}: {self.extra:,} texts of the cache are not in the data and are not used; the first: {self.first_extra}"
+            )
+        return lines
+
+
+def join_counts(data: StudentData, cache: Cache | None) -> tuple[SplitJoin, ...]:
+    """Per split of the recipe's data, what joins the cache; empty where the cache gives the data itself."""
+    if cache is None or data.origin != "recipe":
+        return ()
+    return tuple(_join(data, cache, split) for split in data.splits)
+
+
+def _join(data: StudentData, cache: Cache, split: str) -> SplitJoin:
+    ids = np.asarray(data.splits[split].text_ids)
+    missing = np.flatnonzero(cache.locate(ids)[0] < 0)
+    stored = np.unique(cache.examples(split).text_ids, axis=0) if split in cache.splits else ids[:0]
+    extra = np.flatnonzero(IdIndex(ids).find(stored) < 0)
+    first = ""
+    if len(missing):
+        one = ids[missing[0]].tobytes()
+        first = f"{one.hex()} {' | '.join(data.texts[one])[:60]!r}"
+    return SplitJoin(split, len(ids), len(missing), len(extra), first, stored[extra[0]].tobytes().hex() if len(extra) else "")

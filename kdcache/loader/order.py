@@ -1,0 +1,115 @@
+"""The order of an epoch: a pure function of (seed, epoch, window) and of which part each example's text lies in.
+
+Parts are put in a seeded order; an example of the p-th part gets the key p + W * u with u uniform in [0, 1), and the
+examples are taken by ascending key. At key x only parts p with x - W < p <= x have examples, so a window of W parts slides
+over the cache: the first batches need the first part alone, a part is read once, and it can go once its last example is out.
+With the window 'all' the key is u alone: a uniform permutation, whose first batches need nearly all parts.
+The steps of an epoch are consecutive slices of this order and a process takes its slice of every step, so a run continues in
+the middle of an epoch, with another number of processes too, from three integers: seed, epoch, step.
+
+Only raw outputs of the bit generator are used: numpy keeps those streams for ever, those of its distributions not (NEP 19).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from kdcache.cache.memory import give_back_freed
+from kdcache.errors import RecipeError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from kdcache.loader.examples import JoinedExamples
+
+
+Window = int | Literal["all"]  # in parts
+
+
+def epoch_order(parts: NDArray[np.integer], *, seed: int, epoch: int, window: Window) -> NDArray[np.integer]:
+    """Positions of all examples in the order of ``epoch``, int32 where that is enough; ``parts`` [n] is the part of each one's text."""
+    key = _uniform(seed, epoch, len(parts))
+    if window != "all":
+        numbers = np.flatnonzero(np.bincount(parts)) if len(parts) else np.zeros(0, np.int64)
+        place = np.zeros(int(numbers[-1]) + 1 if len(numbers) else 0)  # of a part in the order of parts
+        place[numbers[np.argsort(_uniform(seed, epoch, len(numbers), purpose=1), kind="stable")]] = np.arange(len(numbers))
+        key *= window
+        key += place[parts]
+    return np.argsort(key, kind="stable").astype(np.int32 if len(parts) < 2**31 else np.int64)
+
+
+def step_count(examples: int, batch_size: int, world: int = 1) -> int:
+    """Steps of an epoch. The last may hold fewer rows than ``batch_size``; with fewer than ``world`` it is left out."""
+    full, rest = divmod(examples, batch_size)
+    return full + (rest >= world)
+
+
+def step_rows(order: NDArray[np.integer], step: int, batch_size: int, *, rank: int = 0, world: int = 1) -> NDArray[np.integer]:
+    """What process ``rank`` of ``world`` takes of step ``step``: near-equal, consecutive shares, in the order of the epoch."""
+    rows = order[step * batch_size : (step + 1) * batch_size]
+    return rows[rank * len(rows) // world : (rank + 1) * len(rows) // world]
+
+
+def _uniform(seed: int, epoch: int, count: int, purpose: int = 0) -> NDArray[np.float64]:
+    raw = np.asarray(np.random.PCG64(np.random.SeedSequence([seed, epoch, purpose])).random_raw(count), np.uint64)
+    raw >>= np.uint64(11)
+    uniform = raw.astype(np.float64)
+    uniform *= 2.0**-53
+    return uniform
+
+
+_MANY = 1 << 18  # examples, from which on ordering them takes arrays of megabytes for a moment
+
+
+@dataclass(frozen=True, eq=False)
+class Epochs:
+    """The order of all epochs over joined examples, and one process's share of it."""
+
+    examples: JoinedExamples
+    batch_size: int
+    seed: int
+    window: Window
+    rank: int = 0
+    world: int = 1
+
+    def __post_init__(self) -> None:
+        if self.window != "all" and self.window < 1:
+            raise RecipeError(
+                f"window is {self.window} parts; at least 1 is needed", "Set distill.window to a number of parts, or to 'all'."
+            )
+        if not self.batch_size >= self.world > self.rank >= 0:
+            raise RecipeError(
+                f"a batch of {self.batch_size} rows cannot be shared by process {self.rank} of {self.world}",
+                "Each process needs at least one row: raise distill.batch_size.",
+            )
+
+    @property
+    def steps(self) -> int:
+        """Steps of an epoch."""
+        return step_count(len(self.examples), self.batch_size, self.world)
+
+    def order(self, epoch: int) -> np.ndarray:
+        """All examples in the order of ``epoch``."""
+        order = epoch_order(self.examples.parts, seed=self.seed, epoch=epoch, window=self.window)
+        if len(order) > _MANY:
+            give_back_freed()
+        return order
+
+    def rows(self, order: np.ndarray, step: int) -> np.ndarray:
+        """The share of process ``rank`` of a step, as positions in ``examples``."""
+        return step_rows(order, step, self.batch_size, rank=self.rank, world=self.world)
+
+    def shares(self, order: np.ndarray, first_step: int) -> tuple[np.ndarray, np.ndarray]:
+        """All of this process's examples from ``first_step`` on, and the step of each."""
+        end = min(len(order), self.steps * self.batch_size)
+        place = np.arange(first_step * self.batch_size, end, dtype=order.dtype)
+        step = place // self.batch_size
+        if self.world == 1:
+            return order[first_step * self.batch_size : end], step
+        size = np.minimum(len(order) - step * self.batch_size, self.batch_size)
+        within = place - step * self.batch_size
+        mine = (within >= self.rank * size // self.world) & (within < (self.rank + 1) * size // self.world)
+        return order[place[mine]], step[mine]

@@ -1,0 +1,271 @@
+"""One part of a cache, decoded for one student: its tokens, and per teacher logits, hidden states and alignment.
+
+Hidden states stay as they were stored (int8 stays int8); only what the student's method uses is read.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from kdcache.cache.ids import id_list
+from kdcache.errors import DamageError, MismatchError
+from kdcache.loader.alignment import PartAlignment, local_places
+
+if TYPE_CHECKING:
+    from kdcache.cache.reader import Cache
+    from kdcache.cache.tokens import Tokens
+    from kdcache.codecs.base import HiddenBlock, TokenSelection
+    from kdcache.data.encoding import EncodedTexts
+    from kdcache.loader.alignment import StudentTokens
+    from kdcache.loader.examples import JoinedExamples
+
+
+Texts = Mapping[bytes, tuple[str, ...]]
+
+
+@dataclass(frozen=True, eq=False)
+class TeacherPart:
+    """What one teacher says of the n texts of a part; ``hidden`` by which tokens the layers are stored for."""
+
+    logits: np.ndarray | None  # float32[n, C]
+    offsets: np.ndarray | None  # int64[n + 1], of the teacher's tokens
+    hidden: Mapping[TokenSelection, Interleaved]
+    alignment: PartAlignment | None
+
+
+@dataclass(frozen=True, eq=False)
+class Explicit:
+    """An alignment entry by entry: ``texts`` bounds those of each text, ``counts`` says how many each student token has."""
+
+    texts: np.ndarray  # int64[n + 1]
+    counts: np.ndarray  # int32[S]
+    entries: np.ndarray  # int32[E, 2]: src, counted from the teacher's first token of the text, and the bits of the weight
+
+    @classmethod
+    def of(cls, alignment: PartAlignment, offsets: np.ndarray) -> Explicit:
+        """``offsets`` [n + 1] are those of the student's tokens."""
+        bounds = np.arange(alignment.tokens + 1) if alignment.first is None else alignment.first
+        entries = np.empty((int(bounds[-1]), 2), np.int32)
+        entries[:, 0] = local_places(offsets) if alignment.src is None else alignment.src
+        entries.view(np.float32)[:, 1] = 1 if alignment.weight is None else alignment.weight
+        return cls(bounds[offsets], np.diff(bounds).astype(np.int32), entries)
+
+
+@dataclass(frozen=True, eq=False)
+class DecodedPart:
+    """A part as batches are cut from it."""
+
+    student: EncodedTexts
+    teachers: tuple[TeacherPart, ...]
+    text_ids: np.ndarray | None = None  # uint8[n, 16]; of what lies in a cache
+
+    @functools.cached_property
+    def plain(self) -> bool:
+        """Whether ids are all there is to look up per student token: single texts, tokens that are the teachers' own."""
+        types = self.student.token_type_ids
+        alignments = [teacher.alignment for teacher in self.teachers]
+        return (types is None or not types.any()) and all(one is None or one.identical for one in alignments)
+
+    @functools.cached_property
+    def cards(self) -> Interleaved:
+        """What is known per text, side by side: where its tokens are, the student's (``tokens``) and each teacher's, ``id`` and ``logits``.
+
+        Looking one array up costs a batch a microsecond per part that it is drawn from, whatever the array holds.
+        """
+        offsets = {f"tokens {index}": one.offsets for index, one in enumerate(self.teachers) if one.offsets is not None}
+        offsets["tokens"] = self.student.offsets
+        columns = {name: np.stack([one[:-1], one[1:]], axis=1) for name, one in offsets.items()}
+        if self.text_ids is not None:
+            columns["id"] = self.text_ids
+        logits = [teacher.logits for teacher in self.teachers if teacher.logits is not None]
+        if logits and len(logits) == len(self.teachers):
+            columns["logits"] = np.stack(logits, axis=1)
+        return Interleaved.of(columns)
+
+    @functools.cached_property
+    def records(self) -> np.ndarray:
+        """What is known per student token, side by side: id, type, and per teacher the count of entries; int32[S, 2 + N]."""
+        records = np.zeros((len(self.student.input_ids), 2 + len(self.teachers)), np.int32)
+        records[:, 0] = self.student.input_ids
+        if self.student.token_type_ids is not None:
+            records[:, 1] = self.student.token_type_ids
+        for index, explicit in self.explicit.items():
+            records[:, 2 + index] = explicit.counts
+        return records
+
+    @functools.cached_property
+    def explicit(self) -> dict[int, Explicit]:
+        """Per teacher (by its place) that is aligned, its alignment entry by entry, that of the identity too."""
+        alignments = ((index, teacher.alignment) for index, teacher in enumerate(self.teachers))
+        return {index: Explicit.of(one, self.student.offsets) for index, one in alignments if one is not None}
+
+    @property
+    def nbytes(self) -> int:
+        arrays = [array for array in vars(self.student).values() if array is not None]
+        for teacher in self.teachers:
+            arrays += [array for array in (teacher.logits, teacher.offsets) if array is not None]
+            arrays += [layers.rows for layers in teacher.hidden.values()]
+        arrays.append(self.cards.rows)
+        if not self.plain:
+            arrays += [self.records, *(array for one in self.explicit.values() for array in vars(one).values())]
+        aligned = sum(teacher.alignment.nbytes for teacher in self.teachers if teacher.alignment is not None)
+        return aligned + sum(int(array.nbytes) for array in arrays)
+
+
+@dataclass(frozen=True, eq=False)
+class PartDecoder:
+    """Reads a part; safe to call from several threads. ``layers``: per teacher, the layers to read (none: no hidden states)."""
+
+    cache: Cache
+    student: StudentTokens
+    teachers: tuple[str, ...]
+    layers: Mapping[str, tuple[int, ...]]
+    logits: bool
+    texts: Texts | None = None
+
+    def __call__(self, index: int) -> DecodedPart:
+        name = self.cache.parts[index].name
+        text_ids = self.cache.text_ids(name)
+        keep = self.texts is None or all(one in self.texts for one in id_list(text_ids))
+        student = self.student.encoded(text_ids, lambda: texts_of(self.cache, name, self.texts), keep=keep)
+        teachers = (self._teacher(teacher, name, text_ids, student, keep) for teacher in self.teachers)
+        return DecodedPart(student, tuple(teachers), text_ids)
+
+    def _teacher(self, teacher: str, part: str, text_ids: np.ndarray, student: EncodedTexts, keep: bool) -> TeacherPart:
+        logits = self.cache.outputs(teacher, part).logits if self.logits else None
+        layers = self.layers.get(teacher, ())
+        if not layers:
+            return TeacherPart(logits, None, {}, None)
+        hidden = self._hidden(teacher, part, layers)
+        if "all" not in hidden:
+            return TeacherPart(logits, None, hidden, None)
+        tokens = self.cache.tokens(teacher, part)
+        if len(hidden["all"].rows) != tokens.offsets[-1]:
+            raise self._wrong(teacher, part, min(layers), len(hidden["all"].rows), f"the token file says {tokens.offsets[-1]}")
+        return TeacherPart(logits, tokens.offsets, hidden, self._alignment(teacher, text_ids, student, tokens, keep))
+
+    def _hidden(self, teacher: str, part: str, layers: tuple[int, ...]) -> dict[TokenSelection, Interleaved]:
+        blocks: dict[TokenSelection, dict[int, HiddenBlock]] = {}
+        for layer in sorted(set(layers)):
+            together = blocks.setdefault(self.cache.teachers[teacher].layers[layer].tokens, {})
+            together[layer] = block = self.cache.hidden(teacher, part, layer)
+            expected = len(next(iter(together.values())).values)
+            if len(block.values) != expected:
+                raise self._wrong(teacher, part, layer, len(block.values), f"another layer {expected}")
+        return {tokens: Interleaved.of_layers(together) for tokens, together in blocks.items()}
+
+    def _wrong(self, teacher: str, part: str, layer: int, count: int, other: str) -> DamageError:
+        return DamageError(
+            f"cache '{self.cache.path}': layer {layer} of teacher '{teacher}' has {count} tokens in {part}, and {other}",
+            "Find out what is damaged with: kdcache cache verify",
+        )
+
+    def _alignment(self, teacher: str, text_ids: np.ndarray, student: EncodedTexts, tokens: Tokens, keep: bool) -> PartAlignment:
+        spec = self.cache.teachers[teacher]
+        same = self.student.agrees_with(spec.fingerprints.tokenizer, spec.max_length, spec.truncation)
+        if same and np.array_equal(student.offsets, tokens.offsets):  # not so where another tokenizers version cut otherwise
+            return PartAlignment(len(student.input_ids))
+        return self.student.aligned(text_ids, student, tokens, keep=keep).simplified(student.offsets, tokens.offsets)
+
+
+def check_texts(cache: Cache, texts: Texts | None, examples: JoinedExamples) -> None:
+    """MismatchError where a text that will be learned from is neither in the cache nor among those given."""
+    if texts is None and not cache.has_text:
+        raise MismatchError(
+            f"cache '{cache.path}' came without its texts, which the student's tokenizer needs",
+            "Give them as texts={text id: columns}, or pull the cache with its texts.",
+        )
+    lacking = [] if texts is None else [one for one in id_list(examples.text_ids[:]) if one not in texts]
+    if lacking:
+        raise MismatchError(
+            f"{len(lacking)} of the {len(examples)} examples have a text that is not among the texts given; the first is {lacking[0].hex()}",
+            "Give the texts of the data that the cache was dumped from.",
+        )
+
+
+def texts_of(cache: Cache, part: str, texts: Texts | None) -> Sequence[tuple[str, ...]]:
+    """The texts of a part from the cache, or from ``texts`` by id where given; empty ones stand in for those not given."""
+    if texts is None:
+        return cache.texts(part)
+    empty = ("",) * len(cache.task.text_columns)
+    return [texts.get(one, empty) for one in id_list(cache.text_ids(part))]
+
+
+@dataclass(frozen=True, eq=False)
+class Interleaved:
+    """Records of several fields as bytes, uint8 [T, record]; ``dtype`` says which bytes of a record are what."""
+
+    rows: np.ndarray
+    dtype: np.dtype
+
+    @classmethod
+    def of(cls, fields: Mapping[str, np.ndarray]) -> Interleaved:
+        """From arrays with the same number of rows. One alone is not copied."""
+        dtype = np.dtype([(name, array.dtype, array.shape[1:]) for name, array in fields.items()], align=True)
+        count = len(next(iter(fields.values())))
+        if len(fields) == 1:
+            (array,) = fields.values()
+            return cls(np.ascontiguousarray(array).view(np.uint8).reshape(count, dtype.itemsize), dtype)
+        mixed = np.empty(count, dtype)
+        for name, array in fields.items():
+            mixed[name] = array
+        return cls(mixed.view(np.uint8).reshape(count, dtype.itemsize), dtype)
+
+    @classmethod
+    def of_layers(cls, blocks: Mapping[int, HiddenBlock]) -> Interleaved:
+        """From blocks by layer, all with the same number of rows; see ``layers_of``."""
+        return cls.of({name: array for layer, block in blocks.items() for name, array in _fields(layer, block)})
+
+    @property
+    def bytes(self) -> memoryview:
+        """All of it as one piece of memory."""
+        return self.rows.reshape(-1).data
+
+
+JOINED_BYTES = 1 << 20  # of a batch; about 80 us of copying
+
+
+def joined(parts: Sequence[memoryview], spans: Sequence[tuple[int, int, int]], count: int, size: int) -> np.ndarray:
+    """Records uint8 [count, size] out of several parts, one span after the other: ``spans`` are (part, first byte, last byte + 1).
+
+    For short spans joining bytes is cheaper than joining arrays; but it keeps the interpreter to itself, so what takes long enough to
+    copy for another thread to run meanwhile (more than ``JOINED_BYTES``) is joined as arrays, which let go of it.
+    """
+    pieces = [parts[part][start:end] for part, start, end in spans]
+    if count * size > JOINED_BYTES:
+        return np.concatenate([np.asarray(piece) for piece in pieces]).reshape(count, size)
+    return np.frombuffer(bytearray().join(pieces), np.uint8).reshape(count, size)
+
+
+def fields_of(rows: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Records uint8 [n, record] as a structured array [n]: a view."""
+    return rows.reshape(-1).view(dtype)
+
+
+def _fields(layer: int, block: HiddenBlock) -> list[tuple[str, np.ndarray]]:
+    values, scales = (f"values {layer}", block.values), (f"scales {layer}", block.scales)
+    return [values] if scales[1] is None else [values, (scales[0], scales[1])]
+
+
+def layers_of(rows: np.ndarray, dtype: np.dtype) -> dict[int, tuple[torch.Tensor, torch.Tensor | None]]:
+    """Values [n, dim] and scales [n] of each layer in ``rows`` uint8 [n, row]: views, nothing is copied."""
+    table = fields_of(rows, dtype)
+    return {
+        layer: (torch.from_numpy(table[values]), None if scales is None else torch.from_numpy(table[scales]))
+        for layer, values, scales in _names(dtype)
+    }
+
+
+@functools.lru_cache
+def _names(dtype: np.dtype) -> list[tuple[int, str, str | None]]:
+    """Per layer, the names of its values and of its scales, if it has any."""
+    layers = [int(name.split()[1]) for name in dtype.names or () if name.startswith("values")]
+    return [
+        (layer, f"values {layer}", f"scales {layer}" if f"scales {layer}" in (dtype.names or ()) else None) for layer in layers
+    ]

@@ -1,0 +1,337 @@
+"""Object stores as remotes: S3 and what speaks its language, Google Cloud Storage, Azure; all through obstore.
+
+obstore signs, retries and streams in Rust, outside the interpreter's lock. Here is what it leaves open: whether a store decides
+creates at all (found by a real probe, because some take the condition and ignore it), an answer that was lost on the way (found by
+reading back), an order of keys (some list by folder), and errors that a person can act on.
+
+Its runtime does not survive a fork: a child process has no worker threads and would wait for ever. So workers are spawned; a
+forked child gets an error at its first call.
+"""
+
+from __future__ import annotations
+
+import secrets
+import threading
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kdcache.errors import DamageError, MissingObjectError, RemoteError
+from kdcache.share.stores.base import Entry, check_key, check_prefix, is_key
+from kdcache.share.stores.store_access import obstore, open_store
+from kdcache.share.stores.store_errors import Place, explain, is_lost, is_whole, out_of_range
+
+if TYPE_CHECKING:
+    from obstore.store import ObjectStore
+
+
+BLOCK = 1 << 20  # bytes, at least, of one block of a read
+PART = 8 << 20  # bytes of one part of a multipart upload, more for files that would need over MOST_PARTS
+MOST_PARTS = 9000  # S3 ends at 10,000
+PARTS_AT_ONCE = 3  # of one file on their way, while one more is read
+IN_FLIGHT = 64 << 20  # bytes of all uploads together
+PROBES = "probes"  # the folder of keys that are made to learn about a store
+_CLOCK = f"{PROBES}/clock"  # one object, written again and again
+_decides: dict[tuple[str, str, str], bool] = {}  # (scheme, endpoint, bucket): what the probe of this process found
+_probing = threading.Lock()
+
+
+class ObjectStoreRemote:
+    """Objects under a prefix of one bucket; made by ``open_object_store``."""
+
+    def __init__(self, store: ObjectStore, place: Place) -> None:
+        self._store, self._place = store, place
+        self._budget = ByteBudget(IN_FLIGHT)
+
+    def __repr__(self) -> str:
+        return f"ObjectStoreRemote({self.url!r})"
+
+    @property
+    def url(self) -> str:
+        return self._place.url
+
+    @property
+    def where(self) -> str:
+        return self._place.at
+
+    @property
+    def filesystem(self) -> str:
+        return ""
+
+    @property
+    def conditional(self) -> bool:
+        """Google and Azure decide creates by their specification; of an S3 store this is found out once per process and bucket."""
+        if self._place.scheme != "s3":
+            return True
+        known = (self._place.scheme, self._place.endpoint, self._place.bucket)
+        with _probing:
+            if known not in _decides:
+                _decides[known] = create_holds(self._store, self._place)
+            return _decides[known]
+
+    def list(self, prefix: str) -> Iterator[Entry]:
+        check_prefix(prefix)
+        return self._listed(prefix)
+
+    def head(self, key: str) -> Entry | None:
+        try:
+            found = obstore().head(self._store, check_key(key))
+        except FileNotFoundError as error:
+            self._need_bucket(error, "head", key)
+            return None
+        except Exception as error:
+            raise explain(error, self._place, "head", key) from None
+        return _entry(key, found)
+
+    def read(self, key: str, *, start: int = 0, length: int | None = None) -> Iterator[bytes]:
+        check_key(key)
+        if length == 0:
+            if self.head(key) is None:
+                raise self._missing(key)
+            return iter(())
+        return self._blocks(key, start, length)
+
+    def read_bytes(self, key: str, limit: int) -> bytes:
+        got = bytearray()
+        for block in self.read(key):
+            got += block
+            if len(got) > limit:
+                raise DamageError(f"'{key}' on {self.url} has more than the {limit} bytes it may have")
+        return bytes(got)
+
+    def write(self, key: str, source: Path | bytes) -> None:
+        check_key(key)
+        if isinstance(source, bytes):
+            with self._budget.hold(len(source)):
+                self._put(key, source, "write", use_multipart=False)
+            return
+        try:
+            size = source.stat().st_size
+        except OSError as error:
+            raise RemoteError(f"cannot send '{source}': {error.strerror}", "Check the cache: kdcache cache verify PATH") from None
+        part = max(PART, -(-size // MOST_PARTS))
+        at_once = max(1, min(PARTS_AT_ONCE, IN_FLIGHT // 2 // part - 1))
+        with self._budget.hold(min(size, part * (at_once + 1))):
+            self._put(key, source, "write", use_multipart=size > PART, chunk_size=part, max_concurrency=at_once)
+
+    def create(self, key: str, data: bytes) -> bool:
+        check_key(key)
+        if self.conditional:
+            return self._create(key, data)
+        there = self._there(key, data)
+        if there is None:
+            self.write(key, data)
+        return there is not False
+
+    def delete(self, key: str) -> None:
+        try:
+            obstore().delete(self._store, check_key(key))
+        except FileNotFoundError as error:
+            self._need_bucket(error, "delete", key)
+        except Exception as error:
+            raise explain(error, self._place, "delete", key) from None
+
+    def now(self) -> float:
+        """The time at which the store says that it wrote a probe; whole seconds, cut off. Needs leave to write."""
+        self.write(_CLOCK, secrets.token_bytes(4))
+        found = self.head(_CLOCK)
+        if found is None:
+            raise RemoteError(f"{self._place.at} does not show an object that was just written", "Ask for: kdcache remote check")
+        return found.modified
+
+    def compares_and_swaps(self) -> bool:
+        return swap_holds(self._store, self._place)
+
+    def remove_leftovers(self, age: float) -> int:  # noqa: ARG002 - of the protocol
+        return 0
+
+    def remove_empty_folders(self, prefix: str) -> None:
+        pass
+
+    def _listed(self, prefix: str) -> Iterator[Entry]:
+        """All of them, sorted: some stores list folder by folder. Keys that are none of kdcache's are passed over."""
+        folder = prefix.rpartition("/")[0] or None  # obstore matches whole parts of a path only
+        try:
+            found = [
+                _entry(one["path"], one)
+                for chunk in obstore().list(self._store, folder, chunk_size=1000)
+                for one in chunk
+                if one["path"].startswith(prefix) and is_key(one["path"])
+            ]
+        except Exception as error:
+            raise explain(error, self._place, "list") from None
+        return iter(sorted(found, key=lambda entry: entry.key))
+
+    def _blocks(self, key: str, start: int, length: int | None) -> Iterator[bytes]:
+        options: Any = {"range": {"offset": start}} if start else None
+        if length is not None:
+            options = {"range": (start, start + length)}
+        try:
+            yield from self._stream(key, options)
+        except FileNotFoundError as error:
+            self._need_bucket(error, "read", key)
+            raise self._missing(key) from None
+        except Exception as error:
+            if is_whole(error):  # some answer a range that covers all with the whole, which obstore does not take
+                yield from _cut(self._blocks(key, 0, None), start, length)
+            elif not out_of_range(error):
+                raise explain(error, self._place, "read", key) from None
+
+    def _stream(self, key: str, options: Any) -> Iterator[bytes]:
+        yield from map(bytes, obstore().get(self._store, key, options=options).stream(min_chunk_size=BLOCK))
+
+    def _create(self, key: str, data: bytes) -> bool:
+        """Made here, or not: that is for the object to say that is there.
+
+        A 412 may answer one's own request, sent again after its answer was lost; a 409 says only that somebody else was at work.
+        """
+        for _ in range(4):
+            failure: RemoteError | None = None
+            try:
+                self._raw_put(key, data, mode="create", use_multipart=False)
+            except Exception as error:
+                from obstore.exceptions import AlreadyExistsError, PreconditionError
+
+                if not isinstance(error, AlreadyExistsError | PreconditionError):
+                    failure = explain(error, self._place, "create", key)
+                    if not is_lost(error):
+                        raise failure from None
+            else:
+                return True
+            there = self._there(key, data)
+            if there is not None:
+                return there
+            if failure:
+                raise failure
+        raise RemoteError(
+            f"cannot create '{key}' on {self._place.at}: the store says that it is there and does not show it",
+            "Run the same command again; look at the store with: kdcache remote check",
+        )
+
+    def _there(self, key: str, data: bytes) -> bool | None:
+        """Whether the object that is there is exactly ``data``; None where there is none."""
+        try:
+            return self.read_bytes(key, len(data)) == data
+        except MissingObjectError:
+            return None
+        except DamageError:  # longer
+            return False
+
+    def _put(self, key: str, source: Path | bytes, method: str, **options: Any) -> Any:
+        try:
+            return self._raw_put(key, source, **options)
+        except Exception as error:
+            raise explain(error, self._place, method, key) from None
+
+    def _raw_put(self, key: str, source: Path | bytes, **options: Any) -> Any:
+        return obstore().put(self._store, key, source, **options)
+
+    def _need_bucket(self, error: FileNotFoundError, method: str, key: str) -> None:
+        made = explain(error, self._place, method, key)
+        if "there is no bucket" in made.message:
+            raise made from None
+
+    def _missing(self, key: str) -> MissingObjectError:
+        return MissingObjectError(f"there is no '{key}' on {self._place.at}")
+
+
+def open_object_store(url: str, environment: Mapping[str, str] | None = None) -> ObjectStoreRemote:
+    """The place in a bucket that ``url`` (s3://, gs:// or az://, then BUCKET[/PREFIX]) names; nothing is asked of the store yet.
+
+    Credentials and endpoint come from the variables that the tools of the providers use, in ``environment`` or, where that is
+    None, in this process. Raises RecipeError where they do not fit together.
+    """
+    return ObjectStoreRemote(*open_store(url, environment))
+
+
+def _entry(key: str, found: Any) -> Entry:
+    """Whole seconds: some lists know more than the head of the same object."""
+    return Entry(key, found["size"], float(int(found["last_modified"].timestamp())))
+
+
+def _cut(blocks: Iterator[bytes], start: int, length: int | None) -> Iterator[bytes]:
+    """The bytes from ``start`` on, ``length`` of them, out of all."""
+    at, end = 0, None if length is None else start + length
+    for block in blocks:
+        piece = block[max(start - at, 0) : None if end is None else max(end - at, 0)]
+        at += len(block)
+        if piece:
+            yield piece
+        if end is not None and at >= end:
+            return
+
+
+class ByteBudget:
+    """At most ``limit`` bytes at once; what needs more than that is let through alone. Safe to use from several threads."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._taken = 0
+        self._turn = threading.Lock()  # held by whoever waits for room, so that small ones do not pass a large one for ever
+        self._freed = threading.Condition()
+
+    @contextmanager
+    def hold(self, count: int) -> Iterator[None]:
+        """Take ``count`` bytes of the budget while the block runs; waits for them."""
+        with self._turn, self._freed:
+            while self._taken and self._taken + count > self.limit:
+                self._freed.wait()
+            self._taken += count
+        try:
+            yield
+        finally:
+            with self._freed:
+                self._taken -= count
+                self._freed.notify_all()
+
+
+_RACERS = 2  # more tell more, and some stores let racers wait for seconds; ``kdcache remote check`` has eight
+
+
+def create_holds(store: ObjectStore, place: Place) -> bool:
+    """Two writers create one object at once: exactly one may win, and one that comes later may not. Raises RemoteError."""
+    with _probe(store, "create") as key:
+
+        def create(number: int) -> bool:
+            return _put(store, place, key, b"%d" % number, "create")
+
+        with ThreadPoolExecutor(_RACERS) as pool:
+            won = sum(pool.map(create, range(_RACERS)))
+        return won == 1 and not create(_RACERS)
+
+
+def swap_holds(store: ObjectStore, place: Place) -> bool:
+    """An object is replaced by who names its version, and not by who names an older one. Raises RemoteError."""
+    with _probe(store, "swap") as key:
+        try:
+            first = obstore().put(store, key, b"first", use_multipart=False)["e_tag"]
+        except Exception as error:
+            raise explain(error, place, "write", key) from None
+        if not first:
+            return False
+        return _put(store, place, key, b"second", {"e_tag": first}) and not _put(store, place, key, b"third", {"e_tag": first})
+
+
+@contextmanager
+def _probe(store: ObjectStore, name: str) -> Iterator[str]:
+    key = f"{PROBES}/{name}-{secrets.token_hex(8)}"
+    try:
+        yield key
+    finally:
+        with suppress(Exception):  # what went wrong before is what counts
+            obstore().delete(store, key)
+
+
+def _put(store: ObjectStore, place: Place, key: str, data: bytes, mode: Any) -> bool:
+    """Whether the store took it; False where it named the condition."""
+    from obstore.exceptions import AlreadyExistsError, NotSupportedError, PreconditionError
+
+    try:
+        obstore().put(store, key, data, mode=mode, use_multipart=False)
+    except (AlreadyExistsError, PreconditionError, NotSupportedError):
+        return False
+    except Exception as error:
+        raise explain(error, place, "create", key) from None
+    return True

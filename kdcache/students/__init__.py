@@ -1,0 +1,1 @@
+"""A student: built, cut to size, saved and scored."""

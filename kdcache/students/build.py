@@ -1,0 +1,421 @@
+"""The student: an encoder, or a causal decoder, cut to size, with one of two heads.
+
+``standard`` is a ``AutoModelForSequenceClassification`` and loads with transformers alone. ``shared`` is the paper's: the
+pooling and prediction layer that the teachers share (MT-BERT, section 3.1), copied from them, behind an adapter where the
+widths differ. Both look the same to training: inputs in, logits and hidden states out.
+"""
+
+from __future__ import annotations
+
+import inspect
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from kdcache.data.custom_code import code_not_run, wants_code
+from kdcache.data.encoding import encode, load_tokenizer, pad
+from kdcache.errors import ModelError, RecipeError
+from kdcache.students.cut import blocks_to_keep, keep_blocks, set_dropout
+from kdcache.students.padding import is_causal, require_pad_token, settle_padding
+from kdcache.teachers.network import accepted_inputs, run_network
+from kdcache.teachers.teacher import be_quiet, position_limit
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from kdcache.recipe import Recipe, StudentSection
+    from kdcache.teachers.head import SharedHead
+
+HeadKind = Literal["standard", "shared"]
+TEACHER_PREFIX = "teacher:"
+_FAMILIES = (
+    "Choose an encoder, e.g. BERT, RoBERTa, DistilBERT, MPNet, ELECTRA or DeBERTa, or a decoder, e.g. GPT-2, Llama or Qwen."
+)
+_PROBE = (("a good film",), ("the plot is rather weak , and the music of it hardly better",))
+_BATCH_TOLERANCE = 0.02  # of the largest logit: rounding is a hundred times less, a padding that is read is many times more
+
+
+@dataclass(frozen=True)
+class StudentOutput:
+    """``logits`` float32 [batch, classes]; ``hidden_states`` [batch, tokens, width] by layer, 0 = embeddings."""
+
+    logits: Tensor
+    hidden_states: tuple[Tensor, ...]
+
+
+class StudentModel(nn.Module):
+    """A model with a head. ``network`` is the classifier of transformers, or the model without head where the head is shared."""
+
+    def __init__(self, network: PreTrainedModel, head: SharedHead | None = None, adapter: nn.Linear | None = None) -> None:
+        super().__init__()
+        self.network = network
+        self.head = head
+        self.adapter = adapter
+        self.accepted = accepted_inputs(network)
+
+    @property
+    def head_kind(self) -> HeadKind:
+        return "standard" if self.head is None else "shared"
+
+    @property
+    def config(self) -> PretrainedConfig:
+        return self.network.config
+
+    @property
+    def width(self) -> int:
+        """Dimensions of a hidden state."""
+        return int(self.config.hidden_size)
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks; ``hidden_states[depth]`` is the output of the last."""
+        return int(self.config.num_hidden_layers)
+
+    def forward(self, inputs: Mapping[str, Tensor], *, hidden_states: bool = False) -> StudentOutput:
+        """``inputs``: input_ids, attention_mask [batch, tokens], padded on the right, and what else the tokenizer gives."""
+        output = run_network(self.network, inputs, hidden_states=hidden_states)
+        if self.head is None:
+            assert output.logits is not None
+            return StudentOutput(output.logits.float(), output.hidden_states)
+        assert output.last is not None
+        last = output.last if self.adapter is None else self.adapter(output.last)
+        logits, _ = self.head(last, inputs["attention_mask"])
+        return StudentOutput(logits.float(), output.hidden_states)
+
+
+@dataclass(frozen=True)
+class Student:
+    """A student with what it takes to use it; ``source`` says where its weights came from."""
+
+    model: StudentModel
+    tokenizer: PreTrainedTokenizerBase
+    label_names: tuple[str, ...]
+    max_length: int  # tokens
+    source: str
+    own_code: bool = False  # Python code of its own was run to load it
+
+    @property
+    def parameters(self) -> int:
+        """Trainable parameters, embeddings included."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+
+def build_student(
+    section: StudentSection,
+    label_names: Sequence[str],
+    *,
+    max_length: int,
+    seed: int,
+    dropout: float | None = None,
+    teachers_dir: Path | None = None,
+) -> Student:
+    """The untrained student of a recipe, on the CPU in float32. Weights that no checkpoint gives are drawn from ``seed``.
+
+    ``max_length`` is that of the data, where the section has none of its own. ``teachers_dir`` is needed for
+    ``init_from = "teacher:NAME"`` and for the shared head. Raises ModelError and RecipeError, also for a model that answers
+    otherwise in a batch than alone.
+    """
+    source = _source(section, teachers_dir)
+    config = _config(section, source)
+    tokenizer = load_tokenizer(section.tokenizer or source, trust_remote_code=section.trust_remote_code)
+    pad_token_id = require_pad_token(tokenizer, config.pad_token_id)
+    if section.config is not None:
+        config.update({"vocab_size": len(tokenizer), "pad_token_id": pad_token_id} | section.config)
+    if config.pad_token_id is None:
+        config.pad_token_id = pad_token_id
+    set_dropout(config, dropout)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if section.head == "standard":
+            config.id2label = dict(enumerate(label_names))
+            config.label2id = {name: index for index, name in enumerate(label_names)}
+            network = _network(section, source, config)
+            encoder = cast("PreTrainedModel", network.base_model)
+            model = StudentModel(network)
+        else:
+            network = encoder = _network(section, source, config)
+            head, adapter = _shared_head(teachers_dir, int(config.hidden_size), len(label_names), dropout)
+            check_pooling(network, head.pooling_name, source)
+            model = StudentModel(network, head, adapter)
+    if section.config is None:
+        keep_blocks(encoder, blocks_to_keep(section.layers, int(config.num_hidden_layers), source), source)
+    length = section.max_length or max_length
+    _check_fits(encoder, tokenizer, length, source)
+    settle_padding(network, tokenizer)
+    student = Student(model, tokenizer, tuple(label_names), length, source, runs_own_code(network, tokenizer))
+    _check_answers(student)
+    if student.own_code:
+        _check_code_is_saved(network, source)
+    return student
+
+
+def runs_own_code(*loaded: object) -> bool:
+    """Whether one of these, models or tokenizers, is of a class that came with it."""
+    return any(type(each).__module__.startswith("transformers_modules.") for each in loaded)
+
+
+def check_student(recipe: Recipe, teachers_dir: Path | None = None) -> None:
+    """Refuse a recipe whose model cannot become a student, from its config alone: for the start of a run, hours before the student.
+
+    Where ``teachers_dir`` does not hold the teacher that the student starts from yet, the model that it will be made from is looked
+    at. Raises ModelError and RecipeError as ``build_student`` does.
+    """
+    section, revision = recipe.require_student(), None
+    origin, pooling = section.init_from or "", recipe.cofinetune.pooling
+    if origin.startswith(TEACHER_PREFIX) and not (teachers_dir and (teachers_dir / origin.removeprefix(TEACHER_PREFIX)).is_dir()):
+        teacher = recipe.teacher(origin.removeprefix(TEACHER_PREFIX))
+        source, revision = teacher.model, teacher.revision
+    else:
+        source = _source(section, teachers_dir)
+    config = _config(section, source, revision)
+    if _own_code(section, config):
+        return  # what it is can be known only by loading it
+    model_class = _model_class(section, config, source)
+    with torch.device("meta"):
+        network = model_class(config, **({} if section.head == "standard" else without_pooler(model_class)))
+    if section.head == "shared":
+        check_pooling(network, pooling, source)
+    if section.config is None:
+        keep_blocks(network.base_model, blocks_to_keep(section.layers, int(config.num_hidden_layers), source), source)
+
+
+def check_pooling(network: PreTrainedModel, pooling: str, source: str) -> None:
+    """ModelError where the shared head reads the first token, which in a causal decoder has seen nothing of the text."""
+    if pooling == "cls" and is_causal(network):
+        raise ModelError(
+            f"'{source}' is a causal decoder ({network.config.model_type}): its first token sees nothing of the text, and the "
+            "shared head with pooling 'cls' reads just that one",
+            "Set student.head = 'standard', or co-finetune with cofinetune.pooling = 'attention'.",
+        )
+
+
+def _source(section: StudentSection, teachers_dir: Path | None) -> str:
+    """A hub name or directory; for a config its model type, which names it in messages."""
+    if section.config is not None:
+        return f"config of type {section.config.get('model_type')}"
+    assert section.init_from is not None
+    if not section.init_from.startswith(TEACHER_PREFIX):
+        return section.init_from
+    name = section.init_from.removeprefix(TEACHER_PREFIX)
+    if teachers_dir is None or not teachers_dir.is_dir():
+        where = (
+            "no directory of co-finetuned teachers is known"
+            if teachers_dir is None
+            else f"there is no directory '{teachers_dir}'"
+        )
+        raise ModelError(
+            f"student.init_from is '{section.init_from}', but {where}",
+            "Run kdcache cofinetune first, keep teachers/ beside the cache, or set student.init_from to a hub name or directory.",
+        )
+    from kdcache.teachers.bundle import teacher_names
+
+    known = teacher_names(teachers_dir)
+    if name not in known:
+        raise ModelError(
+            f"student.init_from is '{section.init_from}', but '{teachers_dir}' holds no teacher '{name}'; it holds: {', '.join(known)}",
+            "Set student.init_from to one of these, e.g. teacher:" + (known[0] if known else "NAME"),
+        )
+    return str(teachers_dir / name)
+
+
+def _config(section: StudentSection, source: str, revision: str | None = None) -> PretrainedConfig:
+    from transformers import AutoConfig
+
+    be_quiet()
+    if section.config is None:
+        try:
+            found = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=section.trust_remote_code)
+        except Exception as error:  # transformers raises OSError, ValueError, KeyError … for a missing or foreign directory
+            raise _not_loadable(source, error) from error
+        return _usable(cast("PretrainedConfig", found), source)
+    values = dict(section.config)
+    model_type = values.pop("model_type", None)
+    if not isinstance(model_type, str):
+        raise RecipeError("student.config has no model_type", 'Example: config = { model_type = "bert", num_hidden_layers = 4 }')
+    try:
+        found = AutoConfig.for_model(model_type, **values)
+    except Exception as error:  # unknown type, or a value of the wrong kind
+        raise RecipeError(
+            f"student.config is not usable: {_first_line(error)}", "Check model_type and the keys of that config."
+        ) from error
+    return _usable(found, source)
+
+
+def _usable(config: PretrainedConfig, source: str) -> PretrainedConfig:
+    """ModelError for models whose hidden states are not one vector per token and layer."""
+    reason = ""
+    if getattr(config, "is_encoder_decoder", False):
+        reason = "it is an encoder-decoder, which has two stacks of layers"
+    elif getattr(config, "block_sizes", None):
+        reason = "its layers pool the tokens, so that hidden states change their length"
+    if reason:
+        raise ModelError(f"'{source}' is a model of type '{config.model_type}' and cannot be a student: {reason}", _FAMILIES)
+    return config
+
+
+def _network(section: StudentSection, source: str, config: PretrainedConfig) -> PreTrainedModel:
+    """The classifier, or for the shared head the bare model without pooler; freshly initialised where no weights are given."""
+    standard = section.head == "standard"
+    model_class = _model_class(section, config, source)
+    options: dict[str, bool] = {} if standard else without_pooler(model_class)
+    if _own_code(section, config):
+        options = {"trust_remote_code": True}
+    try:
+        if section.config is not None:
+            return cast("PreTrainedModel", model_class(config, **options).float())
+        model, report = model_class.from_pretrained(
+            source, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=standard, **options
+        )
+    except Exception as error:  # as above; also broken weight files
+        raise _not_loadable(source, error) from error
+    _check_complete(model, report, source)
+    return cast("PreTrainedModel", model)
+
+
+def _model_class(section: StudentSection, config: PretrainedConfig, source: str) -> Any:
+    """The class that loads the model: that of transformers, or the auto class that finds the model's own code."""
+    import transformers
+
+    standard = section.head == "standard"
+    if _own_code(section, config):
+        return transformers.AutoModelForSequenceClassification if standard else transformers.AutoModel
+    known: Any = transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING if standard else transformers.MODEL_MAPPING
+    if type(config) not in known or runs_own_code(config):  # registered where another model's code was run before
+        raise ModelError(
+            f"'{source}' is a model of type '{config.model_type}', which transformers cannot make a student of", _FAMILIES
+        )
+    return known[type(config)]
+
+
+def _own_code(section: StudentSection, config: PretrainedConfig) -> bool:
+    """Whether the model is loaded through code of its own, which the section allows."""
+    auto_class = "AutoModelForSequenceClassification" if section.head == "standard" else "AutoModel"
+    return section.trust_remote_code and auto_class in (getattr(config, "auto_map", None) or {})
+
+
+def without_pooler(model_class: Any) -> dict[str, bool]:
+    """The option that leaves out a pooler, for encoder classes that know it: the shared head pools itself."""
+    takes = inspect.signature(model_class.__init__).parameters
+    return {"add_pooling_layer": False} if "add_pooling_layer" in takes else {}
+
+
+def _check_complete(model: PreTrainedModel, report: Mapping[str, Any], source: str) -> None:
+    """Only heads and poolers may be new: random blocks inside a pretrained encoder are a mistake, not a student."""
+    prefix = "" if model.base_model is model else model.base_model_prefix + "."
+    absent = [*report["missing_keys"], *(key[0] if isinstance(key, tuple) else key for key in report["mismatched_keys"])]
+    encoder = sorted(key for key in absent if key.startswith(prefix) and "pooler." not in key)
+    if encoder:
+        raise ModelError(
+            f"the weights of '{source}' lack {', '.join(encoder[:3])}{' …' if len(encoder) > 3 else ''}",
+            "Take a directory made by save_pretrained, or give student.config for a student with random weights.",
+        )
+
+
+def _shared_head(
+    teachers_dir: Path | None, width: int, classes: int, dropout: float | None
+) -> tuple[SharedHead, nn.Linear | None]:
+    """A copy of the teachers' head to train on, and an adapter to its width where the student's differs."""
+    if teachers_dir is None or not teachers_dir.is_dir():
+        raise ModelError(
+            "student.head is 'shared', but no directory with the teachers' shared head is at hand",
+            "Run kdcache cofinetune first, keep teachers/ beside the cache, or set student.head = 'standard'.",
+        )
+    from kdcache.teachers.bundle import load_shared_head
+
+    head = load_shared_head(teachers_dir)
+    if head.classes != classes:
+        raise ModelError(f"the shared head in '{teachers_dir}' has {head.classes} classes, the task has {classes}")
+    for module in head.modules() if dropout is not None else ():
+        if isinstance(module, nn.Dropout):
+            module.p = dropout if dropout is not None else module.p
+    for parameter in head.parameters():
+        parameter.requires_grad_(True)
+    return head, None if head.width == width else nn.Linear(width, head.width)
+
+
+def _check_fits(encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int, source: str) -> None:
+    longest = position_limit(encoder)
+    if longest is not None and max_length > longest:
+        raise ModelError(
+            f"max_length is {max_length}, but the student '{source}' has positions for {longest} tokens",
+            f"Set student.max_length to at most {longest}.",
+        )
+    vocabulary = int(encoder.config.vocab_size)
+    if len(tokenizer) > vocabulary:
+        raise ModelError(
+            f"the tokenizer '{tokenizer.name_or_path}' has {len(tokenizer)} tokens, but the student '{source}' has embeddings for {vocabulary}",
+            "Set student.tokenizer to the tokenizer that the model was made with.",
+        )
+
+
+def _check_answers(student: Student) -> None:
+    """Run the student on two short texts: families that kdcache does not know fail here, and not in the first step."""
+    model, source = student.model.eval(), student.source
+    encoded = encode(student.tokenizer, _PROBE, student.max_length)
+    batches = [pad(encoded, rows, int(student.tokenizer.pad_token_id)) for rows in ([0, 1], [0], [1])]
+    try:
+        with torch.no_grad():
+            together, *alone = [model(batch, hidden_states=True) for batch in batches]
+    except Exception as error:  # whatever a family's forward raises
+        raise ModelError(
+            f"'{source}' does not run as a student: {type(error).__name__}: {_first_line(error)}", _FAMILIES
+        ) from error
+    finally:
+        model.train()
+    expected = (*batches[0]["input_ids"].shape, model.width)
+    shapes = {tuple(layer.shape) for layer in together.hidden_states}
+    if len(together.hidden_states) != model.depth + 1 or shapes != {expected}:
+        raise ModelError(
+            f"'{source}' ({model.config.model_type}) gives {len(together.hidden_states)} hidden states of the shapes {sorted(shapes)}; "
+            f"{model.depth + 1} of the shape {expected} were expected",
+            _FAMILIES,
+        )
+    apart = torch.cat([output.logits for output in alone])
+    worst, scale = float((together.logits - apart).abs().max()), float(apart.abs().max())
+    if worst > _BATCH_TOLERANCE * scale + 1e-6:
+        raise ModelError(
+            f"'{source}' ({model.config.model_type}) answers otherwise in a batch than alone: its logits differ by {worst:.3g}, of {scale:.3g}",
+            "Set student.tokenizer to the tokenizer that the model was made with. " + _FAMILIES,
+        )
+
+
+def _check_code_is_saved(network: PreTrainedModel, source: str) -> None:
+    """ModelError where the saved student would lack the code that it needs: known now, and not after the training."""
+    from transformers.dynamic_module_utils import custom_object_save
+
+    references = dict(getattr(network.config, "auto_map", None) or {})
+    if not references:
+        return
+    with tempfile.TemporaryDirectory(prefix="kdcache-") as place:
+        network.config.save_pretrained(place)
+        custom_object_save(network, place, config=cast("Any", network.config))
+        wanted = {auto: network.config.auto_map.get(auto) for auto in ("AutoConfig", type(network)._auto_class) if auto}
+        lacking = [
+            auto
+            for auto, name in wanted.items()
+            if not name or "--" in name or not (Path(place) / f"{name.split('.')[0]}.py").is_file()
+        ]
+    if lacking:
+        raise ModelError(
+            f"the code of '{source}' cannot be saved with the student: its auto_map has no file for {', '.join(lacking)}",
+            "Copy the model and its .py files into one directory whose config.json names them in auto_map, and set student.init_from to it.",
+        )
+
+
+def _not_loadable(source: str, error: Exception) -> ModelError:
+    if wants_code(error):
+        return code_not_run(source)
+    return ModelError(
+        f"no model could be loaded from '{source}': {_first_line(error)}",
+        "Set student.init_from to a directory with config.json and model.safetensors, or to a hub name that is within reach.",
+    )
+
+
+def _first_line(error: Exception) -> str:
+    """What an error of another library says, on one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
