@@ -6,7 +6,7 @@ WORKERS ?= 2
 VENV := .venv
 RUN := $(VENV)/bin
 
-.PHONY: setup demo test check lint types imports docs bench bench-size clean
+.PHONY: setup demo test check lint types imports docs mutants bench bench-size clean
 
 setup: $(VENV)/.kdcache
 
@@ -46,6 +46,14 @@ test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(RUN)/python -m pytest -q -n $(WORKERS) --dist loadfile --cov --cov-report=term:skip-covered
 
 check: lint types imports test
+
+# How many changed lines the tests notice, per module (docs/mutation.md). MODULES=kdcache/cache/files.py takes one alone.
+mutants: $(VENV)/.mutants
+	$(RUN)/python tests/mutation.py $(MODULES)
+
+$(VENV)/.mutants: $(VENV)/.dev
+	$(RUN)/python -m pip install -c constraints.txt --group mutants
+	@touch $@
 
 docs: $(VENV)/.docs
 	$(RUN)/sphinx-build -W --keep-going -b html docs docs/_build/html
