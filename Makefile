@@ -7,7 +7,7 @@ MINUTES ?= 60
 VENV := .venv
 RUN := $(VENV)/bin
 
-.PHONY: setup demo test coverage fuzz check lint types imports docs bench bench-size clean
+.PHONY: setup demo test coverage fuzz mutants check lint types imports docs bench bench-size clean
 
 setup: $(VENV)/.kdcache
 
@@ -55,6 +55,14 @@ check: lint types imports test
 # Files and answers of a remote that are damaged or forged; findings, with what shows them again, go to fuzz-findings/.
 fuzz: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(RUN)/python -m kdcache.testing.fuzz --minutes $(MINUTES)
+
+# How many changed lines the tests notice, per module (docs/mutation.md). MODULES=kdcache/files.py takes one alone.
+mutants: $(VENV)/.mutants
+	$(RUN)/python tests/mutation.py $(MODULES)
+
+$(VENV)/.mutants: $(VENV)/.dev
+	$(RUN)/python -m pip install -c constraints.txt --group mutants
+	@touch $@
 
 docs: $(VENV)/.docs
 	$(RUN)/sphinx-build -W --keep-going -b html docs docs/_build/html

@@ -165,6 +165,13 @@ def test_directories_are_made_once_from_the_top(tmp_path: Path) -> None:
         make_directory(tmp_path / "file/below")
 
 
+@pytest.mark.parametrize(("step", "named"), [(1, "a"), (2, "a"), (3, "a/b"), (4, "a/b")])
+def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path, step: int, named: str) -> None:
+    with use_disk(failing_disk(step, errno.EACCES)), pytest.raises(StorageError) as caught:
+        make_directory(tmp_path / "a/b")
+    assert caught.value.message == f"cannot write '{tmp_path / named}': Permission denied"
+
+
 def test_a_directory_that_somebody_else_makes_at_this_moment_is_fine(tmp_path: Path) -> None:
     class Raced(Disk):
         def make_directory(self, path: Path) -> None:
