@@ -18,7 +18,7 @@ from kdcache.errors import MismatchError, RecipeError
 from kdcache.loader.cached import CachedBatches
 from kdcache.loader.choice import chosen_teachers, target_dim
 from kdcache.loader.data import with_data
-from kdcache.loader.plain import PlainBatches
+from kdcache.loader.without_targets import PlainBatches
 from kdcache.methods.parts.features import FITS
 from kdcache.methods.parts.layer_map import LayerMap, LayersOfEpoch, TeacherLayers, layers_read
 from kdcache.training.loop import default_device

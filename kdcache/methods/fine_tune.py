@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kdcache.methods.base import Method
-from kdcache.methods.parts.task import TaskLoss
+from kdcache.methods.parts.task_loss import TaskLoss
 
 METHOD = Method(
     "fine-tune",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from kdcache.methods.base import Method
 from kdcache.methods.parts.hidden_states import HiddenStates
 from kdcache.methods.parts.soft_labels import SoftLabels
-from kdcache.methods.parts.task import TaskLoss
+from kdcache.methods.parts.task_loss import TaskLoss
 from kdcache.methods.parts.weighting import inverse_cross_entropy
 
 METHOD = Method(

@@ -15,7 +15,7 @@ from kdcache.methods.parts.hidden_states import SQUARED, HiddenStates
 from kdcache.methods.parts.layer_map import Draw, LayerMapping, TeacherLayers, even_layers
 from kdcache.methods.parts.mixing import mean_probability
 from kdcache.methods.parts.soft_labels import SoftLabels
-from kdcache.methods.parts.task import TaskLoss
+from kdcache.methods.parts.task_loss import TaskLoss
 
 
 def _skip(teacher: TeacherLayers, student_layers: int, _draw: Draw, /) -> tuple[int | None, ...]:

@@ -13,7 +13,7 @@ from kdcache.methods.base import Method
 from kdcache.methods.parts.hidden_states import HiddenRelations
 from kdcache.methods.parts.layer_map import LAST
 from kdcache.methods.parts.relations import angle_relation, distance_relation
-from kdcache.methods.parts.task import TaskLoss
+from kdcache.methods.parts.task_loss import TaskLoss
 
 METHOD = Method(
     "rkd",

@@ -16,7 +16,7 @@ from kdcache.loader.targets import Batch, Hidden, Targets
 from kdcache.methods.base import Method
 from kdcache.methods.parts.hidden_states import HiddenStates
 from kdcache.methods.parts.soft_labels import SoftLabels
-from kdcache.methods.parts.task import TaskLoss
+from kdcache.methods.parts.task_loss import TaskLoss
 from kdcache.methods.parts.weighting import teacher_cross_entropy
 from kdcache.recipe import DistillSection, StudentSection, WeightsSection
 from kdcache.students.build import Student, StudentModel, build_student

@@ -17,7 +17,7 @@ from kdcache.errors import DamageError, KdcacheError, MismatchError, ModelError,
 from kdcache.methods.base import Feature, Method
 from kdcache.methods.parts.hidden_states import HiddenStates
 from kdcache.methods.parts.layer_map import LayerMapping
-from kdcache.methods.parts.task import TaskLoss
+from kdcache.methods.parts.task_loss import TaskLoss
 from kdcache.progress import SilentProgress
 from kdcache.recipe import Recipe
 from kdcache.testing.teachers import make_teachers

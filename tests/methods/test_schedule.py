@@ -15,7 +15,7 @@ from kdcache.methods.parts.mixing import mean_probability
 from kdcache.methods.parts.relations import cosine_relation
 from kdcache.methods.parts.schedule import Annealed, DroppedTeachers, SampledTeacher, Stages
 from kdcache.methods.parts.soft_labels import SoftLabels
-from kdcache.methods.parts.task import TaskLoss
+from kdcache.methods.parts.task_loss import TaskLoss
 from kdcache.recipe import DistillSection
 from kdcache.testing.steps import loop_model, step_batch, step_loss
 
