@@ -1,12 +1,14 @@
 """Every speed measurement, one after the other, and the page that they make.
 
-    python benchmarks/all.py                       # the quickstart's two real teachers and real text; under an hour on two cores
-    python benchmarks/all.py --quick               # the same programs on as little as possible: minutes; figures mean nothing
-    python benchmarks/all.py --page                # only docs/benchmarks.md anew from what was measured
+    python benchmarks/all.py                       # the quickstart's two real teachers and real text; under an hour on
+    two cores python benchmarks/all.py --quick               # the same programs on as little as possible: minutes;
+    figures mean nothing python benchmarks/all.py --page                # only docs/benchmarks.md anew from what was
+    measured
 
-Without ``--recipe`` the quickstart is prepared (a package index is enough) and its teachers trained for one short epoch: speed does not
-depend on what they learned. With ``--recipe``, ``--teachers`` and ``--cache`` any other run is measured. What each program printed is kept
-as JSON under benchmarks/measured/; a measurement whose file is there is skipped, so an interrupted run continues.
+Without ``--recipe`` the quickstart is prepared (a package index is enough) and its teachers trained for one short
+epoch: speed does not depend on what they learned. With ``--recipe``, ``--teachers`` and ``--cache`` any other run is
+measured. What each program printed is kept as JSON under benchmarks/measured/; a measurement whose file is there is
+skipped, so an interrupted run continues.
 """
 
 from __future__ import annotations
@@ -37,8 +39,12 @@ class Measurement:
 
 
 MEASUREMENTS: Mapping[str, Measurement] = {
-    "steps": Measurement("steps.py", "--steps 20 --rounds 7", "--steps 1 --rounds 2 --counts 2", ("recipe", "teachers", "cache")),
-    "dump": Measurement("dump.py", "--texts 2048 --rounds 5", "--texts 16 --rounds 2 --backends torch", ("recipe", "teachers")),
+    "steps": Measurement(
+        "steps.py", "--steps 20 --rounds 7", "--steps 1 --rounds 2 --counts 2", ("recipe", "teachers", "cache")
+    ),
+    "dump": Measurement(
+        "dump.py", "--texts 2048 --rounds 5", "--texts 16 --rounds 2 --backends torch", ("recipe", "teachers")
+    ),
     "cofinetune": Measurement("cofinetune.py", "--rows 192 --rounds 3", "--rows 8 --rounds 1", ("recipe",)),
     "freed": Measurement(
         "freed.py",
@@ -57,7 +63,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--page", action="store_true", help="measure nothing")
     parser.add_argument("--only", nargs="*", choices=MEASUREMENTS, default=list(MEASUREMENTS))
-    parser.add_argument("--recipe", help="of a run whose teachers and cache are there; the quickstart's where not given")
+    parser.add_argument(
+        "--recipe", help="of a run whose teachers and cache are there; the quickstart's where not given"
+    )
     parser.add_argument("--teachers", type=Path)
     parser.add_argument("--cache", type=Path)
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
@@ -107,7 +115,9 @@ def measure(name: str, places: dict[str, str], arguments: argparse.Namespace) ->
     if "recipe" in one.where:
         words += [word for override in arguments.overrides for word in ("--set", override)]
     print(f"$ python benchmarks/{one.script} {shlex.join(words)}", file=sys.stderr, flush=True)
-    done = subprocess.run([sys.executable, str(HERE / one.script), *words], stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, str(HERE / one.script), *words], stdout=subprocess.PIPE, text=True, check=True
+    )
     command = f"python benchmarks/{one.script} {shlex.join(words)}"
     target.write_text(json.dumps({"command": command, **json.loads(done.stdout)}, indent=1) + "\n", encoding="utf-8")
 

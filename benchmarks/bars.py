@@ -19,8 +19,11 @@ def short(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def bars(title: str, found: Mapping[str, Mapping[str, float]], *, ours: Sequence[str] = (), goal: float | None = None) -> str:
-    """One bar per entry of ``found``, {name: {'median', 'spread'}}; those in ``ours`` in another colour, a line at ``goal``.
+def bars(
+    title: str, found: Mapping[str, Mapping[str, float]], *, ours: Sequence[str] = (), goal: float | None = None
+) -> str:
+    """One bar per entry of ``found``, {name: {'median', 'spread'}}; those in ``ours`` in another colour, a line at
+    ``goal``.
 
     Logarithmic where the largest is more than thirty times the smallest, which the title then says.
     """
@@ -42,7 +45,8 @@ def bars(title: str, found: Mapping[str, Mapping[str, float]], *, ours: Sequence
         drawn.append(f'<path class="goal" d="M{across(goal):.1f} 26V{height - 8}"/>')
         drawn.append(f'<text x="{across(goal) + 4:.1f}" y="{height - 2}">{goal:g}</text>')
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" role="img" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" '
+        'role="img" '
         f'aria-label="{html.escape(title)}"><style>{STYLE}</style>{"".join(drawn)}</svg>\n'
     )
 
@@ -53,6 +57,7 @@ def _bar(name: str, entry: Mapping[str, float], top: int, across: Across, *, our
     whisker = f'<path d="M{across(median - half):.1f} {middle}H{across(median + half):.1f}"/>' if half else ""
     return (
         f'<text x="{LEFT - 6}" y="{top + 12}" text-anchor="end">{html.escape(name)}</text>'
-        f'<rect class="{"ours" if ours else "theirs"}" x="{start:.1f}" y="{top}" width="{max(stop - start, 1):.1f}" height="16"/>'
+        f'<rect class="{"ours" if ours else "theirs"}" x="{start:.1f}" y="{top}" width="{max(stop - start, 1):.1f}" '
+        'height="16"/>'
         f'{whisker}<text x="{max(stop, across(median + half)) + 5:.1f}" y="{top + 12}">{short(median)}</text>'
     )

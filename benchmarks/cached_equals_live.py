@@ -1,11 +1,12 @@
 """Cached against live on real teachers: every loss term of every step of one epoch, side by side.
 
-    python benchmarks/cached_equals_live.py pipelines/sst2.toml --teachers runs/sst2/teachers --rows 512 [--set KEY=VALUE ...]
+    python benchmarks/cached_equals_live.py pipelines/sst2.toml --teachers runs/sst2/teachers --rows 512 [--set
+    KEY=VALUE ...]
 
-Two caches of the recipe's first rows are dumped and distilled from, each against the same teachers run live on each batch:
-float32 without projection, where all must agree to rounding, and the recipe's own projection and dtype, where live teachers
-go through the same basis, so that what remains is quantisation. Dropout in the student is off; plain SGD moves the weights,
-so that a difference in one step would carry into the next. Prints JSON.
+Two caches of the recipe's first rows are dumped and distilled from, each against the same teachers run live on each
+batch: float32 without projection, where all must agree to rounding, and the recipe's own projection and dtype, where
+live teachers go through the same basis, so that what remains is quantisation. Dropout in the student is off; plain SGD
+moves the weights, so that a difference in one step would carry into the next. Prints JSON.
 """
 
 from __future__ import annotations
@@ -57,7 +58,9 @@ def compare(recipe: Recipe, teachers: Path, cache: Path, place: Path) -> dict[st
     assert len(cached) == len(live)
     found: dict[str, object] = {"steps": len(cached)}
     for term in cached[0]:
-        relative = sorted(abs(ours[term] - theirs[term]) / abs(theirs[term]) for ours, theirs in zip(cached, live, strict=True))
+        relative = sorted(
+            abs(ours[term] - theirs[term]) / abs(theirs[term]) for ours, theirs in zip(cached, live, strict=True)
+        )
         found[term] = {
             "max": f"{relative[-1]:.1e}",
             "median": f"{relative[len(relative) // 2]:.1e}",

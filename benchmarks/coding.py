@@ -1,19 +1,20 @@
-"""Coders of hidden states against each other: bytes per token and layer -> share of variance kept on unseen rows, decode time.
+"""Coders of hidden states against each other: bytes per token and layer -> share of variance kept on unseen rows,
+decode time.
 
     python benchmarks/coding.py pipelines/sst2.toml --teachers runs/sst2/teachers --states states
     python benchmarks/coding.py --gaussian          # distortion of the trellis code on a Gaussian, by bits
 
-Bases and tables are fitted on ``--texts`` seeded train texts, the share is measured on ``--unseen`` test texts. Hidden states are
-extracted once, in float32, and kept under ``--states``. One thread. Prints one JSON line per teacher, layer, coder and size.
+Bases and tables are fitted on ``--texts`` seeded train texts, the share is measured on ``--unseen`` test texts. Hidden
+states are extracted once, in float32, and kept under ``--states``. One thread. Prints one JSON line per teacher, layer,
+coder and size.
 
-    cut       PCA cut at as many dimensions as fit, int8 with one scale per token
-    scalar    PCA, bits allotted by variance, Lloyd-Max tables (the coder of kdcache with window 0)
-    trellis   the same with tables looked up by the last 6 (8) bits, rows searched by dynamic programming
-    per coordinate  scalar with a table of its own for each coordinate instead of one for each depth
-    shared    trellis with one basis for all layers of the teacher
-    entropy   PCA, uniform steps, as many bytes as an ideal entropy coder takes on average: a bound, with rows of unequal length
-    product   product quantisation: 256 centroids for each of so many pieces of the state
-    residual  residual quantisation of the whole state, 256 centroids a stage; 16 bytes only, a stage is a matrix of the full width
+    cut       PCA cut at as many dimensions as fit, int8 with one scale per token scalar    PCA, bits allotted by
+    variance, Lloyd-Max tables (the coder of kdcache with window 0) trellis   the same with tables looked up by the last
+    6 (8) bits, rows searched by dynamic programming per coordinate  scalar with a table of its own for each coordinate
+    instead of one for each depth shared    trellis with one basis for all layers of the teacher entropy   PCA, uniform
+    steps, as many bytes as an ideal entropy coder takes on average: a bound, with rows of unequal length product
+    product quantisation: 256 centroids for each of so many pieces of the state residual  residual quantisation of the
+    whole state, 256 centroids a stage; 16 bytes only, a stage is a matrix of the full width
 """
 
 from __future__ import annotations
@@ -77,7 +78,10 @@ def main() -> None:
 
 
 def extract(arguments: argparse.Namespace) -> dict[str, tuple[int, ...]]:
-    """Hidden states of every teacher and layer in files ``name-layer-fit.npy`` and ``-test.npy``; the layers by teacher."""
+    """Hidden states of every teacher and layer in files ``name-layer-fit.npy`` and ``-test.npy``.
+
+    The layers by teacher.
+    """
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     task, bundle = load_task(recipe.data), read_bundle(arguments.teachers)
     arguments.states.mkdir(exist_ok=True)
@@ -88,9 +92,13 @@ def extract(arguments: argparse.Namespace) -> dict[str, tuple[int, ...]]:
     for teacher in prepare_teachers(recipe, bundle, arguments.teachers, len(task.label_names)):
         if arguments.only and teacher.name not in arguments.only:
             continue
-        found[teacher.name] = tuple(layer for layer in teacher.spec.layers if not arguments.layers or layer in arguments.layers)
+        found[teacher.name] = tuple(
+            layer for layer in teacher.spec.layers if not arguments.layers or layer in arguments.layers
+        )
         for part, texts in chosen.items():
-            if not all((arguments.states / f"{teacher.name}-{layer}-{part}.npy").exists() for layer in teacher.spec.layers):
+            if not all(
+                (arguments.states / f"{teacher.name}-{layer}-{part}.npy").exists() for layer in teacher.spec.layers
+            ):
                 for layer, whole in hidden_states(teacher, texts, arguments.teachers).items():
                     np.save(arguments.states / f"{teacher.name}-{layer}-{part}.npy", whole)
     return found
@@ -104,7 +112,9 @@ def hidden_states(teacher: PreparedTeacher, texts: list[tuple[str, ...]], teache
     with open_teacher(teacher, teachers_dir) as backend:
         for rows, output in batches.run(backend, layers):
             for layer in layers:
-                whole = states.setdefault(layer, np.empty((int(batches.encoded.offsets[-1]), teacher.spec.width), np.float32))
+                whole = states.setdefault(
+                    layer, np.empty((int(batches.encoded.offsets[-1]), teacher.spec.width), np.float32)
+                )
                 whole[batches.token_places(rows)] = output.hidden[layer].cpu().numpy()
     return states
 
@@ -124,7 +134,10 @@ class Rotation:
 
 @dataclass
 class States:
-    """``fit`` and ``unseen`` float32 [rows, width]; ``basis``: PCA at full width; ``others``: files of the teacher's layers."""
+    """``fit`` and ``unseen`` float32 [rows, width].
+
+    ``basis``: PCA at full width; ``others``: files of the teacher's layers.
+    """
 
     fit: np.ndarray
     unseen: np.ndarray
@@ -186,7 +199,11 @@ def coded(states: States, size: int, window: int, basis: Rotation | None = None)
     whole = basis or states.basis
     sample = some(states.fit, TRELLIS.sample_rows)
     coordinates = torch.from_numpy((sample - whole.mean) @ whole.components.T)
-    variance = whole.explained_variance.astype(np.float64) if basis is None else coordinates.numpy().var(axis=0, dtype=np.float64)
+    variance = (
+        whole.explained_variance.astype(np.float64)
+        if basis is None
+        else coordinates.numpy().var(axis=0, dtype=np.float64)
+    )
     bits = allot_bits(variance, 8 * size)
     mine = bits > 0
     codebook = train_codebook(coordinates[:, mine], bits[mine], np.sqrt(variance[mine]), window=window)
@@ -199,7 +216,8 @@ def coded(states: States, size: int, window: int, basis: Rotation | None = None)
 def per_coordinate(states: States, size: int) -> Result:
     whole = states.basis
     coordinates, unseen = (
-        torch.from_numpy((x - whole.mean) @ whole.components.T) for x in (some(states.fit, TRELLIS.sample_rows), states.unseen)
+        torch.from_numpy((x - whole.mean) @ whole.components.T)
+        for x in (some(states.fit, TRELLIS.sample_rows), states.unseen)
     )
     back = np.zeros(unseen.shape, np.float32)
     bits = allot_bits(whole.explained_variance.astype(np.float64), 8 * size)
@@ -212,7 +230,9 @@ def per_coordinate(states: States, size: int) -> Result:
 
 
 def shared(states: States, size: int) -> Result:
-    return coded(states, size, 6, pca((piece for path in states.others for piece in chunks(np.load(path))), states.fit.shape[1]))
+    return coded(
+        states, size, 6, pca((piece for path in states.others for piece in chunks(np.load(path))), states.fit.shape[1])
+    )
 
 
 def entropy(states: States, size: int) -> Result:
@@ -225,7 +245,9 @@ def entropy(states: States, size: int) -> Result:
         bits = sum(_bits(np.rint(column / step).astype(np.int64)) for column in fit.T)
         low, high = (step, high) if bits > 8 * size else (low, step)
     codes = np.rint(unseen / step)
-    centres = np.sign(codes) * step * np.maximum(np.abs(codes) - 0.05, 0)  # a little inwards, where the density is higher
+    centres = (
+        np.sign(codes) * step * np.maximum(np.abs(codes) - 0.05, 0)
+    )  # a little inwards, where the density is higher
     return states.share(centres @ components + mean), None
 
 
@@ -237,7 +259,9 @@ def _bits(codes: np.ndarray) -> float:
 def product(states: States, size: int) -> Result:
     quantiser = ProductQuantiser.trained(torch.from_numpy(states.fit), size)
     codes = quantiser.encode(torch.from_numpy(states.unseen))
-    return states.share(quantiser.decode(codes).numpy()), timed(lambda: quantiser.decode([code[:DECODED_ROWS] for code in codes]))
+    return states.share(quantiser.decode(codes).numpy()), timed(
+        lambda: quantiser.decode([code[:DECODED_ROWS] for code in codes])
+    )
 
 
 def residual(states: States, size: int) -> Result:

@@ -2,9 +2,10 @@
 
     python benchmarks/cofinetune.py quickstart/quickstart.toml --rows 256
 
-The stage itself runs, checkpoints and saving included, for one epoch over the recipe's first training rows, with all teachers and
-with each alone; every run has a process of its own, and they take turns. Together should cost the sum of the times (the work is
-the same) and, in memory, all weights with their moments but the activations of one teacher. Prints JSON.
+The stage itself runs, checkpoints and saving included, for one epoch over the recipe's first training rows, with all
+teachers and with each alone; every run has a process of its own, and they take turns. Together should cost the sum of
+the times (the work is the same) and, in memory, all weights with their moments but the activations of one teacher.
+Prints JSON.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ def main() -> None:
             turns[name].append(in_a_process("cofinetune.py", [*common, "--alone", name]))
     alone = [name for name in names if name != TOGETHER]
     ratios = [
-        both["seconds"] / sum(turns[name][number]["seconds"] for name in alone) for number, both in enumerate(turns[TOGETHER])
+        both["seconds"] / sum(turns[name][number]["seconds"] for name in alone)
+        for number, both in enumerate(turns[TOGETHER])
     ]
     report: dict[str, Any] = {"machine": machine(), "recipe": arguments.recipe, "rows": arguments.rows}
     report |= {name: {key: summary([turn[key] for turn in found]) for key in found[0]} for name, found in turns.items()}
@@ -73,7 +75,9 @@ def train(recipe: Recipe, which: str, rows: int) -> dict[str, float]:
 def one_epoch(recipe: Recipe, which: str) -> Recipe:
     """The recipe with one teacher or all, trained for one epoch."""
     teachers = [teacher for teacher in recipe.teachers if which in (TOGETHER, teacher.name)]
-    return recipe.model_copy(update={"teachers": teachers, "cofinetune": recipe.cofinetune.model_copy(update={"epochs": 1})})
+    return recipe.model_copy(
+        update={"teachers": teachers, "cofinetune": recipe.cofinetune.model_copy(update={"epochs": 1})}
+    )
 
 
 if __name__ == "__main__":

@@ -2,17 +2,19 @@
 
     python benchmarks/cofinetune_memory.py [--teachers 4x384,4x256,3x256] [--vocabulary 4000] [--batch 16] [--words 24]
 
-Runs the stage itself (``kdcache.teachers.cofinetune``: checkpoints, evaluation and saving included) on teachers with random weights,
-teacher by teacher as it is, and with the losses of all teachers summed before one backward pass, for comparison.
+Runs the stage itself (``kdcache.teachers.cofinetune``: checkpoints, evaluation and saving included) on teachers with
+random weights, teacher by teacher as it is, and with the losses of all teachers summed before one backward pass, for
+comparison.
 
     required   weights + gradients + both moments of AdamW of all teachers and the shared head (16 bytes per parameter)
                + what autograd keeps of one batch for the largest teacher (its saved tensors, counted)
     peak       the most that the process held beyond what the libraries held before (CUDA: the most that was allocated)
     ratio      peak / required; the claim is at most 1.2
 
-On the CPU the peak is that of resident memory (Linux, VmHWM). glibc keeps freed blocks of up to 32 MB for later, so what is resident
-is more than what is in use. ``peak_bytes`` is therefore measured with MALLOC_MMAP_THRESHOLD_=262144, under which freed
-tensors go back at once, and ``peak_bytes_default_malloc`` without. Each measurement has a process of its own.
+On the CPU the peak is that of resident memory (Linux, VmHWM). glibc keeps freed blocks of up to 32 MB for later, so
+what is resident is more than what is in use. ``peak_bytes`` is therefore measured with MALLOC_MMAP_THRESHOLD_=262144,
+under which freed tensors go back at once, and ``peak_bytes_default_malloc`` without. Each measurement has a process of
+its own.
 """
 
 from __future__ import annotations
@@ -126,7 +128,10 @@ def make_recipe(directory: Path, options: argparse.Namespace) -> Any:
         tokenizer.save_pretrained(place)
         teachers.append({"name": f"t{number}", "model": str(place)})
     rng = random.Random(0)
-    rows = [f"{' '.join(rng.choices(WORDS[:40], k=options.words))}\t{number % 2}" for number in range(4 * options.batch + 16)]
+    rows = [
+        f"{' '.join(rng.choices(WORDS[:40], k=options.words))}\t{number % 2}"
+        for number in range(4 * options.batch + 16)
+    ]
     for name, part in (("train", rows[16:]), ("dev", rows[:16])):
         (directory / f"{name}.tsv").write_text("sentence\tlabel\n" + "\n".join(part) + "\n")
     data = {
@@ -140,7 +145,10 @@ def make_recipe(directory: Path, options: argparse.Namespace) -> Any:
 
 
 def count_saved_tensors(recipe: Any, kept: dict[str, int]) -> None:
-    """Fill ``kept``, from a first batch of each teacher: bytes that autograd keeps by name, and the number of all parameters."""
+    """Fill ``kept``, from a first batch of each teacher.
+
+    Bytes that autograd keeps by name, and the number of all parameters.
+    """
     import torch
 
     from kdcache.data.task import load_task
@@ -199,10 +207,20 @@ def warm_up(directory: Path) -> None:
     from kdcache.teachers.cofinetune import cofinetune
     from kdcache.testing.tiny import make_model
 
-    data = {"train": str(directory / "dev.tsv"), "validation": str(directory / "dev.tsv"), "text": ["sentence"], "label": "label"}
+    data = {
+        "train": str(directory / "dev.tsv"),
+        "validation": str(directory / "dev.tsv"),
+        "text": ["sentence"],
+        "label": "label",
+    }
     model = str(make_model(directory / "small", "bert", depth=1))
     settings = {"name": "small", "data": data | {"max_length": 32}, "teachers": [{"name": "small", "model": model}]}
-    cofinetune(Recipe.model_validate(settings), directory / "small-teachers", directory / "small-work", progress=SilentProgress())
+    cofinetune(
+        Recipe.model_validate(settings),
+        directory / "small-teachers",
+        directory / "small-work",
+        progress=SilentProgress(),
+    )
     gc.collect()
 
 

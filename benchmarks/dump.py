@@ -2,11 +2,12 @@
 
     python benchmarks/dump.py quickstart/quickstart.toml --teachers runs/quickstart/teachers --texts 2048
 
-Per teacher and backend the two take turns: `bare` runs the model over the length-sorted batches and looks at nothing but the
-logits; `dump` does what `kdcache dump-teachers` does over the same texts, into a fresh cache whose bases are there already. The
-pass that fits the bases is timed apart, and so is what the writer thread spends on writing (it overlaps with the next
-part). Storing overlaps with the next forward pass where a core is free, so the ratio of processor times stands beside that of the
-clock. onnxruntime stands beside torch where it is installed; the export is not timed. Prints JSON.
+Per teacher and backend the two take turns: `bare` runs the model over the length-sorted batches and looks at nothing
+but the logits; `dump` does what `kdcache dump-teachers` does over the same texts, into a fresh cache whose bases are
+there already. The pass that fits the bases is timed apart, and so is what the writer thread spends on writing (it
+overlaps with the next part). Storing overlaps with the next forward pass where a core is free, so the ratio of
+processor times stands beside that of the clock. onnxruntime stands beside torch where it is installed; the export is
+not timed. Prints JSON.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ def main() -> None:
         report[backend] = measure_backend(recipe, arguments)
     if {"torch", "onnxruntime"} <= report.keys():
         report["onnxruntime / torch, rows per second of the bare loop"] = {
-            name: report["onnxruntime"][name]["bare, rows per second"]["median"] / found["bare, rows per second"]["median"]
+            name: report["onnxruntime"][name]["bare, rows per second"]["median"]
+            / found["bare, rows per second"]["median"]
             for name, found in report["torch"].items()
         }
     json.dump(report, sys.stdout, indent=2)
@@ -67,7 +69,10 @@ def measure_backend(recipe: Recipe, arguments: argparse.Namespace) -> dict[str, 
     for teacher in prepare_teachers(recipe, bundle, arguments.teachers, len(task.label_names)):
         print(f"{recipe.dump.backend}: {teacher.name}", file=sys.stderr, flush=True)
         settings = Settings(recipe.dump.seed, recipe.dump.part_size)
-        with tempfile.TemporaryDirectory() as folder, open_writer(Path(folder) / "cache", task_spec(task), settings) as writer:
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            open_writer(Path(folder) / "cache", task_spec(task), settings) as writer,
+        ):
             writer.add_texts(texts, {})
             writer.declare_teacher(teacher.spec, teacher.tokenizer_json)
             with open_teacher(teacher, arguments.teachers) as backend:
@@ -120,7 +125,10 @@ class Contest:
         return time.perf_counter() - began
 
     def dump(self, bases: dict[int, Any]) -> float:
-        """The same and everything else: projection, quantisation, and the files of every part, written one part behind."""
+        """The same and everything else.
+
+        Projection, quantisation, and the files of every part, written one part behind.
+        """
         from concurrent.futures import Future, ThreadPoolExecutor
 
         began, processor, writing, pending = time.perf_counter(), time.process_time(), 0.0, None

@@ -1,10 +1,12 @@
-"""What a student's training on the CPU gains, and holds, where freed memory stays with the process (docs/decisions/0016-freed-memory.md).
+"""What a student's training on the CPU gains, and holds, where freed memory stays with the process
+(docs/decisions/0016-freed-memory.md).
 
-    python benchmarks/freed.py pipelines/sst2.toml --teachers runs/sst2/teachers --cache runs/sst2/cache --set KEY=VALUE ...
+    python benchmarks/freed.py pipelines/sst2.toml --teachers runs/sst2/teachers --cache runs/sst2/cache --set KEY=VALUE
+    ...
 
-Steps of plain fine-tuning and of ``mt-bert`` from the cache, in processes of their own that take turns: `kept`, as kdcache distils, and
-`given back`, as the C library does by itself (kdcache leaves it alone where the environment says anything about it; here it says what
-glibc takes anyhow). Prints JSON.
+Steps of plain fine-tuning and of ``mt-bert`` from the cache, in processes of their own that take turns: `kept`, as
+kdcache distils, and `given back`, as the C library does by itself (kdcache leaves it alone where the environment says
+anything about it; here it says what glibc takes anyhow). Prints JSON.
 """
 
 from __future__ import annotations
@@ -49,7 +51,9 @@ def compare(training: Callable[..., dict[str, Any]], count: int) -> dict[str, An
         for way in sorted(WAYS, reverse=number % 2 == 1):
             turns[way].append(training(environment=WAYS[way]))
     keys = [key for key, value in turns["kept"][0].items() if value]
-    found: dict[str, Any] = {way: {key: summary([turn[key] for turn in said]) for key in keys} for way, said in turns.items()}
+    found: dict[str, Any] = {
+        way: {key: summary([turn[key] for turn in said]) for key in keys} for way, said in turns.items()
+    }
     columns = {way: {key: [turn[key] for turn in said] for key in keys} for way, said in turns.items()}
     return found | {"kept / given back": {key: ratio(columns["kept"][key], columns["given back"][key]) for key in keys}}
 

@@ -1,11 +1,11 @@
 """How fast the loader feeds a student: start-up, first batch, rows per second and bytes, on a made-up cache.
 
-    python benchmarks/loader.py                                # 3 teachers x 4 layers x 128, int8, 8 parts of 4,096 texts
-    python benchmarks/loader.py --dim 768 --dtype float16      # as much as hidden states can be
+    python benchmarks/loader.py                                # 3 teachers x 4 layers x 128, int8, 8 parts of 4,096
+    texts python benchmarks/loader.py --dim 768 --dtype float16      # as much as hidden states can be
 
-Values are random numbers, texts are made-up reviews cut by three real tokenizer types (the student shares the first one). The
-cache is written to a temporary directory and read from the page cache, so what is measured is work of the CPU. Results of this
-script are in docs/decisions/0005-loader.md.
+Values are random numbers, texts are made-up reviews cut by three real tokenizer types (the student shares the first
+one). The cache is written to a temporary directory and read from the page cache, so what is measured is work of the
+CPU. Results of this script are in docs/decisions/0005-loader.md.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--window", type=int, default=8)
     parser.add_argument("--memory-gb", type=float, default=2.0, help="bound on decoded parts kept between epochs")
-    parser.add_argument("--profile", action="store_true", help="profile the second epoch's batches, made without threads")
+    parser.add_argument(
+        "--profile", action="store_true", help="profile the second epoch's batches, made without threads"
+    )
     options = parser.parse_args()
     import torch
 
@@ -67,7 +69,10 @@ def _texts(count: int, words: int) -> list[tuple[str, ...]]:
     from kdcache.testing.tiny import WORDS
 
     rng = random.Random(0)
-    return [(" ".join(rng.choices(WORDS, k=max(1, round(rng.gauss(words, words / 3))))) + f" {index}",) for index in range(count)]
+    return [
+        (" ".join(rng.choices(WORDS, k=max(1, round(rng.gauss(words, words / 3))))) + f" {index}",)
+        for index in range(count)
+    ]
 
 
 def _write_cache(path: Path, tokenizers: list[Any], options: argparse.Namespace) -> None:
@@ -80,10 +85,16 @@ def _write_cache(path: Path, tokenizers: list[Any], options: argparse.Namespace)
     from kdcache.loader.alignment import student_tokens
 
     texts = _texts(options.parts * options.part_size, options.words)
-    layers = {DEPTH * j // options.layers: LayerSpec("pca", options.dim, options.dtype) for j in range(1, options.layers + 1)}
+    layers = {
+        DEPTH * j // options.layers: LayerSpec("pca", options.dim, options.dtype) for j in range(1, options.layers + 1)
+    }
     rng = np.random.default_rng(0)
     basis = Basis(
-        np.eye(options.dim, 1024, dtype=np.float32), np.zeros(1024, np.float32), np.ones(options.dim, np.float32), 1.0, 1.0
+        np.eye(options.dim, 1024, dtype=np.float32),
+        np.zeros(1024, np.float32),
+        np.ones(options.dim, np.float32),
+        1.0,
+        1.0,
     )
     with open_writer(path, TaskSpec(("sentence",), ("0", "1")), Settings(0, options.part_size)) as writer:
         writer.add_texts({text_id(text): text for text in texts}, {})
@@ -100,7 +111,9 @@ def _write_cache(path: Path, tokenizers: list[Any], options: argparse.Namespace)
                 hidden = {layer: _block(rng, int(encoded.offsets[-1]), options, HiddenBlock) for layer in layers}
                 outputs = Outputs(rng.standard_normal((len(encoded), 2), dtype=np.float32))
                 writer.write_part(spec.name, task.part, outputs=outputs, tokens=student_tokens(encoded), hidden=hidden)
-        writer.write_examples("train", id_array([text_id(text) for text in texts]), np.zeros(len(texts), np.int64), None)
+        writer.write_examples(
+            "train", id_array([text_id(text) for text in texts]), np.zeros(len(texts), np.int64), None
+        )
         writer.publish({})
 
 
@@ -120,11 +133,20 @@ def _measure(path: Path, tokenizers: list[Any], options: argparse.Namespace) -> 
             open_cache(path), tokenizers[0], student_layers=options.layers, batch_size=options.batch_size,
             window=options.window, memory_bytes=memory,
         )  # fmt: skip
-    report: dict[str, Any] = {"options": vars(options), "cpus": os.cpu_count(), "numpy": np.__version__, "open_s": opening[0]}
+    report: dict[str, Any] = {
+        "options": vars(options),
+        "cpus": os.cpu_count(),
+        "numpy": np.__version__,
+        "open_s": opening[0],
+    }
     report["first epoch, nothing kept"] = _epoch(source, 0)
     report["second epoch, parts kept"] = _epoch(source, 1)
     again = loader(
-        open_cache(path), tokenizers[0], student_layers=options.layers, batch_size=options.batch_size, window=options.window
+        open_cache(path),
+        tokenizers[0],
+        student_layers=options.layers,
+        batch_size=options.batch_size,
+        window=options.window,
     )
     report["another run, student tokens and alignments kept on disk"] = _epoch(again, 0)
     if options.profile:

@@ -1,4 +1,5 @@
-"""The small choices inside the loader, each against its alternative, on one core: what docs/decisions/0005-loader.md cites.
+"""The small choices inside the loader, each against its alternative, on one core: what docs/decisions/0005-loader.md
+cites.
 
 python benchmarks/loader_pieces.py
 """
@@ -73,7 +74,10 @@ def _sums(dim: int) -> dict[str, int]:
 def _layers() -> dict[str, int]:
     """Layers of a teacher gathered one by one against interleaved, with the views that give them back."""
     rng, layers = np.random.default_rng(0), (4, 8, 12)
-    values, scales = rng.integers(-127, 127, (PARTS, 3, 9000, 128)).astype(np.int8), rng.random((PARTS, 3, 9000), np.float32)
+    values, scales = (
+        rng.integers(-127, 127, (PARTS, 3, 9000, 128)).astype(np.int8),
+        rng.random((PARTS, 3, 9000), np.float32),
+    )
     blocks = [
         {layer: HiddenBlock(values[part, place], scales[part, place]) for place, layer in enumerate(layers)}
         for part in range(PARTS)
@@ -127,7 +131,10 @@ def _rows() -> dict[str, int]:
 
 
 def _batches() -> dict[str, int]:
-    """Everything that the loader does for a batch, parts decoded, by how many steps are looked up at once; medians over epochs by turns."""
+    """Everything that the loader does for a batch, parts decoded, by how many steps are looked up at once.
+
+    Medians over epochs by turns.
+    """
     import rivals
 
     from kdcache.loader import prefetch
@@ -138,7 +145,12 @@ def _batches() -> dict[str, int]:
         os.environ["KDCACHE_HOME"] = str(Path(folder) / "home")
         rivals.write_kdcache(Path(folder), *rivals.make_rows(options))
         source = loader(
-            Path(folder) / "kdcache", tiny.wordpiece_tokenizer(), batch_size=32, student_layers=1, max_length=128, window="all"
+            Path(folder) / "kdcache",
+            tiny.wordpiece_tokenizer(),
+            batch_size=32,
+            student_layers=1,
+            max_length=128,
+            window="all",
         )
         for epoch, together in itertools.product(range(9), (1, 8, 32)):
             prefetch.STEPS_TOGETHER = together

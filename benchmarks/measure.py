@@ -1,7 +1,7 @@
 """What every measurement here shares: interleaved rounds, medians with their spread, and what machine it was.
 
-Machines are noisy, so nothing is timed once and nothing is compared across runs: the things to be compared take turns, and a
-ratio is formed within each round before its median is taken. The spread is the distance between the quartiles.
+Machines are noisy, so nothing is timed once and nothing is compared across runs: the things to be compared take turns,
+and a ratio is formed within each round before its median is taken. The spread is the distance between the quartiles.
 """
 
 from __future__ import annotations
@@ -82,7 +82,9 @@ def in_a_process(
 ) -> dict[str, Any]:
     """Run a benchmark script in a process of its own (peak memory is per process) and read the JSON that it prints."""
     command = [python, str(Path(__file__).parent / script), *arguments]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, **(environment or {})})
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, **(environment or {})}
+    )
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])  # libraries may say something before
     return found
 

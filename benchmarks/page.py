@@ -64,13 +64,16 @@ def opening(title: str, report: Report, about: str) -> str:
 def steps(report: Report) -> Section:
     text = opening(
         "A student's step", report,
-        "`memory`: the step of `cached` with its targets lying ready. `live`: the teachers run in every step. `ideal`: plain FLOPs / (plain "
+        "`memory`: the step of `cached` with its targets lying ready. `live`: the teachers run in every step. `ideal`: "
+        "plain FLOPs / (plain "
         "+ projection FLOPs). `predicted`: from the teachers' forward times alone.",
     )  # fmt: skip
     pictures = []
     for count in [key for key in report if key.endswith("teachers")]:
         found, teachers = report[count], "1 teacher" if count == "1 teachers" else count
-        pictures.append(bars(f"Steps per second, {teachers}", found["steps per second"], ours=["cached", "logits only"]))
+        pictures.append(
+            bars(f"Steps per second, {teachers}", found["steps per second"], ours=["cached", "logits only"])
+        )
         rows = [
             [name, number(rate), *(f"{found['share of time'][name][phase]:.1%}" for phase in found["share of time"][name]),
              f"{found['peak memory, MB'][name]['peak_mb']:.0f}"]
@@ -83,7 +86,9 @@ def steps(report: Report) -> Section:
         if "ideal cached / fine-tune by FLOPs" in found:
             ratios.append(["ideal cached / fine-tune", f"{found['ideal cached / fine-tune by FLOPs']:.3g}"])
         if "teachers alone" in found:
-            ratios.append(["predicted cached / live", f"{found['teachers alone']['predicted speed-up of the cache']:.3g}"])
+            ratios.append(
+                ["predicted cached / live", f"{found['teachers alone']['predicted speed-up of the cache']:.3g}"]
+            )
         text += "\n" + table(["ratio of steps/s", ""], ratios) + "\n"
         if "teachers alone" in found and "live" in found["steps per second"]:
             text += students(found) + "\n"
@@ -99,14 +104,16 @@ def students(found: Report) -> str:
         once = teacher + count * 3 * cached  # the dump is one pass; each student sees the data three times
         rows.append([str(count), f"{once:.3g}", f"{count * 3 * live:.3g}", f"{count * 3 * live / once:.2g}"])
     return (
-        "Seconds per batch of the data, students trained for 3 epochs, the dump counted as one pass of the teachers:\n\n"
-        + table(["students", "cached, with the dump", "live", "live / cached"], rows)
+        "Seconds per batch of the data, students trained for 3 epochs, the dump counted as one pass of the "
+        "teachers:\n\n" + table(["students", "cached, with the dump", "live", "live / cached"], rows)
     )
 
 
 def dump(report: Report) -> Section:
     text = opening(
-        "The dump", report, "Time of the dump over a bare forward loop on the same batches; bases are fitted before and apart."
+        "The dump",
+        report,
+        "Time of the dump over a bare forward loop on the same batches; bases are fitted before and apart.",
     )
     rows = [
         [backend, name, number(found["bare, rows per second"]), number(found["dump, rows per second"]),
@@ -120,7 +127,16 @@ def dump(report: Report) -> Section:
         for backend in ("torch", "onnxruntime") for name, found in report.get(backend, {}).items()
     }  # fmt: skip
     text += table(
-        ["backend", "teacher", "bare, rows/s", "dump, rows/s", "dump / bare", "of the processor", "writing / dump", "fitting, s"],
+        [
+            "backend",
+            "teacher",
+            "bare, rows/s",
+            "dump, rows/s",
+            "dump / bare",
+            "of the processor",
+            "writing / dump",
+            "fitting, s",
+        ],
         rows,
     )
     return text, [bars("Time of the dump / time of a bare forward loop", ratios, ours=list(ratios), goal=1.05)]
@@ -143,7 +159,9 @@ def freed(report: Report) -> Section:
     )
     found = {name: said for name, said in report.items() if isinstance(said, dict) and "kept / given back" in said}
     ways = ("kept", "given back", "kept / given back")
-    rows = [[name, key, *(number(said[way][key]) for way in ways)] for name, said in found.items() for key in said["kept"]]
+    rows = [
+        [name, key, *(number(said[way][key]) for way in ways)] for name, said in found.items() for key in said["kept"]
+    ]
     return text + table(["training", "", *ways], rows), []
 
 
@@ -151,17 +169,23 @@ def scale(report: Report) -> Section:
     text = opening(
         "Growth with the number of rows",
         report,
-        "Three teachers, three layers of 8 int8 values, parts of 4,096 texts, a window of two parts and nothing else kept decoded: "
-        "what grows, not how much. Ten thousand rows are three parts, which never fill the window and what is read ahead.",
+        "Three teachers, three layers of 8 int8 values, parts of 4,096 texts, a window of two parts and nothing else "
+        "kept decoded: "
+        "what grows, not how much. Ten thousand rows are three parts, which never fill the window and what is read "
+        "ahead.",
     )
     sizes = [key for key in report if key.endswith(" rows")]
-    rows = [[key, *(short(report[size][key]) if key in report[size] else "" for size in sizes)] for key in report[sizes[-1]]]
+    rows = [
+        [key, *(short(report[size][key]) if key in report[size] else "" for size in sizes)] for key in report[sizes[-1]]
+    ]
     return text + table(["", *sizes], rows), []
 
 
 def loader(title: str) -> Callable[[Report], Section]:
     def section(report: Report) -> Section:
-        text = opening(title, report, f"{report['rows']} ragged rows of {report['dim']} {report['dtype']}, batches of 32.")
+        text = opening(
+            title, report, f"{report['rows']} ragged rows of {report['dim']} {report['dtype']}, batches of 32."
+        )
         pictures = []
         for regime, name in (("memory", "Everything in memory"), ("window", "A window of 1/8, first epoch")):
             keys = list(next(iter(report[regime].values())))

@@ -1,4 +1,7 @@
-"""Product quantisation, the reference that coded hidden states are compared with: 256 centroids for each of so many pieces."""
+"""Product quantisation, the reference that coded hidden states are compared with.
+
+256 centroids for each of so many pieces.
+"""
 
 from __future__ import annotations
 

@@ -3,9 +3,9 @@
     python benchmarks/results.py run sst2 --weights weights --data data      # resumable; finished runs are skipped
     python benchmarks/results.py collect                                     # rewrites docs/results-tables.md
 
-``weights`` holds Hugging Face folders named mpnet-base, granite-roberta, distilbert-cased and minilm-l6 (see docs/results.md
-for where they come from); ``data`` holds sst2-sentences/, sst2/ and rte/ as TSV. Each step is a plain ``kdcache`` command,
-printed before it runs, so that any line of the tables can be had by hand.
+``weights`` holds Hugging Face folders named mpnet-base, granite-roberta, distilbert-cased and minilm-l6 (see
+docs/results.md for where they come from); ``data`` holds sst2-sentences/, sst2/ and rte/ as TSV. Each step is a plain
+``kdcache`` command, printed before it runs, so that any line of the tables can be had by hand.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ class Task:
     recipe: str
     seeds: tuple[int, ...]
     data: dict[str, str]
-    transfer: str | None = None  # a file of texts without labels; one cache holds them, only '+transfer' students read them
+    transfer: str | None = (
+        None  # a file of texts without labels; one cache holds them, only '+transfer' students read them
+    )
     transfer_rows: int = 0
     cofinetune: dict[str, str] = field(default_factory=dict)
     distill: dict[str, str] = field(default_factory=dict)
@@ -45,7 +47,11 @@ TASKS = {
     "sst2": Task(
         "pipelines/sst2.toml",
         (0, 1, 2),
-        {"train": "sst2-sentences/train.tsv", "validation": "sst2-sentences/dev.tsv", "test": "sst2-sentences/test.tsv"},
+        {
+            "train": "sst2-sentences/train.tsv",
+            "validation": "sst2-sentences/dev.tsv",
+            "test": "sst2-sentences/test.tsv",
+        },
         transfer="sst2/train.tsv",
         transfer_rows=15_000,
     ),
@@ -74,7 +80,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.command == "collect":
         target = ROOT / "docs" / "results-tables.md"
-        target.write_text("".join(section(name) for name in TASKS if (RUNS / name / "teachers").exists()), encoding="utf-8")
+        target.write_text(
+            "".join(section(name) for name in TASKS if (RUNS / name / "teachers").exists()), encoding="utf-8"
+        )
         print(target.read_text(encoding="utf-8"))
         return
     settings = task_settings(TASKS[arguments.task], arguments.data, arguments.weights)
@@ -87,7 +95,9 @@ def main() -> None:
 def task_settings(task: Task, data: Path, weights: Path) -> list[str]:
     """Overrides that put local files and folders in the place of the recipe's own names."""
     settings = [f"data.{key}={json.dumps(str((data / value).resolve()))}" for key, value in task.data.items()]
-    settings += [f"teachers.{name}.model={json.dumps(str((weights / folder).resolve()))}" for name, folder in TEACHERS.items()]
+    settings += [
+        f"teachers.{name}.model={json.dumps(str((weights / folder).resolve()))}" for name, folder in TEACHERS.items()
+    ]
     settings += [f"student.init_from={json.dumps(str((weights / 'minilm-l6').resolve()))}"]
     if task.transfer:
         settings += [
@@ -100,9 +110,17 @@ def task_settings(task: Task, data: Path, weights: Path) -> list[str]:
 def make_teachers(name: str, settings: list[str]) -> None:
     """Co-finetune and dump; both continue where they were interrupted and do nothing when they are complete."""
     timed(
-        "cofinetune", name, ["cofinetune", TASKS[name].recipe, *flags(settings)], done=RUNS / name / "teachers" / "teachers.json"
+        "cofinetune",
+        name,
+        ["cofinetune", TASKS[name].recipe, *flags(settings)],
+        done=RUNS / name / "teachers" / "teachers.json",
     )
-    timed("dump", name, ["dump-teachers", TASKS[name].recipe, *flags(settings)], done=RUNS / name / "cache" / "manifest.json")
+    timed(
+        "dump",
+        name,
+        ["dump-teachers", TASKS[name].recipe, *flags(settings)],
+        done=RUNS / name / "cache" / "manifest.json",
+    )
 
 
 def make_students(name: str, settings: list[str], seeds: Sequence[int]) -> None:
@@ -159,7 +177,10 @@ Results = dict[str, Any]
 
 
 def section(name: str) -> str:
-    """One task as Markdown: teachers, then every student with mean and spread over seeds; the scales of the loss terms; times."""
+    """One task as Markdown.
+
+    Teachers, then every student with mean and spread over seeds; the scales of the loss terms; times.
+    """
     found: dict[str, list[Results]] = {}
     for label, student, _ in students(name, TASKS[name].seeds):
         path = RUNS / student / "results.json"

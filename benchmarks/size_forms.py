@@ -1,7 +1,9 @@
-"""The forms that hidden states are stored in, each made from the float32 cache by the dump itself, without running a teacher.
+"""The forms that hidden states are stored in, each made from the float32 cache by the dump itself, without running a
+teacher.
 
-The dump asks a backend for hidden states; here a backend that looks them up. So bases, codebooks and rows are what a dump with these
-settings would store. Product quantisation is no form of a cache: its rebuilt states are stored at full width in float16.
+The dump asks a backend for hidden states; here a backend that looks them up. So bases, codebooks and rows are what a
+dump with these settings would store. Product quantisation is no form of a cache: its rebuilt states are stored at full
+width in float16.
 """
 
 from __future__ import annotations
@@ -37,7 +39,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Form:
-    """How a layer is stored. A row of set bytes takes 1/``share`` of the bytes of float16 at full width; so does, with 1/``product``, a row of
+    """How a layer is stored.
+
+    A row of set bytes takes 1/``share`` of the bytes of float16 at full width; so does, with 1/``product``, a row of
     product quantisation.
     """
 
@@ -92,7 +96,10 @@ Rebuild = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass
 class Replay:
-    """A backend that finds what a teacher said in a cache, by the tokens of a text. ``states``: per layer [tokens of the cache, width]."""
+    """A backend that finds what a teacher said in a cache, by the tokens of a text.
+
+    ``states``: per layer [tokens of the cache, width].
+    """
 
     precision: str
     logits: np.ndarray
@@ -150,7 +157,9 @@ def full_states(exact: Cache, teacher: str, layer: int, texts: int | None = None
     for part in (part for part in exact.parts if part.scope == "full"):
         if left is None or left > 0:
             values = exact.hidden(teacher, part.name, layer).values
-            count = len(values) if left is None else int(exact.tokens(teacher, part.name).offsets[min(left, part.texts)])
+            count = (
+                len(values) if left is None else int(exact.tokens(teacher, part.name).offsets[min(left, part.texts)])
+            )
             found.append(torch.from_numpy(np.asarray(values[:count])))
             left = None if left is None else left - part.texts
     return torch.cat(found)
@@ -162,11 +171,19 @@ def quantisers(exact: Cache, recipe: Recipe, form: Form, teacher: str) -> dict[i
         return {}
     spec, sample = exact.teachers[teacher], recipe.dump.sample_texts
     size = _share(spec.width, form.product)
-    return {layer: ProductQuantiser.trained(full_states(exact, teacher, layer, sample), size).rebuild for layer in spec.layers}
+    return {
+        layer: ProductQuantiser.trained(full_states(exact, teacher, layer, sample), size).rebuild
+        for layer in spec.layers
+    }
 
 
-def store(recipe: Recipe, teachers_dir: Path, exact_dir: Path, form: Form, target: Path, unseen: Path) -> dict[str, Any]:
-    """Make the cache of ``form`` (``recipe`` has its settings) in ``target``; give back what each layer takes and keeps."""
+def store(
+    recipe: Recipe, teachers_dir: Path, exact_dir: Path, form: Form, target: Path, unseen: Path
+) -> dict[str, Any]:
+    """Make the cache of ``form`` (``recipe`` has its settings) in ``target``.
+
+    Give back what each layer takes and keeps.
+    """
     exact = open_cache(exact_dir)
     rebuild = {name: quantisers(exact, recipe, form, name) for name in exact.teachers}
 
@@ -190,19 +207,31 @@ def store(recipe: Recipe, teachers_dir: Path, exact_dir: Path, form: Form, targe
     }
 
 
-def kept(cache: Cache, name: str, layer: int, form: Form, rebuild: Rebuild | None, unseen: torch.Tensor) -> dict[str, Any]:
-    """Bytes per token of one layer, dimensions that the student learns, and the share of variance of ``unseen`` [tokens, width] that survives being stored."""
+def kept(
+    cache: Cache, name: str, layer: int, form: Form, rebuild: Rebuild | None, unseen: torch.Tensor
+) -> dict[str, Any]:
+    """Bytes per token of one layer, dimensions that the student learns, and the share of variance of ``unseen``
+    [tokens, width] that survives being stored.
+    """
     teacher = cache.teachers[name]
     spec = teacher.layers[layer]
     size = format_of(spec).row_bytes(spec) if form.product is None else _share(teacher.width, form.product)
     back = through(spec, cache.basis(name, layer), unseen if rebuild is None else rebuild(unseen))
     found = measure(spec, back, unseen)
-    numbers = {"width": teacher.width, "dim": target_dim(cache, name, layer), "bytes": size, "kept": round(found.explained, 6)}
+    numbers = {
+        "width": teacher.width,
+        "dim": target_dim(cache, name, layer),
+        "bytes": size,
+        "kept": round(found.explained, 6),
+    }
     return {"teacher": name, "layer": layer, **numbers}
 
 
 def extract_unseen(recipe: Recipe, task: TaskData, teachers_dir: Path, texts: int, target: Path) -> None:
-    """Hidden states of some texts that are in no cache in full, so that nothing was fitted on them: test texts, else validation."""
+    """Hidden states of some texts that are in no cache in full, so that nothing was fitted on them.
+
+    Test texts, else validation.
+    """
     others = scopes(task)[1]
     split = task.splits["test" if "test" in task.splits else "validation"]
     there = [bytes(row) for row in split.text_ids]

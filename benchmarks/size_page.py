@@ -24,7 +24,10 @@ REFERENCES = {"kd": "soft labels alone (`kd`)", "fine-tune": "no teacher (`fine-
 
 @dataclass(frozen=True)
 class Student:
-    """One finished run. ``hidden``: loss of each (teacher, layer of the teacher) at the end, 1 where the student says nothing."""
+    """One finished run.
+
+    ``hidden``: loss of each (teacher, layer of the teacher) at the end, 1 where the student says nothing.
+    """
 
     seed: int
     scores: Mapping[str, float]  # accuracy by split
@@ -38,7 +41,10 @@ class Student:
 
 @dataclass(frozen=True)
 class Measured:
-    """A form: its layers (teacher, layer, width, dim, bytes, kept), tokens of each teacher, finished students by rising seed."""
+    """A form.
+
+    Its layers (teacher, layer, width, dim, bytes, kept), tokens of each teacher, finished students by rising seed.
+    """
 
     name: str
     layers: Sequence[Mapping[str, Any]]
@@ -64,12 +70,17 @@ class Measured:
         return sum(float(layer["bytes"]) * self.tokens[layer["teacher"]] for layer in self.layers) / 1e6
 
     def explained(self, student: Student) -> float | None:
-        """Share of the variance of the whole states that the student's own explain, mean over the layers that it learns from.
+        """Share of the variance of the whole states that the student's own explain, mean over the layers that it learns
+        from.
 
         What of the stored states it explains, times what storing kept of them.
         """
         kept = {(layer["teacher"], layer["layer"]): layer["kept"] for layer in self.layers}
-        return statistics.mean(kept[pair] * (1 - loss) for pair, loss in student.hidden.items()) if student.hidden else None
+        return (
+            statistics.mean(kept[pair] * (1 - loss) for pair, loss in student.hidden.items())
+            if student.hidden
+            else None
+        )
 
 
 def write(runs: Path, name: str, to: Path) -> Path:
@@ -80,7 +91,9 @@ def write(runs: Path, name: str, to: Path) -> Path:
     found.sort(key=lambda one: -one.bytes)
     references = {method: read_students(runs, f"{name}-{method}") for method in REFERENCES}
     references = {method: students for method, students in references.items() if students}
-    plot = size_plot.plot([point(one) for one in found], {method: mean(students) for method, students in references.items()})
+    plot = size_plot.plot(
+        [point(one) for one in found], {method: mean(students) for method, students in references.items()}
+    )
     (to / "accuracy-against-bytes.svg").write_text(plot + "\n", encoding="utf-8")
     target = to / "accuracy-against-bytes-table.md"
     text = [
@@ -176,7 +189,8 @@ def main_table(found: Sequence[Measured], references: Mapping[str, Sequence[Stud
 def scores(students: Sequence[Student]) -> list[str]:
     """Seeds, and accuracy by split."""
     cells = [
-        spread([student.scores[split] for student in students if split in student.scores], 4) for split in ("validation", "test")
+        spread([student.scores[split] for student in students if split in student.scores], 4)
+        for split in ("validation", "test")
     ]
     return [str(len(students)), *cells]
 

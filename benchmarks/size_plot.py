@@ -64,7 +64,8 @@ def plot(points: Sequence[Point], references: Mapping[str, float]) -> str:
     for name, score in references.items():
         at = above.place(score)
         drawn.append(
-            f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}" stroke="#57606a" stroke-dasharray="4 3"/>'
+            f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}" stroke="#57606a" stroke-dasharray="4 '
+            '3"/>'
         )
         drawn.append(_text(WIDTH - RIGHT + 6, at + 4, name, "start"))
     there = family_colours(point.family for point in points)
@@ -74,7 +75,8 @@ def plot(points: Sequence[Point], references: Mapping[str, float]) -> str:
         drawn += [*marks(mine, above, across, colour, "accuracies"), *marks(mine, below, across, colour, "kept")]
     whole = below.top + HEIGHT + 40
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {whole:.0f}" width="{WIDTH}" height="{whole:.0f}" role="img">'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {whole:.0f}" width="{WIDTH}" '
+        f'height="{whole:.0f}" role="img">'
         f'<style>{STYLE}</style><rect width="{WIDTH}" height="{whole:.0f}"/>{"".join(drawn)}</svg>'
     )
 
@@ -87,7 +89,9 @@ def axes(panel: Panel, title: str) -> Iterator[str]:
         yield _text(LEFT - 6, panel.place(value) + 4, f"{value:.3f}", "end")
 
 
-def marks(points: Sequence[Point], panel: Panel, across: Callable[[float], float], colour: str, what: str) -> Iterator[str]:
+def marks(
+    points: Sequence[Point], panel: Panel, across: Callable[[float], float], colour: str, what: str
+) -> Iterator[str]:
     """A line through the means; at each the stretch from the least to the most."""
     values = [(across(point.bytes), point, list(getattr(point, what))) for point in points]
     line = " ".join(f"{x:.1f},{panel.place(statistics.mean(found)):.1f}" for x, _, found in values)
@@ -95,7 +99,8 @@ def marks(points: Sequence[Point], panel: Panel, across: Callable[[float], float
     for x, point, found in values:
         low, high = panel.place(min(found)), panel.place(max(found))
         said = html.escape(
-            f"{point.title}: {point.bytes:.0f} bytes, {statistics.mean(found):.4f} ({min(found):.4f} to {max(found):.4f})"
+            f"{point.title}: {point.bytes:.0f} bytes, {statistics.mean(found):.4f} ({min(found):.4f} to "
+            f"{max(found):.4f})"
         )
         yield f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{low:.1f}" y2="{high:.1f}" stroke="{colour}"/>'
         yield f'<circle cx="{x:.1f}" cy="{panel.place(statistics.mean(found)):.1f}" r="4" fill="{colour}"><title>{said}</title></circle>'

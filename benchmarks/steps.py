@@ -1,13 +1,15 @@
 """What a student's step costs: plain, from the cache, fed from memory, from soft labels alone, with live teachers.
 
-    python benchmarks/steps.py quickstart/quickstart.toml --teachers runs/quickstart/teachers --cache runs/quickstart/cache
-    python benchmarks/steps.py pipelines/sst2.toml --teachers runs/sst2/teachers --cache runs/sst2/cache --set KEY=VALUE ...
+    python benchmarks/steps.py quickstart/quickstart.toml --teachers runs/quickstart/teachers --cache
+    runs/quickstart/cache python benchmarks/steps.py pipelines/sst2.toml --teachers runs/sst2/teachers --cache
+    runs/sst2/cache --set KEY=VALUE ...
 
-Every contender trains the same student on the same rows, and they take turns: some steps of one, some of the next. Plain
-fine-tuning has an order of its own, so turns must be long enough for batches of any length to be in them. `memory` is the step of `cached` with its targets lying ready on the device: what the cache costs is the difference.
-`ideal` for `cached` against `fine-tune` is student FLOPs / (student + projection FLOPs), counted by torch; `predicted` for
-`live` is what the teachers' forward passes, measured alone on the same batches, add to a step. Peak memory is that of a process
-that runs one contender only. Prints JSON.
+Every contender trains the same student on the same rows, and they take turns: some steps of one, some of the next.
+Plain fine-tuning has an order of its own, so turns must be long enough for batches of any length to be in them.
+`memory` is the step of `cached` with its targets lying ready on the device: what the cache costs is the difference.
+`ideal` for `cached` against `fine-tune` is student FLOPs / (student + projection FLOPs), counted by torch; `predicted`
+for `live` is what the teachers' forward passes, measured alone on the same batches, add to a step. Peak memory is that
+of a process that runs one contender only. Prints JSON.
 """
 
 from __future__ import annotations
@@ -67,7 +69,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--cache", type=Path, required=True)
     parser.add_argument("--counts", type=int, nargs="*", default=[1, 2, 3], help="numbers of teachers to measure with")
     parser.add_argument("--contenders", nargs="*", choices=CONTENDERS, default=list(CONTENDERS))
-    parser.add_argument("--steps", type=int, default=20, help="of one contender's turn; a quarter of it with live teachers")
+    parser.add_argument(
+        "--steps", type=int, default=20, help="of one contender's turn; a quarter of it with live teachers"
+    )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--alone", choices=CONTENDERS, help=argparse.SUPPRESS)
@@ -84,7 +88,9 @@ def compare(arguments: argparse.Namespace, count: int) -> dict[str, Any]:
         runner.steps(2)  # warm-up: allocations, kernels, digests of the first parts
         runner.seconds = dict.fromkeys(PHASES, 0.0)
     steps = {name: max(1, arguments.steps // (LIVE_SHARE if name == "live" else 1)) for name in runners}
-    turns = rounds({name: functools.partial(runner.steps, steps[name]) for name, runner in runners.items()}, arguments.rounds)
+    turns = rounds(
+        {name: functools.partial(runner.steps, steps[name]) for name, runner in runners.items()}, arguments.rounds
+    )
     rates = {name: [steps[name] / seconds for seconds in taken] for name, taken in turns.items()}
     found: dict[str, Any] = {"steps per second": {name: summary(values) for name, values in rates.items()}}
     pairs = [
@@ -108,7 +114,8 @@ def compare(arguments: argparse.Namespace, count: int) -> dict[str, Any]:
     settings = [flag for override in arguments.overrides for flag in ("--set", override)]
     common = [arguments.recipe, "--teachers", str(arguments.teachers), "--cache", str(arguments.cache), *settings]
     found["peak memory, MB"] = {
-        name: in_a_process("steps.py", [*common, "--counts", str(count), "--steps", "10", "--alone", name]) for name in runners
+        name: in_a_process("steps.py", [*common, "--counts", str(count), "--steps", "10", "--alone", name])
+        for name in runners
     }
     return found
 

@@ -15,7 +15,8 @@
     └── MismatchError       4  the cache, or a piece of it, is not the one that is asked for
 
 The message says what is wrong with the value and what was expected; the hint names the key or command that cures it.
-The command line prints both on one line each and exits with ``exit_code``; the traceback shows only with ``KDCACHE_DEBUG=1``.
+The command line prints both on one line each and exits with ``exit_code``; the traceback shows only with
+``KDCACHE_DEBUG=1``.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The only place that writes: every file arrives whole and durable, or not at all.
 
-A file is written under a temporary name, fsynced, renamed, and its directory fsynced; none of zarr, pyarrow and safetensors
-does that by itself. Each system step goes through one small object, ``disk``, which fault injection replaces to die or to
-fail at the n-th step. So what is tested is the order of steps that runs in production.
+A file is written under a temporary name, fsynced, renamed, and its directory fsynced; none of zarr, pyarrow and
+safetensors does that by itself. Each system step goes through one small object, ``disk``, which fault injection
+replaces to die or to fail at the n-th step. So what is tested is the order of steps that runs in production.
 """
 
 from __future__ import annotations
@@ -91,7 +91,10 @@ def write_file(path: Path, data: Buffer | Iterable[Buffer]) -> FileDigest:
 
 
 def write_stream(path: Path, blocks: Iterable[Buffer], check: Callable[[], None]) -> None:
-    """As ``write_file``, a block at a time; the file takes its name only if ``check`` raises nothing once all are written."""
+    """As ``write_file``, a block at a time.
+
+    The file takes its name only if ``check`` raises nothing once all are written.
+    """
     _put(path, blocks, check)
 
 
@@ -110,7 +113,10 @@ def create_file(path: Path, data: Buffer) -> bool:
 
 
 def share_file(source: Path, target: Path) -> None:
-    """Give a file that never changes a second name, durably; a copy where the file system has no hard links. Raises StorageError."""
+    """Give a file that never changes a second name, durably.
+
+    A copy where the file system has no hard links. Raises StorageError.
+    """
     temporary = target.parent / f".{target.name}.{secrets.token_hex(4)}{TEMPORARY}"
     make_directory(target.parent)
     try:
@@ -122,11 +128,14 @@ def share_file(source: Path, target: Path) -> None:
         _step(target, lambda: disk.rename(temporary, target))
     finally:
         with contextlib.suppress(OSError):
-            temporary.unlink()  # where renaming failed, and where both names were of one file already: then it does nothing
+            # where renaming failed, and where both names were of one file already: then it does nothing
+            temporary.unlink()
     _step(target, lambda: disk.fsync_directory(target.parent))
 
 
-def _put(path: Path, blocks: Iterable[Buffer], check: Callable[[], None], publish: Callable[[Path], None] | None = None) -> None:
+def _put(
+    path: Path, blocks: Iterable[Buffer], check: Callable[[], None], publish: Callable[[Path], None] | None = None
+) -> None:
     temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}{TEMPORARY}"
     make_directory(path.parent)
     try:
@@ -160,7 +169,10 @@ def remove_file(path: Path) -> None:
 
 
 def remove_temporaries(root: Path) -> int:
-    """Remove what an interrupted writer left under temporary names; gives back how many files. The caller holds the lock."""
+    """Remove what an interrupted writer left under temporary names.
+
+    Gives back how many files. The caller holds the lock.
+    """
     removed = 0
     for directory, _, names in os.walk(root):
         for name in names:

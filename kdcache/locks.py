@@ -1,7 +1,8 @@
-"""Locks between processes of one machine: shared or exclusive, on a file, released by the system when their holder dies.
+"""Locks between processes of one machine: shared or exclusive, on a file, released by the system when their holder
+dies.
 
-Each acquisition opens the file anew, so threads of one process exclude each other as processes do. ``flock`` is what the
-``filelock`` package takes on Linux and macOS too, so kdcache 0.1.0 and this version exclude each other.
+Each acquisition opens the file anew, so threads of one process exclude each other as processes do. ``flock`` is what
+the ``filelock`` package takes on Linux and macOS too, so kdcache 0.1.0 and this version exclude each other.
 """
 
 from __future__ import annotations

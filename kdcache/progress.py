@@ -1,8 +1,8 @@
 """Progress of long work on stderr: how far, how fast, how many bytes, how long still, and the last loss.
 
-On a terminal it is one live line by rich; elsewhere (a log file, a CI job) one plain line about every ten seconds and one
-at the end, so that logs stay readable. stdout is never touched: it belongs to results. Stages take a ``Progress`` and know
-neither; tests and library users pass ``SilentProgress``.
+On a terminal it is one live line by rich; elsewhere (a log file, a CI job) one plain line about every ten seconds and
+one at the end, so that logs stay readable. stdout is never touched: it belongs to results. Stages take a ``Progress``
+and know neither; tests and library users pass ``SilentProgress``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ class Progress(Protocol):
         """Begin a task of ``total`` units, e.g. ``start("dump bert", 6920, "rows")``; ends the one before."""
 
     def advance(self, count: int, *, bytes_done: int = 0, **values: float) -> None:
-        """``count`` more units and ``bytes_done`` more bytes are done; ``values`` (``loss=0.31``) are shown as they are."""
+        """``count`` more units and ``bytes_done`` more bytes are done.
+
+        ``values`` (``loss=0.31``) are shown as they are.
+        """
 
     def note(self, message: str) -> None:
         """A line for the human."""
@@ -163,7 +166,10 @@ def listed(names: Iterable[object], *, most: int = 20, quoted: bool = False) -> 
 
 
 def listed_apart(one: Sequence[str], other: Sequence[str]) -> tuple[str, str]:
-    """Two lists of names that should be the same, for a message: whole where they are short, else what each has and the other lacks."""
+    """Two lists of names that should be the same, for a message.
+
+    Whole where they are short, else what each has and the other lacks.
+    """
     if max(len(one), len(other)) <= _WHOLE:
         return listed(one), listed(other)
     of_one, of_other = set(one), set(other)

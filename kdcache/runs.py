@@ -7,10 +7,10 @@
       results.json    scores                     baseline/    the same student without teachers (a run directory itself)
       report.html     the page of the run        checkpoints/ what an interrupted stage continues from
 
-A stage record is written when the stage is finished. It holds, key by key, all that the result depends on: the values of its
-recipe keys and the sha256 of every local file they name. A stage whose record equals what the recipe says now is skipped;
-where they differ, the keys that differ can be named. What to do then is the stage's own decision: teachers and cache judge
-what exists by their own fingerprints. Standard library only.
+A stage record is written when the stage is finished. It holds, key by key, all that the result depends on: the values
+of its recipe keys and the sha256 of every local file they name. A stage whose record equals what the recipe says now is
+skipped; where they differ, the keys that differ can be named. What to do then is the stage's own decision: teachers and
+cache judge what exists by their own fingerprints. Standard library only.
 """
 
 from __future__ import annotations
@@ -95,7 +95,10 @@ class RunDirectory:
 
 
 def changes(run: RunDirectory, stage: Stage, inputs: Inputs) -> list[str] | None:
-    """What differs between the inputs of now and those the stage was finished with: [] nothing, None not finished yet."""
+    """What differs between the inputs of now and those the stage was finished with.
+
+    [] nothing, None not finished yet.
+    """
     entry = read_record(run).get("stages", {}).get(stage)
     return None if entry is None else differences(entry["inputs"], inputs)
 
@@ -121,9 +124,13 @@ def read_record(run: RunDirectory) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        raise DamageError(f"'{run.record}' is not readable: {error}", "Delete it to have the stages looked at anew.") from error
+        raise DamageError(
+            f"'{run.record}' is not readable: {error}", "Delete it to have the stages looked at anew."
+        ) from error
     if not isinstance(record, dict) or record.get("format") != 1:
-        raise DamageError(f"'{run.record}' is not a stage record of format 1", "Delete it to have the stages looked at anew.")
+        raise DamageError(
+            f"'{run.record}' is not a stage record of format 1", "Delete it to have the stages looked at anew."
+        )
     return record
 
 
@@ -135,7 +142,9 @@ def differences(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
         if before != after:
             file = (before or after or "").startswith("sha256:")
             lines.append(
-                f"{key}: contents differ" if file and before and after else f"{key}: {_short(before)} -> {_short(after)}"
+                f"{key}: contents differ"
+                if file and before and after
+                else f"{key}: {_short(before)} -> {_short(after)}"
             )
     return lines
 
@@ -176,7 +185,12 @@ def stage_inputs(recipe: Recipe, stage: Stage, *, upstream: str = "") -> Inputs:
     optimisation = {key: value for key, value in distill.items() if key not in _SOFT}
     parts: dict[Stage, dict[str, Any]] = {
         "teachers": {"data": labelled, "teachers": trained, "cofinetune": document["cofinetune"]},
-        "cache": {"data": data, "teachers": document["teachers"], "dump": document["dump"], "student": _layers(document)},
+        "cache": {
+            "data": data,
+            "teachers": document["teachers"],
+            "dump": document["dump"],
+            "student": _layers(document),
+        },
         "student": {"data": data, "student": document["student"], "distill": distill},
         "baseline": {"data": labelled, "student": document["student"], "distill": optimisation},
     }
@@ -193,12 +207,18 @@ def file_identity(path: Path) -> str:
 
 
 def home() -> Path:
-    """Where kdcache keeps what it can make again, outside runs and caches: ``KDCACHE_HOME``, or ``~/.cache/kdcache``."""
+    """Where kdcache keeps what it can make again, outside runs and caches.
+
+    ``KDCACHE_HOME``, or ``~/.cache/kdcache``.
+    """
     return Path(os.environ.get("KDCACHE_HOME") or Path.home() / ".cache" / "kdcache")
 
 
 def write_durably(path: Path, text: str) -> None:
-    """Write beside, fsync, rename, fsync the directory: a reader sees the old text or the new one, also after a power cut."""
+    """Write beside, fsync, rename, fsync the directory.
+
+    A reader sees the old text or the new one, also after a power cut.
+    """
     temporary = path.with_name(path.name + ".tmp")
     try:
         with temporary.open("w", encoding="utf-8") as file:
@@ -240,7 +260,10 @@ def _layers(document: dict[str, Any]) -> dict[str, Any]:
 
 
 def _flatten(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Nested tables and named lists of tables as dotted keys, the way ``--set`` spells them; files as their contents."""
+    """Nested tables and named lists of tables as dotted keys, the way ``--set`` spells them.
+
+    Files as their contents.
+    """
     if isinstance(value, dict):
         for name, inner in value.items():
             if name not in _NEVER:

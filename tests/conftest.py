@@ -16,7 +16,9 @@ os.environ |= {
 }  # before any import reads them
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models gain nothing from threads, and one thread repeats exactly
 
-from kdcache.testing.s3_server import rclone_store as rclone_store  # fixtures of real servers, started when first asked for
+from kdcache.testing.s3_server import (
+    rclone_store as rclone_store,
+)  # fixtures of real servers, started when first asked for
 from kdcache.testing.s3_server import seaweedfs as seaweedfs
 from kdcache.testing.tiny import make_model, reviews, write_reviews
 
@@ -33,7 +35,10 @@ def _home_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 @dataclass(frozen=True)
 class ReviewTask:
-    """TSV files with the columns ``sentence`` and ``label`` (0, 1); the transfer file has no labels. No text is in two files."""
+    """TSV files with the columns ``sentence`` and ``label`` (0, 1).
+
+    The transfer file has no labels. No text is in two files.
+    """
 
     directory: Path
     train: Path  # 96 rows
@@ -57,7 +62,10 @@ def review_task(tmp_path_factory: pytest.TempPathFactory) -> ReviewTask:
 
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Random encoders with their tokenizers: WordPiece 4 x 16, byte-level BPE 4 x 24, Unigram 2 x 16 (blocks x width)."""
+    """Random encoders with their tokenizers.
+
+    WordPiece 4 x 16, byte-level BPE 4 x 24, Unigram 2 x 16 (blocks x width).
+    """
     directory = tmp_path_factory.mktemp("models")
     return {
         "bert": make_model(directory / "bert", "bert", seed=1),

@@ -3,9 +3,10 @@
     make mutants
     python tests/mutation.py kdcache/files.py kdcache/share/gc.py
 
-``tests/mutation.toml`` says which tests each module is held to. mutmut changes a copy of the checkout and runs, for each mutant, the
-tests that reach the changed function, in a child that is forked after the imports. Prints the score and the diff of each survivor;
-docs/mutation.md keeps the scores, and the survivors that no test can tell from the original. Ends with 1 where a score is below 0.85.
+``tests/mutation.toml`` says which tests each module is held to. mutmut changes a copy of the checkout and runs, for
+each mutant, the tests that reach the changed function, in a child that is forked after the imports. Prints the score
+and the diff of each survivor; docs/mutation.md keeps the scores, and the survivors that no test can tell from the
+original. Ends with 1 where a score is below 0.85.
 """
 
 from __future__ import annotations
@@ -50,13 +51,20 @@ def score(module: str, entry: dict[str, Any], place: Path) -> float:
         shutil.copytree(ROOT / name, place / name, ignore=shutil.ignore_patterns("__pycache__"))
     settings = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     (place / "pyproject.toml").write_text(settings + _settings(module, entry), encoding="utf-8")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": "", "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": "",
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
 
     def mutmut(*arguments: str, check: bool = False) -> str:
         command = [sys.executable, "-m", "mutmut", *arguments]
         done = subprocess.run(command, cwd=place, env=environment, text=True, capture_output=True, check=False)
         if check and done.returncode:
-            raise SystemExit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}")
+            raise SystemExit(
+                f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+            )
         return done.stdout
 
     mutmut("run", "--max-children", os.environ.get("WORKERS", "1"), check=True)

@@ -60,5 +60,6 @@ class TestTorchElsewhere(BackendContract):
     @classmethod
     def teacher(cls, tmp_path_factory: pytest.TempPathFactory) -> Teacher:
         return load_teacher(
-            make_teachers(tmp_path_factory.mktemp("t"), {"roberta": "roberta"}, widths={"roberta": 12}, depth=3), "roberta"
+            make_teachers(tmp_path_factory.mktemp("t"), {"roberta": "roberta"}, widths={"roberta": 12}, depth=3),
+            "roberta",
         )

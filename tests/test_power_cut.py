@@ -1,4 +1,6 @@
-"""Nothing that a finished step wrote is lost in a power cut, and nothing gets its name before what it stands for is on the disk."""
+"""Nothing that a finished step wrote is lost in a power cut, and nothing gets its name before what it stands for is on
+the disk.
+"""
 
 from __future__ import annotations
 
@@ -91,7 +93,9 @@ def test_a_cache_that_is_dumped_and_grows(tmp_path: Path) -> None:
             assert watch.lost() == []
     assert watch.wrong == []
     named = [
-        path for call, path in watch.calls if call in ("rename", "replace") and path.startswith("cache/") and ".dump" not in path
+        path
+        for call, path in watch.calls
+        if call in ("rename", "replace") and path.startswith("cache/") and ".dump" not in path
     ]
     assert len(named) > 60 and named[-1] == "cache/manifest.json"
 

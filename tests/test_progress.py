@@ -103,5 +103,11 @@ def test_bytes_have_three_digits(count: float, text: str) -> None:
 
 
 def test_times_and_rates() -> None:
-    assert [format_seconds(seconds) for seconds in (0, 42.4, 60, 3803, 90061)] == ["0:00", "0:42", "1:00", "1:03:23", "25:01:01"]
+    assert [format_seconds(seconds) for seconds in (0, 42.4, 60, 3803, 90061)] == [
+        "0:00",
+        "0:42",
+        "1:00",
+        "1:03:23",
+        "25:01:01",
+    ]
     assert [format_rate(rate) for rate in (0.0423, 12.34, 210.7, 12345)] == ["0.0423", "12.3", "211", "12,345"]

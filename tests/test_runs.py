@@ -79,7 +79,11 @@ def test_changes_are_named_by_key(recipe: Path, tmp_path: Path) -> None:
     assert changes(run, "teachers", now) == []
     (tmp_path / "train.tsv").write_text("sentence\tlabel\nz\t0\nb\t1\n")
     later = stage_inputs(load_recipe(recipe, ["cofinetune.epochs=7", "data.seed=3"]), "teachers")
-    assert changes(run, "teachers", later) == ["cofinetune.epochs: 3 -> 7", "data.seed: 0 -> 3", "data.train: contents differ"]
+    assert changes(run, "teachers", later) == [
+        "cofinetune.epochs: 3 -> 7",
+        "data.seed: 0 -> 3",
+        "data.train: contents differ",
+    ]
     forget(run, "teachers")
     assert changes(run, "teachers", now) is None
 

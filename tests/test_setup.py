@@ -34,7 +34,8 @@ def test_the_makefile_installs_as_the_readme_says() -> None:
     assert recipe is not None
     steps = [line.strip() for line in recipe.group().splitlines()[1:] if not line.strip().startswith("@")]
     spelled = [
-        step.replace("$(RUN)", ".venv/bin").replace("$(VENV)", ".venv").replace("$(PYTHON)", "python3").strip() for step in steps
+        step.replace("$(RUN)", ".venv/bin").replace("$(VENV)", ".venv").replace("$(PYTHON)", "python3").strip()
+        for step in steps
     ]
     assert [step for step in spelled if step] == readme_steps()
 

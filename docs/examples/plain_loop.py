@@ -2,7 +2,8 @@
 
     python docs/examples/plain_loop.py CACHE MODEL OUTPUT
 
-CACHE is what ``kdcache dump-teachers`` wrote, MODEL a Hugging Face directory or hub name, OUTPUT a directory for the student.
+CACHE is what ``kdcache dump-teachers`` wrote, MODEL a Hugging Face directory or hub name, OUTPUT a directory for the
+student.
 """
 
 import sys
@@ -20,13 +21,17 @@ def main(cache_path: str, model_name: str, output: str, epochs: int = 1, batch_s
     cache = kdcache.open_cache(cache_path)
     tokenizer = AutoTokenizer.from_pretrained(model_name)
     names = cache.task.label_names
-    student = AutoModelForSequenceClassification.from_pretrained(model_name, num_labels=len(names), dtype=torch.float32).to(
-        device
-    )
+    student = AutoModelForSequenceClassification.from_pretrained(
+        model_name, num_labels=len(names), dtype=torch.float32
+    ).to(device)
     layers, width = student.config.num_hidden_layers, student.config.hidden_size
 
     batches = kdcache.loader(cache, tokenizer, batch_size=batch_size, student_layers=layers)
-    pairs = {(i, j): (name, own) for i, name in enumerate(batches.teachers) for j, own in enumerate(batches.layer_map[name], 1)}
+    pairs = {
+        (i, j): (name, own)
+        for i, name in enumerate(batches.teachers)
+        for j, own in enumerate(batches.layer_map[name], 1)
+    }
     dims = {pair: batches.target_dim(*layer) for pair, layer in pairs.items()}
     variances = {pair: batches.target_variance(*layer) for pair, layer in pairs.items()}
     soft = kdcache.losses.DistillationLoss(temperature=1.0)

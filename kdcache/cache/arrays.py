@@ -1,9 +1,10 @@
-"""One zarr array per file: encoding and decoding of the arrays in ``hidden/``, byte for byte the same with every zarr version.
+"""One zarr array per file: encoding and decoding of the arrays in ``hidden/``, byte for byte the same with every zarr
+version.
 
-The bytes are those that zarr-python writes for a sharded array (``chunks``, one shard, crc32c on each inner chunk and on the
-index); a test compares them. They are laid out here because a digest is only worth something if it does not depend on which
-zarr release happens to be installed, and because a reader that knows the layout can read straight into the result, check
-every chunk, and never allocate by what a file claims: the size of a shard follows from its shape.
+The bytes are those that zarr-python writes for a sharded array (``chunks``, one shard, crc32c on each inner chunk and
+on the index); a test compares them. They are laid out here because a digest is only worth something if it does not
+depend on which zarr release happens to be installed, and because a reader that knows the layout can read straight into
+the result, check every chunk, and never allocate by what a file claims: the size of a shard follows from its shape.
 """
 
 from __future__ import annotations

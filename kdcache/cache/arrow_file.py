@@ -1,11 +1,12 @@
 """Reads the Arrow files of a cache without Arrow's reader.
 
-Arrow's own reader verifies the structure of a file and not what the structure says: a forged one ends the process with a
-segmentation fault or an abort, which no ``except`` catches (docs/decisions/0018). A cache may come from anybody. Its files have
-one uncompressed record batch of a schema that is known before the file is opened, so little of the format is needed, and this
-module reads that: the two messages, the footer, and the flatbuffer tables in them. Every position is compared with the bytes
-that are there before it is used, and nothing is allocated by what a file says of itself. Columns are read-only views of the
-bytes, nothing is copied. Arrow is handed verified buffers only: those of strings, which it decodes faster than Python does.
+Arrow's own reader verifies the structure of a file and not what the structure says: a forged one ends the process with
+a segmentation fault or an abort, which no ``except`` catches (docs/decisions/0018). A cache may come from anybody. Its
+files have one uncompressed record batch of a schema that is known before the file is opened, so little of the format is
+needed, and this module reads that: the two messages, the footer, and the flatbuffer tables in them. Every position is
+compared with the bytes that are there before it is used, and nothing is allocated by what a file says of itself.
+Columns are read-only views of the bytes, nothing is copied. Arrow is handed verified buffers only: those of strings,
+which it decodes faster than Python does.
 
 The layout: "ARROW1", 2 bytes, schema message, record batch message with its body, end of stream, footer, length of the
 footer, "ARROW1". A message is ff ff ff ff, the length of its metadata, the metadata (a flatbuffer), the body.
@@ -22,7 +23,16 @@ from typing import Any, Literal, NoReturn
 import numpy as np
 
 Kind = Literal[
-    "int8", "int32", "int64", "float", "string", "large_string", "fixed_size_binary", "fixed_size_list", "list", "struct"
+    "int8",
+    "int32",
+    "int64",
+    "float",
+    "string",
+    "large_string",
+    "fixed_size_binary",
+    "fixed_size_list",
+    "list",
+    "struct",
 ]
 
 _MAGIC = b"ARROW1"
@@ -78,7 +88,9 @@ class Column:
     name: str
     length: int
     valid: np.ndarray | None  # bool[length]; None where nothing is null
-    values: np.ndarray  # [length]; [length, size] of a fixed_size_list or, uint8, fixed_size_binary; uint8[bytes] of strings
+    values: (
+        np.ndarray
+    )  # [length]; [length, size] of a fixed_size_list or, uint8, fixed_size_binary; uint8[bytes] of strings
     offsets: np.ndarray  # int32 or int64 [length + 1] of strings and lists: never falling, within the values
     children: tuple[Column, ...]
 
@@ -95,7 +107,9 @@ class Column:
 
         kind = pa.StringArray if self.offsets.itemsize == 4 else pa.LargeStringArray
         try:
-            found: list[str] = kind.from_buffers(self.length, pa.py_buffer(self.offsets), pa.py_buffer(self.values)).to_pylist()
+            found: list[str] = kind.from_buffers(
+                self.length, pa.py_buffer(self.offsets), pa.py_buffer(self.values)
+            ).to_pylist()
         except UnicodeDecodeError as error:
             raise TableDamageError(f"has a text in column '{self.name}' that is not UTF-8") from error
         if self.valid is None:
@@ -170,7 +184,9 @@ def _check_footer(data: bytes, after: int, block: tuple[int, int, int], fields: 
     batches, first = _vector(footer, root, 3, _BLOCK)
     schema = _child(footer, root, 1)
     if dictionaries or batches != 1 or schema is None:
-        raise TableDamageError(f"has a footer of {batches} record batches and {dictionaries} dictionaries, expected 1 and 0")
+        raise TableDamageError(
+            f"has a footer of {batches} record batches and {dictionaries} dictionaries, expected 1 and 0"
+        )
     if _BLOCK_FIELDS.unpack_from(footer, first) != block:
         raise TableDamageError("has a footer that says that its record batch lies elsewhere")
     _check_schema(footer, schema, fields)
@@ -333,9 +349,9 @@ def _listed(fields: Sequence[Field]) -> str:
     return shown if len(shown) <= 5 * _SHOWN else f"{shown[: 5 * _SHOWN]} ..."
 
 
-# Flatbuffers. A table begins with the distance back to its vtable: 2 bytes its own size, 2 bytes the table's, then for each
-# field 2 bytes where in the table it lies, 0 where it is absent. Other values are distances forward. ``unpack_from`` refuses
-# what lies beyond the end; what lies before the beginning, it does not.
+# Flatbuffers. A table begins with the distance back to its vtable: 2 bytes its own size, 2 bytes the table's, then for
+# each field 2 bytes where in the table it lies, 0 where it is absent. Other values are distances forward.
+# ``unpack_from`` refuses what lies beyond the end; what lies before the beginning, it does not.
 
 
 def _root(data: bytes) -> int:

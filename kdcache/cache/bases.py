@@ -1,7 +1,7 @@
 """The safetensors file of a layer's basis: projection, mean, variances, and the tensors of its storage format.
 
-The header is compared with the one that the manifest implies before a tensor is looked at; nothing is allocated by what a
-file claims.
+The header is compared with the one that the manifest implies before a tensor is looked at; nothing is allocated by what
+a file claims.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ def check_basis(basis: Basis, spec: LayerSpec, width: int) -> None:
     Its own tensors are judged by the storage format, which may leave it fewer rows.
     """
     if (basis.components is None) != (spec.projection == "none"):
-        raise ValueError(f"projection '{spec.projection}' {'has no' if spec.projection == 'none' else 'needs'} components")
+        raise ValueError(
+            f"projection '{spec.projection}' {'has no' if spec.projection == 'none' else 'needs'} components"
+        )
     format_of(spec).check_tables(basis, spec)
     arrays = _arrays(basis)
     wanted = _shapes(spec, width, {name: values.shape for name, values in arrays.items()})
@@ -69,7 +71,9 @@ def decode_basis(data: bytes, spec: LayerSpec, width: int) -> Basis:
     if not all(math.isfinite(total) and total >= 0 for total in totals):
         raise BasisDamageError("has a variance that is negative or not finite")
     tables = {name: values for name, values in arrays.items() if name not in _COMMON}
-    basis = Basis(arrays.get("components"), arrays.get("mean"), arrays.get("explained_variance"), totals[0], totals[1], tables)
+    basis = Basis(
+        arrays.get("components"), arrays.get("mean"), arrays.get("explained_variance"), totals[0], totals[1], tables
+    )
     try:
         format_of(spec).check_tables(basis, spec)
     except ValueError as error:
@@ -96,7 +100,9 @@ def _arrays(basis: Basis) -> dict[str, np.ndarray]:
     arrays = {name: np.ascontiguousarray(value, dtype="<f4") for name, value in optional.items() if value is not None}
     arrays["total_variance"] = np.array([basis.total_variance], dtype="<f8")
     arrays["target_variance"] = np.array([basis.target_variance], dtype="<f8")
-    tables = {name: np.ascontiguousarray(value, dtype=value.dtype.newbyteorder("<")) for name, value in basis.tables.items()}
+    tables = {
+        name: np.ascontiguousarray(value, dtype=value.dtype.newbyteorder("<")) for name, value in basis.tables.items()
+    }
     return arrays | tables
 
 

@@ -1,8 +1,8 @@
 """Canonical JSON (RFC 8785) of integers and strings, and a JSON reader that takes nothing else.
 
-Two programs that hold the same document must agree on its bytes, or identities mean nothing. Fractions are the only hard
-part of RFC 8785 and have no place in a manifest: a score is a string. So the canonical form is short enough to write in any
-language: keys sorted by UTF-16 code units, no white space, the shortest string escapes.
+Two programs that hold the same document must agree on its bytes, or identities mean nothing. Fractions are the only
+hard part of RFC 8785 and have no place in a manifest: a score is a string. So the canonical form is short enough to
+write in any language: keys sorted by UTF-16 code units, no white space, the shortest string escapes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ class NotCanonicalError(ValueError):
 
 
 def canonical_json(value: Any) -> bytes:
-    """The RFC 8785 form, as UTF-8. Raises NotCanonicalError for fractions, null, booleans, half surrogates and large integers."""
+    """The RFC 8785 form, as UTF-8.
+
+    Raises NotCanonicalError for fractions, null, booleans, half surrogates and large integers.
+    """
     text = json.dumps(ordered(value), ensure_ascii=False, separators=(",", ":"))
     return _encode(text)
 
@@ -37,7 +40,10 @@ def digest_of(value: Any) -> str:
 
 
 def digest_of_ordered(value: Any) -> str:
-    """The same of what ``ordered`` or ``parse_json`` gave back: a manifest has ten thousand files, and sorting is most of the work."""
+    """The same of what ``ordered`` or ``parse_json`` gave back.
+
+    A manifest has ten thousand files, and sorting is most of the work.
+    """
     return hashlib.sha256(_encode(json.dumps(value, ensure_ascii=False, separators=(",", ":")))).hexdigest()
 
 
@@ -61,7 +67,10 @@ def ordered(value: Any, depth: int = 0) -> Any:
 
 
 def parse_json(data: bytes) -> Any:
-    """Parse JSON of objects, lists, strings and integers. Raises NotCanonicalError for all else, duplicate keys among it."""
+    """Parse JSON of objects, lists, strings and integers.
+
+    Raises NotCanonicalError for all else, duplicate keys among it.
+    """
     try:
         value = json.loads(
             data.decode("utf-8"),

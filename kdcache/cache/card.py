@@ -1,7 +1,7 @@
 """The README.md of a cache: what it holds and how to use it, for somebody who finds the directory.
 
-Made from the manifest alone, so that a cache that was pulled or extended gets its card as well. Generated, outside the identity.
-What people wrote (names, licences) is taken for text: it cannot break out of its table cell.
+Made from the manifest alone, so that a cache that was pulled or extended gets its card as well. Generated, outside the
+identity. What people wrote (names, licences) is taken for text: it cannot break out of its table cell.
 """
 
 from __future__ import annotations
@@ -107,7 +107,8 @@ def _stored(facts: Mapping[str, Any]) -> str:
         f"{sum(one['bytes_outputs'] for one in teachers) / 1e6:,.1f} MB",
         f"- hidden states of {sum(one['tokens'] for one in teachers):,} tokens: {hidden / 1e6:,.1f} MB",
         f"- token spans for alignment: {sum(one['bytes_tokens'] for one in teachers) / 1e6:,.1f} MB",
-        f"- the texts themselves: {'yes, in `text/`' if facts['text_stored'] else 'no; bring the data, rows join by their text'}",
+        "- the texts themselves: "
+        f"{'yes, in `text/`' if facts['text_stored'] else 'no; bring the data, rows join by their text'}",
     ]
     return "\n".join(lines)
 

@@ -22,12 +22,16 @@ def check_outputs(outputs: Outputs, spec: TeacherSpec, part: str, ids: np.ndarra
     """Raises ValueError for a wrong shape or dtype, NonFiniteError (with text id) for NaN or infinity."""
     wanted = {"logits": (outputs.logits, spec.target.shape[0])}
     if (outputs.pooled is None) != (spec.pooled is None):
-        raise ValueError(f"teacher '{spec.name}' is declared with pooled {spec.pooled}, its outputs of {part} say otherwise")
+        raise ValueError(
+            f"teacher '{spec.name}' is declared with pooled {spec.pooled}, its outputs of {part} say otherwise"
+        )
     if outputs.pooled is not None and spec.pooled is not None:
         wanted["pooled"] = (outputs.pooled, spec.pooled)
     for name, (values, width) in wanted.items():
         if values.shape != (len(ids), width) or values.dtype != np.float32:
-            raise ValueError(f"{name} of {part} is {values.dtype}{list(values.shape)}, expected float32{[len(ids), width]}")
+            raise ValueError(
+                f"{name} of {part} is {values.dtype}{list(values.shape)}, expected float32{[len(ids), width]}"
+            )
         bad = ~np.isfinite(values).all(axis=1)
         if bad.any():
             raise _not_finite(name, spec, part, ids, int(bad.argmax()))
@@ -48,12 +52,16 @@ def check_tokens(tokens: Tokens, part: str, texts: int) -> None:
     for name, dtype in (("starts", np.int32), ("ends", np.int32), ("segments", np.int8), ("roles", np.int8)):
         values = getattr(tokens, name)
         if values.dtype != dtype or values.shape != (total,):
-            raise ValueError(f"{name} of {part} is {values.dtype}{list(values.shape)}, expected {np.dtype(dtype)}[{total}]")
+            raise ValueError(
+                f"{name} of {part} is {values.dtype}{list(values.shape)}, expected {np.dtype(dtype)}[{total}]"
+            )
     if total and (tokens.roles.min() < 0 or tokens.roles.max() > OTHER or (tokens.starts > tokens.ends).any()):
         raise ValueError(f"tokens of {part} have an unknown role, or an end before its start")
 
 
-def check_hidden(block: HiddenBlock, layer: int, spec: TeacherSpec, part: str, ids: np.ndarray, offsets: np.ndarray) -> None:
+def check_hidden(
+    block: HiddenBlock, layer: int, spec: TeacherSpec, part: str, ids: np.ndarray, offsets: np.ndarray
+) -> None:
     """Raises ValueError for a wrong shape or dtype, NonFiniteError (with text id and layer) for NaN or infinity.
 
     ``offsets`` int64 [n + 1]: text i owns rows ``offsets[i]:offsets[i + 1]`` of the layer.

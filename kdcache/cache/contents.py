@@ -1,7 +1,7 @@
 """What a cache holds, as a value: the manifest without provenance and digests of itself.
 
-A writer grows one of these from a manifest and from commit records; publishing turns it into the next manifest. A component
-(the outputs of a part, one layer of a part) exists if all of its files are listed.
+A writer grows one of these from a manifest and from commit records; publishing turns it into the next manifest. A
+component (the outputs of a part, one layer of a part) exists if all of its files are listed.
 """
 
 from __future__ import annotations
@@ -77,7 +77,9 @@ class Contents:
     def layer_is_complete(self, teacher: str, layer: int) -> bool:
         """Whether a layer has its basis and all parts that hidden states are stored for."""
         full = (part for part in self.parts if part.scope == "full")
-        return layout.basis_file(teacher, layer) in self.files and all(self.has_layer(teacher, part, layer) for part in full)
+        return layout.basis_file(teacher, layer) in self.files and all(
+            self.has_layer(teacher, part, layer) for part in full
+        )
 
     def teacher_is_complete(self, teacher: str) -> bool:
         """Whether a teacher has its tokenizer and the outputs of all parts; its layers apart."""
@@ -94,7 +96,8 @@ class Contents:
         for name, teacher in self.teachers.items():
             expected[layout.tokenizer_file(name)] = f"tokenizer of teacher '{name}'"
             expected |= {
-                layout.basis_file(name, layer): f"basis of layer {layer} of teacher '{name}'" for layer in teacher.layers
+                layout.basis_file(name, layer): f"basis of layer {layer} of teacher '{name}'"
+                for layer in teacher.layers
             }
             for part in self.parts:
                 expected |= self._part_files(teacher, part)

@@ -1,4 +1,5 @@
-"""What differs between two caches, in the words of their owner: texts, splits, labels, teachers, layers, settings, bytes.
+"""What differs between two caches, in the words of their owner: texts, splits, labels, teachers, layers, settings,
+bytes.
 
 Most of it is in the manifests. Text ids and examples are read only where their files differ; nothing else is.
 """
@@ -24,7 +25,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Difference:
-    """``facts``: JSON-able, per topic what differs and nothing else; bytes always. ``same``: the identities are equal."""
+    """``facts``.
+
+    JSON-able, per topic what differs and nothing else; bytes always. ``same``: the identities are equal.
+    """
 
     same: bool
     facts: Mapping[str, Any]
@@ -36,20 +40,28 @@ class Difference:
         if texts:
             lines.append(f"texts: - {texts['only_first']:,}  + {texts['only_second']:,}  in both {texts['in_both']:,}")
         for split, counts in self.facts["splits"].items():
-            shown = {"only_first": "- {:,} rows", "only_second": "+ {:,} rows", "other_label": "{:,} with another label"}
+            shown = {
+                "only_first": "- {:,} rows",
+                "only_second": "+ {:,} rows",
+                "other_label": "{:,} with another label",
+            }
             told = ", ".join(text.format(counts[key]) for key, text in shown.items() if counts[key])
             lines.append(f"split {split}: {told or 'the same rows in another order'}")
         for name, found in self.facts["teachers"].items():
             lines += [f"teacher {name}: {line}" for line in _teacher_lines(found)]
         size = self.facts["bytes"]
         lines.append(
-            f"bytes: - {format_bytes(size['first'])}  + {format_bytes(size['second'])}  shared {format_bytes(size['shared'])}"
+            f"bytes: - {format_bytes(size['first'])}  + {format_bytes(size['second'])}  shared "
+            f"{format_bytes(size['shared'])}"
         )
         return lines
 
 
 def diff(first: Cache, second: Cache) -> Difference:
-    """Compare two caches. Raises DamageError, and MismatchError where text ids or examples have to be read and are not here."""
+    """Compare two caches.
+
+    Raises DamageError, and MismatchError where text ids or examples have to be read and are not here.
+    """
     facts = {
         "identity": [first.identity, second.identity],
         "settings": dict(_settings(first, second)),
@@ -73,11 +85,14 @@ def _settings(first: Cache, second: Cache) -> Iterator[tuple[str, list[Any]]]:
 
 
 def _texts(first: Cache, second: Cache) -> dict[str, int]:
-    files = [[cache.manifest.contents.files[layout.ids_file(part.name)] for part in cache.parts] for cache in (first, second)]
+    files = [
+        [cache.manifest.contents.files[layout.ids_file(part.name)] for part in cache.parts] for cache in (first, second)
+    ]
     if files[0] == files[1]:
         return {}
     ids = [
-        _distinct(np.concatenate([_none(), *(cache.text_ids(part.name) for part in cache.parts)])) for cache in (first, second)
+        _distinct(np.concatenate([_none(), *(cache.text_ids(part.name) for part in cache.parts)]))
+        for cache in (first, second)
     ]
     both = len(np.intersect1d(ids[0], ids[1], assume_unique=True))
     return {"only_first": len(ids[0]) - both, "only_second": len(ids[1]) - both, "in_both": both}
@@ -86,7 +101,9 @@ def _texts(first: Cache, second: Cache) -> dict[str, int]:
 def _splits(first: Cache, second: Cache) -> Iterator[tuple[str, dict[str, int]]]:
     """Rows are compared as texts with their label, and counted: a text that is there twice counts twice."""
     for split in dict.fromkeys([*first.splits, *second.splits]):
-        files = [cache.manifest.contents.splits[split].file if split in cache.splits else None for cache in (first, second)]
+        files = [
+            cache.manifest.contents.splits[split].file if split in cache.splits else None for cache in (first, second)
+        ]
         if files[0] == files[1]:
             continue
         rows = [_rows(cache, split) for cache in (first, second)]
@@ -134,7 +151,9 @@ def _values(first: Cache, second: Cache, name: str) -> dict[str, Any]:
     """Files that both have of a teacher and that differ, by what they belong to."""
     files = [cache.manifest.contents.files for cache in (first, second)]
     differing = [
-        path for path, digest in files[0].items() if component(path).teacher == name and files[1].get(path, digest) != digest
+        path
+        for path, digest in files[0].items()
+        if component(path).teacher == name and files[1].get(path, digest) != digest
     ]
     return {"other_values_in": len(differing)} if differing else {}
 
@@ -149,7 +168,9 @@ def _fields(old: Any, new: Any) -> Iterator[tuple[str, list[Any]]]:
 
 
 def _bytes(first: Cache, second: Cache) -> dict[str, int]:
-    sizes = [{digest.sha256: digest.size for digest in cache.manifest.contents.files.values()} for cache in (first, second)]
+    sizes = [
+        {digest.sha256: digest.size for digest in cache.manifest.contents.files.values()} for cache in (first, second)
+    ]
     shared = sum(size for sha, size in sizes[0].items() if sha in sizes[1])
     return {"first": sum(sizes[0].values()), "second": sum(sizes[1].values()), "shared": shared}
 

@@ -1,7 +1,8 @@
 """Reading files of a cache: size and sha256 checked at a process's first read, links refused.
 
-What is digested is what is decoded: bytes go from the file into the result and through sha256 on the way, so nothing is read
-twice. A file that was found whole is not digested again by this process while its size, time and inode stay the same.
+What is digested is what is decoded: bytes go from the file into the result and through sha256 on the way, so nothing is
+read twice. A file that was found whole is not digested again by this process while its size, time and inode stay the
+same.
 """
 
 from __future__ import annotations
@@ -35,7 +36,10 @@ REPAIR_HINT = "Write it again with: kdcache dump-teachers RECIPE --repair"
 
 
 class Arrivals(Protocol):
-    """Files of a cache that are on their way here, from a remote or from anywhere. Safe to call from several threads."""
+    """Files of a cache that are on their way here, from a remote or from anywhere.
+
+    Safe to call from several threads.
+    """
 
     def wait_for(self, path: str) -> None:
         """Give back once the file, by its name in the manifest, is there whole; it is fetched before all others."""
@@ -119,7 +123,10 @@ class CheckedFiles:
         return path in self._files
 
     def check_present(self, path: str) -> os.stat_result:
-        """Presence, kind and size, without reading; waits for a file that is on its way. Raises DamageError, MismatchError."""
+        """Presence, kind and size, without reading.
+
+        Waits for a file that is on its way. Raises DamageError, MismatchError.
+        """
         found = self._whole_or_none(path)
         if found is None and self._arrivals is not None:
             self._arrivals.wait_for(path)
@@ -149,7 +156,8 @@ class CheckedFiles:
     def found(self, path: str, plain: set[str] | None = None) -> os.stat_result | None:
         """A plain file of the right size, or None where there is nothing. Raises DamageError for anything else.
 
-        Directories of ``plain``, to which those on the way are added, were looked at a moment ago: files have most in common.
+        Directories of ``plain``, to which those on the way are added, were looked at a moment ago: files have most in
+        common.
         """
         digest, plain, place = self._files[path], set() if plain is None else plain, str(self.root)
         *directories, name = path.split("/")
@@ -193,7 +201,10 @@ class CheckedFiles:
 
     @contextlib.contextmanager
     def open(self, path: str) -> Iterator[CheckedFile]:
-        """The file, to be read to its end inside the block; at the end of it the digest is compared. Raises DamageError."""
+        """The file, to be read to its end inside the block.
+
+        At the end of it the digest is compared. Raises DamageError.
+        """
         digest = self._files[path]
         found = self.check_present(path)
         key = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, digest.sha256)
@@ -219,7 +230,10 @@ class CheckedFiles:
             return file.read_rest()
 
     def decode(self, path: str, decode: Callable[[bytes], T]) -> T:
-        """What ``decode`` makes of the bytes of a file. Raises DamageError, which names the file, where it refuses them."""
+        """What ``decode`` makes of the bytes of a file.
+
+        Raises DamageError, which names the file, where it refuses them.
+        """
         data = self.read(path)
         try:
             return decode(data)
@@ -244,7 +258,9 @@ class CheckedFiles:
     def _first_read(self, key: Key) -> Iterator[bool]:
         """Whether this read must digest; another thread's first read of the same file is waited for."""
         with _guard:
-            lock = None if key in _found_whole and self._trust_earlier else _in_progress.setdefault(key, threading.Lock())
+            lock = (
+                None if key in _found_whole and self._trust_earlier else _in_progress.setdefault(key, threading.Lock())
+            )
         if lock is None:
             yield False
             return
@@ -261,5 +277,9 @@ class CheckedFiles:
         if file.left:
             file.read_rest()
         if file.hasher.hexdigest() != digest.sha256:
-            hint = REPAIR_HINT if self._arrivals is None else f"Remove it and run the same command again: rm '{self.root / path}'"
+            hint = (
+                REPAIR_HINT
+                if self._arrivals is None
+                else f"Remove it and run the same command again: rm '{self.root / path}'"
+            )
             raise DamageError(f"'{self.root / path}' is not the file that the manifest lists: its sha256 differs", hint)

@@ -1,4 +1,7 @@
-"""Which caches are on this machine, as far as the usual places tell: runs, the working directory, the store of fetched caches."""
+"""Which caches are on this machine, as far as the usual places tell.
+
+Runs, the working directory, the store of fetched caches.
+"""
 
 from __future__ import annotations
 

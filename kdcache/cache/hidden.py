@@ -1,4 +1,7 @@
-"""Hidden states of a part on their way to files: one zarr array per layer, one more for scales where the storage format has them."""
+"""Hidden states of a part on their way to files.
+
+One zarr array per layer, one more for scales where the storage format has them.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,9 @@ def encode_layers(
     files: dict[str, Iterable[Buffer]] = {layout.group_file(spec.name, part): [group_metadata()]}
     for layer, block in sorted(blocks.items()):
         texts = np.arange(len(ids) + 1)
-        check_hidden(block, layer, spec, part, ids, texts if spec.layers[layer].per_text or offsets is None else offsets)
+        check_hidden(
+            block, layer, spec, part, ids, texts if spec.layers[layer].per_text or offsets is None else offsets
+        )
         arrays = layout.array_shapes(layer, spec.layers[layer], len(block.values))
         for (name, (shape, dtype)), values in zip(arrays.items(), (block.values, block.scales), strict=False):
             metadata, shard = layout.array_files(spec.name, part, name, shape)

@@ -17,7 +17,8 @@ ID_BYTES = 16
 
 
 def text_id(columns: Sequence[str]) -> bytes:
-    """The 16-byte id of a text: BLAKE2b-128 over its columns, each as UTF-8 behind its byte length (uint64, little-endian).
+    """The 16-byte id of a text: BLAKE2b-128 over its columns, each as UTF-8 behind its byte length (uint64,
+    little-endian).
 
     The length prefixes keep ``("ab", "c")`` and ``("a", "bc")`` apart. Raises DataError where a column holds half of a
     surrogate pair, which has no UTF-8 form.
@@ -57,7 +58,10 @@ def seeded_order(ids: Iterable[bytes], seed: int) -> list[bytes]:
 
 
 def ids_digest(parts: Iterable[np.ndarray]) -> str:
-    """The fingerprint of a set of texts: sha256 (hex) over their sorted distinct ids. Equal for the same texts however they are cut."""
+    """The fingerprint of a set of texts.
+
+    Sha256 (hex) over their sorted distinct ids. Equal for the same texts however they are cut.
+    """
     ids = np.concatenate([np.zeros((0, ID_BYTES), np.uint8), *parts])
     return hashlib.sha256(np.unique(ids, axis=0).tobytes()).hexdigest()
 
@@ -81,7 +85,9 @@ class IdIndex:
         return found
 
     def _find(self, high: np.ndarray, low: np.ndarray) -> np.ndarray:
-        rising = np.argsort(high)  # neighbours are then found next to each other: several times faster than in any order
+        rising = np.argsort(
+            high
+        )  # neighbours are then found next to each other: several times faster than in any order
         place = np.empty(len(high), dtype=np.int64)
         place[rising] = np.searchsorted(self._high, high[rising], side="left")
         last = len(self._order) - 1
@@ -101,7 +107,8 @@ _TOGETHER = 1 << 16  # ids that are looked up at once
 def _by_words(high: np.ndarray, low: np.ndarray) -> np.ndarray:
     """Rows by both words, then by number, so that of equal ids the first row is found; int32 where that is enough.
 
-    What sorting by one word leaves open, few rows that share it, is sorted again: both at once takes three times as long.
+    What sorting by one word leaves open, few rows that share it, is sorted again: both at once takes three times as
+    long.
     """
     order = np.argsort(high).astype(np.int32 if len(high) < 2**31 else np.int64)
     sorted_high = high[order]

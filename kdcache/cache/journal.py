@@ -70,7 +70,10 @@ class Journal:
             remove_file(path)
 
     def apply(self, contents: Contents) -> None:
-        """Add what the records say to the contents of the manifest. Raises DamageError for a record that is not whole."""
+        """Add what the records say to the contents of the manifest.
+
+        Raises DamageError for a record that is not whole.
+        """
         damaged = self.directory / "damaged.json"
         if damaged.is_file():
             for name, digest in _digests(self._read(damaged)).items():
@@ -81,10 +84,14 @@ class Journal:
                 self._apply(contents, path, self._read(path))
 
     def add_part(self, part: PartInfo, files: Mapping[str, FileDigest]) -> None:
-        self._write(f"parts/{part.name}.json", {"scope": part.scope, "texts": part.texts, "files": files_document(files)})
+        self._write(
+            f"parts/{part.name}.json", {"scope": part.scope, "texts": part.texts, "files": files_document(files)}
+        )
 
     def add_split(self, name: str, split: SplitInfo, files: Mapping[str, FileDigest]) -> None:
-        self._write(f"splits/{name}.json", {"examples": split.examples, "file": split.file, "files": files_document(files)})
+        self._write(
+            f"splits/{name}.json", {"examples": split.examples, "file": split.file, "files": files_document(files)}
+        )
 
     def add_teacher(self, spec: TeacherSpec, files: Mapping[str, FileDigest]) -> None:
         record = {"spec": teacher_document(spec), "files": files_document(files)}

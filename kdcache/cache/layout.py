@@ -44,7 +44,10 @@ def text_file(part: str) -> str:
 
 
 def examples_file(split: str, sha256: str) -> str:
-    """The examples of a split. Content-addressed: a replaced split is another file, and readers of the old one keep theirs."""
+    """The examples of a split.
+
+    Content-addressed: a replaced split is another file, and readers of the old one keep theirs.
+    """
     return f"data/{split}-{sha256[:16]}.arrow"
 
 
@@ -64,7 +67,10 @@ def tokens_file(teacher: str, part: str) -> str:
 
 
 def basis_file(teacher: str, layer: int) -> str:
-    """Projection and variances of a layer. One file per layer, so that a layer can come later and files stay immutable."""
+    """Projection and variances of a layer.
+
+    One file per layer, so that a layer can come later and files stay immutable.
+    """
     return f"teachers/{teacher}/basis/{layer_name(layer)}.safetensors"
 
 

@@ -1,8 +1,8 @@
 """``manifest.json``: what a cache is. Strict, bounded, and able to show that it was edited.
 
-A manifest from somebody else is data: unknown keys, paths of its own, counts beyond bounds and files that do not follow from
-the rest are refused before any file of the cache is opened. ``identity`` names the content (everything but provenance);
-``checksum`` covers everything, so that an edit is seen.
+A manifest from somebody else is data: unknown keys, paths of its own, counts beyond bounds and files that do not follow
+from the rest are refused before any file of the cache is opened. ``identity`` names the content (everything but
+provenance); ``checksum`` covers everything, so that an edit is seen.
 """
 
 from __future__ import annotations
@@ -19,7 +19,15 @@ import pydantic
 from kdcache.cache import layout
 from kdcache.cache.arrays import array_metadata, group_metadata, shard_bytes
 from kdcache.cache.canonical import NotCanonicalError, digest_of, digest_of_ordered, parse_json, readable_json
-from kdcache.cache.schema import FORMAT, UNKNOWN_FORMAT, VERSION, ManifestModel, contents_document, contents_of, files_document
+from kdcache.cache.schema import (
+    FORMAT,
+    UNKNOWN_FORMAT,
+    VERSION,
+    ManifestModel,
+    contents_document,
+    contents_of,
+    files_document,
+)
 from kdcache.cache.spec import needs_tokens
 from kdcache.codecs.registry import format_of
 from kdcache.errors import DamageError, MismatchError
@@ -38,7 +46,9 @@ class Manifest:
     """A checked manifest. ``contents`` is what the identity names; ``provenance`` says how it came about."""
 
     def __init__(self, document: dict[str, Any], contents: Contents) -> None:
-        self._document = {key: value for key, value in document.items() if key != "files"}  # most of it, and in the contents
+        self._document = {
+            key: value for key, value in document.items() if key != "files"
+        }  # most of it, and in the contents
         self.contents = contents
 
     @property
@@ -110,7 +120,8 @@ def _parse(data: bytes, name: str) -> Manifest:
     version = document.get("version")
     if document.get("format") == FORMAT and isinstance(version, int) and version > VERSION:
         raise MismatchError(
-            f"{name} is of cache format {version}; this kdcache reads format {VERSION}", "Upgrade it with: pip install -U kdcache"
+            f"{name} is of cache format {version}; this kdcache reads format {VERSION}",
+            "Upgrade it with: pip install -U kdcache",
         )
     _check_digests(document, name, hint)
     try:
@@ -153,24 +164,33 @@ def _check_digests(document: dict[str, Any], name: str, hint: str) -> None:
 
 
 def _check_contents(contents: Contents) -> None:
-    """What a schema cannot say: names that belong together, files that follow from the rest, sizes that follow from shapes."""
+    """What a schema cannot say.
+
+    Names that belong together, files that follow from the rest, sizes that follow from shapes.
+    """
     for index, part in enumerate(contents.parts):
         _require(part.name == layout.part_name(index), f"part {index} is called '{part.name}'")
         _require(part.texts <= contents.settings.part_size, f"{part.name} has more texts than part_size")
     for what, names in (("text columns", contents.task.text_columns), ("label names", contents.task.label_names)):
         _require(len(set(names)) == len(names), f"{what} are not distinct")
-    _require(len({name.casefold() for name in contents.teachers}) == len(contents.teachers), "two teachers differ in case only")
+    _require(
+        len({name.casefold() for name in contents.teachers}) == len(contents.teachers),
+        "two teachers differ in case only",
+    )
     for name, split in contents.splits.items():
         digest = contents.files.get(split.file)
         _require(
-            digest is not None and split.file == layout.examples_file(name, digest.sha256), f"split '{name}' names '{split.file}'"
+            digest is not None and split.file == layout.examples_file(name, digest.sha256),
+            f"split '{name}' names '{split.file}'",
         )
     full = {part.name for part in contents.parts if part.scope == "full"}
     for name, teacher in contents.teachers.items():
         _check_teacher(teacher, set(contents.tokens[name]), full, len(contents.task.label_names))
         for part in contents.parts:
             tokens, most = contents.tokens[name].get(part.name, 0), part.texts * teacher.max_length
-            _require(tokens <= most, f"teacher '{name}' has {tokens} tokens in {part.name}, whose texts have at most {most}")
+            _require(
+                tokens <= most, f"teacher '{name}' has {tokens} tokens in {part.name}, whose texts have at most {most}"
+            )
     expected = contents.expected_files()
     _require(
         contents.files.keys() <= expected.keys(),
@@ -188,7 +208,8 @@ def _check_contents(contents: Contents) -> None:
 def _check_teacher(teacher: TeacherSpec, with_tokens: set[str], full: set[str], classes: int) -> None:
     where = f"teacher '{teacher.name}'"
     _require(
-        teacher.target.shape == (classes,), f"{where} has a target of shape {list(teacher.target.shape)} for {classes} labels"
+        teacher.target.shape == (classes,),
+        f"{where} has a target of shape {list(teacher.target.shape)} for {classes} labels",
     )
     _require(with_tokens <= full, f"{where} has tokens of a part that has none")
     _require(not needs_tokens(teacher.layers) or with_tokens == full, f"{where} lacks tokens of a part")
@@ -222,7 +243,9 @@ def _check_array(contents: Contents, files: tuple[str, str | None], shape: tuple
     itemsize = np.dtype(dtype).itemsize
     if shard:
         expected = shard_bytes(shape, itemsize)
-        _require(contents.files[shard].size == expected, f"'{shard}' must have {expected} bytes for {dtype}{list(shape)}")
+        _require(
+            contents.files[shard].size == expected, f"'{shard}' must have {expected} bytes for {dtype}{list(shape)}"
+        )
 
 
 def _require(condition: bool, message: str) -> None:

@@ -1,8 +1,8 @@
 """Putting together what two writers added to the same cache, each in a directory of its own, without running a teacher.
 
-Two colleagues extend the same version; one publishes first. The other's files are as good as they were: components depend on
-the texts and on their teacher alone. So they are taken over, by hard link, into a copy of what was published meanwhile, and the result
-is what one dump of everything together would have been.
+Two colleagues extend the same version; one publishes first. The other's files are as good as they were: components
+depend on the texts and on their teacher alone. So they are taken over, by hard link, into a copy of what was published
+meanwhile, and the result is what one dump of everything together would have been.
 """
 
 from __future__ import annotations
@@ -32,10 +32,12 @@ if TYPE_CHECKING:
 
 
 def merge(target: Path, source: Path, base: Contents) -> Manifest:
-    """Add to the cache in ``target`` what the one in ``source`` has beyond ``base``, from which both grew; publish it there.
+    """Add to the cache in ``target`` what the one in ``source`` has beyond ``base``, from which both grew; publish it
+    there.
 
-    Teachers, layers of teachers and replaced examples are taken over; what ``target`` has already stays as it is. Raises
-    MismatchError where the texts or settings of the two differ, or a teacher, a layer or a split does; then nothing changes.
+    Teachers, layers of teachers and replaced examples are taken over; what ``target`` has already stays as it is.
+    Raises MismatchError where the texts or settings of the two differ, or a teacher, a layer or a split does; then
+    nothing changes.
     """
     made, newest = read_manifest(source), read_manifest(target)
     for now, here in differences(newest.contents, made.contents):
@@ -52,7 +54,9 @@ def merge(target: Path, source: Path, base: Contents) -> Manifest:
             take(writer, source, made.contents, spec)
         for name, split in made.contents.splits.items():
             if split not in (base.splits.get(name), contents.splits.get(name)):
-                writer.journal.add_split(name, split, _share(writer, files, {split.file: made.contents.files[split.file]}))
+                writer.journal.add_split(
+                    name, split, _share(writer, files, {split.file: made.contents.files[split.file]})
+                )
                 writer.contents.splits[name] = split
         return writer.publish(_provenance(newest.provenance, made, base), card=cache_card)
 
@@ -81,7 +85,10 @@ def same_texts(one: Contents, other: Contents) -> bool:
 
 
 def contents_so_far(root: Path) -> Contents:
-    """What a directory holds, the commit records of an interrupted writer included. Raises DamageError, MismatchError."""
+    """What a directory holds, the commit records of an interrupted writer included.
+
+    Raises DamageError, MismatchError.
+    """
     manifest = read_manifest(root)
     contents, journal = manifest.contents.copy(), Journal(root)
     begun = journal.base()
@@ -91,9 +98,11 @@ def contents_so_far(root: Path) -> Contents:
 
 
 def take(writer: CacheWriter, source: Path, contents: Contents, spec: TeacherSpec) -> int:
-    """Take over what is still missing of a declared teacher and what the cache in ``source`` has of it, run alike on the same texts.
+    """Take over what is still missing of a declared teacher and what the cache in ``source`` has of it, run alike on
+    the same texts.
 
-    ``contents``: of ``source``. Gives back the number of parts of which something came. Raises DamageError, StorageError.
+    ``contents``: of ``source``. Gives back the number of parts of which something came. Raises DamageError,
+    StorageError.
     """
     theirs = contents.teachers.get(spec.name)
     tokenizer = layout.tokenizer_file(spec.name)
@@ -124,7 +133,10 @@ def _take_part(
     writer: CacheWriter, files: CheckedFiles, contents: Contents, spec: TeacherSpec, task: PartTask, layers: set[int]
 ) -> bool:
     part = next((one for one in contents.parts if one.name == task.part.name and one.scope == task.part.scope), None)
-    if part is None or writer.contents.files.get(layout.ids_file(part.name)) != contents.files[layout.ids_file(part.name)]:
+    if (
+        part is None
+        or writer.contents.files.get(layout.ids_file(part.name)) != contents.files[layout.ids_file(part.name)]
+    ):
         return False
     paths: list[str] = []
     if task.outputs and contents.has_outputs(spec.name, part):
@@ -132,7 +144,9 @@ def _take_part(
     known = writer.contents.files.get(layout.tokens_file(spec.name, part.name))
     tokens = contents.files.get(layout.tokens_file(spec.name, part.name))
     stored = {
-        layer: spec.layers[layer] for layer in task.layers if layer in layers and contents.has_layer(spec.name, part, layer)
+        layer: spec.layers[layer]
+        for layer in task.layers
+        if layer in layers and contents.has_layer(spec.name, part, layer)
     }
     if needs_tokens(stored) and known not in (None, tokens):
         stored = {layer: one for layer, one in stored.items() if one.per_text}
@@ -193,7 +207,10 @@ def _provenance(newest: Mapping[str, Any], made: Manifest, base: Contents) -> di
     """How the newest version came about, and then the extension; of the newest one's teachers its own records."""
     added = {spec.name for spec in _added(made.contents, base)}
     of_newest, of_made = (_teachers(one) for one in (newest, made.provenance))
-    teachers = {**of_newest, **{name: record for name, record in of_made.items() if name in added or name not in of_newest}}
+    teachers = {
+        **of_newest,
+        **{name: record for name, record in of_made.items() if name in added or name not in of_newest},
+    }
     return {**newest, **made.provenance, "teachers": teachers}
 
 

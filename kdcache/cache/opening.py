@@ -42,7 +42,9 @@ def refuse_other_directory(root: Path) -> None:
             f"cache '{root}' has lost its {layout.MANIFEST}", "Restore it from a copy, or dump into a new directory."
         )
     if names:
-        raise MismatchError(f"directory '{root}' holds '{names[0]}' and no cache", "Name an empty directory, or a new one.")
+        raise MismatchError(
+            f"directory '{root}' holds '{names[0]}' and no cache", "Name an empty directory, or a new one."
+        )
 
 
 def open_contents(
@@ -56,7 +58,8 @@ def open_contents(
     if begun is not None and begun["identity"] != identity:
         if base is None:
             raise DamageError(
-                f"cache '{root}' has lost its {layout.MANIFEST}", "Restore it from a copy, or dump into a new directory."
+                f"cache '{root}' has lost its {layout.MANIFEST}",
+                "Restore it from a copy, or dump into a new directory.",
             )
         begun = None  # published already: the writer died before it removed its records
     contents = base.contents.copy() if base else _begun(begun) or Contents(task, settings, has_text)

@@ -3,10 +3,10 @@
     cache = kdcache.open_cache("runs/sst2/cache")
     cache.outputs("bert", "part-00000").logits
 
-Opening reads the manifest and nothing else. A file's size and sha256 are checked at the process's first read of it, crc32c of
-array chunks at every read; a file that is missing, truncated or altered is a DamageError that names it. All methods may be
-called from several threads. Arrays are as large as the manifest says, never as a file claims; those of Arrow files are
-read-only views.
+Opening reads the manifest and nothing else. A file's size and sha256 are checked at the process's first read of it,
+crc32c of array chunks at every read; a file that is missing, truncated or altered is a DamageError that names it. All
+methods may be called from several threads. Arrays are as large as the manifest says, never as a file claims; those of
+Arrow files are read-only views.
 """
 
 from __future__ import annotations
@@ -52,8 +52,9 @@ class ExamplesTable:
 def open_cache(path: str | Path, *, arrivals: Arrivals | None = None, incomplete: bool = False) -> Cache:
     """Open a cache directory for reading, whole or a part of it (``.selection.json``).
 
-    ``arrivals`` brings whatever is not there yet. Without it a cache that is still to be fetched is refused, unless ``incomplete``.
-    Raises DamageError (no or damaged manifest or selection), MismatchError (newer format; files still to be fetched).
+    ``arrivals`` brings whatever is not there yet. Without it a cache that is still to be fetched is refused, unless
+    ``incomplete``. Raises DamageError (no or damaged manifest or selection), MismatchError (newer format; files still
+    to be fetched).
     """
     root = Path(path)
     manifest = read_manifest(root)
@@ -83,7 +84,9 @@ class Cache:
         self.local = local  # what of the whole is here; None: everything
         self._arrivals = arrivals
         self._contents = manifest.contents
-        self._files = CheckedFiles(path, manifest.contents.files, trust_earlier=trust_earlier, local=local, arrivals=arrivals)
+        self._files = CheckedFiles(
+            path, manifest.contents.files, trust_earlier=trust_earlier, local=local, arrivals=arrivals
+        )
         self._parts = {part.name: part for part in manifest.contents.parts}
         self._index: tuple[IdIndex, np.ndarray, np.ndarray] | None = None
         self._index_lock = threading.Lock()
@@ -134,7 +137,9 @@ class Cache:
             raise self._no("split", split, self._contents.splits)
         info = self._contents.splits[split]
         classes = len(self.task.label_names)
-        return ExamplesTable(*self._files.decode(info.file, lambda data: tables.decode_examples(data, info.examples, classes)))
+        return ExamplesTable(
+            *self._files.decode(info.file, lambda data: tables.decode_examples(data, info.examples, classes))
+        )
 
     def text_ids(self, part_name: str) -> np.ndarray:
         """Ids of the texts of a part in its order, ``uint8[n, 16]``."""
@@ -145,15 +150,19 @@ class Cache:
         """The texts of a part in its order. MismatchError where the cache stores none."""
         part = self._part(part_name)
         if not self.has_text:
-            raise MismatchError(f"cache '{self.path}' was made without its texts", "Give the data that it was made from.")
+            raise MismatchError(
+                f"cache '{self.path}' was made without its texts", "Give the data that it was made from."
+            )
         columns = self.task.text_columns
-        return self._files.decode(layout.text_file(part.name), lambda data: tables.decode_text(data, columns, part.texts))
+        return self._files.decode(
+            layout.text_file(part.name), lambda data: tables.decode_text(data, columns, part.texts)
+        )
 
     def locate(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Where texts lie: index into ``parts`` (int32[m]) and row in that part (int32[m]); -1 where a text is absent.
 
-        A text that is in a 'full' and in a 'logits' part is found in the full one. The first call reads all text ids; where these
-        are more than ``_KEPT``, each does.
+        A text that is in a 'full' and in a 'logits' part is found in the full one. The first call reads all text ids;
+        where these are more than ``_KEPT``, each does.
         """
         index, order, bounds = self._text_index()
         found = index.find(ids)
@@ -165,7 +174,9 @@ class Cache:
         """Logits ``float32[n, classes]`` and pooled vectors of a part."""
         spec, part = self._teacher(teacher), self._part(part_name)
         path = layout.outputs_file(teacher, part.name)
-        return self._files.decode(path, lambda data: tables.decode_outputs(data, part.texts, spec.target.shape[0], spec.pooled))
+        return self._files.decode(
+            path, lambda data: tables.decode_outputs(data, part.texts, spec.target.shape[0], spec.pooled)
+        )
 
     def token_count(self, teacher: str, part_name: str) -> int:
         """Tokens of a part, from the manifest alone; MismatchError where none are stored of it."""
@@ -193,12 +204,16 @@ class Cache:
             raise self._files.damage(path, "has a token of unknown role")
         if len(tokens) and tokens.lengths.max() > self._teacher(teacher).max_length:
             raise self._files.damage(
-                path, f"has a text of {tokens.lengths.max()} tokens, the teacher reads {self._teacher(teacher).max_length}"
+                path,
+                f"has a text of {tokens.lengths.max()} tokens, the teacher reads {self._teacher(teacher).max_length}",
             )
         return tokens
 
     def hidden(self, teacher: str, part_name: str, layer: int) -> HiddenBlock:
-        """Hidden states of one layer of a part, as stored: one row per token, or per text where the layer is stored so."""
+        """Hidden states of one layer of a part, as stored.
+
+        One row per token, or per text where the layer is stored so.
+        """
         spec = self._layer(teacher, layer)
         return decode_layer(self._files, teacher, part_name, layer, spec, self.row_count(teacher, part_name, layer))
 
@@ -213,7 +228,8 @@ class Cache:
         return self._files.decode(layout.tokenizer_file(teacher), lambda data: data.decode("utf-8"))
 
     def check_present(self, paths: list[str]) -> None:
-        """Presence and size of files, by their names in the manifest, without reading them; those on their way count as there.
+        """Presence and size of files, by their names in the manifest, without reading them; those on their way count as
+        there.
 
         Raises DamageError, and MismatchError for files that were not pulled.
         """

@@ -1,14 +1,15 @@
 """Which part of a cache is in a directory: ``.selection.json`` beside the manifest of the whole.
 
-A colleague who wants one teacher's logits pulls those files and the full manifest: the identity is that of the whole cache, and
-what is not here is refused by name, with the command that fetches it. A directory without the file holds everything. The file
-lies outside the identity; like all of a cache it may come from somebody else, so it is bounded and read strictly.
+A colleague who wants one teacher's logits pulls those files and the full manifest: the identity is that of the whole
+cache, and what is not here is refused by name, with the command that fetches it. A directory without the file holds
+everything. The file lies outside the identity; like all of a cache it may come from somebody else, so it is bounded and
+read strictly.
 
     {"format": "kdcache-selection", "version": 1, "teachers": {"bert": [6, 12], "roberta": []}, "text": "no",
      "complete": "yes", "origin": "sst2-3t@3"}
 
-What comes along: text ids and examples always; of a selected teacher its tokenizer and outputs; with a layer its hidden states,
-its basis, the metadata of its arrays and the teacher's tokens. So every selection can be distilled from.
+What comes along: text ids and examples always; of a selected teacher its tokenizer and outputs; with a layer its hidden
+states, its basis, the metadata of its arrays and the teacher's tokens. So every selection can be distilled from.
 """
 
 from __future__ import annotations
@@ -37,7 +38,10 @@ _LAYER = re.compile(r"layer-([0-9]{2,4})")
 
 @dataclass(frozen=True)
 class Selection:
-    """Teachers with the layers of each, ``()`` for logits only; ``None`` for every teacher and layer. And whether texts are in."""
+    """Teachers with the layers of each, ``()`` for logits only.
+
+    ``None`` for every teacher and layer. And whether texts are in.
+    """
 
     teachers: Mapping[str, tuple[int, ...]] | None = None
     text: bool = True
@@ -79,7 +83,10 @@ class LocalSelection:
 
 @dataclass(frozen=True)
 class Component:
-    """What a file belongs to: the texts, a teacher, one of its layers (``of_layers``: all of its layers), or everything."""
+    """What a file belongs to.
+
+    The texts, a teacher, one of its layers (``of_layers``: all of its layers), or everything.
+    """
 
     teacher: str | None = None
     layer: int | None = None
@@ -117,7 +124,8 @@ def choose(
     hidden: bool = True,
     text: bool = True,
 ) -> Selection:
-    """The selection that flags ask for: of the chosen teachers (None: all) those of ``layers`` (None: all) that they have.
+    """The selection that flags ask for: of the chosen teachers (None: all) those of ``layers`` (None: all) that they
+    have.
 
     Raises MismatchError for a teacher that the cache lacks, and for a layer that none of the chosen teachers has.
     """
@@ -127,20 +135,29 @@ def choose(
     for name in names:
         if name not in contents.teachers:
             known = ", ".join(contents.teachers) or "none"
-            raise MismatchError(f"the cache has no teacher '{name}'; it has: {known}", "Choose among these with --teachers.")
+            raise MismatchError(
+                f"the cache has no teacher '{name}'; it has: {known}", "Choose among these with --teachers."
+            )
     stored = {name: tuple(sorted(contents.teachers[name].layers)) for name in names}
     for layer in layers or ():
         if hidden and not any(layer in one for one in stored.values()):
             told = "; ".join(f"{name}: {', '.join(map(str, one)) or 'none'}" for name, one in stored.items())
             raise MismatchError(
-                f"the cache has no layer {layer} of {', '.join(names)}; it has {told}", "Choose among these with --layers."
+                f"the cache has no layer {layer} of {', '.join(names)}; it has {told}",
+                "Choose among these with --layers.",
             )
-    wanted = {name: one if layers is None else tuple(layer for layer in one if layer in layers) for name, one in stored.items()}
+    wanted = {
+        name: one if layers is None else tuple(layer for layer in one if layer in layers)
+        for name, one in stored.items()
+    }
     return Selection({name: one if hidden else () for name, one in wanted.items()}, text)
 
 
 def selection_here(root: Path, contents: Contents) -> Selection:
-    """What of a cache is wholly in a directory, found by looking: texts, teachers and layers of which every file is there."""
+    """What of a cache is wholly in a directory, found by looking.
+
+    Texts, teachers and layers of which every file is there.
+    """
     lacking = {component(path) for path in contents.files if not (root / path).is_file()}
     text = not any(place.is_text for place in lacking)
     if not any(place.teacher for place in lacking):
@@ -156,7 +173,10 @@ def selection_here(root: Path, contents: Contents) -> Selection:
 
 
 def read_selection(root: Path) -> Selection | None:
-    """What of a cache is in a directory; None where it is the whole. Raises DamageError for a file that is not a selection."""
+    """What of a cache is in a directory.
+
+    None where it is the whole. Raises DamageError for a file that is not a selection.
+    """
     local = read_local(root)
     return None if local is None else local.selection
 
@@ -189,7 +209,13 @@ def write_selection(root: Path, selection: Selection, *, complete: bool = True, 
         remove_file(root / SELECTION)
         return
     teachers = "all" if selection.teachers is None else {name: sorted(one) for name, one in selection.teachers.items()}
-    document = {"format": _FORMAT, "version": 1, "teachers": teachers, "text": _word(selection.text), "complete": _word(complete)}
+    document = {
+        "format": _FORMAT,
+        "version": 1,
+        "teachers": teachers,
+        "text": _word(selection.text),
+        "complete": _word(complete),
+    }
     write_file(root / SELECTION, readable_json(document | ({"origin": origin} if origin else {})))
 
 
@@ -204,13 +230,17 @@ def local_selection(root: Path, contents: Contents) -> LocalSelection | None:
             what = f"layer {min(lacking)} of teacher '{name}'"
         if what:
             raise DamageError(
-                f"'{root / SELECTION}' selects {what}, which the manifest does not have", "Remove it, and pull the cache again."
+                f"'{root / SELECTION}' selects {what}, which the manifest does not have",
+                "Remove it, and pull the cache again.",
             )
     return local
 
 
 def not_here(root: Path, local: LocalSelection, path: str) -> MismatchError:
-    """The refusal of a file that the manifest lists and the selection leaves out: what it belongs to, and how to fetch it."""
+    """The refusal of a file that the manifest lists and the selection leaves out.
+
+    What it belongs to, and how to fetch it.
+    """
     place = component(path)
     flags = []
     if place.is_text:
@@ -220,7 +250,9 @@ def not_here(root: Path, local: LocalSelection, path: str) -> MismatchError:
             flags.insert(0, f"--teachers {','.join(local.selection.teachers)}")
     elif place.of_layers:
         layer = f" {place.layer}" if place.layer is not None else ""
-        what = f"layer{layer} of teacher '{place.teacher}'" if layer else f"the hidden states of teacher '{place.teacher}'"
+        what = (
+            f"layer{layer} of teacher '{place.teacher}'" if layer else f"the hidden states of teacher '{place.teacher}'"
+        )
         flags += [f"--teachers {place.teacher}", *([f"--layers{layer}"] if layer else [])]
     else:
         what = f"teacher '{place.teacher}'"
@@ -241,7 +273,9 @@ def not_yet_here(root: Path, local: LocalSelection, path: str) -> MismatchError:
     if teachers is not None and not any(teachers.values()):
         flags.append("--no-hidden")
     elif teachers is not None:
-        flags.append(f"--layers {','.join(str(layer) for layer in sorted({n for one in teachers.values() for n in one}))}")
+        flags.append(
+            f"--layers {','.join(str(layer) for layer in sorted({n for one in teachers.values() for n in one}))}"
+        )
     flags += [] if local.selection.text else ["--no-text"]
     return MismatchError(
         f"cache '{root}' is not complete: '{path}' was not fetched yet",

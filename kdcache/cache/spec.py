@@ -1,12 +1,13 @@
 """What a cache depends on beyond rounding, as plain values.
 
-Stale is judged by comparing these: what exists must equal what is asked for in every field here, or the dump refuses and
-names the field. ``backend`` and ``precision`` are among them. Whether token types are given is part of a teacher's tokenizer fingerprint.
+Stale is judged by comparing these: what exists must equal what is asked for in every field here, or the dump refuses
+and names the field. ``backend`` and ``precision`` are among them. Whether token types are given is part of a teacher's
+tokenizer fingerprint.
 
-Four things are not here and may change the last bits of logits and hidden states: ``dump.tokens_per_batch``, the device, the number
-of threads, and the versions of libraries. They change the order in which a sum is made, and nothing else: not texts, ids,
-labels, tokens or shapes. So "same recipe, same identity" holds where these four are the same, and a dump may be continued where they are not
-(docs/decisions/0017).
+Four things are not here and may change the last bits of logits and hidden states: ``dump.tokens_per_batch``, the
+device, the number of threads, and the versions of libraries. They change the order in which a sum is made, and nothing
+else: not texts, ids, labels, tokens or shapes. So "same recipe, same identity" holds where these four are the same, and
+a dump may be continued where they are not (docs/decisions/0017).
 """
 
 from __future__ import annotations

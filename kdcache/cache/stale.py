@@ -94,7 +94,9 @@ def refuse_case_twin(root: Path, contents: Contents, name: str) -> None:
     """MismatchError where a teacher's name differs from ``name`` in case only."""
     for known in contents.teachers:
         if known != name and known.casefold() == name.casefold():
-            raise MismatchError(f"cache '{root}' has a teacher '{known}'; '{name}' differs in case only", "Choose another name.")
+            raise MismatchError(
+                f"cache '{root}' has a teacher '{known}'; '{name}' differs in case only", "Choose another name."
+            )
 
 
 def refuse_partial_layers(root: Path, contents: Contents, published: Contents | None, spec: TeacherSpec) -> None:

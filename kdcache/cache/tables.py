@@ -1,8 +1,8 @@
 """The Arrow files of a cache: schemas, encoding, and a decoder that takes exactly what the manifest implies.
 
-A file is one uncompressed record batch. pyarrow writes it; ``arrow_file`` reads it, because files may come from anybody and
-Arrow's own reader does not survive all of them. Decoding copies nothing: the arrays are read-only views of the bytes that were
-read and digested.
+A file is one uncompressed record batch. pyarrow writes it; ``arrow_file`` reads it, because files may come from anybody
+and Arrow's own reader does not survive all of them. Decoding copies nothing: the arrays are read-only views of the
+bytes that were read and digested.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ def _text(columns: Sequence[str]) -> tuple[Field, ...]:
 
 def _outputs(classes: int, pooled: int | None) -> tuple[Field, ...]:
     widths = {"logits": classes} | ({} if pooled is None else {"pooled": pooled})
-    return tuple(Field(name, "fixed_size_list", size=width, children=(Field("item", "float"),)) for name, width in widths.items())
+    return tuple(
+        Field(name, "fixed_size_list", size=width, children=(Field("item", "float"),)) for name, width in widths.items()
+    )
 
 
 def ids_schema() -> Any:
@@ -96,7 +98,8 @@ def encode_tokens(tokens: Tokens) -> bytes:
     columns = [np.ascontiguousarray(column) for column in (tokens.starts, tokens.ends, tokens.segments, tokens.roles)]
     struct_fields = list(kind.value_type)
     structs = pa.StructArray.from_arrays(
-        [pa.array(column, type=one.type) for column, one in zip(columns, struct_fields, strict=True)], fields=struct_fields
+        [pa.array(column, type=one.type) for column, one in zip(columns, struct_fields, strict=True)],
+        fields=struct_fields,
     )
     offsets = pa.array(tokens.offsets.astype(np.int32), type=pa.int32())
     return _encode(schema, [pa.ListArray.from_arrays(offsets, structs, type=kind)])

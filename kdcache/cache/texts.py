@@ -1,7 +1,8 @@
 """Which text lies in which part: the plan of a dump, and its restoration from what a recipe gives.
 
-New texts are sorted by a keyed hash of their id and cut into parts, so the plan is a function of the set of texts and the
-seed. Parts are recorded one by one, in order: what is left after an interruption is cut exactly as it would have been.
+New texts are sorted by a keyed hash of their id and cut into parts, so the plan is a function of the set of texts and
+the seed. Parts are recorded one by one, in order: what is left after an interruption is cut exactly as it would have
+been.
 """
 
 from __future__ import annotations
@@ -72,7 +73,9 @@ class TextPlan:
 
     def _stored(self, part: PartInfo) -> list[tuple[str, ...]]:
         columns = self._contents.task.text_columns
-        return self._files.decode(layout.text_file(part.name), lambda data: tables.decode_text(data, columns, part.texts))
+        return self._files.decode(
+            layout.text_file(part.name), lambda data: tables.decode_text(data, columns, part.texts)
+        )
 
     def _append(self, scope: Scope, ids: Iterable[bytes]) -> None:
         ordered = seeded_order(set(ids), self._contents.settings.seed)
@@ -92,7 +95,9 @@ class TextPlan:
     def _commit(self, part: PartInfo, files: Mapping[str, bytes]) -> None:
         self._contents.files.update({path: write_file(self._root / path, data) for path, data in files.items()})
         paths = (layout.ids_file(part.name), layout.text_file(part.name))
-        self._journal.add_part(part, {path: self._contents.files[path] for path in paths if path in self._contents.files})
+        self._journal.add_part(
+            part, {path: self._contents.files[path] for path in paths if path in self._contents.files}
+        )
 
     def _check(self, ids: Iterable[bytes]) -> None:
         columns = len(self._contents.task.text_columns)
@@ -112,7 +117,10 @@ class TextPlan:
         return {one for part in self._contents.parts if part.scope == scope for one in id_list(self.ids(part))}
 
     def _restore(self, full: Texts, logits_only: Texts) -> None:
-        """Write damaged text files again. What comes back must be the old file, or every target would change its text."""
+        """Write damaged text files again.
+
+        What comes back must be the old file, or every target would change its text.
+        """
         for part in self._contents.parts:
             if layout.ids_file(part.name) not in self._files and layout.text_file(part.name) in self._files:
                 ids = id_array(map(text_id, self._stored(part)))
@@ -125,7 +133,11 @@ class TextPlan:
                 self._restore_file(part, path, self._encode_text(id_list(self.ids(part))))
 
     def _restore_plan(self, scope: Scope, given: Texts) -> None:
-        lost = [part for part in self._contents.parts if part.scope == scope and layout.ids_file(part.name) not in self._files]
+        lost = [
+            part
+            for part in self._contents.parts
+            if part.scope == scope and layout.ids_file(part.name) not in self._files
+        ]
         if not lost:
             return
         whole = [part for part in self._contents.parts if layout.ids_file(part.name) in self._files]

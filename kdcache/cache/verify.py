@@ -35,8 +35,9 @@ class Damage:
 def verify(path: str | Path, *, on_bytes: Callable[[int], None] | None = None) -> list[Damage]:
     """Everything that is wrong with a cache; empty where it is whole. ``on_bytes`` hears of bytes as they are read.
 
-    Of a part of a cache that was pulled, what is selected is verified; what is still to be fetched is no damage: see ``to_come``.
-    Raises MismatchError for a newer format. Files that belong to nothing are no damage: see ``unreferenced``.
+    Of a part of a cache that was pulled, what is selected is verified; what is still to be fetched is no damage: see
+    ``to_come``. Raises MismatchError for a newer format. Files that belong to nothing are no damage: see
+    ``unreferenced``.
     """
     root = Path(path)
     try:
@@ -84,11 +85,18 @@ def _absent(root: Path, manifest: Manifest, local: LocalSelection | None) -> lis
     if local is None:
         return []
     names = sorted(manifest.contents.files)
-    return [name for name in names if not (local.complete and local.selection.takes(name)) and not os.path.lexists(root / name)]
+    return [
+        name
+        for name in names
+        if not (local.complete and local.selection.takes(name)) and not os.path.lexists(root / name)
+    ]
 
 
 def unreferenced(path: str | Path) -> list[str]:
-    """Files in the directory that the manifest does not list: superseded examples, leftovers, things of other programs."""
+    """Files in the directory that the manifest does not list.
+
+    Superseded examples, leftovers, things of other programs.
+    """
     root = Path(path)
     listed = read_manifest(root).contents.files
     found = []
@@ -97,7 +105,9 @@ def unreferenced(path: str | Path) -> list[str]:
         if place == root and layout.STATE in directories:
             directories.remove(layout.STATE)
         found += [(place / name).relative_to(root).as_posix() for name in names]
-    return sorted(name for name in found if name not in listed and name not in (layout.MANIFEST, layout.CARD, SELECTION))
+    return sorted(
+        name for name in found if name not in listed and name not in (layout.MANIFEST, layout.CARD, SELECTION)
+    )
 
 
 def _meanings(cache: Cache) -> Iterator[tuple[str, Callable[[], object]]]:
@@ -130,7 +140,9 @@ def _part_meanings(cache: Cache, teacher: str, part: str) -> Iterator[tuple[str,
 def _check_texts(cache: Cache, part: str) -> None:
     for row, (one, text) in enumerate(zip(id_list(cache.text_ids(part)), cache.texts(part), strict=True)):
         if text_id(text) != one:
-            raise DamageError(f"'{cache.path / layout.text_file(part)}' has a text in row {row} that is not the one of its id")
+            raise DamageError(
+                f"'{cache.path / layout.text_file(part)}' has a text in row {row} that is not the one of its id"
+            )
 
 
 def _check_examples(cache: Cache, split: str, file: str) -> None:

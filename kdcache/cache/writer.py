@@ -7,8 +7,8 @@
         writer.write_examples("train", text_ids, labels, None)
         writer.publish(provenance)
 
-Files come first, then the commit record that speaks of them, the manifest last. The same calls continue an interrupted dump
-and extend a finished one. While that goes on, the old manifest stays valid: no file that it lists is changed.
+Files come first, then the commit record that speaks of them, the manifest last. The same calls continue an interrupted
+dump and extend a finished one. While that goes on, the old manifest stays valid: no file that it lists is changed.
 """
 
 from __future__ import annotations
@@ -62,9 +62,10 @@ def open_writer(
 ) -> Iterator[CacheWriter]:
     """Open a cache directory for writing; makes it where there is none, continues what was interrupted.
 
-    With ``repair`` everything is verified first, and files that are damaged count as missing. A part of a cache grows as well, as
-    long as nothing has to be read that is not here (MismatchError), or ``arrivals`` brings it. Raises LockedError where another
-    process writes, MismatchError where the cache was made for another task or with other settings, DamageError, StorageError.
+    With ``repair`` everything is verified first, and files that are damaged count as missing. A part of a cache grows
+    as well, as long as nothing has to be read that is not here (MismatchError), or ``arrivals`` brings it. Raises
+    LockedError where another process writes, MismatchError where the cache was made for another task or with other
+    settings, DamageError, StorageError.
     """
     root = Path(path)
     refuse_other_directory(root)
@@ -114,8 +115,8 @@ class CacheWriter:
     def add_texts(self, full: Texts, logits_only: Texts) -> None:
         """Give every text that is new a place in a new part, in the seeded order; known texts are left where they are.
 
-        A text known as 'logits' and wanted 'full' goes into a new full part. With ``repair``, damaged text files are written
-        again from what is given here.
+        A text known as 'logits' and wanted 'full' goes into a new full part. With ``repair``, damaged text files are
+        written again from what is given here.
         """
         self._texts.add(full, logits_only)
 
@@ -158,7 +159,9 @@ class CacheWriter:
 
     def layers_with_basis(self, name: str) -> set[int]:
         """The layers of a declared teacher that have a basis."""
-        return {layer for layer in self._contents.teachers[name].layers if layout.basis_file(name, layer) in self._files}
+        return {
+            layer for layer in self._contents.teachers[name].layers if layout.basis_file(name, layer) in self._files
+        }
 
     def bases(self, name: str, layers: Collection[int] | None = None) -> dict[int, Basis]:
         """The bases that exist of a declared teacher, by layer; of ``layers`` alone where given."""
@@ -185,12 +188,19 @@ class CacheWriter:
             self._journal.add_basis(name, layer, self._write({path: data}))
 
     def write_part(
-        self, name: str, part: Part, *, outputs: Outputs | None, tokens: Tokens | None, hidden: Mapping[int, HiddenBlock]
+        self,
+        name: str,
+        part: Part,
+        *,
+        outputs: Outputs | None,
+        tokens: Tokens | None,
+        hidden: Mapping[int, HiddenBlock],
     ) -> int:
-        """Write what was missing of one teacher and part, durably, then its commit record; gives back the bytes written.
+        """Write what was missing of one teacher and part, durably, then its commit record; gives back the bytes
+        written.
 
-        Components that exist already are left as they are. ``tokens`` are needed with hidden states. Raises NonFiniteError
-        (text id, layer), ValueError for shapes that do not fit the declaration, StorageError.
+        Components that exist already are left as they are. ``tokens`` are needed with hidden states. Raises
+        NonFiniteError (text id, layer), ValueError for shapes that do not fit the declaration, StorageError.
         """
         spec, info = self._contents.teachers[name], self._part(part.name)
         ids = self._texts.ids(info)
@@ -210,7 +220,9 @@ class CacheWriter:
             files |= encode_layers(spec, info.name, ids, None if tokens is None else tokens.offsets, new)
         return self._commit_part(name, info, None if tokens is None else len(tokens.starts), files)
 
-    def write_examples(self, split: str, text_ids: np.ndarray, labels: np.ndarray, groups: Sequence[str] | None) -> None:
+    def write_examples(
+        self, split: str, text_ids: np.ndarray, labels: np.ndarray, groups: Sequence[str] | None
+    ) -> None:
         """Set the examples of a split; another version replaces an old one when the cache is published."""
         if not layout.SPLIT_NAME.fullmatch(split):
             raise ValueError(f"'{split}' is not a name of a split")
@@ -229,8 +241,8 @@ class CacheWriter:
     def publish(self, provenance: Mapping[str, Any], card: Callable[[Manifest], str] | None = None) -> Manifest:
         """Write the card and then the manifest, and forget the records. Gives back the manifest.
 
-        Where nothing changed, the manifest stays as it is. Raises MismatchError where a teacher of the cache lacks texts that
-        were added, KdcacheError where a declared teacher is not complete.
+        Where nothing changed, the manifest stays as it is. Raises MismatchError where a teacher of the cache lacks
+        texts that were added, KdcacheError where a declared teacher is not complete.
         """
         published = self.base.contents if self.base else None
         contents = complete_contents(self.root, self._contents, published, self._asked)
@@ -300,8 +312,13 @@ class CacheWriter:
         raise ValueError(f"there is no {name} in cache '{self.root}'")
 
 
-def complete_contents(root: Path, contents: Contents, published: Contents | None, asked: Mapping[str, TeacherSpec]) -> Contents:
-    """The contents to publish. Raises MismatchError, KdcacheError or DamageError where something wanted is not complete."""
+def complete_contents(
+    root: Path, contents: Contents, published: Contents | None, asked: Mapping[str, TeacherSpec]
+) -> Contents:
+    """The contents to publish.
+
+    Raises MismatchError, KdcacheError or DamageError where something wanted is not complete.
+    """
     before = published.teachers if published else {}
     teachers = {}
     for name, spec in contents.teachers.items():
@@ -318,7 +335,9 @@ def complete_contents(root: Path, contents: Contents, published: Contents | None
             _refuse(root, contents, name, wanted, kept, f"layer {layer} of teacher '{name}'")
         teachers[name] = replace(spec, layers=layers)
     tokens = {
-        name: {part.name: contents.tokens[name][part.name] for part in contents.parts if contents.has_tokens(name, part)}
+        name: {
+            part.name: contents.tokens[name][part.name] for part in contents.parts if contents.has_tokens(name, part)
+        }
         for name in teachers
     }
     made = replace(contents, teachers=teachers, tokens=tokens, lost={})
@@ -337,5 +356,6 @@ def _refuse(root: Path, contents: Contents, name: str, asked: bool, published: b
     if published:
         raise MismatchError(
             f"cache '{root}' holds {what}, which lacks the texts that were added{where}",
-            "Name every teacher of the cache in the recipe, so that each gets the new texts; or dump into a new directory.",
+            "Name every teacher of the cache in the recipe, so that each gets the new texts; or dump into a new "
+            "directory.",
         )

@@ -18,7 +18,9 @@ def audit(
     cache: Annotated[Path, typer.Argument(metavar="CACHE", help="Directory of a cache.", show_default=False)],
     teachers: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Teachers directory; the one beside the cache where not given.", show_default=False),
+        typer.Option(
+            metavar="DIR", help="Teachers directory; the one beside the cache where not given.", show_default=False
+        ),
     ] = None,
     rows: Annotated[int, typer.Option(min=1, help="Texts to run the teachers on.")] = 256,
     seed: Annotated[int, typer.Option(min=0, help="Which texts these are.")] = 0,
@@ -27,8 +29,9 @@ def audit(
 ) -> None:
     """Run the teachers again on some texts of a cache and compare: weights, token spans, logits, every stored layer.
 
-    Exit code 3, and the rows, where something differs by more than padding, quantisation and projection explain. What padding
-    changes is measured on the spot. Whether the files are as they were written is another question: kdcache cache verify.
+    Exit code 3, and the rows, where something differs by more than padding, quantisation and projection explain. What
+    padding changes is measured on the spot. Whether the files are as they were written is another question: kdcache
+    cache verify.
 
     Example: kdcache audit runs/sst2/cache --teachers runs/sst2/teachers --rows 512
     """
@@ -50,7 +53,8 @@ def audit(
         where = ", ".join(dict.fromkeys(f"{finding.teacher}: {finding.component}" for finding in report.findings))
         out.error(
             f"cache '{cache}' is not what these teachers say ({where})",
-            "Audit with the teachers that it was dumped from, or dump again into a new directory: kdcache dump-teachers",
+            "Audit with the teachers that it was dumped from, or dump again into a new directory: kdcache "
+            "dump-teachers",
         )
         raise typer.Exit(3)
 

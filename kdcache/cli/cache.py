@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 CachePath = Annotated[Path, typer.Argument(metavar="PATH", help="Directory of a cache.", show_default=False)]
 CacheReference = Annotated[
     str,
-    typer.Argument(metavar="PATH|NAME", help="Directory of a cache, or a name (NAME@VERSION) on the remote.", show_default=False),
+    typer.Argument(
+        metavar="PATH|NAME", help="Directory of a cache, or a name (NAME@VERSION) on the remote.", show_default=False
+    ),
 ]
 
 
@@ -48,7 +50,8 @@ def verify(
     cache: CacheReference,
     read_data: Annotated[bool, typer.Option("--read-data", help="On a remote: read every byte.")] = False,
     subset: Annotated[
-        str | None, typer.Option("--subset", metavar="10%", help="On a remote: read a share of the files.", show_default=False)
+        str | None,
+        typer.Option("--subset", metavar="10%", help="On a remote: read a share of the files.", show_default=False),
     ] = None,
     seed: Annotated[
         str | None,
@@ -59,8 +62,8 @@ def verify(
 ) -> None:
     """Compare a cache with its manifest; exit code 3 where something is missing or damaged.
 
-    Of a directory every byte is read. On a remote, presence and size of every file are looked at, and with --read-data or --subset
-    the bytes too.
+    Of a directory every byte is read. On a remote, presence and size of every file are looked at, and with --read-data
+    or --subset the bytes too.
 
     Example: kdcache cache verify runs/sst2/cache
 
@@ -84,7 +87,12 @@ def _verify_directory(path: Path) -> None:
     progress.finish()
     readable = not any(damage.file in ("manifest.json", ".selection.json") for damage in damages)
     strays, coming = (unreferenced(path), to_come(path)) if readable else ([], [])
-    found = {"path": str(path), "damaged": [vars(damage) for damage in damages], "to_come": coming, "unreferenced": strays}
+    found = {
+        "path": str(path),
+        "damaged": [vars(damage) for damage in damages],
+        "to_come": coming,
+        "unreferenced": strays,
+    }
     out.document(found)
     for damage in damages:
         out.text(f"{damage.file}: {damage.reason}")
@@ -92,10 +100,14 @@ def _verify_directory(path: Path) -> None:
         out.note(f"not part of the cache: {stray}")
     if damages:
         count = counted(len(damages), "damaged file")
-        out.error(f"cache '{path}' has {count}", "Dump again only what is damaged: kdcache dump-teachers RECIPE --repair")
+        out.error(
+            f"cache '{path}' has {count}", "Dump again only what is damaged: kdcache dump-teachers RECIPE --repair"
+        )
         raise typer.Exit(3)
     if coming:
-        out.text(f"{path}: not complete: {len(coming):,} selected files were not fetched yet; those that are here are whole")
+        out.text(
+            f"{path}: not complete: {len(coming):,} selected files were not fetched yet; those that are here are whole"
+        )
         return
     part = "every selected file" if (path / ".selection.json").exists() else "every file"
     out.text(f"{path}: {part} is what the manifest says")
@@ -152,7 +164,10 @@ def _share(subset: str | None) -> float:
 
 
 def _size(path: Path) -> int:
-    """Bytes that a verification will read, as far as the manifest can be read; the verification itself says what is wrong with it."""
+    """Bytes that a verification will read, as far as the manifest can be read.
+
+    The verification itself says what is wrong with it.
+    """
     from kdcache.cache.reader import open_cache
 
     try:
@@ -197,7 +212,8 @@ def _show(description: dict[str, Any]) -> None:
     out.text()
     partial = description["selection"] is not None
     out.table(
-        ("teacher", "what", "tokens", "size", *(["here"] if partial else [])), rows if partial else [row[:4] for row in rows]
+        ("teacher", "what", "tokens", "size", *(["here"] if partial else [])),
+        rows if partial else [row[:4] for row in rows],
     )
 
 
@@ -216,4 +232,8 @@ def _part(selection: dict[str, Any] | None) -> dict[str, str]:
         return {}
     here = f"{format_bytes(selection['bytes_here'])}; not pulled: {format_bytes(selection['bytes_not_selected'])}"
     coming = "" if selection["complete"] else f"; still to be fetched: {format_bytes(selection['bytes_absent'])}"
-    return {"here": here + coming, "text_here": str(selection["text"]), "pulled_from": selection["origin"] or "not known"}
+    return {
+        "here": here + coming,
+        "text_here": str(selection["text"]),
+        "pulled_from": selection["origin"] or "not known",
+    }

@@ -14,7 +14,8 @@ from kdcache.cli.output import out
 def cofinetune(
     recipe: RecipeFile,
     add: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Train this newcomer against the frozen shared head.", show_default=False)
+        str | None,
+        typer.Option(metavar="NAME", help="Train this newcomer against the frozen shared head.", show_default=False),
     ] = None,
     settings: Settings = None,
     output_dir: OutputDir = RUNS,
@@ -39,7 +40,8 @@ def cofinetune(
     out.table(("teacher", *columns), [*rows, *mean])
     for name in (name for name, scores in result.scores.items() if learned_nothing(scores, 0)):
         out.note(
-            f"teacher '{name}' learned nothing: its Matthews correlation on validation is {result.scores[name]['matthews']:.3f}, "
+            f"teacher '{name}' learned nothing: its Matthews correlation on validation is "
+            f"{result.scores[name]['matthews']:.3f}, "
             "no more than that of one answer for every row"
         )
     out.hint(f"Run each once over the data: kdcache dump-teachers {recipe}")

@@ -12,11 +12,14 @@ from kdcache.cli.options import Json, RemoteUrl
 from kdcache.cli.output import out
 from kdcache.cli.references import find_cache
 
-_Reference = Annotated[str, typer.Argument(metavar="REF", help="A directory, or a name on the remote.", show_default=False)]
+_Reference = Annotated[
+    str, typer.Argument(metavar="REF", help="A directory, or a name on the remote.", show_default=False)
+]
 
 
 def diff(first: _Reference, second: _Reference, remote: RemoteUrl = None, json: Json = False) -> None:  # noqa: ARG001
-    """Say what differs between two caches: texts, splits, labels, teachers, layers, settings, bytes; exit code 3 where anything does.
+    """Say what differs between two caches: texts, splits, labels, teachers, layers, settings, bytes; exit code 3 where
+    anything does.
 
     Of a name, text ids and examples are fetched, and nothing else.
 

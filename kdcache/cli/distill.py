@@ -28,7 +28,9 @@ def distill(
     live_teachers: Annotated[
         Path | None,
         typer.Option(
-            metavar="DIR", help="Run the teachers of this directory in every step instead, for comparison.", show_default=False
+            metavar="DIR",
+            help="Run the teachers of this directory in every step instead, for comparison.",
+            show_default=False,
         ),
     ] = None,
     remote: RemoteUrl = None,
@@ -37,8 +39,8 @@ def distill(
 ) -> None:
     """Train the recipe's student on targets streamed from a cache; no teacher is loaded.
 
-    From a name, what the recipe needs is fetched while the student trains, and kept. Interrupted, it continues with the same
-    command.
+    From a name, what the recipe needs is fetched while the student trains, and kept. Interrupted, it continues with the
+    same command.
 
     Example: kdcache distill sst2.toml --cache sst2-3t
 

@@ -18,19 +18,24 @@ def dump_teachers(
     output_dir: OutputDir = RUNS,
     teachers: TeachersDir = None,
     cache: Annotated[
-        Path | None, typer.Option(metavar="PATH", help="Cache to write; that of the run where not given.", show_default=False)
+        Path | None,
+        typer.Option(metavar="PATH", help="Cache to write; that of the run where not given.", show_default=False),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be run and written, and run only a warm-up batch.")
     ] = False,
-    repair: Annotated[bool, typer.Option("--repair", help="Verify the cache first and dump again what is damaged.")] = False,
-    no_text: Annotated[bool, typer.Option("--no-text", help="Store text ids and targets, not the texts themselves.")] = False,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Verify the cache first and dump again what is damaged.")
+    ] = False,
+    no_text: Annotated[
+        bool, typer.Option("--no-text", help="Store text ids and targets, not the texts themselves.")
+    ] = False,
     json: Json = False,  # noqa: ARG001  (its callback switches the output)
 ) -> None:
     """Run each teacher once over the data and store soft labels and hidden states in a cache.
 
-    Interrupted, it continues with the same command. In a finished cache only what is missing is dumped: a new teacher, layer
-    or text; what no longer matches is refused with exit code 4.
+    Interrupted, it continues with the same command. In a finished cache only what is missing is dumped: a new teacher,
+    layer or text; what no longer matches is refused with exit code 4.
 
     Example: kdcache dump-teachers sst2.toml --dry-run
 

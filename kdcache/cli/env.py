@@ -67,11 +67,16 @@ def _devices() -> list[str]:
 
 
 def _providers() -> list[str]:
-    """What onnxruntime can use here. It names every provider it was built with, so those of a GPU count only with its driver."""
+    """What onnxruntime can use here.
+
+    It names every provider it was built with, so those of a GPU count only with its driver.
+    """
     try:
         import onnxruntime
     except ImportError:
         return ["not installed"]
     from kdcache.teachers.backends.onnx_backend import cuda_loads
 
-    return [str(name) for name in onnxruntime.get_available_providers() if name == "CPUExecutionProvider" or cuda_loads()]
+    return [
+        str(name) for name in onnxruntime.get_available_providers() if name == "CPUExecutionProvider" or cuda_loads()
+    ]

@@ -14,10 +14,15 @@ from kdcache.cli.output import out
 def evaluate(
     model: Annotated[
         Path,
-        typer.Argument(metavar="MODEL_DIR", help="Directory of a student or of any sequence classifier.", show_default=False),
+        typer.Argument(
+            metavar="MODEL_DIR", help="Directory of a student or of any sequence classifier.", show_default=False
+        ),
     ],
     data: Annotated[
-        str, typer.Option(metavar="FILE", help="tsv, csv, jsonl or parquet file, or a hub data set name.", show_default=False)
+        str,
+        typer.Option(
+            metavar="FILE", help="tsv, csv, jsonl or parquet file, or a hub data set name.", show_default=False
+        ),
     ],
     text: Annotated[
         list[str] | None, typer.Option(metavar="COLUMN", help="Text column; twice for pairs.", show_default=False)
@@ -25,7 +30,9 @@ def evaluate(
     label: Annotated[str | None, typer.Option(metavar="COLUMN", help="Label column.", show_default=False)] = None,
     labels: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="Class 0 of the file's numbers, class 1 …; once per class.", show_default=False),
+        typer.Option(
+            metavar="NAME", help="Class 0 of the file's numbers, class 1 …; once per class.", show_default=False
+        ),
     ] = None,
     max_length: Annotated[int | None, typer.Option(min=1, help="Tokens at most.", show_default=False)] = None,
     batch: Annotated[int, typer.Option(min=1, help="Rows of 128 tokens in one forward pass.")] = 32,
@@ -34,8 +41,9 @@ def evaluate(
 ) -> None:
     """Score a model: accuracy, macro-F1, Matthews correlation, loss.
 
-    A student of kdcache knows its text and label columns; other models need --text and --label. Where a file has numbers for labels and
-    the student's class names were sorted, not declared by data.labels, --labels says which number is which class.
+    A student of kdcache knows its text and label columns; other models need --text and --label. Where a file has
+    numbers for labels and the student's class names were sorted, not declared by data.labels, --labels says which
+    number is which class.
 
     Example: kdcache evaluate runs/sst2/student --data data/test.tsv --json
     """

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 def extend(
     reference: Annotated[
-        str, typer.Argument(metavar="REF", help="A cache: a directory, or a name on KDCACHE_REMOTE.", show_default=False)
+        str,
+        typer.Argument(metavar="REF", help="A cache: a directory, or a name on KDCACHE_REMOTE.", show_default=False),
     ],
     teacher: Annotated[
         list[str] | None,
@@ -32,11 +33,14 @@ def extend(
         ),
     ] = None,
     layers: Annotated[
-        str | None, typer.Option(metavar="6,12", help="Layers to store of them; like the other teachers' where not given.")
+        str | None,
+        typer.Option(metavar="6,12", help="Layers to store of them; like the other teachers' where not given."),
     ] = None,
     recipe: Annotated[
         Path | None,
-        typer.Option(metavar="RECIPE", help="Its data: new or edited rows; its settings, for newcomers.", show_default=False),
+        typer.Option(
+            metavar="RECIPE", help="Its data: new or edited rows; its settings, for newcomers.", show_default=False
+        ),
     ] = None,
     settings: Settings = None,
     tag: Annotated[
@@ -47,14 +51,15 @@ def extend(
 ) -> None:
     """Add teachers, layers or rows to a cache; what is there is neither run nor written again.
 
-    A directory grows in place. Of a name, what is needed is fetched, and the result is pushed as its next version; the old
-    one stays. Interrupted, it continues with the same command.
+    A directory grows in place. Of a name, what is needed is fetched, and the result is pushed as its next version; the
+    old one stays. Interrupted, it continues with the same command.
 
     Example: kdcache cache extend sst2-3t --teacher deberta=runs/deberta/teachers
 
     Example: kdcache cache extend runs/sst2/cache --teacher bert=runs/sst2/teachers --layers 4,8
 
-    Example: kdcache cache extend sst2-3t --recipe sst2.toml --teacher bert=DIR --teacher roberta=DIR --teacher deberta=DIR
+    Example: kdcache cache extend sst2-3t --recipe sst2.toml --teacher bert=DIR --teacher roberta=DIR --teacher
+    deberta=DIR
     """
     from kdcache.dump.extend import Wanted
     from kdcache.progress import RichProgress
@@ -66,7 +71,8 @@ def extend(
     if isinstance(place, Path):
         if tag is not None:
             raise RecipeError(
-                "--tag belongs to a name on the remote", "Push the directory with: kdcache cache push PATH --name NAME --tag TAG"
+                "--tag belongs to a name on the remote",
+                "Push the directory with: kdcache cache push PATH --name NAME --tag TAG",
             )
         report, published = _in_place(place, wanted, progress), None
     else:
@@ -119,6 +125,7 @@ def _show(report: ExtendReport, published: str | None) -> None:
     if not report.runs:
         out.text("nothing was missing: no teacher ran")
     out.text(
-        f"{counted(report.new_texts, 'new text')}; {format_bytes(report.bytes_new)} new, {format_bytes(report.bytes_shared)} shared with the old version"
+        f"{counted(report.new_texts, 'new text')}; {format_bytes(report.bytes_new)} new, "
+        f"{format_bytes(report.bytes_shared)} shared with the old version"
     )
     out.text(f"identity {report.identity}" + (f", published as {published}" if published else ""))

@@ -55,7 +55,11 @@ def explain(error: BaseException) -> tuple[str, str, int]:
         where = f" while writing '{error.filename}'" if error.filename else ""
         return f"the disk is full{where}", "Free some space and run the same command again: it continues.", 1
     if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
-        return f"out of memory: {_first_line(error)}", "Lower batch_size or dump.tokens_per_batch, or raise accumulation.", 1
+        return (
+            f"out of memory: {_first_line(error)}",
+            "Lower batch_size or dump.tokens_per_batch, or raise accumulation.",
+            1,
+        )
     return f"unexpected: {type(error).__name__}: {_first_line(error)}", "See where it happened with KDCACHE_DEBUG=1.", 1
 
 

@@ -38,7 +38,8 @@ def _group(about: str) -> typer.Typer:
 
 app = _group(
     "Multi-teacher distillation of language models from a cache: the teachers run only once.\n\n"
-    "Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 failed, 2 usage or recipe, 3 damage or a difference "
+    "Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 failed, 2 usage or recipe, 3 damage or a "
+    "difference "
     "found, 4 refused because something does not match, 130 interrupted."
 )
 _cache = _group("Look at caches, check them, share them with the team.")

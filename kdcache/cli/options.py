@@ -31,16 +31,21 @@ Settings = Annotated[
         "--set", metavar="KEY=VALUE", help="Override a recipe key, e.g. distill.seed=1. Repeatable.", show_default=False
     ),
 ]
-OutputDir = Annotated[Path, typer.Option("--output-dir", metavar="DIR", help="Where the run directory <name>/ is made.")]
+OutputDir = Annotated[
+    Path, typer.Option("--output-dir", metavar="DIR", help="Where the run directory <name>/ is made.")
+]
 TeachersDir = Annotated[
-    Path | None, typer.Option(metavar="DIR", help="Teachers directory; that of the run where not given.", show_default=False)
+    Path | None,
+    typer.Option(metavar="DIR", help="Teachers directory; that of the run where not given.", show_default=False),
 ]
 Json = Annotated[bool, typer.Option("--json", callback=_json_mode, help="Print the result as JSON.")]
 RemoteUrl = Annotated[
     str | None,
     typer.Option("--remote", metavar="URL", help="The team's remote; by default KDCACHE_REMOTE.", show_default=False),
 ]
-TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
+]
 RUNS = Path("runs")
 
 

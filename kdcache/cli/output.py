@@ -1,7 +1,7 @@
 """All that commands print goes through ``out``: results on stdout, everything else on stderr; for humans or as JSON.
 
-In JSON mode ``document`` is the one thing on stdout and the human forms say nothing, so a command states its result once
-as data and once as text, and never asks which of the two is wanted.
+In JSON mode ``document`` is the one thing on stdout and the human forms say nothing, so a command states its result
+once as data and once as text, and never asks which of the two is wanted.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
-# Names and texts in a cache may come from somebody else: what steers a terminal (C0, C1, changes of direction), or cannot be
-# printed (half surrogates), is spelled out. The spelling is also JSON's.
+# Names and texts in a cache may come from somebody else: what steers a terminal (C0, C1, changes of direction), or
+# cannot be printed (half surrogates), is spelled out. The spelling is also JSON's.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
@@ -72,12 +72,14 @@ def table_lines(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[s
     cells = [[str(column) for column in columns], *([_cell(value) for value in row] for row in rows)]
     widths = [max(len(row[position]) for row in cells) for position in range(len(columns))]
     right = [
-        all(isinstance(row[position], int | float) or row[position] is None for row in rows) for position in range(len(columns))
+        all(isinstance(row[position], int | float) or row[position] is None for row in rows)
+        for position in range(len(columns))
     ]
     lines = []
     for row in cells:
         padded = (
-            cell.rjust(width) if number else cell.ljust(width) for cell, width, number in zip(row, widths, right, strict=True)
+            cell.rjust(width) if number else cell.ljust(width)
+            for cell, width, number in zip(row, widths, right, strict=True)
         )
         lines.append("  ".join(padded).rstrip())
     return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]

@@ -65,7 +65,10 @@ def validate(recipe: RecipeFile, settings: Settings = None, json: Json = False) 
     check_method(loaded.distill.method)
     teachers = [teacher.name for teacher in loaded.teachers]
     out.document({"valid": True, "name": loaded.name, "teachers": teachers, "recipe": loaded.model_dump(mode="json")})
-    out.text(f"{recipe} is valid: '{loaded.name}', teachers: {', '.join(teachers) or 'none'}, method: {loaded.distill.method}")
+    out.text(
+        f"{recipe} is valid: '{loaded.name}', teachers: {', '.join(teachers) or 'none'}, method: "
+        f"{loaded.distill.method}"
+    )
 
 
 def prepare(

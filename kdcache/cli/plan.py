@@ -25,16 +25,19 @@ def plan(
     output_dir: OutputDir = RUNS,
     teachers: TeachersDir = None,
     budget: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Bytes of the whole cache, such as 2GB or 500MiB.", show_default=False)
+        str | None,
+        typer.Option(metavar="SIZE", help="Bytes of the whole cache, such as 2GB or 500MiB.", show_default=False),
     ] = None,
-    texts: Annotated[int, typer.Option(min=1, help="Texts that fidelity is measured on; none of them is fitted on.")] = 256,
+    texts: Annotated[
+        int, typer.Option(min=1, help="Texts that fidelity is measured on; none of them is fitted on.")
+    ] = 256,
     json: Json = False,  # noqa: ARG001  (its callback switches the output)
 ) -> None:
     """Run each teacher once over a sample and say what every form of its layers costs and keeps; recommend one.
 
-    kept: share of the variance of the hidden states. cosine, error: of the rebuilt states, the error relative to the state. KL: of the soft
-    labels that the teacher's own pooling and head make of the rebuilt last layer. All on texts that nothing was fitted on.
-    The picture of it is part of the page of the run: kdcache report.
+    kept: share of the variance of the hidden states. cosine, error: of the rebuilt states, the error relative to the
+    state. KL: of the soft labels that the teacher's own pooling and head make of the rebuilt last layer. All on texts
+    that nothing was fitted on. The picture of it is part of the page of the run: kdcache report.
 
     Example: kdcache plan sst2.toml --budget 2GB
     """
@@ -51,8 +54,10 @@ def plan(
     if made.recommendation is None:
         least = made.fixed + sum(min(layer.bytes) for layer in made.layers)
         raise KdcacheError(
-            f"nothing fits into {format_bytes(limit or 0)}: the smallest forms of these layers take {format_bytes(least)}",
-            'Give a larger --budget, or store fewer layers (dump.layers), one row per text (dump.tokens = "first"), or logits alone.',
+            f"nothing fits into {format_bytes(limit or 0)}: the smallest forms of these layers take "
+            f"{format_bytes(least)}",
+            'Give a larger --budget, or store fewer layers (dump.layers), one row per text (dump.tokens = "first"), or '
+            "logits alone.",
         )
 
 
@@ -80,14 +85,17 @@ def _show(made: StoragePlan) -> None:
                 round(form.cosine, 4),
                 round(form.relative_error, 4),
             ]
-            rows.append([layer.teacher, layer.layer, form.form, *numbers, "" if form.kl is None else f"{form.kl:.5f}", mark])
+            rows.append(
+                [layer.teacher, layer.layer, form.form, *numbers, "" if form.kl is None else f"{form.kl:.5f}", mark]
+            )
     out.text()
     out.table(["teacher", "layer", "form", "bytes/row", "total", "kept", "cosine", "error", "KL", ""], rows)
     if made.recommendation is not None:
         found = made.recommendation
         out.text()
         out.text(
-            f"recommended: {format_bytes(found.bytes)} in all, {found.explained:.4f} of the variance kept (mean over layers)"
+            f"recommended: {format_bytes(found.bytes)} in all, {found.explained:.4f} of the variance kept (mean over "
+            "layers)"
         )
         for line in found.toml():
             out.text(f"    {line}")

@@ -1,4 +1,7 @@
-"""What ``--cache`` and other references to a cache mean: a directory that is there, else a name on the team's remote."""
+"""What ``--cache`` and other references to a cache mean.
+
+A directory that is there, else a name on the team's remote.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,8 @@ def find_version(reference: str, url: str | None = None) -> tuple[Remote, Ref]:
         )
     if not url and not os.environ.get("KDCACHE_REMOTE", "").strip():
         raise RecipeError(
-            f"there is no directory '{reference}', and KDCACHE_REMOTE names no remote that could have a cache of that name",
+            f"there is no directory '{reference}', and KDCACHE_REMOTE names no remote that could have a cache of that "
+            "name",
             "Name the directory of a cache, or the team's remote: export KDCACHE_REMOTE=s3://BUCKET/PREFIX",
         )
     from kdcache.share.refs import resolve

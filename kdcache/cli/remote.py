@@ -51,7 +51,8 @@ def check(url: RemoteUrl = None, json: Json = False) -> None:  # noqa: ARG001
         out.note(f"could not be removed: {key}")
     if not report.usable:
         out.error(
-            report.verdict, "Choose another place for the team's caches: a shared directory, or a store that passes this check."
+            report.verdict,
+            "Choose another place for the team's caches: a shared directory, or a store that passes this check.",
         )
         raise typer.Exit(1)
     out.text(report.verdict)

@@ -22,7 +22,9 @@ def run(
     recipe: RecipeFile,
     settings: Settings = None,
     output_dir: OutputDir = RUNS,
-    no_baseline: Annotated[bool, typer.Option("--no-baseline", help="Leave out the same student without teachers.")] = False,
+    no_baseline: Annotated[
+        bool, typer.Option("--no-baseline", help="Leave out the same student without teachers.")
+    ] = False,
     replace: Annotated[bool, typer.Option("--replace", help="Replace a student made with other settings.")] = False,
     json: Json = False,
 ) -> None:
@@ -59,7 +61,10 @@ def run(
 
 
 def _check_student(job: Job) -> None:
-    """A model that cannot be a student is refused before teachers are trained for it; of a finished run nothing is looked at."""
+    """A model that cannot be a student is refused before teachers are trained for it.
+
+    Of a finished run nothing is looked at.
+    """
     job.recipe.require_student()
     if not job.recipe.teachers or stages.is_finished(job, "cache"):
         return  # the student is the next thing that is made

@@ -73,7 +73,8 @@ def pull(
         str | None, typer.Option("--teachers", metavar="A,B", help="These teachers only.", show_default=False)
     ] = None,
     layers: Annotated[
-        str | None, typer.Option("--layers", metavar="6,12", help="Hidden states of these layers only.", show_default=False)
+        str | None,
+        typer.Option("--layers", metavar="6,12", help="Hidden states of these layers only.", show_default=False),
     ] = None,
     no_hidden: Annotated[bool, typer.Option("--no-hidden", help="Logits only, no hidden states.")] = False,
     no_text: Annotated[bool, typer.Option("--no-text", help="Leave the texts out; ids and labels come.")] = False,
@@ -119,10 +120,13 @@ def _selection(
 
 def ls(
     name: Annotated[
-        str | None, typer.Argument(metavar="[NAME]", help="All versions of this name on the remote.", show_default=False)
+        str | None,
+        typer.Argument(metavar="[NAME]", help="All versions of this name on the remote.", show_default=False),
     ] = None,
     remote: Annotated[bool, typer.Option("--remote", help="List the team's remote, KDCACHE_REMOTE.")] = False,
-    url: Annotated[str | None, typer.Option("--url", metavar="URL", help="List this remote instead.", show_default=False)] = None,
+    url: Annotated[
+        str | None, typer.Option("--url", metavar="URL", help="List this remote instead.", show_default=False)
+    ] = None,
     json: Json = False,  # noqa: ARG001
 ) -> None:
     """List the caches of this machine (runs, working directory, fetched ones), or those of the remote.
@@ -213,7 +217,9 @@ def rm(name: Reference, remote: RemoteUrl = None, json: Json = False) -> None:  
 
 
 def gc(
-    delete: Annotated[bool, typer.Option("--delete/--dry-run", help="Delete; otherwise say what would be deleted.")] = False,
+    delete: Annotated[
+        bool, typer.Option("--delete/--dry-run", help="Delete; otherwise say what would be deleted.")
+    ] = False,
     grace: Annotated[
         float, typer.Option("--grace-days", min=0.0, help="Keep what was written or removed within so many days.")
     ] = 7.0,
@@ -240,7 +246,8 @@ def _show_collected(report: GcReport, url: str) -> None:
         out.text(f"... and {len(report.keys) - _SHOWN:,} more; --json has all")
     what = "deleted from" if report.deleted else "would be deleted from"
     out.text(
-        f"{what} {url}: {counted(report.files, 'file')}, {counted(report.manifests, 'manifest')}, {counted(report.refs, 'ref')}, "
+        f"{what} {url}: {counted(report.files, 'file')}, {counted(report.manifests, 'manifest')}, "
+        f"{counted(report.refs, 'ref')}, "
         f"{format_bytes(report.bytes)}; "
         f"kept: {counted(report.kept_files, 'file')} in use ({format_bytes(report.kept_bytes)}), "
         f"{report.young_files:,} too young ({format_bytes(report.young_bytes)})"

@@ -1,7 +1,8 @@
 """The stages of a run as the commands start them: skip what is finished, time what is not, record it.
 
-Whether teachers and cache may be taken as they are is judged by the stages themselves, from fingerprints; the record of the run
-directory only spares them the look. A student made with other settings is kept unless the user says ``--replace``.
+Whether teachers and cache may be taken as they are is judged by the stages themselves, from fingerprints; the record of
+the run directory only spares them the look. A student made with other settings is kept unless the user says
+``--replace``.
 """
 
 from __future__ import annotations
@@ -44,7 +45,13 @@ def dump(job: Job, *, repair: bool = False, no_text: bool = False) -> DumpReport
 
     with _recorded(job, job.run, "cache", _cache_inputs(job)):
         return dump_teachers(
-            job.recipe, job.teachers, job.cache, progress=job.progress, repair=repair, no_text=no_text, provenance=provenance()
+            job.recipe,
+            job.teachers,
+            job.cache,
+            progress=job.progress,
+            repair=repair,
+            no_text=no_text,
+            provenance=provenance(),
         )
 
 
@@ -56,7 +63,9 @@ def distill(job: Job, *, live_teachers: Path | None = None, replace: bool = Fals
     _keep_or_replace(job.run, "student", inputs, replace=replace)
     with _recorded(job, job.run, "student", inputs):
         if job.remote_cache is None:
-            return train(job.recipe, cache_at_hand(job), job.run.root, live_teachers=live_teachers, progress=job.progress)
+            return train(
+                job.recipe, cache_at_hand(job), job.run.root, live_teachers=live_teachers, progress=job.progress
+            )
         with job.remote_cache.read(job.progress) as cache:
             return train(job.recipe, cache, job.run.root, live_teachers=live_teachers, progress=job.progress)
 

@@ -1,7 +1,8 @@
 """The seam of storage formats: one class per format, and the values that go in and out of it.
 
-A layer of a teacher is stored row by row: P·(h − μ) of a token or of a text (``projection``, ``selection``), encoded by the
-layer's format. Everything that depends on the format is asked of its class. No other module compares names of formats.
+A layer of a teacher is stored row by row: P·(h − μ) of a token or of a text (``projection``, ``selection``), encoded by
+the layer's format. Everything that depends on the format is asked of its class. No other module compares names of
+formats.
 """
 
 from __future__ import annotations
@@ -73,14 +74,19 @@ class HiddenBlock:
 
 @dataclass(frozen=True)
 class Basis:
-    """The frozen projection P and mean μ of one layer; what is stored is P·(h − μ). ``components`` is None for 'none'."""
+    """The frozen projection P and mean μ of one layer.
+
+    What is stored is P·(h − μ). ``components`` is None for 'none'.
+    """
 
     components: np.ndarray | None  # float32[dim, width], rows orthonormal
     mean: np.ndarray | None  # float32[width]
     explained_variance: np.ndarray | None  # float32[dim], variance of the stored coordinates on the sample
     total_variance: float  # mean over the width of the variance of h over the sample's tokens
     target_variance: float  # mean over dim of the variance over tokens of what is stored
-    tables: Mapping[str, np.ndarray] = field(default_factory=dict)  # tensors of the format's own, by their names in the file
+    tables: Mapping[str, np.ndarray] = field(
+        default_factory=dict
+    )  # tensors of the format's own, by their names in the file
 
 
 class StoredArray(NamedTuple):
@@ -94,7 +100,8 @@ class StoredArray(NamedTuple):
 class Rounding(NamedTuple):
     """What storing takes from each row, as norms, float64 [rows]: the most and the usual.
 
-    ``noise``: times the noise of a live state that may come on top. ``fits``: whether the rows are such as the basis was made for.
+    ``noise``: times the noise of a live state that may come on top. ``fits``: whether the rows are such as the basis
+    was made for.
     """
 
     most: np.ndarray
@@ -173,13 +180,19 @@ class StorageFormat(ABC):
         return {"projection": spec.projection, "dtype": self.title, **dim}
 
     def candidates(self, whole: LayerSpec) -> tuple[LayerSpec, ...]:
-        """What a plan measures for a layer that is ``whole`` at full width; that alone where a format says nothing else."""
+        """What a plan measures for a layer that is ``whole`` at full width.
+
+        That alone where a format says nothing else.
+        """
         return (whole,)
 
     # encoding
 
     def unstorable(self, largest: np.ndarray) -> tuple[int, str] | None:
-        """The first row that cannot be stored, and why. ``largest`` [rows]: the absolute values' maxima, NaN where one is NaN."""
+        """The first row that cannot be stored, and why.
+
+        ``largest`` [rows]: the absolute values' maxima, NaN where one is NaN.
+        """
         finite = np.isfinite(largest)
         return None if finite.all() else (int(np.argmin(finite)), "NaN or infinity")
 
@@ -230,19 +243,24 @@ class StorageFormat(ABC):
 
     def finite_rows(self, block: HiddenBlock) -> np.ndarray:
         """Bool [rows]: whether a row decodes to finite values."""
-        finite: np.ndarray = (np.isfinite(block.values) if block.scales is None else np.isfinite(block.scales[:, None])).all(
-            axis=1
-        )
+        finite: np.ndarray = (
+            np.isfinite(block.values) if block.scales is None else np.isfinite(block.scales[:, None])
+        ).all(axis=1)
         return finite
 
     @abstractmethod
     def rounding(self, block: HiddenBlock, projected: np.ndarray, spec: LayerSpec, basis: Basis) -> Rounding:
-        """What storing takes from rows, by which an audit judges. ``projected`` float32 [rows, dim] are P·(h − μ) of live states."""
+        """What storing takes from rows, by which an audit judges.
+
+        ``projected`` float32 [rows, dim] are P·(h − μ) of live states.
+        """
 
     # the basis
 
     def fit(self, basis: Basis, sample: torch.Tensor | None, spec: LayerSpec) -> Basis:
-        """``basis`` with the format's own tensors, trained on hidden states ``sample`` [rows, width] of ``sample_rows`` rows."""
+        """``basis`` with the format's own tensors, trained on hidden states ``sample`` [rows, width] of ``sample_rows``
+        rows.
+        """
         return basis
 
     def basis_dim(self, spec: LayerSpec, given: Mapping[str, Sequence[int]]) -> int:
@@ -250,7 +268,10 @@ class StorageFormat(ABC):
         return spec.dim
 
     def basis_shapes(self, spec: LayerSpec, given: Mapping[str, Sequence[int]]) -> dict[str, TensorShape]:
-        """The format's own tensors in a basis file, all of them required; what the format leaves open is as ``given``, in bounds."""
+        """The format's own tensors in a basis file, all of them required.
+
+        What the format leaves open is as ``given``, in bounds.
+        """
         return {}
 
     def check_tables(self, basis: Basis, spec: LayerSpec) -> None:

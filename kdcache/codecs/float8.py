@@ -1,7 +1,8 @@
 """float8: eight bits of floating point (e4m3) per coordinate and one float32 scale per row; value = number x scale.
 
-A sign, four bits of exponent, three of mantissa: the error is relative to the coordinate, where that of int8 is relative to the
-largest of the row. It is for states at full width, some of whose dimensions are a hundred times as large as the others.
+A sign, four bits of exponent, three of mantissa: the error is relative to the coordinate, where that of int8 is
+relative to the largest of the row. It is for states at full width, some of whose dimensions are a hundred times as
+large as the others.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ _SMALLEST_SCALE = float(np.finfo(np.float32).smallest_normal)
 
 
 def _tables() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Values float32 [256], the distance to the next value float32 [256], and the borders float32 [126] of the codes 0 to 0x7e.
+    """Values float32 [256], the distance to the next value float32 [256], and the borders float32 [126] of the codes 0
+    to 0x7e.
 
-    A border is halfway between two values, which is rounded to the even code: where the upper one is even, the border is a
-    little lower, so that a code is always the count of the borders below.
+    A border is halfway between two values, which is rounded to the even code: where the upper one is even, the border
+    is a little lower, so that a code is always the count of the borders below.
     """
     code = np.arange(256)
     exponent, mantissa = code >> 3 & 15, code & 7
@@ -44,8 +46,8 @@ VALUES, _STEPS, _BORDERS = _tables()
 class Float8(StorageFormat):
     """|x - decoded| <= the larger of |x| / 16 and scale / 1024.
 
-    A row whose absmax is below 448 times the smallest normal float32 gets scale 0 and decodes to zeros. Encoding what was decoded
-    gives the same codes again.
+    A row whose absmax is below 448 times the smallest normal float32 gets scale 0 and decodes to zeros. Encoding what
+    was decoded gives the same codes again.
     """
 
     name = "float8"

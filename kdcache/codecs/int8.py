@@ -1,7 +1,7 @@
 """int8: a code per coordinate and one scale per row; value = code x scale.
 
-The scale is absmax / 127 of the row: hidden states differ in size from token to token far more than from dimension to dimension
-once they are projected and centred, and a scale per row keeps the rows of a part independent.
+The scale is absmax / 127 of the row: hidden states differ in size from token to token far more than from dimension to
+dimension once they are projected and centred, and a scale per row keeps the rows of a part independent.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ _CUTS = (32, 64, 128, 256, 512)  # dimensions of PCA that a plan looks at
 class Int8(StorageFormat):
     """|x - decoded| <= scale / 2.
 
-    An all-zero row (absmax below 127 times the smallest normal float32) gets scale 0 and decodes to zeros. Encoding what was
-    decoded gives the same codes again.
+    An all-zero row (absmax below 127 times the smallest normal float32) gets scale 0 and decodes to zeros. Encoding
+    what was decoded gives the same codes again.
     """
 
     name = "int8"
@@ -49,7 +49,9 @@ class Int8(StorageFormat):
     def encoder(self, spec: LayerSpec, basis: Basis, device: torch.device | str) -> Encoder:
         import torch
 
-        limit = torch.full((1,), float(CODE_LIMIT), device=device)  # a tensor: a GPU multiplies by the inverse of a number
+        limit = torch.full(
+            (1,), float(CODE_LIMIT), device=device
+        )  # a tensor: a GPU multiplies by the inverse of a number
 
         def encoded(values: torch.Tensor) -> HiddenBlock:
             scales = values.abs().amax(dim=1) / limit

@@ -54,9 +54,7 @@ class Float16(Float32):
 
     @property
     def cure(self) -> str:
-        return (
-            'Set dump.dtype = "int8" or "float32"; if the value is not finite, the teacher\'s weights or precision are at fault.'
-        )
+        return 'Set dump.dtype = "int8" or "float32"; if the value is not finite, the teacher\'s weights or precision are at fault.'
 
     def rounding(self, block: HiddenBlock, projected: np.ndarray, spec: LayerSpec, basis: Basis) -> Rounding:
         size = np.linalg.norm(block.values.astype(np.float64), axis=1) * _HALF_ULP

@@ -1,7 +1,7 @@
 """P·(h − μ): what is stored of a hidden state h. Nowhere else is it computed.
 
-A stored projection cannot be the learnable W_ij of MT-BERT (section 3.2); it makes the cache small, and W_ij sits on top of
-what was stored.
+A stored projection cannot be the learnable W_ij of MT-BERT (section 3.2); it makes the cache small, and W_ij sits on
+top of what was stored.
 """
 
 from __future__ import annotations

@@ -47,6 +47,9 @@ def format_of(spec: LayerSpec) -> StorageFormat:
 
 
 def stored_name(spelling: str) -> str:
-    """A format's name in manifests, from what a recipe calls it: that name or the title. Raises as ``storage_format``."""
+    """A format's name in manifests, from what a recipe calls it.
+
+    That name or the title. Raises as ``storage_format``.
+    """
     titles = {one.title: name for name, one in storage_formats().items()}
     return storage_format(titles.get(spelling, spelling)).name

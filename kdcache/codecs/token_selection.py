@@ -12,7 +12,10 @@ if TYPE_CHECKING:
 
 
 def select_tokens(hidden: Tensor, lengths: np.ndarray, selection: TokenSelection) -> Tensor:
-    """[rows, width] of packed ``hidden`` [tokens, width]: its rows as they are, or one row for each text of ``lengths`` tokens."""
+    """[rows, width] of packed ``hidden`` [tokens, width].
+
+    Its rows as they are, or one row for each text of ``lengths`` tokens.
+    """
     if selection == "all":
         return hidden
     import torch

@@ -59,7 +59,10 @@ def count_rows(
     empty: Mapping[str, int],
     warnings: Sequence[str],
 ) -> DataCounts:
-    """Counts over the labelled splits (``ids``, ``labels`` per split) and the transfer texts. Zero oddities are left out."""
+    """Counts over the labelled splits (``ids``, ``labels`` per split) and the transfer texts.
+
+    Zero oddities are left out.
+    """
     rows = {split: len(found) for split, found in ids.items()}
     if transfer:
         rows["transfer"] = transfer

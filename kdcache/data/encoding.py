@@ -1,9 +1,9 @@
 """Texts to tokens with their character spans and roles, and tokens to padded batches.
 
-Teachers and students go through the same ``encode``, so that a cached teacher saw exactly what a live one would see, and so
-that the spans of two tokenizers can be aligned later. Only fast tokenizers will do: the slow ones know no spans. The
-tokenizers library is called directly, because the dictionaries that transformers builds on top of it cost more than the
-tokenisation itself. Nothing is padded before ``pad``: a batch is as long as its longest text.
+Teachers and students go through the same ``encode``, so that a cached teacher saw exactly what a live one would see,
+and so that the spans of two tokenizers can be aligned later. Only fast tokenizers will do: the slow ones know no spans.
+The tokenizers library is called directly, because the dictionaries that transformers builds on top of it cost more than
+the tokenisation itself. Nothing is padded before ``pad``: a batch is as long as its longest text.
 """
 
 from __future__ import annotations
@@ -31,16 +31,18 @@ if TYPE_CHECKING:
 
 TRUNCATION = "longest_first"  # and from the right: recorded with every teacher, because the cached bytes depend on it
 _CHUNK = 4096  # texts whose Encoding objects are alive at once
-_truncating = threading.Lock()  # a tokenizer's truncation is state of the object: set, used and put back under this lock
+_truncating = (
+    threading.Lock()
+)  # a tokenizer's truncation is state of the object: set, used and put back under this lock
 
 
 @dataclass(frozen=True)
 class EncodedTexts:
     """``n`` texts as ``T`` tokens in a row, without padding; row ``i`` is ``offsets[i]:offsets[i + 1]``.
 
-    ``starts`` and ``ends`` are the span of a token in code points of its own column, exactly as the tokenizer says: 0:0 for
-    special tokens, and of width zero for the lone spaces of byte-level BPE. ``segments`` is the column (0 or 1), -1 for special
-    tokens. ``token_type_ids`` is None where the model takes none.
+    ``starts`` and ``ends`` are the span of a token in code points of its own column, exactly as the tokenizer says: 0:0
+    for special tokens, and of width zero for the lone spaces of byte-level BPE. ``segments`` is the column (0 or 1), -1
+    for special tokens. ``token_type_ids`` is None where the model takes none.
     """
 
     input_ids: np.ndarray  # int32[T]
@@ -76,7 +78,9 @@ class EncodedTexts:
         places = self._places(rows)
         offsets = np.concatenate([[0], np.cumsum(self.lengths[rows])]).astype(np.int64)
         types = None if self.token_type_ids is None else self.token_type_ids[places]
-        starts, ends, segments, roles = (values[places] for values in (self.starts, self.ends, self.segments, self.roles))
+        starts, ends, segments, roles = (
+            values[places] for values in (self.starts, self.ends, self.segments, self.roles)
+        )
         truncated = None if self.truncated is None else self.truncated[rows]
         return EncodedTexts(self.input_ids[places], offsets, starts, ends, segments, roles, types, truncated)
 
@@ -88,7 +92,9 @@ class EncodedTexts:
         return places
 
 
-def load_tokenizer(model: str, revision: str | None = None, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    model: str, revision: str | None = None, *, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
     """The fast tokenizer of a model directory or hub name.
 
     Raises RecipeError where there is none to be had, ModelError where it is a slow one, or needs code of its own that
@@ -103,7 +109,9 @@ def load_tokenizer(model: str, revision: str | None = None, *, trust_remote_code
     hint = "Give a directory with tokenizer.json, or a hub name that is in reach or already downloaded."
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
-    except Exception as error:  # the loaders of transformers raise OSError, ValueError, KeyError, TypeError, JSON errors …
+    except (
+        Exception
+    ) as error:  # the loaders of transformers raise OSError, ValueError, KeyError, TypeError, JSON errors …
         if wants_code(error):
             raise code_not_run(model) from error
         reason = " ".join(str(error).split())[:200] or type(error).__name__
@@ -120,7 +128,8 @@ def require_fast(tokenizer: PreTrainedTokenizerBase) -> Any:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise ModelError(
-            f"tokenizer {type(tokenizer).__name__} of '{tokenizer.name_or_path}' is a slow one: it knows no character spans",
+            f"tokenizer {type(tokenizer).__name__} of '{tokenizer.name_or_path}' is a slow one: it knows no character "
+            "spans",
             "Convert it to tokenizer.json once, with transformers.convert_slow_tokenizer.",
         )
     return backend
@@ -129,9 +138,9 @@ def require_fast(tokenizer: PreTrainedTokenizerBase) -> Any:
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[tuple[str, ...]], max_length: int) -> EncodedTexts:
     """Tokens of texts of one or two columns each, cut to ``max_length`` tokens (special ones included).
 
-    Pairs lose tokens of the longer column first, from the right. A column may be empty. A text of which nothing is left, because the
-    tokenizer drops all of its characters and adds no special token, becomes one special token: a model needs something to read.
-    Raises ModelError where ``max_length`` leaves no room for text.
+    Pairs lose tokens of the longer column first, from the right. A column may be empty. A text of which nothing is
+    left, because the tokenizer drops all of its characters and adds no special token, becomes one special token: a
+    model needs something to read. Raises ModelError where ``max_length`` leaves no room for text.
     """
     backend = require_fast(tokenizer)
     columns = len(texts[0]) if texts else 1
@@ -145,7 +154,9 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[tuple[str, ...]],
         for first in range(0, len(texts), _CHUNK):
             chunk = texts[first : first + _CHUNK]
             encodings = backend.encode_batch([text[0] for text in chunk] if columns == 1 else list(chunk))
-            truncated = np.array([len(one) == max_length and bool(one.overflowing) for one in encodings], dtype=np.bool_)
+            truncated = np.array(
+                [len(one) == max_length and bool(one.overflowing) for one in encodings], dtype=np.bool_
+            )
             if any(not len(one) for one in encodings):
                 stand_in = _stand_in(tokenizer)
                 encodings = [one if len(one) else stand_in for one in encodings]
@@ -169,17 +180,22 @@ def _stand_in(tokenizer: PreTrainedTokenizerBase) -> _StandIn:
         if token is not None:
             return _StandIn([int(token)])
     raise ModelError(
-        f"tokenizer '{tokenizer.name_or_path}' makes no token at all of a text, and has no special token to stand in for it",
+        f"tokenizer '{tokenizer.name_or_path}' makes no token at all of a text, and has no special token to stand in "
+        "for it",
         "Remove the rows that show no character, or set eos_token in its tokenizer_config.json.",
     )
 
 
 def truncation_note(reader: str, truncated: int, texts: int, max_length: int) -> list[str]:
-    """One line where some of ``texts`` were cut: ``teacher 'bert': 31.4% of 6,920 texts have more than 128 tokens and are cut``."""
+    """One line where some of ``texts`` were cut.
+
+    ``teacher 'bert': 31.4% of 6,920 texts have more than 128 tokens and are cut``.
+    """
     if not truncated:
         return []
     return [
-        f"{reader}: {format_share(truncated / texts)} of {counted(texts, 'text')} have more than {max_length} tokens and are cut (max_length)"
+        f"{reader}: {format_share(truncated / texts)} of {counted(texts, 'text')} have more than {max_length} tokens "
+        "and are cut (max_length)"
     ]
 
 
@@ -188,7 +204,8 @@ def _check_max_length(tokenizer: PreTrainedTokenizerBase, backend: Any, max_leng
     least = special + (2 if pair else 1)
     if not least <= max_length < 2**31:
         raise ModelError(
-            f"max_length {max_length} does not fit tokenizer '{tokenizer.name_or_path}': it adds {special} special tokens, "
+            f"max_length {max_length} does not fit tokenizer '{tokenizer.name_or_path}': it adds {special} special "
+            "tokens, "
             f"so at least {least} are needed, and no more than {2**31 - 1} are possible",
             "Set max_length in [data], or in the section of that model, to what the model can take, e.g. 128.",
         )
@@ -214,8 +231,8 @@ def _truncated(backend: Any, max_length: int) -> Iterator[None]:
 def _special_roles(backend: Any, *, pair: bool) -> np.ndarray:
     """Roles of the special tokens of one text, in order: they are the same for every text, so one probe tells them.
 
-    The first token is FIRST where it precedes the text; what stands between the columns is MIDDLE; the first one after the
-    text is LAST; the rest is OTHER (language codes, or the [CLS] that XLNet puts last).
+    The first token is FIRST where it precedes the text; what stands between the columns is MIDDLE; the first one after
+    the text is LAST; the rest is OTHER (language codes, or the [CLS] that XLNet puts last).
     """
     probe = backend.encode("a", "a" if pair else None)
     sequence = [-1 if segment is None else segment for segment in probe.sequence_ids]
@@ -236,14 +253,18 @@ def _special_roles(backend: Any, *, pair: bool) -> np.ndarray:
     return np.array(roles, dtype=np.int8)
 
 
-def _pack(encodings: Sequence[Any], special_roles: np.ndarray, truncated: np.ndarray, *, with_types: bool) -> EncodedTexts:
+def _pack(
+    encodings: Sequence[Any], special_roles: np.ndarray, truncated: np.ndarray, *, with_types: bool
+) -> EncodedTexts:
     def flat(values: Sequence[Sequence[int]], dtype: type) -> np.ndarray:
         return np.fromiter(chain.from_iterable(values), dtype=dtype, count=total)
 
     ids = [encoding.ids for encoding in encodings]
     lengths = np.array([len(row) for row in ids], dtype=np.int64)
     total = int(lengths.sum())
-    spans = np.array(list(chain.from_iterable(encoding.offsets for encoding in encodings)), dtype=np.int32).reshape(total, 2)
+    spans = np.array(list(chain.from_iterable(encoding.offsets for encoding in encodings)), dtype=np.int32).reshape(
+        total, 2
+    )
     sequence = chain.from_iterable(encoding.sequence_ids for encoding in encodings)
     segments = np.fromiter((-1 if segment is None else segment for segment in sequence), dtype=np.int8, count=total)
     roles = np.full(total, TEXT, dtype=np.int8)
@@ -252,7 +273,8 @@ def _pack(encodings: Sequence[Any], special_roles: np.ndarray, truncated: np.nda
         roles[special] = OTHER  # stand-ins
     elif special.sum() != len(special_roles) * len(encodings):
         raise ModelError(
-            f"the tokenizer adds {len(special_roles)} special tokens to some texts and not to others; roles need one pattern"
+            f"the tokenizer adds {len(special_roles)} special tokens to some texts and not to others; roles need one "
+            "pattern"
         )
     else:
         roles[special] = np.tile(special_roles, len(encodings))
@@ -280,7 +302,10 @@ def _joined(chunks: Sequence[EncodedTexts], *, with_types: bool) -> EncodedTexts
 
 
 def tokenizer_json(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Its ``tokenizer.json`` in one canonical form, with truncation and padding nulled: they are state, not the tokenizer."""
+    """Its ``tokenizer.json`` in one canonical form, with truncation and padding nulled.
+
+    They are state, not the tokenizer.
+    """
     document = json.loads(require_fast(tokenizer).to_str())
     document["truncation"] = document["padding"] = None
     return json.dumps(document, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
@@ -292,7 +317,10 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token id that fills up a batch: that of the padding token, else of the end of text, else 0; never attended to."""
+    """The token id that fills up a batch.
+
+    That of the padding token, else of the end of text, else 0; never attended to.
+    """
     for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if isinstance(token, int):
             return token
@@ -300,7 +328,8 @@ def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def pad(encoded: EncodedTexts, rows: Sequence[int] | np.ndarray, pad_token_id: int) -> dict[str, torch.Tensor]:
-    """The texts at ``rows`` as model inputs: int64 [batch, longest of rows], padded on the right, whatever the tokenizer's side.
+    """The texts at ``rows`` as model inputs: int64 [batch, longest of rows], padded on the right, whatever the
+    tokenizer's side.
 
     What a model makes of the side of its padding is the business of ``kdcache.teachers.network``.
     Keys: ``input_ids``, ``attention_mask`` and, where the model takes them, ``token_type_ids`` (padded with 0).
@@ -317,16 +346,21 @@ def pad(encoded: EncodedTexts, rows: Sequence[int] | np.ndarray, pad_token_id: i
         table[mask] = values[places]
         return torch.from_numpy(table)
 
-    batch = {"input_ids": padded(encoded.input_ids, pad_token_id), "attention_mask": torch.from_numpy(mask.astype(np.int64))}
+    batch = {
+        "input_ids": padded(encoded.input_ids, pad_token_id),
+        "attention_mask": torch.from_numpy(mask.astype(np.int64)),
+    }
     if encoded.token_type_ids is not None:
         batch["token_type_ids"] = padded(encoded.token_type_ids, 0)
     return batch
 
 
 def token_budget_batches(lengths: np.ndarray, tokens_per_batch: int) -> list[np.ndarray]:
-    """Rows cut into batches whose padded size (rows x longest) stays within ``tokens_per_batch``; at least one row each.
+    """Rows cut into batches whose padded size (rows x longest) stays within ``tokens_per_batch``; at least one row
+    each.
 
-    Rows are sorted by length (stable), the longest first: what does not fit into memory fails in the first batch, not in the last.
+    Rows are sorted by length (stable), the longest first: what does not fit into memory fails in the first batch, not
+    in the last.
     """
     order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")
     batches, first = [], 0

@@ -1,10 +1,11 @@
 """Labels: cells of a file to class numbers, with the names kept.
 
-Names are strings; an integer label ``1`` is the name ``"1"``. The class order is that of ``data.labels``, else that of the data
-set where it names its classes, else sorted, integers by their value, so that it does not depend on the order of the rows.
+Names are strings; an integer label ``1`` is the name ``"1"``. The class order is that of ``data.labels``, else that of
+the data set where it names its classes, else sorted, integers by their value, so that it does not depend on the order
+of the rows.
 
-A column that holds no classes can look like one: scores, several labels in a cell, class numbers of another order, GLUE's -1
-for a label that is withheld. Each is refused by name, unless ``data.labels`` says that these are the classes:
+A column that holds no classes can look like one: scores, several labels in a cell, class numbers of another order,
+GLUE's -1 for a label that is withheld. Each is refused by name, unless ``data.labels`` says that these are the classes:
 
     3.8, -0.5       numbers that are not integers, in a file of any type
     -1              beside two or more other classes, none of them negative: a class, or no label
@@ -39,7 +40,10 @@ _FEW_ROWS, _MANY_CLASSES = 8, 10
 
 @dataclass(frozen=True)
 class ClassOrder:
-    """The classes in their order, and what ``declared`` it: a recipe key, a data set, a model. Empty: sorted as found."""
+    """The classes in their order, and what ``declared`` it.
+
+    A recipe key, a data set, a model. Empty: sorted as found.
+    """
 
     names: tuple[str, ...]
     declared: str = ""
@@ -47,7 +51,8 @@ class ClassOrder:
 
     @property
     def numbered(self) -> bool:
-        """Whether an integer can stand for the class of that number: the order was declared, and no name is an integer itself.
+        """Whether an integer can stand for the class of that number: the order was declared, and no name is an integer
+        itself.
 
         False and true are in one order everywhere.
         """
@@ -57,8 +62,14 @@ class ClassOrder:
 
 
 def numbers_known(names: Sequence[str], *, declared: bool) -> bool:
-    """Whether it is known which class a bare number means: the names are numbers themselves, or their order was declared."""
-    return all(_INTEGER.fullmatch(name) for name in names) or ClassOrder(tuple(names), "declared" if declared else "").numbered
+    """Whether it is known which class a bare number means.
+
+    The names are numbers themselves, or their order was declared.
+    """
+    return (
+        all(_INTEGER.fullmatch(name) for name in names)
+        or ClassOrder(tuple(names), "declared" if declared else "").numbered
+    )
 
 
 def label_cells(rows: Rows, column: str, known: Iterable[str] = ()) -> list[str | None]:
@@ -99,18 +110,25 @@ def _name(value: Any, rows: Rows, row: int, column: str, known: frozenset[str]) 
 
 
 def _is_whole(number: float) -> bool:
-    return number.is_integer() or number in (float("inf"), -float("inf"))  # digits too many for a float are an integer's
+    return number.is_integer() or number in (
+        float("inf"),
+        -float("inf"),
+    )  # digits too many for a float are an integer's
 
 
 def _refuse_number(rows: Rows, row: int, column: str, value: object) -> NoReturn:
     raise DataError(
-        f"{_cell(rows, row, column)}: {value} is no class; a string or an integer was expected (regression is not supported)",
+        f"{_cell(rows, row, column)}: {value} is no class; a string or an integer was expected (regression is not "
+        "supported)",
         f"Cut scores into classes first; where such numbers are classes, {_DECLARE}.",
     )
 
 
-def class_order(rows: Rows, labels: Sequence[str | None], column: str, given: Sequence[str] | None = None) -> ClassOrder:
-    """The classes that ``labels``, the cells of ``column``, are of: ``given`` (data.labels), those of the data set, or sorted.
+def class_order(
+    rows: Rows, labels: Sequence[str | None], column: str, given: Sequence[str] | None = None
+) -> ClassOrder:
+    """The classes that ``labels``, the cells of ``column``, are of: ``given`` (data.labels), those of the data set, or
+    sorted.
 
     Raises DataError where none is given and what was found cannot be told for classes, or their order not known.
     """
@@ -130,12 +148,20 @@ def class_order(rows: Rows, labels: Sequence[str | None], column: str, given: Se
 
 
 def _refuse_withheld(rows: Rows, labels: Sequence[str | None], column: str, found: set[str]) -> None:
-    """-1 beside 0 and 1 may be a class, or a label that is withheld. Among negative numbers, or beside one class, it is a class."""
+    """-1 beside 0 and 1 may be a class, or a label that is withheld.
+
+    Among negative numbers, or beside one class, it is a class.
+    """
     others = found - {_WITHHELD}
-    if _WITHHELD not in found or len(others) < 2 or any(name.startswith("-") and _INTEGER.fullmatch(name) for name in others):
+    if (
+        _WITHHELD not in found
+        or len(others) < 2
+        or any(name.startswith("-") and _INTEGER.fullmatch(name) for name in others)
+    ):
         return
     raise DataError(
-        f"{_cell(rows, labels.index(_WITHHELD), column)}: the label -1 is a class, or stands for no label as in GLUE; which is not known",
+        f"{_cell(rows, labels.index(_WITHHELD), column)}: the label -1 is a class, or stands for no label as in GLUE; "
+        "which is not known",
         f"Leave the cell empty where there is no label; where -1 is a class, {_DECLARE}.",
     )
 
@@ -148,7 +174,8 @@ def _refuse_several(rows: Rows, labels: Sequence[str | None], column: str, found
 
 def _refuse_multilabel(rows: Rows, row: int, column: str, name: str, parts: Sequence[str]) -> NoReturn:
     raise DataError(
-        f"{_cell(rows, row, column)}: '{listed([name])}' is several labels, {listed(parts, quoted=True)}, each a class of its own: "
+        f"{_cell(rows, row, column)}: '{listed([name])}' is several labels, {listed(parts, quoted=True)}, each a class "
+        "of its own: "
         "multi-label data are not supported",
         f"Give one label per row; where the combination is a class, {_DECLARE}.",
     )
@@ -167,15 +194,20 @@ def _refuse_mixed(rows: Rows, row: int, column: str, label: str, names: Sequence
     raise DataError(
         f"{_cell(rows, row, column)}: the label is '{label}', and {where} has {listed(names, quoted=True)}: "
         "which name belongs to which number is not known",
-        "Correct the row, or name the classes in data.labels, in the order of the numbers (for kdcache evaluate: --labels, once per class).",
+        "Correct the row, or name the classes in data.labels, in the order of the numbers (for kdcache evaluate: "
+        "--labels, once per class).",
     )
 
 
-def label_numbers(rows: Rows, labels: Sequence[str | None], order: ClassOrder, column: str, *, scored: bool) -> np.ndarray:
-    """int64[n] class numbers, -1 = none. Raises DataError for a label that is not among the names, and for none where ``scored``.
+def label_numbers(
+    rows: Rows, labels: Sequence[str | None], order: ClassOrder, column: str, *, scored: bool
+) -> np.ndarray:
+    """int64[n] class numbers, -1 = none.
 
-    Where the class order is declared and no name is an integer, integers are taken as class numbers: files with 0 and 1 go with
-    names given in the recipe, or by a data set.
+    Raises DataError for a label that is not among the names, and for none where ``scored``.
+
+    Where the class order is declared and no name is an integer, integers are taken as class numbers: files with 0 and 1
+    go with names given in the recipe, or by a data set.
     """
     numbers: dict[str | None, int] = {name: number for number, name in enumerate(order.names)}
     if order.numbered and not _other_integers(rows.class_names.get(column, ())):
@@ -203,8 +235,10 @@ def _refuse_unknown(rows: Rows, row: int, label: str | None, order: ClassOrder, 
         )
     if label == _WITHHELD:
         raise DataError(
-            f"{rows.place(row)} has the label '-1', which {listed_by} does not have; in GLUE it stands for a label that is withheld",
-            "Leave the cell of an unlabelled training row empty; score on a split that has labels, for example the validation split.",
+            f"{rows.place(row)} has the label '-1', which {listed_by} does not have; in GLUE it stands for a label "
+            "that is withheld",
+            "Leave the cell of an unlabelled training row empty; score on a split that has labels, for example the "
+            "validation split.",
         )
     parts = next((parts for _, parts in _compounds([label]) if all(part in names for part in parts)), None)
     if parts is not None:
@@ -213,19 +247,24 @@ def _refuse_unknown(rows: Rows, row: int, label: str | None, order: ClassOrder, 
     if not order.declared and kinds == {not _INTEGER.fullmatch(label)}:
         _refuse_mixed(rows, row, column, label, names, order.source)
     raise DataError(
-        f"{rows.place(row)} has the label '{listed([label])}', which {listed_by} does not have; known: {listed(names, quoted=True)}",
+        f"{rows.place(row)} has the label '{listed([label])}', which {listed_by} does not have; known: "
+        f"{listed(names, quoted=True)}",
         "Correct the row, or name every class in data.labels.",
     )
 
 
 def label_warnings(order: ClassOrder, labels: np.ndarray) -> list[str]:
-    """What is allowed and still odd about the classes of a training split, ``labels`` int64[n]: many with few rows, and ``a|b``."""
+    """What is allowed and still odd about the classes of a training split, ``labels`` int64[n].
+
+    Many with few rows, and ``a|b``.
+    """
     warnings = []
     counts = np.bincount(labels[labels >= 0], minlength=len(order.names))
     few = int((counts < _FEW_ROWS).sum())
     if len(order.names) >= _MANY_CLASSES and 2 * few > len(order.names):
         warnings.append(
-            f"{few:,} of the {len(order.names):,} classes have fewer than {_FEW_ROWS} rows of train: is the label column the right one, "
+            f"{few:,} of the {len(order.names):,} classes have fewer than {_FEW_ROWS} rows of train: is the label "
+            "column the right one, "
             "and does it hold classes?"
         )
     if not order.declared:
@@ -233,20 +272,23 @@ def label_warnings(order: ClassOrder, labels: np.ndarray) -> list[str]:
         shared = [name for name, parts in _compounds(order.names) if any(times[part] > 1 for part in parts)]
         if shared:
             warnings.append(
-                f"{len(set(shared)):,} classes look like several labels in one, such as '{listed(shared[:1])}': each combination is "
+                f"{len(set(shared)):,} classes look like several labels in one, such as '{listed(shared[:1])}': each "
+                "combination is "
                 "learned as a class of its own"
             )
     return warnings
 
 
 def mismatch_cure(of_data: Sequence[str], wanted: Sequence[str], cure: str) -> str:
-    """``cure``, for labels of the data that are not ``wanted``; another one where the one are integers and the other names.
+    """``cure``, for labels of the data that are not ``wanted``; another one where the one are integers and the other
+    names.
 
     Then data.labels would be believed to say what the integers mean, whatever they mean in the file.
     """
     if all(_INTEGER.fullmatch(name) for name in of_data) and not any(_INTEGER.fullmatch(name) for name in wanted):
         return (
-            "The data number their classes: set data.labels to these names where 0 is the first of them, 1 the second and so on; else "
+            "The data number their classes: set data.labels to these names where 0 is the first of them, 1 the second "
+            "and so on; else "
             "write the names into the data."
         )
     return cure

@@ -1,8 +1,9 @@
 """Data files to columns of strings and numbers, with the line that every row came from.
 
-The readers are strict, because a row that is silently dropped, shifted or cut is a wrong label in every student: a wrong number
-of fields, a bad byte or a NUL is an error that names file and line. TSV has no quoting (as in GLUE: a quotation mark is an
-ordinary character), CSV quotes as spreadsheets do, JSON lines hold one object per line, Parquet is read by pyarrow.
+The readers are strict, because a row that is silently dropped, shifted or cut is a wrong label in every student: a
+wrong number of fields, a bad byte or a NUL is an error that names file and line. TSV has no quoting (as in GLUE: a
+quotation mark is an ordinary character), CSV quotes as spreadsheets do, JSON lines hold one object per line, Parquet is
+read by pyarrow.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ class Rows:
     columns: dict[str, Sequence[Any]]
     lines: Sequence[int]
     unit: str = "line"  # or "row", where there are no lines
-    class_names: dict[str, tuple[str, ...]] = field(default_factory=dict)  # of integer columns whose data set names the classes
+    class_names: dict[str, tuple[str, ...]] = field(
+        default_factory=dict
+    )  # of integer columns whose data set names the classes
 
     def __len__(self) -> int:
         return len(self.lines)
@@ -43,7 +46,9 @@ class Rows:
 
     def take(self, keep: Sequence[bool]) -> Rows:
         """The rows where ``keep`` is true."""
-        columns: dict[str, Sequence[Any]] = {name: list(compress(values, keep)) for name, values in self.columns.items()}
+        columns: dict[str, Sequence[Any]] = {
+            name: list(compress(values, keep)) for name, values in self.columns.items()
+        }
         return replace(self, columns=columns, lines=list(compress(self.lines, keep)))
 
     def column(self, name: str, key: str) -> Sequence[Any]:
@@ -51,12 +56,15 @@ class Rows:
         if name not in self.columns:
             known = listed(self.columns, quoted=True)
             flag = f"; for kdcache evaluate: --{key}" if key in ("text", "label") else ""
-            raise DataError(f"{self.source} has no column '{name}'; it has: {known}", f"Set data.{key} to one of these{flag}.")
+            raise DataError(
+                f"{self.source} has no column '{name}'; it has: {known}", f"Set data.{key} to one of these{flag}."
+            )
         return self.columns[name]
 
 
 def read_rows(source: str, split: str = "train") -> Rows:
-    """All rows of a file, or of a hub data set ``name``, ``name:config`` or ``name:config/split`` (``split`` where none is named).
+    """All rows of a file, or of a hub data set ``name``, ``name:config`` or ``name:config/split`` (``split`` where none
+    is named).
 
     Raises DataError with file, line and cure.
     """
@@ -64,10 +72,13 @@ def read_rows(source: str, split: str = "train") -> Rows:
     if path.is_file():
         return _read_file(path)
     if path.is_dir():
-        raise DataError(f"'{path.absolute()}' is a directory; a data file was expected", f"Give one of its files ({_KNOWN}).")
+        raise DataError(
+            f"'{path.absolute()}' is a directory; a data file was expected", f"Give one of its files ({_KNOWN})."
+        )
     if path.suffix.lower() in _READERS or not _HUB_NAME.fullmatch(source):
         raise DataError(
-            f"there is no data file '{path.absolute()}'", "Paths in a recipe are relative to the recipe; check the spelling."
+            f"there is no data file '{path.absolute()}'",
+            "Paths in a recipe are relative to the recipe; check the spelling.",
         )
 
     return read_hub(source, split)
@@ -82,7 +93,9 @@ def _read_file(path: Path) -> Rows:
     try:
         rows = reader(path)
     except OSError as error:
-        raise DataError(f"'{path}' cannot be read: {error.strerror or error}", "Check the file and its permissions.") from error
+        raise DataError(
+            f"'{path}' cannot be read: {error.strerror or error}", "Check the file and its permissions."
+        ) from error
     if not rows.columns:
         raise DataError(f"'{path}' is empty; a header and rows were expected")
     if not len(rows):
@@ -97,7 +110,8 @@ def _read_text(path: Path) -> str:
     if nul >= 0:
         line = content.count(b"\n", 0, nul) + 1
         raise DataError(
-            f"{path}, line {line} holds a NUL byte; text was expected", "Is it UTF-16, or a binary file? Save it as UTF-8."
+            f"{path}, line {line} holds a NUL byte; text was expected",
+            "Is it UTF-16, or a binary file? Save it as UTF-8.",
         )
     try:
         return content.decode("utf-8-sig")
@@ -133,7 +147,8 @@ def _read_csv(path: Path) -> Rows:
             line = reader.line_num + 1
     except csv.Error as error:
         raise DataError(
-            f"{path}, line {line} is not CSV: {error}", "Double the quotation marks inside of a quoted field, or save it as TSV."
+            f"{path}, line {line} is not CSV: {error}",
+            "Double the quotation marks inside of a quoted field, or save it as TSV.",
         ) from error
     finally:
         csv.field_size_limit(limit)
@@ -154,9 +169,13 @@ def _read_jsonl(path: Path) -> Rows:
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{path}, line {number} is not JSON: {error}", "Each line holds one JSON object.") from error
+            raise DataError(
+                f"{path}, line {number} is not JSON: {error}", "Each line holds one JSON object."
+            ) from error
         if not isinstance(record, dict):
-            raise DataError(f"{path}, line {number} is not a JSON object but: {line[:60]}", 'Write {"text": …, "label": …}.')
+            raise DataError(
+                f"{path}, line {number} is not a JSON object but: {line[:60]}", 'Write {"text": …, "label": …}.'
+            )
         records.append(record)
         numbers.append(number)
     names = dict.fromkeys(name for record in records for name in record)
@@ -170,7 +189,9 @@ def _read_parquet(path: Path) -> Rows:
     try:
         table = parquet.ParquetFile(path).read()
     except (pa.ArrowException, ValueError) as error:
-        raise DataError(f"'{path}' is not readable Parquet: {str(error).splitlines()[0]}", "Write or copy it again.") from error
+        raise DataError(
+            f"'{path}' is not readable Parquet: {str(error).splitlines()[0]}", "Write or copy it again."
+        ) from error
     columns = {name: table.column(index).to_pylist() for index, name in enumerate(table.column_names)}
     return Rows(str(path), columns, range(1, table.num_rows + 1), unit="row")
 
@@ -213,7 +234,10 @@ def parse_spec(spec: str, split: str) -> tuple[str, str | None, str]:
 
 
 def read_hub(spec: str, split: str) -> Rows:
-    """One split of a hub data set. Raises DataError where the extra is missing, the hub out of reach, or the name unknown."""
+    """One split of a hub data set.
+
+    Raises DataError where the extra is missing, the hub out of reach, or the name unknown.
+    """
     name, config, split = parse_spec(spec, split)
     no_file = f"there is no data file '{Path(spec).absolute()}'"
     try:
@@ -237,7 +261,10 @@ def read_hub(spec: str, split: str) -> Rows:
 
 
 def rows_of(table: Any, source: str) -> Rows:
-    """A ``datasets.Dataset`` as rows; classes of ``ClassLabel`` columns keep their names, and -1 means no label, as there."""
+    """A ``datasets.Dataset`` as rows.
+
+    Classes of ``ClassLabel`` columns keep their names, and -1 means no label, as there.
+    """
     columns: dict[str, Sequence[Any]] = {name: list(table[name]) for name in table.column_names}
     class_names = {}
     for name, feature in table.features.items():

@@ -2,16 +2,17 @@
 
     Rows (files.py, hub.py)  ->  texts, labels, groups of a split  ->  Examples by text id + texts  ->  TaskData
 
-Examples keep their duplicates and the order of their file; texts are stored and run once. Which texts go to validation or are
-taken from the transfer files is decided by a seeded hash of the text id, so it depends neither on the order of the rows nor
-on the version of any library. What is odd in the data but no error is counted in ``DataCounts`` and shown to the user:
-duplicates, conflicting labels, texts that train and test share, transfer texts that would leak the evaluation.
+Examples keep their duplicates and the order of their file; texts are stored and run once. Which texts go to validation
+or are taken from the transfer files is decided by a seeded hash of the text id, so it depends neither on the order of
+the rows nor on the version of any library. What is odd in the data but no error is counted in ``DataCounts`` and shown
+to the user: duplicates, conflicting labels, texts that train and test share, transfer texts that would leak the
+evaluation.
 
-Rows of train may lack a label (an empty cell, or null): they count as label -1 and are distilled like transfer texts. Rows of
-validation and test may not, because they are scored.
+Rows of train may lack a label (an empty cell, or null): they count as label -1 and are distilled like transfer texts.
+Rows of validation and test may not, because they are scored.
 
-A row without any text is left out and counted, in every split: no model can answer it, and one such row must not end a run. A
-pair with one empty column is a text like others.
+A row without any text is left out and counted, in every split: no model can answer it, and one such row must not end a
+run. A pair with one empty column is a text like others.
 """
 
 from __future__ import annotations
@@ -83,7 +84,11 @@ class _Split:
         """The rows where ``keep`` is true."""
         rows = replace(self.rows, columns={}).take(keep)
         groups = None if self.groups is None else tuple(compress(self.groups, keep))
-        texts, ids, labels = list(compress(self.texts, keep)), list(compress(self.ids, keep)), list(compress(self.labels, keep))
+        texts, ids, labels = (
+            list(compress(self.texts, keep)),
+            list(compress(self.ids, keep)),
+            list(compress(self.labels, keep)),
+        )
         return replace(self, rows=rows, texts=texts, ids=ids, labels=labels, groups=groups)
 
 
@@ -122,11 +127,14 @@ def read_examples(
     labels_declared: bool = True,
     numbered_as: Sequence[str] | None = None,
 ) -> LabelledTexts:
-    """The rows of one file or hub data set, in order; labels all -1 where ``label`` is None. Rows without text are left out.
+    """The rows of one file or hub data set, in order; labels all -1 where ``label`` is None.
 
-    ``label_names`` gives the class order and what is known; sorted as found where None. Integers are class numbers of it only
-    where it was declared (``labels_declared``) and not sorted, or of ``numbered_as`` where given. Raises DataError as ``load_task`` does, also for rows without a
-    label where a label column is named: they could not be scored.
+    Rows without text are left out.
+
+    ``label_names`` gives the class order and what is known; sorted as found where None. Integers are class numbers of
+    it only where it was declared (``labels_declared``) and not sorted, or of ``numbered_as`` where given. Raises
+    DataError as ``load_task`` does, also for rows without a label where a label column is named: they could not be
+    scored.
     """
     rows, texts, empty = rows_with_text(read_rows(source, split), text)
     ids = ids_of(rows, texts)
@@ -176,7 +184,9 @@ def _split_off(train: _Split, fraction: float, seed: int) -> tuple[_Split, _Spli
     """Train and validation: all rows of a text go to one side; texts with an unlabelled row stay in train."""
     unlabelled = {identity for identity, label in zip(train.ids, train.labels, strict=True) if label is None}
     keys = seeded_keys(train.ids, seed, "validation")
-    chosen = [key < fraction * 2**64 and identity not in unlabelled for identity, key in zip(train.ids, keys, strict=True)]
+    chosen = [
+        key < fraction * 2**64 and identity not in unlabelled for identity, key in zip(train.ids, keys, strict=True)
+    ]
     rest = [not side for side in chosen]
     if not any(chosen) or not any(rest):
         raise DataError(
@@ -221,7 +231,8 @@ def _transfer(section: DataSection, splits: dict[str, _Split]) -> tuple[dict[byt
 
 
 def column_texts(rows: Rows, names: Sequence[str]) -> list[tuple[str, ...]]:
-    """One tuple of ``names``' values per row, exactly as in the file: it is what tokenizers are given and ids are made of.
+    """One tuple of ``names``' values per row, exactly as in the file: it is what tokenizers are given and ids are made
+    of.
 
     A null is the empty string. Raises DataError for a missing column, and for a text that is no string, or holds a NUL.
     """
@@ -238,8 +249,8 @@ def column_texts(rows: Rows, names: Sequence[str]) -> list[tuple[str, ...]]:
 def has_text(text: tuple[str, ...]) -> bool:
     """Whether a column has anything but white space. Where none has, a model would read special tokens alone.
 
-    A pair with one empty column is a text. White space is what Python takes for it; of other characters that show nothing, such
-    as U+200B, some tokenizers make tokens and others do not, so they count as text.
+    A pair with one empty column is a text. White space is what Python takes for it; of other characters that show
+    nothing, such as U+200B, some tokenizers make tokens and others do not, so they count as text.
     """
     return any(column.strip() for column in text)
 
@@ -256,7 +267,9 @@ def rows_with_text(rows: Rows, names: Sequence[str]) -> tuple[Rows, list[tuple[s
         return rows, texts, 0
     if left_out == len(keep):
         columns = " and ".join(f"'{name}'" for name in names)
-        raise DataError(f"{rows.source} has no text in any row of {columns}", "Name the column that holds the text in data.text.")
+        raise DataError(
+            f"{rows.source} has no text in any row of {columns}", "Name the column that holds the text in data.text."
+        )
     return rows.take(keep), list(compress(texts, keep)), left_out
 
 
@@ -265,12 +278,16 @@ def _unusable(rows: Rows, row: int, name: str, value: object) -> DataError:
     if isinstance(value, str):
         return DataError(f"{place}: the text holds a NUL character", "Remove it from the row.")
     return DataError(
-        f"{place}: {value!r} is no text but {type(value).__name__}", "Name a text column in data.text, or store it as a string."
+        f"{place}: {value!r} is no text but {type(value).__name__}",
+        "Name a text column in data.text, or store it as a string.",
     )
 
 
 def ids_of(rows: Rows, texts: Sequence[tuple[str, ...]]) -> list[bytes]:
-    """Text ids. Raises DataError with the line for a text that is no Unicode (half of a surrogate pair out of a JSON escape)."""
+    """Text ids.
+
+    Raises DataError with the line for a text that is no Unicode (half of a surrogate pair out of a JSON escape).
+    """
     ids = []
     for row, text in enumerate(texts):
         try:
@@ -283,4 +300,6 @@ def ids_of(rows: Rows, texts: Sequence[tuple[str, ...]]) -> list[bytes]:
 def seeded_keys(ids: Sequence[bytes], seed: int, purpose: str) -> list[int]:
     """A number in 0 .. 2^64 - 1 per text, evenly spread: a pure function of text, seed and purpose."""
     key, person = seed.to_bytes(8, "little"), purpose.encode()
-    return [int.from_bytes(blake2b(identity, digest_size=8, key=key, person=person).digest(), "little") for identity in ids]
+    return [
+        int.from_bytes(blake2b(identity, digest_size=8, key=key, person=person).digest(), "little") for identity in ids
+    ]

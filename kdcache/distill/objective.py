@@ -157,7 +157,9 @@ class DistillationModel(nn.Module):
         labelled = sum(int((batch.labels >= 0).sum()) for batch in batches)
         return StepCounts(sum(len(batch.labels) for batch in batches), labelled, vectors)
 
-    def forward(self, batch: Batch, counts: StepCounts, moment: Moment | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self, batch: Batch, counts: StepCounts, moment: Moment | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """(loss, terms before their weights). Over the micro-batches of a step both add up to those of the step."""
         moment, method = moment or Moment(), self.settings.method
         output = self.student(batch.inputs, hidden_states=self.settings.needs_hidden)

@@ -38,7 +38,10 @@ class TeacherScores:
 
 
 def teacher_scores(source: TargetSource, data: StudentData, *, missing: str) -> TeacherScores:
-    """From the logits of the cache; no teacher runs. With ``missing = "skip"`` a split that the cache lacks is left out."""
+    """From the logits of the cache.
+
+    No teacher runs. With ``missing = "skip"`` a split that the cache lacks is left out.
+    """
     each: dict[str, dict[str, Mapping[str, float]]] = {name: {} for name in source.teachers}
     mean: dict[str, Mapping[str, float]] = {}
     for split in SCORED if source.teachers else ():
@@ -69,7 +72,9 @@ class Measured:
     best_epoch: int
     training_seconds: float  # of this process: a resumed training took longer
     seconds: float
-    truncated: Mapping[str, float] = field(default_factory=dict)  # split -> share of the texts that the student read cut
+    truncated: Mapping[str, float] = field(
+        default_factory=dict
+    )  # split -> share of the texts that the student read cut
 
 
 def build_results(training: Training, measured: Measured, metrics: Path) -> dict[str, Any]:
@@ -135,12 +140,19 @@ def _teacher(found: Mapping[str, Mapping[str, float]], facts: TeacherFacts | Non
     measured: dict[str, Any] = {"parameters": None, "latency_ms": None, "texts_per_second": None}
     if facts is not None:
         speed = facts.speed
-        measured = {"parameters": facts.parameters, "latency_ms": speed.latency_ms, "texts_per_second": speed.texts_per_second}
+        measured = {
+            "parameters": facts.parameters,
+            "latency_ms": speed.latency_ms,
+            "texts_per_second": speed.texts_per_second,
+        }
     return {**measured, "scores": {split: dict(values) for split, values in found.items()}}
 
 
 def _truncated_by_teachers(cache: Cache | None, names: Sequence[str]) -> dict[str, float]:
-    """The share of the texts that each teacher read cut, as far as the provenance of the cache says: that of 0.1.0 does not."""
+    """The share of the texts that each teacher read cut, as far as the provenance of the cache says.
+
+    That of 0.1.0 does not.
+    """
     if cache is None:
         return {}
     records = cache.manifest.provenance.get("teachers")
@@ -148,7 +160,9 @@ def _truncated_by_teachers(cache: Cache | None, names: Sequence[str]) -> dict[st
     for name in names:
         record = records.get(name) if isinstance(records, Mapping) else None
         cut, texts = (
-            (record.get(key) for key in ("texts_truncated", "texts_run")) if isinstance(record, Mapping) else (None, None)
+            (record.get(key) for key in ("texts_truncated", "texts_run"))
+            if isinstance(record, Mapping)
+            else (None, None)
         )
         if isinstance(cut, int) and isinstance(texts, int) and 0 <= cut <= texts and texts:
             found[name] = cut / texts

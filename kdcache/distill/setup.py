@@ -77,8 +77,8 @@ class Training:
     def identity(self, model: DistillationModel) -> dict[str, Any]:
         """All that the weights depend on; the loop refuses to go on from a checkpoint of another training.
 
-        Of the loader: batches follow from data, cache, batch size, seed, window and ``missing``, which are here. Not here are the
-        device and the versions of libraries, which change rounding only: a training may go on elsewhere.
+        Of the loader: batches follow from data, cache, batch size, seed, window and ``missing``, which are here. Not
+        here are the device and the versions of libraries, which change rounding only: a training may go on elsewhere.
         """
         section = self.recipe.distill.model_dump(mode="json", exclude={"checkpoint_steps"})
         return {f"distill.{key}": value for key, value in section.items()} | {
@@ -110,7 +110,9 @@ class Training:
 
     def some_texts(self) -> list[tuple[str, ...]]:
         """What speed is measured on: the first texts of the test split, or of what there is."""
-        return self.data.texts_of(next(name for name in ("test", "validation", "train") if name in self.data.splits))[:96]
+        return self.data.texts_of(next(name for name in ("test", "validation", "train") if name in self.data.splits))[
+            :96
+        ]
 
 
 def prepare(
@@ -142,11 +144,15 @@ def prepare(
 
 
 def _note_memory(needed: int, progress: Progress) -> None:
-    """Say before the first step that a window will not fit, where parts are large: the system would only kill the run."""
+    """Say before the first step that a window will not fit, where parts are large.
+
+    The system would only kill the run.
+    """
     installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > installed / 2:
         progress.note(
-            f"the window holds up to {format_bytes(needed)} of hidden states at once, of {format_bytes(installed)} of memory in all: "
+            f"the window holds up to {format_bytes(needed)} of hidden states at once, of {format_bytes(installed)} of "
+            "memory in all: "
             "a smaller distill.window needs less"
         )
 

@@ -4,8 +4,9 @@
 
     data and cache -> student -> source of batches -> training -> best epoch -> scores -> student/, results.json
 
-No teacher is on the device while the student trains. Killed at any moment, the same command goes on from the last checkpoint
-and ends with the same weights (CPU, float32). ``results.json`` is written last: a run that has it is complete.
+No teacher is on the device while the student trains. Killed at any moment, the same command goes on from the last
+checkpoint and ends with the same weights (CPU, float32). ``results.json`` is written last: a run that has it is
+complete.
 """
 
 from __future__ import annotations
@@ -63,20 +64,26 @@ def distill(
 ) -> DistillResult:
     """Train the recipe's student and write ``student/``, ``results.json`` and ``metrics.jsonl`` under ``run_root``.
 
-    ``cache`` is a directory, or an open cache that is read through from elsewhere; None for methods without teachers. With
-    ``live_teachers``, a teachers directory, targets come from the teachers themselves; the cache still says which texts, layers
-    and projections. Raises RecipeError, DataError, ModelError,
-    MismatchError (exit 4), DamageError (exit 3), NonFiniteError, StorageError.
+    ``cache`` is a directory, or an open cache that is read through from elsewhere; None for methods without teachers.
+    With ``live_teachers``, a teachers directory, targets come from the teachers themselves; the cache still says which
+    texts, layers and projections. Raises RecipeError, DataError, ModelError, MismatchError (exit 4), DamageError (exit
+    3), NonFiniteError, StorageError.
     """
     run, started = RunDirectory(run_root), time.perf_counter()
     training = prepare(recipe, cache, run_root, live_teachers, progress)
     source, student, data = training.source, training.student, training.data
-    facts = check_teachers(training.teachers_dir, training.cache, source.teachers, training.some_texts(), recipe.trusted())
-    said = teacher_scores(source, data, missing=recipe.distill.missing)  # before training: a cache that lacks texts says so now
+    facts = check_teachers(
+        training.teachers_dir, training.cache, source.teachers, training.some_texts(), recipe.trusted()
+    )
+    said = teacher_scores(
+        source, data, missing=recipe.distill.missing
+    )  # before training: a cache that lacks texts says so now
     if source.skipped:
         progress.note(f"{source.skipped} rows are left out: the cache lacks their texts")
     splits = {
-        name: encode_split(student, data.texts_of(name), data.splits[name].labels) for name in SCORED if name in data.splits
+        name: encode_split(student, data.texts_of(name), data.splits[name].labels)
+        for name in SCORED
+        if name in data.splits
     }
     for name, split in splits.items():
         cut, rows = split.encoded.truncated_count, len(split.encoded)
@@ -114,7 +121,9 @@ def _train(training: Training, validation: EncodedSplit | None, run: RunDirector
         accumulation=section.accumulation,
         select_by=section.select_by,
     )
-    loop = replace(LoopSettings.from_section(section, identity, NEWER_KEYS), log_steps=1, own_rates=_own_rates(section, model))
+    loop = replace(
+        LoopSettings.from_section(section, identity, NEWER_KEYS), log_steps=1, own_rates=_own_rates(section, model)
+    )
     outcome = train(trainee, loop, checkpoints=place, progress=progress, on_metrics=MetricsLog(run.metrics, STAGE))
     trainee.load_best(outcome.best_epoch)
     return outcome.best_epoch

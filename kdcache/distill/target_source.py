@@ -67,7 +67,8 @@ def open_source(
 ) -> TargetSource:
     """The source that the recipe asks for. Methods without teachers take no transfer texts: these carry no label.
 
-    ``trusted``: names of the teachers whose own Python code may be run. Raises RecipeError where a method needs teachers and there is no cache; MismatchError where the cache lacks something.
+    ``trusted``: names of the teachers whose own Python code may be run. Raises RecipeError where a method needs
+    teachers and there is no cache; MismatchError where the cache lacks something.
     """
     uses_teachers = settings.method.uses_teachers
     common = {"batch_size": section.batch_size, "max_length": student.max_length, "seed": section.seed}
@@ -101,9 +102,10 @@ def choose(
 ) -> tuple[tuple[str, ...], LayerMap, LayersOfEpoch | None]:
     """Teachers and layers: the layer map of the method or recipe, or what ``distill.teacher_layers`` says.
 
-    Where the map changes from epoch to epoch, it names all layers that any epoch uses, and a function gives that of an epoch.
-    A layer that the cache lacks is never replaced by another. Raises MismatchError naming the stored ones, and for layers
-    whose stored vectors a term cannot use; RecipeError for lists of the wrong length and for teachers that are not used.
+    Where the map changes from epoch to epoch, it names all layers that any epoch uses, and a function gives that of an
+    epoch. A layer that the cache lacks is never replaced by another. Raises MismatchError naming the stored ones, and
+    for layers whose stored vectors a term cannot use; RecipeError for lists of the wrong length and for teachers that
+    are not used.
     """
     if not settings.method.uses_teachers:
         return (), {}, None
@@ -111,7 +113,9 @@ def choose(
     if not settings.needs_hidden:
         return names, {}, None
     lists = _chosen_lists(section, names, student_layers)
-    teachers = {name: TeacherLayers(cache.teachers[name].depth, tuple(sorted(cache.teachers[name].layers))) for name in names}
+    teachers = {
+        name: TeacherLayers(cache.teachers[name].depth, tuple(sorted(cache.teachers[name].layers))) for name in names
+    }
     mapping = settings.layer_map
 
     def layers_at(epoch: int) -> LayerMap:
@@ -140,7 +144,8 @@ def _chosen_lists(section: DistillSection, names: Sequence[str], student_layers:
             )
         if len(layers) != student_layers:
             raise RecipeError(
-                f"distill.teacher_layers gives {len(layers)} layers for teacher '{name}'; the student has {student_layers} layers",
+                f"distill.teacher_layers gives {len(layers)} layers for teacher '{name}'; the student has "
+                f"{student_layers} layers",
                 "Name one teacher layer for each student layer.",
             )
     return {name: tuple(layers) for name, layers in (section.teacher_layers or {}).items()}
@@ -153,7 +158,8 @@ def _check_one_width(cache: Cache, layer_map: LayerMap) -> None:
         if len(set(widths.values())) > 1:
             told = ", ".join(f"layer {layer}: {width}" for layer, width in widths.items())
             raise MismatchError(
-                f"layers of teacher '{name}' in cache '{cache.path}' have different widths ({told}), so they cannot take turns",
+                f"layers of teacher '{name}' in cache '{cache.path}' have different widths ({told}), so they cannot "
+                "take turns",
                 'Choose distill.layer_map = "even", or dump all layers with one dim.',
             )
 
@@ -166,9 +172,11 @@ def _check_stored_vectors(settings: ObjectiveSettings, cache: Cache, layer_map: 
             stored, usable = cache.teachers[name].layers[layer].tokens, FITS[term.needs.hidden]
             if stored not in usable:
                 raise MismatchError(
-                    f"the term '{term.name}' of method '{settings.method.name}' needs {_VECTORS[term.needs.hidden]}; cache "
+                    f"the term '{term.name}' of method '{settings.method.name}' needs {_VECTORS[term.needs.hidden]}; "
+                    "cache "
                     f"'{cache.path}' holds {_STORED[stored]} for layer {layer} of teacher '{name}'",
-                    f"Dump it with dump.tokens = {' or '.join(f'{tokens!r}' for tokens in usable)}, or choose another method.",
+                    f"Dump it with dump.tokens = {' or '.join(f'{tokens!r}' for tokens in usable)}, or choose another "
+                    "method.",
                 )
 
 
@@ -206,7 +214,8 @@ def check_teachers(
     texts: Sequence[tuple[str, ...]],
     trusted: Collection[str] = (),
 ) -> dict[str, TeacherFacts]:
-    """Compare the teachers at hand, files and all, with those of the cache, and measure them one at a time on ``texts``.
+    """Compare the teachers at hand, files and all, with those of the cache, and measure them one at a time on
+    ``texts``.
 
     Raises MismatchError where one is another: then the cache would teach what these teachers do not say.
     """
@@ -219,22 +228,29 @@ def check_teachers(
         teacher = load_teacher(directory, name, trust_remote_code=name in trusted)
         stored, found = asdict(cache.teachers[name].fingerprints), asdict(teacher.fingerprints)
         differing = [
-            f"{key} ({stored[key][:12]} in the cache, {found[key][:12]} there)" for key in stored if stored[key] != found[key]
+            f"{key} ({stored[key][:12]} in the cache, {found[key][:12]} there)"
+            for key in stored
+            if stored[key] != found[key]
         ]
         if differing:
             raise MismatchError(
-                f"teacher '{name}' in '{directory}' is not the one of cache '{cache.path}'; they differ in {', '.join(differing)}",
+                f"teacher '{name}' in '{directory}' is not the one of cache '{cache.path}'; they differ in "
+                f"{', '.join(differing)}",
                 "Dump again with kdcache dump-teachers, or move those teachers away from beside the cache.",
             )
         parameters = sum(parameter.numel() for parameter in teacher.model.parameters())
-        facts[name] = TeacherFacts(parameters, measure_speed(teacher.model, teacher.tokenizer, teacher.max_length, texts))
+        facts[name] = TeacherFacts(
+            parameters, measure_speed(teacher.model, teacher.tokenizer, teacher.max_length, texts)
+        )
     return facts
 
 
 def measure_speed(
     model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, max_length: int, texts: Sequence[tuple[str, ...]]
 ) -> Speed:
-    """Median milliseconds of a single text, and texts per second in batches of 32, on the device that training would take."""
+    """Median milliseconds of a single text, and texts per second in batches of 32, on the device that training would
+    take.
+    """
     import torch
 
     device = default_device()

@@ -1,4 +1,5 @@
-"""Teachers that are given as directories, to be added to a cache: of a bundle that co-finetuning left, or ready classifiers.
+"""Teachers that are given as directories, to be added to a cache: of a bundle that co-finetuning left, or ready
+classifiers.
 
 deberta=runs/sst2/teachers             a bundle that has a teacher of that name
 deberta=runs/sst2/teachers/deberta     the same, by its own directory
@@ -51,7 +52,11 @@ class Addition:
 def open_additions(
     given: Mapping[str, Path], task: TaskSpec, max_length: int, progress: Progress, trusted: Collection[str] = ()
 ) -> Iterator[dict[str, Addition]]:
-    """The teachers by name, for as long as the block runs; the own Python code of those in ``trusted`` may be run. Raises ModelError, DamageError; MismatchError for another task."""
+    """The teachers by name, for as long as the block runs.
+
+    The own Python code of those in ``trusted`` may be run. Raises ModelError, DamageError; MismatchError for another
+    task.
+    """
     with tempfile.TemporaryDirectory(prefix="kdcache-") as place:
         found = {
             name: _addition(name, path, task, max_length, Path(place), progress, trusted=name in trusted)
@@ -69,10 +74,14 @@ def _addition(
         return _of_bundle(name, path)
     if is_bundle(path.parent) and path.name in read_bundle(path.parent).teachers:
         if path.name != name:
-            raise ModelError(f"'{path}' is teacher '{path.name}', not '{name}'", f"Add it as --teacher {path.name}={path}")
+            raise ModelError(
+                f"'{path}' is teacher '{path.name}', not '{name}'", f"Add it as --teacher {path.name}={path}"
+            )
         return _of_bundle(name, path.parent)
     if not path.is_dir():
-        raise ModelError(f"there is no directory '{path}' of teacher '{name}'", "Name a bundle of teachers, or a classifier.")
+        raise ModelError(
+            f"there is no directory '{path}' of teacher '{name}'", "Name a bundle of teachers, or a classifier."
+        )
     return _classifier(name, path, task, max_length, place / name, progress, trusted=trusted)
 
 
@@ -80,7 +89,8 @@ def _of_bundle(name: str, directory: Path) -> Addition:
     bundle = read_bundle(directory)
     if name not in bundle.teachers:
         raise ModelError(
-            f"'{directory}' has no teacher '{name}'; it has: {', '.join(bundle.teachers)}", "Name one of these with --teacher."
+            f"'{directory}' has no teacher '{name}'; it has: {', '.join(bundle.teachers)}",
+            "Name one of these with --teacher.",
         )
     return Addition(name, directory, bundle)
 
@@ -93,7 +103,9 @@ def _classifier(
     from kdcache.teachers.registration import save_teachers
     from kdcache.teachers.sources import open_source
 
-    section = TeacherSection(name=name, model=str(path.absolute()), head="own", max_length=max_length, trust_remote_code=trusted)
+    section = TeacherSection(
+        name=name, model=str(path.absolute()), head="own", max_length=max_length, trust_remote_code=trusted
+    )
     source = open_source(section, max_length, task.label_names, len(task.text_columns))
     if source.note:
         progress.note(source.note)
@@ -107,7 +119,8 @@ def _check_task(addition: Addition, task: TaskSpec) -> None:
     if bundle.label_names != task.label_names or len(bundle.text_columns) != len(task.text_columns):
         theirs, of_cache = listed_apart(bundle.label_names, task.label_names)
         raise MismatchError(
-            f"teacher '{addition.name}' was trained for the labels {theirs} on {len(bundle.text_columns)} text columns; the cache has "
+            f"teacher '{addition.name}' was trained for the labels {theirs} on {len(bundle.text_columns)} text "
+            "columns; the cache has "
             f"{of_cache} and {len(task.text_columns)}",
             "Add a teacher of the cache's own task.",
         )
@@ -117,7 +130,10 @@ SPLIT = "validation"
 
 
 def validation_scores(writer: CacheWriter, name: str) -> dict[str, float]:
-    """``kdcache.report.metrics.scores`` of a teacher all of whose parts are written; empty without labelled validation rows."""
+    """``kdcache.report.metrics.scores`` of a teacher all of whose parts are written.
+
+    Empty without labelled validation rows.
+    """
     contents = writer.contents
     split = contents.splits.get(SPLIT)
     if split is None:
@@ -131,7 +147,9 @@ def validation_scores(writer: CacheWriter, name: str) -> dict[str, float]:
         rows = {text: row for row, text in enumerate(id_list(part.text_ids))}
         here = [text for text in wanted if text in rows]
         if here:
-            decode = partial(tables.decode_outputs, rows=len(part.text_ids), classes=spec.target.shape[0], pooled=spec.pooled)
+            decode = partial(
+                tables.decode_outputs, rows=len(part.text_ids), classes=spec.target.shape[0], pooled=spec.pooled
+            )
             outputs = files.decode(layout.outputs_file(name, part.name), decode)
             logits |= {text: np.array(outputs.logits[rows[text]]) for text in here}
     if not wanted or not all(text in logits for text in wanted):

@@ -2,9 +2,9 @@
 
     kdcache audit CACHE --teachers DIR
 
-Digests say that a cache is as it was written; they do not say that it was written rightly. Here each teacher runs again on some
-texts, and spans, logits and every stored layer are compared with what it says. Found are a cache of other weights, spans or
-states that are shifted, a layer that is another one, and a teacher whose outputs depend on padding.
+Digests say that a cache is as it was written; they do not say that it was written rightly. Here each teacher runs again
+on some texts, and spans, logits and every stored layer are compared with what it says. Found are a cache of other
+weights, spans or states that are shifted, a layer that is another one, and a teacher whose outputs depend on padding.
 """
 
 from __future__ import annotations
@@ -51,7 +51,10 @@ _NAMED = 10  # rows of a finding
 
 @dataclass(frozen=True)
 class Row:
-    """A text that differs: its id in hex, where it lies, and how far off it is as a multiple of what is allowed, if that is a number."""
+    """A text that differs.
+
+    Its id in hex, where it lies, and how far off it is as a multiple of what is allowed, if that is a number.
+    """
 
     text_id: str
     part: str
@@ -104,12 +107,18 @@ class AuditReport:
 
 
 def audit(
-    cache: Cache, teachers_dir: Path, *, rows: int = 256, seed: int = 0, trust_remote_code: bool = False, progress: Progress
+    cache: Cache,
+    teachers_dir: Path,
+    *,
+    rows: int = 256,
+    seed: int = 0,
+    trust_remote_code: bool = False,
+    progress: Progress,
 ) -> AuditReport:
     """Compare ``rows`` texts of the cache with what the teachers in ``teachers_dir`` say of them now.
 
-    ``trust_remote_code`` allows the teachers to run Python code that lies in their directories. Raises MismatchError where the cache has
-    no texts, or none of its teachers is there; what the backends raise.
+    ``trust_remote_code`` allows the teachers to run Python code that lies in their directories. Raises MismatchError
+    where the cache has no texts, or none of its teachers is there; what the backends raise.
     """
     if not cache.has_text:
         raise MismatchError(
@@ -124,7 +133,9 @@ def audit(
             "Name the directory that the cache was dumped from with --teachers.",
         )
     chosen = choose_rows(cache, rows, seed)
-    teachers = (load_teacher(teachers_dir, name, trust_remote_code=trust_remote_code) for name in there)  # one at a time
+    teachers = (
+        load_teacher(teachers_dir, name, trust_remote_code=trust_remote_code) for name in there
+    )  # one at a time
     audits = tuple(_audit_teacher(cache, teacher, chosen, progress) for teacher in teachers)
     return AuditReport(cache.path, audits, tuple(name for name in cache.teachers if name not in there))
 
@@ -179,7 +190,9 @@ def _other_when_padded(spec: TeacherSpec, hidden: float, logits: float) -> list[
     """More than rounding is no noise: what such a teacher says of a text depends on the texts beside it."""
     most = most_noise(spec.precision)
     changed = [
-        f"its {what} by {noise:.1%}" for what, noise in (("hidden states", hidden), ("logits", logits)) if not noise <= most
+        f"its {what} by {noise:.1%}"
+        for what, noise in (("hidden states", hidden), ("logits", logits))
+        if not noise <= most
     ]
     if not changed:
         return []
@@ -189,7 +202,10 @@ def _other_when_padded(spec: TeacherSpec, hidden: float, logits: float) -> list[
 
 @dataclass(frozen=True)
 class _Compared:
-    """One component of the rows of one part. ``times``: per text the error as a multiple of what is allowed; inf: it differs."""
+    """One component of the rows of one part.
+
+    ``times``: per text the error as a multiple of what is allowed; inf: it differs.
+    """
 
     component: str
     live: LivePart
@@ -226,7 +242,8 @@ def _compared(cache: Cache, live: LivePart, backend: TeacherBackend, allowed: To
     for layer, form in layers.items():
         at = (np.arange(len(rows)), rows) if form.per_text else places
         if at is None:
-            continue  # the texts are cut otherwise now: there are no rows to compare, and the finding about tokens says so
+            # the texts are cut otherwise now: there are no rows to compare, and the finding about tokens says so
+            continue
         block = cache.hidden(spec.name, part, layer).take(at[1])
         states = live.selected(hidden[layer], form.tokens)
         comparison = compare(states, block, form, cache.basis(spec.name, layer), allowed.hidden)
@@ -246,15 +263,17 @@ def _finding(teacher: str, component: str, pieces: Sequence[_Compared], backend:
     if component == "tokens":
         message = f"{off} of {len(every)} texts have other spans or roles than the tokenizer gives"
     elif off:
-        message = (
-            f"{off} of {len(every)} texts differ from what the teacher says, by up to {worst[0][0]:.3g} times what is allowed"
-        )
+        message = f"{off} of {len(every)} texts differ from what the teacher says, by up to {worst[0][0]:.3g} times what is allowed"
     else:
-        message = f"the {len(every)} texts differ from what the teacher says by more than rounding explains, taken together"
+        message = (
+            f"the {len(every)} texts differ from what the teacher says by more than rounding explains, taken together"
+        )
     first = next(one for one in pieces if not one.agrees)
     if first.layer is not None and first.comparison is not None:
         message += looks_like(first.layer, first.comparison, _every_layer(first, backend))
-    return Finding(teacher, component, message, tuple(_row(one, own) for times, one, own in worst if times > 1.0 or not off))
+    return Finding(
+        teacher, component, message, tuple(_row(one, own) for times, one, own in worst if times > 1.0 or not off)
+    )
 
 
 def _every_layer(one: _Compared, backend: TeacherBackend) -> Mapping[int, np.ndarray]:
@@ -268,7 +287,10 @@ def _row(one: _Compared, own: int) -> Row:
     times = float(one.times[own])
     chosen = one.live.chosen
     return Row(
-        bytes(chosen.text_ids[own]).hex(), chosen.part, int(chosen.rows[own]), None if np.isinf(times) else round(times, 2)
+        bytes(chosen.text_ids[own]).hex(),
+        chosen.part,
+        int(chosen.rows[own]),
+        None if np.isinf(times) else round(times, 2),
     )
 
 
@@ -299,7 +321,9 @@ def choose_rows(cache: Cache, rows: int, seed: int) -> list[PartRows]:
         count = min(part.texts, max(1, round(rows * part.texts / total)))
         places = np.sort(_shuffled(part.texts, seed + number)[:count])
         texts, ids = cache.texts(part.name), cache.text_ids(part.name)
-        chosen.append(PartRows(part.name, part.scope == "full", places, ids[places], [texts[one] for one in places.tolist()]))
+        chosen.append(
+            PartRows(part.name, part.scope == "full", places, ids[places], [texts[one] for one in places.tolist()])
+        )
     return chosen
 
 
@@ -316,9 +340,15 @@ class LivePart:
         self._pad = padding_id(teacher.tokenizer)
 
     def gather(
-        self, backend: TeacherBackend, layers: Sequence[int], count: int | None = None, tokens_per_batch: int = TOKENS_PER_BATCH
+        self,
+        backend: TeacherBackend,
+        layers: Sequence[int],
+        count: int | None = None,
+        tokens_per_batch: int = TOKENS_PER_BATCH,
     ) -> tuple[np.ndarray, dict[int, np.ndarray]]:
-        """Logits [texts, classes] and packed hidden states [tokens, width] per layer, of the first ``count`` texts or all."""
+        """Logits [texts, classes] and packed hidden states [tokens, width] per layer, of the first ``count`` texts or
+        all.
+        """
         rows = np.arange(len(self.chosen))[:count]
         encoded = self.encoded.select(rows)
         batches = TextBatches(encoded, self.chosen.text_ids[rows], self._pad, tokens_per_batch, self.spec.name)
@@ -349,7 +379,10 @@ class LivePart:
         return wrong
 
     def token_places(self, stored: Tokens) -> tuple[np.ndarray, np.ndarray] | None:
-        """For every token of the rows its text among them, and its place in the part; None where they have other lengths now."""
+        """For every token of the rows its text among them, and its place in the part.
+
+        None where they have other lengths now.
+        """
         lengths = stored.lengths[self.chosen.rows]
         if not np.array_equal(lengths, self.encoded.lengths):
             return None

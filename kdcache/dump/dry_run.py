@@ -92,7 +92,10 @@ class TeacherPlan:
         return [
             f"{self.teacher}: {self.texts:,} texts, {self.tokens:,} tokens, {format_bytes(self.bytes)}, "
             f"about {format_seconds(self.seconds)}",
-            *(f"  {line}" for line in truncation_note(f"teacher '{self.teacher}'", self.truncated, self.texts, self.max_length)),
+            *(
+                f"  {line}"
+                for line in truncation_note(f"teacher '{self.teacher}'", self.truncated, self.texts, self.max_length)
+            ),
             *layers,
             f"  logits and pooled vectors: {format_bytes(self.outputs)}; token spans: {format_bytes(self.spans)}",
         ]
@@ -100,7 +103,10 @@ class TeacherPlan:
 
 @dataclass(frozen=True)
 class DumpPlan:
-    """The whole plan. ``existing_texts`` and ``existing_teachers`` are in the cache already; ``free`` is of its disk."""
+    """The whole plan.
+
+    ``existing_texts`` and ``existing_teachers`` are in the cache already; ``free`` is of its disk.
+    """
 
     cache: Path
     counts: DataCounts
@@ -139,11 +145,13 @@ class DumpPlan:
         there = ", ".join(self.existing_teachers) or "none"
         return [
             *self.counts.lines(),
-            f"texts: {self.full_texts:,} with hidden states, {self.logits_texts:,} with logits only; {self.existing_texts:,} of them "
+            f"texts: {self.full_texts:,} with hidden states, {self.logits_texts:,} with logits only; "
+            f"{self.existing_texts:,} of them "
             f"in the cache already (teachers there: {there})",
             *(line for teacher in self.teachers for line in teacher.lines()),
             *(() if self.student is None else self.student.lines()),
-            f"together: {format_bytes(self.bytes)}, about {format_seconds(self.seconds)}; free on the disk: {format_bytes(self.free)}",
+            f"together: {format_bytes(self.bytes)}, about {format_seconds(self.seconds)}; free on the disk: "
+            f"{format_bytes(self.free)}",
         ]
 
 
@@ -172,21 +180,31 @@ def plan_dump(recipe: Recipe, teachers_dir: Path, cache_dir: Path, *, progress: 
     return DumpPlan(cache_dir, counts, len(full), len(logits_only), known, existing, tuple(plans), free, student)
 
 
-def check_free_space(writer: CacheWriter, teachers: Sequence[PreparedTeacher], missing: Mapping[str, Sequence[PartTask]]) -> None:
-    """StorageError where what is missing clearly needs more than the disk has free; tokens are counted on a few texts."""
+def check_free_space(
+    writer: CacheWriter, teachers: Sequence[PreparedTeacher], missing: Mapping[str, Sequence[PartTask]]
+) -> None:
+    """StorageError where what is missing clearly needs more than the disk has free.
+
+    Tokens are counted on a few texts.
+    """
     needed = 0
     for teacher in teachers:
         tasks = missing[teacher.name]
         with_layers = [task for task in tasks if task.layers]
-        per_text = _tokens_per_text(teacher, writer.texts_of(with_layers[0].part)[:_SAMPLED_TEXTS]) if with_layers else 0.0
+        per_text = (
+            _tokens_per_text(teacher, writer.texts_of(with_layers[0].part)[:_SAMPLED_TEXTS]) if with_layers else 0.0
+        )
         for task in tasks:
             texts = len(task.part.text_ids)
             needed += outputs_bytes(texts, teacher.spec) if task.outputs else 0
-            needed += sum(hidden_bytes(int(per_text * texts), texts, teacher.spec.layers[layer]) for layer in task.layers)
+            needed += sum(
+                hidden_bytes(int(per_text * texts), texts, teacher.spec.layers[layer]) for layer in task.layers
+            )
     free = free_bytes(writer.root)
     if needed > free:
         raise StorageError(
-            f"the dump needs about {format_bytes(needed)}, but the disk of '{writer.root}' has {format_bytes(free)} free",
+            f"the dump needs about {format_bytes(needed)}, but the disk of '{writer.root}' has {format_bytes(free)} "
+            "free",
             'Free some space, or store less: dump.dtype = "int8", a smaller dump.dim, fewer dump.layers '
             "(kdcache dump-teachers --dry-run says what each one costs).",
         )
@@ -238,7 +256,9 @@ def _unknown(cache: Cache | None, texts: Mapping[bytes, Text], scope: Scope) -> 
     return [text for text, new in zip(texts.values(), absent.tolist(), strict=True) if new]
 
 
-def _missing_groups(cache: Cache | None, spec: TeacherSpec, new_full: Sequence[Text], new_logits: Sequence[Text]) -> list[_Group]:
+def _missing_groups(
+    cache: Cache | None, spec: TeacherSpec, new_full: Sequence[Text], new_logits: Sequence[Text]
+) -> list[_Group]:
     """What a dump would still have to run, in the order in which it would."""
     groups = []
     old = None if cache is None else cache.teachers.get(spec.name)

@@ -1,9 +1,9 @@
 """One teacher over the texts of one part: forward passes in, arrays in the order of the part out.
 
-Texts are run sorted by length, in batches of a token budget, because padding is wasted work; the results are put back where
-the part has them. Batches are a pure function of the part and the settings, so that a part that is dumped again after a
-crash gets the same bytes. What is stored is projected and encoded on the device batch by batch: a part never exists in
-memory at full width, and that happens in a thread while the next batch is run.
+Texts are run sorted by length, in batches of a token budget, because padding is wasted work; the results are put back
+where the part has them. Batches are a pure function of the part and the settings, so that a part that is dumped again
+after a crash gets the same bytes. What is stored is projected and encoded on the device batch by batch: a part never
+exists in memory at full width, and that happens in a thread while the next batch is run.
 """
 
 from __future__ import annotations
@@ -40,7 +40,10 @@ OnBatch = Callable[[int], None]  # called with the number of texts after every f
 
 @dataclass(frozen=True)
 class TextBatches:
-    """The texts of a part (or of the sample) as one teacher reads them. ``text_ids`` uint8 [n, 16] name them in errors."""
+    """The texts of a part (or of the sample) as one teacher reads them.
+
+    ``text_ids`` uint8 [n, 16] name them in errors.
+    """
 
     encoded: EncodedTexts
     text_ids: np.ndarray
@@ -57,7 +60,9 @@ class TextBatches:
 
     def tokens(self) -> Tokens:
         """Spans, segments and roles as a cache stores them."""
-        return Tokens(self.encoded.offsets, self.encoded.starts, self.encoded.ends, self.encoded.segments, self.encoded.roles)
+        return Tokens(
+            self.encoded.offsets, self.encoded.starts, self.encoded.ends, self.encoded.segments, self.encoded.roles
+        )
 
     def row_count(self, spec: LayerSpec) -> int:
         """Rows of a layer stored as ``spec``: tokens, or texts."""
@@ -88,9 +93,11 @@ class TextBatches:
 def fit_bases(
     batches: TextBatches, backend: TeacherBackend, layers: Mapping[int, LayerSpec], seed: int, on_batch: OnBatch
 ) -> dict[int, Basis]:
-    """The bases of ``layers`` from one pass over the sample; ``seed`` chooses random projections and the rows that formats train on.
+    """The bases of ``layers`` from one pass over the sample; ``seed`` chooses random projections and the rows that
+    formats train on.
 
-    What is kept of the sample are its moments and, where a storage format trains on them, some rows: memory does not grow with the sample.
+    What is kept of the sample are its moments and, where a storage format trains on them, some rows: memory does not
+    grow with the sample.
     """
     fits: dict[int, LayerFit] = {}
     for rows, output in batches.run(backend, tuple(layers)):
@@ -99,7 +106,9 @@ def fit_bases(
             _refuse_hidden(batches, rows, hidden, FLOAT32, layer)
             if layer not in fits:
                 fits[layer] = LayerFit(spec, hidden.shape[1], batches.row_count(spec), seed)
-            fits[layer].add(select_tokens(hidden, batches.encoded.lengths[rows], spec.tokens), batches.places(rows, spec))
+            fits[layer].add(
+                select_tokens(hidden, batches.encoded.lengths[rows], spec.tokens), batches.places(rows, spec)
+            )
         on_batch(len(rows))
     return {layer: fit.basis(name=batches.teacher, layer=layer) for layer, fit in fits.items()}
 
@@ -184,7 +193,10 @@ T = TypeVar("T")
 
 
 class OneBehind(Generic[T]):
-    """At most one action runs, in order. ``on_done`` gets what it gave back; what it raised is raised at the next one, or at the end."""
+    """At most one action runs, in order.
+
+    ``on_done`` gets what it gave back; what it raised is raised at the next one, or at the end.
+    """
 
     def __init__(self, name: str, on_done: Callable[[T], None] = lambda _: None) -> None:
         self._on_done = on_done
@@ -199,7 +211,9 @@ class OneBehind(Generic[T]):
     def __enter__(self) -> OneBehind[T]:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         try:
             if kind is None:
                 self._settle()

@@ -2,9 +2,9 @@
 
     kdcache cache extend REF --teacher deberta=DIR
 
-A newcomer is run as the teachers of the cache were, unless a recipe says otherwise. What a teacher lacks is found by the cache's
-own rules: layers by number, rows by text id. The old manifest stays valid until the new one is published, and all that did not
-change is the same file in both.
+A newcomer is run as the teachers of the cache were, unless a recipe says otherwise. What a teacher lacks is found by
+the cache's own rules: layers by number, rows by text id. The old manifest stays valid until the new one is published,
+and all that did not change is the same file in both.
 """
 
 from __future__ import annotations
@@ -60,7 +60,10 @@ class Wanted:
 
 @dataclass(frozen=True)
 class ExtendReport:
-    """What was added. ``runs`` has an entry for each teacher that ran; ``bytes_new`` are of files that the old version lacks."""
+    """What was added.
+
+    ``runs`` has an entry for each teacher that ran; ``bytes_new`` are of files that the old version lacks.
+    """
 
     cache: Path
     before: str
@@ -97,9 +100,11 @@ def extend_cache(
 ) -> ExtendReport:
     """Add what is wanted to the cache in ``cache_dir`` and publish it there; interrupted, the same call continues.
 
-    ``earlier``: directories in which another version of the cache was extended; what they have of the same teachers, run alike on
-    the same texts, is taken over. ``like``: contents after whose teachers newcomers are run, where not after the cache's. Raises MismatchError (exit 4) where the cache was made otherwise, where new rows would be lacking of a teacher that is not
-    given, where something has to be read that was not pulled, or a cache without texts is given no data; what ``dump_teachers`` raises.
+    ``earlier``: directories in which another version of the cache was extended; what they have of the same teachers,
+    run alike on the same texts, is taken over. ``like``: contents after whose teachers newcomers are run, where not
+    after the cache's. Raises MismatchError (exit 4) where the cache was made otherwise, where new rows would be lacking
+    of a teacher that is not given, where something has to be read that was not pulled, or a cache without texts is
+    given no data; what ``dump_teachers`` raises.
     """
     started = time.perf_counter()
     old = read_manifest(cache_dir)
@@ -107,13 +112,17 @@ def extend_cache(
     task = _data(wanted.recipe, contents, progress)
     full, logits_only = ({}, {}) if task is None else scopes(task)
     if not wanted.teachers and task is None:
-        raise RecipeError("nothing to add was named", "Name a teacher with --teacher NAME=DIR, or new rows with --recipe RECIPE.")
+        raise RecipeError(
+            "nothing to add was named", "Name a teacher with --teacher NAME=DIR, or new rows with --recipe RECIPE."
+        )
     max_length = _max_length(wanted, like or contents)
     with (
         open_additions(
             wanted.teachers, contents.task, max_length, progress, wanted.recipe.trusted() if wanted.recipe else ()
         ) as additions,
-        open_writer(cache_dir, contents.task, contents.settings, store_text=contents.has_text, arrivals=arrivals) as writer,
+        open_writer(
+            cache_dir, contents.task, contents.settings, store_text=contents.has_text, arrivals=arrivals
+        ) as writer,
     ):
         new_texts = _new_texts(writer, full, logits_only)
         _refuse_lacking_teachers(writer, additions, new_texts)
@@ -131,7 +140,9 @@ def extend_cache(
         new = writer.publish(record, card=cache_card)
         forget_runs(cache_dir)
     shared, added = shared_bytes(old, new)
-    return ExtendReport(cache_dir, old.identity, new.identity, new_texts, runs, added, shared, time.perf_counter() - started)
+    return ExtendReport(
+        cache_dir, old.identity, new.identity, new_texts, runs, added, shared, time.perf_counter() - started
+    )
 
 
 def _scored(writer: CacheWriter, name: str, record: TeacherRecord, old: Contents) -> TeacherRecord:
@@ -186,8 +197,13 @@ def _take_over(writer: CacheWriter, earlier: Sequence[Path], teachers: Sequence[
                     inherit_run(place, writer.root, teacher.spec.name)
 
 
-def _prepare(addition: Addition, wanted: Wanted, contents: Contents, others: Contents, with_rows: bool) -> PreparedTeacher:
-    """A teacher of the cache as it was run, with layers added; a newcomer as the recipe says, or as ``others`` were run."""
+def _prepare(
+    addition: Addition, wanted: Wanted, contents: Contents, others: Contents, with_rows: bool
+) -> PreparedTeacher:
+    """A teacher of the cache as it was run, with layers added.
+
+    A newcomer as the recipe says, or as ``others`` were run.
+    """
     name, recipe = addition.name, wanted.recipe
     known = contents.teachers.get(name)
     section = _section(name, recipe)
@@ -216,9 +232,16 @@ def _section(name: str, recipe: Recipe | None) -> TeacherSection | None:
 
 
 def _new_layers(
-    teacher: Teacher, wanted: Wanted, section: TeacherSection | None, known: TeacherSpec | None, like: TeacherSpec | None
+    teacher: Teacher,
+    wanted: Wanted,
+    section: TeacherSection | None,
+    known: TeacherSpec | None,
+    like: TeacherSpec | None,
 ) -> dict[int, LayerSpec]:
-    """The layers to add: those of ``--layers`` in the form of the recipe or of the others, else all that the recipe or they have."""
+    """The layers to add.
+
+    Those of ``--layers`` in the form of the recipe or of the others, else all that the recipe or they have.
+    """
     recipe, there = wanted.recipe, known.layers if known is not None else {}
     if recipe is not None and (section is not None or known is None):
         section = section or TeacherSection(name=teacher.name, model=teacher.name)
@@ -227,7 +250,13 @@ def _new_layers(
         found = layer_specs(recipe, section, teacher, student_depth(recipe, {teacher.name: teacher.depth}))
         return {layer: spec for layer, spec in found.items() if layer not in there}
     forms = [spec for _, spec in sorted(like.layers.items())] if like is not None else []
-    numbers = sorted(wanted.layers or ()) if wanted.layers is not None else _even(forms, teacher.depth) if known is None else []
+    numbers = (
+        sorted(wanted.layers or ())
+        if wanted.layers is not None
+        else _even(forms, teacher.depth)
+        if known is None
+        else []
+    )
     new = [check_layer(layer, teacher.depth, teacher.name) for layer in numbers if layer not in there]
     if new and not forms:
         raise RecipeError(
@@ -235,7 +264,8 @@ def _new_layers(
         )
     matching = len(forms) == len(new)
     return {
-        layer: spec_like(forms[place if matching else 0], teacher.name, layer, teacher.width) for place, layer in enumerate(new)
+        layer: spec_like(forms[place if matching else 0], teacher.name, layer, teacher.width)
+        for place, layer in enumerate(new)
     }
 
 
@@ -274,7 +304,8 @@ def _refuse_lacking_teachers(writer: CacheWriter, additions: Mapping[str, Additi
     if new_texts and lacking:
         flags = " ".join(f"--teacher {name}=DIR" for name in lacking)
         raise MismatchError(
-            f"the data have {new_texts:,} texts that the cache lacks, and they would be missing of teacher '{lacking[0]}'",
+            f"the data have {new_texts:,} texts that the cache lacks, and they would be missing of teacher "
+            f"'{lacking[0]}'",
             f"Give every teacher of the cache, so that each is run on them: {flags}",
         )
 

@@ -27,9 +27,10 @@ _TINY = 1e-12
 class Fidelity:
     """What is left of a layer stored as ``spec``, on unseen rows.
 
-    ``explained``: share of the variance over rows. ``cosine`` and ``relative_error`` (the norm of the error over that of the state):
-    means over rows. ``kl``: KL of the soft labels that the teacher's own pooling and head make of the rebuilt last layer against
-    those of the true one, in nats per text; None where the layer is not the last, or the teacher has no shared head.
+    ``explained``: share of the variance over rows. ``cosine`` and ``relative_error`` (the norm of the error over that
+    of the state): means over rows. ``kl``: KL of the soft labels that the teacher's own pooling and head make of the
+    rebuilt last layer against those of the true one, in nats per text; None where the layer is not the last, or the
+    teacher has no shared head.
     """
 
     spec: LayerSpec
@@ -55,9 +56,16 @@ class Fidelity:
 
 
 def candidates(width: int, asked: LayerSpec) -> list[LayerSpec]:
-    """Forms worth a look for a layer of ``width``, the one that the recipe asks for among them; all for the same tokens."""
+    """Forms worth a look for a layer of ``width``, the one that the recipe asks for among them.
+
+    All for the same tokens.
+    """
     whole = LayerSpec("none", width, asked.dtype, tokens=asked.tokens)
-    forms = [spec for storage in storage_formats().values() for spec in storage.candidates(replace(whole, dtype=storage.name))]
+    forms = [
+        spec
+        for storage in storage_formats().values()
+        for spec in storage.candidates(replace(whole, dtype=storage.name))
+    ]
     if asked not in forms and asked.projection != "random":
         forms.append(asked)
     return sorted(forms, key=lambda form: format_of(form).row_bytes(form), reverse=True)
@@ -71,7 +79,10 @@ def rebuilt(spec: LayerSpec, whole: Basis, sample: torch.Tensor, unseen: torch.T
 
 
 def through(spec: LayerSpec, basis: Basis, unseen: torch.Tensor) -> torch.Tensor:
-    """``rebuilt`` with the basis that a cache stores, or one of more dimensions. NonFiniteError where a row cannot be stored."""
+    """``rebuilt`` with the basis that a cache stores, or one of more dimensions.
+
+    NonFiniteError where a row cannot be stored.
+    """
     storage = format_of(spec)
     basis = unprojected(basis) if spec.projection == "none" else leading(basis, spec.dim)
     projector = Projector(basis, unseen.device)
@@ -99,7 +110,10 @@ def measure(spec: LayerSpec, back: torch.Tensor, unseen: torch.Tensor) -> Fideli
 
 
 def soft_label_kl(model: TeacherModel, back: torch.Tensor, lengths: Sequence[int], logits: np.ndarray) -> float | None:
-    """KL(teacher, head on ``back``) in nats, mean over texts; ``back`` are packed rows of the last layer, ``logits`` [texts, classes]."""
+    """KL(teacher, head on ``back``) in nats, mean over texts.
+
+    ``back`` are packed rows of the last layer, ``logits`` [texts, classes].
+    """
     if model.head is None:
         return None
     device = next(model.head.parameters()).device

@@ -1,8 +1,8 @@
 """The frozen bases, fitted on the sample of texts: P and μ of ``codecs.projection``, and what a storage format trains.
 
-Bases are fitted in float64 on a seeded sample of the texts, from moments that are added up batch by batch, so that memory does
-not grow with the sample. Every layer also gets the variance of its target, by which the hidden loss is divided: without it,
-losses of two teachers are not comparable.
+Bases are fitted in float64 on a seeded sample of the texts, from moments that are added up batch by batch, so that
+memory does not grow with the sample. Every layer also gets the variance of its target, by which the hidden loss is
+divided: without it, losses of two teachers are not comparable.
 """
 
 from __future__ import annotations
@@ -57,11 +57,10 @@ def fit_basis(moments: Moments, projection: str, dim: int, *, seed: int, name: s
     """The basis of one layer from the moments of its sample.
 
     'pca': the ``dim`` leading eigenvectors of the covariance, each turned so that its largest entry is positive.
-    'random': orthonormal rows from a generator seeded by (seed, name, layer); not scaled, since the stored target variance
-    makes the scale immaterial. 'none': no components, h is stored as it is.
-    Variances are over the tokens of the sample: ``total_variance`` is their mean over the width of the layer,
-    ``target_variance`` their mean over the stored dimensions.
-    Raises NonFiniteError where the sample was not finite.
+    'random': orthonormal rows from a generator seeded by (seed, name, layer); not scaled, since the stored target
+    variance makes the scale immaterial. 'none': no components, h is stored as it is. Variances are over the tokens of
+    the sample: ``total_variance`` is their mean over the width of the layer, ``target_variance`` their mean over the
+    stored dimensions. Raises NonFiniteError where the sample was not finite.
     """
     covariance = moments.covariance()
     if not np.isfinite(covariance).all():
@@ -99,7 +98,10 @@ def _orthonormal_rows(dim: int, width: int, seed: int, name: str, layer: int) ->
 
 
 class Sample:
-    """What is gathered of one layer over the sample: its moments, and a seeded choice of ``keep`` of its ``rows`` rows."""
+    """What is gathered of one layer over the sample.
+
+    Its moments, and a seeded choice of ``keep`` of its ``rows`` rows.
+    """
 
     def __init__(self, width: int, rows: int, seed: int, *, cross: bool, keep: int) -> None:
         self.moments = Moments(width, cross=cross)
@@ -133,7 +135,10 @@ class LayerFit(Sample):
 
 
 def _chosen(rows: int, count: int, seed: int) -> np.ndarray:
-    """Which of ``rows`` to keep, as bool [rows]: ``count`` of them, or all; raw numbers of the generator, which numpy promises to keep."""
+    """Which of ``rows`` to keep, as bool [rows].
+
+    ``count`` of them, or all; raw numbers of the generator, which numpy promises to keep.
+    """
     chosen = np.zeros(rows, np.bool_)
     chosen[np.argsort(np.random.PCG64(seed).random_raw(rows), kind="stable")[:count]] = True
     return chosen

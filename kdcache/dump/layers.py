@@ -1,6 +1,7 @@
 """Which teacher layers are stored, and how: the settings of a recipe turned into numbers.
 
-A layer number is an index into the encoder's hidden states: 0 is the embeddings, k the output of block k, the depth the last.
+A layer number is an index into the encoder's hidden states: 0 is the embeddings, k the output of block k, the depth the
+last.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ if TYPE_CHECKING:
 def resolve_layers(setting: str | Sequence[int], depth: int, student_layers: int | None, name: str) -> tuple[int, ...]:
     """The distinct layers of teacher ``name`` that ``setting`` asks for, in rising order.
 
-    ``setting`` is 'even' (what ``even_layers`` gives), 'all' (every block), 'last', 'none' (soft labels only), or a list.
-    Raises ModelError where the teacher has no such layer, RecipeError for 'even' without a student to be even with.
+    ``setting`` is 'even' (what ``even_layers`` gives), 'all' (every block), 'last', 'none' (soft labels only), or a
+    list. Raises ModelError where the teacher has no such layer, RecipeError for 'even' without a student to be even
+    with.
     """
     if setting == "even":
         if student_layers is None:
@@ -53,7 +55,10 @@ def check_layer(layer: int, depth: int, name: str) -> int:
 
 
 def layer_spec(recipe: Recipe, section: TeacherSection, layer: int, depth: int, width: int) -> LayerSpec:
-    """How a layer of a teacher is stored. ModelError where it cannot be, RecipeError where settings of tables do not fit together."""
+    """How a layer of a teacher is stored.
+
+    ModelError where it cannot be, RecipeError where settings of tables do not fit together.
+    """
     form = recipe.stored(section, ("all", *(["last"] if layer == depth else []), str(layer)))
     try:
         check_stored(form)
@@ -67,12 +72,17 @@ def layer_spec(recipe: Recipe, section: TeacherSection, layer: int, depth: int, 
 
 
 def spec_like(form: LayerSpec, name: str, layer: int, width: int) -> LayerSpec:
-    """A layer of another teacher, or another layer, stored as ``form`` is. ModelError where it does not fit the width."""
+    """A layer of another teacher, or another layer, stored as ``form`` is.
+
+    ModelError where it does not fit the width.
+    """
     return format_of(form).layer(form, width, f"layer {layer} of teacher '{name}'")
 
 
 def check_names(names: Iterable[str], layers: Sequence[int], where: str, name: str) -> None:
-    """RecipeError where ``names`` of a per_layer table has the number of a layer that is not stored of teacher ``name``."""
+    """RecipeError where ``names`` of a per_layer table has the number of a layer that is not stored of teacher
+    ``name``.
+    """
     for one in names:
         if one.isdecimal() and int(one) not in layers:
             stored = ", ".join(str(layer) for layer in layers) or "none"

@@ -1,8 +1,8 @@
 """Extending a name: the result is its next version, whatever others publish meanwhile, and no teacher runs twice.
 
-A teacher may run for hours. The version that was extended may not be the newest one any more by then; the number of the next one is
-decided by the store. Who comes second puts what was added together with what was published, which takes seconds, and tries the
-next number.
+A teacher may run for hours. The version that was extended may not be the newest one any more by then; the number of the
+next one is decided by the store. Who comes second puts what was added together with what was published, which takes
+seconds, and tries the next number.
 """
 
 from __future__ import annotations
@@ -59,11 +59,12 @@ def extend_version(
     tag: str | None = None,
     provenance: Mapping[str, Any] | None = None,
 ) -> tuple[ExtendReport, str]:
-    """Add what is wanted to a version and publish the result under the next number; gives back the report and ``name@number``.
+    """Add what is wanted to a version and publish the result under the next number; gives back the report and
+    ``name@number``.
 
-    Of the newest version: what others publish until then is kept, and what is added comes on top. Of an older one: as it is, on top
-    of the newer ones. Raises what ``extend_cache`` and ``push`` raise; RemoteError where others publish without end. What teachers
-    said until then is kept for the same command.
+    Of the newest version: what others publish until then is kept, and what is added comes on top. Of an older one: as
+    it is, on top of the newer ones. Raises what ``extend_cache`` and ``push`` raise; RemoteError where others publish
+    without end. What teachers said until then is kept for the same command.
     """
     newest = newest_of(history(remote, ref.name))
     with working_copy(remote, ref, store=store, progress=progress) as copy:
@@ -84,7 +85,10 @@ def extend_version(
 
 
 def _publish(job: _Extension, ref: Ref, newest: Sequence[Ref], report: ExtendReport) -> tuple[ExtendReport, PushReport]:
-    """Make the version after ``newest``, of which ``ref`` was extended; after what is the newest one by then, where it is another."""
+    """Make the version after ``newest``, of which ``ref`` was extended.
+
+    After what is the newest one by then, where it is another.
+    """
     for _ in range(ROUNDS):
         with _copy_for(job, ref) as copy:
             if copy is not job.first:
@@ -101,7 +105,8 @@ def _publish(job: _Extension, ref: Ref, newest: Sequence[Ref], report: ExtendRep
                 return replace(report, cache=job.store.adopt(copy.path, read_manifest(copy.path))), pushed
         ref, newest = rivals[0], newest_of(history(job.remote, ref.name))
         job.progress.note(
-            f"{pushed.reference} was made twice, by two writers at once: the next version has what both added; each can be had "
+            f"{pushed.reference} was made twice, by two writers at once: the next version has what both added; each "
+            "can be had "
             f"as {ref.name}@{pushed.manifest[:12]} and {ref.name}@{ref.manifest[:12]}"
         )
     raise RemoteError(
@@ -118,7 +123,10 @@ def _copy_for(job: _Extension, ref: Ref) -> contextlib.AbstractContextManager[Wo
 
 
 def _together(job: _Extension, copy: WorkingCopy, report: ExtendReport) -> ExtendReport:
-    """Bring what was added into a copy of another version: its files alone, or where rows were added there, with these run too."""
+    """Bring what was added into a copy of another version.
+
+    Its files alone, or where rows were added there, with these run too.
+    """
     first, runs = job.first, report.runs
     try:
         merge(copy.path, first.path, first.manifest.contents)
@@ -135,7 +143,9 @@ def _compared(report: ExtendReport, copy: WorkingCopy, runs: tuple[TeacherRun, .
     """The report of what ``copy`` has beyond the version on the remote, whichever run of the command brought it there."""
     made = read_manifest(copy.path)
     shared, added = shared_bytes(copy.manifest, made)
-    return replace(report, before=copy.manifest.identity, identity=made.identity, runs=runs, bytes_new=added, bytes_shared=shared)
+    return replace(
+        report, before=copy.manifest.identity, identity=made.identity, runs=runs, bytes_new=added, bytes_shared=shared
+    )
 
 
 def _rivals(remote: Remote, name: str, pushed: PushReport) -> list[Ref]:

@@ -1,9 +1,10 @@
-"""What to store: every form of every layer, what it costs over the whole data and what it keeps; and the best that fits a budget.
+"""What to store: every form of every layer, what it costs over the whole data and what it keeps; and the best that fits
+a budget.
 
     kdcache plan RECIPE --budget 2GB
 
-Each teacher runs once, over a seeded sample of texts: bases are fitted on most of them, fidelity is measured on the others. How
-long the pass takes says how long the dump will.
+Each teacher runs once, over a seeded sample of texts: bases are fitted on most of them, fidelity is measured on the
+others. How long the pass takes says how long the dump will.
 """
 
 from __future__ import annotations
@@ -28,7 +29,15 @@ from kdcache.data.task import load_task
 from kdcache.dump.fidelity import Fidelity, candidates, measure, rebuilt, soft_label_kl
 from kdcache.dump.fitting import Sample, fit_basis
 from kdcache.dump.run import text_batches
-from kdcache.dump.specs import PreparedTeacher, check_task, hidden_bytes, outputs_bytes, prepare_teachers, scopes, tokens_bytes
+from kdcache.dump.specs import (
+    PreparedTeacher,
+    check_task,
+    hidden_bytes,
+    outputs_bytes,
+    prepare_teachers,
+    scopes,
+    tokens_bytes,
+)
 from kdcache.dump.student_texts import TruncationPlan, student_truncation
 from kdcache.errors import DataError, RecipeError
 from kdcache.progress import format_bytes, format_seconds
@@ -70,7 +79,10 @@ class LayerCandidates:
 
 @dataclass(frozen=True)
 class StoragePlan:
-    """``fixed``: bytes of logits, pooled vectors and spans, which every choice pays. ``seconds``: of the dump, per teacher."""
+    """``fixed``.
+
+    Bytes of logits, pooled vectors and spans, which every choice pays. ``seconds``: of the dump, per teacher.
+    """
 
     layers: tuple[LayerCandidates, ...]
     texts: int
@@ -101,7 +113,8 @@ class StoragePlan:
         total = sum(self.seconds.values())
         per_teacher = ", ".join(f"{name} {format_seconds(seconds)}" for name, seconds in self.seconds.items())
         return [
-            f"{self.texts:,} texts with hidden states; logits, pooled vectors and spans take {format_bytes(self.fixed)} in any case",
+            f"{self.texts:,} texts with hidden states; logits, pooled vectors and spans take "
+            f"{format_bytes(self.fixed)} in any case",
             f"the dump takes about {format_seconds(total)} in any form ({per_teacher})",
             *(line for name, one in self.truncated.items() for line in one.lines(f"teacher '{name}'")),
             *(() if self.student is None else self.student.lines()),
@@ -113,8 +126,9 @@ def plan_storage(
 ) -> StoragePlan:
     """Run the recipe's teachers on a sample and work out what each form of their layers costs and keeps.
 
-    ``budget``: bytes of the whole cache; without one the smallest forms that keep nine tenths are recommended. ``unseen``: texts to
-    measure on. Raises what the dump would raise before it runs, and DataError where there are too few texts to measure on.
+    ``budget``: bytes of the whole cache; without one the smallest forms that keep nine tenths are recommended.
+    ``unseen``: texts to measure on. Raises what the dump would raise before it runs, and DataError where there are too
+    few texts to measure on.
     """
     task = load_task(recipe.data)
     for line in task.counts.notes():
@@ -161,7 +175,9 @@ class _Sample:
 
 def _sample(texts: Sequence[tuple[str, ...]], fit: int, unseen: int, seed: int) -> _Sample:
     if len(texts) < 8:
-        raise DataError(f"there are {len(texts)} texts to store; a plan needs 8 at least", "Give more train or transfer texts.")
+        raise DataError(
+            f"there are {len(texts)} texts to store; a plan needs 8 at least", "Give more train or transfer texts."
+        )
     unseen = min(unseen, len(texts) // 4)
     fit = min(fit, len(texts) - unseen)
     order = np.argsort(np.random.PCG64(seed).random_raw(len(texts)), kind="stable")[: fit + unseen]
@@ -215,7 +231,9 @@ def _measured(
             logits[rows] = output.logits.cpu().numpy()
             spent += time.perf_counter() - began
             for layer, one in spec.layers.items():
-                gathered[layer].add(select_tokens(output.hidden[layer], lengths[rows], one.tokens), batches.places(rows, one))
+                gathered[layer].add(
+                    select_tokens(output.hidden[layer], lengths[rows], one.tokens), batches.places(rows, one)
+                )
             progress.advance(len(rows))
             began = time.perf_counter()
         progress.finish()
@@ -234,7 +252,12 @@ def _measured(
 
 
 def _forms(
-    asked: LayerSpec, width: int, gathered: _Gathered, head_of: Teacher | None, lengths: Sequence[int], logits: np.ndarray
+    asked: LayerSpec,
+    width: int,
+    gathered: _Gathered,
+    head_of: Teacher | None,
+    lengths: Sequence[int],
+    logits: np.ndarray,
 ) -> list[Fidelity]:
     whole = fit_basis(gathered.fit.moments, "pca", width, seed=0, name="", layer=0)
     kept, unseen = gathered.fit.kept(), gathered.unseen()
@@ -270,7 +293,10 @@ class Recommendation:
     explained: float
 
     def settings(self) -> list[str]:
-        """What asks for it, as ``--set`` takes it: the form of most layers in ``[dump]``, the others per teacher and layer."""
+        """What asks for it, as ``--set`` takes it.
+
+        The form of most layers in ``[dump]``, the others per teacher and layer.
+        """
         common = Counter(_keys(form.spec) for form in self.forms.values()).most_common(1)[0][0]
         lines = [f"dump.{key}={value}" for key, value in common]
         for (teacher, layer), form in self.forms.items():
@@ -297,15 +323,23 @@ class Recommendation:
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able."""
-        layers = [{"teacher": teacher, "layer": layer, **form.as_dict()} for (teacher, layer), form in self.forms.items()]
-        return {"bytes": self.bytes, "explained": round(self.explained, 6), "layers": layers, "settings": self.settings()}
+        layers = [
+            {"teacher": teacher, "layer": layer, **form.as_dict()} for (teacher, layer), form in self.forms.items()
+        ]
+        return {
+            "bytes": self.bytes,
+            "explained": round(self.explained, 6),
+            "layers": layers,
+            "settings": self.settings(),
+        }
 
 
 def recommend(choices: Sequence[Choice], budget: int | None, fixed: int) -> Recommendation | None:
     """The best forms in ``budget`` bytes of hidden states; None where even the smallest forms take more.
 
-    From the smallest form of every layer, the step that keeps most per byte is taken again and again: along the upper hull of
-    each layer's forms that is the best there is but for the last step. Without a budget, the smallest forms that keep ``ENOUGH``.
+    From the smallest form of every layer, the step that keeps most per byte is taken again and again: along the upper
+    hull of each layer's forms that is the best there is but for the last step. Without a budget, the smallest forms
+    that keep ``ENOUGH``.
     """
     hulls = [_hull(choice) for choice in choices]
     place = [0] * len(choices)
@@ -324,7 +358,9 @@ def recommend(choices: Sequence[Choice], budget: int | None, fixed: int) -> Reco
                 now, then = hull[place[index]], hull[place[index] + 1]
                 cost = choice.bytes[then] - choice.bytes[now]
                 if spent + cost <= budget:
-                    steps.append(((choice.forms[then].explained - choice.forms[now].explained) / max(cost, 1), -index, cost))
+                    steps.append(
+                        ((choice.forms[then].explained - choice.forms[now].explained) / max(cost, 1), -index, cost)
+                    )
         if not steps:
             return _made(choices, hulls, place, fixed)
         _, index, cost = max(steps)
@@ -346,7 +382,9 @@ def _hull(choice: Choice) -> list[int]:
 
 
 def _gain(choice: Choice, less: int, more: int) -> float:
-    return (choice.forms[more].explained - choice.forms[less].explained) / max(choice.bytes[more] - choice.bytes[less], 1)
+    return (choice.forms[more].explained - choice.forms[less].explained) / max(
+        choice.bytes[more] - choice.bytes[less], 1
+    )
 
 
 def _made(choices: Sequence[Choice], hulls: Sequence[list[int]], place: Sequence[int], fixed: int) -> Recommendation:

@@ -1,7 +1,7 @@
 """How a cache came about: what the manifest says outside the identity, as strings and integers.
 
-A teacher that did not run this time keeps the record of the run that made it, so that extending a cache, or continuing a dump
-that was interrupted, loses nothing.
+A teacher that did not run this time keeps the record of the run that made it, so that extending a cache, or continuing
+a dump that was interrupted, loses nothing.
 """
 
 from __future__ import annotations
@@ -53,7 +53,10 @@ def dump_provenance(recipe: Recipe, bundle: Bundle, cache_dir: Path, given: Mapp
 def extended_provenance(
     before: Mapping[str, Any], added: Mapping[str, TeacherRecord], cache_dir: Path, given: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The provenance of a cache that was extended by teachers ``added``: what was known stays, and says what it was extended by."""
+    """The provenance of a cache that was extended by teachers ``added``.
+
+    What was known stays, and says what it was extended by.
+    """
     known = before.get("teachers")
     teachers = dict(known) if isinstance(known, Mapping) else {}
     for name, origin in added.items():
@@ -81,7 +84,9 @@ def remember_run(cache_dir: Path, run: TeacherRun) -> None:
 def inherit_run(source: Path, cache_dir: Path, name: str) -> None:
     """Keep what another directory knows of the run of a teacher whose files were taken over from it."""
     record = _remembered(source).get(name) or dict(_earlier(source).get("teachers", {})).get(name, {})
-    known = {key: value for key, value in record.items() if key not in _OF_ORIGIN} if isinstance(record, Mapping) else {}
+    known = (
+        {key: value for key, value in record.items() if key not in _OF_ORIGIN} if isinstance(record, Mapping) else {}
+    )
     if known:
         write_file(cache_dir / STATE / f"{name}{_SUFFIX}", json.dumps(known).encode())
 

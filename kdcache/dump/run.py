@@ -1,7 +1,7 @@
 """One teacher over everything that is missing of it: load it, fit its bases, run its parts, free it.
 
-The part before is written while a part is run: one writer thread, at most one part waiting. An error of the thread stops the
-run at the next part; what was committed until then stays.
+The part before is written while a part is run: one writer thread, at most one part waiting. An error of the thread
+stops the run at the next part; what was committed until then stays.
 """
 
 from __future__ import annotations
@@ -108,7 +108,9 @@ def run_teacher(
                 batches = text_batches(teacher, writer.texts_of(task.part), task.part.text_ids, tokens_per_batch)
                 cut = batches.encoded.truncated_count
                 if not truncated:  # said with the first part, not after hours; the share of all is in the report
-                    for line in truncation_note(f"teacher '{teacher.name}'", cut, len(batches.encoded), teacher.spec.max_length):
+                    for line in truncation_note(
+                        f"teacher '{teacher.name}'", cut, len(batches.encoded), teacher.spec.max_length
+                    ):
                         progress.note(line)
                 truncated += cut
                 outputs, hidden = run_part(batches, backend, teacher.spec, task.layers, bases, progress.advance)
@@ -117,7 +119,9 @@ def run_teacher(
                 behind.start(_write_part(writer, teacher.name, task, outputs, spans, hidden))
         progress.finish()
         record = dict(backend.record)
-    return TeacherRun(teacher.name, len(missing), texts, tokens, sum(written), time.perf_counter() - started, record, truncated)
+    return TeacherRun(
+        teacher.name, len(missing), texts, tokens, sum(written), time.perf_counter() - started, record, truncated
+    )
 
 
 def lacks_bases(writer: CacheWriter, teacher: PreparedTeacher) -> bool:
@@ -167,7 +171,9 @@ def text_batches(
     return TextBatches(encoded, text_ids, teacher.pad_token_id, tokens_per_batch, teacher.name)
 
 
-def _write_part(writer: CacheWriter, name: str, task: PartTask, outputs: Any, tokens: Any, hidden: Any) -> Callable[[], int]:
+def _write_part(
+    writer: CacheWriter, name: str, task: PartTask, outputs: Any, tokens: Any, hidden: Any
+) -> Callable[[], int]:
     """The write as a call without arguments, bound to the values of this turn of the loop."""
     kept = outputs if task.outputs else None
     return lambda: writer.write_part(name, task.part, outputs=kept, tokens=tokens, hidden=hidden)

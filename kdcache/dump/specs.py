@@ -1,7 +1,7 @@
 """What a dump is asked to store, worked out before any teacher runs: specs that the cache compares with what it holds.
 
-Every teacher is loaded once for this, so that what is compared are the fingerprints of the files as they are now and not
-what a record says of them.
+Every teacher is loaded once for this, so that what is compared are the fingerprints of the files as they are now and
+not what a record says of them.
 """
 
 from __future__ import annotations
@@ -61,7 +61,10 @@ class PreparedTeacher:
 
 
 def task_spec(task: TaskData) -> TaskSpec:
-    """Columns and labels of the task. DataError where a name holds a control character: names are printed, and written to manifests."""
+    """Columns and labels of the task.
+
+    DataError where a name holds a control character: names are printed, and written to manifests.
+    """
     for what, names in (("text column", task.text_columns), ("label", task.label_names)):
         odd = next((name for name in names if not name or _CONTROL.search(name)), None)
         if odd is not None:
@@ -99,11 +102,13 @@ def check_task(task: TaskData, bundle: Bundle, teachers_dir: Path) -> None:
 def prepare_teachers(recipe: Recipe, bundle: Bundle, teachers_dir: Path, classes: int) -> list[PreparedTeacher]:
     """The recipe's teachers in order, one in memory at a time.
 
-    Raises ModelError for a teacher that is not there, a layer or a dimension that it lacks; MismatchError where its files are
-    not those that co-finetuning left.
+    Raises ModelError for a teacher that is not there, a layer or a dimension that it lacks; MismatchError where its
+    files are not those that co-finetuning left.
     """
     if not recipe.teachers:
-        raise ModelError(f"recipe '{recipe.name}' names no teachers: there is nothing to dump", "Add a [[teachers]] table.")
+        raise ModelError(
+            f"recipe '{recipe.name}' names no teachers: there is nothing to dump", "Add a [[teachers]] table."
+        )
     student_layers = student_depth(recipe, {name: record.depth for name, record in bundle.teachers.items()})
     teachers = [
         prepare(
@@ -115,7 +120,9 @@ def prepare_teachers(recipe: Recipe, bundle: Bundle, teachers_dir: Path, classes
         for section in recipe.teachers
     ]  # fmt: skip
     everywhere = sorted({layer for teacher in teachers for layer in teacher.spec.layers})
-    check_names(recipe.dump.per_layer, everywhere, "dump.per_layer", "' or '".join(teacher.name for teacher in teachers))
+    check_names(
+        recipe.dump.per_layer, everywhere, "dump.per_layer", "' or '".join(teacher.name for teacher in teachers)
+    )
     return teachers
 
 
@@ -143,7 +150,8 @@ def student_depth(recipe: Recipe, teacher_depths: Mapping[str, int]) -> int | No
             raise code_not_run(origin) from error
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(
-            f"the student's depth, on which dump.layers depends, is not to be had from '{origin or student.config}': {reason}",
+            f"the student's depth, on which dump.layers depends, is not to be had from '{origin or student.config}': "
+            f"{reason}",
             "Set student.layers, or list the layers in dump.layers.",
         ) from error
     return int(config.num_hidden_layers)
@@ -159,7 +167,10 @@ def prepare(
     layers: Callable[[Teacher], Mapping[int, LayerSpec]],
     trust_remote_code: bool = False,
 ) -> PreparedTeacher:
-    """One teacher as ``dump`` has it run; ``layers`` says what is stored of it, once it is loaded. Raises as ``prepare_teachers``."""
+    """One teacher as ``dump`` has it run.
+
+    ``layers`` says what is stored of it, once it is loaded. Raises as ``prepare_teachers``.
+    """
     teacher = load_teacher(teachers_dir, name, trust_remote_code=trust_remote_code)
     check_max_length(name, teacher.model.encoder, max_length)
     spec = TeacherSpec(
@@ -190,12 +201,15 @@ def _check_first_token(teacher: Teacher, spec: TeacherSpec) -> None:
     text = encode(teacher.tokenizer, [("a plain sentence",)], spec.max_length)
     if is_causal(teacher.model.encoder, text, padding_id(teacher.tokenizer)):
         raise ModelError(
-            f"teacher '{spec.name}' is a causal decoder: the first token, for which layer {layers[0]} is to be stored, has seen nothing of the text",
+            f"teacher '{spec.name}' is a causal decoder: the first token, for which layer {layers[0]} is to be stored, "
+            "has seen nothing of the text",
             'Set dump.tokens, or tokens of that layer, to "all" or "pooled".',
         )
 
 
-def layer_specs(recipe: Recipe, section: TeacherSection, teacher: Teacher, student_layers: int | None) -> dict[int, LayerSpec]:
+def layer_specs(
+    recipe: Recipe, section: TeacherSection, teacher: Teacher, student_layers: int | None
+) -> dict[int, LayerSpec]:
     """What the recipe stores of a teacher. RecipeError, ModelError where its layers or dimensions do not fit."""
     setting = recipe.dump.layers if section.layers is None else section.layers
     layers = resolve_layers(setting, teacher.depth, student_layers, section.name)

@@ -2,9 +2,9 @@
 
     kdcache dump-teachers RECIPE
 
-Texts get their parts; every teacher is checked against what the cache holds before any of them runs; then one teacher after
-the other runs over what is missing of it, part by part, while the part before is being written. The same command continues
-an interrupted dump and extends a finished one: what exists is never run again.
+Texts get their parts; every teacher is checked against what the cache holds before any of them runs; then one teacher
+after the other runs over what is missing of it, part by part, while the part before is being written. The same command
+continues an interrupted dump and extends a finished one: what exists is never run again.
 """
 
 from __future__ import annotations
@@ -83,10 +83,11 @@ def dump_teachers(
 ) -> DumpReport:
     """Bring the cache in ``cache_dir`` to what the recipe asks for, and publish it.
 
-    With ``repair`` everything is verified first, and what is damaged is dumped again. With ``no_text`` the texts themselves are
-    not stored; a cache that is without them stays so. ``provenance`` (the command, say) goes
-    into the manifest, outside the identity. ``opened`` gives a teacher's backend, where not its weights are to be run.
-    Raises MismatchError (exit 4) before anything is run where what exists was made from something else; StorageError, NonFiniteError and LockedError as they occur: what is committed by then stays.
+    With ``repair`` everything is verified first, and what is damaged is dumped again. With ``no_text`` the texts
+    themselves are not stored; a cache that is without them stays so. ``provenance`` (the command, say) goes into the
+    manifest, outside the identity. ``opened`` gives a teacher's backend, where not its weights are to be run. Raises
+    MismatchError (exit 4) before anything is run where what exists was made from something else; StorageError,
+    NonFiniteError and LockedError as they occur: what is committed by then stays.
     """
     started = time.perf_counter()
     task = load_task(recipe.data)
@@ -109,7 +110,9 @@ def dump_teachers(
         identity = writer.publish(record, card=cache_card).identity
         forget_runs(cache_dir)
         texts = sum(len(part.text_ids) for part in writer.parts)
-        return DumpReport(cache_dir, identity, texts, len(writer.parts), runs, time.perf_counter() - started, task.counts)
+        return DumpReport(
+            cache_dir, identity, texts, len(writer.parts), runs, time.perf_counter() - started, task.counts
+        )
 
 
 def run_missing(
@@ -139,7 +142,9 @@ def refuse_stale(writer: CacheWriter, teachers: Sequence[PreparedTeacher]) -> No
             writer.declare_teacher(teacher.spec, teacher.tokenizer_json)
 
 
-def refuse_forgotten_teachers(writer: CacheWriter, teachers: Sequence[PreparedTeacher], full: Texts, logits_only: Texts) -> None:
+def refuse_forgotten_teachers(
+    writer: CacheWriter, teachers: Sequence[PreparedTeacher], full: Texts, logits_only: Texts
+) -> None:
     """MismatchError where the cache has a teacher that the recipe does not name, and that would lack the new texts."""
     known = writer.base.contents.teachers if writer.base is not None else {}
     forgotten = sorted(known.keys() - {teacher.name for teacher in teachers})
@@ -150,7 +155,8 @@ def refuse_forgotten_teachers(writer: CacheWriter, teachers: Sequence[PreparedTe
     new = len(full.keys() - in_full) + len(logits_only.keys() - anywhere)
     if new:
         raise MismatchError(
-            f"cache '{writer.root}' holds teacher '{forgotten[0]}', which the recipe does not name and which would lack {new:,} new texts",
+            f"cache '{writer.root}' holds teacher '{forgotten[0]}', which the recipe does not name and which would "
+            f"lack {new:,} new texts",
             f"Add teacher '{forgotten[0]}' to the recipe, or dump into a new directory.",
         )
 

@@ -21,7 +21,10 @@ _TEACHER_PREFIX = "teacher:"
 
 @dataclass(frozen=True)
 class TruncationPlan:
-    """``truncated`` of ``texts`` (train and transfer) have more than ``max_length`` tokens; ``reason`` where that is not known."""
+    """``truncated`` of ``texts`` (train and transfer) have more than ``max_length`` tokens.
+
+    ``reason`` where that is not known.
+    """
 
     texts: int
     truncated: int
@@ -58,7 +61,9 @@ def student_truncation(
     return TruncationPlan(len(texts), encoded.truncated_count, max_length)
 
 
-def _tokenizer(section: StudentSection, teachers_dir: Path, teachers: Sequence[PreparedTeacher]) -> PreTrainedTokenizerBase:
+def _tokenizer(
+    section: StudentSection, teachers_dir: Path, teachers: Sequence[PreparedTeacher]
+) -> PreTrainedTokenizerBase:
     origin = section.tokenizer or section.init_from or ""
     name = origin.removeprefix(_TEACHER_PREFIX)
     if name == origin:

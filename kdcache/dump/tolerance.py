@@ -1,7 +1,8 @@
 """How far what is stored may lie from what a teacher says now: padding noise, and what the stored form gives away.
 
-A batch is padded to its longest text, and another padding changes the last digits of every state. How much is measured on the
-spot, by running some texts alone and together. The storage format adds what storing takes away, and knows it row by row.
+A batch is padded to its longest text, and another padding changes the last digits of every state. How much is measured
+on the spot, by running some texts alone and together. The storage format adds what storing takes away, and knows it row
+by row.
 """
 
 from __future__ import annotations
@@ -19,7 +20,11 @@ if TYPE_CHECKING:
     from kdcache.codecs.base import Basis, HiddenBlock, LayerSpec
 
 _FLOOR = {"float32": 1e-3, "bf16": 3e-2, "fp16": 1e-2}  # other machines and libraries, relative to the norm of a state
-_MOST_NOISE = {"float32": 1e-2, "bf16": 0.2, "fp16": 0.1}  # a model that padding changes more than this is not run rightly
+_MOST_NOISE = {
+    "float32": 1e-2,
+    "bf16": 0.2,
+    "fp16": 0.1,
+}  # a model that padding changes more than this is not run rightly
 _MARGIN = 4.0  # times the noise that was measured
 _MARGIN_OF_MEAN = 1.25
 _NEARER = 0.75  # of the distance, before another layer or another token is named
@@ -58,10 +63,11 @@ def logits_change(one: np.ndarray, other: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Of rows of one layer: distance between stored and live target, and the largest that is allowed; float64 [rows] each.
+    """Of rows of one layer: distance between stored and live target, and the largest that is allowed; float64 [rows]
+    each.
 
-    ``excess``: root mean square of the distances, as a multiple of what noise and rounding should make of it. Far finer than a
-    bound on each row. ``fits``: whether the live states are such as the basis was made for.
+    ``excess``: root mean square of the distances, as a multiple of what noise and rounding should make of it. Far finer
+    than a bound on each row. ``fits``: whether the live states are such as the basis was made for.
     """
 
     stored: np.ndarray  # float32 [rows, dim]

@@ -1,11 +1,12 @@
 """Alignment of a student's tokens with a teacher's: which teacher tokens make up the target of which student token.
 
-A loss between tokens of two vocabularies is undefined without it. Student token t takes the mean of the teacher tokens that
-overlap its character span, weighted by the overlap; [CLS] or <s>, separators and the last [SEP] or </s> meet by role; what
-nothing overlaps (zero-width tokens, padding-like specials, text that the teacher truncated) has no target and is masked.
+A loss between tokens of two vocabularies is undefined without it. Student token t takes the mean of the teacher tokens
+that overlap its character span, weighted by the overlap; [CLS] or <s>, separators and the last [SEP] or </s> meet by
+role; what nothing overlaps (zero-width tokens, padding-like specials, text that the teacher truncated) has no target
+and is masked.
 
-All texts of a part are aligned at once: (text, segment) and characters go on one number line, where candidates are found by
-binary search. Nothing is assumed of the spans: they may be unsorted, equal (byte fallback), nested or empty.
+All texts of a part are aligned at once: (text, segment) and characters go on one number line, where candidates are
+found by binary search. Nothing is assumed of the spans: they may be unsorted, equal (byte fallback), nested or empty.
 """
 
 from __future__ import annotations
@@ -55,8 +56,9 @@ class Alignment:
 class PartAlignment:
     """Alignment of n texts as compressed rows, one for each student token.
 
-    ``first`` int64[S + 1] bounds the entries of a token; ``src`` int32 counts teacher tokens from the start of their text,
-    so that texts can be picked freely; the ``weight`` float32 of a token sum to one. The identity holds no arrays.
+    ``first`` int64[S + 1] bounds the entries of a token; ``src`` int32 counts teacher tokens from the start of their
+    text, so that texts can be picked freely; the ``weight`` float32 of a token sum to one. The identity holds no
+    arrays.
     """
 
     tokens: int
@@ -100,7 +102,10 @@ def align(student: Tokens, teacher: Tokens, identical: bool = False) -> PartAlig
     if identical:
         return PartAlignment(count)
     student_text, teacher_text = _text_of(student), _text_of(teacher)
-    pieces = (_overlaps(student, teacher, student_text, teacher_text), _roles(student, teacher, student_text, teacher_text))
+    pieces = (
+        _overlaps(student, teacher, student_text, teacher_text),
+        _roles(student, teacher, student_text, teacher_text),
+    )
     dst, src, overlap = (np.concatenate(arrays) for arrays in zip(*pieces, strict=True))
     order = np.lexsort((src, dst))
     dst, src, overlap = dst[order], src[order], overlap[order]
@@ -131,12 +136,16 @@ def _bounds(dst: NDArray[np.int64], count: int) -> NDArray[np.int64]:
     return np.concatenate([[0], np.cumsum(np.bincount(dst, minlength=count))]).astype(np.int64)
 
 
-def _overlaps(student: Tokens, teacher: Tokens, student_text: NDArray[np.int64], teacher_text: NDArray[np.int64]) -> Pairs:
+def _overlaps(
+    student: Tokens, teacher: Tokens, student_text: NDArray[np.int64], teacher_text: NDArray[np.int64]
+) -> Pairs:
     """Pairs of text tokens that share characters of the same text and segment."""
     stride = 1 + max(int(tokens.ends.max(initial=0)) for tokens in (student, teacher))
 
     def on_the_line(tokens: Tokens, text: NDArray[np.int64]) -> tuple[NDArray[np.int64], ...]:
-        sound = (tokens.starts >= 0) & (tokens.segments >= 0) & (tokens.segments <= 1)  # or they would reach into other texts
+        sound = (
+            (tokens.starts >= 0) & (tokens.segments >= 0) & (tokens.segments <= 1)
+        )  # or they would reach into other texts
         at = np.flatnonzero((tokens.roles == TEXT) & (tokens.ends > tokens.starts) & sound)
         origin = (text[at] * 2 + tokens.segments[at]) * stride
         return at, origin + tokens.starts[at], origin + tokens.ends[at]
@@ -145,7 +154,8 @@ def _overlaps(student: Tokens, teacher: Tokens, student_text: NDArray[np.int64],
     teacher_at, teacher_start, teacher_end = on_the_line(teacher, teacher_text)
     by_start = np.argsort(teacher_start, kind="stable")
     teacher_at, teacher_start, teacher_end = teacher_at[by_start], teacher_start[by_start], teacher_end[by_start]
-    # every teacher token before `low` ends by the student token's start, every one from `high` on starts at its end or later
+    # every teacher token before `low` ends by the student token's start, every one from `high` on starts at its end or
+    # later
     low = np.searchsorted(np.maximum.accumulate(teacher_end), student_start, side="right")
     high = np.searchsorted(teacher_start, student_end, side="left")
     found: list[Pairs] = []
@@ -154,12 +164,15 @@ def _overlaps(student: Tokens, teacher: Tokens, student_text: NDArray[np.int64],
         counts = np.maximum(high[piece] - low[piece], 0)
         row = np.repeat(np.arange(piece.start, piece.stop), counts)
         column = ranges(low[piece], counts)
-        overlap = np.minimum(student_end[row], teacher_end[column]) - np.maximum(student_start[row], teacher_start[column])
+        overlap = np.minimum(student_end[row], teacher_end[column]) - np.maximum(
+            student_start[row], teacher_start[column]
+        )
         real = overlap > 0
         pairs += int(real.sum())
         if pairs > most:
             raise DamageError(
-                f"the tokens of a teacher overlap those of the student {pairs:,} times and more: no tokenizer cuts texts so",
+                f"the tokens of a teacher overlap those of the student {pairs:,} times and more: no tokenizer cuts "
+                "texts so",
                 "Find out what is damaged with: kdcache cache verify",
             )
         found.append((student_at[row[real]], teacher_at[column[real]], overlap[real].astype(np.float64)))
@@ -210,8 +223,11 @@ class StudentTokens:
         """Whether a teacher's tokens are the student's tokens."""
         return (fingerprint, max_length, truncation) == (self.fingerprint, self.max_length, TRUNCATION)
 
-    def encoded(self, text_ids: np.ndarray, texts: Callable[[], Sequence[tuple[str, ...]]], *, keep: bool = True) -> EncodedTexts:
-        """The texts of a part, whose ids are ``text_ids`` uint8[n, 16]; ``texts`` is called only where they are not kept.
+    def encoded(
+        self, text_ids: np.ndarray, texts: Callable[[], Sequence[tuple[str, ...]]], *, keep: bool = True
+    ) -> EncodedTexts:
+        """The texts of a part, whose ids are ``text_ids`` uint8[n, 16]; ``texts`` is called only where they are not
+        kept.
 
         ``keep=False`` where some of the texts are stand-ins: then nothing is written under their ids.
         """
@@ -224,7 +240,9 @@ class StudentTokens:
             return encoded
         return EncodedTexts(**{"token_type_ids": None, **kept})  # type: ignore[arg-type]
 
-    def aligned(self, text_ids: np.ndarray, student: EncodedTexts, teacher: Tokens, *, keep: bool = True) -> PartAlignment:
+    def aligned(
+        self, text_ids: np.ndarray, student: EncodedTexts, teacher: Tokens, *, keep: bool = True
+    ) -> PartAlignment:
         """The alignment of a part's texts with a teacher that cuts them otherwise; ``keep`` as above."""
         if not keep:
             return align(student_tokens(student), teacher)
@@ -254,7 +272,11 @@ def _tokenizers_version() -> str:
 def student_tokens(encoded: EncodedTexts) -> Tokens:
     """The spans of encoded texts, without their vocabulary."""
     return Tokens(
-        offsets=encoded.offsets, starts=encoded.starts, ends=encoded.ends, segments=encoded.segments, roles=encoded.roles
+        offsets=encoded.offsets,
+        starts=encoded.starts,
+        ends=encoded.ends,
+        segments=encoded.segments,
+        roles=encoded.roles,
     )
 
 
@@ -273,7 +295,9 @@ def save_arrays(path: Path, arrays: Arrays) -> None:
             temporary.unlink()
         if not _told:
             _told.append(str(error))
-            log.warning("student tokens and alignments cannot be kept under %s and will be made again: %s", home(), error)
+            log.warning(
+                "student tokens and alignments cannot be kept under %s and will be made again: %s", home(), error
+            )
 
 
 _told: list[str] = []

@@ -1,6 +1,8 @@
-"""Where the rows of a run of steps lie: in which parts, where in their packed arrays, and where in the padded tables of their steps.
+"""Where the rows of a run of steps lie: in which parts, where in their packed arrays, and where in the padded tables of
+their steps.
 
-All of it is index arithmetic in numpy, done once for a run of steps, because it costs nearly the same for one step as for thirty.
+All of it is index arithmetic in numpy, done once for a run of steps, because it costs nearly the same for one step as
+for thirty.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ if TYPE_CHECKING:
 
 
 class Rows:
-    """The rows of consecutive steps: row r is text ``texts[r]`` of ``parts[part_of[r]]``, step s has rows ``edges[s]`` to ``edges[s + 1]``.
+    """The rows of consecutive steps: row r is text ``texts[r]`` of ``parts[part_of[r]]``, step s has rows ``edges[s]``
+    to ``edges[s + 1]``.
 
     ``cards`` [rows] are those of the texts, with the fields of ``DecodedPart.cards``.
     """
@@ -110,12 +113,16 @@ class Ragged:
         return list(zip(self.rows.part_of.tolist(), starts, ends, strict=True))
 
     def pick(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
-        """The packed values of all rows, in row order, from one packed array per part; token by token, since a token has a few bytes only."""
+        """The packed values of all rows, in row order, from one packed array per part.
+
+        Token by token, since a token has a few bytes only.
+        """
         by_part, borders = self.rows.by_part
         lengths = self.lengths[by_part]
         upto, places = np.concatenate([[0], np.cumsum(lengths)]), ranges(self._starts[by_part], lengths)
         taken = [
-            array.take(places[upto[first] : upto[last]], axis=0) for array, (first, last) in zip(arrays, borders, strict=True)
+            array.take(places[upto[first] : upto[last]], axis=0)
+            for array, (first, last) in zip(arrays, borders, strict=True)
         ]
         found = np.empty((len(places), *arrays[0].shape[1:]), arrays[0].dtype)
         found[ranges(self.offsets[:-1][by_part], lengths)] = np.concatenate(taken)
@@ -188,7 +195,10 @@ def cut(array: np.ndarray, borders: np.ndarray, axis: int = 0) -> list[torch.Ten
 
 
 def student_inputs(sheets: Sheets, pad_token_id: int) -> list[dict[str, torch.Tensor]]:
-    """Per step ``input_ids``, ``attention_mask`` and, where the student takes them, ``token_type_ids``: int64 [B, L], padded right."""
+    """Per step ``input_ids``, ``attention_mask`` and, where the student takes them, ``token_type_ids``.
+
+    Int64 [B, L], padded right.
+    """
     inputs = {"input_ids": sheets.padded(sheets.ids, pad_token_id), "attention_mask": sheets.padded(1, 0)}
     if all(part.student.token_type_ids is not None for part in sheets.rows.parts):
         inputs["token_type_ids"] = sheets.zeros() if sheets.types is None else sheets.padded(sheets.types, 0)
@@ -237,10 +247,15 @@ def alignment_pieces(sheets: Sheets, teacher: int) -> tuple[Ragged, list[Pieces]
 
 
 def text_pieces(tokens: TokenSelection, sheets: Sheets) -> list[Pieces]:
-    """The same for targets per text, which need no alignment: the student's first tokens, or all of them in a bag per row."""
+    """The same for targets per text, which need no alignment.
+
+    The student's first tokens, or all of them in a bag per row.
+    """
     if tokens == "pooled":
         bags = sheets.per_row(sheets.starts(sheets.tokens.offsets))
-        return [Pieces(positions, bags=bag) for positions, bag in zip(sheets.per_token(sheets.positions), bags, strict=True)]
+        return [
+            Pieces(positions, bags=bag) for positions, bag in zip(sheets.per_token(sheets.positions), bags, strict=True)
+        ]
     return [Pieces(positions) for positions in sheets.per_row(sheets.first_tokens)]
 
 
@@ -249,7 +264,11 @@ def cached_targets(
 ) -> Iterator[Targets]:
     """The targets of every step out of decoded parts; values stay in the dtype in which they were stored."""
     cards = sheets.rows.cards
-    logits = cards["logits"] if "logits" in (cards.dtype.names or ()) else np.empty((len(cards), len(teachers), 0), np.float32)
+    logits = (
+        cards["logits"]
+        if "logits" in (cards.dtype.names or ())
+        else np.empty((len(cards), len(teachers), 0), np.float32)
+    )
     by_step = cut(np.ascontiguousarray(logits.swapaxes(0, 1)), sheets.rows.edges, axis=1)
     groups = [
         _Layers.of(sheets, index, name, tokens, forms)

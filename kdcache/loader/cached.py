@@ -1,8 +1,9 @@
 """Batches with cached targets: what a student's training step needs, without a teacher in sight.
 
-Whole parts are read and decoded in the background, a few beyond the window from which batches are drawn; batches are put
-together in one more thread and wait in a short queue. The order is that of ``kdcache.loader.order``, so the state of an
-epoch is three integers and any machine continues it. Every file's digest is checked by the reader before its rows are used.
+Whole parts are read and decoded in the background, a few beyond the window from which batches are drawn; batches are
+put together in one more thread and wait in a short queue. The order is that of ``kdcache.loader.order``, so the state
+of an epoch is three integers and any machine continues it. Every file's digest is checked by the reader before its rows
+are used.
 """
 
 from __future__ import annotations
@@ -48,18 +49,20 @@ MEMORY_BYTES = 2 << 30
 class CachedBatches:
     """A ``TargetSource`` over a cache.
 
-    ``split`` (and 'transfer' with it, where the cache has it and ``with_transfer``) says which examples; ``teachers`` is any
-    subset of the cache's, in the order given. ``layer_map`` gives per teacher one of its stored layers for each student
-    layer 1..K, or None for one without partner, and is read where ``hidden``; with ``layers_at`` (epoch -> layer map) it names
-    instead all layers that any epoch uses. ``logits=False`` reads no logits. ``max_length`` is the student's, in tokens.
-    ``missing='skip'`` leaves out examples whose text the cache lacks. ``texts`` (id -> columns) replaces the cache's own.
-    ``window``: from how many parts batches are drawn; 'all' is a uniform shuffle, for which all parts are read first.
-    ``batch_size`` is that of the step over all ``world`` processes; this one takes share ``rank``. ``memory_bytes`` bounds what
-    stays decoded besides the parts in the window. ``background=False`` puts batches together in the caller's thread: the most batches per
-    second, if nothing else is done with them; parts are read ahead by threads all the same.
+    ``split`` (and 'transfer' with it, where the cache has it and ``with_transfer``) says which examples; ``teachers``
+    is any subset of the cache's, in the order given. ``layer_map`` gives per teacher one of its stored layers for each
+    student layer 1..K, or None for one without partner, and is read where ``hidden``; with ``layers_at`` (epoch ->
+    layer map) it names instead all layers that any epoch uses. ``logits=False`` reads no logits. ``max_length`` is the
+    student's, in tokens. ``missing='skip'`` leaves out examples whose text the cache lacks. ``texts`` (id -> columns)
+    replaces the cache's own. ``window``: from how many parts batches are drawn; 'all' is a uniform shuffle, for which
+    all parts are read first. ``batch_size`` is that of the step over all ``world`` processes; this one takes share
+    ``rank``. ``memory_bytes`` bounds what stays decoded besides the parts in the window. ``background=False`` puts
+    batches together in the caller's thread: the most batches per second, if nothing else is done with them; parts are
+    read ahead by threads all the same.
 
-    Raises MismatchError where teachers, layers, splits or texts are not in the cache, and DamageError: at once where a file
-    that will be used is missing or has another size, from ``batches`` before a row of a file with other bytes is used.
+    Raises MismatchError where teachers, layers, splits or texts are not in the cache, and DamageError: at once where a
+    file that will be used is missing or has another size, from ``batches`` before a row of a file with other bytes is
+    used.
     """
 
     def __init__(
@@ -91,7 +94,9 @@ class CachedBatches:
         )
         self._layers_at = layers_at
         self._used = {name: layers_read(layers) for name, layers in self.layer_map.items()}
-        examples = join_examples(cache, splits_of(cache, split, with_transfer), missing=missing, hidden=bool(self.layer_map))
+        examples = join_examples(
+            cache, splits_of(cache, split, with_transfer), missing=missing, hidden=bool(self.layer_map)
+        )
         check_texts(cache, texts, examples)
         self.skipped = examples.skipped
         self.epochs = Epochs(examples, batch_size, seed, window, rank, world)
@@ -114,12 +119,18 @@ class CachedBatches:
 
     @property
     def window_bytes(self) -> int:
-        """Bytes of hidden states that are decoded at once: of the largest parts, as many as the window and reading ahead hold."""
+        """Bytes of hidden states that are decoded at once.
+
+        Of the largest parts, as many as the window and reading ahead hold.
+        """
         used = [(name, layer) for name, layers in self._used.items() for layer in layers]
         specs = {key: self.cache.teachers[key[0]].layers[key[1]] for key in used}
         row_bytes = {key: format_of(spec).row_bytes(spec) for key, spec in specs.items()}
         parts = [self.cache.parts[index].name for index in np.unique(self.epochs.examples.parts).tolist()]
-        sizes = [sum(self.cache.row_count(name, part, layer) * row_bytes[name, layer] for name, layer in used) for part in parts]
+        sizes = [
+            sum(self.cache.row_count(name, part, layer) * row_bytes[name, layer] for name, layer in used)
+            for part in parts
+        ]
         held = len(sizes) if self.epochs.window == "all" else self.epochs.window + READ_AHEAD
         return sum(sorted(sizes, reverse=True)[:held])
 
@@ -127,17 +138,27 @@ class CachedBatches:
     def coverage(self) -> dict[str, float]:
         """Per teacher with hidden states, the share of student tokens that have a target, over the parts read so far."""
         seen = list(self._covered.values())
-        totals = {name: np.array([part[index] for part in seen]).sum(axis=0) for index, name in enumerate(self.teachers) if seen}
+        totals = {
+            name: np.array([part[index] for part in seen]).sum(axis=0)
+            for index, name in enumerate(self.teachers)
+            if seen
+        }
         return {name: float(covered / tokens) for name, (covered, tokens) in totals.items() if tokens}
 
     @property
     def truncated(self) -> float | None:
-        """Share of the texts that the student reads cut to ``max_length``, over the parts read so far; None before any."""
+        """Share of the texts that the student reads cut to ``max_length``, over the parts read so far.
+
+        None before any.
+        """
         cut, texts = np.array([(0, 0), *list(self._truncated.values())]).sum(axis=0).tolist()
         return cut / texts if texts else None
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
-        """The share of process ``rank`` of every step of ``epoch`` from ``first_step`` on. Closing the iterator ends its threads."""
+        """The share of process ``rank`` of every step of ``epoch`` from ``first_step`` on.
+
+        Closing the iterator ends its threads.
+        """
         walk = functools.partial(self._walk, epoch, first_step)
         bundles = in_background(walk) if self._background else walk()
         try:
@@ -178,7 +199,10 @@ class CachedBatches:
     def _batches(
         self, steps: Sequence[np.ndarray], numbers: range, window: PartWindow[DecodedPart], layers: LayerMap
     ) -> Iterator[Batch]:
-        """The batches of consecutive steps: looked up together, since what Python spends is spent once for all of them."""
+        """The batches of consecutive steps.
+
+        Looked up together, since what Python spends is spent once for all of them.
+        """
         joined, examples = self.epochs.examples, np.concatenate(steps)
         parts, part_of = numbered(joined.parts[examples])
         edges = np.cumsum([0, *map(len, steps)])
@@ -201,7 +225,10 @@ class CachedBatches:
 
 
 def cached_logits(cache: Cache, teachers: Sequence[str], split: str) -> torch.Tensor:
-    """Logits of every example of ``split`` in its order, [N, n, C] float32. MismatchError where a text is not in the cache."""
+    """Logits of every example of ``split`` in its order, [N, n, C] float32.
+
+    MismatchError where a text is not in the cache.
+    """
     examples = join_examples(cache, (split,))
     places = [cache.parts[part].name for part in np.unique(examples.parts)]
     cache.expect([layout.outputs_file(teacher, part) for teacher in teachers for part in places])
@@ -238,9 +265,9 @@ def loader(
 ) -> CachedBatches:
     """Batches of a cache for a student with ``tokenizer``: iterate ``loader(...).batches(epoch)``.
 
-    Logits always come along. Hidden states do where ``student_layers`` = K is given, by the map g(j) = j * depth / K that
-    dumps use by default, or where ``layer_map`` says which of each teacher's layers student layer 1..K learns from.
-    ``max_length`` is that of the teachers where not given. Errors are those of ``CachedBatches``.
+    Logits always come along. Hidden states do where ``student_layers`` = K is given, by the map g(j) = j * depth / K
+    that dumps use by default, or where ``layer_map`` says which of each teacher's layers student layer 1..K learns
+    from. ``max_length`` is that of the teachers where not given. Errors are those of ``CachedBatches``.
     """
     if isinstance(cache, str | Path):
         from kdcache.cache.reader import open_cache

@@ -34,8 +34,8 @@ def chosen_teachers(
 ) -> tuple[tuple[str, ...], LayerMap]:
     """The teachers to use, and the layer map of those that have one.
 
-    Raises MismatchError where the cache lacks a teacher or layer, RecipeError where layer maps differ in length, which those may
-    whose layers take turns.
+    Raises MismatchError where the cache lacks a teacher or layer, RecipeError where layer maps differ in length, which
+    those may whose layers take turns.
     """
     names = tuple(cache.teachers) if teachers is None else tuple(teachers)
     for name in names:
@@ -59,7 +59,9 @@ def chosen_teachers(
 
 
 def even_layer_map(cache: Cache, teachers: Sequence[str] | None, student_layers: int) -> LayerMap:
-    """The teacher layer g(j) = round(j * depth / K) for each student layer j = 1..K, for every teacher (MT-BERT, section 3.2)."""
+    """The teacher layer g(j) = round(j * depth / K) for each student layer j = 1..K, for every teacher (MT-BERT,
+    section 3.2).
+    """
     names, _ = chosen_teachers(cache, teachers, None)
     return {name: even_layers(cache.teachers[name].depth, student_layers) for name in names}
 

@@ -1,7 +1,8 @@
 """What a student learns from and is scored on, and how that joins a cache.
 
-The recipe's data files decide on examples, labels and splits, so that corrected labels need no new dump; where the files are
-not at hand (a cache that a colleague made), the cache's own examples do. Either way a row meets its targets by text id.
+The recipe's data files decide on examples, labels and splits, so that corrected labels need no new dump; where the
+files are not at hand (a cache that a colleague made), the cache's own examples do. Either way a row meets its targets
+by text id.
 """
 
 from __future__ import annotations
@@ -37,7 +38,10 @@ class ExamplesOf(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class StudentData:
-    """``texts`` by id; ``splits`` of train, validation, test and transfer, those that there are; ``origin`` for the record."""
+    """``texts`` by id.
+
+    ``splits`` of train, validation, test and transfer, those that there are; ``origin`` for the record.
+    """
 
     texts: Mapping[bytes, tuple[str, ...]]
     splits: Mapping[str, ExamplesOf]
@@ -64,8 +68,8 @@ class StudentData:
 def student_data(section: DataSection, cache: Cache | None) -> StudentData:
     """The recipe's data, or that of the cache where the recipe's training file is not there.
 
-    Raises DataError for files that are there and not usable, or not there and no cache to stand in; MismatchError where label
-    names or text columns are not those of the cache.
+    Raises DataError for files that are there and not usable, or not there and no cache to stand in; MismatchError where
+    label names or text columns are not those of the cache.
     """
     try:
         task = load_task(section)
@@ -110,7 +114,8 @@ def _check_same_task(data: StudentData, cache: Cache) -> None:
         )
     if len(data.text_columns) != len(cache.task.text_columns):
         raise MismatchError(
-            f"the data has {len(data.text_columns)} text columns, cache '{cache.path}' has {len(cache.task.text_columns)}",
+            f"the data has {len(data.text_columns)} text columns, cache '{cache.path}' has "
+            f"{len(cache.task.text_columns)}",
             "Set data.text to the columns that were dumped.",
         )
 
@@ -126,7 +131,9 @@ class CacheWithData:
     def examples(self, split: str) -> Any:
         """The examples of the data, not those that the cache was dumped with."""
         if split not in self._data.splits:
-            raise MismatchError(f"the data has no split '{split}'; it has: {', '.join(self.splits)}", "Name its file in [data].")
+            raise MismatchError(
+                f"the data has no split '{split}'; it has: {', '.join(self.splits)}", "Name its file in [data]."
+            )
         found = self._data.splits[split]
         return Examples(found.text_ids, np.asarray(found.labels, np.int64), None)
 
@@ -141,7 +148,10 @@ def with_data(cache: Cache, data: StudentData) -> Cache:
 
 @dataclass(frozen=True)
 class SplitJoin:
-    """A split of the data: ``missing`` of its ``rows`` have a text that the cache lacks, ``extra`` texts of the cache it lacks."""
+    """A split of the data.
+
+    ``missing`` of its ``rows`` have a text that the cache lacks, ``extra`` texts of the cache it lacks.
+    """
 
     split: str
     rows: int
@@ -159,11 +169,13 @@ class SplitJoin:
         lines = []
         if self.missing:
             lines.append(
-                f"{self.split}: {self.missing:,} of {self.rows:,} rows have a text that the cache lacks; the first: {self.first_missing}"
+                f"{self.split}: {self.missing:,} of {self.rows:,} rows have a text that the cache lacks; the first: "
+                f"{self.first_missing}"
             )
         if self.extra:
             lines.append(
-                f"{self.split}: {self.extra:,} texts of the cache are not in the data and are not used; the first: {self.first_extra}"
+                f"{self.split}: {self.extra:,} texts of the cache are not in the data and are not used; the first: "
+                f"{self.first_extra}"
             )
         return lines
 
@@ -184,4 +196,6 @@ def _join(data: StudentData, cache: Cache, split: str) -> SplitJoin:
     if len(missing):
         one = ids[missing[0]].tobytes()
         first = f"{one.hex()} {' | '.join(data.texts[one])[:60]!r}"
-    return SplitJoin(split, len(ids), len(missing), len(extra), first, stored[extra[0]].tobytes().hex() if len(extra) else "")
+    return SplitJoin(
+        split, len(ids), len(missing), len(extra), first, stored[extra[0]].tobytes().hex() if len(extra) else ""
+    )

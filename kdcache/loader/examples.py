@@ -1,8 +1,8 @@
 """The examples that a student learns from, joined to a cache by text id: never by position, never by file.
 
-Joining needs the manifest, the examples of the split and the ids of the texts, not the targets: an epoch starts without a
-scan of the cache. What stays in memory of an example is its label and the place of its text: memory must hardly grow with their
-number, so ids are read again from the part where they are asked for.
+Joining needs the manifest, the examples of the split and the ids of the texts, not the targets: an epoch starts without
+a scan of the cache. What stays in memory of an example is its label and the place of its text: memory must hardly grow
+with their number, so ids are read again from the part where they are asked for.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ _AT_HAND = 64  # parts whose ids stay in memory, 64 KB each by default: no windo
 
 @dataclass(frozen=True, eq=False)
 class JoinedExamples:
-    """``n`` examples and where their texts lie: ``parts`` int32[n] (index into ``cache.parts``) and ``rows``, int64 where indexed."""
+    """``n`` examples and where their texts lie.
+
+    ``parts`` int32[n] (index into ``cache.parts``) and ``rows``, int64 where indexed.
+    """
 
     text_ids: np.ndarray | StoredIds  # uint8[m, 16] where indexed
     labels: np.ndarray | Integers  # int64[m] where indexed, -1 = none
@@ -78,8 +81,8 @@ def join_examples(
 ) -> JoinedExamples:
     """The examples of ``splits``, one split after the other, with the place of their texts.
 
-    Raises MismatchError where a text is not in the cache, or only with logits where ``hidden`` states are wanted, unless
-    ``missing`` is 'skip'; and where no example is left.
+    Raises MismatchError where a text is not in the cache, or only with logits where ``hidden`` states are wanted,
+    unless ``missing`` is 'skip'; and where no example is left.
     """
     joined = _join(cache, splits, missing, hidden=hidden)
     give_back_freed()
@@ -120,7 +123,8 @@ def _lacking(
     first = text_ids[lacking[0]].tobytes().hex()
     what = "is not in the cache" if parts[lacking[0]] < 0 else "is there with logits only, without hidden states"
     return MismatchError(
-        f"cache '{cache.path}' lacks {len(lacking)} of the {len(text_ids)} texts of {_names(splits)}; the first, {first}, {what}",
+        f"cache '{cache.path}' lacks {len(lacking)} of the {len(text_ids)} texts of {_names(splits)}; the first, "
+        f"{first}, {what}",
         'Dump the new rows with kdcache dump-teachers, or leave them out with distill.missing = "skip".',
     )
 

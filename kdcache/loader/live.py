@@ -16,7 +16,15 @@ import torch
 from kdcache.codecs.projection import Projector
 from kdcache.codecs.registry import format_of
 from kdcache.codecs.token_selection import select_tokens
-from kdcache.data.encoding import TRUNCATION, EncodedTexts, encode, pad, padding_id, token_budget_batches, tokenizer_fingerprint
+from kdcache.data.encoding import (
+    TRUNCATION,
+    EncodedTexts,
+    encode,
+    pad,
+    padding_id,
+    token_budget_batches,
+    tokenizer_fingerprint,
+)
 from kdcache.errors import MismatchError
 from kdcache.loader.alignment import StudentTokens, align, student_tokens
 from kdcache.loader.assembly import Pieces, Rows, Sheets, alignment_pieces, longest_first, student_inputs, text_pieces
@@ -82,10 +90,10 @@ class _Stored:
 class LiveBatches:
     """A ``TargetSource`` whose teachers run on every batch. The cache gives texts, examples, order and variances.
 
-    ``teachers`` are loaded ones, by name a subset of the cache's; ``backends`` may say, per name, what runs them (torch in
-    float32 where it does not). With ``project`` hidden states go through the stored bases, else they come at full width.
-    The other parameters, and the errors, are those of ``CachedBatches``; MismatchError too where a teacher is not the one
-    that the cache was dumped from.
+    ``teachers`` are loaded ones, by name a subset of the cache's; ``backends`` may say, per name, what runs them (torch
+    in float32 where it does not). With ``project`` hidden states go through the stored bases, else they come at full
+    width. The other parameters, and the errors, are those of ``CachedBatches``; MismatchError too where a teacher is
+    not the one that the cache was dumped from.
     """
 
     def __init__(
@@ -117,7 +125,9 @@ class LiveBatches:
             cache, names, layer_map if hidden else None, taking_turns=layers_at is not None
         )
         self._layers_at = layers_at
-        examples = join_examples(cache, splits_of(cache, split, with_transfer), missing=missing, hidden=bool(self.layer_map))
+        examples = join_examples(
+            cache, splits_of(cache, split, with_transfer), missing=missing, hidden=bool(self.layer_map)
+        )
         check_texts(cache, texts, examples)
         self.skipped = examples.skipped
         self.epochs = Epochs(examples, batch_size, seed, window, rank, world)
@@ -146,7 +156,10 @@ class LiveBatches:
         return cut / rows if rows else None
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
-        """The share of process ``rank`` of every step of ``epoch`` from ``first_step`` on; targets lie on the teachers' device."""
+        """The share of process ``rank`` of every step of ``epoch`` from ``first_step`` on.
+
+        Targets lie on the teachers' device.
+        """
         order, layers = self.epochs.order(epoch), self.layers_at(epoch)
         for step in range(first_step, self.steps_per_epoch):
             yield self._batch(self.epochs.rows(order, step), layers)
@@ -193,7 +206,9 @@ class LiveBatches:
         storage, basis = format_of(spec), self.cache.basis(teacher, layer)
         if not storage.coarse:
             return _Stored(Form(spec.tokens), Projector(basis, device), None)
-        return _Stored(Form(spec.tokens, storage.decoder(basis)), Projector(basis, device), storage.encoder(spec, basis, device))
+        return _Stored(
+            Form(spec.tokens, storage.decoder(basis)), Projector(basis, device), storage.encoder(spec, basis, device)
+        )
 
     def _texts_at(self, examples: JoinedExamples, places: np.ndarray) -> list[tuple[str, ...]]:
         found = []
@@ -225,7 +240,9 @@ class LiveBatches:
                 made = self._hidden(index, running, student, encoded, output)
                 wanted = enumerate(layers[running.teacher.name], start=1)
                 hidden |= {(index, layer): made[own] for layer, own in wanted if own is not None}
-        return Targets(self.teachers, torch.stack(logits) if self._logits else torch.empty(len(logits), len(texts), 0), hidden)
+        return Targets(
+            self.teachers, torch.stack(logits) if self._logits else torch.empty(len(logits), len(texts), 0), hidden
+        )
 
     def _hidden(
         self, index: int, running: _Running, student: EncodedTexts, encoded: EncodedTexts, output: TeacherOutput
@@ -236,7 +253,9 @@ class LiveBatches:
             stored = running.stored[layer]
             form, (values, scales) = stored.form, stored(output.hidden[layer], encoded.lengths)
             if form.tokens not in places:
-                places[form.tokens] = self._pieces(index, running, form, student, student_tokens(encoded), values.device)
+                places[form.tokens] = self._pieces(
+                    index, running, form, student, student_tokens(encoded), values.device
+                )
             made[layer] = places[form.tokens].target(values, scales, form.decoder)
         return made
 
@@ -265,7 +284,8 @@ def _check_same(cache: Cache, teacher: Teacher) -> None:
     for piece in ("weights", "config", "head", "tokenizer"):
         if getattr(stored, piece) != getattr(live, piece):
             raise MismatchError(
-                f"teacher '{teacher.name}' is not the one of cache '{cache.path}': {piece} {getattr(live, piece)[:12]}, "
+                f"teacher '{teacher.name}' is not the one of cache '{cache.path}': {piece} "
+                f"{getattr(live, piece)[:12]}, "
                 f"in the cache {getattr(stored, piece)[:12]}",
                 "Give the teachers that the cache was dumped from, or dump these into a new cache.",
             )

@@ -1,13 +1,14 @@
 """The order of an epoch: a pure function of (seed, epoch, window) and of which part each example's text lies in.
 
 Parts are put in a seeded order; an example of the p-th part gets the key p + W * u with u uniform in [0, 1), and the
-examples are taken by ascending key. At key x only parts p with x - W < p <= x have examples, so a window of W parts slides
-over the cache: the first batches need the first part alone, a part is read once, and it can go once its last example is out.
-With the window 'all' the key is u alone: a uniform permutation, whose first batches need nearly all parts.
-The steps of an epoch are consecutive slices of this order and a process takes its slice of every step, so a run continues in
-the middle of an epoch, with another number of processes too, from three integers: seed, epoch, step.
+examples are taken by ascending key. At key x only parts p with x - W < p <= x have examples, so a window of W parts
+slides over the cache: the first batches need the first part alone, a part is read once, and it can go once its last
+example is out. With the window 'all' the key is u alone: a uniform permutation, whose first batches need nearly all
+parts. The steps of an epoch are consecutive slices of this order and a process takes its slice of every step, so a run
+continues in the middle of an epoch, with another number of processes too, from three integers: seed, epoch, step.
 
-Only raw outputs of the bit generator are used: numpy keeps those streams for ever, those of its distributions not (NEP 19).
+Only raw outputs of the bit generator are used: numpy keeps those streams for ever, those of its distributions not (NEP
+19).
 """
 
 from __future__ import annotations
@@ -30,12 +31,17 @@ Window = int | Literal["all"]  # in parts
 
 
 def epoch_order(parts: NDArray[np.integer], *, seed: int, epoch: int, window: Window) -> NDArray[np.integer]:
-    """Positions of all examples in the order of ``epoch``, int32 where that is enough; ``parts`` [n] is the part of each one's text."""
+    """Positions of all examples in the order of ``epoch``, int32 where that is enough.
+
+    ``parts`` [n] is the part of each one's text.
+    """
     key = _uniform(seed, epoch, len(parts))
     if window != "all":
         numbers = np.flatnonzero(np.bincount(parts)) if len(parts) else np.zeros(0, np.int64)
         place = np.zeros(int(numbers[-1]) + 1 if len(numbers) else 0)  # of a part in the order of parts
-        place[numbers[np.argsort(_uniform(seed, epoch, len(numbers), purpose=1), kind="stable")]] = np.arange(len(numbers))
+        place[numbers[np.argsort(_uniform(seed, epoch, len(numbers), purpose=1), kind="stable")]] = np.arange(
+            len(numbers)
+        )
         key *= window
         key += place[parts]
     return np.argsort(key, kind="stable").astype(np.int32 if len(parts) < 2**31 else np.int64)
@@ -47,8 +53,13 @@ def step_count(examples: int, batch_size: int, world: int = 1) -> int:
     return full + (rest >= world)
 
 
-def step_rows(order: NDArray[np.integer], step: int, batch_size: int, *, rank: int = 0, world: int = 1) -> NDArray[np.integer]:
-    """What process ``rank`` of ``world`` takes of step ``step``: near-equal, consecutive shares, in the order of the epoch."""
+def step_rows(
+    order: NDArray[np.integer], step: int, batch_size: int, *, rank: int = 0, world: int = 1
+) -> NDArray[np.integer]:
+    """What process ``rank`` of ``world`` takes of step ``step``.
+
+    Near-equal, consecutive shares, in the order of the epoch.
+    """
     rows = order[step * batch_size : (step + 1) * batch_size]
     return rows[rank * len(rows) // world : (rank + 1) * len(rows) // world]
 
@@ -78,7 +89,8 @@ class Epochs:
     def __post_init__(self) -> None:
         if self.window != "all" and self.window < 1:
             raise RecipeError(
-                f"window is {self.window} parts; at least 1 is needed", "Set distill.window to a number of parts, or to 'all'."
+                f"window is {self.window} parts; at least 1 is needed",
+                "Set distill.window to a number of parts, or to 'all'.",
             )
         if not self.batch_size >= self.world > self.rank >= 0:
             raise RecipeError(

@@ -41,11 +41,16 @@ class TeacherPart:
 
 @dataclass(frozen=True, eq=False)
 class Explicit:
-    """An alignment entry by entry: ``texts`` bounds those of each text, ``counts`` says how many each student token has."""
+    """An alignment entry by entry.
+
+    ``texts`` bounds those of each text, ``counts`` says how many each student token has.
+    """
 
     texts: np.ndarray  # int64[n + 1]
     counts: np.ndarray  # int32[S]
-    entries: np.ndarray  # int32[E, 2]: src, counted from the teacher's first token of the text, and the bits of the weight
+    entries: (
+        np.ndarray
+    )  # int32[E, 2]: src, counted from the teacher's first token of the text, and the bits of the weight
 
     @classmethod
     def of(cls, alignment: PartAlignment, offsets: np.ndarray) -> Explicit:
@@ -67,14 +72,18 @@ class DecodedPart:
 
     @functools.cached_property
     def plain(self) -> bool:
-        """Whether ids are all there is to look up per student token: single texts, tokens that are the teachers' own."""
+        """Whether ids are all there is to look up per student token.
+
+        Single texts, tokens that are the teachers' own.
+        """
         types = self.student.token_type_ids
         alignments = [teacher.alignment for teacher in self.teachers]
         return (types is None or not types.any()) and all(one is None or one.identical for one in alignments)
 
     @functools.cached_property
     def cards(self) -> Interleaved:
-        """What is known per text, side by side: where its tokens are, the student's (``tokens``) and each teacher's, ``id`` and ``logits``.
+        """What is known per text, side by side: where its tokens are, the student's (``tokens``) and each teacher's,
+        ``id`` and ``logits``.
 
         Looking one array up costs a batch a microsecond per part that it is drawn from, whatever the array holds.
         """
@@ -90,7 +99,10 @@ class DecodedPart:
 
     @functools.cached_property
     def records(self) -> np.ndarray:
-        """What is known per student token, side by side: id, type, and per teacher the count of entries; int32[S, 2 + N]."""
+        """What is known per student token, side by side.
+
+        Id, type, and per teacher the count of entries; int32[S, 2 + N].
+        """
         records = np.zeros((len(self.student.input_ids), 2 + len(self.teachers)), np.int32)
         records[:, 0] = self.student.input_ids
         if self.student.token_type_ids is not None:
@@ -120,7 +132,10 @@ class DecodedPart:
 
 @dataclass(frozen=True, eq=False)
 class PartDecoder:
-    """Reads a part; safe to call from several threads. ``layers``: per teacher, the layers to read (none: no hidden states)."""
+    """Reads a part.
+
+    Safe to call from several threads. ``layers``: per teacher, the layers to read (none: no hidden states).
+    """
 
     cache: Cache
     student: StudentTokens
@@ -147,7 +162,9 @@ class PartDecoder:
             return TeacherPart(logits, None, hidden, None)
         tokens = self.cache.tokens(teacher, part)
         if len(hidden["all"].rows) != tokens.offsets[-1]:
-            raise self._wrong(teacher, part, min(layers), len(hidden["all"].rows), f"the token file says {tokens.offsets[-1]}")
+            raise self._wrong(
+                teacher, part, min(layers), len(hidden["all"].rows), f"the token file says {tokens.offsets[-1]}"
+            )
         return TeacherPart(logits, tokens.offsets, hidden, self._alignment(teacher, text_ids, student, tokens, keep))
 
     def _hidden(self, teacher: str, part: str, layers: tuple[int, ...]) -> dict[TokenSelection, Interleaved]:
@@ -162,14 +179,19 @@ class PartDecoder:
 
     def _wrong(self, teacher: str, part: str, layer: int, count: int, other: str) -> DamageError:
         return DamageError(
-            f"cache '{self.cache.path}': layer {layer} of teacher '{teacher}' has {count} tokens in {part}, and {other}",
+            f"cache '{self.cache.path}': layer {layer} of teacher '{teacher}' has {count} tokens in {part}, and "
+            f"{other}",
             "Find out what is damaged with: kdcache cache verify",
         )
 
-    def _alignment(self, teacher: str, text_ids: np.ndarray, student: EncodedTexts, tokens: Tokens, keep: bool) -> PartAlignment:
+    def _alignment(
+        self, teacher: str, text_ids: np.ndarray, student: EncodedTexts, tokens: Tokens, keep: bool
+    ) -> PartAlignment:
         spec = self.cache.teachers[teacher]
         same = self.student.agrees_with(spec.fingerprints.tokenizer, spec.max_length, spec.truncation)
-        if same and np.array_equal(student.offsets, tokens.offsets):  # not so where another tokenizers version cut otherwise
+        if same and np.array_equal(
+            student.offsets, tokens.offsets
+        ):  # not so where another tokenizers version cut otherwise
             return PartAlignment(len(student.input_ids))
         return self.student.aligned(text_ids, student, tokens, keep=keep).simplified(student.offsets, tokens.offsets)
 
@@ -184,13 +206,17 @@ def check_texts(cache: Cache, texts: Texts | None, examples: JoinedExamples) -> 
     lacking = [] if texts is None else [one for one in id_list(examples.text_ids[:]) if one not in texts]
     if lacking:
         raise MismatchError(
-            f"{len(lacking)} of the {len(examples)} examples have a text that is not among the texts given; the first is {lacking[0].hex()}",
+            f"{len(lacking)} of the {len(examples)} examples have a text that is not among the texts given; the first "
+            f"is {lacking[0].hex()}",
             "Give the texts of the data that the cache was dumped from.",
         )
 
 
 def texts_of(cache: Cache, part: str, texts: Texts | None) -> Sequence[tuple[str, ...]]:
-    """The texts of a part from the cache, or from ``texts`` by id where given; empty ones stand in for those not given."""
+    """The texts of a part from the cache, or from ``texts`` by id where given.
+
+    Empty ones stand in for those not given.
+    """
     if texts is None:
         return cache.texts(part)
     empty = ("",) * len(cache.task.text_columns)
@@ -232,10 +258,12 @@ JOINED_BYTES = 1 << 20  # of a batch; about 80 us of copying
 
 
 def joined(parts: Sequence[memoryview], spans: Sequence[tuple[int, int, int]], count: int, size: int) -> np.ndarray:
-    """Records uint8 [count, size] out of several parts, one span after the other: ``spans`` are (part, first byte, last byte + 1).
+    """Records uint8 [count, size] out of several parts, one span after the other: ``spans`` are (part, first byte, last
+    byte + 1).
 
-    For short spans joining bytes is cheaper than joining arrays; but it keeps the interpreter to itself, so what takes long enough to
-    copy for another thread to run meanwhile (more than ``JOINED_BYTES``) is joined as arrays, which let go of it.
+    For short spans joining bytes is cheaper than joining arrays; but it keeps the interpreter to itself, so what takes
+    long enough to copy for another thread to run meanwhile (more than ``JOINED_BYTES``) is joined as arrays, which let
+    go of it.
     """
     pieces = [parts[part][start:end] for part, start, end in spans]
     if count * size > JOINED_BYTES:
@@ -267,5 +295,6 @@ def _names(dtype: np.dtype) -> list[tuple[int, str, str | None]]:
     """Per layer, the names of its values and of its scales, if it has any."""
     layers = [int(name.split()[1]) for name in dtype.names or () if name.startswith("values")]
     return [
-        (layer, f"values {layer}", f"scales {layer}" if f"scales {layer}" in (dtype.names or ()) else None) for layer in layers
+        (layer, f"values {layer}", f"scales {layer}" if f"scales {layer}" in (dtype.names or ()) else None)
+        for layer in layers
     ]

@@ -1,7 +1,9 @@
-"""Reading ahead: parts are decoded by a few threads, batches are put together by one more, the consumer only takes them.
+"""Reading ahead: parts are decoded by a few threads, batches are put together by one more, the consumer only takes
+them.
 
-What comes out does not depend on how the threads are scheduled: one thread makes the batches, in order. An error in any of
-them reaches the consumer as it was raised, and when the consumer stops, for whatever reason, the threads end with it.
+What comes out does not depend on how the threads are scheduled: one thread makes the batches, in order. An error in any
+of them reaches the consumer as it was raised, and when the consumer stops, for whatever reason, the threads end with
+it.
 """
 
 from __future__ import annotations
@@ -65,7 +67,10 @@ class Shelf(Generic[S]):
 
 @dataclass(frozen=True)
 class Timetable:
-    """Which parts an epoch needs from which step to which: ``order`` by first use, ``first`` and ``last`` step per part."""
+    """Which parts an epoch needs from which step to which.
+
+    ``order`` by first use, ``first`` and ``last`` step per part.
+    """
 
     order: tuple[int, ...]
     first: Mapping[int, int]
@@ -161,7 +166,9 @@ def in_background(items: Callable[[], Iterator[T]], ahead: int = BUNDLES_AHEAD) 
     What it raises is raised here. Closing this generator (a ``break``, an exception, Ctrl-C) ends the thread and closes
     ``items`` before it returns.
     """
-    made: queue.SimpleQueue[T | _Failed | _End] = queue.SimpleQueue()  # simple queues hand over without Python's own locks
+    made: queue.SimpleQueue[T | _Failed | _End] = (
+        queue.SimpleQueue()
+    )  # simple queues hand over without Python's own locks
     room: queue.SimpleQueue[None] = queue.SimpleQueue()  # one entry for each item that may still be made
     for _ in range(ahead):
         room.put(None)

@@ -1,8 +1,8 @@
 """The seam between where teacher targets come from and who learns from them.
 
-A trainer sees batches of a ``TargetSource`` and cannot tell whether the teachers ran months ago (``CachedBatches``) or run
-now (``LiveBatches``). That is also how the two are tested to be equal. Targets are packed, never padded, and stay quantised
-until they are on the device: what travels is what was stored.
+A trainer sees batches of a ``TargetSource`` and cannot tell whether the teachers ran months ago (``CachedBatches``) or
+run now (``LiveBatches``). That is also how the two are tested to be equal. Targets are packed, never padded, and stay
+quantised until they are on the device: what travels is what was stored.
 """
 
 from __future__ import annotations
@@ -25,16 +25,17 @@ if TYPE_CHECKING:
 class Hidden:
     """Hidden states of one teacher layer for the student tokens of one batch.
 
-    ``values`` are the teacher's tokens as they are stored, [S, ...]: numbers, or what ``decoder`` turns into numbers [S, dim].
-    With ``scales`` [S] a target is a number times its scale.
-    Student token p (of P covered ones) is the sum of weight[n] * values[src[n]] over its entries n: those from ``first[p]`` to
-    ``first[p + 1]``, of the last token all that remain, at least one each. ``src is None`` means the identity: S = P, token p is values[p].
-    ``positions`` [P], ascending, are flat places b * L + t in the student's [B, L]; tokens that no teacher token overlaps
-    are not among them. Layers of a teacher that are stored for the same tokens share the same ``src``, ``first``, ``weight`` and
+    ``values`` are the teacher's tokens as they are stored, [S, ...]: numbers, or what ``decoder`` turns into numbers
+    [S, dim]. With ``scales`` [S] a target is a number times its scale. Student token p (of P covered ones) is the sum
+    of weight[n] * values[src[n]] over its entries n: those from ``first[p]`` to ``first[p + 1]``, of the last token all
+    that remain, at least one each. ``src is None`` means the identity: S = P, token p is values[p]. ``positions`` [P],
+    ascending, are flat places b * L + t in the student's [B, L]; tokens that no teacher token overlaps are not among
+    them. Layers of a teacher that are stored for the same tokens share the same ``src``, ``first``, ``weight`` and
     ``positions`` objects.
 
-    Targets per text need no alignment: S = P = B. For that of the first token ``positions`` are the students' first tokens. For
-    the mean of the tokens ``positions`` are all tokens of the batch and ``bags`` [B] says where those of each row begin.
+    Targets per text need no alignment: S = P = B. For that of the first token ``positions`` are the students' first
+    tokens. For the mean of the tokens ``positions`` are all tokens of the batch and ``bags`` [B] says where those of
+    each row begin.
     """
 
     values: Tensor
@@ -64,7 +65,8 @@ class Hidden:
     def aligned(self) -> Tensor:
         """The targets of the covered student tokens, [P, dim] float32, on the device of the values. No gradient flows.
 
-        Sums go through ``embedding_bag``: several times faster than ``index_add`` and, unlike it, deterministic on a GPU.
+        Sums go through ``embedding_bag``: several times faster than ``index_add`` and, unlike it, deterministic on a
+        GPU.
         """
         values = self.values.to(torch.float32) if self.decoder is None else self.decoder(self.values)
         if self.src is None or self.first is None or self.weight is None:
@@ -79,8 +81,8 @@ class Hidden:
 class Targets:
     """What N teachers say about one batch.
 
-    ``logits`` is [N, B, C] float32 in the order of ``teachers``, with C = 0 where the source was asked for none; ``hidden``
-    is keyed by (teacher index, student layer 1..K) and empty where the source was asked for none.
+    ``logits`` is [N, B, C] float32 in the order of ``teachers``, with C = 0 where the source was asked for none;
+    ``hidden`` is keyed by (teacher index, student layer 1..K) and empty where the source was asked for none.
     """
 
     teachers: tuple[str, ...]
@@ -90,7 +92,10 @@ class Targets:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Rows of one step: the student's ``inputs`` [B, L], ``labels`` [B] (-1 = none), ids uint8[B, 16], and the targets."""
+    """Rows of one step.
+
+    The student's ``inputs`` [B, L], ``labels`` [B] (-1 = none), ids uint8[B, 16], and the targets.
+    """
 
     inputs: dict[str, Tensor]
     labels: Tensor
@@ -141,9 +146,15 @@ class Batch:
             return (self,)
         borders = np.linspace(0, len(self), pieces + 1).round().astype(int)
         mask = self.inputs["attention_mask"]
-        ends = (mask.numpy() * np.arange(1, mask.shape[1] + 1)).max(axis=1)  # of each row, where padding begins for good
+        ends = (mask.numpy() * np.arange(1, mask.shape[1] + 1)).max(
+            axis=1
+        )  # of each row, where padding begins for good
         longest = np.maximum.reduceat(ends.astype(np.int64), borders[:-1])  # no piece is empty
-        targets = _Cuts(borders, longest, mask.shape[1]).targets(self.targets) if self.targets is not None else [None] * pieces
+        targets = (
+            _Cuts(borders, longest, mask.shape[1]).targets(self.targets)
+            if self.targets is not None
+            else [None] * pieces
+        )
         spans = zip(itertools.pairwise(borders.tolist()), longest.tolist(), targets, strict=True)
         return tuple(
             Batch(
@@ -171,7 +182,14 @@ class _Piece:
         """The same part of the targets."""
         scales = None if whole.scales is None else whole.scales[self.tokens]
         return Hidden(
-            whole.values[self.tokens], scales, self.src, self.first, self.weight, self.positions, whole.decoder, self.bags
+            whole.values[self.tokens],
+            scales,
+            self.src,
+            self.first,
+            self.weight,
+            self.positions,
+            whole.decoder,
+            self.bags,
         )
 
 
@@ -228,7 +246,9 @@ class _Cuts:
         tokens = [slice(*span) for span in zip(low.tolist(), high.tolist(), strict=True)]
         moved = _slices(source - np.repeat(low, sizes), bounds, device)
         starts = _slices(begins - np.repeat(bounds[:-1], np.diff(places)), places, device)
-        return [_Piece(*one) for one in zip(tokens, positions, moved, starts, weight.split(sizes.tolist()), strict=True)]
+        return [
+            _Piece(*one) for one in zip(tokens, positions, moved, starts, weight.split(sizes.tolist()), strict=True)
+        ]
 
 
 def _slices(array: np.ndarray, bounds: np.ndarray, device: torch.device) -> tuple[Tensor, ...]:
@@ -243,11 +263,11 @@ def _spans(bounds: np.ndarray) -> list[slice]:
 class TargetSource(Protocol):
     """Where batches come from. ``layer`` below is the teacher's own layer number, as in ``layer_map``.
 
-    ``layer_map`` gives, per teacher, one teacher layer for each student layer 1..K, or None for one without partner; where the
-    map changes from epoch to epoch, all layers that it draws from. It is empty where no hidden states are asked for. ``coverage``
-    is, per teacher, the share of student tokens that have a target, over what was read so far; ``truncated`` is the share of the
-    texts read so far that the student reads cut to its max_length, None before any is read;
-    ``skipped`` counts the rows left out because the cache lacks them.
+    ``layer_map`` gives, per teacher, one teacher layer for each student layer 1..K, or None for one without partner;
+    where the map changes from epoch to epoch, all layers that it draws from. It is empty where no hidden states are
+    asked for. ``coverage`` is, per teacher, the share of student tokens that have a target, over what was read so far;
+    ``truncated`` is the share of the texts read so far that the student reads cut to its max_length, None before any is
+    read; ``skipped`` counts the rows left out because the cache lacks them.
     """
 
     teachers: tuple[str, ...]

@@ -34,7 +34,13 @@ from kdcache.methods.parts.soft_labels import (
     soft_losses,
 )
 from kdcache.methods.parts.task_loss import task_loss
-from kdcache.methods.parts.weighting import Weighting, inverse_cross_entropy, one, teacher_cross_entropy, teacher_weights
+from kdcache.methods.parts.weighting import (
+    Weighting,
+    inverse_cross_entropy,
+    one,
+    teacher_cross_entropy,
+    teacher_weights,
+)
 
 __all__ = [
     "Direction",

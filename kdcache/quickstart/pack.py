@@ -1,8 +1,8 @@
 """Decode a ``HMSEMB01`` pack into a Hugging Face RoBERTa folder in float32.
 
-The file: magic ``HMSEMB01``; header length as little-endian u64; header in JSON; tokenizer.json; then the tensors back to
-back in the header's order. A float32 tensor is its values. An int8 tensor is all codes first, then one float32 scale per
-``group`` consecutive codes: value = code * scale. Query, key and value weights are stacked in one tensor.
+The file: magic ``HMSEMB01``; header length as little-endian u64; header in JSON; tokenizer.json; then the tensors back
+to back in the header's order. A float32 tensor is its values. An int8 tensor is all codes first, then one float32 scale
+per ``group`` consecutive codes: value = code * scale. Query, key and value weights are stacked in one tensor.
 Everything in the header is checked against the file's size before it is used.
 """
 
@@ -70,7 +70,9 @@ def _tensor(entry: dict[str, Any], raw: bytes) -> np.ndarray:
     group = int(entry["group"]) if entry["dtype"] == "i8" else 0
     expected = count + 4 * (count // group) if group else 4 * count
     if len(raw) != expected or entry["dtype"] not in ("f32", "i8") or (group and count % group):
-        raise DamageError(f"tensor '{entry['name']}' of the model pack has {len(raw)} bytes; its shape asks for {expected}")
+        raise DamageError(
+            f"tensor '{entry['name']}' of the model pack has {len(raw)} bytes; its shape asks for {expected}"
+        )
     if not group:
         return np.frombuffer(raw, "<f4").reshape(entry["shape"]).copy()
     codes, scales = np.frombuffer(raw[:count], "i1"), np.frombuffer(raw[count:], "<f4")

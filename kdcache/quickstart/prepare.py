@@ -27,7 +27,10 @@ _SNIPPETS_FILE = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
 
 
 def prepare(directory: Path, recipe: str, *, progress: Progress) -> None:
-    """Fill ``directory`` with what ``recipe`` (its text) names. What is there already is left; each step appears whole or not at all."""
+    """Fill ``directory`` with what ``recipe`` (its text) names.
+
+    What is there already is left; each step appears whole or not at all.
+    """
     steps = {
         "weights/minilm-l6": _write_minilm,
         "weights/granite-roberta": _write_granite,
@@ -45,7 +48,9 @@ def prepare(directory: Path, recipe: str, *, progress: Progress) -> None:
         if not target.exists():
             target.write_text(recipe, encoding="utf-8")
     except OSError as error:
-        raise StorageError(f"cannot write to '{directory}': {error}", "Free some space, or name another directory.") from error
+        raise StorageError(
+            f"cannot write to '{directory}': {error}", "Free some space, or name another directory."
+        ) from error
 
 
 def _make(target: Path, write: Callable[[Path, Path], None]) -> None:

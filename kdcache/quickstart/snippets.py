@@ -1,9 +1,9 @@
 """Rated movie-review snippets cut into train, validation, test and transfer files.
 
-The source gives one snippet per review with the mean of many human ratings from -4 to 4. The label is the mean's sign; snippets
-between -0.5 and 0.5, on which the raters did not agree, are left out. Which split a snippet
-goes to is decided by a hash of its letters and digits alone, so that copies that differ in case or punctuation cannot lie
-in two splits, and no library version or row order matters.
+The source gives one snippet per review with the mean of many human ratings from -4 to 4. The label is the mean's sign;
+snippets between -0.5 and 0.5, on which the raters did not agree, are left out. Which split a snippet goes to is decided
+by a hash of its letters and digits alone, so that copies that differ in case or punctuation cannot lie in two splits,
+and no library version or row order matters.
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ def parse(lines: str) -> list[Snippet]:
             _, rating, text = fields
             snippets.append(Snippet(" ".join(html.unescape(text).split()), float(rating)))
         except ValueError as error:
-            raise DamageError(f"row {number} of the snippets has {len(fields)} fields; expected id, rating, text") from error
+            raise DamageError(
+                f"row {number} of the snippets has {len(fields)} fields; expected id, rating, text"
+            ) from error
     return snippets
 
 
@@ -49,7 +51,9 @@ def split(snippets: list[Snippet], sizes: dict[str, int] = SPLITS) -> dict[str, 
     clear = {_letters(snippet.text): snippet for snippet in snippets if abs(snippet.rating) >= MARGIN}
     ordered = [clear[key] for key in sorted(clear, key=_hash)]
     if sum(sizes.values()) > len(ordered):
-        raise DamageError(f"there are {len(ordered)} snippets with a clear rating; expected at least {sum(sizes.values())}")
+        raise DamageError(
+            f"there are {len(ordered)} snippets with a clear rating; expected at least {sum(sizes.values())}"
+        )
     cut, start = {}, 0
     for name, size in sizes.items():
         cut[name] = ordered[start : start + size]
@@ -61,7 +65,9 @@ def to_tsv(snippets: list[Snippet], *, labelled: bool) -> str:
     """TSV with header, no quoting; the label column is absent where ``labelled`` is false."""
     if not labelled:
         return "".join(line + "\n" for line in ["sentence", *(snippet.text for snippet in snippets)])
-    return "sentence\tlabel\n" + "".join(f"{snippet.text}\t{('negative', 'positive')[snippet.label]}\n" for snippet in snippets)
+    return "sentence\tlabel\n" + "".join(
+        f"{snippet.text}\t{('negative', 'positive')[snippet.label]}\n" for snippet in snippets
+    )
 
 
 def _letters(text: str) -> str:

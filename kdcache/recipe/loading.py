@@ -25,8 +25,8 @@ S = TypeVar("S", bound=pydantic.BaseModel)
 def load_recipe(path: str | Path, overrides: Sequence[str] | None = None) -> Recipe:
     """Read a TOML recipe, apply ``section.key=value`` overrides, check it, make paths absolute.
 
-    Paths are relative to the recipe; where nothing lies there, to the working directory, for overrides typed on the spot.
-    Raises RecipeError (exit 2) with the file, the key and the nearest known key.
+    Paths are relative to the recipe; where nothing lies there, to the working directory, for overrides typed on the
+    spot. Raises RecipeError (exit 2) with the file, the key and the nearest known key.
     """
     path = Path(path)
     document = _read(path)
@@ -54,20 +54,30 @@ def _read(path: Path) -> dict[str, Any]:
             f"there is no recipe '{path.absolute()}'", "See the ones that come with kdcache: kdcache pipelines ls"
         ) from error
     except IsADirectoryError as error:
-        raise RecipeError(f"'{path}' is a directory; a recipe file was expected", "Name the .toml file in it.") from error
+        raise RecipeError(
+            f"'{path}' is a directory; a recipe file was expected", "Name the .toml file in it."
+        ) from error
     except UnicodeDecodeError as error:
-        raise RecipeError(f"recipe '{path}' is not UTF-8: {error.reason} at byte {error.start}", "Save it as UTF-8.") from error
+        raise RecipeError(
+            f"recipe '{path}' is not UTF-8: {error.reason} at byte {error.start}", "Save it as UTF-8."
+        ) from error
     except tomllib.TOMLDecodeError as error:
-        raise RecipeError(f"recipe '{path}' is not TOML: {error}", "Strings need quotation marks, sections brackets.") from error
+        raise RecipeError(
+            f"recipe '{path}' is not TOML: {error}", "Strings need quotation marks, sections brackets."
+        ) from error
     except OSError as error:
-        raise RecipeError(f"recipe '{path}' cannot be read: {error.strerror}", "Check the file and its permissions.") from error
+        raise RecipeError(
+            f"recipe '{path}' cannot be read: {error.strerror}", "Check the file and its permissions."
+        ) from error
 
 
 def _apply_override(document: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     *sections, last = [step.strip() for step in key.split(".")]
     if not equals or not last or not all(sections):
-        raise RecipeError(f"override '{override}' is not of the form section.key=value", "Example: --set distill.seed=1")
+        raise RecipeError(
+            f"override '{override}' is not of the form section.key=value", "Example: --set distill.seed=1"
+        )
     table = document
     while sections:
         section = sections.pop(0)
@@ -103,7 +113,8 @@ def _teacher(tables: Any, steps: list[str], override: str) -> dict[str, Any]:
             f"override '{override}' does not say which teacher; there are: {known}", "--set teachers.NAME.model=DIR"
         )
     raise RecipeError(
-        f"override '{override}': there is no teacher '{'.'.join(steps)}'; there are: {known}", "Teachers are added in the recipe."
+        f"override '{override}': there is no teacher '{'.'.join(steps)}'; there are: {known}",
+        "Teachers are added in the recipe.",
     )
 
 
@@ -174,7 +185,10 @@ def explain(error: pydantic.ValidationError, path: Path, document: dict[str, Any
 
 
 def _telling(details: list[ErrorDetails]) -> list[ErrorDetails]:
-    """Of a union's members, those that the value was meant for: where one fails by its content, the others' kinds say nothing."""
+    """Of a union's members, those that the value was meant for.
+
+    Where one fails by its content, the others' kinds say nothing.
+    """
     return [detail for detail in details if detail["type"] not in _WRONG_KIND] or details
 
 
@@ -225,7 +239,9 @@ def _nearest(key: str, known: Sequence[str]) -> str:
     if near:
         return f"Did you mean '{near[0]}'?"
     elsewhere = [
-        name for name, field in Recipe.model_fields.items() if key in _known_keys([name]) and _section(Recipe, name) and field
+        name
+        for name, field in Recipe.model_fields.items()
+        if key in _known_keys([name]) and _section(Recipe, name) and field
     ]
     if elsewhere:
         return f"'{key}' is a key of {' and '.join(f'[{name}]' for name in elsewhere)}."

@@ -53,8 +53,12 @@ Positive = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what numpy, torch and Python's own generators all take
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}\z")]
 NonEmpty = Annotated[str, Field(min_length=1)]
-Strings = Annotated[list[NonEmpty], BeforeValidator(_listed), AfterValidator(_distinct)]  # one string may stand for a list of one
-LayerNumbers = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1), AfterValidator(_distinct)]  # 0 = embeddings
+Strings = Annotated[
+    list[NonEmpty], BeforeValidator(_listed), AfterValidator(_distinct)
+]  # one string may stand for a list of one
+LayerNumbers = Annotated[
+    list[Annotated[int, Field(ge=0)]], Field(min_length=1), AfterValidator(_distinct)
+]  # 0 = embeddings
 BlockNumbers = Annotated[list[Positive], Field(min_length=1), AfterValidator(_distinct)]
 Precision = Literal["float32", "bf16", "fp16"]
 Projection = Literal["none", "pca", "random"]
@@ -80,7 +84,9 @@ class DataSection(_Section):
     text: Annotated[Strings, Field(min_length=1, max_length=2)]
     label: NonEmpty
     group: NonEmpty | None = None
-    labels: Annotated[Strings, Field(min_length=2)] | None = None  # label names in class order; sorted as found where not given
+    labels: Annotated[Strings, Field(min_length=2)] | None = (
+        None  # label names in class order; sorted as found where not given
+    )
     max_length: Positive = 128
     seed: Seed = 0
     licence: str = ""
@@ -156,8 +162,8 @@ class CofinetuneSection(OptimSection):
 class DumpSection(_Section):
     """What the cache stores of each teacher.
 
-    With ``dtype = "trellis"`` a row takes ``bytes`` bytes whatever the teacher's width, and ``dim`` says nothing: the bits go to
-    the dimensions of the PCA basis where they tell most.
+    With ``dtype = "trellis"`` a row takes ``bytes`` bytes whatever the teacher's width, and ``dim`` says nothing: the
+    bits go to the dimensions of the PCA basis where they tell most.
     """
 
     backend: Literal["torch", "onnxruntime"] = "torch"
@@ -184,11 +190,16 @@ class DumpSection(_Section):
 
     def stored(self) -> StoredSection:
         """How a layer is stored of which nothing else is said."""
-        return StoredSection(projection=self.projection, dim=self.dim, dtype=self.dtype, bytes=self.bytes, tokens=self.tokens)
+        return StoredSection(
+            projection=self.projection, dim=self.dim, dtype=self.dtype, bytes=self.bytes, tokens=self.tokens
+        )
 
 
 def overlaid(below: StoredSection, above: StoredSection) -> StoredSection:
-    """``below`` with what ``above`` gives; bytes go where ``above`` gives a dtype that takes none, and with one that does comes pca."""
+    """``below`` with what ``above`` gives.
+
+    Bytes go where ``above`` gives a dtype that takes none, and with one that does comes pca.
+    """
     from kdcache.codecs.registry import storage_format
 
     given = above.model_dump(exclude_none=True)
@@ -250,14 +261,18 @@ class DistillSection(OptimSection):
     paper: bool = False  # plain sums, teacher-to-student, all weights 1
     temperature: AboveZero = 1.0
     t_squared: bool = False
-    hidden_direction: Literal["student-to-teacher", "teacher-to-student", "both", "none"] = "student-to-teacher"  # of the W_ij
+    hidden_direction: Literal["student-to-teacher", "teacher-to-student", "both", "none"] = (
+        "student-to-teacher"  # of the W_ij
+    )
     layer_map: Literal["even", "last", "random"] | None = None  # that of the method where not given, else even
     teachers: Annotated[Strings, Field(min_length=1)] | None = None  # of the cache; all where not given
     teacher_layers: dict[str, list[Annotated[int, Field(ge=0)]]] | None = (
         None  # per teacher, one for each student layer; else even
     )
     missing: Literal["error", "skip"] = "error"  # train rows whose text the cache lacks
-    window: Positive | Literal["all"] = 8  # parts from which a batch is drawn; all: a uniform shuffle, starts when all are read
+    window: Positive | Literal["all"] = (
+        8  # parts from which a batch is drawn; all: a uniform shuffle, starts when all are read
+    )
     dropout: Fraction | None = None  # of the student; that of its config where not given
     weights: WeightsSection = WeightsSection()
 
@@ -278,7 +293,9 @@ class Recipe(_Section):
     def _teachers_can_be_told_apart(self) -> Recipe:
         names = [teacher.name for teacher in self.teachers]
         for position, name in enumerate(names):
-            if name.lower() in (other.lower() for other in names[:position]):  # directories that ignore case would be one
+            if name.lower() in (
+                other.lower() for other in names[:position]
+            ):  # directories that ignore case would be one
                 raise ValueError(f"two teachers are called '{name}'; names must differ, and not by case alone")
         origin = (self.student.init_from or "") if self.student else ""
         if names and origin.startswith("teacher:") and origin.removeprefix("teacher:") not in names:
@@ -293,7 +310,10 @@ class Recipe(_Section):
         return self
 
     def stored(self, teacher: TeacherSection, names: Sequence[str]) -> StoredSection:
-        """How a layer is stored that ``per_layer`` may call by each of ``names``: later ones win, and the teacher's own table."""
+        """How a layer is stored that ``per_layer`` may call by each of ``names``.
+
+        Later ones win, and the teacher's own table.
+        """
         form = self.dump.stored()
         for table in (self.dump.per_layer, teacher.per_layer):
             for name in names:
@@ -311,7 +331,8 @@ class Recipe(_Section):
                 return teacher
         known = ", ".join(teacher.name for teacher in self.teachers) or "none"
         raise RecipeError(
-            f"recipe '{self.name}' has no teacher '{name}'; it has: {known}", "Name one of these, or add a [[teachers]] table."
+            f"recipe '{self.name}' has no teacher '{name}'; it has: {known}",
+            "Name one of these, or add a [[teachers]] table.",
         )
 
     def require_student(self) -> StudentSection:

@@ -9,7 +9,9 @@ from typing import Any
 from kdcache.progress import listed
 from kdcache.report.table import markdown, result_rows, table
 
-_IDENTIFIER = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]*")  # of an SPDX licence; anything longer is prose, which YAML would misread
+_IDENTIFIER = re.compile(
+    r"[A-Za-z0-9][A-Za-z0-9.+-]*"
+)  # of an SPDX licence; anything longer is prose, which YAML would misread
 _LOAD = """\
 ## Use
 
@@ -28,7 +30,10 @@ This student has the teachers' shared head, which transformers does not know: lo
 
 
 def model_card(results: Mapping[str, Any]) -> str:
-    """Markdown with the metadata that model hubs read, from the contents of ``results.json``; what is absent there is left out."""
+    """Markdown with the metadata that model hubs read, from the contents of ``results.json``.
+
+    What is absent there is left out.
+    """
     licence = results.get("licence")
     head = [
         "---",

@@ -1,4 +1,7 @@
-"""Curves of the logged loss terms as inline SVG, and their scales as numbers: which term drives the training is seen, not guessed."""
+"""Curves of the logged loss terms as inline SVG, and their scales as numbers.
+
+Which term drives the training is seen, not guessed.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,9 @@ class Curve:
 
 
 def read_curves(metrics: Path, event: str) -> list[Curve]:
-    """Curves of ``metrics.jsonl`` for the lines of one ``event`` ('steps' or 'epoch'), by stage, in the order of appearance."""
+    """Curves of ``metrics.jsonl`` for the lines of one ``event`` ('steps' or 'epoch'), by stage, in the order of
+    appearance.
+    """
     points: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for line in metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []:
         try:
@@ -78,11 +83,14 @@ def svg(curve: Curve) -> str:
         (_LEFT, 14, "start"): curve.name,
     }
     texts = "".join(
-        f'<text x="{x}" y="{y}" text-anchor="{anchor}">{html.escape(text)}</text>' for (x, y, anchor), text in labels.items()
+        f'<text x="{x}" y="{y}" text-anchor="{anchor}">{html.escape(text)}</text>'
+        for (x, y, anchor), text in labels.items()
     )
     return (
-        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" width="{_WIDTH}" height="{_HEIGHT}" role="img" aria-label="{html.escape(curve.name)}">'
-        f'<path class="axis" d="M{_LEFT} 22V{_HEIGHT - _BOTTOM}H{_WIDTH - 8}"/><polyline points="{points}"/>{texts}</svg>'
+        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" width="{_WIDTH}" height="{_HEIGHT}" role="img" '
+        f'aria-label="{html.escape(curve.name)}">'
+        f'<path class="axis" d="M{_LEFT} 22V{_HEIGHT - _BOTTOM}H{_WIDTH - 8}"/><polyline '
+        f'points="{points}"/>{texts}</svg>'
     )
 
 

@@ -1,4 +1,7 @@
-"""What forms of stored hidden states cost and keep, as inline SVG: one chart per teacher, from the document of a storage plan."""
+"""What forms of stored hidden states cost and keep, as inline SVG.
+
+One chart per teacher, from the document of a storage plan.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,10 @@ Point = tuple[float, float, str, str]  # bytes per row, share kept, family, form
 
 
 def frontier_charts(plan: Mapping[str, Any]) -> list[str]:
-    """A chart for each teacher of ``plan``: bytes per row (logarithmic) against the share of variance kept, mean over layers."""
+    """A chart for each teacher of ``plan``.
+
+    Bytes per row (logarithmic) against the share of variance kept, mean over layers.
+    """
     teachers = list(dict.fromkeys(layer["teacher"] for layer in plan["layers"]))
     return [_chart(name, _points(name, plan["layers"]), _recommended(name, plan)) for name in teachers]
 
@@ -29,11 +35,16 @@ def _points(teacher: str, layers: Sequence[Mapping[str, Any]]) -> list[Point]:
     found: dict[str, list[tuple[float, float]]] = {}
     for form in (form for layer in layers if layer["teacher"] == teacher for form in layer["forms"]):
         found.setdefault(form["form"], []).append((float(form["bytes_per_row"]), float(form["explained"])))
-    return [(rows[0][0], sum(kept for _, kept in rows) / len(rows), _family(form), form) for form, rows in found.items()]
+    return [
+        (rows[0][0], sum(kept for _, kept in rows) / len(rows), _family(form), form) for form, rows in found.items()
+    ]
 
 
 def _family(form: str) -> str:
-    """``trellis``, ``cut, int8`` or ``whole width``, from a form as a plan names it: ``trellis 96``, ``pca 128 int8``."""
+    """``trellis``, ``cut, int8`` or ``whole width``, from a form as a plan names it.
+
+    ``trellis 96``, ``pca 128 int8``.
+    """
     first, *rest = form.split()
     return "whole width" if first == "none" else f"cut, {rest[-1]}" if len(rest) > 1 else first
 
@@ -57,9 +68,12 @@ def _chart(teacher: str, points: Sequence[Point], recommended: set[str]) -> str:
         mine = sorted(point for point in points if point[2] == family)
         line = " ".join("{:.1f},{:.1f}".format(*place(size, kept)) for size, kept, _, _ in mine)
         drawn.append(f'<polyline points="{line}" style="stroke:{colour}"/>')
-        drawn += [_dot(place(size, kept), size, kept, form, colour, form in recommended) for size, kept, _, form in mine]
+        drawn += [
+            _dot(place(size, kept), size, kept, form, colour, form in recommended) for size, kept, _, form in mine
+        ]
         drawn.append(
-            f'<text x="{_WIDTH - 100}" y="{_HEIGHT - 92 + 15 * number}" style="fill:{colour}">{html.escape(family)}</text>'
+            f'<text x="{_WIDTH - 100}" y="{_HEIGHT - 92 + 15 * number}" '
+            f'style="fill:{colour}">{html.escape(family)}</text>'
         )
     label = html.escape(f"{teacher}: share of variance kept against bytes per row")
     return f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" width="{_WIDTH}" height="{_HEIGHT}" role="img" aria-label="{label}">{"".join(drawn)}</svg>'
@@ -79,6 +93,7 @@ def _axes(teacher: str, floor: float) -> str:
         (_WIDTH - 8, _HEIGHT - 8, "end"): "bytes per row, logarithmic",
     }
     words = "".join(
-        f'<text x="{x}" y="{y}" text-anchor="{anchor}">{html.escape(text)}</text>' for (x, y, anchor), text in texts.items()
+        f'<text x="{x}" y="{y}" text-anchor="{anchor}">{html.escape(text)}</text>'
+        for (x, y, anchor), text in texts.items()
     )
     return f'<path class="axis" d="M{_LEFT} {_TOP}V{_HEIGHT - _BOTTOM}H{_WIDTH - 8}"/>{words}'

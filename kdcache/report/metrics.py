@@ -1,8 +1,8 @@
 """Scores of a classifier from its logits: accuracy, macro-F1, Matthews correlation, cross-entropy.
 
 Plain numpy, because scikit-learn takes seconds to import and the formulas are a few lines. Rows with label -1 carry no
-label and are left out. Where a score is undefined it is 0: F1 of a class that is neither there nor predicted is left out
-of the macro mean, Matthews of a constant prediction is 0.
+label and are left out. Where a score is undefined it is 0: F1 of a class that is neither there nor predicted is left
+out of the macro mean, Matthews of a constant prediction is 0.
 """
 
 from __future__ import annotations
@@ -13,10 +13,15 @@ import numpy as np
 
 
 def scores(labels: np.ndarray, logits: np.ndarray) -> dict[str, float]:
-    """``accuracy``, ``macro_f1``, ``matthews`` and ``loss`` of ``logits`` float[n, C] against ``labels`` int[n]; nan without labels."""
+    """``accuracy``, ``macro_f1``, ``matthews`` and ``loss`` of ``logits`` float[n, C] against ``labels`` int[n].
+
+    Nan without labels.
+    """
     labels, logits = np.asarray(labels), np.asarray(logits)
     if logits.ndim != 2 or labels.shape != logits.shape[:1]:
-        raise ValueError(f"labels {labels.shape} and logits {logits.shape} do not belong together; expected [n] and [n, classes]")
+        raise ValueError(
+            f"labels {labels.shape} and logits {logits.shape} do not belong together; expected [n] and [n, classes]"
+        )
     known = labels >= 0
     labels, logits = labels[known], logits[known]
     predictions = logits.argmax(axis=1)

@@ -40,7 +40,9 @@ def read_results(run: RunDirectory) -> dict[str, Any]:
     try:
         document = json.loads(run.results.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise RecipeError(f"'{run.root}' holds no results.json", "Name the directory of a finished run: runs/NAME.") from error
+        raise RecipeError(
+            f"'{run.root}' holds no results.json", "Name the directory of a finished run: runs/NAME."
+        ) from error
     except (OSError, ValueError) as error:
         raise DamageError(f"'{run.results}' is not readable: {error}", "Run the recipe again.") from error
     if not isinstance(document, dict):
@@ -62,9 +64,7 @@ def page(run: RunDirectory, results: Mapping[str, Any], baseline: Mapping[str, A
     parts += ["<h2>Stages</h2>", _stages(run)]
     if run.recipe_file.exists():
         parts += ["<h2>Recipe</h2>", f"<pre>{html.escape(run.recipe_file.read_text(encoding='utf-8'))}</pre>"]
-    head = (
-        f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{name}</title><style>{_STYLE}</style>'
-    )
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{name}</title><style>{_STYLE}</style>'
     return f'<!doctype html><html lang="en"><head>{head}</head><body>\n' + "\n".join(parts) + "\n</body></html>\n"
 
 
@@ -97,7 +97,9 @@ def _storage_section(run: RunDirectory) -> list[str]:
         plan = json.loads(run.plan.read_text(encoding="utf-8"))
         return ["<h2>Storage of hidden states</h2>", *frontier_charts(plan)]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DamageError(f"'{run.plan}' is not readable: {error}", "Delete it, or make it again: kdcache plan RECIPE") from error
+        raise DamageError(
+            f"'{run.plan}' is not readable: {error}", "Delete it, or make it again: kdcache plan RECIPE"
+        ) from error
 
 
 def _stages(run: RunDirectory) -> str:

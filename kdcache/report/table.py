@@ -29,11 +29,15 @@ class ResultRow:
 
 def result_rows(results: Mapping[str, Any], baseline: Mapping[str, Any] | None = None) -> list[ResultRow]:
     """Teachers, then the student without teachers, then the student, from the ``results.json`` of the two runs."""
-    rows = [_row(f"teacher {name}", entry, entry.get("scores", {})) for name, entry in results.get("teachers", {}).items()]
+    rows = [
+        _row(f"teacher {name}", entry, entry.get("scores", {})) for name, entry in results.get("teachers", {}).items()
+    ]
     if baseline is not None:
         rows.append(_row("student without teachers", baseline.get("student", {}), baseline.get("scores", {})))
     title = (
-        "student without teachers" if results.get("method") == "fine-tune" else f"student, {results.get('method', 'distilled')}"
+        "student without teachers"
+        if results.get("method") == "fine-tune"
+        else f"student, {results.get('method', 'distilled')}"
     )
     return [*rows, _row(title, results.get("student", {}), results.get("scores", {}))]
 
@@ -73,9 +77,9 @@ def markdown(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 def learned_nothing(scores: Mapping[str, float], rows: int) -> bool:
     """Whether a model's answers say no more about the labels than one answer for every row would.
 
-    The Matthews correlation of a constant answer is 0; of answers that do not depend on the label it spreads around 0 with a
-    standard deviation of about 1/sqrt(rows), of which two count as nothing. A split that is answered without a fault is not
-    judged: with a single class in it the correlation is 0 as well.
+    The Matthews correlation of a constant answer is 0; of answers that do not depend on the label it spreads around 0
+    with a standard deviation of about 1/sqrt(rows), of which two count as nothing. A split that is answered without a
+    fault is not judged: with a single class in it the correlation is 0 as well.
     """
     correlation, accuracy = scores.get("matthews"), scores.get("accuracy")
     if correlation is None or accuracy is None or not math.isfinite(correlation) or accuracy == 1:
@@ -89,7 +93,8 @@ def remarks(results: Mapping[str, Any], baseline: Mapping[str, Any] | None = Non
     rows = int(results.get("labelled_rows", results.get("rows", {})).get(split, 0))
     return [
         f"The {row.model} learned nothing that {rows} rows of {split} show: its Matthews correlation is "
-        f"{row.scores[split]['matthews']:.3f}, and one answer for every row has 0. More epochs or another learning rate may help."
+        f"{row.scores[split]['matthews']:.3f}, and one answer for every row has 0. More epochs or another learning "
+        "rate may help."
         for row in result_rows(results, baseline)
         if learned_nothing(row.scores.get(split, {}), rows)
     ]
@@ -116,10 +121,11 @@ def _shares(cut: Mapping[str, float]) -> str:
 
 
 def verdict(results: Mapping[str, Any], baseline: Mapping[str, Any]) -> str:
-    """One honest sentence on whether the distilled student is better than the same one without teachers, by more than chance.
+    """One honest sentence on whether the distilled student is better than the same one without teachers, by more than
+    chance.
 
-    Both are scored on the same rows, so the error of the difference is at most that of two independent samples; one seed
-    of each says nothing about the spread over seeds, which the sentence says as well.
+    Both are scored on the same rows, so the error of the difference is at most that of two independent samples; one
+    seed of each says nothing about the spread over seeds, which the sentence says as well.
     """
     split = "test" if "test" in results.get("scores", {}) else "validation"
     ours, theirs = (run.get("scores", {}).get(split, {}) for run in (results, baseline))
@@ -128,8 +134,10 @@ def verdict(results: Mapping[str, Any], baseline: Mapping[str, Any]) -> str:
         return "There is no labelled split to compare the students on."
     if learned_nothing(ours, rows):
         return (
-            f"The distilled student learned nothing that {rows} rows of {split} show, so it is not compared: its accuracy is "
-            f"{ours['accuracy']:.3f} (the student without teachers: {theirs['accuracy']:.3f}), its Matthews correlation {ours['matthews']:.3f}."
+            f"The distilled student learned nothing that {rows} rows of {split} show, so it is not compared: its "
+            "accuracy is "
+            f"{ours['accuracy']:.3f} (the student without teachers: {theirs['accuracy']:.3f}), its Matthews "
+            f"correlation {ours['matthews']:.3f}."
         )
     gain = 100 * (ours["accuracy"] - theirs["accuracy"])
     error = 100 * math.hypot(standard_error(ours["accuracy"], rows), standard_error(theirs["accuracy"], rows))
@@ -142,7 +150,9 @@ def verdict(results: Mapping[str, Any], baseline: Mapping[str, Any]) -> str:
         return f"The distilled student is ahead of the same student without teachers by {size}: within chance for one seed each."
     if gain < -2 * error:
         return f"The distilled student is worse than the same student without teachers by {size}; one seed each."
-    return f"The distilled student is not better than the same student without teachers: behind by {size}; one seed each."
+    return (
+        f"The distilled student is not better than the same student without teachers: behind by {size}; one seed each."
+    )
 
 
 def millions(parameters: int | None) -> str | None:

@@ -1,9 +1,9 @@
 """Collecting: delete what no version reaches and what is older than a grace period on the store's own clock.
 
-gc and push keep apart by intents and marks (docs/decisions/0010): gc writes its mark, gives way to any live intent, only then
-reads the refs, and deletes as long as its own mark is fresh. A dropped version keeps its objects until its tombstone has passed the grace
-period too, so a colleague who is pulling it can finish. Deleted are, in this order, so that nothing that can be reached is ever
-broken: refs, manifests, files, and at last the intents and marks of the dead.
+gc and push keep apart by intents and marks (docs/decisions/0010): gc writes its mark, gives way to any live intent,
+only then reads the refs, and deletes as long as its own mark is fresh. A dropped version keeps its objects until its
+tombstone has passed the grace period too, so a colleague who is pulling it can finish. Deleted are, in this order, so
+that nothing that can be reached is ever broken: refs, manifests, files, and at last the intents and marks of the dead.
 """
 
 from __future__ import annotations
@@ -35,7 +35,10 @@ _UNDER_WAY = 3600.0  # that a file may stand still and yet be written on
 
 @dataclass(frozen=True)
 class GcReport:
-    """What gc deleted, or without ``deleted`` would delete: keys in the order of their deletion, bytes of all, and what stays."""
+    """What gc deleted, or without ``deleted`` would delete.
+
+    Keys in the order of their deletion, bytes of all, and what stays.
+    """
 
     keys: tuple[str, ...]
     refs: int
@@ -76,9 +79,9 @@ def collect(
 ) -> GcReport:
     """Delete, or without ``delete`` list, what no version reaches and what is older than ``grace`` seconds.
 
-    Raises LockedError (a push is under way), DamageError (a ref or a manifest is damaged, so nobody knows what it reaches; or this
-    machine slept in the middle of a delete, and a version that was pushed meanwhile lacks what it took), RemoteError (also where this
-    machine slept: then nothing more is deleted), RemoteAccessError.
+    Raises LockedError (a push is under way), DamageError (a ref or a manifest is damaged, so nobody knows what it
+    reaches; or this machine slept in the middle of a delete, and a version that was pushed meanwhile lacks what it
+    took), RemoteError (also where this machine slept: then nothing more is deleted), RemoteAccessError.
     """
     pace = pace or Pace()
     progress = progress or SilentProgress()
@@ -97,7 +100,9 @@ def collect(
 
 
 def _plan(remote: Remote, grace: float, pace: Pace, lease: Lease | None) -> _Plan:
-    entries = {entry.key: entry for entry in _beating(lease, remote.list(layout.REFS)) if layout.parse_ref_key(entry.key)}
+    entries = {
+        entry.key: entry for entry in _beating(lease, remote.list(layout.REFS)) if layout.parse_ref_key(entry.key)
+    }
     refs = read_refs(remote, entries.values(), {})
     now = remote.now()
 
@@ -139,7 +144,8 @@ def _files(
 
 
 def _dropped(refs: Sequence[Ref], entries: Mapping[str, Entry], old: Callable[[Entry], bool]) -> Iterator[Ref]:
-    """Of one name: versions that an old tombstone drops, and old tombstones with nothing left to drop; never the newest number.
+    """Of one name: versions that an old tombstone drops, and old tombstones with nothing left to drop; never the newest
+    number.
 
     A tombstone outlives what it drops by a run of gc, so that no death in between brings a dropped version back.
     """
@@ -231,7 +237,8 @@ def _say_what_was_lost(remote: Remote, late: set[str]) -> None:
             lost = [key for key in sorted(needed) if remote.head(key) is None]
             if lost:
                 raise DamageError(
-                    f"gc fell asleep in the middle of a delete, and {ref.pinned}, which was pushed meanwhile, lacks '{lost[0]}' now",
+                    f"gc fell asleep in the middle of a delete, and {ref.pinned}, which was pushed meanwhile, lacks "
+                    f"'{lost[0]}' now",
                     "Push that cache again under the same name: what is gone is sent, and nothing else.",
                 )
 

@@ -1,9 +1,9 @@
 """Intents and marks: who is pushing, who is collecting, as objects that are renewed while their owner lives.
 
-Nothing is locked: a dead owner stops renewing, and after the time to live, on the store's own clock, it counts for nothing. The
-owner itself may sleep through that time (a laptop's lid). So it measures, on a clock that goes on during sleep, how long ago it
-began its last renewal, and takes itself for lapsed some time before anybody else may. ``epoch`` counts the lapses: what
-was found out in one epoch (which objects are there) has to be found out again in the next.
+Nothing is locked: a dead owner stops renewing, and after the time to live, on the store's own clock, it counts for
+nothing. The owner itself may sleep through that time (a laptop's lid). So it measures, on a clock that goes on during
+sleep, how long ago it began its last renewal, and takes itself for lapsed some time before anybody else may. ``epoch``
+counts the lapses: what was found out in one epoch (which objects are there) has to be found out again in the next.
 """
 
 from __future__ import annotations
@@ -38,7 +38,10 @@ def steady_clock() -> float:
 
 @dataclass(frozen=True)
 class Pace:
-    """Times in seconds, and where they come from. Tests set the clock; without ``background`` the owner renews by ``Lease.beat``."""
+    """Times in seconds, and where they come from.
+
+    Tests set the clock; without ``background`` the owner renews by ``Lease.beat``.
+    """
 
     ttl: float = 120.0  # without a renewal for so long, an owner is dead
     renew: float = 30.0
@@ -104,7 +107,10 @@ class Lease:
 
 @contextlib.contextmanager
 def hold(remote: Remote, kind: Kind, pace: Pace) -> Iterator[Lease]:
-    """Hold an intent or a mark while the block runs; it is removed at the end, or lapses where that fails. Raises RemoteError."""
+    """Hold an intent or a mark while the block runs.
+
+    It is removed at the end, or lapses where that fails. Raises RemoteError.
+    """
     token = secrets.token_hex(16)
     lease = Lease(remote, _WORDS[kind][2](token), pace, _renewed=pace.clock())
     lease.renew()
@@ -151,7 +157,10 @@ def wait_until_none(remote: Remote, kind: Kind, pace: Pace, lease: Lease, note: 
         if not living:
             return
         if not told:
-            note(f"{_WORDS[kind][0]} is under way on {remote.url}, by {_owner(remote, living[0].key)}: waiting for its end")
+            note(
+                f"{_WORDS[kind][0]} is under way on {remote.url}, by {_owner(remote, living[0].key)}: waiting for its "
+                "end"
+            )
             told = True
         pace.sleep(pace.poll)
 

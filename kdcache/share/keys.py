@@ -1,4 +1,5 @@
-"""Where everything lies on a remote: keys follow from digests, names and numbers, and nothing else is ever read or deleted.
+"""Where everything lies on a remote: keys follow from digests, names and numbers, and nothing else is ever read or
+deleted.
 
 The layout is that of docs/decisions/0010. A key that does not parse here belongs to somebody else and is left alone.
 """
@@ -93,7 +94,8 @@ def check_tag(tag: str) -> str:
     """``tag`` itself. Raises RecipeError where it could be taken for a number or a digest, or has other characters."""
     if not TAG.fullmatch(tag) or tag.isdecimal() or PREFIX.fullmatch(tag):
         raise RecipeError(
-            f"'{tag[:80]}' is not a tag: 1 to 64 of a-z, A-Z, 0-9, '.', '_', '-', and neither a number nor six or more hex digits",
+            f"'{tag[:80]}' is not a tag: 1 to 64 of a-z, A-Z, 0-9, '.', '_', '-', and neither a number nor six or more "
+            "hex digits",
             "Such as: --tag v2",
         )
     return tag

@@ -1,7 +1,7 @@
 """What is on a remote, and how a directory stands to it: for ``cache ls`` and ``cache status``.
 
-Names are listed from their refs alone, so that a team's store of terabytes is listed in a second. A damaged ref is shown as such
-and hides no other name.
+Names are listed from their refs alone, so that a team's store of terabytes is listed in a second. A damaged ref is
+shown as such and hides no other name.
 """
 
 from __future__ import annotations
@@ -104,8 +104,14 @@ def differing(mine: Contents, other: Contents) -> list[str]:
         here, there = mine.teachers[name], other.teachers[name]
         if here.fingerprints != there.fingerprints:
             lines.append(f"teacher '{name}' has other weights, config, head or tokenizer there")
-        lines += [f"layer {layer} of teacher '{name}' is new there" for layer in sorted(there.layers.keys() - here.layers.keys())]
-        lines += [f"layer {layer} of teacher '{name}' is not there" for layer in sorted(here.layers.keys() - there.layers.keys())]
+        lines += [
+            f"layer {layer} of teacher '{name}' is new there"
+            for layer in sorted(there.layers.keys() - here.layers.keys())
+        ]
+        lines += [
+            f"layer {layer} of teacher '{name}' is not there"
+            for layer in sorted(here.layers.keys() - there.layers.keys())
+        ]
     texts = [sum(part.texts for part in contents.parts) for contents in (mine, other)]
     if texts[0] != texts[1]:
         lines.append(f"it has {texts[1]:,} texts, this one {texts[0]:,}")
@@ -117,9 +123,14 @@ def differing(mine: Contents, other: Contents) -> list[str]:
     changed = [path for path in mine.files.keys() & other.files.keys() if mine.files[path] != other.files[path]]
     if changed and not lines:
         lines.append(f"{counted(len(changed), 'file')} with other bytes, such as '{min(changed)}'")
-    return lines or (["the settings of the dump differ"] if mine.settings != other.settings or mine.task != other.task else [])
+    return lines or (
+        ["the settings of the dump differ"] if mine.settings != other.settings or mine.task != other.task else []
+    )
 
 
 def _selection(selection: Selection) -> dict[str, Any]:
     teachers = selection.teachers
-    return {"teachers": None if teachers is None else {name: list(one) for name, one in teachers.items()}, "text": selection.text}
+    return {
+        "teachers": None if teachers is None else {name: list(one) for name, one in teachers.items()},
+        "text": selection.text,
+    }

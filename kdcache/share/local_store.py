@@ -6,8 +6,9 @@
     store/locks/objects/<3 hex>        held while a file with such a digest is brought: nothing is fetched twice at once
     store/locks/store                  held while room is made and selections change
 
-Any number of processes use it at once. Room is made by removing whole caches, the least recently used first, and none that a
-process holds. Where the file system has no hard links, each cache keeps its own copy. Everything here can be fetched again.
+Any number of processes use it at once. Room is made by removing whole caches, the least recently used first, and none
+that a process holds. Where the file system has no hard links, each cache keeps its own copy. Everything here can be
+fetched again.
 """
 
 from __future__ import annotations
@@ -43,10 +44,15 @@ Fetch = Callable[[FileDigest, Path], None]
 
 
 def default_store() -> LocalStore:
-    """The store of this user: under ``KDCACHE_HOME``, of at most ``KDCACHE_STORE_BYTES``. RecipeError for no number of bytes."""
+    """The store of this user.
+
+    Under ``KDCACHE_HOME``, of at most ``KDCACHE_STORE_BYTES``. RecipeError for no number of bytes.
+    """
     said = os.environ.get("KDCACHE_STORE_BYTES", "").replace("_", "")
     if said and not said.isdecimal():
-        raise RecipeError(f"KDCACHE_STORE_BYTES is '{said}', not a number of bytes", "Such as: KDCACHE_STORE_BYTES=100000000000")
+        raise RecipeError(
+            f"KDCACHE_STORE_BYTES is '{said}', not a number of bytes", "Such as: KDCACHE_STORE_BYTES=100000000000"
+        )
     return LocalStore(home() / "store", int(said) if said else LIMIT)
 
 
@@ -110,7 +116,9 @@ class LocalStore:
             write_selection(place, local.selection, origin=origin)
             return True
 
-    def bring(self, identity: str, path: str, digest: FileDigest, fetch: Fetch, check: Callable[[], None] | None = None) -> bool:
+    def bring(
+        self, identity: str, path: str, digest: FileDigest, fetch: Fetch, check: Callable[[], None] | None = None
+    ) -> bool:
         """Put a file into a cache: from another cache of the store, or by ``fetch``. False where it was there already.
 
         Another thread or process that brings a file of the same digest is waited for. ``check`` may raise to give up.
@@ -159,7 +167,10 @@ class LocalStore:
         return sum(_sizes(self.root).values())
 
     def remove(self, identity: str) -> bool:
-        """Remove a cache; False where a process uses it. Files that another cache has stay there. The caller holds the store."""
+        """Remove a cache.
+
+        False where a process uses it. Files that another cache has stay there. The caller holds the store.
+        """
         with attempt(self.root / "locks" / identity) as free:
             if not free:
                 return False
@@ -187,9 +198,11 @@ class LocalStore:
         if used + needed > self.limit:
             busy = f"; {len(promised)} other caches are in use" if promised else ""
             raise StorageError(
-                f"the local store '{self.root}' may take {format_bytes(self.limit)}: {format_bytes(needed)} are to be fetched "
+                f"the local store '{self.root}' may take {format_bytes(self.limit)}: {format_bytes(needed)} are to be "
+                "fetched "
                 f"beside {format_bytes(used)}{busy}",
-                "Raise KDCACHE_STORE_BYTES, select less, or pull into a directory of your own: kdcache cache pull NAME --to DIR",
+                "Raise KDCACHE_STORE_BYTES, select less, or pull into a directory of your own: kdcache cache pull NAME "
+                "--to DIR",
             )
 
     def _caches(self) -> list[str]:

@@ -1,7 +1,8 @@
-"""Work on many things by a few threads: the first error stops the rest, Ctrl-C stops all, and memory holds what is in flight.
+"""Work on many things by a few threads: the first error stops the rest, Ctrl-C stops all, and memory holds what is in
+flight.
 
-Threads of our own and not an executor: they are daemons, so that a program that is interrupted leaves at once and does not wait
-for a transfer of gigabytes to end.
+Threads of our own and not an executor: they are daemons, so that a program that is interrupted leaves at once and does
+not wait for a transfer of gigabytes to end.
 """
 
 from __future__ import annotations
@@ -40,7 +41,10 @@ class Stop:
 
 
 def for_each(items: Iterable[T], work: Callable[[T, Stop], None], workers: int = WORKERS) -> None:
-    """``work(item, stop)`` for all ``items``, by ``workers`` threads (one: in this thread, in order). Raises the first error."""
+    """``work(item, stop)`` for all ``items``, by ``workers`` threads (one.
+
+    In this thread, in order). Raises the first error.
+    """
     stop = Stop()
     if workers == 1:
         for item in items:

@@ -1,8 +1,9 @@
 """Which objects are on a remote: by one list, by a list per folder, or one by one, whichever is fewest requests.
 
-Objects are wanted by key with the size they must have; one of another size is as good as missing, since sending it again repairs
-it. All ways show every write that has ended, so this may be asked while others push. How much a store holds is estimated from one
-of its 256 folders of files, since digests are spread evenly; so memory never holds the names of a large store.
+Objects are wanted by key with the size they must have; one of another size is as good as missing, since sending it
+again repairs it. All ways show every write that has ended, so this may be asked while others push. How much a store
+holds is estimated from one of its 256 folders of files, since digests are spread evenly; so memory never holds the
+names of a large store.
 """
 
 from __future__ import annotations
@@ -51,7 +52,9 @@ def _one_by_one(remote: Remote, keys: list[str], workers: int) -> dict[str, int]
 
 def _by_lists(remote: Remote, keys: list[str], folders: list[str], workers: int) -> dict[str, int]:
     wanted, found = set(keys), dict[str, int]()
-    for listed, _ in gather(folders, lambda folder: _listed(remote, folder, wanted), workers=max(1, min(workers, len(folders)))):
+    for listed, _ in gather(
+        folders, lambda folder: _listed(remote, folder, wanted), workers=max(1, min(workers, len(folders)))
+    ):
         found |= listed
     return found
 

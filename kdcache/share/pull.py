@@ -1,8 +1,8 @@
 """Pull: a version of a name, or a part of it, into a directory.
 
-The manifest is written last, so a directory without it is no cache, whatever killed the pull; a record in the directory's state
-says which manifest the files belong to, so that the same command goes on with them. Completing a partial pull works on a
-finished cache: files come first, then the wider selection.
+The manifest is written last, so a directory without it is no cache, whatever killed the pull; a record in the
+directory's state says which manifest the files belong to, so that the same command goes on with them. Completing a
+partial pull works on a finished cache: files come first, then the wider selection.
 """
 
 from __future__ import annotations
@@ -41,7 +41,10 @@ _READS = 3  # of a manifest whose bytes were wrong
 
 @dataclass(frozen=True)
 class PullReport:
-    """What a pull did. ``files_kept`` did not travel: they were there with the right bytes, or another place had the same."""
+    """What a pull did.
+
+    ``files_kept`` did not travel: they were there with the right bytes, or another place had the same.
+    """
 
     reference: str  # name@number
     identity: str
@@ -66,7 +69,10 @@ class _Tally:
 
 
 def fetch_manifest(remote: Remote, ref: Ref) -> Manifest:
-    """The manifest that a version points to, checked. Raises DamageError (missing, altered, invalid), MismatchError (newer)."""
+    """The manifest that a version points to, checked.
+
+    Raises DamageError (missing, altered, invalid), MismatchError (newer).
+    """
     return _parsed(remote, ref, fetch_manifest_bytes(remote, ref))
 
 
@@ -95,9 +101,9 @@ def pull(
 ) -> PullReport:
     """Bring the version that ``reference`` means, or the ``selection`` of it, into the directory ``target``.
 
-    What is there already is verified and kept; a selection is added to the one that is there. Raises MismatchError (no such version,
-    or the directory holds something else), DamageError (the remote's objects are not what they should be), LockedError, RemoteError,
-    StorageError.
+    What is there already is verified and kept; a selection is added to the one that is there. Raises MismatchError (no
+    such version, or the directory holds something else), DamageError (the remote's objects are not what they should
+    be), LockedError, RemoteError, StorageError.
     """
     ref = resolve(remote, reference)
     data = fetch_manifest_bytes(remote, ref)
@@ -109,7 +115,10 @@ def pull(
         remove_temporaries(target)
         wanted = _selection_after(target, manifest, selection, finished)
         if not finished:
-            write_file(target / cache_layout.STATE / RECORD, canonical_json({"manifest": ref.manifest, "identity": ref.identity}))
+            write_file(
+                target / cache_layout.STATE / RECORD,
+                canonical_json({"manifest": ref.manifest, "identity": ref.identity}),
+            )
         fetched, kept = _fetch(remote, ref, manifest, wanted, target, progress or SilentProgress(), workers)
         write_selection(target, wanted, origin=ref.pinned)
         if not finished:
@@ -117,7 +126,9 @@ def pull(
             write_file(target / cache_layout.MANIFEST, data)
         remove_file(target / cache_layout.STATE / RECORD)
     shown = None if wanted.is_whole else wanted
-    return PullReport(ref.pinned, ref.identity, str(target), fetched.files, fetched.bytes, kept.files, kept.bytes, shown)
+    return PullReport(
+        ref.pinned, ref.identity, str(target), fetched.files, fetched.bytes, kept.files, kept.bytes, shown
+    )
 
 
 def _parsed(remote: Remote, ref: Ref, data: bytes) -> Manifest:
@@ -131,7 +142,10 @@ def _parsed(remote: Remote, ref: Ref, data: bytes) -> Manifest:
 
 
 def _refuse_other(target: Path, ref: Ref) -> bool:
-    """Whether the directory holds this cache already; False where it is new or this pull was begun in it. MismatchError for all else."""
+    """Whether the directory holds this cache already.
+
+    False where it is new or this pull was begun in it. MismatchError for all else.
+    """
     if (target / cache_layout.MANIFEST).exists():
         identity = read_manifest(target).identity
         if identity != ref.identity:
@@ -156,7 +170,10 @@ def _refuse_other(target: Path, ref: Ref) -> bool:
 
 
 def _read_record(path: Path) -> str:
-    """The manifest of a pull under way; empty where the record is not readable, and then its files are judged by their digests."""
+    """The manifest of a pull under way.
+
+    Empty where the record is not readable, and then its files are judged by their digests.
+    """
     try:
         record = parse_json(path.read_bytes()[:4096])
         return str(record["manifest"]) if isinstance(record, dict) else ""
@@ -175,7 +192,8 @@ def _selection_after(target: Path, manifest: Manifest, selection: Selection | No
 def _fetch(
     remote: Remote, ref: Ref, manifest: Manifest, selection: Selection, target: Path, progress: Progress, workers: int
 ) -> tuple[_Tally, _Tally]:
-    """Fetch every file of the selection that is not there with the right bytes; gives back what was fetched and what was kept.
+    """Fetch every file of the selection that is not there with the right bytes; gives back what was fetched and what
+    was kept.
 
     A file that lies in several places travels once.
     """
@@ -212,7 +230,10 @@ def _fetch(
 
 
 def _is_there(target: Path, path: str, digest: FileDigest) -> bool:
-    """Whether the file is there, plain and whole. A link on the way to it is refused: it would lead a write elsewhere."""
+    """Whether the file is there, plain and whole.
+
+    A link on the way to it is refused: it would lead a write elsewhere.
+    """
     for place in _steps(target, path):
         if place.is_symlink():
             raise DamageError(

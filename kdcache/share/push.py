@@ -1,8 +1,8 @@
 """Push: publish a cache under a name. Files first, then the manifest, then the ref; only what is missing travels.
 
-The order of steps is that of docs/decisions/0010, and it is what keeps a push and a gc apart: intent, no live mark, presence,
-files, manifest, ref, and once more the presence of all that was found there and not sent. A push whose intent lapsed (its
-machine slept) begins again with the presence, so that it never trusts what it saw before.
+The order of steps is that of docs/decisions/0010, and it is what keeps a push and a gc apart: intent, no live mark,
+presence, files, manifest, ref, and once more the presence of all that was found there and not sent. A push whose intent
+lapsed (its machine slept) begins again with the presence, so that it never trusts what it saw before.
 """
 
 from __future__ import annotations
@@ -97,13 +97,16 @@ def push(
 ) -> PushReport:
     """Publish the cache in ``cache_dir`` as the newest version of ``name``; the same content again makes no new one.
 
-    ``after``: what must be the newest version until this one is made; OvertakenError where it is not. Raises DamageError (a local file is missing or altered), MismatchError (files that were not pulled are not on the remote
+    ``after``: what must be the newest version until this one is made; OvertakenError where it is not. Raises
+    DamageError (a local file is missing or altered), MismatchError (files that were not pulled are not on the remote
     either; the tag is taken), LockedError (a gc does not end), RemoteAccessError (read-only credentials), RemoteError.
     """
     layout.check_name(name)
     if tag:
         layout.check_tag(tag)
-    job = _prepare(remote, cache_dir, name, tag, with_text, pace or Pace(), progress or SilentProgress(), workers, after)
+    job = _prepare(
+        remote, cache_dir, name, tag, with_text, pace or Pace(), progress or SilentProgress(), workers, after
+    )
     if dry_run:
         return _would(job)
     with _writable(remote), hold(remote, "intent", job.pace) as lease:
@@ -246,7 +249,10 @@ def _writable(remote: Remote) -> Iterator[None]:
 
 
 def without_text(manifest: Manifest) -> Manifest:
-    """The manifest of the same cache without its texts: what ``dump-teachers --no-text`` would have made. Provenance is kept."""
+    """The manifest of the same cache without its texts.
+
+    What ``dump-teachers --no-text`` would have made. Provenance is kept.
+    """
     contents = manifest.contents
     if not contents.has_text:
         return manifest

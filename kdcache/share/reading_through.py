@@ -3,10 +3,10 @@
     with read_through(remote, "sst2-3t", store=default_store(), progress=progress) as cache:
         distill(recipe, cache, ...)
 
-The manifest comes first. The reader says what it will need (``select``) and in which order (``expect``); a few threads fetch in
-that order, and a file that is wanted now is fetched by whoever wants it. Files are kept in the local store, so a second run
-fetches nothing and one that was interrupted goes on with what has arrived. Cache and loader know nothing of remotes: they see
-``kdcache.cache.digests.Arrivals``.
+The manifest comes first. The reader says what it will need (``select``) and in which order (``expect``); a few threads
+fetch in that order, and a file that is wanted now is fetched by whoever wants it. Files are kept in the local store, so
+a second run fetches nothing and one that was interrupted goes on with what has arrived. Cache and loader know nothing
+of remotes: they see ``kdcache.cache.digests.Arrivals``.
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ class RemoteCache:
 def read_through(
     remote: Remote, ref: Ref, *, store: LocalStore, progress: Progress | None = None, workers: int = WORKERS
 ) -> Iterator[Cache]:
-    """The cache of a version, open for reading while its files arrive. When the block ends well, the rest of the selection is waited for.
+    """The cache of a version, open for reading while its files arrive.
+
+    When the block ends well, the rest of the selection is waited for.
 
     Raises RemoteError, DamageError (the remote's objects are not what they should be), MismatchError, StorageError.
     """
@@ -76,7 +78,13 @@ class Arriving:
     """The files of one cache on their way into the local store; what ``Cache`` asks for (``Arrivals``)."""
 
     def __init__(
-        self, remote: Remote, ref: Ref, manifest: Manifest, store: LocalStore, progress: Progress, workers: int = WORKERS
+        self,
+        remote: Remote,
+        ref: Ref,
+        manifest: Manifest,
+        store: LocalStore,
+        progress: Progress,
+        workers: int = WORKERS,
     ) -> None:
         self._remote, self._ref, self._manifest, self._store, self._progress = remote, ref, manifest, store, progress
         self._files = manifest.contents.files
@@ -98,7 +106,8 @@ class Arriving:
         if coming:
             there = sum(self._files[path].size for path in wanted & self._here)
             self._progress.note(
-                f"{self._ref.pinned}: {format_bytes(coming)} are fetched while the student trains, {format_bytes(there)} are here "
+                f"{self._ref.pinned}: {format_bytes(coming)} are fetched while the student trains, "
+                f"{format_bytes(there)} are here "
                 f"(kept in {self._store.root})"
             )
         self._request(_natural_order(wanted, self._manifest))
@@ -111,7 +120,10 @@ class Arriving:
         self._start()
 
     def wait_for(self, path: str) -> None:
-        """Give back once a file has arrived: the caller fetches it unless it is under way. Raises RemoteError, DamageError, StorageError."""
+        """Give back once a file has arrived.
+
+        The caller fetches it unless it is under way. Raises RemoteError, DamageError, StorageError.
+        """
         with self._changed:
             while path in self._under_way:
                 self._changed.wait()
@@ -135,7 +147,8 @@ class Arriving:
         if not self._store.finish(self._manifest, self._ref.pinned):
             reason = f" ({self._failed})" if self._failed is not None else ""
             self._progress.note(
-                f"{self._ref.pinned}: some files that were not needed yet could not be fetched{reason}; the next run fetches them"
+                f"{self._ref.pinned}: some files that were not needed yet could not be fetched{reason}; the next run "
+                "fetches them"
             )
 
     def close(self) -> None:
@@ -218,7 +231,10 @@ def _has_manifest(place: Path, identity: str) -> bool:
 
 
 def _natural_order(paths: set[str], manifest: Manifest) -> list[str]:
-    """What is read before training first: small files, and the logits of validation and test texts; then part by part."""
+    """What is read before training first.
+
+    Small files, and the logits of validation and test texts; then part by part.
+    """
     logits = {part.name for part in manifest.contents.parts if part.scope == "logits"}
 
     def key(path: str) -> tuple[int, str, str]:

@@ -1,7 +1,9 @@
-"""The document of a ref: one version of a name, or the removal of some. Strict and bounded, for it comes from somebody else.
+"""The document of a ref: one version of a name, or the removal of some.
 
-Its bytes are canonical JSON with a checksum over all of it, so that a flipped bit is damage and never another version; name and
-number stand inside as well, so that a document under another key is seen.
+Strict and bounded, for it comes from somebody else.
+
+Its bytes are canonical JSON with a checksum over all of it, so that a flipped bit is damage and never another version;
+name and number stand inside as well, so that a document under another key is seen.
 """
 
 from __future__ import annotations
@@ -27,7 +29,10 @@ Count = Annotated[int, Field(ge=0, le=2**53 - 1)]
 
 @dataclass(frozen=True)
 class Ref:
-    """A version of a name. ``manifest`` and ``identity`` are empty where it is a tombstone, which ``removes`` earlier ones."""
+    """A version of a name.
+
+    ``manifest`` and ``identity`` are empty where it is a tombstone, which ``removes`` earlier ones.
+    """
 
     name: str
     number: int
@@ -79,7 +84,10 @@ class _Tombstone(_Ref):
 
 
 def ref_bytes(ref: Ref, token: str) -> bytes:
-    """The object of a ref; ``token`` (16 hex digits) is its writer's own, so that no two writers write the same bytes."""
+    """The object of a ref.
+
+    ``token`` (16 hex digits) is its writer's own, so that no two writers write the same bytes.
+    """
     document: dict[str, Any] = {
         "format": "kdcache-ref",
         "version": VERSION,

@@ -1,8 +1,9 @@
 """Versions of a name: numbered, immutable, one line, each made by create-if-absent after the ones before were read.
 
-Who loses the race for a number reads again and takes the next one, so no version is lost. The number only grows: ``rm`` is a
-version of its own (a tombstone) that drops earlier ones, and the newest ref is never deleted. On a store without conditional
-writes two writers may make two refs of one number; both stay, and readers are told (``fork``) until a version comes on top.
+Who loses the race for a number reads again and takes the next one, so no version is lost. The number only grows: ``rm``
+is a version of its own (a tombstone) that drops earlier ones, and the newest ref is never deleted. On a store without
+conditional writes two writers may make two refs of one number; both stay, and readers are told (``fork``) until a
+version comes on top.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ class OvertakenError(MismatchError):
 
 
 def history(remote: Remote, name: str, known: Mapping[str, Ref] | None = None) -> tuple[Ref, ...]:
-    """Every ref of a name that is there, tombstones and what they drop included, oldest first. ``known``: refs by key, read before.
+    """Every ref of a name that is there, tombstones and what they drop included, oldest first.
+
+    ``known``: refs by key, read before.
 
     Raises DamageError for a damaged one.
     """
@@ -63,10 +66,11 @@ def live(refs: Sequence[Ref]) -> tuple[Ref, ...]:
 
 
 def resolve(remote: Remote, reference: str) -> Ref:
-    """The version that ``name``, ``name@3``, ``name@tag`` or ``name@digest`` (of identity or manifest, 6 digits or more) means.
+    """The version that ``name``, ``name@3``, ``name@tag`` or ``name@digest`` (of identity or manifest, 6 digits or
+    more) means.
 
-    Raises RecipeError where it is no reference, MismatchError where there is no such version (it says which there are) or where
-    two writers made the same number, DamageError.
+    Raises RecipeError where it is no reference, MismatchError where there is no such version (it says which there are)
+    or where two writers made the same number, DamageError.
     """
     name, version = layout.split_reference(reference)
     refs = history(remote, name)
@@ -93,13 +97,16 @@ def publish(
     after: Collection[Ref] | None = None,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Ref:
-    """Make the next version of a name, or give back its newest one where that has this manifest (and tag, where one is asked for).
+    """Make the next version of a name, or give back its newest one where that has this manifest (and tag, where one is
+    asked for).
 
-    Manifest and files must be there. ``after``: what must be the newest version when this one is made (several refs: a fork), and
-    where creates are decided nothing comes between; OvertakenError where it is not. MismatchError where the tag belongs to
-    another version.
+    Manifest and files must be there. ``after``: what must be the newest version when this one is made (several refs: a
+    fork), and where creates are decided nothing comes between; OvertakenError where it is not. MismatchError where the
+    tag belongs to another version.
     """
-    wanted = Ref(layout.check_name(name), 0, manifest_sha, identity, tag and layout.check_tag(tag), None, "", "", size, files)
+    wanted = Ref(
+        layout.check_name(name), 0, manifest_sha, identity, tag and layout.check_tag(tag), None, "", "", size, files
+    )
 
     def already(refs: Sequence[Ref]) -> Ref | None:
         newest = newest_like(refs, manifest_sha, tag)
@@ -121,7 +128,10 @@ def tombstone(
 
 
 def newest_of(refs: Sequence[Ref]) -> tuple[Ref, ...]:
-    """The newest version of a name's history; several where two writers made the same number; empty where there is none."""
+    """The newest version of a name's history.
+
+    Several where two writers made the same number; empty where there is none.
+    """
     found = live(refs)
     return tuple(ref for ref in found if ref.number == found[-1].number)
 
@@ -133,20 +143,27 @@ def check_newest(refs: Sequence[Ref], after: Collection[Ref]) -> None:
         there = f"its newest version is {newest[-1].pinned}" if newest else "all its versions were removed"
         expected = ", ".join(ref.pinned for ref in after)
         raise OvertakenError(
-            f"this was to follow {expected}, and {there}", "Run the same command again: it starts from the newest version."
+            f"this was to follow {expected}, and {there}",
+            "Run the same command again: it starts from the newest version.",
         )
 
 
 def newest_like(refs: Sequence[Ref], manifest_sha: str, tag: str | None) -> Ref | None:
     """The newest version, where it alone is the newest, has that manifest and, where one is asked for, that tag."""
     found = live(refs)
-    if not found or refs[-1].number != found[-1].number or len([ref for ref in refs if ref.number == found[-1].number]) > 1:
+    if (
+        not found
+        or refs[-1].number != found[-1].number
+        or len([ref for ref in refs if ref.number == found[-1].number]) > 1
+    ):
         return None
     newest = found[-1]
     return newest if newest.manifest == manifest_sha and tag in (None, newest.tag) else None
 
 
-def _append(remote: Remote, wanted: Ref, already: Callable[[Sequence[Ref]], Ref | None], sleep: Callable[[float], None]) -> Ref:
+def _append(
+    remote: Remote, wanted: Ref, already: Callable[[Sequence[Ref]], Ref | None], sleep: Callable[[float], None]
+) -> Ref:
     token, known = secrets.token_hex(8), dict[str, Ref]()
     for attempt in range(ATTEMPTS):
         refs = history(remote, wanted.name, known)
@@ -160,11 +177,16 @@ def _append(remote: Remote, wanted: Ref, already: Callable[[Sequence[Ref]], Ref 
         if remote.create(key, ref_bytes(made, token)):
             return _stands(remote, made)
         sleep(random.uniform(0, min(2.0, 0.02 * 2 ** min(attempt, 7))))
-    raise RemoteError(f"others took {ATTEMPTS} versions of '{wanted.name}' on {remote.url} while this one tried", "Try again.")
+    raise RemoteError(
+        f"others took {ATTEMPTS} versions of '{wanted.name}' on {remote.url} while this one tried", "Try again."
+    )
 
 
 def _stands(remote: Remote, made: Ref) -> Ref:
-    """``made``, unless a later version drops it: its number was read long ago, or somebody removed it at this moment."""
+    """``made``, unless a later version drops it.
+
+    Its number was read long ago, or somebody removed it at this moment.
+    """
     after = history(remote, made.name, {made.key: made})
     dropped = next((ref for ref in after if ref.drops(made)), None)
     if dropped:
@@ -183,7 +205,10 @@ def _read(remote: Remote, key: str) -> Ref | None:
 
 
 def _matching(found: Sequence[Ref], version: str) -> list[Ref]:
-    """All of the newest number with that tag; else all with that number; else all whose identity or manifest begins so."""
+    """All of the newest number with that tag.
+
+    Else all with that number; else all whose identity or manifest begins so.
+    """
     if version.isdecimal() and len(version) < 10:
         numbered = [ref for ref in found if ref.number == int(version)]
         if numbered:
@@ -208,13 +233,16 @@ def _one(remote: Remote, reference: str, refs: Sequence[Ref]) -> Ref:
     same = len({ref.number for ref in refs}) == 1
     what = f"version {refs[-1].number} was made twice, by two writers at once" if same else "it fits several versions"
     raise MismatchError(
-        f"'{reference}' on {remote.url} is not one cache: {what}", f"Name one of {choices}; a later push continues after both."
+        f"'{reference}' on {remote.url} is not one cache: {what}",
+        f"Name one of {choices}; a later push continues after both.",
     )
 
 
 def _nothing(remote: Remote, name: str, refs: Sequence[Ref]) -> MismatchError:
     if refs:
-        return MismatchError(f"all versions of '{name}' on {remote.url} were removed", "Push it again, or name another cache.")
+        return MismatchError(
+            f"all versions of '{name}' on {remote.url} were removed", "Push it again, or name another cache."
+        )
     names = sorted({place[0] for entry in remote.list(layout.REFS) if (place := layout.parse_ref_key(entry.key))})
     there = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
     hint = f"There is: {there}." if names else "Push one with: kdcache cache push PATH --name NAME"

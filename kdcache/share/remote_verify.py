@@ -1,7 +1,7 @@
 """Verify on the remote: is everything there that a version needs, and are the bytes the right ones.
 
-Without reading data it asks for presence and size of every object; with it every byte, or a seeded share of the files, is read and
-digested and nothing is kept. Everything that is wrong is named, not the first thing alone.
+Without reading data it asks for presence and size of every object; with it every byte, or a seeded share of the files,
+is read and digested and nothing is kept. Everything that is wrong is named, not the first thing alone.
 """
 
 from __future__ import annotations
@@ -36,9 +36,12 @@ def verify_remote(
     progress: Progress | None = None,
     workers: int = WORKERS,
 ) -> list[Damage]:
-    """What is wrong with a version: object and reason; empty where it is whole. ``share`` (0 to 1) of its files is read to the end.
+    """What is wrong with a version: object and reason; empty where it is whole.
 
-    Which files belong to a share follows from their digests and ``seed``. Raises RemoteError; damage is reported, never raised.
+    ``share`` (0 to 1) of its files is read to the end.
+
+    Which files belong to a share follows from their digests and ``seed``. Raises RemoteError; damage is reported, never
+    raised.
     """
     try:
         manifest = fetch_manifest(remote, ref)
@@ -66,7 +69,9 @@ def _presence(remote: Remote, paths: Mapping[FileDigest, str], workers: int) -> 
     return found
 
 
-def _read(remote: Remote, chosen: Mapping[FileDigest, str], progress: Progress, workers: int) -> dict[FileDigest, Damage]:
+def _read(
+    remote: Remote, chosen: Mapping[FileDigest, str], progress: Progress, workers: int
+) -> dict[FileDigest, Damage]:
     if not chosen:
         return {}
     found: dict[FileDigest, Damage] = {}

@@ -1,8 +1,8 @@
 """Moving files between a cache directory and a remote: streamed, verified on the way, durable on arrival.
 
-What goes up is digested before it is sent, so that a damaged local file is never published. What comes down is digested while it
-is written and takes its name only if size and sha256 are right. A body that ends early is continued where it ended; one that
-arrives whole and wrong is fetched once more, and then it is the object that is damaged.
+What goes up is digested before it is sent, so that a damaged local file is never published. What comes down is digested
+while it is written and takes its name only if size and sha256 are right. A body that ends early is continued where it
+ended; one that arrives whole and wrong is fetched once more, and then it is the object that is damaged.
 """
 
 from __future__ import annotations
@@ -56,7 +56,10 @@ def check_object(remote: Remote, key: str, digest: FileDigest, on_bytes: OnBytes
 
 
 def send_file(remote: Remote, path: Path, digest: FileDigest) -> None:
-    """Put a local file in place under its digest. Raises DamageError where it is not the file of that digest, RemoteError."""
+    """Put a local file in place under its digest.
+
+    Raises DamageError where it is not the file of that digest, RemoteError.
+    """
     key = layout.file_key(digest.sha256)
     if digest.size <= SMALL:
         data = _read(path)
@@ -70,7 +73,9 @@ def send_file(remote: Remote, path: Path, digest: FileDigest) -> None:
     remote.write(key, path)
     if _stamp(path) != before:
         remote.delete(key)
-        raise DamageError(f"'{path}' changed while it was sent", "Files of a cache never change: find out what wrote to it.")
+        raise DamageError(
+            f"'{path}' changed while it was sent", "Files of a cache never change: find out what wrote to it."
+        )
 
 
 def file_digest(path: Path, on_bytes: OnBytes | None = None) -> FileDigest:
@@ -84,12 +89,17 @@ def file_digest(path: Path, on_bytes: OnBytes | None = None) -> FileDigest:
                 if on_bytes:
                     on_bytes(count)
     except OSError as error:
-        raise DamageError(f"'{path}' cannot be read: {error.strerror}", "Verify it with: kdcache cache verify PATH") from error
+        raise DamageError(
+            f"'{path}' cannot be read: {error.strerror}", "Verify it with: kdcache cache verify PATH"
+        ) from error
     return FileDigest(size, hasher.hexdigest())
 
 
 def copy_file(source: Path, digest: FileDigest, target: Path) -> None:
-    """A second place for a file that was verified a moment ago; verified on the way all the same. Raises DamageError, StorageError."""
+    """A second place for a file that was verified a moment ago.
+
+    Verified on the way all the same. Raises DamageError, StorageError.
+    """
     hasher = hashlib.sha256()
 
     def blocks() -> Iterator[bytes]:
@@ -166,7 +176,9 @@ class _Body:
 _REPAIR = "Somebody who has the cache can repair it: delete that object and push the cache again under the same name."
 
 
-def _verified(remote: Remote, key: str, digest: FileDigest, attempt: Callable[[_Body], None], on_bytes: OnBytes | None) -> None:
+def _verified(
+    remote: Remote, key: str, digest: FileDigest, attempt: Callable[[_Body], None], on_bytes: OnBytes | None
+) -> None:
     for fetch in range(_FETCHES):
         try:
             attempt(_Body(remote, key, digest, on_bytes))
@@ -184,14 +196,18 @@ def _read(path: Path) -> bytes:
         with path.open("rb") as file:
             return file.read(SMALL + 1)
     except OSError as error:
-        raise DamageError(f"'{path}' cannot be read: {error.strerror}", "Verify it with: kdcache cache verify PATH") from error
+        raise DamageError(
+            f"'{path}' cannot be read: {error.strerror}", "Verify it with: kdcache cache verify PATH"
+        ) from error
 
 
 def _stamp(path: Path) -> tuple[int, int, int]:
     try:
         found = path.stat()
     except OSError as error:
-        raise DamageError(f"'{path}' cannot be read: {error.strerror}", "Verify it with: kdcache cache verify PATH") from error
+        raise DamageError(
+            f"'{path}' cannot be read: {error.strerror}", "Verify it with: kdcache cache verify PATH"
+        ) from error
     return found.st_ino, found.st_size, found.st_mtime_ns
 
 

@@ -1,8 +1,9 @@
-"""A version of a remote's cache in a directory where it can grow: what is read of it arrives, and is linked, not copied.
+"""A version of a remote's cache in a directory where it can grow: what is read of it arrives, and is linked, not
+copied.
 
-The copy begins with the manifest alone. A file that the writer wants to read comes through the local store and gets a second
-name here; what the writer adds lies here only. So the old version stays as it is, unchanged files are shared, and a push of the copy
-sends what is new. A copy that was left by an interruption is gone on with.
+The copy begins with the manifest alone. A file that the writer wants to read comes through the local store and gets a
+second name here; what the writer adds lies here only. So the old version stays as it is, unchanged files are shared,
+and a push of the copy sends what is new. A copy that was left by an interruption is gone on with.
 """
 
 from __future__ import annotations
@@ -44,12 +45,16 @@ class WorkingCopy:
 
 
 @contextlib.contextmanager
-def working_copy(remote: Remote, ref: Ref, *, store: LocalStore, progress: Progress | None = None) -> Iterator[WorkingCopy]:
+def working_copy(
+    remote: Remote, ref: Ref, *, store: LocalStore, progress: Progress | None = None
+) -> Iterator[WorkingCopy]:
     """Raises LockedError where another process works on the same version; what ``read_through`` raises."""
     path = store.root / "extending" / f"{ref.name}-{ref.identity[:16]}"
     with attempt(store.root / "locks" / f"extending-{path.name}") as free:
         if not free:
-            raise LockedError(f"another process is extending {ref.pinned}", "Wait until it is done, and extend what it makes.")
+            raise LockedError(
+                f"another process is extending {ref.pinned}", "Wait until it is done, and extend what it makes."
+            )
         with read_through(remote, ref, store=store, progress=progress) as cache:
             assert cache.arrivals is not None
             linking = _Linking(cache.arrivals, cache.path, path)
@@ -63,11 +68,16 @@ def working_copy(remote: Remote, ref: Ref, *, store: LocalStore, progress: Progr
 
 @contextlib.contextmanager
 def other_copies(name: str, copy: WorkingCopy, *, store: LocalStore) -> Iterator[tuple[Path, ...]]:
-    """Copies of other versions of a name in which work was left, held while the block runs; those that others hold are left out."""
+    """Copies of other versions of a name in which work was left, held while the block runs.
+
+    Those that others hold are left out.
+    """
     with contextlib.ExitStack() as stack:
         found = []
         for path in sorted((store.root / "extending").glob(f"{name}-*")):
-            same_name = path.name.rpartition("-")[0] == name and path != copy.path and (path / layout.MANIFEST).is_file()
+            same_name = (
+                path.name.rpartition("-")[0] == name and path != copy.path and (path / layout.MANIFEST).is_file()
+            )
             if same_name and stack.enter_context(attempt(store.root / "locks" / f"extending-{path.name}")):
                 found.append(path)
         yield tuple(found)

@@ -1,8 +1,8 @@
 """The student: an encoder, or a causal decoder, cut to size, with one of two heads.
 
-``standard`` is a ``AutoModelForSequenceClassification`` and loads with transformers alone. ``shared`` is the paper's: the
-pooling and prediction layer that the teachers share (MT-BERT, section 3.1), copied from them, behind an adapter where the
-widths differ. Both look the same to training: inputs in, logits and hidden states out.
+``standard`` is a ``AutoModelForSequenceClassification`` and loads with transformers alone. ``shared`` is the paper's:
+the pooling and prediction layer that the teachers share (MT-BERT, section 3.1), copied from them, behind an adapter
+where the widths differ. Both look the same to training: inputs in, logits and hidden states out.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ if TYPE_CHECKING:
 
 HeadKind = Literal["standard", "shared"]
 TEACHER_PREFIX = "teacher:"
-_FAMILIES = (
-    "Choose an encoder, e.g. BERT, RoBERTa, DistilBERT, MPNet, ELECTRA or DeBERTa, or a decoder, e.g. GPT-2, Llama or Qwen."
-)
+_FAMILIES = "Choose an encoder, e.g. BERT, RoBERTa, DistilBERT, MPNet, ELECTRA or DeBERTa, or a decoder, e.g. GPT-2, Llama or Qwen."
 _PROBE = (("a good film",), ("the plot is rather weak , and the music of it hardly better",))
-_BATCH_TOLERANCE = 0.02  # of the largest logit: rounding is a hundred times less, a padding that is read is many times more
+_BATCH_TOLERANCE = (
+    0.02  # of the largest logit: rounding is a hundred times less, a padding that is read is many times more
+)
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,14 @@ class StudentOutput:
 
 
 class StudentModel(nn.Module):
-    """A model with a head. ``network`` is the classifier of transformers, or the model without head where the head is shared."""
+    """A model with a head.
 
-    def __init__(self, network: PreTrainedModel, head: SharedHead | None = None, adapter: nn.Linear | None = None) -> None:
+    ``network`` is the classifier of transformers, or the model without head where the head is shared.
+    """
+
+    def __init__(
+        self, network: PreTrainedModel, head: SharedHead | None = None, adapter: nn.Linear | None = None
+    ) -> None:
         super().__init__()
         self.network = network
         self.head = head
@@ -77,7 +82,10 @@ class StudentModel(nn.Module):
         return int(self.config.num_hidden_layers)
 
     def forward(self, inputs: Mapping[str, Tensor], *, hidden_states: bool = False) -> StudentOutput:
-        """``inputs``: input_ids, attention_mask [batch, tokens], padded on the right, and what else the tokenizer gives."""
+        """``inputs``.
+
+        Input_ids, attention_mask [batch, tokens], padded on the right, and what else the tokenizer gives.
+        """
         output = run_network(self.network, inputs, hidden_states=hidden_states)
         if self.head is None:
             assert output.logits is not None
@@ -114,11 +122,13 @@ def build_student(
     dropout: float | None = None,
     teachers_dir: Path | None = None,
 ) -> Student:
-    """The untrained student of a recipe, on the CPU in float32. Weights that no checkpoint gives are drawn from ``seed``.
+    """The untrained student of a recipe, on the CPU in float32.
+
+    Weights that no checkpoint gives are drawn from ``seed``.
 
     ``max_length`` is that of the data, where the section has none of its own. ``teachers_dir`` is needed for
-    ``init_from = "teacher:NAME"`` and for the shared head. Raises ModelError and RecipeError, also for a model that answers
-    otherwise in a batch than alone.
+    ``init_from = "teacher:NAME"`` and for the shared head. Raises ModelError and RecipeError, also for a model that
+    answers otherwise in a batch than alone.
     """
     source = _source(section, teachers_dir)
     config = _config(section, source)
@@ -160,14 +170,17 @@ def runs_own_code(*loaded: object) -> bool:
 
 
 def check_student(recipe: Recipe, teachers_dir: Path | None = None) -> None:
-    """Refuse a recipe whose model cannot become a student, from its config alone: for the start of a run, hours before the student.
+    """Refuse a recipe whose model cannot become a student, from its config alone: for the start of a run, hours before
+    the student.
 
-    Where ``teachers_dir`` does not hold the teacher that the student starts from yet, the model that it will be made from is looked
-    at. Raises ModelError and RecipeError as ``build_student`` does.
+    Where ``teachers_dir`` does not hold the teacher that the student starts from yet, the model that it will be made
+    from is looked at. Raises ModelError and RecipeError as ``build_student`` does.
     """
     section, revision = recipe.require_student(), None
     origin, pooling = section.init_from or "", recipe.cofinetune.pooling
-    if origin.startswith(TEACHER_PREFIX) and not (teachers_dir and (teachers_dir / origin.removeprefix(TEACHER_PREFIX)).is_dir()):
+    if origin.startswith(TEACHER_PREFIX) and not (
+        teachers_dir and (teachers_dir / origin.removeprefix(TEACHER_PREFIX)).is_dir()
+    ):
         teacher = recipe.teacher(origin.removeprefix(TEACHER_PREFIX))
         source, revision = teacher.model, teacher.revision
     else:
@@ -188,7 +201,8 @@ def check_pooling(network: PreTrainedModel, pooling: str, source: str) -> None:
     """ModelError where the shared head reads the first token, which in a causal decoder has seen nothing of the text."""
     if pooling == "cls" and is_causal(network):
         raise ModelError(
-            f"'{source}' is a causal decoder ({network.config.model_type}): its first token sees nothing of the text, and the "
+            f"'{source}' is a causal decoder ({network.config.model_type}): its first token sees nothing of the text, "
+            "and the "
             "shared head with pooling 'cls' reads just that one",
             "Set student.head = 'standard', or co-finetune with cofinetune.pooling = 'attention'.",
         )
@@ -210,14 +224,16 @@ def _source(section: StudentSection, teachers_dir: Path | None) -> str:
         )
         raise ModelError(
             f"student.init_from is '{section.init_from}', but {where}",
-            "Run kdcache cofinetune first, keep teachers/ beside the cache, or set student.init_from to a hub name or directory.",
+            "Run kdcache cofinetune first, keep teachers/ beside the cache, or set student.init_from to a hub name or "
+            "directory.",
         )
     from kdcache.teachers.bundle import teacher_names
 
     known = teacher_names(teachers_dir)
     if name not in known:
         raise ModelError(
-            f"student.init_from is '{section.init_from}', but '{teachers_dir}' holds no teacher '{name}'; it holds: {', '.join(known)}",
+            f"student.init_from is '{section.init_from}', but '{teachers_dir}' holds no teacher '{name}'; it holds: "
+            f"{', '.join(known)}",
             "Set student.init_from to one of these, e.g. teacher:" + (known[0] if known else "NAME"),
         )
     return str(teachers_dir / name)
@@ -230,13 +246,17 @@ def _config(section: StudentSection, source: str, revision: str | None = None) -
     if section.config is None:
         try:
             found = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=section.trust_remote_code)
-        except Exception as error:  # transformers raises OSError, ValueError, KeyError … for a missing or foreign directory
+        except (
+            Exception
+        ) as error:  # transformers raises OSError, ValueError, KeyError … for a missing or foreign directory
             raise _not_loadable(source, error) from error
         return _usable(cast("PretrainedConfig", found), source)
     values = dict(section.config)
     model_type = values.pop("model_type", None)
     if not isinstance(model_type, str):
-        raise RecipeError("student.config has no model_type", 'Example: config = { model_type = "bert", num_hidden_layers = 4 }')
+        raise RecipeError(
+            "student.config has no model_type", 'Example: config = { model_type = "bert", num_hidden_layers = 4 }'
+        )
     try:
         found = AutoConfig.for_model(model_type, **values)
     except Exception as error:  # unknown type, or a value of the wrong kind
@@ -254,12 +274,17 @@ def _usable(config: PretrainedConfig, source: str) -> PretrainedConfig:
     elif getattr(config, "block_sizes", None):
         reason = "its layers pool the tokens, so that hidden states change their length"
     if reason:
-        raise ModelError(f"'{source}' is a model of type '{config.model_type}' and cannot be a student: {reason}", _FAMILIES)
+        raise ModelError(
+            f"'{source}' is a model of type '{config.model_type}' and cannot be a student: {reason}", _FAMILIES
+        )
     return config
 
 
 def _network(section: StudentSection, source: str, config: PretrainedConfig) -> PreTrainedModel:
-    """The classifier, or for the shared head the bare model without pooler; freshly initialised where no weights are given."""
+    """The classifier, or for the shared head the bare model without pooler.
+
+    Freshly initialised where no weights are given.
+    """
     standard = section.head == "standard"
     model_class = _model_class(section, config, source)
     options: dict[str, bool] = {} if standard else without_pooler(model_class)
@@ -269,7 +294,12 @@ def _network(section: StudentSection, source: str, config: PretrainedConfig) -> 
         if section.config is not None:
             return cast("PreTrainedModel", model_class(config, **options).float())
         model, report = model_class.from_pretrained(
-            source, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=standard, **options
+            source,
+            config=config,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=standard,
+            **options,
         )
     except Exception as error:  # as above; also broken weight files
         raise _not_loadable(source, error) from error
@@ -287,7 +317,8 @@ def _model_class(section: StudentSection, config: PretrainedConfig, source: str)
     known: Any = transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING if standard else transformers.MODEL_MAPPING
     if type(config) not in known or runs_own_code(config):  # registered where another model's code was run before
         raise ModelError(
-            f"'{source}' is a model of type '{config.model_type}', which transformers cannot make a student of", _FAMILIES
+            f"'{source}' is a model of type '{config.model_type}', which transformers cannot make a student of",
+            _FAMILIES,
         )
     return known[type(config)]
 
@@ -307,7 +338,10 @@ def without_pooler(model_class: Any) -> dict[str, bool]:
 def _check_complete(model: PreTrainedModel, report: Mapping[str, Any], source: str) -> None:
     """Only heads and poolers may be new: random blocks inside a pretrained encoder are a mistake, not a student."""
     prefix = "" if model.base_model is model else model.base_model_prefix + "."
-    absent = [*report["missing_keys"], *(key[0] if isinstance(key, tuple) else key for key in report["mismatched_keys"])]
+    absent = [
+        *report["missing_keys"],
+        *(key[0] if isinstance(key, tuple) else key for key in report["mismatched_keys"]),
+    ]
     encoder = sorted(key for key in absent if key.startswith(prefix) and "pooler." not in key)
     if encoder:
         raise ModelError(
@@ -348,7 +382,8 @@ def _check_fits(encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ma
     vocabulary = int(encoder.config.vocab_size)
     if len(tokenizer) > vocabulary:
         raise ModelError(
-            f"the tokenizer '{tokenizer.name_or_path}' has {len(tokenizer)} tokens, but the student '{source}' has embeddings for {vocabulary}",
+            f"the tokenizer '{tokenizer.name_or_path}' has {len(tokenizer)} tokens, but the student '{source}' has "
+            f"embeddings for {vocabulary}",
             "Set student.tokenizer to the tokenizer that the model was made with.",
         )
 
@@ -371,7 +406,8 @@ def _check_answers(student: Student) -> None:
     shapes = {tuple(layer.shape) for layer in together.hidden_states}
     if len(together.hidden_states) != model.depth + 1 or shapes != {expected}:
         raise ModelError(
-            f"'{source}' ({model.config.model_type}) gives {len(together.hidden_states)} hidden states of the shapes {sorted(shapes)}; "
+            f"'{source}' ({model.config.model_type}) gives {len(together.hidden_states)} hidden states of the shapes "
+            f"{sorted(shapes)}; "
             f"{model.depth + 1} of the shape {expected} were expected",
             _FAMILIES,
         )
@@ -379,7 +415,8 @@ def _check_answers(student: Student) -> None:
     worst, scale = float((together.logits - apart).abs().max()), float(apart.abs().max())
     if worst > _BATCH_TOLERANCE * scale + 1e-6:
         raise ModelError(
-            f"'{source}' ({model.config.model_type}) answers otherwise in a batch than alone: its logits differ by {worst:.3g}, of {scale:.3g}",
+            f"'{source}' ({model.config.model_type}) answers otherwise in a batch than alone: its logits differ by "
+            f"{worst:.3g}, of {scale:.3g}",
             "Set student.tokenizer to the tokenizer that the model was made with. " + _FAMILIES,
         )
 
@@ -402,8 +439,10 @@ def _check_code_is_saved(network: PreTrainedModel, source: str) -> None:
         ]
     if lacking:
         raise ModelError(
-            f"the code of '{source}' cannot be saved with the student: its auto_map has no file for {', '.join(lacking)}",
-            "Copy the model and its .py files into one directory whose config.json names them in auto_map, and set student.init_from to it.",
+            f"the code of '{source}' cannot be saved with the student: its auto_map has no file for "
+            f"{', '.join(lacking)}",
+            "Copy the model and its .py files into one directory whose config.json names them in auto_map, and set "
+            "student.init_from to it.",
         )
 
 
@@ -412,7 +451,8 @@ def _not_loadable(source: str, error: Exception) -> ModelError:
         return code_not_run(source)
     return ModelError(
         f"no model could be loaded from '{source}': {_first_line(error)}",
-        "Set student.init_from to a directory with config.json and model.safetensors, or to a hub name that is within reach.",
+        "Set student.init_from to a directory with config.json and model.safetensors, or to a hub name that is within "
+        "reach.",
     )
 
 

@@ -1,9 +1,10 @@
 """Cutting a model down to some of its blocks, whatever its family.
 
 Models differ in where they keep their blocks, not in how: a ``ModuleList`` that is run in order. Where that is not so
-(ALBERT runs one block many times), cutting would give a model that does not load again, so it is refused. Blocks may differ
-from each other by what the config lists per layer (sliding or full attention): these lists are cut too. Whether the cut model
-is the one that its config describes is checked against a model that is built from the config as it will be saved.
+(ALBERT runs one block many times), cutting would give a model that does not load again, so it is refused. Blocks may
+differ from each other by what the config lists per layer (sliding or full attention): these lists are cut too. Whether
+the cut model is the one that its config describes is checked against a model that is built from the config as it will
+be saved.
 """
 
 from __future__ import annotations
@@ -56,12 +57,14 @@ def blocks_to_keep(layers: int | Sequence[int] | None, depth: int, source: str) 
     )
     if isinstance(layers, int) and layers > depth:
         raise ModelError(
-            f"student.layers asks for {layers} layers, but '{source}' has {depth}", f"Set student.layers to at most {depth}."
+            f"student.layers asks for {layers} layers, but '{source}' has {depth}",
+            f"Set student.layers to at most {depth}.",
         )
     for layer in chosen:
         if not 1 <= layer <= depth:
             raise ModelError(
-                f"student.layers names layer {layer}, but '{source}' has layers 1 to {depth}", f"Choose from 1 to {depth}."
+                f"student.layers names layer {layer}, but '{source}' has layers 1 to {depth}",
+                f"Choose from 1 to {depth}.",
             )
     if not chosen or any(later <= earlier for earlier, later in itertools.pairwise(chosen)):
         raise ModelError(
@@ -99,9 +102,11 @@ def _block_list(encoder: PreTrainedModel, depth: int, source: str) -> tuple[nn.M
         if isinstance(blocks, nn.ModuleList) and len(blocks) == depth:
             return cast("nn.Module", parent), name
     raise ModelError(
-        f"layers of '{source}' cannot be chosen: models of type '{encoder.config.model_type}' keep their {depth} layers "
+        f"layers of '{source}' cannot be chosen: models of type '{encoder.config.model_type}' keep their {depth} "
+        "layers "
         f"in none of the places kdcache knows ({', '.join(_PLACES)}), or share weights between them",
-        "Leave out student.layers, or take a student of another family, e.g. BERT, RoBERTa, DistilBERT, MPNet, ELECTRA or DeBERTa.",
+        "Leave out student.layers, or take a student of another family, e.g. BERT, RoBERTa, DistilBERT, MPNet, ELECTRA "
+        "or DeBERTa.",
     )
 
 
@@ -129,7 +134,9 @@ def _renumber(encoder: PreTrainedModel, rebuilt: PreTrainedModel, depth: int) ->
 
 def _must_load_again(encoder: PreTrainedModel, rebuilt: PreTrainedModel, source: str) -> None:
     ours, theirs = encoder.state_dict(), rebuilt.state_dict()
-    names = (name for name in ours.keys() | theirs.keys() if not name.startswith("pooler."))  # classifiers may do without
+    names = (
+        name for name in ours.keys() | theirs.keys() if not name.startswith("pooler.")
+    )  # classifiers may do without
     differing = sorted(name for name in names if _shape(ours, name) != _shape(theirs, name))
     if differing:
         name = differing[0]

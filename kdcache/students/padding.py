@@ -1,8 +1,9 @@
-"""Which token pads a student's texts, and on which side: what is saved with it, so that transformers alone reads it the same way.
+"""Which token pads a student's texts, and on which side: what is saved with it, so that transformers alone reads it the
+same way.
 
-kdcache itself pads on the right and turns the batch where a model wants that (``kdcache.teachers.network``). Whoever loads the
-student without kdcache has only the tokenizer's side and the padding token of tokenizer and config: decoders find the last token
-of a text by the latter, and XLNet reads the last position.
+kdcache itself pads on the right and turns the batch where a model wants that (``kdcache.teachers.network``). Whoever
+loads the student without kdcache has only the tokenizer's side and the padding token of tokenizer and config: decoders
+find the last token of a text by the latter, and XLNet reads the last position.
 """
 
 from __future__ import annotations
@@ -33,8 +34,9 @@ def is_causal(network: nn.Module) -> bool:
 def require_pad_token(tokenizer: PreTrainedTokenizerBase, config_id: int | None) -> int:
     """Id of the tokenizer's padding token; where it has none, the token that is chosen becomes it.
 
-    That is the one of the config, ``config_id``; else the one that ends a text; and where the tokenizer itself ends every text
-    with that one, a decoder would look for the last token before it: then an unknown or a first token. Raises ModelError where there is none.
+    That is the one of the config, ``config_id``; else the one that ends a text; and where the tokenizer itself ends
+    every text with that one, a decoder would look for the last token before it: then an unknown or a first token.
+    Raises ModelError where there is none.
     """
     if tokenizer.pad_token_id is None:
         if config_id is not None and 0 <= config_id < len(tokenizer):
@@ -43,7 +45,8 @@ def require_pad_token(tokenizer: PreTrainedTokenizerBase, config_id: int | None)
             token = _stand_in(tokenizer)
         if not token:
             raise ModelError(
-                f"the tokenizer '{tokenizer.name_or_path}' has no padding token, and none that ends a text to take its place",
+                f"the tokenizer '{tokenizer.name_or_path}' has no padding token, and none that ends a text to take its "
+                "place",
                 "Set student.tokenizer to one that has, or pad_token in its tokenizer_config.json.",
             )
         tokenizer.pad_token = token

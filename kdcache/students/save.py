@@ -3,9 +3,9 @@
 student/
   config.json, model.safetensors, tokenizer*   save_pretrained; with the standard head transformers alone loads it
   kdcache.json                                 what transformers has no place for: columns, max_length, method, head
-  README.md                                    the model card
-  shared_head.safetensors                      with the shared head only: pooling, dense layer and adapter
-  model.onnx                                   with the shared head only: input_ids, attention_mask … -> logits; absent where torch
+  README.md                                    the model card shared_head.safetensors                      with the
+  shared head only: pooling, dense layer and adapter model.onnx                                   with the shared head
+  only: input_ids, attention_mask … -> logits; absent where torch
                                                cannot export the model (XLNet, Longformer)
 """
 
@@ -43,7 +43,10 @@ _COLOUR = re.compile(r"\x1b\[[0-9;]*m")  # of the exporter's messages
 
 @dataclass(frozen=True)
 class SharedHeadRecord:
-    """Sizes of a student's shared head; ``adapter`` says whether a linear map from the student's width comes before it."""
+    """Sizes of a student's shared head.
+
+    ``adapter`` says whether a linear map from the student's width comes before it.
+    """
 
     width: int
     pooling: str
@@ -63,8 +66,12 @@ class StudentRecord:
     max_length: int
     shared_head: SharedHeadRecord | None = None
     kdcache: str = ""
-    labels_declared: bool | None = None  # False: label_names are sorted, so their numbers are nobody's; None: not recorded
-    trust_remote_code: bool = False  # it needs Python code of its own, which lies beside it; written only where that is so
+    labels_declared: bool | None = (
+        None  # False: label_names are sorted, so their numbers are nobody's; None: not recorded
+    )
+    trust_remote_code: bool = (
+        False  # it needs Python code of its own, which lies beside it; written only where that is so
+    )
 
 
 def student_record(
@@ -99,9 +106,12 @@ def student_record(
 
 
 def save_student(directory: Path, student: Student, record: StudentRecord, card: str) -> str:
-    """Write the directory under a temporary name, sync it, and put it in the place of an older one. Raises StorageError.
+    """Write the directory under a temporary name, sync it, and put it in the place of an older one.
 
-    Returns why there is no model.onnx, where torch could not export it: a trained student is not lost for that. Else "".
+    Raises StorageError.
+
+    Returns why there is no model.onnx, where torch could not export it: a trained student is not lost for that. Else
+    "".
     """
     temporary = directory.with_name(f".{directory.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -142,7 +152,8 @@ def read_record(directory: Path) -> StudentRecord | None:
     """
     if not directory.is_dir():
         raise RecipeError(
-            f"there is no model directory '{directory}'", "Give a directory made by save_pretrained or by kdcache distill."
+            f"there is no model directory '{directory}'",
+            "Give a directory made by save_pretrained or by kdcache distill.",
         )
     path = directory / RECORD_FILE
     if not path.exists():
@@ -157,17 +168,21 @@ def read_record(directory: Path) -> StudentRecord | None:
         return StudentRecord(**document, shared_head=SharedHeadRecord(**shared) if shared else None)
     except (ValueError, KeyError, TypeError) as error:
         raise DamageError(
-            f"'{path}' is not readable: {error}", "Distill again, or delete it and name the columns with --text and --label."
+            f"'{path}' is not readable: {error}",
+            "Distill again, or delete it and name the columns with --text and --label.",
         ) from error
 
 
 def load_student(directory: Path, *, trust_remote_code: bool = False) -> Student:
     """A saved student, in eval mode, float32, on the CPU; also any sequence classifier that transformers loads.
 
-    ``trust_remote_code`` allows it to run Python code that lies in the directory. Raises ModelError, RecipeError and DamageError.
+    ``trust_remote_code`` allows it to run Python code that lies in the directory. Raises ModelError, RecipeError and
+    DamageError.
     """
     record = read_record(directory)
-    network = _load_network(directory, shared=record is not None and record.shared_head is not None, trusted=trust_remote_code)
+    network = _load_network(
+        directory, shared=record is not None and record.shared_head is not None, trusted=trust_remote_code
+    )
     tokenizer = load_tokenizer(str(directory), trust_remote_code=trust_remote_code)
     require_pad_token(tokenizer, network.config.pad_token_id)
     settle_padding(network, tokenizer)
@@ -262,5 +277,6 @@ def export_onnx(student: Student, columns: int, path: Path) -> None:
     except Exception as error:  # the exporter raises what its many passes raise
         reason = (_COLOUR.sub("", str(error)).strip().splitlines() or [""])[0]
         raise ModelError(
-            f"the student cannot be exported to ONNX: {type(error).__name__}: {reason}", "Set student.head = 'standard'."
+            f"the student cannot be exported to ONNX: {type(error).__name__}: {reason}",
+            "Set student.head = 'standard'.",
         ) from error

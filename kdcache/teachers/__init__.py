@@ -1,1 +1,4 @@
-"""Teachers: encoders under one shared head or with a head of their own, their co-finetuning, and the backends that run them."""
+"""Teachers.
+
+Encoders under one shared head or with a head of their own, their co-finetuning, and the backends that run them.
+"""

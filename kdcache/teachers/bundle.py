@@ -1,13 +1,15 @@
 """A teachers directory: what co-finetuning leaves behind, and how its pieces belong together.
 
     teachers/
-      bert/                    save_pretrained of encoder and tokenizer: AutoModel loads it (a teacher with its own head: the whole
+      bert/                    save_pretrained of encoder and tokenizer: AutoModel loads it (a teacher with its own
+      head: the whole
                                classifier, AutoModelForSequenceClassification loads it)
       roberta/                 likewise, and adapter.safetensors where its width is not that of the shared space
       shared_head.safetensors  pooling and dense layer; absent where every teacher has its own head
       teachers.json            pooling, width, labels; per teacher head kind, max_length, source, scores, fingerprints
 
-teachers.json is written last: a directory without it is not a bundle. Everything is written under a temporary name, synced and renamed.
+teachers.json is written last: a directory without it is not a bundle. Everything is written under a temporary name,
+synced and renamed.
 """
 
 from __future__ import annotations
@@ -128,7 +130,9 @@ def save_teacher(directory: Path, name: str, model: TeacherModel, tokenizer: Pre
     model.encoder.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
     if model.adapter is not None:
-        save_file({key: tensor.contiguous() for key, tensor in model.adapter.state_dict().items()}, temporary / ADAPTER_FILE)
+        save_file(
+            {key: tensor.contiguous() for key, tensor in model.adapter.state_dict().items()}, temporary / ADAPTER_FILE
+        )
     sync_tree(temporary)
     publish_directory(temporary, directory / name)
 
@@ -137,24 +141,35 @@ def save_shared_head(directory: Path, head: SharedHead) -> None:
     """Write ``shared_head.safetensors``."""
     from safetensors.torch import save
 
-    write_file(directory / HEAD_FILE, save({key: tensor.cpu().contiguous() for key, tensor in head.state_dict().items()}))
+    write_file(
+        directory / HEAD_FILE, save({key: tensor.cpu().contiguous() for key, tensor in head.state_dict().items()})
+    )
 
 
 def load_shared_head(directory: Path, bundle: Bundle | None = None) -> SharedHead:
-    """The shared head, in eval mode. ModelError where the bundle has none, DamageError where its file is not readable."""
+    """The shared head, in eval mode.
+
+    ModelError where the bundle has none, DamageError where its file is not readable.
+    """
     bundle = bundle or read_bundle(directory)
     if bundle.width is None or bundle.pooling is None:
-        raise ModelError(f"the teachers in '{directory}' share no head: each has its own", 'Use student.head = "standard".')
+        raise ModelError(
+            f"the teachers in '{directory}' share no head: each has its own", 'Use student.head = "standard".'
+        )
     head = SharedHead(bundle.width, len(bundle.label_names), bundle.pooling, bundle.dropout or 0.0)
     _load_tensors(directory / HEAD_FILE, head)
     return head.eval()
 
 
-def load_teacher(directory: Path, name: str, bundle: Bundle | None = None, *, trust_remote_code: bool = False) -> Teacher:
+def load_teacher(
+    directory: Path, name: str, bundle: Bundle | None = None, *, trust_remote_code: bool = False
+) -> Teacher:
     """A teacher ready to run: in eval mode, in float32, on the CPU.
 
-    ``trust_remote_code`` allows it to run Python code that lies in its directory, which teachers.json alone never does. Raises ModelError where the bundle has no such teacher, DamageError where a file is missing or unreadable, and MismatchError
-    (exit 4) where the files are not those that teachers.json describes: the caches of the one must not be taken for the other's.
+    ``trust_remote_code`` allows it to run Python code that lies in its directory, which teachers.json alone never does.
+    Raises ModelError where the bundle has no such teacher, DamageError where a file is missing or unreadable, and
+    MismatchError (exit 4) where the files are not those that teachers.json describes: the caches of the one must not be
+    taken for the other's.
     """
     bundle = bundle or read_bundle(directory)
     if name not in bundle.teachers:
@@ -167,7 +182,15 @@ def load_teacher(directory: Path, name: str, bundle: Bundle | None = None, *, tr
     fingerprints = _fingerprints(model, tokenizer, name, bundle)
     _check_fingerprints(directory / name, record.fingerprints, fingerprints)
     return Teacher(
-        name, model, tokenizer, record.head, record.depth, record.width, record.max_length, fingerprints, bundle.label_names
+        name,
+        model,
+        tokenizer,
+        record.head,
+        record.depth,
+        record.width,
+        record.max_length,
+        fingerprints,
+        bundle.label_names,
     )
 
 
@@ -201,7 +224,8 @@ def _load_parts(
         raise
     except KdcacheError as error:
         raise DamageError(
-            f"teacher directory '{place}' cannot be read: {error.message}", "Make the teachers again: kdcache cofinetune RECIPE"
+            f"teacher directory '{place}' cannot be read: {error.message}",
+            "Make the teachers again: kdcache cofinetune RECIPE",
         ) from error
     head = load_shared_head(directory, bundle)
     adapter = None
@@ -228,7 +252,9 @@ def _load_tensors(path: Path, module: torch.nn.Module) -> None:
 def _check_fingerprints(place: Path, recorded: Fingerprints, found: Fingerprints) -> None:
     differing = [key for key, value in asdict(recorded).items() if getattr(found, key) != value]
     if differing:
-        changes = ", ".join(f"{key} {getattr(recorded, key)[:12]}… then, {getattr(found, key)[:12]}… now" for key in differing)
+        changes = ", ".join(
+            f"{key} {getattr(recorded, key)[:12]}… then, {getattr(found, key)[:12]}… now" for key in differing
+        )
         raise MismatchError(
             f"teacher '{place}' is not the one that teachers.json describes: {changes}",
             "Put the files back, or make the teachers again: kdcache cofinetune RECIPE",

@@ -1,11 +1,12 @@
-"""Co-finetuning: teachers are trained together on the task under one shared head, then kept as a bundle (MT-BERT, section 3.1).
+"""Co-finetuning: teachers are trained together on the task under one shared head, then kept as a bundle (MT-BERT,
+section 3.1).
 
-    kdcache cofinetune RECIPE              all teachers of the recipe
-    kdcache cofinetune RECIPE --add NAME   one newcomer against the frozen shared head; the others and their caches stay valid
+    kdcache cofinetune RECIPE              all teachers of the recipe kdcache cofinetune RECIPE --add NAME   one
+    newcomer against the frozen shared head; the others and their caches stay valid
 
-Teachers with ``head = "own"`` are fine-tuned already: they are scored and registered, not trained. The same command continues
-where an interrupted one stopped, and returns at once where the teachers are there already; a bundle of other settings or
-data is refused, because caches may depend on it.
+Teachers with ``head = "own"`` are fine-tuned already: they are scored and registered, not trained. The same command
+continues where an interrupted one stopped, and returns at once where the teachers are there already; a bundle of other
+settings or data is refused, because caches may depend on it.
 """
 
 from __future__ import annotations
@@ -69,9 +70,10 @@ def cofinetune(
 ) -> CofinetuneResult:
     """Train the recipe's teachers together and write them to ``teachers_dir``.
 
-    Checkpoints lie in ``work_dir`` until the teachers are written; losses and scores go to ``metrics`` (work_dir/metrics.jsonl).
-    Raises RecipeError, DataError, ModelError, NonFiniteError, StorageError; LockedError where another process does the same;
-    MismatchError where ``teachers_dir``, or the checkpoint in ``work_dir``, was made from something else.
+    Checkpoints lie in ``work_dir`` until the teachers are written; losses and scores go to ``metrics``
+    (work_dir/metrics.jsonl). Raises RecipeError, DataError, ModelError, NonFiniteError, StorageError; LockedError where
+    another process does the same; MismatchError where ``teachers_dir``, or the checkpoint in ``work_dir``, was made
+    from something else.
     """
     if not recipe.teachers:
         raise RecipeError(f"recipe '{recipe.name}' has no teachers", "Add a [[teachers]] table with name and model.")
@@ -139,11 +141,17 @@ def _open(
     """The models of ``sections``, for a shared head with ``pooling``, or with that of the recipe."""
     length, names, declared = recipe.data.max_length, task.label_names, task.labels_declared
     columns, pooling = len(task.text_columns), pooling or recipe.cofinetune.pooling
-    return {section.name: open_source(section, length, names, columns, pooling, labels_declared=declared) for section in sections}
+    return {
+        section.name: open_source(section, length, names, columns, pooling, labels_declared=declared)
+        for section in sections
+    }
 
 
 def _new_models(job: _Job) -> tuple[SharedHead | None, dict[str, TeacherModel]]:
-    """A new shared head over the encoders to be trained; all that is new is drawn from the recipe's seed, in the recipe's order."""
+    """A new shared head over the encoders to be trained.
+
+    All that is new is drawn from the recipe's seed, in the recipe's order.
+    """
     shared = {name: source for name, source in job.sources.items() if source.section.head == "shared"}
     if not shared:
         return None, {}
@@ -163,7 +171,9 @@ def _train(job: _Job, models: Mapping[str, TeacherModel], identity: Mapping[str,
         return None
     trained = {name: job.sources[name] for name in models}
     settings = job.recipe.cofinetune
-    return joint.train(settings, job.task, trained, models, identity, job.place, progress=job.progress, metrics=job.metrics)
+    return joint.train(
+        settings, job.task, trained, models, identity, job.place, progress=job.progress, metrics=job.metrics
+    )
 
 
 def _register(
@@ -191,7 +201,8 @@ def _reuse(job: _Job, bundle: Bundle, identity: Mapping[str, Any], existing: Map
     if differing:
         more = f" and {len(differing) - 6} more" if len(differing) > 6 else ""
         raise MismatchError(
-            f"the teachers in '{job.teachers_dir}' were made from something else; what differs: {', '.join(differing[:6])}{more}",
+            f"the teachers in '{job.teachers_dir}' were made from something else; what differs: "
+            f"{', '.join(differing[:6])}{more}",
             f"Restore these, give another --output-dir, or make the teachers anew after: rm -r '{job.teachers_dir}'",
         )
     shutil.rmtree(job.place, ignore_errors=True)

@@ -1,6 +1,7 @@
 """What identifies a teacher: sha256 over the bytes of its tensors and over the part of its config that changes outputs.
 
-Over tensors, not over files: a file that is saved again by another version of a library, with the same numbers, is the same teacher.
+Over tensors, not over files: a file that is saved again by another version of a library, with the same numbers, is the
+same teacher.
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ def fingerprint_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
 
 def fingerprint_config(config: Mapping[str, Any]) -> str:
     """sha256 of the config as canonical JSON, without keys that do not change what the model computes."""
-    return hashlib.sha256(json.dumps(lasting_config(config), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps(lasting_config(config), sort_keys=True, separators=(",", ":")).encode()
+    ).hexdigest()
 
 
 def lasting_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -53,16 +56,25 @@ def lasting_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def fingerprint_teacher(model: TeacherModel, tokenizer: PreTrainedTokenizerBase) -> Fingerprints:
-    """Weights: the encoder without pooler. Head: shared head and adapter, or the classifier's own head and its class order."""
+    """Weights.
+
+    The encoder without pooler. Head: shared head and adapter, or the classifier's own head and its class order.
+    """
     state = {name: tensor for name, tensor in model.encoder.state_dict().items() if not _is_unused(model, name)}
     prefix = f"{model.encoder.base_model_prefix}." if model.head is None else ""
     encoder = [(name, tensor) for name, tensor in state.items() if name.startswith(prefix)]
     head = [(name, tensor) for name, tensor in state.items() if not name.startswith(prefix)]
-    kind: dict[str, Any] = {"kind": "own", "class_order": None if model.class_order is None else model.class_order.tolist()}
+    kind: dict[str, Any] = {
+        "kind": "own",
+        "class_order": None if model.class_order is None else model.class_order.tolist(),
+    }
     if model.head is not None:
         kind = {"kind": "shared", "pooling": model.head.pooling_name}
         head = [(f"head.{name}", tensor) for name, tensor in model.head.state_dict().items()]
-        head += [(f"adapter.{name}", tensor) for name, tensor in (model.adapter.state_dict() if model.adapter else {}).items()]
+        head += [
+            (f"adapter.{name}", tensor)
+            for name, tensor in (model.adapter.state_dict() if model.adapter else {}).items()
+        ]
     described = json.dumps(kind, sort_keys=True) + fingerprint_tensors(head)
     return Fingerprints(
         weights=fingerprint_tensors(encoder),
@@ -77,7 +89,9 @@ def gives_token_types(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
     return _takes_token_types(network) and "token_type_ids" in tokenizer.model_input_names
 
 
-def tokenizer_as_used(fingerprint: str, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, columns: int) -> str:
+def tokenizer_as_used(
+    fingerprint: str, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, columns: int
+) -> str:
     """``fingerprint`` of the tokenizer, or another one where it withholds token types that would change the outputs.
 
     They would where the model tells types apart and texts of so many ``columns`` have another type than 0.
@@ -101,7 +115,9 @@ def fingerprint_code(model: object) -> dict[str, str]:
         return {}
     from transformers.dynamic_module_utils import get_relative_import_files
 
-    files = sorted({Path(module.__file__), *map(Path, get_relative_import_files(module.__file__))}, key=lambda path: path.name)
+    files = sorted(
+        {Path(module.__file__), *map(Path, get_relative_import_files(module.__file__))}, key=lambda path: path.name
+    )
     digest = hashlib.sha256()
     for path in files:
         digest.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())

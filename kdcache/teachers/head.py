@@ -1,7 +1,7 @@
 """The shared head: one pooling and one dense prediction layer for all teachers (MT-BERT, section 3.1).
 
-Because every teacher is read out through the same parameters, their representations come to lie in one space; that is what
-makes the hidden states of several teachers a consistent target for one student.
+Because every teacher is read out through the same parameters, their representations come to lie in one space; that is
+what makes the hidden states of several teachers a consistent target for one student.
 """
 
 from __future__ import annotations
@@ -90,7 +90,9 @@ class SharedHead(nn.Module):
         nn.init.zeros_(self.dense.bias)
 
     def forward(self, hidden: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """``hidden`` [batch, tokens, width] and ``attention_mask`` [batch, tokens] to logits [batch, classes] and pooled [batch, width]."""
+        """``hidden`` [batch, tokens, width] and ``attention_mask`` [batch, tokens] to logits [batch, classes] and
+        pooled [batch, width].
+        """
         pooled = self.pooling(hidden, attention_mask)
         return self.dense(self.dropout(pooled)), pooled
 
@@ -98,8 +100,8 @@ class SharedHead(nn.Module):
 def new_adapter(encoder_width: int, shared_width: int) -> nn.Linear | None:
     """A_i: None, the identity, for an encoder of the shared width; else a linear map without bias.
 
-    No bias, because the encoder's last layer norm has one already. The initial weight is that of a semi-orthogonal matrix, so that
-    the geometry of the narrower encoder's states reaches the shared space unchanged.
+    No bias, because the encoder's last layer norm has one already. The initial weight is that of a semi-orthogonal
+    matrix, so that the geometry of the narrower encoder's states reaches the shared space unchanged.
     """
     if encoder_width == shared_width:
         return None

@@ -54,11 +54,18 @@ def labelled_rows(task: TaskData, split: str) -> LabelledRows | None:
     return LabelledRows(texts, examples.labels[known]) if texts else None
 
 
-def identity(recipe: Recipe, task: TaskData, sources: Mapping[str, Source], *, shared_head: str | None = None) -> dict[str, Any]:
-    """All that the teachers depend on, flat, so that a mismatch names one key. ``shared_head`` is the digest of a frozen one."""
+def identity(
+    recipe: Recipe, task: TaskData, sources: Mapping[str, Source], *, shared_head: str | None = None
+) -> dict[str, Any]:
+    """All that the teachers depend on, flat, so that a mismatch names one key.
+
+    ``shared_head`` is the digest of a frozen one.
+    """
     settings = recipe.cofinetune.model_dump(mode="json", exclude=_FREE)
     splits = {f"data.{name}": _digest(task.splits[name]) for name in ("train", "validation") if name in task.splits}
-    teachers = {f"teachers.{name}.{key}": value for name, source in sources.items() for key, value in source.identity().items()}
+    teachers = {
+        f"teachers.{name}.{key}": value for name, source in sources.items() for key, value in source.identity().items()
+    }
     head = {} if shared_head is None else {"shared_head": shared_head}
     names = {"data.labels": list(task.label_names), "data.text": list(task.text_columns)}
     return {**{f"cofinetune.{key}": value for key, value in settings.items()}, **names, **splits, **teachers, **head}
@@ -84,7 +91,10 @@ def train(
     progress: Progress,
     metrics: MetricsLog,
 ) -> int:
-    """Train ``models`` (in place) and return the best epoch, counted from 1; its weights are what the models hold then."""
+    """Train ``models`` (in place) and return the best epoch, counted from 1.
+
+    Its weights are what the models hold then.
+    """
     train_rows, validation = labelled_rows(task, "train"), labelled_rows(task, "validation")
     if train_rows is None:
         raise DataError("train has no row with a label", "Co-finetuning needs labels; check data.label.")
@@ -111,7 +121,9 @@ def train(
         note=progress.note,
     )
     loop_settings = loop.LoopSettings.from_section(settings, identity, newer_keys(identity))
-    outcome = loop.train(trainee, loop_settings, checkpoints=place / "checkpoints", progress=progress, on_metrics=metrics)
+    outcome = loop.train(
+        trainee, loop_settings, checkpoints=place / "checkpoints", progress=progress, on_metrics=metrics
+    )
     if outcome.best_epoch + 1 != settings.epochs:
         trainee.load_best(outcome.best_epoch)
     trainee.model.eval()
@@ -120,7 +132,9 @@ def train(
 
 def _encoded(source: Source, train_rows: LabelledRows, validation: LabelledRows | None) -> TeacherTexts:
     held_out = None if validation is None else encode(source.tokenizer, validation.texts, source.max_length)
-    return TeacherTexts(encode(source.tokenizer, train_rows.texts, source.max_length), held_out, padding_id(source.tokenizer))
+    return TeacherTexts(
+        encode(source.tokenizer, train_rows.texts, source.max_length), held_out, padding_id(source.tokenizer)
+    )
 
 
 def _checkpoint_activations(network: PreTrainedModel) -> None:
@@ -194,7 +208,8 @@ class JointTrainee:
         return functional.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels)
 
     def evaluate(self, epoch: int) -> dict[str, float]:
-        """Scores of every teacher and of the mean of their probabilities on validation; ``score``, which chooses the epoch, is
+        """Scores of every teacher and of the mean of their probabilities on validation; ``score``, which chooses the
+        epoch, is
         ``select_by`` averaged over the teachers, each of which will teach. Empty without a validation split.
         """
         if self._labels.validation is None:
@@ -232,7 +247,10 @@ MEAN = "mean of teachers"  # not a possible name of a teacher
 
 
 def score_teachers(logits: Mapping[str, np.ndarray], labels: np.ndarray) -> dict[str, dict[str, float]]:
-    """Scores by teacher, and under ``MEAN`` those of the mean of their probabilities; ``logits`` float32[n, classes] each."""
+    """Scores by teacher, and under ``MEAN`` those of the mean of their probabilities.
+
+    ``logits`` float32[n, classes] each.
+    """
     found = {name: scores(labels, values) for name, values in logits.items()}
     probabilities = [torch.softmax(torch.from_numpy(values).double(), dim=1) for values in logits.values()]
     mean = torch.stack(probabilities).mean(dim=0).clamp_min(1e-300).log()  # their softmax is the mean again

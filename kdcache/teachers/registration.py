@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING
 
 from kdcache.cache.spec import Fingerprints
 from kdcache.data.encoding import encode, padding_id
-from kdcache.teachers.bundle import Bundle, TeacherRecord, fingerprints_on_disk, load_teacher, save_shared_head, save_teacher
+from kdcache.teachers.bundle import (
+    Bundle,
+    TeacherRecord,
+    fingerprints_on_disk,
+    load_teacher,
+    save_shared_head,
+    save_teacher,
+)
 from kdcache.teachers.joint import MEAN, predict, score_teachers
 from kdcache.teachers.teacher import TeacherModel
 from kdcache.training.loop import default_device
@@ -30,7 +37,8 @@ def save_teachers(
     sources: Mapping[str, Source],
     models: Mapping[str, TeacherModel],
 ) -> Bundle:
-    """Write the directory of every source, and the shared head where it is new; the bundle with their records, not yet written.
+    """Write the directory of every source, and the shared head where it is new; the bundle with their records, not yet
+    written.
 
     Sources that have no model in ``models`` are classifiers with their own head, and are saved as they are.
     """
@@ -63,7 +71,8 @@ def _record(source: Source, model: TeacherModel) -> TeacherRecord:
 
 
 def scored(directory: Path, bundle: Bundle, validation: LabelledRows | None, trusted: Collection[str] = ()) -> Bundle:
-    """The bundle with scores of every teacher, and of the mean of all, on validation; one teacher is in memory at a time.
+    """The bundle with scores of every teacher, and of the mean of all, on validation; one teacher is in memory at a
+    time.
 
     ``trusted``: names of the teachers whose own Python code may be run.
     """

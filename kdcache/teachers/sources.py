@@ -1,4 +1,7 @@
-"""Where a teacher comes from: the pretrained encoder, or the fine-tuned classifier, that the recipe names, loaded and checked."""
+"""Where a teacher comes from.
+
+The pretrained encoder, or the fine-tuned classifier, that the recipe names, loaded and checked.
+"""
 
 from __future__ import annotations
 
@@ -74,9 +77,10 @@ def open_source(
 ) -> Source:
     """Load what the section names, for texts of ``columns`` columns, and try it on a few.
 
-    ``pooling`` is that of the shared head. Raises ModelError where the model cannot be loaded, lacks weights, has too few positions or
-    other labels, where it does not give a text the same outputs alone and in a batch, or where the pooling does not suit it; also where
-    it calls its labels LABEL_0 … and the order of the task's names was not declared, but sorted as found.
+    ``pooling`` is that of the shared head. Raises ModelError where the model cannot be loaded, lacks weights, has too
+    few positions or other labels, where it does not give a text the same outputs alone and in a batch, or where the
+    pooling does not suit it; also where it calls its labels LABEL_0 … and the order of the task's names was not
+    declared, but sorted as found.
     """
     max_length = section.max_length or default_max_length
     own = section.head == "own"
@@ -88,7 +92,8 @@ def open_source(
     trial = try_network(section.name, network, tokenizer, max_length, columns)
     if not own and trial.causal and pooling == "cls":
         raise ModelError(
-            f"teacher '{section.name}' is a causal decoder ({network.config.model_type}): its first token, which pooling 'cls' reads, has "
+            f"teacher '{section.name}' is a causal decoder ({network.config.model_type}): its first token, which "
+            "pooling 'cls' reads, has "
             "seen nothing of the text",
             'Set cofinetune.pooling = "last", "attention" or "mean".',
         )
@@ -97,11 +102,16 @@ def open_source(
     order, generic = class_order_of(section.name, network.config.id2label or {}, label_names)
     if generic and not numbers_known(label_names, declared=labels_declared):
         raise ModelError(
-            f"teacher '{section.name}' names its labels LABEL_0 …, and the task's labels {listed(label_names)} are sorted as found: "
+            f"teacher '{section.name}' names its labels LABEL_0 …, and the task's labels {listed(label_names)} are "
+            "sorted as found: "
             "which is LABEL_0 is not known",
             "Name the classes in data.labels, in the teacher's order, or in id2label of the model's config.json.",
         )
-    note = f"teacher '{section.name}' names its labels LABEL_0 …: taken in the order {listed(label_names)}" if generic else ""
+    note = (
+        f"teacher '{section.name}' names its labels LABEL_0 …: taken in the order {listed(label_names)}"
+        if generic
+        else ""
+    )
     return Source(section, network, tokenizer, max_length, order, note)
 
 
@@ -117,4 +127,7 @@ def _check_vocabulary(name: str, network: PreTrainedModel, tokenizer: PreTrained
 
 def under_shared_head(sources: Mapping[str, Source], head: SharedHead) -> dict[str, TeacherModel]:
     """Models that share ``head``; adapters of encoders of another width are drawn from torch's generator, in order."""
-    return {name: TeacherModel(source.network, new_adapter(source.width, head.width), head) for name, source in sources.items()}
+    return {
+        name: TeacherModel(source.network, new_adapter(source.width, head.width), head)
+        for name, source in sources.items()
+    }

@@ -1,7 +1,8 @@
-"""A teacher: an encoder or decoder that AutoModel knows, an adapter where its width differs, and a head, shared or its own.
+"""A teacher: an encoder or decoder that AutoModel knows, an adapter where its width differs, and a head, shared or its
+own.
 
-Encoders are used without their pooler: the shared head pools itself, and a pooler that the checkpoint lacks would come with
-fresh random weights. Any other weight that the checkpoint lacks is an error for the same reason.
+Encoders are used without their pooler: the shared head pools itself, and a pooler that the checkpoint lacks would come
+with fresh random weights. Any other weight that the checkpoint lacks is an error for the same reason.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ _UNFIT = {"funnel": "its blocks shorten the text, so that hidden states and toke
 
 @dataclass(frozen=True)
 class TeacherForward:
-    """``logits`` [batch, classes] in the task's class order; ``pooled`` [batch, width]: the shared head's, or where the head is
+    """``logits`` [batch, classes] in the task's class order; ``pooled`` [batch, width]: the shared head's, or where the
+    head is
     the teacher's own the last state of the token that it reads: the first one, of decoders and XLNet the last one;
     ``hidden_states`` as in transformers: index 0 embeddings, k after block k, each [batch, tokens, width].
     """
@@ -62,7 +64,8 @@ class TeacherModel(nn.Module):
         self.register_buffer("class_order", order, persistent=False)
 
     def forward(self, inputs: Mapping[str, Tensor], *, hidden_states: bool = False) -> TeacherForward:
-        """``inputs`` as ``kdcache.data.encoding.pad`` gives them, each [batch, tokens], padded on the right, as the states are.
+        """``inputs`` as ``kdcache.data.encoding.pad`` gives them, each [batch, tokens], padded on the right, as the
+        states are.
 
         Names that the encoder does not take are left out.
         """
@@ -75,7 +78,9 @@ class TeacherModel(nn.Module):
             return TeacherForward(logits, pooled, states)
         assert output.logits is not None
         pooled = at_last_token(last, mask) if head_reads_the_end(self.encoder) else last[:, 0]
-        return TeacherForward(output.logits if self.class_order is None else output.logits[:, self.class_order], pooled, states)
+        return TeacherForward(
+            output.logits if self.class_order is None else output.logits[:, self.class_order], pooled, states
+        )
 
 
 @dataclass
@@ -96,7 +101,8 @@ class Teacher:
 def load_encoder(model: str, revision: str | None = None, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """The bare encoder in float32, without pooler. ModelError where it cannot be loaded or lacks weights.
 
-    ``trust_remote_code`` allows it to run Python code that comes with the model; CustomCodeError where it needs to and may not.
+    ``trust_remote_code`` allows it to run Python code that comes with the model; CustomCodeError where it needs to and
+    may not.
     """
     from transformers import MODEL_FOR_TEXT_ENCODING_MAPPING, MODEL_MAPPING, AutoConfig, AutoModel
 
@@ -112,7 +118,8 @@ def load_encoder(model: str, revision: str | None = None, *, trust_remote_code: 
     except KeyError as error:
         if seq2seq:
             raise ModelError(
-                f"'{model}' is an encoder-decoder ({config.model_type}) whose encoder transformers does not offer alone; "
+                f"'{model}' is an encoder-decoder ({config.model_type}) whose encoder transformers does not offer "
+                "alone; "
                 "a teacher is an encoder or a decoder",
                 "Choose an encoder, e.g. BERT, a decoder, e.g. Qwen, or a T5.",
             ) from error
@@ -136,7 +143,8 @@ def load_classifier(model: str, revision: str | None = None, *, trust_remote_cod
     _check_type(model, config)
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(
-            f"'{model}' is an encoder-decoder ({config.model_type}): its classifier has no single stack of hidden states to learn from",
+            f"'{model}' is an encoder-decoder ({config.model_type}): its classifier has no single stack of hidden "
+            "states to learn from",
             'Choose a classifier on an encoder or a decoder; the encoder of a T5 takes head = "shared".',
         )
     _check_one_class_per_text(model, config)
@@ -152,12 +160,16 @@ def _check_type(model: str, config: Any) -> None:
 
 
 def _check_one_class_per_text(model: str, config: Any) -> None:
-    """ModelError for classifiers whose outputs no softmax turns into probabilities: several labels per text, or a number."""
+    """ModelError for classifiers whose outputs no softmax turns into probabilities.
+
+    Several labels per text, or a number.
+    """
     problem, labels = getattr(config, "problem_type", None), len(config.id2label or {})
     if problem not in (None, "single_label_classification") or labels == 1:
         kind = f"problem_type is '{problem}'" if problem is not None else "it has one output"
         raise ModelError(
-            f"'{model}' does not choose one class per text ({kind} in its config.json): its outputs are no logits of a softmax",
+            f"'{model}' does not choose one class per text ({kind} in its config.json): its outputs are no logits of a "
+            "softmax",
             'A teacher with head = "own" must be a single-label classifier; its encoder alone takes head = "shared".',
         )
 
@@ -167,7 +179,9 @@ def _load(loader: Any, model: str, revision: str | None, config: Any, options: d
         loaded, report = loader.from_pretrained(
             model, revision=revision, config=config, dtype=torch.float32, output_loading_info=True, **options
         )
-    missing = sorted(key for key in report["missing_keys"] if not _is_pooler(key) or loader.__name__.startswith("AutoModelFor"))
+    missing = sorted(
+        key for key in report["missing_keys"] if not _is_pooler(key) or loader.__name__.startswith("AutoModelFor")
+    )
     mismatched = sorted(str(key) for key in report.get("mismatched_keys", ()))
     if missing or mismatched:
         names = ", ".join([*missing, *mismatched][:4]) + (" …" if len(missing) + len(mismatched) > 4 else "")
@@ -202,7 +216,10 @@ class _explained:  # noqa: N801 - reads as a statement
 
 
 def be_quiet() -> None:
-    """No progress bars and no load reports of transformers on stderr: what is wrong with a model is an error of ours."""
+    """No progress bars and no load reports of transformers on stderr.
+
+    What is wrong with a model is an error of ours.
+    """
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -236,7 +253,8 @@ def check_max_length(name: str, model: PreTrainedModel, max_length: int) -> None
 
 
 def class_order_of(name: str, id2label: Mapping[Any, str], label_names: Sequence[str]) -> tuple[tuple[int, ...], bool]:
-    """For each task label the classifier's output index, and whether the labels are only generic (LABEL_0 …), hence taken by index.
+    """For each task label the classifier's output index, and whether the labels are only generic (LABEL_0 …), hence
+    taken by index.
 
     Names are compared without case. Raises ModelError where they are not the task's.
     """

@@ -38,7 +38,8 @@ class Trial:
 def try_network(
     name: str, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int, columns: int = 1
 ) -> Trial:
-    """Run the model of teacher ``name``, which is in eval mode, on made-up texts of ``columns`` columns, together and alone.
+    """Run the model of teacher ``name``, which is in eval mode, on made-up texts of ``columns`` columns, together and
+    alone.
 
     Raises ModelError where that fails, where the hidden states are not one vector per token and block, or where a text
     gives other outputs alone than in a batch; NonFiniteError for NaN and infinity.
@@ -56,10 +57,13 @@ def try_network(
     except Exception as error:  # whatever a model that was not made for this raises
         reason = (str(error).strip().splitlines() or ["no reason given"])[0]
         raise ModelError(
-            f"teacher '{name}': its model, of type '{network.config.model_type}', fails on a made-up text: {type(error).__name__}: {reason}",
+            f"teacher '{name}': its model, of type '{network.config.model_type}', fails on a made-up text: "
+            f"{type(error).__name__}: {reason}",
             _OTHERS,
         ) from error
-    changes = [_change(pair) for row, one in enumerate(alone) for pair in _pairs(together, one, row, int(encoded.lengths[row]))]
+    changes = [
+        _change(pair) for row, one in enumerate(alone) for pair in _pairs(together, one, row, int(encoded.lengths[row]))
+    ]
     worst = max(changes)
     if not all(math.isfinite(change) for change in changes):
         raise NonFiniteError(
@@ -67,7 +71,8 @@ def try_network(
         )
     if worst > _MOST:
         raise ModelError(
-            f"teacher '{name}': the outputs of its model, of type '{network.config.model_type}', change by {worst:.0%} of their size when a "
+            f"teacher '{name}': the outputs of its model, of type '{network.config.model_type}', change by {worst:.0%} "
+            "of their size when a "
             f"text is padded; {_MOST:.0%} is accepted",
             _OTHERS,
         )
@@ -86,16 +91,24 @@ def _check_states(name: str, network: PreTrainedModel, output: NetworkOutput, en
     found = [tuple(states.shape) for states in output.hidden_states]
     if found != wanted:
         odd = next((shape for shape in found if shape != wanted[0]), None)
-        what = f"one of shape {odd} where {wanted[0]} was expected" if odd else f"{len(found)} of them, expected {depth + 1}"
+        what = (
+            f"one of shape {odd} where {wanted[0]} was expected"
+            if odd
+            else f"{len(found)} of them, expected {depth + 1}"
+        )
         raise ModelError(
-            f"teacher '{name}': the hidden states of its model, of type '{network.config.model_type}', are not one vector per token and "
+            f"teacher '{name}': the hidden states of its model, of type '{network.config.model_type}', are not one "
+            "vector per token and "
             f"block: {what}",
             _OTHERS,
         )
 
 
 def is_causal(network: PreTrainedModel, text: EncodedTexts, filler: int) -> bool:
-    """Whether the first token's last state stays as it is when the second token is another one; ``text`` is one text."""
+    """Whether the first token's last state stays as it is when the second token is another one.
+
+    ``text`` is one text.
+    """
     inputs = pad(text, [0], filler)
     if inputs["input_ids"].shape[1] < 2:
         return False

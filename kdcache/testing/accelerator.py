@@ -1,10 +1,11 @@
-"""An accelerator for machines without one: tensors that say they are on another device, and refuse to meet those of the CPU.
+"""An accelerator for machines without one: tensors that say they are on another device, and refuse to meet those of the
+CPU.
 
     with fake_accelerator() as device:
         train(...)            # the model moves to ``device``; inputs that stay behind end in a RuntimeError
 
-The device is called ``lazy``, a name that every build of torch knows and nothing here uses. Values lie on the CPU, where each
-operation is computed. So a training on it ends with the weights of one on the CPU, and ``float()`` works.
+The device is called ``lazy``, a name that every build of torch knows and nothing here uses. Values lie on the CPU,
+where each operation is computed. So a training on it ends with the weights of one on the CPU, and ``float()`` works.
 """
 
 from __future__ import annotations
@@ -24,7 +25,12 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 DEVICE = torch.device("lazy")
 _ATEN = torch.ops.aten
 _MAY_MIX = {_ATEN.copy_.default, _ATEN._to_copy.default}  # between devices
-_MAY_INDEX = {_ATEN.index.Tensor, _ATEN.index_put_.default, _ATEN.index_put.default, _ATEN._index_put_impl_.default}  # by the CPU
+_MAY_INDEX = {
+    _ATEN.index.Tensor,
+    _ATEN.index_put_.default,
+    _ATEN.index_put.default,
+    _ATEN._index_put_impl_.default,
+}  # by the CPU
 
 
 class Elsewhere(torch.Tensor):
@@ -35,7 +41,12 @@ class Elsewhere(torch.Tensor):
     @staticmethod
     def __new__(cls, values: Tensor) -> Elsewhere:
         made: Elsewhere = torch.Tensor._make_wrapper_subclass(
-            cls, values.shape, strides=values.stride(), storage_offset=values.storage_offset(), dtype=values.dtype, device=DEVICE
+            cls,
+            values.shape,
+            strides=values.stride(),
+            storage_offset=values.storage_offset(),
+            dtype=values.dtype,
+            device=DEVICE,
         )
         made.inside = values
         return made
@@ -73,7 +84,9 @@ def fake_accelerator() -> Iterator[torch.device]:
         _exchange(real, _device)
         patches.callback(_exchange, _device, real)  # also in modules that are imported while the block runs
         patches.enter_context(mock.patch.object(Accelerator, "device", DEVICE))
-        patches.enter_context(mock.patch.object(torch, "inference_mode", torch.no_grad))  # its tensors cannot be wrapped
+        patches.enter_context(
+            mock.patch.object(torch, "inference_mode", torch.no_grad)
+        )  # its tensors cannot be wrapped
         patches.enter_context(mock.patch.object(threading.Thread, "run", _with_mode(threading.Thread.run)))
         patches.enter_context(_Mode())  # type: ignore[no-untyped-call]
         yield DEVICE
@@ -108,7 +121,9 @@ def _run(func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
         first = args[0] if args and isinstance(args[0], Tensor) else None
         strangers = [one for one in flat if isinstance(one, Tensor) and not isinstance(one, Elsewhere) and one.dim()]
         if strangers and not (func in _MAY_INDEX and isinstance(first, Elsewhere)):
-            raise RuntimeError(f"{func}: expected all tensors to be on the same device, found the accelerator and the CPU")
+            raise RuntimeError(
+                f"{func}: expected all tensors to be on the same device, found the accelerator and the CPU"
+            )
     real_args, real_kwargs = tree_unflatten([one.inside if isinstance(one, Elsewhere) else one for one in flat], spec)
     if asked is not None:
         real_kwargs["device"] = torch.device("cpu") if asked == DEVICE else asked
@@ -123,6 +138,8 @@ def _run(func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
     def placed(one: Any) -> Any:
         if not isinstance(one, Tensor):
             return one
-        return known[id(one)] if id(one) in known else Elsewhere(one)  # what worked in place gives back what it was given
+        return (
+            known[id(one)] if id(one) in known else Elsewhere(one)
+        )  # what worked in place gives back what it was given
 
     return tree_map(placed, result)

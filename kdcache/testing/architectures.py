@@ -1,7 +1,8 @@
 """Tiny random models of many architectures, made on the spot: what kdcache meets when a user names a model.
 
-Each entry of ``ARCHITECTURES`` has the settings in which its family differs: the special tokens, the side of the padding,
-token types, a missing pad token, positions that are counted from the padding token, hidden states that change their length.
+Each entry of ``ARCHITECTURES`` has the settings in which its family differs: the special tokens, the side of the
+padding, token types, a missing pad token, positions that are counted from the padding token, hidden states that change
+their length.
 """
 
 from __future__ import annotations
@@ -32,7 +33,10 @@ _DEBERTA: Mapping[str, Any] = {
 
 @dataclass(frozen=True)
 class Architecture:
-    """One tiny model: ``settings`` are those of its config, ``token_ids`` the special tokens whose ids the config holds."""
+    """One tiny model.
+
+    ``settings`` are those of its config, ``token_ids`` the special tokens whose ids the config holds.
+    """
 
     name: str
     model_type: str
@@ -68,7 +72,9 @@ class Architecture:
             torch.manual_seed(seed)
             model = auto.from_config(config, dtype=torch.float32)
             for name, weight in model.named_parameters():
-                if weight.dim() > 1 and "norm" not in name.lower():  # the usual 0.02 makes tiny models that hardly see their text
+                if (
+                    weight.dim() > 1 and "norm" not in name.lower()
+                ):  # the usual 0.02 makes tiny models that hardly see their text
                     torch.nn.init.normal_(weight, std=0.15)
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
@@ -76,7 +82,13 @@ class Architecture:
 
 
 def _special(
-    tokenizer: Any, single: str, pair: str, *, tokens: Mapping[str, str | None], types: bool = False, side: str = "right"
+    tokenizer: Any,
+    single: str,
+    pair: str,
+    *,
+    tokens: Mapping[str, str | None],
+    types: bool = False,
+    side: str = "right",
 ) -> Any:
     """``tokenizer`` with other special tokens: templates of the tokenizers library, ``tokens`` by role (pad, eos …)."""
     from tokenizers import processors
@@ -112,13 +124,23 @@ def _words_without_types() -> Any:
 
 
 def _cls_last() -> Any:
-    tokens = {"pad": "<pad>", "unk": "<unk>", "bos": "<s>", "eos": "</s>", "cls": "<cls>", "sep": "<sep>", "mask": "<mask>"}
+    tokens = {
+        "pad": "<pad>",
+        "unk": "<unk>",
+        "bos": "<s>",
+        "eos": "</s>",
+        "cls": "<cls>",
+        "sep": "<sep>",
+        "mask": "<mask>",
+    }
     pair = "$A <sep> $B:1 <sep>:1 <cls>:2"
     return _special(sentencepiece_tokenizer(), "$A <sep> <cls>:2", pair, tokens=tokens, types=True, side="left")
 
 
 def _cls_of_its_own_type() -> Any:
-    return _special(wordpiece_tokenizer(), "[CLS]:2 $A [SEP]", "[CLS]:2 $A [SEP] $B:1 [SEP]:1", tokens=_BERT_TOKENS, types=True)
+    return _special(
+        wordpiece_tokenizer(), "[CLS]:2 $A [SEP]", "[CLS]:2 $A [SEP] $B:1 [SEP]:1", tokens=_BERT_TOKENS, types=True
+    )
 
 
 def _bytes_alone(pad: str | None, side: str = "right") -> Any:
@@ -168,10 +190,16 @@ _ENTRIES = (
         token_ids=("pad", "bos", "eos", "cls", "sep"),
     ),
     Architecture(
-        "Longformer", "longformer", "encoder", {**_SIZES, "type_vocab_size": 1, "attention_window": 8}, bytelevel_tokenizer
+        "Longformer",
+        "longformer",
+        "encoder",
+        {**_SIZES, "type_vocab_size": 1, "attention_window": 8},
+        bytelevel_tokenizer,
     ),
     Architecture("XLM-R", "xlm-roberta", "encoder", {**_SIZES, "type_vocab_size": 1}, sentencepiece_tokenizer),
-    Architecture("XLNet", "xlnet", "encoder", {"d_model": WIDTH, "n_layer": DEPTH, "n_head": 2, "d_inner": 2 * WIDTH}, _cls_last),
+    Architecture(
+        "XLNet", "xlnet", "encoder", {"d_model": WIDTH, "n_layer": DEPTH, "n_head": 2, "d_inner": 2 * WIDTH}, _cls_last
+    ),
     Architecture(
         "Funnel",
         "funnel",
@@ -197,12 +225,21 @@ _ENTRIES = (
     ),
     Architecture("Llama", "llama", "decoder", _LLAMA, _bos_first, token_ids=("bos", "eos")),
     Architecture("Qwen2", "qwen2", "decoder", _LLAMA, lambda: _bytes_alone("<|endoftext|>"), token_ids=("bos", "eos")),
-    Architecture("Qwen3", "qwen3", "decoder", _LLAMA, lambda: _bytes_alone("<|endoftext|>", "left"), token_ids=("bos", "eos")),
+    Architecture(
+        "Qwen3", "qwen3", "decoder", _LLAMA, lambda: _bytes_alone("<|endoftext|>", "left"), token_ids=("bos", "eos")
+    ),
     Architecture(
         "T5",
         "t5",
         "encoder-decoder",
-        {"d_model": WIDTH, "num_layers": DEPTH, "num_heads": 2, "d_kv": 16, "d_ff": 2 * WIDTH, "decoder_start_token_id": 0},
+        {
+            "d_model": WIDTH,
+            "num_layers": DEPTH,
+            "num_heads": 2,
+            "d_kv": 16,
+            "d_ff": 2 * WIDTH,
+            "decoder_start_token_id": 0,
+        },
         _eos_last,
         token_ids=("pad", "eos"),
     ),

@@ -69,8 +69,12 @@ class BackendContract:
         layers = [teacher.depth, 0, 2]
         output = backend.run(inputs, layers, True)
         with torch.no_grad():
-            device = next(teacher.model.parameters()).device  # a backend may run this very model, so it stays where it is
-            forward = teacher.model.eval()({name: tensor.to(device) for name, tensor in inputs.items()}, hidden_states=True)
+            device = next(
+                teacher.model.parameters()
+            ).device  # a backend may run this very model, so it stays where it is
+            forward = teacher.model.eval()(
+                {name: tensor.to(device) for name, tensor in inputs.items()}, hidden_states=True
+            )
         valid = inputs["attention_mask"].bool()
         assert forward.hidden_states is not None
         assert list(output.hidden) == layers
@@ -82,7 +86,9 @@ class BackendContract:
         self._close(output.pooled, forward.pooled)
         assert {tensor.dtype for tensor in (output.logits, output.pooled, *output.hidden.values())} == {torch.float32}
 
-    def test_only_what_is_asked_for_is_given(self, backend: TeacherBackend, teacher: Teacher, encoded: EncodedTexts) -> None:
+    def test_only_what_is_asked_for_is_given(
+        self, backend: TeacherBackend, teacher: Teacher, encoded: EncodedTexts
+    ) -> None:
         output = backend.run(_inputs(teacher, encoded, [0]), [], False)
         assert not output.hidden
         assert output.pooled is None

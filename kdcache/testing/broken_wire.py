@@ -18,7 +18,10 @@ _BLOCK = 1 << 16
 
 
 class Wire:
-    """Each connection is a thread per direction; faults strike the next answers, in the order in which they were asked for."""
+    """Each connection is a thread per direction.
+
+    Faults strike the next answers, in the order in which they were asked for.
+    """
 
     def __init__(self, endpoint: str) -> None:
         parts = urlsplit(endpoint)

@@ -86,7 +86,9 @@ def dump_teacher(writer: CacheWriter, spec: TeacherSpec) -> None:
     """Write what is missing of one teacher."""
     missing = writer.declare_teacher(spec, tokenizer_json(spec.name))
     there = writer.bases(spec.name)
-    writer.write_bases(spec.name, {layer: made_basis(spec, layer) for layer in sorted(spec.layers.keys() - there.keys())})
+    writer.write_bases(
+        spec.name, {layer: made_basis(spec, layer) for layer in sorted(spec.layers.keys() - there.keys())}
+    )
     for task in missing:
         texts = writer.texts_of(task.part)
         full = task.part.scope == "full"
@@ -141,14 +143,22 @@ def made_hidden(spec: TeacherSpec, layer: int, texts: Sequence[tuple[str, ...]])
 
 
 def made_basis(spec: TeacherSpec, layer: int) -> Basis:
-    """The first ``dim`` unit vectors; of a coded layer, the first 4 and a codebook of 5, 4, 3 and 1 bits with a window of 4."""
+    """The first ``dim`` unit vectors.
+
+    Of a coded layer, the first 4 and a codebook of 5, 4, 3 and 1 bits with a window of 4.
+    """
     one = spec.layers[layer]
     if format_of(one).by_bytes:
         bits = np.array([5, 4, 3, 1], dtype=np.uint8)
         levels = _rows(f"{spec.name}/{layer}/levels", [b""], sum(table_sizes(bits, 4).values()))[0]
         codebook = Codebook(bits, np.array([4.0, 2.0, 1.0, 0.5], np.float32), 4, levels)
         return Basis(
-            np.eye(4, spec.width, dtype=np.float32), np.zeros(spec.width, np.float32), None, 2.0, 1.5, tables_of(codebook)
+            np.eye(4, spec.width, dtype=np.float32),
+            np.zeros(spec.width, np.float32),
+            None,
+            2.0,
+            1.5,
+            tables_of(codebook),
         )
     if one.projection == "none":
         return Basis(None, None, None, 2.0, 2.0)
@@ -166,7 +176,9 @@ def _words(text: str, segment: int) -> Iterator[tuple[int, int, int, int]]:
 def _rows(name: str, keys: Sequence[bytes], width: int) -> np.ndarray:
     """float32[n, width] in -1..1: row by row a hash of name and key."""
     data = b"".join(hashlib.shake_128(name.encode() + key).digest(width) for key in keys)
-    return ((np.frombuffer(data, dtype=np.uint8).reshape(-1, width).astype(np.float32) - 127.5) / 127.5).astype(np.float32)
+    return ((np.frombuffer(data, dtype=np.uint8).reshape(-1, width).astype(np.float32) - 127.5) / 127.5).astype(
+        np.float32
+    )
 
 
 def read_everything(cache: Cache) -> None:

@@ -63,7 +63,9 @@ class CodecContract:
         """float32 [rows, dim] of any size up to ``largest``, without rows too."""
         spec, basis = self.layer()
         elements = st.floats(-self.largest, self.largest, width=32)
-        return hnp.arrays(np.float32, st.tuples(st.integers(0, 5), st.just(self.storage.dim(spec, basis))), elements=elements)
+        return hnp.arrays(
+            np.float32, st.tuples(st.integers(0, 5), st.just(self.storage.dim(spec, basis))), elements=elements
+        )
 
     def test_it_is_found_by_its_name_and_by_its_title(self) -> None:
         assert storage_format(self.storage.name) is self.storage
@@ -118,7 +120,9 @@ class CodecContract:
     def test_a_row_takes_the_bytes_that_it_is_said_to_take(self) -> None:
         spec, _ = self.layer()
         block = self.encoded(self.rows(7))
-        assert block.values.nbytes + (0 if block.scales is None else block.scales.nbytes) == 7 * self.storage.row_bytes(spec)
+        assert block.values.nbytes + (0 if block.scales is None else block.scales.nbytes) == 7 * self.storage.row_bytes(
+            spec
+        )
         empty = self.storage.empty(spec, 7)
         empty.put(np.arange(7), block)
         self.same(empty, block)

@@ -1,4 +1,7 @@
-"""A tiny model that comes with Python code of its own, as some on the hub do: transformers runs it only where that is allowed."""
+"""A tiny model that comes with Python code of its own, as some on the hub do.
+
+Transformers runs it only where that is allowed.
+"""
 
 from __future__ import annotations
 

@@ -5,9 +5,9 @@
     python -m kdcache.testing.faults --fail-at 17 -- dump-teachers recipe.toml
 
 A step is one system call of ``kdcache.files`` that matters to durability: write, fsync, rename, fsync of a directory,
-making a directory, removing a file. Dying at a write leaves half of the data, as a power cut may. In a process of its own a
-death is ``os._exit``: nothing is cleaned up. Inside a test it is ``Died``, which no ``except Exception`` catches, and after
-which every further step dies too.
+making a directory, removing a file. Dying at a write leaves half of the data, as a power cut may. In a process of its
+own a death is ``os._exit``: nothing is cleaned up. Inside a test it is ``Died``, which no ``except Exception`` catches,
+and after which every further step dies too.
 """
 
 from __future__ import annotations
@@ -47,7 +47,12 @@ class FaultyDisk(Disk):
     """Counts the steps of a disk and, at step ``at`` (from 1), calls ``strike``, which must not return."""
 
     def __init__(
-        self, at: int | None = None, strike: Callable[[], NoReturn] | None = None, *, once: bool = False, real: Disk | None = None
+        self,
+        at: int | None = None,
+        strike: Callable[[], NoReturn] | None = None,
+        *,
+        once: bool = False,
+        real: Disk | None = None,
     ) -> None:
         self.steps: list[str] = []
         self._at, self._strike, self._once = at, strike, once
@@ -125,13 +130,19 @@ def failing_disk(at: int, number: int = errno.ENOSPC, *, once: bool = False) -> 
 def run_with_fault(
     arguments: Sequence[str], *, die_at: int | None = None, fail_at: int | None = None, **options: Any
 ) -> subprocess.CompletedProcess[str]:
-    """Run a kdcache command line in a process of its own, with a fault at a step; ``options`` go to ``subprocess.run``."""
+    """Run a kdcache command line in a process of its own, with a fault at a step.
+
+    ``options`` go to ``subprocess.run``.
+    """
     mode = ["--die-at", str(die_at)] if die_at is not None else ["--fail-at", str(fail_at)]
     return _run([*mode, "--", *arguments], options)
 
 
 def count_steps(arguments: Sequence[str], steps_file: Path, **options: Any) -> list[str]:
-    """Run a kdcache command line in a process of its own and list the steps of its disk; it must end with exit code 0."""
+    """Run a kdcache command line in a process of its own and list the steps of its disk.
+
+    It must end with exit code 0.
+    """
     done = _run(["--count", str(steps_file), "--", *arguments], options)
     if done.returncode:
         raise RuntimeError(f"kdcache {' '.join(arguments)} ended with {done.returncode}: {done.stderr}")

@@ -1,11 +1,12 @@
-"""A remote that fails on purpose, round any other: at random with a seed, or for ever from the n-th request on; and it counts.
+"""A remote that fails on purpose, round any other: at random with a seed, or for ever from the n-th request on; and it
+counts.
 
-    FaultyRemote(remote)                              # only counts
-    FaultyRemote(remote, Faults(error=0.01), seed=3)  # one request in a hundred fails without having been done
-    FaultyRemote(remote, die_at=17)                   # the process dies at request 17: ``Died``, and at every request after it
+    FaultyRemote(remote)                              # only counts FaultyRemote(remote, Faults(error=0.01), seed=3)  #
+    one request in a hundred fails without having been done FaultyRemote(remote, die_at=17)                   # the
+    process dies at request 17: ``Died``, and at every request after it
 
-A request is one call of the seam; with several threads the n-th is the n-th that began. What is drawn depends on the seed and on the
-number of the request alone, so a run with one thread repeats exactly.
+A request is one call of the seam; with several threads the n-th is the n-th that began. What is drawn depends on the
+seed and on the number of the request alone, so a run with one thread repeats exactly.
 """
 
 from __future__ import annotations
@@ -49,9 +50,15 @@ class Faults:
 
 
 class FaultyRemote:
-    """Counters: ``requests`` by method, ``up`` and ``down`` in bytes by method, ``struck`` by kind of fault, ``log`` of "method key"."""
+    """Counters.
 
-    def __init__(self, remote: Remote, faults: Faults | None = None, *, seed: int = 0, die_at: int | None = None) -> None:
+    ``requests`` by method, ``up`` and ``down`` in bytes by method, ``struck`` by kind of fault, ``log`` of "method
+    key".
+    """
+
+    def __init__(
+        self, remote: Remote, faults: Faults | None = None, *, seed: int = 0, die_at: int | None = None
+    ) -> None:
         self.remote = remote
         self.requests: Counter[str] = Counter()
         self.up: Counter[str] = Counter()
@@ -84,7 +91,9 @@ class FaultyRemote:
         return self._call("head", key, lambda _: self.remote.head(key))
 
     def read(self, key: str, *, start: int = 0, length: int | None = None) -> Iterator[bytes]:
-        return self._call("read", key, lambda cut: self._body(key, self.remote.read(key, start=start, length=length), cut))
+        return self._call(
+            "read", key, lambda cut: self._body(key, self.remote.read(key, start=start, length=length), cut)
+        )
 
     def read_bytes(self, key: str, limit: int) -> bytes:
         def read(cut: random.Random | None) -> bytes:
@@ -148,7 +157,10 @@ class FaultyRemote:
         return done
 
     def _draw(self, method: str, dice: random.Random) -> str:
-        """The kind of fault that strikes, empty for none; bodies alone are truncated, and only what changes things is lost."""
+        """The kind of fault that strikes, empty for none.
+
+        Bodies alone are truncated, and only what changes things is lost.
+        """
         at = dice.random()
         for field in fields(Faults):
             if field.name == "delay":

@@ -4,10 +4,11 @@
     python -m kdcache.testing.fuzz --kind arrow --kind manifest --seconds 30
     python -m kdcache.testing.fuzz --kind arrow --seed 0 --case 17        # one case again, with its traceback
 
-Each case is a function of kind, seed and number. It must be read, or refused by an error of kdcache with an exit code that is allowed
-there, in one line. A finding is anything else: another exception, the end of the process by a signal, more processor time than
-``--limit`` seconds, more memory than ``--memory``. Cases run one after the other in a child process, which says in shared memory which
-one it is at, so the parent knows what killed it. Findings are written to a directory each: ``case.json`` and the changed files.
+Each case is a function of kind, seed and number. It must be read, or refused by an error of kdcache with an exit code
+that is allowed there, in one line. A finding is anything else: another exception, the end of the process by a signal,
+more processor time than ``--limit`` seconds, more memory than ``--memory``. Cases run one after the other in a child
+process, which says in shared memory which one it is at, so the parent knows what killed it. Findings are written to a
+directory each: ``case.json`` and the changed files.
 """
 
 from __future__ import annotations
@@ -90,7 +91,10 @@ class Fuzzer:
     keep: Path | None = None  # where findings go
 
     def run(self, seconds: float, cases: int | None = None, note: Callable[[str], None] = print) -> dict[str, Tally]:
-        """All kinds in turn, until the time is over or each has had so many cases. Ends in time, however slow the machine is."""
+        """All kinds in turn, until the time is over or each has had so many cases.
+
+        Ends in time, however slow the machine is.
+        """
         tallies = {kind: Tally() for kind in self.kinds}
         targets = {kind: self._victim(kind) for kind in self.kinds}
         end = time.monotonic() + seconds
@@ -115,8 +119,13 @@ class Fuzzer:
         with use_disk(UnsyncedDisk()):
             return self.kinds[kind](place)
 
-    def _slice(self, kind: str, target: Target, tally: Tally, seconds: float, most: int, note: Callable[[str], None]) -> None:
-        """Some cases in a child; where it dies, the case it was at is a finding and the next slice goes on behind it."""
+    def _slice(
+        self, kind: str, target: Target, tally: Tally, seconds: float, most: int, note: Callable[[str], None]
+    ) -> None:
+        """Some cases in a child.
+
+        Where it dies, the case it was at is a finding and the next slice goes on behind it.
+        """
         first, began = tally.cases, time.monotonic()
         state, found = self._child(target, kind, range(first, first + most), seconds)
         tally.seconds += time.monotonic() - began
@@ -129,7 +138,9 @@ class Fuzzer:
             note(f"finding: {kind} case {number}: {outcome}{'' if alone else ' (not alone)'}")
             self._save(target, finding)
 
-    def _child(self, target: Target, kind: str, numbers: range, seconds: float) -> tuple[Tally, list[tuple[int, str, str]]]:
+    def _child(
+        self, target: Target, kind: str, numbers: range, seconds: float
+    ) -> tuple[Tally, list[tuple[int, str, str]]]:
         """Run cases in a process of its own; what was read and refused, and what was neither."""
         shared = mmap.mmap(-1, _STATE.size)
         _STATE.pack_into(shared, 0, numbers.start, 0, 0)
@@ -181,7 +192,9 @@ class Fuzzer:
             if error.exit_code not in attempt.allowed:
                 raise
             if len(error.message) > MESSAGE:
-                raise AssertionError(f"a message of {len(error.message)} characters: {error.message[:300]!r}") from error
+                raise AssertionError(
+                    f"a message of {len(error.message)} characters: {error.message[:300]!r}"
+                ) from error
             return "refused"
         return "read"
 
@@ -236,14 +249,18 @@ def summary(tallies: Mapping[str, Tally]) -> str:
     lines = [f"{'kind':<12} {'cases':>10} {'per second':>11} {'read':>10} {'refused':>10} {'findings':>9}"]
     for kind, one in tallies.items():
         rate = one.cases / one.seconds if one.seconds else 0.0
-        lines.append(f"{kind:<12} {one.cases:>10,} {rate:>11,.0f} {one.read:>10,} {one.refused:>10,} {len(one.findings):>9,}")
+        lines.append(
+            f"{kind:<12} {one.cases:>10,} {rate:>11,.0f} {one.read:>10,} {one.refused:>10,} {len(one.findings):>9,}"
+        )
     return "\n".join(lines)
 
 
 def main(arguments: Sequence[str] | None = None, kinds: Kinds = KINDS) -> int:
     """The program; 1 where there are findings."""
     parser = argparse.ArgumentParser(prog="python -m kdcache.testing.fuzz", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--kind", action="append", choices=list(kinds), help="what to attack; all unless given, may be repeated")
+    parser.add_argument(
+        "--kind", action="append", choices=list(kinds), help="what to attack; all unless given, may be repeated"
+    )
     parser.add_argument("--minutes", type=float, default=0.0)
     parser.add_argument("--seconds", type=float, default=0.0)
     parser.add_argument("--cases", type=int, help="of each kind, at most")
@@ -251,7 +268,9 @@ def main(arguments: Sequence[str] | None = None, kinds: Kinds = KINDS) -> int:
     parser.add_argument("--case", type=int, help="this case alone, in this process; needs one --kind")
     parser.add_argument("--limit", type=float, default=LIMIT, help=f"seconds of processor time of one case ({LIMIT:g})")
     parser.add_argument("--memory", type=int, default=MEMORY, help=f"bytes by which a process may grow ({MEMORY})")
-    parser.add_argument("--findings", type=Path, default=Path("fuzz-findings"), help="directory that findings are written to")
+    parser.add_argument(
+        "--findings", type=Path, default=Path("fuzz-findings"), help="directory that findings are written to"
+    )
     options = parser.parse_args(arguments)
     chosen = {kind: kinds[kind] for kind in options.kind or kinds}
     memory = Path("/dev/shm")

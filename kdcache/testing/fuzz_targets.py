@@ -1,8 +1,8 @@
 """What the fuzzing program attacks: a victim per kind of file, made once, and a way to read it after each change.
 
-A target gets a random generator and gives back what was changed and a function that reads it. The function may return, or raise a
-``KdcacheError`` with one of the exit codes that are allowed there; anything else is a finding. An attacker writes manifest and files
-alike, so digests and checksums are made to match what was changed.
+A target gets a random generator and gives back what was changed and a function that reads it. The function may return,
+or raise a ``KdcacheError`` with one of the exit codes that are allowed there; anything else is a finding. An attacker
+writes manifest and files alike, so digests and checksums are made to match what was changed.
 """
 
 from __future__ import annotations
@@ -63,7 +63,10 @@ UNREACHED = (1, 3, 4)  # and a remote that does not answer as it should
 
 @dataclass(frozen=True)
 class Attempt:
-    """``files``: what was changed, by name, to be kept with a finding. ``read``: reads the victim; ``allowed``: exit codes."""
+    """``files``.
+
+    What was changed, by name, to be kept with a finding. ``read``: reads the victim; ``allowed``: exit codes.
+    """
 
     files: Mapping[str, bytes]
     read: Callable[[], object]
@@ -186,7 +189,9 @@ def journal(place: Path) -> Target:
         path = rng.choice(records)
         record = mutate_json(rng, _parsed(begun[path]))
         data = json_bytes(rng, _with_checksum(record))
-        name = path if rng.random() < 0.9 else path.with_name(rng.choice(("part-00009.json", "layer-99.json", "x.json")))
+        name = (
+            path if rng.random() < 0.9 else path.with_name(rng.choice(("part-00009.json", "layer-99.json", "x.json")))
+        )
 
         def read() -> None:
             shutil.rmtree(root, ignore_errors=True)
@@ -224,7 +229,10 @@ def refs(place: Path) -> Target:
 
 
 class LyingRemote(MemoryRemote):
-    """A store whose answers are wrong now and then: entries left out, doubled, renamed, resized; bodies cut, grown, changed."""
+    """A store whose answers are wrong now and then.
+
+    Entries left out, doubled, renamed, resized; bodies cut, grown, changed.
+    """
 
     rng: random.Random | None = None
     rate = 0.0
@@ -298,7 +306,11 @@ def student(place: Path) -> Target:
     from kdcache.loader.alignment import load_arrays, save_arrays
 
     path = place / "kept.bin"
-    arrays: dict[str, np.ndarray] = {"first": np.arange(9), "src": np.arange(8, dtype=np.int32), "weight": np.ones(8, np.float32)}
+    arrays: dict[str, np.ndarray] = {
+        "first": np.arange(9),
+        "src": np.arange(8, dtype=np.int32),
+        "weight": np.ones(8, np.float32),
+    }
     save_arrays(path, arrays)
     original = path.read_bytes()
     head, _, body = original.partition(b"\n")
@@ -328,7 +340,9 @@ def tokens(place: Path) -> Target:
     original = cache.tokens(TEACHER, part)
 
     def target(rng: random.Random) -> Attempt:
-        columns = {name: mutate_numbers(rng, getattr(original, name)) for name in ("starts", "ends", "segments", "roles")}
+        columns = {
+            name: mutate_numbers(rng, getattr(original, name)) for name in ("starts", "ends", "segments", "roles")
+        }
         total = len(original.starts)
         cuts = sorted(rng.randrange(total + 1) for _ in range(len(original) - 1))
         offsets = np.array([0, *cuts, total]) if rng.random() < 0.3 else original.offsets
@@ -541,7 +555,10 @@ def _refs_to(objects: Mapping[str, tuple[bytes, float]], key: str, data: bytes) 
 
 
 def _use(remote: MemoryRemote, root: Path, place: Path, what: int) -> None:
-    """One of the things that people do with a remote. A cache that arrives is one whose every byte is as its manifest says."""
+    """One of the things that people do with a remote.
+
+    A cache that arrives is one whose every byte is as its manifest says.
+    """
     pace = Pace(background=False, patience=0.0, sleep=lambda _: None)
     target = place / "pulled"
     if what == 0:

@@ -1,8 +1,9 @@
 """Trainings that are killed at a chosen moment: forked children that send themselves SIGKILL, or get it from outside.
 
-A process imports everything once and forks a child for each attempt, which costs a fraction of a second. A point is ``step:N``
-(SIGKILL in the child's optimizer step N), ``save:N`` and ``saved:N`` (before and after its N-th checkpoint or best-epoch write),
-``disk:N`` (before its N-th system step of writing), ``after:S`` (S seconds after its start, from outside), ``end`` (never).
+A process imports everything once and forks a child for each attempt, which costs a fraction of a second. A point is
+``step:N`` (SIGKILL in the child's optimizer step N), ``save:N`` and ``saved:N`` (before and after its N-th checkpoint
+or best-epoch write), ``disk:N`` (before its N-th system step of writing), ``after:S`` (S seconds after its start, from
+outside), ``end`` (never).
 """
 
 from __future__ import annotations

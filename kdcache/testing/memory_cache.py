@@ -94,7 +94,9 @@ class MemoryCache:
     def examples(self, split: str) -> Any:
         rows = self.split_rows[split]
         return SimpleNamespace(
-            text_ids=id_array([text_id(text) for text, _ in rows]), labels=np.array([label for _, label in rows]), groups=None
+            text_ids=id_array([text_id(text) for text, _ in rows]),
+            labels=np.array([label for _, label in rows]),
+            groups=None,
         )
 
     def locate(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -1,7 +1,7 @@
 """Damaged and forged files, each a function of a random generator: bytes, JSON documents, Arrow files, shards.
 
-Random bytes are refused early and find little. So numbers are set to the ends of their ranges, pieces are taken from elsewhere in
-the file or from another file of the same kind, and checksums inside of a file are made right again.
+Random bytes are refused early and find little. So numbers are set to the ends of their ranges, pieces are taken from
+elsewhere in the file or from another file of the same kind, and checksums inside of a file are made right again.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ _MOST = 1 << 16  # bytes of a mutated file
 
 
 def mutate_bytes(rng: random.Random, data: bytes, others: Sequence[bytes] = ()) -> bytes:
-    """One to four changes: bits, bytes, numbers at the ends of their ranges, ranges removed, repeated, moved or taken from ``others``."""
+    """One to four changes.
+
+    Bits, bytes, numbers at the ends of their ranges, ranges removed, repeated, moved or taken from ``others``.
+    """
     changed = bytearray(data)
     for _ in range(rng.choice((1, 1, 1, 2, 3, 4))):
         rng.choice(_CHANGES)(rng, changed, others)
@@ -201,7 +204,10 @@ def mutate_arrow(rng: random.Random, data: bytes, others: Sequence[bytes]) -> by
 
 
 def _written_otherwise(rng: random.Random, data: bytes) -> bytes:
-    """The same rows as other programs write them: compressed, in several batches, with metadata, nullable, renamed, cut, doubled."""
+    """The same rows as other programs write them.
+
+    Compressed, in several batches, with metadata, nullable, renamed, cut, doubled.
+    """
     import pyarrow as pa
 
     with pa.ipc.open_file(data) as reader:
@@ -212,9 +218,14 @@ def _written_otherwise(rng: random.Random, data: bytes) -> bytes:
         schema = schema.with_metadata({"pandas": "x"})
     elif what == 1:
         field = schema.field(0)
-        schema = schema.set(0, pa.field(rng.choice((field.name, "x")), field.type, rng.random() < 0.5, metadata={"a": "b"}))
+        schema = schema.set(
+            0, pa.field(rng.choice((field.name, "x")), field.type, rng.random() < 0.5, metadata={"a": "b"})
+        )
     elif what == 2:
-        table, schema = table.append_column("more", table.column(0)), schema.append(pa.field("more", schema.field(0).type, False))
+        table, schema = (
+            table.append_column("more", table.column(0)),
+            schema.append(pa.field("more", schema.field(0).type, False)),
+        )
     elif what == 3:
         table = table.slice(rng.randrange(2), rng.randrange(1 + table.num_rows))
     elif what == 4:
@@ -229,7 +240,10 @@ def _written_otherwise(rng: random.Random, data: bytes) -> bytes:
 
 
 def mutate_shard(rng: random.Random, data: bytes) -> bytes:
-    """Changed values of a shard of one chunk; its checksums may be right again, so that what comes after them is reached."""
+    """Changed values of a shard of one chunk.
+
+    Its checksums may be right again, so that what comes after them is reached.
+    """
     import google_crc32c
 
     changed = bytearray(mutate_same_size(rng, data))

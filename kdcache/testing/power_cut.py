@@ -1,11 +1,13 @@
-"""What a power cut would take: watches the system calls that give names and make things durable, on the real file system.
+"""What a power cut would take: watches the system calls that give names and make things durable, on the real file
+system.
 
     with watched(directory) as watch:
         dump(directory / "cache", plan)
     assert watch.wrong == [] and watch.lost() == []
 
-It sits below ``kdcache.files.Disk``, so that a ``Disk`` that forgets a step is seen too. The model is that of POSIX: the bytes of
-a file are safe once it was fsynced after its last change; a name is safe once its directory was fsynced after it was given.
+It sits below ``kdcache.files.Disk``, so that a ``Disk`` that forgets a step is seen too. The model is that of POSIX:
+the bytes of a file are safe once it was fsynced after its last change; a name is safe once its directory was fsynced
+after it was given.
 """
 
 from __future__ import annotations
@@ -30,11 +32,16 @@ class Watch:
     root: Path
     unsafe: tuple[str, ...]  # patterns of names that need not be safe
     wrong: list[str] = field(default_factory=list)
-    calls: list[tuple[str, str]] = field(default_factory=list)  # of the call and the path below the root, in their order
+    calls: list[tuple[str, str]] = field(
+        default_factory=list
+    )  # of the call and the path below the root, in their order
     _safe: dict[int, State] = field(default_factory=dict)  # by inode, when it was last fsynced
 
     def lost(self, place: Path | None = None) -> list[str]:
-        """What a power cut at this moment would take from ``place`` (the whole root): names, and files that would be torn."""
+        """What a power cut at this moment would take from ``place`` (the whole root).
+
+        Names, and files that would be torn.
+        """
         found = []
         for directory, _, names in _walk(place or self.root):
             safe = self._safe.get(directory.stat().st_ino, frozenset())
@@ -85,7 +92,9 @@ class Watch:
 
     def _needs_no_safety(self, path: Path) -> bool:
         parts = path.relative_to(self.root).parts if path.is_relative_to(self.root) else ()
-        return any(part.endswith(".tmp") for part in parts) or any(fnmatch("/".join(parts), pattern) for pattern in self.unsafe)
+        return any(part.endswith(".tmp") for part in parts) or any(
+            fnmatch("/".join(parts), pattern) for pattern in self.unsafe
+        )
 
     def _below(self, path: Path) -> str:
         return str(path.relative_to(self.root)) if path.is_relative_to(self.root) else str(path)
@@ -95,7 +104,8 @@ class Watch:
 def watched(root: Path, *, unsafe: tuple[str, ...] = ()) -> Iterator[Watch]:
     """Watch what happens below ``root``, which exists; all that is there already counts as safe.
 
-    ``unsafe``: patterns of paths below the root that need not be safe, such as locks. One thread at a time may write there.
+    ``unsafe``: patterns of paths below the root that need not be safe, such as locks. One thread at a time may write
+    there.
     """
     watch = Watch(root, unsafe)
     watch._begin()

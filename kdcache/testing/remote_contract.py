@@ -137,9 +137,25 @@ class RemoteContract:
             remote.write(key, key.encode())
         assert [entry.key for entry in remote.list("")] == sorted(keys)
         assert [entry.size for entry in remote.list("")] == [len(key) for key in sorted(keys)]
-        for prefix in ("a", "a/", "a/b", "a/b-", "refs/x", "refs/x/", "refs/x/1", "refs/x/1.json", "b/1", "zz", "refs/x/1/"):
-            assert [entry.key for entry in remote.list(prefix)] == sorted(key for key in keys if key.startswith(prefix)), prefix
-        assert {entry.key: entry.modified for entry in remote.list("")} == {key: self._modified(remote, key) for key in keys}
+        for prefix in (
+            "a",
+            "a/",
+            "a/b",
+            "a/b-",
+            "refs/x",
+            "refs/x/",
+            "refs/x/1",
+            "refs/x/1.json",
+            "b/1",
+            "zz",
+            "refs/x/1/",
+        ):
+            assert [entry.key for entry in remote.list(prefix)] == sorted(
+                key for key in keys if key.startswith(prefix)
+            ), prefix
+        assert {entry.key: entry.modified for entry in remote.list("")} == {
+            key: self._modified(remote, key) for key in keys
+        }
 
     def test_a_list_shows_every_write_and_delete_that_has_ended(self, remote: Remote) -> None:
         for number in range(20):
@@ -154,7 +170,9 @@ class RemoteContract:
         assert remote.conditional is self.decides
         for attempt in range(3):
             data = [secrets.token_bytes(100) for _ in range(8)]
-            won = at_once(8, lambda number, attempt=attempt, data=data: remote.create(f"refs/x/{attempt}", data[number]))  # type: ignore[misc]
+            won = at_once(
+                8, lambda number, attempt=attempt, data=data: remote.create(f"refs/x/{attempt}", data[number])
+            )  # type: ignore[misc]
             there = remote.read_bytes(f"refs/x/{attempt}", 100)
             if self.decides:
                 assert [mine for mine, made in zip(data, won, strict=True) if made] == [there]
@@ -226,7 +244,9 @@ class RemoteContract:
                 done.set()
             assert all(reader.result() > 0 for reader in readers)
         written = dict(writes)
-        assert {entry.key: all_bytes(remote, entry.key) for entry in remote.list("files/")} == written  # now all can be read
+        assert {
+            entry.key: all_bytes(remote, entry.key) for entry in remote.list("files/")
+        } == written  # now all can be read
 
     def test_a_large_file(self, remote: Remote, tmp_path: Path) -> None:
         source = tmp_path / "large"

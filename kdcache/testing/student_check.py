@@ -1,6 +1,8 @@
-"""What an architecture does as a student: built, cut, trained for a step, saved, and loaded again by transformers alone.
+"""What an architecture does as a student: built, cut, trained for a step, saved, and loaded again by transformers
+alone.
 
-``student_verdict`` is one line of the table of models in the documentation; a fault raises AssertionError, a refusal is a result.
+``student_verdict`` is one line of the table of models in the documentation; a fault raises AssertionError, a refusal is
+a result.
 """
 
 from __future__ import annotations
@@ -50,7 +52,10 @@ class StudentVerdict:
 
 
 def student_verdict(architecture: Architecture, directory: Path) -> StudentVerdict:
-    """``architecture`` as a student with the standard head, whole and cut to its first and last block. Files go to ``directory``."""
+    """``architecture`` as a student with the standard head, whole and cut to its first and last block.
+
+    Files go to ``directory``.
+    """
     saved = "classifier" if architecture.model_type == "funnel" else "base"
     source = architecture.save(directory / "source", saved)  # type: ignore[arg-type]
     return StudentVerdict(

@@ -1,4 +1,5 @@
-"""What becomes of an architecture as a teacher: it works, with its own head and under the shared one, or is refused in one line.
+"""What becomes of an architecture as a teacher: it works, with its own head and under the shared one, or is refused in
+one line.
 
 The reference is transformers itself, with one text at a time and no padding.
 """
@@ -25,7 +26,12 @@ from kdcache.teachers.teacher import HeadKind, Teacher, TeacherModel
 if TYPE_CHECKING:
     from kdcache.testing.architectures import Architecture
 
-SINGLES = (("the film is good and great and moving",), ("bad",), ("the plot is dull",), ("the music feels warm and fresh",))
+SINGLES = (
+    ("the film is good and great and moving",),
+    ("bad",),
+    ("the plot is dull",),
+    ("the music feels warm and fresh",),
+)
 PAIRS = tuple((*text, "a camera of the film") for text in SINGLES)
 _MAX_LENGTH = 32
 _SIDES = ("right", "left")
@@ -37,8 +43,8 @@ class TeacherVerdict:
     """``own``, ``shared``: why that head is refused, None where it works.
 
     ``difference``: the largest of logits and hidden states between a text alone and in a batch, over both heads, single
-    texts and pairs. ``sides``: the largest between tokenizers that pad on the left and on the right, and between transformers'
-    own answers and those with the own head.
+    texts and pairs. ``sides``: the largest between tokenizers that pad on the left and on the right, and between
+    transformers' own answers and those with the own head.
     """
 
     own: str | None
@@ -104,7 +110,9 @@ def open_teacher(directory: Path, head: HeadKind, max_length: int = _MAX_LENGTH)
             torch.manual_seed(0)
             model = under_shared_head({"tried": source}, SharedHead(_SHARED_WIDTH, 2))["tried"]
     none: Any = None  # no fingerprints: nothing is stored
-    return Teacher("tried", model.eval(), source.tokenizer, head, source.depth, source.width, max_length, none, ("0", "1"))
+    return Teacher(
+        "tried", model.eval(), source.tokenizer, head, source.depth, source.width, max_length, none, ("0", "1")
+    )
 
 
 def outputs(teacher: Teacher, texts: Sequence[tuple[str, ...]]) -> list[np.ndarray]:

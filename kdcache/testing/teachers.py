@@ -29,8 +29,8 @@ def make_teachers(
 ) -> Path:
     """Write a teachers directory with one tiny teacher for each entry (name, family) of ``families``.
 
-    Those named in ``own_heads`` are whole classifiers; the others sit under one shared head of width 16, with an adapter where
-    ``widths`` gives them another width.
+    Those named in ``own_heads`` are whole classifiers; the others sit under one shared head of width 16, with an
+    adapter where ``widths`` gives them another width.
     """
     import torch
 

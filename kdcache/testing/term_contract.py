@@ -30,7 +30,9 @@ class TermContract:
     def settings(self, term: Term) -> ObjectiveSettings:
         return ObjectiveSettings(Method("of-the-test", "", "", terms=(term,)), temperature=2.0, hidden=1.0)
 
-    def test_it_is_a_number_with_a_gradient_for_all_that_it_trains(self, term: Term, settings: ObjectiveSettings) -> None:
+    def test_it_is_a_number_with_a_gradient_for_all_that_it_trains(
+        self, term: Term, settings: ObjectiveSettings
+    ) -> None:
         model = loop_model(settings)
         loss, terms, gradients = step_loss(model, step_batch())
         assert math.isfinite(loss)
@@ -58,7 +60,9 @@ class TermContract:
         spared = replace(batch, targets=targets if term.needs.teachers else None, labels=labels)
         assert step_loss(loop_model(settings), spared)[:2] == whole
 
-    def test_micro_batches_add_up_unless_it_needs_the_whole_batch(self, term: Term, settings: ObjectiveSettings) -> None:
+    def test_micro_batches_add_up_unless_it_needs_the_whole_batch(
+        self, term: Term, settings: ObjectiveSettings
+    ) -> None:
         model, batch = loop_model(settings), step_batch()
         loss, _, gradients = step_loss(model, batch)
         for pieces in (2, 4, ROWS) if term.scope == "row" else ():
@@ -85,14 +89,20 @@ class TermContract:
         batch = step_batch()
         assert batch.targets is not None
         loss, _, _ = step_loss(loop_model(alone), batch)
-        assert step_loss(loop_model(alone), replace(batch, targets=_changed(batch.targets, 1)))[0] == pytest.approx(loss)
+        assert step_loss(loop_model(alone), replace(batch, targets=_changed(batch.targets, 1)))[0] == pytest.approx(
+            loss
+        )
         if term.needs.teachers:
-            assert step_loss(loop_model(alone), replace(batch, targets=_changed(batch.targets, 0)))[0] != pytest.approx(loss)
+            assert step_loss(loop_model(alone), replace(batch, targets=_changed(batch.targets, 0)))[0] != pytest.approx(
+                loss
+            )
 
 
 def _without_covered(targets: Targets) -> Targets:
     nothing = torch.empty(0, dtype=torch.int64)
-    hidden = {pair: replace(found, values=found.values[:0], positions=nothing) for pair, found in targets.hidden.items()}
+    hidden = {
+        pair: replace(found, values=found.values[:0], positions=nothing) for pair, found in targets.hidden.items()
+    }
     return replace(targets, hidden=hidden)
 
 

@@ -18,8 +18,10 @@ if TYPE_CHECKING:
 Family = Literal["bert", "roberta", "distilbert", "xlm-roberta"]
 
 WORDS = (
-    "a the of and film movie story actor plot scene music dialogue ending director script camera performance is was feels looks "
-    "good great fine moving funny warm brilliant charming fresh honest bad dull weak boring cold clumsy tired stale false awful "
+    "a the of and film movie story actor plot scene music dialogue ending director script camera performance is was "
+    "feels looks "
+    "good great fine moving funny warm brilliant charming fresh honest bad dull weak boring cold clumsy tired stale "
+    "false awful "
     "very quite rather hardly never always almost truly not un re able ing ed ly s"
 ).split()
 _POSITIVE = ("good", "great", "fine", "moving", "funny", "warm", "brilliant", "charming", "fresh", "honest")
@@ -120,9 +122,13 @@ def bytelevel_tokenizer(*, vocab_size: int = 400) -> PreTrainedTokenizerBase:
     backend.decoder = decoders.ByteLevel()
     special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
     backend.train_from_iterator(corpus(), trainer)
-    backend.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), trim_offsets=True, add_prefix_space=False)
+    backend.post_processor = processors.RobertaProcessing(
+        ("</s>", 2), ("<s>", 0), trim_offsets=True, add_prefix_space=False
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token="<pad>", unk_token="<unk>", bos_token="<s>", eos_token="</s>", cls_token="<s>", sep_token="</s>",
         mask_token="<mask>", model_input_names=["input_ids", "attention_mask"], model_max_length=64,
@@ -170,11 +176,20 @@ def make_model(
     from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
     tokenizer = _TOKENIZERS[family]()
-    sizes: dict[str, Any] = {"vocab_size": len(tokenizer), "max_position_embeddings": 80, "pad_token_id": tokenizer.pad_token_id}
+    sizes: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": 80,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
     if family == "distilbert":
         sizes |= {"dim": width, "n_layers": depth, "n_heads": 2, "hidden_dim": 2 * width}
     else:
-        sizes |= {"hidden_size": width, "num_hidden_layers": depth, "num_attention_heads": 2, "intermediate_size": 2 * width}
+        sizes |= {
+            "hidden_size": width,
+            "num_hidden_layers": depth,
+            "num_attention_heads": 2,
+            "intermediate_size": 2 * width,
+        }
     if classes is not None:
         sizes["num_labels"] = classes
     config = AutoConfig.for_model(family, **sizes)

@@ -1,1 +1,4 @@
-"""What co-finetuning and distillation share: the loop on accelerate, optimizer and schedule, seeds, checkpoints, the metrics file."""
+"""What co-finetuning and distillation share.
+
+The loop on accelerate, optimizer and schedule, seeds, checkpoints, the metrics file.
+"""

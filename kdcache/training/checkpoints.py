@@ -1,8 +1,8 @@
 """Checkpoint directories that survive kill -9 and power loss at any moment, and in which damage is found.
 
-A checkpoint is a directory of one file per key of the state, written to a temporary name, every file synced, then renamed:
-under its final name it is complete. ``checkpoint.json`` in it lists every file with size and SHA-256, and what the
-checkpoint belongs to (``identity``), so that a run with other settings refuses it instead of mixing two trainings.
+A checkpoint is a directory of one file per key of the state, written to a temporary name, every file synced, then
+renamed: under its final name it is complete. ``checkpoint.json`` in it lists every file with size and SHA-256, and what
+the checkpoint belongs to (``identity``), so that a run with other settings refuses it instead of mixing two trainings.
 Older ones are removed only after the new one is durable. Files are streamed: no second copy of the state in memory.
 """
 
@@ -28,7 +28,12 @@ _PREFIX = "step-"
 
 
 def save(
-    directory: Path, state: Mapping[str, Any], *, step: int, identity: Mapping[str, Any] | None = None, keep: int | None = 1
+    directory: Path,
+    state: Mapping[str, Any],
+    *,
+    step: int,
+    identity: Mapping[str, Any] | None = None,
+    keep: int | None = 1,
 ) -> Path:
     """Write ``state`` as the checkpoint of ``step``; leaves the ``keep`` newest ones, all of them where it is None.
 
@@ -61,8 +66,8 @@ def load_latest(
 ) -> dict[str, Any] | None:
     """The newest complete checkpoint as saved, or None where there is none; half-written ones are ignored.
 
-    ``newer_keys``: keys of ``identity`` that earlier versions did not record. Where a checkpoint lacks one of them, that key is
-    not compared; where it has it, it must be equal. All other keys must be there and equal.
+    ``newer_keys``: keys of ``identity`` that earlier versions did not record. Where a checkpoint lacks one of them,
+    that key is not compared; where it has it, it must be equal. All other keys must be there and equal.
 
     Raises DamageError naming the file that is missing, truncated or altered; MismatchError (exit 4) naming what differs
     where ``identity`` is given and is not that of the checkpoint.
@@ -76,7 +81,9 @@ def load_step(directory: Path, step: int) -> dict[str, Any]:
     return load(directory / _step_name(step))
 
 
-def load(checkpoint: Path, *, identity: Mapping[str, Any] | None = None, newer_keys: Collection[str] = ()) -> dict[str, Any]:
+def load(
+    checkpoint: Path, *, identity: Mapping[str, Any] | None = None, newer_keys: Collection[str] = ()
+) -> dict[str, Any]:
     """One checkpoint directory, checked before anything is decoded; arguments and errors as of ``load_latest``."""
     record = _read_record(checkpoint)
     if identity is not None:
@@ -140,7 +147,9 @@ def _read(path: Path, entry: Mapping[str, Any]) -> Any:
         with path.open("rb") as file:
             size, found = path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise DamageError(f"checkpoint file '{path}' is missing or unreadable: {error}", _afresh(path.parent)) from error
+        raise DamageError(
+            f"checkpoint file '{path}' is missing or unreadable: {error}", _afresh(path.parent)
+        ) from error
     if (size, found) != (entry["size"], entry["sha256"]):
         message = f"checkpoint file '{path}' is damaged: {size} bytes with SHA-256 {found[:12]}…, expected {entry['size']} bytes with {entry['sha256'][:12]}…"
         raise DamageError(message, _afresh(path.parent))
@@ -154,7 +163,9 @@ def identity_changes(
     saved: Mapping[str, Any], wanted: Mapping[str, Any], newer_keys: Collection[str] = ()
 ) -> dict[str, tuple[Any, Any]]:
     """What differs, by key, as (then, now); inside of tables by dotted keys. ``newer_keys`` as of ``load_latest``."""
-    wanted = {key: value for key, value in json.loads(json.dumps(wanted)).items() if key in saved or key not in newer_keys}
+    wanted = {
+        key: value for key, value in json.loads(json.dumps(wanted)).items() if key in saved or key not in newer_keys
+    }
     return dict(_changes(saved, wanted))
 
 
@@ -167,7 +178,9 @@ def _changes(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> Iterator[tu
             yield key, (then, now)
 
 
-def _check_identity(checkpoint: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any], newer_keys: Collection[str]) -> None:
+def _check_identity(
+    checkpoint: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any], newer_keys: Collection[str]
+) -> None:
     differing = identity_changes(saved, wanted, newer_keys)
     if differing:
         changes = "; ".join(f"{key}: {_short(then)} then, {_short(now)} now" for key, (then, now) in differing.items())

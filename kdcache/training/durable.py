@@ -1,7 +1,8 @@
-"""Large files and whole directories that are on the disk when the call returns: written, synced, renamed, the parent synced.
+"""Large files and whole directories that are on the disk when the call returns: written, synced, renamed, the parent
+synced.
 
-Checkpoints and models are too large to hold in memory a second time, so they are streamed here rather than passed as bytes.
-Every step goes through the ``disk`` of ``kdcache.files``, where fault injection dies or fails at the n-th step.
+Checkpoints and models are too large to hold in memory a second time, so they are streamed here rather than passed as
+bytes. Every step goes through the ``disk`` of ``kdcache.files``, where fault injection dies or fails at the n-th step.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ class DurableFile:
     def __enter__(self) -> DurableFile:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         try:
             _step(self._path, self._file.close)
         finally:
@@ -46,7 +49,10 @@ def write_durably(path: Path, data: bytes) -> None:
 
 
 def publish_directory(temporary: Path, final: Path) -> None:
-    """Rename a directory whose files are synced; then it is there for good, in place of what was there. Raises StorageError."""
+    """Rename a directory whose files are synced.
+
+    Then it is there for good, in place of what was there. Raises StorageError.
+    """
     _step(final, lambda: files.disk.fsync_directory(temporary))
     replaced = temporary.with_name(f".{final.name}.old.tmp")
     shutil.rmtree(replaced, ignore_errors=True)
@@ -83,7 +89,10 @@ def remove_leftovers(directory: Path) -> None:
 
 @contextlib.contextmanager
 def hold_lock(directory: Path, what: str) -> Iterator[None]:
-    """Only one process at a time does ``what`` in ``directory``; LockedError in the second. The lock dies with its owner."""
+    """Only one process at a time does ``what`` in ``directory``.
+
+    LockedError in the second. The lock dies with its owner.
+    """
     files.make_directory(directory)
     with attempt(directory / ".lock") as held:
         if not held:

@@ -1,13 +1,14 @@
 """The training loop of co-finetuning and distillation: one process, any device, exact resume.
 
-What is trained, on which batches and with which losses is the trainee's business; the loop owns the optimizer, the schedule, mixed
-precision (through accelerate), clipping, checkpoints and the choice of the best epoch. A trainee yields the losses of a
-step one after the other and each is back-propagated as it comes, so the activations of one loss are gone before those
-of the next are made: teacher by teacher in co-finetuning, micro-batch by micro-batch everywhere. Gradients add up, hence
-a trainee weights its losses so that their sum is the loss of the whole batch.
+What is trained, on which batches and with which losses is the trainee's business; the loop owns the optimizer, the
+schedule, mixed precision (through accelerate), clipping, checkpoints and the choice of the best epoch. A trainee yields
+the losses of a step one after the other and each is back-propagated as it comes, so the activations of one loss are
+gone before those of the next are made: teacher by teacher in co-finetuning, micro-batch by micro-batch everywhere.
+Gradients add up, hence a trainee weights its losses so that their sum is the loss of the whole batch.
 
-Resume is exact because a checkpoint holds all that the next step depends on: weights, moments, schedule, the states of the
-random generators, the place in the epoch and the running sums of the log. On the CPU in float32 the weights come out bit-equal.
+Resume is exact because a checkpoint holds all that the next step depends on: weights, moments, schedule, the states of
+the random generators, the place in the epoch and the running sums of the log. On the CPU in float32 the weights come
+out bit-equal.
 """
 
 from __future__ import annotations
@@ -45,10 +46,16 @@ class Trainee(Protocol):
     steps_per_epoch: int
 
     def batches(self, epoch: int, first_step: int) -> Iterator[Any]:
-        """The batches of ``epoch`` (from 0) from step ``first_step`` of it on; one item is one optimizer step's batch."""
+        """The batches of ``epoch`` (from 0) from step ``first_step`` of it on.
+
+        One item is one optimizer step's batch.
+        """
 
     def losses(self, batch: Any) -> Iterator[tuple[Tensor, Mapping[str, float | Tensor]]]:
-        """Losses (scalars) whose sum is the batch's, each with its terms for the log; each is back-propagated before the next is asked for."""
+        """Losses (scalars) whose sum is the batch's, each with its terms for the log.
+
+        Each is back-propagated before the next is asked for.
+        """
 
     def evaluate(self, epoch: int) -> Metrics:
         """Called without gradients and in eval mode at the end of an epoch.
@@ -65,7 +72,10 @@ class Trainee(Protocol):
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """``identity`` names all that the outcome depends on besides the fields here (data, models); a checkpoint of another one is refused."""
+    """``identity`` names all that the outcome depends on besides the fields here (data, models).
+
+    A checkpoint of another one is refused.
+    """
 
     epochs: int
     learning_rate: float
@@ -76,14 +86,18 @@ class LoopSettings:
     checkpoint_steps: int = 200
     log_steps: int = 10
     seed: int = 0
-    own_rates: Mapping[str, float] = field(default_factory=dict)  # learning rates of parameters by the start of their names
+    own_rates: Mapping[str, float] = field(
+        default_factory=dict
+    )  # learning rates of parameters by the start of their names
     identity: Mapping[str, Any] = field(default_factory=dict)
     newer_keys: frozenset[str] = (
         frozenset()
     )  # of ``identity``: not compared with a checkpoint of an earlier version that lacks them
 
     @classmethod
-    def from_section(cls, section: OptimSection, identity: Mapping[str, Any], newer_keys: Iterable[str] = ()) -> LoopSettings:
+    def from_section(
+        cls, section: OptimSection, identity: Mapping[str, Any], newer_keys: Iterable[str] = ()
+    ) -> LoopSettings:
         return cls(
             epochs=section.epochs,
             learning_rate=section.learning_rate,
@@ -135,11 +149,12 @@ def train(
 ) -> Outcome:
     """Train to the end, from the newest checkpoint in ``checkpoints`` where there is one.
 
-    ``on_metrics`` gets one dict every ``log_steps`` steps and one per epoch, each with ``event``, ``step`` and ``epoch``;
-    the first is ``{"event": "start", "step": n}``, lines beyond which an earlier run wrote in vain.
+    ``on_metrics`` gets one dict every ``log_steps`` steps and one per epoch, each with ``event``, ``step`` and
+    ``epoch``; the first is ``{"event": "start", "step": n}``, lines beyond which an earlier run wrote in vain.
 
-    Raises NonFiniteError naming step and term; MismatchError where the checkpoint belongs to another training; DamageError,
-    StorageError; LockedError where another process trains there. Interrupted at any moment, the newest checkpoint is valid.
+    Raises NonFiniteError naming step and term; MismatchError where the checkpoint belongs to another training;
+    DamageError, StorageError; LockedError where another process trains there. Interrupted at any moment, the newest
+    checkpoint is valid.
     """
     with hold_lock(checkpoints, "training"):
         run = _Run(trainee, settings, checkpoints, progress, on_metrics)
@@ -176,7 +191,9 @@ class _Run:
         self.identity = settings.full_identity(trainee.steps_per_epoch)
         self.accelerator = make_accelerator(settings.precision)
         trainee.model.to(self.accelerator.device)
-        plain = adamw(trainee.model.named_parameters(), settings.learning_rate, settings.weight_decay, settings.own_rates)
+        plain = adamw(
+            trainee.model.named_parameters(), settings.learning_rate, settings.weight_decay, settings.own_rates
+        )
         self.parameters = [parameter for group in plain.param_groups for parameter in group["params"]]
         self.schedule = linear_schedule(plain, settings.epochs * trainee.steps_per_epoch, settings.warmup)
         self.optimizer = self.accelerator.prepare_optimizer(plain, device_placement=False)
@@ -231,7 +248,9 @@ class _Run:
         if bad or not math.isfinite(total):
             where = ", ".join(bad) or f"{what} = {total}"
             message = f"training is not finite at step {self.place.step + 1} (epoch {self.place.epoch + 1}): {where}"
-            raise NonFiniteError(message, "Lower learning_rate, raise warmup, or use precision bf16 or float32 instead of fp16.")
+            raise NonFiniteError(
+                message, "Lower learning_rate, raise warmup, or use precision bf16 or float32 instead of fp16."
+            )
 
     def _log(self, values: Mapping[str, float]) -> None:
         place = self.place
@@ -280,7 +299,9 @@ class _Run:
 
     def resume(self) -> None:
         """Go on from the newest checkpoint; from the start where there is none."""
-        state = checkpoint_files.load_latest(self.checkpoints, identity=self.identity, newer_keys=self.settings.newer_keys)
+        state = checkpoint_files.load_latest(
+            self.checkpoints, identity=self.identity, newer_keys=self.settings.newer_keys
+        )
         if state is not None:
             self.trainee.model.load_state_dict(state.pop("model"))
             self.optimizer.load_state_dict(state.pop("optimizer"))
@@ -300,7 +321,10 @@ def default_device() -> torch.device:
 
 
 def check_precision(precision: str, device: torch.device) -> None:
-    """RecipeError where training in ``precision`` does not work on ``device``: fp16 needs the gradient scaler of a GPU."""
+    """RecipeError where training in ``precision`` does not work on ``device``.
+
+    Fp16 needs the gradient scaler of a GPU.
+    """
     if precision == "fp16" and device.type == "cpu":
         raise RecipeError("precision 'fp16' needs a GPU; this machine trains on the CPU", "Use float32, or bf16.")
 

@@ -1,7 +1,7 @@
 """metrics.jsonl: one JSON object per logged step and per epoch, safe against interruption.
 
-Every line names its stage. When a stage starts or resumes, its lines beyond the step of the checkpoint are dropped, so no
-step is there twice; lines of other stages, which share the file, stay.
+Every line names its stage. When a stage starts or resumes, its lines beyond the step of the checkpoint are dropped, so
+no step is there twice; lines of other stages, which share the file, stay.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ from kdcache.runs import make_directories, sync_directory, write_durably
 
 
 class MetricsLog:
-    """Callable for ``loop.train(on_metrics=...)``; lines of the kind ``start`` only say from which step on lines are dropped."""
+    """Callable for ``loop.train(on_metrics=...)``.
+
+    Lines of the kind ``start`` only say from which step on lines are dropped.
+    """
 
     def __init__(self, path: Path, stage: str) -> None:
         self._path = path
@@ -53,5 +56,10 @@ class MetricsLog:
 
 
 def _finite(line: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON knows no NaN and no infinity: null, as a score without labels or the norm of an fp16 step that was skipped."""
-    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in line.items()}
+    """JSON knows no NaN and no infinity.
+
+    Null, as a score without labels or the norm of an fp16 step that was skipped.
+    """
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in line.items()
+    }

@@ -1,7 +1,8 @@
 """AdamW with the usual parameter groups, and the linear schedule.
 
 Biases and norm weights (all parameters of at most one dimension) get no weight decay. The fused kernel is used wherever
-torch has one: on two CPU cores the plain loop over 200M parameters takes longer than the forward pass of a small teacher.
+torch has one: on two CPU cores the plain loop over 200M parameters takes longer than the forward pass of a small
+teacher.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ def adamw(
 
 
 def warmup_then_decay(step: int, total_steps: int, warmup: float) -> float:
-    """Factor of the learning rate at optimizer step ``step`` (from 0): linear from 0 to 1 over the warm-up, then down to 0.
+    """Factor of the learning rate at optimizer step ``step`` (from 0): linear from 0 to 1 over the warm-up, then down
+    to 0.
 
     The first step's factor is 1/warm-up steps rather than 0, so that no step is spent on nothing.
     """

@@ -1,4 +1,7 @@
-"""Files that are not what they should be, under a manifest whose digests are right; and things that are no files at all."""
+"""Files that are not what they should be, under a manifest whose digests are right.
+
+And things that are no files at all.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +72,9 @@ def nested(depth: int) -> bytes:
 
 def tokens_with(victim: Path, offsets: list[int]) -> bytes:
     """The real token file with list offsets of one's own."""
-    return patched(victim / TOKENS, np.array(open_cache(victim).tokens("bert", "part-00000").offsets, np.int32), offsets)
+    return patched(
+        victim / TOKENS, np.array(open_cache(victim).tokens("bert", "part-00000").offsets, np.int32), offsets
+    )
 
 
 def text_with(victim: Path, offsets: list[int]) -> bytes:
@@ -95,7 +100,9 @@ def many_rows(data: bytes, rows: int) -> bytes:
 
 
 def unverified(data: bytes) -> bytes:
-    """The schema in a message of a kind that Arrow does not know, and so does not verify, with two thousand million fields."""
+    """The schema in a message of a kind that Arrow does not know, and so does not verify, with two thousand million
+    fields.
+    """
     message = 16 + struct.unpack_from("<I", data, 16)[0]
     vtable = message - struct.unpack_from("<i", data, message)[0]
     kind, header = (message + struct.unpack_from("<H", data, vtable + 4 + 2 * slot)[0] for slot in (1, 2))
@@ -191,7 +198,12 @@ def test_texts_and_ids_that_do_not_belong_together(victim: Path, name: str) -> N
 @pytest.mark.parametrize("what", ["pickle", "gzip bomb", "zip bomb", "nothing"])
 def test_other_formats_are_not_tried(victim: Path, name: str, what: str) -> None:
     proof = victim.parent.parent / "proof"
-    data = {"pickle": pickled(proof), "gzip bomb": gzip.compress(bytes(50 << 20)), "zip bomb": zip_bomb(), "nothing": b""}[what]
+    data = {
+        "pickle": pickled(proof),
+        "gzip bomb": gzip.compress(bytes(50 << 20)),
+        "zip bomb": zip_bomb(),
+        "nothing": b"",
+    }[what]
     put_file(victim, name, data[: 60 << 10])
     assert_refused(victim)
     assert not proof.exists()
@@ -216,15 +228,21 @@ SAFETENSORS: dict[str, bytes] = {
     "a header without end": struct.pack("<Q", 2**62) + b"{}",
     "a header of megabytes": header({f"tensor {number}": {} for number in range(2500)}),
     "a header that nests": header(b"[" * 60_000),
-    "tensors that overlap": header(tensors(components={"dtype": "F32", "shape": [3, 6], "data_offsets": [16, 88]}), bytes(88)),
+    "tensors that overlap": header(
+        tensors(components={"dtype": "F32", "shape": [3, 6], "data_offsets": [16, 88]}), bytes(88)
+    ),
     "offsets beyond the file": header(
         tensors(components={"dtype": "F32", "shape": [3, 6], "data_offsets": [0, 2**50]}), bytes(88)
     ),
-    "negative offsets": header(tensors(components={"dtype": "F32", "shape": [3, 6], "data_offsets": [-72, 0]}), bytes(88)),
+    "negative offsets": header(
+        tensors(components={"dtype": "F32", "shape": [3, 6], "data_offsets": [-72, 0]}), bytes(88)
+    ),
     "a shape without end": header(
         tensors(components={"dtype": "F32", "shape": [2**40, 2**40], "data_offsets": [0, 72]}), bytes(88)
     ),
-    "a negative shape": header(tensors(components={"dtype": "F32", "shape": [-3, -6], "data_offsets": [0, 72]}), bytes(88)),
+    "a negative shape": header(
+        tensors(components={"dtype": "F32", "shape": [-3, -6], "data_offsets": [0, 72]}), bytes(88)
+    ),
     "another dtype": header(tensors(components={"dtype": "F16", "shape": [3, 6], "data_offsets": [0, 36]}), bytes(88)),
     "a tensor more": header(tensors(code={"dtype": "U8", "shape": [0], "data_offsets": [88, 88]}), bytes(88)),
     "metadata": header(tensors(__metadata__={"run": "me"}), bytes(88)),
@@ -293,7 +311,10 @@ def test_an_array_of_half_a_terabyte_that_takes_no_room_on_the_disk(victim: Path
         document["files"] = {name: file for name, file in document["files"].items() if "layer-02" not in name}
         metadata = array_metadata((rows, width), "float32")
         (victim / f"{layer}/zarr.json").write_bytes(metadata)
-        document["files"][f"{layer}/zarr.json"] = {"bytes": len(metadata), "sha256": hashlib.sha256(metadata).hexdigest()}
+        document["files"][f"{layer}/zarr.json"] = {
+            "bytes": len(metadata),
+            "sha256": hashlib.sha256(metadata).hexdigest(),
+        }
         document["files"][SHARD]["bytes"] = shard_bytes((rows, width), 4)
 
     edit_manifest(victim, change, resign=True)

@@ -77,7 +77,14 @@ def test_what_it_looks_for_is_found_kept_and_told_apart(tmp_path: Path) -> None:
         assert said["alone"] and f"--case {said['number']}" in said["command"]
         assert (place / "a+b").read_bytes() == bytes([said["number"]])
     assert outcomes.keys() == {2, 4, 5, 6, 7, 8, 9}, done.stdout
-    for number, wanted in {2: "SIGSEGV", 4: "SIGABRT", 5: "processor time", 6: "MemoryError", 7: "KeyError", 8: "5000"}.items():
+    for number, wanted in {
+        2: "SIGSEGV",
+        4: "SIGABRT",
+        5: "processor time",
+        6: "MemoryError",
+        7: "KeyError",
+        8: "5000",
+    }.items():
         assert wanted in outcomes[number], outcomes
     assert "planted" in done.stdout and "7 findings" in done.stdout
 
@@ -87,7 +94,10 @@ def test_a_case_is_the_same_again_from_its_seed_and_number(tmp_path: Path, kind:
     first, second = (KINDS[kind](tmp_path / name) for name in ("a", "b"))
     for number in range(20):
         one, other = (dict(target(random.Random(f"{kind}/0/{number}")).files) for target in (first, second))
-        if kind not in ("refs", "journal"):  # a ref has its time and its writer's token, a record of a dump its victim's
+        if kind not in (
+            "refs",
+            "journal",
+        ):  # a ref has its time and its writer's token, a record of a dump its victim's
             assert one == other
         assert one.keys() == other.keys()
 

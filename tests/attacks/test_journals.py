@@ -1,4 +1,7 @@
-"""Commit records that somebody else wrote, their checksums right: the dump that goes on with them refuses them by name."""
+"""Commit records that somebody else wrote, their checksums right.
+
+The dump that goes on with them refuses them by name.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,10 @@ RECORDS: dict[str, tuple[str, Change]] = {
     "texts that are no number": ("parts/part-00000.json", lambda record: record.update(texts="4")),
     "a scope of its own": ("parts/part-00000.json", lambda record: record.update(scope="all")),
     "a precision that is a number": ("teachers/bert/teacher.json", lambda record: record["spec"].update(precision=32)),
-    "a layer without projection": ("teachers/bert/teacher.json", lambda record: record["spec"]["layers"]["4"].pop("projection")),
+    "a layer without projection": (
+        "teachers/bert/teacher.json",
+        lambda record: record["spec"]["layers"]["4"].pop("projection"),
+    ),
     "a key more": ("teachers/bert/layer-02.json", lambda record: record.update(code="import os")),
     "tokens below zero": ("teachers/bert/part-00000.json", lambda record: record.update(tokens=-1)),
     "a base without identity": ("base.json", lambda record: record.pop("identity")),
@@ -43,7 +49,9 @@ def die_before_the_manifest(root: Path) -> None:
     disk = counting_disk()
     with use_disk(disk):
         dump(root.with_name("whole"), PLAN)
-    at = next(step for step, what in enumerate(disk.steps, 1) if what.startswith("rename") and what.endswith("manifest.json"))
+    at = next(
+        step for step, what in enumerate(disk.steps, 1) if what.startswith("rename") and what.endswith("manifest.json")
+    )
     with use_disk(dying_disk(at)), contextlib.suppress(Died):
         dump(root, PLAN)
 

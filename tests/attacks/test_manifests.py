@@ -1,4 +1,7 @@
-"""Manifests and selections that try something; those with paths of their own and wrong counts are in tests/cache/test_manifest.py."""
+"""Manifests and selections that try something.
+
+Those with paths of their own and wrong counts are in tests/cache/test_manifest.py.
+"""
 
 from __future__ import annotations
 
@@ -56,14 +59,19 @@ def put(table: str, key: str, value: Any) -> Change:
 
 
 def crowded(document: dict[str, Any]) -> None:
-    """A part with one token more than its four texts of at most 16 tokens can have; all that follows from it is right."""
+    """A part with one token more than its four texts of at most 16 tokens can have.
+
+    All that follows from it is right.
+    """
     rows, arrays = 4 * 16 + 1, f"{BERT}/hidden/part-00000.zarr/layer"
     document["teachers"]["bert"]["tokens"]["part-00000"] = rows
     shapes = {"02": ((rows, 3), "int8"), "02-scale": ((rows,), "float32"), "04": ((rows, 6), "float32")}
     for name, (shape, dtype) in shapes.items():
         metadata = digest_bytes(array_metadata(shape, dtype))
         document["files"][f"{arrays}-{name}/zarr.json"] = {"bytes": metadata.size, "sha256": metadata.sha256}
-        document["files"][f"{arrays}-{name}/{shard_name(len(shape))}"]["bytes"] = shard_bytes(shape, np.dtype(dtype).itemsize)
+        document["files"][f"{arrays}-{name}/{shard_name(len(shape))}"]["bytes"] = shard_bytes(
+            shape, np.dtype(dtype).itemsize
+        )
 
 
 SIGNED: dict[str, Change] = {
@@ -146,7 +154,9 @@ def test_a_page_and_a_command_that_steer_the_terminal(victim: Path) -> None:
 
     (victim / "README.md").write_text("\x1b]0;owned\x07" * 1000)
     edit_manifest(
-        victim, lambda document: document["provenance"].update(command="\x1b[2J\x9b31m\r\nerror: all is well"), resign=True
+        victim,
+        lambda document: document["provenance"].update(command="\x1b[2J\x9b31m\r\nerror: all is well"),
+        resign=True,
     )
     for arguments in (("cache", "info", victim), ("cache", "verify", victim), ("cache", "info", victim, "--json")):
         said = kdcache(*arguments)

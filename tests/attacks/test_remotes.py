@@ -1,4 +1,7 @@
-"""A remote that somebody else can write to: whatever it serves, nothing lands outside the target, and nothing without end."""
+"""A remote that somebody else can write to.
+
+Whatever it serves, nothing lands outside the target, and nothing without end.
+"""
 
 from __future__ import annotations
 
@@ -93,7 +96,10 @@ def test_a_file_that_does_not_end_is_cut_where_its_size_says(remote: MemoryRemot
     with pytest.raises(DamageError, match="has more than"):
         pull(remote, "mine", tmp_path / "target")
     store = LocalStore(tmp_path / "store")
-    with pytest.raises(DamageError, match="has more than"), read_through(remote, resolve(remote, "mine"), store=store) as cache:
+    with (
+        pytest.raises(DamageError, match="has more than"),
+        read_through(remote, resolve(remote, "mine"), store=store) as cache,
+    ):
         cache.text_ids("part-00000")
     assert not [path for path in tmp_path.rglob("*.arrow") if "inside" not in path.parts]
 
@@ -121,7 +127,10 @@ def test_a_wrong_file_is_not_kept_by_the_store(victim: Path, tmp_path: Path) -> 
     right = remote.objects[layout.file_key(digest.sha256)][0]
     replace(remote, layout.file_key(digest.sha256), right[:-1] + b"x")
     store = LocalStore(tmp_path / "store")
-    with pytest.raises(DamageError, match="sha256 differs"), read_through(remote, resolve(remote, "mine"), store=store) as cache:
+    with (
+        pytest.raises(DamageError, match="sha256 differs"),
+        read_through(remote, resolve(remote, "mine"), store=store) as cache,
+    ):
         cache.outputs("bert", "part-00000")
     assert not list((tmp_path / "store").rglob(digest.sha256))
     replace(remote, layout.file_key(digest.sha256), right)

@@ -1,4 +1,5 @@
-"""What every attack must come to: exit code 3, one line, no file outside the cache touched, no code run, no memory taken.
+"""What every attack must come to: exit code 3, one line, no file outside the cache touched, no code run, no memory
+taken.
 
 An attacker writes manifest and files alike, so digests are made to match: what is tested is what comes after them.
 """
@@ -57,7 +58,9 @@ def signed(document: dict[str, Any]) -> dict[str, Any]:
 
 
 def assert_refused(root: Path, *, by_info: bool = False) -> None:
-    """``cache verify`` (and ``info``, where the manifest alone shows it) and a reader refuse it, and nothing else happens."""
+    """``cache verify`` (and ``info``, where the manifest alone shows it) and a reader refuse it, and nothing else
+    happens.
+    """
     before, memory = tree(root.parent), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     said = kdcache("cache", "verify", root)
     assert said.code == 3, said.err

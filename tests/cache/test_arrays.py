@@ -64,13 +64,19 @@ def test_bytes_are_those_of_zarr(shape: tuple[int, ...], dtype: str) -> None:
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("itemsize", [1, 2, 4])
-def test_chunks_are_at_most_a_mebibyte_and_at_least_half_where_there_are_several(shape: tuple[int, ...], itemsize: int) -> None:
+def test_chunks_are_at_most_a_mebibyte_and_at_least_half_where_there_are_several(
+    shape: tuple[int, ...], itemsize: int
+) -> None:
     size = chunk_rows(shape, itemsize) * itemsize * int(np.prod(shape[1:]))
     assert size <= 1 << 20
     assert chunk_count(shape, itemsize) == 1 or size >= 1 << 19
 
 
-@given(hnp.arrays(st.sampled_from([np.float32, np.float16, np.int8]), hnp.array_shapes(min_dims=1, max_dims=2, max_side=40)))
+@given(
+    hnp.arrays(
+        st.sampled_from([np.float32, np.float16, np.int8]), hnp.array_shapes(min_dims=1, max_dims=2, max_side=40)
+    )
+)
 def test_round_trip_is_exact(values: np.ndarray) -> None:
     decoded = decode_shard(Bytes(encoded(values)), values.shape, values.dtype.name)
     assert decoded.tobytes() == values.tobytes()

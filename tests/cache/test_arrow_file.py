@@ -1,4 +1,7 @@
-"""Forged Arrow files: whatever their metadata say, they are read as they were or refused; and plain Arrow reads what is read here."""
+"""Forged Arrow files.
+
+Whatever their metadata say, they are read as they were or refused; and plain Arrow reads what is read here.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,14 @@ FILES: dict[str, tuple[bytes, Decode]] = {
     "outputs": (tables.encode_outputs(OUTPUTS), lambda data: vars(tables.decode_outputs(data, 4, 3, 2))),
     "tokens": (tables.encode_tokens(TOKENS), lambda data: vars(tables.decode_tokens(data, 3, 5))),
 }
-WORDS = [0xFFFFFFFF, 0x7FFFFFFF, 0x80000000, 0x40000000, 0x7FFFFFF8, 0x10000]  # lengths, distances and offsets that are none
+WORDS = [
+    0xFFFFFFFF,
+    0x7FFFFFFF,
+    0x80000000,
+    0x40000000,
+    0x7FFFFFF8,
+    0x10000,
+]  # lengths, distances and offsets that are none
 
 
 def plain(value: Any) -> Any:
@@ -93,7 +103,9 @@ def test_a_file_that_is_cut_anywhere_is_refused(kind: str) -> None:
 
 def test_buffers_of_nodes_without_nulls_may_have_a_bitmap_and_padding() -> None:
     """As other writers of Arrow files may have it."""
-    values = pa.Array.from_buffers(pa.binary(16), 5, [pa.py_buffer(b"\x1f" + bytes(63)), pa.py_buffer(IDS.tobytes() + bytes(48))])
+    values = pa.Array.from_buffers(
+        pa.binary(16), 5, [pa.py_buffer(b"\x1f" + bytes(63)), pa.py_buffer(IDS.tobytes() + bytes(48))]
+    )
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, tables.ids_schema()) as writer:
         writer.write_batch(pa.record_batch([values], schema=tables.ids_schema()))
@@ -104,7 +116,9 @@ def test_what_is_read_is_what_arrow_reads_and_a_view() -> None:
     data, decode = FILES["outputs"]
     table = pa.ipc.open_file(data).read_all()
     found = decode(data)
-    assert plain(found["logits"]) == table["logits"].to_pylist() and plain(found["pooled"]) == table["pooled"].to_pylist()
+    assert (
+        plain(found["logits"]) == table["logits"].to_pylist() and plain(found["pooled"]) == table["pooled"].to_pylist()
+    )
     assert not found["logits"].flags.writeable
     assert np.shares_memory(found["logits"], np.frombuffer(data, np.uint8))
     tokens = pa.ipc.open_file(FILES["tokens"][0]).read_all()["tokens"].to_pylist()

@@ -1,4 +1,7 @@
-"""Every kind of damage to every kind of file: verify names it, the reader refuses it, repair brings the same cache back."""
+"""Every kind of damage to every kind of file.
+
+Verify names it, the reader refuses it, repair brings the same cache back.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,12 @@ FILES = [
     f"{BERT}/basis/layer-02.safetensors",
     f"{BERT}/tokenizer/tokenizer.json",
 ]
-DAMAGES: dict[str, Callable[[Path], None]] = {"flipped": flip_bit, "truncated": truncate, "deleted": delete, "emptied": empty}
+DAMAGES: dict[str, Callable[[Path], None]] = {
+    "flipped": flip_bit,
+    "truncated": truncate,
+    "deleted": delete,
+    "emptied": empty,
+}
 
 
 def files_of(path: Path) -> list[str]:
@@ -40,7 +48,9 @@ def files_of(path: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
-def test_damage_is_found_by_verify_and_by_readers_and_repaired(pristine: Path, plan: Plan, copy_of: Copy, kind: str) -> None:
+def test_damage_is_found_by_verify_and_by_readers_and_repaired(
+    pristine: Path, plan: Plan, copy_of: Copy, kind: str
+) -> None:
     identity = open_cache(pristine).identity
     path = copy_of(pristine)
     for file in files_of(path):
@@ -137,7 +147,9 @@ def test_what_a_text_says_must_be_what_its_id_says(pristine: Path, copy_of: Copy
         files[one], files[other] = files[other], files[one]
 
     edit_manifest(path, exchange, resign=True)
-    assert [damage.reason.split("' ")[1] for damage in verify(path)] == ["has a text in row 0 that is not the one of its id"] * 2
+    assert [damage.reason.split("' ")[1] for damage in verify(path)] == [
+        "has a text in row 0 that is not the one of its id"
+    ] * 2
 
 
 def test_bytes_are_counted_while_verifying(pristine: Path) -> None:
@@ -156,7 +168,8 @@ def test_many_threads_digest_a_file_once(pristine: Path, copy_of: Copy, monkeypa
     )
     cache = open_cache(copy_of(pristine))
     threads = [
-        threading.Thread(target=lambda: [read_everything(cache), cache.locate(cache.text_ids("part-00000"))]) for _ in range(8)
+        threading.Thread(target=lambda: [read_everything(cache), cache.locate(cache.text_ids("part-00000"))])
+        for _ in range(8)
     ]
     for thread in threads:
         thread.start()

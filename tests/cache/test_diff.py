@@ -42,7 +42,10 @@ def test_equal_caches(tmp_path: Path) -> None:
         (replace(BASE, settings=Settings(9, 4)), ["seed: - 3  + 9", "with other values under the same name"]),
         (replace(BASE, store_text=False), ["text: - stored  + absent"]),
         (
-            replace(BASE, teachers=(made_teacher("bert", {2: LayerSpec("pca", 2, "int8"), 3: LayerSpec("none", 6, "float32")}),)),
+            replace(
+                BASE,
+                teachers=(made_teacher("bert", {2: LayerSpec("pca", 2, "int8"), 3: LayerSpec("none", 6, "float32")}),),
+            ),
             ["layers: - 4", "layers: + 3", "layer 2: dim: - 3  + 2"],
         ),
         (replace(BASE, teachers=(made_teacher("bert", max_length=8),)), ["teacher bert: max_length: - 16  + 8"]),

@@ -1,4 +1,7 @@
-"""Dying at every step of the disk, and a disk that is full at every step: the rerun ends where an undisturbed run ends."""
+"""Dying at every step of the disk, and a disk that is full at every step.
+
+The rerun ends where an undisturbed run ends.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,10 @@ def steps_of(path: Path, plan: Plan) -> int:
 
 
 def kill_everywhere(tmp_path: Path, before: Plan | None, plan: Plan, every: int = 1) -> None:
-    """Die at every step of the dump that leads from ``before`` to ``plan``; the rerun must end like an undisturbed run."""
+    """Die at every step of the dump that leads from ``before`` to ``plan``.
+
+    The rerun must end like an undisturbed run.
+    """
     start, whole = tmp_path / "start", tmp_path / "whole"
     old = dump(start, before).identity if before else None
     if before:
@@ -147,7 +153,9 @@ def test_damage_to_a_dump_under_way_is_repaired(tmp_path: Path) -> None:
     steps = counting_disk()
     with use_disk(steps):
         dump(tmp_path / "count", SMALL)
-    late = next(index for index, step in enumerate(steps.steps) if step.endswith("cache/manifest.json") or "manifest" in step)
+    late = next(
+        index for index, step in enumerate(steps.steps) if step.endswith("cache/manifest.json") or "manifest" in step
+    )
     with use_disk(dying_disk(late)), pytest.raises(Died):
         dump(tmp_path / "c", SMALL)
     flip_bit(tmp_path / "c/teachers/bert/outputs/part-00001.arrow")
@@ -156,7 +164,9 @@ def test_damage_to_a_dump_under_way_is_repaired(tmp_path: Path) -> None:
     assert verify(tmp_path / "c") == []
 
 
-@pytest.mark.parametrize("change", [lambda data: data[:-9], lambda data: data.replace(b'"texts":4', b'"texts":3'), lambda _: b""])
+@pytest.mark.parametrize(
+    "change", [lambda data: data[:-9], lambda data: data.replace(b'"texts":4', b'"texts":3'), lambda _: b""]
+)
 def test_a_damaged_commit_record_is_named(tmp_path: Path, change: Callable[[bytes], bytes]) -> None:
     from kdcache.cache.writer import open_writer
     from kdcache.errors import DamageError

@@ -1,4 +1,7 @@
-"""Files that arrive whole or not at all, and what is said where they cannot; what a power cut takes is in tests/test_power_cut.py."""
+"""Files that arrive whole or not at all, and what is said where they cannot.
+
+What a power cut takes is in tests/test_power_cut.py.
+"""
 
 from __future__ import annotations
 
@@ -31,13 +34,23 @@ from kdcache.testing.power_cut import watched
 
 FULL = "Free some space and run the same command again: what is written is kept."
 READ_ONLY = "Make the place writable and run the same command again."
-BUFFERS = [b"", b"abc", bytearray(b"abc"), memoryview(b"abc"), [b"a", bytearray(b"b"), memoryview(b"cd")], iter([b"a", b"b"]), []]
+BUFFERS = [
+    b"",
+    b"abc",
+    bytearray(b"abc"),
+    memoryview(b"abc"),
+    [b"a", bytearray(b"b"), memoryview(b"cd")],
+    iter([b"a", b"b"]),
+    [],
+]
 Write = Callable[[Path], object]
 WAYS: dict[str, Write] = {
     "write_file": lambda path: write_file(path, b"new content"),
     "write_stream": lambda path: write_stream(path, [b"new ", b"content"], lambda: None),
     "create_file": lambda path: create_file(path, b"new content"),
-    "share_file": lambda path: share_file(next(found for one in path.parents if (found := one / "source").exists()), path),
+    "share_file": lambda path: share_file(
+        next(found for one in path.parents if (found := one / "source").exists()), path
+    ),
 }
 
 
@@ -188,7 +201,10 @@ def test_what_is_removed_is_gone_and_what_is_not_there_is_fine(tmp_path: Path) -
     remove_file(tmp_path / "source")
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "stays").write_bytes(b"")
-    with use_disk(failing_disk(1, errno.EACCES)), pytest.raises(StorageError, match=r"cannot write '.*stays': Permission denied"):
+    with (
+        use_disk(failing_disk(1, errno.EACCES)),
+        pytest.raises(StorageError, match=r"cannot write '.*stays': Permission denied"),
+    ):
         remove_file(tmp_path / "stays")
 
 

@@ -38,9 +38,13 @@ def test_examples_are_real(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("columns", [("a fine film",), ("crème", "日本")])
 def test_ids_are_worked_out_right(columns: tuple[str, ...]) -> None:
-    row = next(line for line in PAGE.read_text(encoding="utf-8").splitlines() if f"| `{'`, `'.join(columns)}` |" in line)
+    row = next(
+        line for line in PAGE.read_text(encoding="utf-8").splitlines() if f"| `{'`, `'.join(columns)}` |" in line
+    )
     cells = re.findall(r"`([0-9a-f]+)`", row)
-    expected = [part for column in columns for part in (len(column.encode()).to_bytes(8, "little").hex(), column.encode().hex())]
+    expected = [
+        part for column in columns for part in (len(column.encode()).to_bytes(8, "little").hex(), column.encode().hex())
+    ]
     assert cells == [*expected, text_id(columns).hex()]
 
 

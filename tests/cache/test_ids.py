@@ -19,7 +19,9 @@ def test_worked_vector() -> None:
     assert hashlib.blake2b(data, digest_size=16).digest() == text_id(["a fine film"])
     assert (
         text_id(["crème", "日本"])
-        == hashlib.blake2b(b"\x06\0\0\0\0\0\0\0cr\xc3\xa8me\x06\0\0\0\0\0\0\0\xe6\x97\xa5\xe6\x9c\xac", digest_size=16).digest()
+        == hashlib.blake2b(
+            b"\x06\0\0\0\0\0\0\0cr\xc3\xa8me\x06\0\0\0\0\0\0\0\xe6\x97\xa5\xe6\x9c\xac", digest_size=16
+        ).digest()
     )
 
 
@@ -54,7 +56,10 @@ def test_index_finds_first_row_or_nothing(ids: list[bytes], others: list[bytes],
 
 def test_index_tells_apart_ids_that_share_half() -> None:
     ids = [b"A" * 8 + bytes([number]) * 8 for number in range(20)]
-    assert IdIndex(id_array(ids)).find(id_array([*ids[::-1], b"A" * 8 + b"\xff" * 8])).tolist() == [*range(19, -1, -1), -1]
+    assert IdIndex(id_array(ids)).find(id_array([*ids[::-1], b"A" * 8 + b"\xff" * 8])).tolist() == [
+        *range(19, -1, -1),
+        -1,
+    ]
 
 
 def test_index_refuses_other_arrays() -> None:

@@ -9,9 +9,8 @@ from kdcache.cache.canonical import canonical_json, digest_of
 from kdcache.cache.verify import unreferenced, verify
 from kdcache.testing.caches import dump, made_plan
 
-IDENTITY = (
-    "a92784f4a57e4654cdd6fcbe5c6fa0f441e43e65e17ab4ae9044205107129e95"  # with the pyarrow and safetensors of constraints.txt
-)
+# with the pyarrow and safetensors of constraints.txt
+IDENTITY = "a92784f4a57e4654cdd6fcbe5c6fa0f441e43e65e17ab4ae9044205107129e95"
 PART_OF_A_TEACHER = [
     "hidden/{part}.zarr/layer-02-scale/c/0",
     "hidden/{part}.zarr/layer-02-scale/zarr.json",

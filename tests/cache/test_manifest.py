@@ -120,7 +120,9 @@ def test_teachers_that_differ_in_case_only(pristine: Path, copy_of: Copy) -> Non
 
     def change(document: dict[str, Any]) -> None:
         document["teachers"]["Bert"] = document["teachers"]["bert"]
-        files = {file.replace("/bert/", "/Bert/"): entry for file, entry in document["files"].items() if "/bert/" in file}
+        files = {
+            file.replace("/bert/", "/Bert/"): entry for file, entry in document["files"].items() if "/bert/" in file
+        }
         document["files"] |= files
 
     edit_manifest(path, change, resign=True)
@@ -136,7 +138,9 @@ def test_a_newer_format_says_to_upgrade(pristine: Path, copy_of: Copy) -> None:
     assert "pip install -U kdcache" in caught.value.hint
 
 
-@pytest.mark.parametrize("data", [b"", b"[]", b"{}", b"\xff\xfe", b'{"version":2}', b"[" * 10**6, b'{"a":1.5}', b'{"a":1,"a":1}'])
+@pytest.mark.parametrize(
+    "data", [b"", b"[]", b"{}", b"\xff\xfe", b'{"version":2}', b"[" * 10**6, b'{"a":1.5}', b'{"a":1,"a":1}']
+)
 def test_what_is_no_manifest_at_all_is_refused(data: bytes) -> None:
     with pytest.raises(DamageError, match="here"):
         parse_manifest(data, "'here'")

@@ -1,4 +1,7 @@
-"""Putting together what two writers added: the same cache as one dump of everything, nothing copied, and refusals by name."""
+"""Putting together what two writers added.
+
+The same cache as one dump of everything, nothing copied, and refusals by name.
+"""
 
 from __future__ import annotations
 
@@ -83,8 +86,14 @@ OTHER = Fingerprints(*("0" * 64,) * 4)
 @pytest.mark.parametrize(
     ("theirs", "reason"),
     [
-        (made_plan(11, teachers=["bert"]), "a cache with 15 texts in 5 parts; the newest version has 16 texts in 5 parts"),
-        (replace(made_plan(teachers=["bert"]), settings=Settings(4, 4)), "the seed 3; the newest version has the seed 4"),
+        (
+            made_plan(11, teachers=["bert"]),
+            "a cache with 15 texts in 5 parts; the newest version has 16 texts in 5 parts",
+        ),
+        (
+            replace(made_plan(teachers=["bert"]), settings=Settings(4, 4)),
+            "the seed 3; the newest version has the seed 4",
+        ),
         (
             replace(made_plan(teachers=["bert"]), store_text=False),
             "texts that are stored: yes; the newest version has texts that are stored: no",

@@ -46,7 +46,9 @@ def test_outputs_and_tokens(pristine: Path, plan: Plan) -> None:
     spec = plan.teachers[0]
     outputs = arrow(pristine / BERT / "outputs/part-00001.arrow")
     assert outputs.schema.field("logits").type == pa.list_(pa.field("item", pa.float32(), nullable=False), 2)
-    raw = np.frombuffer(b"".join(arrow(pristine / "texts/part-00001.arrow")["text_id"].to_pylist()), np.uint8).reshape(-1, 16)
+    raw = np.frombuffer(b"".join(arrow(pristine / "texts/part-00001.arrow")["text_id"].to_pylist()), np.uint8).reshape(
+        -1, 16
+    )
     assert np.array_equal(outputs["logits"].to_pylist(), made_outputs(spec, raw).logits)
     assert np.array_equal(outputs["pooled"].to_pylist(), made_outputs(spec, raw).pooled)
     tokens = arrow(pristine / BERT / "tokens/part-00001.arrow")["tokens"].to_pylist()

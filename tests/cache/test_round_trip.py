@@ -45,10 +45,18 @@ def plans(draw: st.DrawFn) -> Plan:
     columns = draw(st.integers(1, 2))
     texts = st.lists(st.tuples(*[WORDS] * columns), max_size=9, unique=True)
     made = [{text_id(text): text for text in draw(texts)} for _ in range(2)]
-    teachers = (made_teacher("a", draw(LAYERS), pooled=draw(st.sampled_from([None, 3]))), made_teacher("B", draw(LAYERS)))
+    teachers = (
+        made_teacher("a", draw(LAYERS), pooled=draw(st.sampled_from([None, 3]))),
+        made_teacher("B", draw(LAYERS)),
+    )
     task = TaskSpec(("premise", "hypothesis")[:columns], ("no", "yes"))
     return Plan(
-        made[0], made[1], teachers, task, Settings(draw(st.integers(-3, 3)), draw(st.integers(1, 5))), draw(st.booleans())
+        made[0],
+        made[1],
+        teachers,
+        task,
+        Settings(draw(st.integers(-3, 3)), draw(st.integers(1, 5))),
+        draw(st.booleans()),
     )
 
 
@@ -94,7 +102,9 @@ def check_teacher(cache: Cache, plan: Plan, name: str) -> None:
         columns = [texts[one] for one in id_list(ids)]
         if part.scope == "full" and needs_tokens(spec.layers):
             for field in ("offsets", "starts", "ends", "segments", "roles"):
-                assert np.array_equal(getattr(cache.tokens(name, part.name), field), getattr(made_tokens(columns), field))
+                assert np.array_equal(
+                    getattr(cache.tokens(name, part.name), field), getattr(made_tokens(columns), field)
+                )
         else:
             with pytest.raises(MismatchError, match="no tokens"):
                 cache.tokens(name, part.name)

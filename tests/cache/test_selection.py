@@ -107,7 +107,9 @@ def test_unions_and_wholes(pristine: Path, tmp_path: Path) -> None:
     contents = open_cache(pristine).manifest.contents
     both = union(LOGITS, Selection({"roberta": (4,), "bert": (2,)}))
     assert both == Selection({"bert": (2,), "roberta": (4,)}, text=True)
-    assert union(both, Selection(None, text=False)) == Selection() and Selection().covers(contents) == set(contents.files)
+    assert union(both, Selection(None, text=False)) == Selection() and Selection().covers(contents) == set(
+        contents.files
+    )
     assert both.lacks(Selection(), contents) and not both.lacks(LAYER, contents)
     write_selection(tmp_path, both, complete=False, origin="a@1")
     assert read_local(tmp_path) == LocalSelection(both, complete=False, origin="a@1")

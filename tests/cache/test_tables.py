@@ -1,4 +1,7 @@
-"""Arrow files: exactly the expected schema and rows, or an error; never a crash, never an allocation by what a file claims."""
+"""Arrow files.
+
+Exactly the expected schema and rows, or an error; never a crash, never an allocation by what a file claims.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,9 @@ def table(schema: pa.Schema, batches: list[pa.RecordBatch], **options: object) -
 def test_empty_parts_and_texts_without_tokens() -> None:
     assert tables.decode_ids(tables.encode_ids(IDS[:0]), 0).shape == (0, 16)
     assert tables.decode_text(tables.encode_text(["a", "b"], []), ["a", "b"], 0) == []
-    assert tables.decode_outputs(tables.encode_outputs(Outputs(np.zeros((0, 3), np.float32))), 0, 3, None).logits.shape == (0, 3)
+    assert tables.decode_outputs(
+        tables.encode_outputs(Outputs(np.zeros((0, 3), np.float32))), 0, 3, None
+    ).logits.shape == (0, 3)
     assert tables.decode_tokens(tables.encode_tokens(tokens_of([])), 0, 0).offsets.tolist() == [0]
     assert tables.decode_tokens(tables.encode_tokens(tokens_of([0, 3, 0])), 3, 3).lengths.tolist() == [0, 3, 0]
 
@@ -79,8 +84,14 @@ def test_a_file_with_changed_bytes_is_read_or_refused_and_never_crashes() -> Non
     rng = random.Random(0)
     cases = [
         (tables.encode_tokens(tokens_of([2, 0, 3])), lambda data: tables.decode_tokens(data, 3, 5)),
-        (tables.encode_text(["a", "b"], [("x", "yé"), ("", "z")]), lambda data: tables.decode_text(data, ["a", "b"], 2)),
-        (tables.encode_outputs(Outputs(np.ones((4, 3), np.float32))), lambda data: tables.decode_outputs(data, 4, 3, None)),
+        (
+            tables.encode_text(["a", "b"], [("x", "yé"), ("", "z")]),
+            lambda data: tables.decode_text(data, ["a", "b"], 2),
+        ),
+        (
+            tables.encode_outputs(Outputs(np.ones((4, 3), np.float32))),
+            lambda data: tables.decode_outputs(data, 4, 3, None),
+        ),
     ]
     for encoded, decode in cases:
         for _ in range(800):

@@ -75,7 +75,9 @@ def test_readers_of_the_old_manifest_stay_right_while_a_cache_grows(pristine: Pa
     assert len(open_cache(path).examples("train").labels) == 13
     for part in old.parts:
         old.outputs("bert", part.name)
-    assert unreferenced(path) == sorted(info.file for info in old.manifest.contents.splits.values() if "train" in info.file)
+    assert unreferenced(path) == sorted(
+        info.file for info in old.manifest.contents.splits.values() if "train" in info.file
+    )
     assert verify(path) == []
 
 
@@ -83,7 +85,9 @@ def test_changed_labels_need_no_teacher(pristine: Path, plan: Plan, copy_of: Cop
     path = copy_of(pristine)
     with open_writer(path, TASK, SETTINGS) as writer:
         writer.add_texts(plan.train, plan.test)
-        writer.write_examples("train", id_array(plan.train), np.ones(10, np.int64), [str(number) for number in range(10)])
+        writer.write_examples(
+            "train", id_array(plan.train), np.ones(10, np.int64), [str(number) for number in range(10)]
+        )
         writer.publish({})
     cache = open_cache(path)
     assert cache.examples("train").labels.tolist() == [1] * 10
@@ -94,7 +98,10 @@ def test_changed_labels_need_no_teacher(pristine: Path, plan: Plan, copy_of: Cop
 @pytest.mark.parametrize(
     ("change", "names"),
     [
-        ({"fingerprints": replace(made_teacher().fingerprints, weights="0" * 64)}, r"weights \(sha256\) '32987c4b7a9f'"),
+        (
+            {"fingerprints": replace(made_teacher().fingerprints, weights="0" * 64)},
+            r"weights \(sha256\) '32987c4b7a9f'",
+        ),
         ({"fingerprints": replace(made_teacher().fingerprints, config="0" * 64)}, "config"),
         ({"fingerprints": replace(made_teacher().fingerprints, head="0" * 64)}, "head"),
         ({"fingerprints": replace(made_teacher().fingerprints, tokenizer="0" * 64)}, "tokenizer"),
@@ -127,7 +134,11 @@ def test_a_stale_teacher_is_refused_and_the_field_named(
 @pytest.mark.parametrize(
     ("task", "settings", "names"),
     [
-        (TaskSpec(("sentence",), ("bad", "fair")), SETTINGS, r"label_names \['bad', 'good'\]; now it is \['bad', 'fair'\]"),
+        (
+            TaskSpec(("sentence",), ("bad", "fair")),
+            SETTINGS,
+            r"label_names \['bad', 'good'\]; now it is \['bad', 'fair'\]",
+        ),
         (TaskSpec(("text",), ("bad", "good")), SETTINGS, "text_columns"),
         (TASK, Settings(4, 4), "seed 3; now it is 4"),
         (TASK, Settings(3, 8), "part_size 4; now it is 8"),
@@ -146,12 +157,18 @@ def test_another_task_or_setting_is_refused(
 
 
 def test_texts_stored_or_not_is_refused_when_it_changes(pristine: Path, copy_of: Copy) -> None:
-    with pytest.raises(MismatchError, match="with its texts"), open_writer(copy_of(pristine), TASK, SETTINGS, store_text=False):
+    with (
+        pytest.raises(MismatchError, match="with its texts"),
+        open_writer(copy_of(pristine), TASK, SETTINGS, store_text=False),
+    ):
         pass
 
 
 def test_another_tokenizer_file_is_refused(pristine: Path, plan: Plan, copy_of: Copy) -> None:
-    with open_writer(copy_of(pristine), TASK, SETTINGS) as writer, pytest.raises(MismatchError, match=r"another tokenizer\.json"):
+    with (
+        open_writer(copy_of(pristine), TASK, SETTINGS) as writer,
+        pytest.raises(MismatchError, match=r"another tokenizer\.json"),
+    ):
         writer.declare_teacher(plan.teachers[0], "{}")
 
 
@@ -161,7 +178,9 @@ def test_other_tokens_for_a_new_layer_are_refused(pristine: Path, copy_of: Copy)
         task = writer.declare_teacher(spec, tokenizer_json("bert"))[0]
         texts = [("other",)] * len(task.part.text_ids)
         with pytest.raises(MismatchError, match="other tokens"):
-            writer.write_part("bert", task.part, outputs=None, tokens=made_tokens(texts), hidden={3: made_hidden(spec, 3, texts)})
+            writer.write_part(
+                "bert", task.part, outputs=None, tokens=made_tokens(texts), hidden={3: made_hidden(spec, 3, texts)}
+            )
 
 
 def test_another_basis_is_refused(pristine: Path, plan: Plan, copy_of: Copy) -> None:
@@ -205,7 +224,9 @@ def test_a_layer_that_another_run_began_is_left_out(pristine: Path, plan: Plan, 
         task = writer.declare_teacher(spec, tokenizer_json("bert"))[0]
         writer.write_bases("bert", {3: made_basis(spec, 3)})
         texts = writer.texts_of(task.part)
-        writer.write_part("bert", task.part, outputs=None, tokens=made_tokens(texts), hidden={3: made_hidden(spec, 3, texts)})
+        writer.write_part(
+            "bert", task.part, outputs=None, tokens=made_tokens(texts), hidden={3: made_hidden(spec, 3, texts)}
+        )
     with open_writer(path, TASK, SETTINGS) as writer:
         assert writer.declare_teacher(plan.teachers[0], tokenizer_json("bert")) == ()
         assert writer.publish({}).identity == open_cache(pristine).identity
@@ -276,7 +297,9 @@ def with_first_part(path: Path, plan: Plan, write: Callable[[CacheWriter, Teache
 
 @pytest.mark.parametrize("where", ["logits", "pooled", "layer 4", "layer 2"])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_values_that_are_not_finite_are_refused_with_text_and_layer(tmp_path: Path, plan: Plan, where: str, value: float) -> None:
+def test_values_that_are_not_finite_are_refused_with_text_and_layer(
+    tmp_path: Path, plan: Plan, where: str, value: float
+) -> None:
     def write(writer: CacheWriter, spec: TeacherSpec, part: object, texts: list) -> None:
         tokens = made_tokens(texts)
         outputs = made_outputs(spec, part.text_ids)
@@ -289,7 +312,8 @@ def test_values_that_are_not_finite_are_refused_with_text_and_layer(tmp_path: Pa
             "layer 2": hidden[2].scales[row : row + 1],
         }[where][-1] = value
         with pytest.raises(
-            NonFiniteError, match=f"'bert' gave a value that is not finite in {where} for text {bytes(part.text_ids[2]).hex()}"
+            NonFiniteError,
+            match=f"'bert' gave a value that is not finite in {where} for text {bytes(part.text_ids[2]).hex()}",
         ):
             writer.write_part("bert", part, outputs=outputs, tokens=tokens, hidden=hidden)
 
@@ -300,7 +324,9 @@ def test_shapes_that_do_not_fit_are_refused(tmp_path: Path, plan: Plan) -> None:
     def write(writer: CacheWriter, spec: TeacherSpec, part: object, texts: list) -> None:
         tokens, good = made_tokens(texts), made_outputs(spec, part.text_ids)
         hidden = made_hidden(spec, 2, texts)
-        low = HiddenBlock(np.where(hidden.values == hidden.values.max(), -128, hidden.values).astype(np.int8), hidden.scales)
+        low = HiddenBlock(
+            np.where(hidden.values == hidden.values.max(), -128, hidden.values).astype(np.int8), hidden.scales
+        )
         wrong: list[dict[str, object]] = [
             {"outputs": Outputs(good.logits[:-1], good.pooled)},
             {"outputs": Outputs(good.logits.astype(np.float64), good.pooled)},
@@ -322,7 +348,10 @@ def test_shapes_that_do_not_fit_are_refused(tmp_path: Path, plan: Plan) -> None:
 
 
 def test_a_text_must_be_the_one_of_its_id(tmp_path: Path) -> None:
-    with open_writer(tmp_path / "c", TASK, SETTINGS) as writer, pytest.raises(ValueError, match="its id is the hash of"):
+    with (
+        open_writer(tmp_path / "c", TASK, SETTINGS) as writer,
+        pytest.raises(ValueError, match="its id is the hash of"),
+    ):
         writer.add_texts({b"0" * 16: ("something",)}, {})
 
 
@@ -336,5 +365,8 @@ def test_texts_that_are_not_stored_must_be_given(tmp_path: Path, plan: Plan) -> 
 
 
 def test_teachers_that_differ_in_case_only_are_refused(pristine: Path, copy_of: Copy) -> None:
-    with open_writer(copy_of(pristine), TASK, SETTINGS) as writer, pytest.raises(MismatchError, match="differs in case only"):
+    with (
+        open_writer(copy_of(pristine), TASK, SETTINGS) as writer,
+        pytest.raises(MismatchError, match="differs in case only"),
+    ):
         dump_teacher(writer, made_teacher("BERT"))

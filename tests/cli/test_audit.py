@@ -1,4 +1,7 @@
-"""``kdcache audit`` through the program: 0 where all agrees, 3 and the rows where not, 4 where there is nothing to compare."""
+"""``kdcache audit`` through the program.
+
+0 where all agrees, 3 and the rows where not, 4 where there is nothing to compare.
+"""
 
 from __future__ import annotations
 

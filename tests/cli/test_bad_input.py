@@ -1,4 +1,7 @@
-"""Bad input, one row each: the exit code, what the message names, what the hint offers. Nothing is lost by any of them."""
+"""Bad input, one row each.
+
+The exit code, what the message names, what the hint offers. Nothing is lost by any of them.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,10 @@ RECIPES = [
     pytest.param("", "there is no recipe", "pipelines ls", id="no recipe"),
     pytest.param("name = ", "TOML", "", id="not TOML"),
     pytest.param(
-        'name = "x"\n[data]\ntrain = "t"\ntext = ["s"]\nlabel = "l"\nmaxlength = 3\n', "maxlength", "max_length", id="unknown key"
+        'name = "x"\n[data]\ntrain = "t"\ntext = ["s"]\nlabel = "l"\nmaxlength = 3\n',
+        "maxlength",
+        "max_length",
+        id="unknown key",
     ),
     pytest.param('name = "x"\n', "data", "", id="missing section"),
     pytest.param(
@@ -61,7 +67,11 @@ def test_recipes(text: str, named: str, cure: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("setting", "named"),
-    [("distill.epochs", "section.key=value"), ("distill.epoch=3", "distill.epoch"), ("teachers.nobody.model=x", "nobody")],
+    [
+        ("distill.epochs", "section.key=value"),
+        ("distill.epoch=3", "distill.epoch"),
+        ("teachers.nobody.model=x", "nobody"),
+    ],
 )
 def test_overrides(setting: str, named: str, review_recipe: Path) -> None:
     check(kdcache("pipelines", "validate", review_recipe, "--set", setting), 2, named)
@@ -85,7 +95,12 @@ DATA = [
 
 @pytest.mark.parametrize(("make", "settings", "named", "cure"), DATA)
 def test_data_files(
-    make: Callable[[Path], Path] | None, settings: tuple[str, ...], named: str, cure: str, review_recipe: Path, tmp_path: Path
+    make: Callable[[Path], Path] | None,
+    settings: tuple[str, ...],
+    named: str,
+    cure: str,
+    review_recipe: Path,
+    tmp_path: Path,
 ) -> None:
     path = make(tmp_path) if make else tmp_path / "nothing.tsv"
     flags = [word for setting in (f"data.train={path}", *settings) for word in ("--set", setting)]
@@ -158,7 +173,11 @@ STUDENTS = [
     pytest.param("ALBERT", (), "share weights", "student.layers", id="layers of ALBERT"),
     pytest.param("GPT-2", ("student.layers=7",), "has 3", "at most 3", id="more layers than a decoder has"),
     pytest.param(
-        "Llama", ("student.head=shared", "cofinetune.pooling=cls"), "first token", "pooling", id="first token of a decoder"
+        "Llama",
+        ("student.head=shared", "cofinetune.pooling=cls"),
+        "first token",
+        "pooling",
+        id="first token of a decoder",
     ),
     pytest.param("custom", (), "Python code of its own", "trust_remote_code = true", id="code of its own"),
 ]

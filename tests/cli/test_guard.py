@@ -35,7 +35,9 @@ from kdcache.errors import (
         (MismatchError("m", "h"), 4),
     ],
 )
-def test_our_own_errors_say_message_hint_and_code(error: KdcacheError, code: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_our_own_errors_say_message_hint_and_code(
+    error: KdcacheError, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
     def command() -> None:
         raise error
 
@@ -54,7 +56,11 @@ def test_a_full_disk_is_said_plainly(number: int) -> None:
 
 def test_an_interruption_says_how_to_continue(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["/somewhere/kdcache", "run", "my task.toml"])
-    assert explain(KeyboardInterrupt()) == ("interrupted", "Continue with the same command: kdcache run 'my task.toml'", 130)
+    assert explain(KeyboardInterrupt()) == (
+        "interrupted",
+        "Continue with the same command: kdcache run 'my task.toml'",
+        130,
+    )
 
 
 def test_out_of_memory_names_the_keys_that_help() -> None:

@@ -41,7 +41,9 @@ CHECKS: dict[str, Callable[[], object]] = {
     "teacher to be added": lambda: check_addition(SimpleNamespace(name="bert", bundle=_task(OTHERS)), _task(NAMES)),  # type: ignore[arg-type]
     "classifier": lambda: class_order_of("bert", dict(enumerate(OTHERS)), NAMES),
     "cache": lambda: check_cache(
-        Path("cache"), (replace(TASK, label_names=NAMES), SETTINGS, True), (replace(TASK, label_names=OTHERS), SETTINGS, True)
+        Path("cache"),
+        (replace(TASK, label_names=NAMES), SETTINGS, True),
+        (replace(TASK, label_names=OTHERS), SETTINGS, True),
     ),
 }
 

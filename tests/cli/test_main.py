@@ -19,7 +19,17 @@ from tests.cli.conftest import FinishedRun
 
 HEAVY = ("torch", "transformers", "accelerate", "onnxruntime", "datasets", "pyarrow", "zarr", "pydantic", "rich.table")
 COMMANDS = [
-    *(("cofinetune",), ("plan",), ("dump-teachers",), ("audit",), ("distill",), ("run",), ("evaluate",), ("report",), ("env",)),
+    *(
+        ("cofinetune",),
+        ("plan",),
+        ("dump-teachers",),
+        ("audit",),
+        ("distill",),
+        ("run",),
+        ("evaluate",),
+        ("report",),
+        ("env",),
+    ),
     ("methods",),
     *(("cache", "info"), ("cache", "verify"), ("pipelines", "ls"), ("pipelines", "cp"), ("pipelines", "validate")),
     *(("pipelines", "prepare"), ("remote", "check")),
@@ -93,7 +103,16 @@ def test_no_command_is_left_out_of_the_list() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [(), ("cache",), ("pipelines",), ("remote",), ("nonsense",), ("run",), ("run", "x.toml", "--nonsense"), ("evaluate", ".")],
+    [
+        (),
+        ("cache",),
+        ("pipelines",),
+        ("remote",),
+        ("nonsense",),
+        ("run",),
+        ("run", "x.toml", "--nonsense"),
+        ("evaluate", "."),
+    ],
     ids=str,
 )
 def test_wrong_usage_is_2(arguments: tuple[str, ...]) -> None:

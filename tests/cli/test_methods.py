@@ -23,7 +23,11 @@ def test_methods_are_listed_with_what_they_need(capsys: pytest.CaptureFixture[st
     assert call("methods", "--json") == 0
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
     assert tuple(rows) == method_names()
-    assert (rows["mt-bert"]["logits"], rows["mt-bert"]["hidden_states"], rows["mt-bert"]["scope"]) == (True, ["stored"], "row")
+    assert (rows["mt-bert"]["logits"], rows["mt-bert"]["hidden_states"], rows["mt-bert"]["scope"]) == (
+        True,
+        ["stored"],
+        "row",
+    )
     assert (rows["kd"]["logits"], rows["kd"]["hidden_states"], rows["fine-tune"]["logits"]) == (True, [], False)
     assert call("methods") == 0
     said = capsys.readouterr().out

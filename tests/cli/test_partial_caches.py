@@ -33,7 +33,10 @@ def test_info_says_what_is_here_and_what_is_not(part: Path) -> None:
         "teachers": ["bert"], "text": False, "complete": True, "origin": "made-up@1",
     }  # fmt: skip
     assert selection["bytes_here"] + selection["bytes_not_selected"] == document["bytes"]
-    assert {name: one["here"] for name, one in document["teachers"]["bert"]["layers"].items()} == {"2": True, "4": False}
+    assert {name: one["here"] for name, one in document["teachers"]["bert"]["layers"].items()} == {
+        "2": True,
+        "4": False,
+    }
     assert not document["teachers"]["roberta"]["here"]
     shown = kdcache("cache", "info", part).out
     assert "pulled_from" in shown and "made-up@1" in shown and "not pulled" in shown

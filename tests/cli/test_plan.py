@@ -35,7 +35,8 @@ def test_plan_as_json_and_a_budget_too_small(copied: FinishedRun) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "size"), [("2GB", 2 * 10**9), ("1.5 GiB", 3 << 29), ("500mb", 5 * 10**8), ("1e6", 10**6), ("7", 7), ("64K", 64_000)]
+    ("text", "size"),
+    [("2GB", 2 * 10**9), ("1.5 GiB", 3 << 29), ("500mb", 5 * 10**8), ("1e6", 10**6), ("7", 7), ("64K", 64_000)],
 )
 def test_sizes(text: str, size: int) -> None:
     assert size_of(text) == size

@@ -45,7 +45,8 @@ def test_a_run_prints_the_table_and_the_verdict_on_stdout(finished: FinishedRun)
 
 def test_the_baseline_is_the_same_student_without_teachers(finished: FinishedRun) -> None:
     ours, alone = (
-        json.loads(path.read_text()) for path in (finished.root / "results.json", finished.root / "baseline" / "results.json")
+        json.loads(path.read_text())
+        for path in (finished.root / "results.json", finished.root / "baseline" / "results.json")
     )
     assert (ours["method"], alone["method"]) == ("mt-bert", "fine-tune")
     assert alone["teachers"] == {}
@@ -95,7 +96,9 @@ def test_replace_makes_the_student_anew_and_leaves_the_rest(copied: FinishedRun)
     said = copied.call("run", "--replace", "--set", "distill.temperature=2.0", "--set", "distill.method=kd", "--json")
     assert said.code == 0, said.err
     assert said.document["results"]["method"] == "kd"
-    assert said.err.count("finished already, skipped") == 3  # teachers, cache, baseline: none depends on the temperature
+    assert (
+        said.err.count("finished already, skipped") == 3
+    )  # teachers, cache, baseline: none depends on the temperature
 
 
 def test_replace_where_there_is_nothing_to_replace(copied: FinishedRun) -> None:
@@ -107,11 +110,15 @@ def test_replace_where_there_is_nothing_to_replace(copied: FinishedRun) -> None:
 
 
 def test_a_second_student_from_the_same_cache_has_a_run_of_its_own(copied: FinishedRun) -> None:
-    said = copied.call("distill", "--cache", copied.root / "cache", "--set", "name=second", "--set", "distill.seed=1", "--json")
+    said = copied.call(
+        "distill", "--cache", copied.root / "cache", "--set", "name=second", "--set", "distill.seed=1", "--json"
+    )
     assert said.code == 0, said.err
     assert said.document["seed"] == 1
     assert (copied.runs / "second" / "student" / "model.safetensors").is_file()
-    again = copied.call("distill", "--cache", copied.root / "cache", "--set", "name=second", "--set", "distill.seed=1", "--json")
+    again = copied.call(
+        "distill", "--cache", copied.root / "cache", "--set", "name=second", "--set", "distill.seed=1", "--json"
+    )
     assert again.document == said.document
     assert "skipped" in again.err
 

@@ -31,7 +31,11 @@ def files_on(remote: Remote) -> dict[str, int]:
 def team(seaweedfs: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Remote:
     """KDCACHE_REMOTE and its credentials, a home and a working directory of a colleague who has nothing yet."""
     url = seaweedfs.url()
-    for name, value in {**seaweedfs.environment(), "KDCACHE_REMOTE": url, "KDCACHE_HOME": str(tmp_path / "home")}.items():
+    for name, value in {
+        **seaweedfs.environment(),
+        "KDCACHE_REMOTE": url,
+        "KDCACHE_HOME": str(tmp_path / "home"),
+    }.items():
         monkeypatch.setenv(name, value)
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
@@ -53,7 +57,9 @@ def test_from_the_first_push_to_the_last_gc(
     assert ok("cache", "push", bench.cache, "--name", "reviews", "--json").document["bytes_sent"] == 0
     assert [one["name"] for one in ok("cache", "ls", "--remote", "--json").document["names"]] == ["reviews"]
 
-    part = ok("cache", "pull", "reviews", "--teachers", "bert", "--no-hidden", "--no-text", "--to", "part", "--json").document
+    part = ok(
+        "cache", "pull", "reviews", "--teachers", "bert", "--no-hidden", "--no-text", "--to", "part", "--json"
+    ).document
     assert part["selection"] == {"teachers": {"bert": []}, "text": False} and part["bytes_fetched"] < size / 4
     assert "every selected file" in ok("cache", "verify", "part").out
     student = [f'student.init_from="{tiny_models["bert"]}"', "data.transfer=[]", 'distill.teachers=["bert"]']
@@ -73,7 +79,10 @@ def test_from_the_first_push_to_the_last_gc(
     }
     assert grown["reference"] == "reviews@2" and added.keys() <= of_xlm and sum(added.values()) == grown["bytes_new"]
 
-    assert "the newest version of 'reviews' is reviews@2: teacher 'xlm' is new there" in ok("cache", "status", bench.cache).out
+    assert (
+        "the newest version of 'reviews' is reviews@2: teacher 'xlm' is new there"
+        in ok("cache", "status", bench.cache).out
+    )
     different = kdcache("cache", "diff", "reviews@first", "reviews@three")
     assert different.code == 3 and "teacher xlm: + only in the second" in different.out
     ok("cache", "pull", "reviews@three", "--to", "all")
@@ -84,5 +93,9 @@ def test_from_the_first_push_to_the_last_gc(
     assert kdcache("cache", "pull", "reviews@1", "--to", "gone").code == 4
     time.sleep(1.1)  # the store's clock has whole seconds, and nothing of this second is collected
     collected = ok("cache", "gc", "--grace-days", "0", "--delete", "--json").document
-    assert (collected["files"], collected["manifests"], collected["refs"]) == (0, 1, 1)  # version 2 has every file of version 1
+    assert (collected["files"], collected["manifests"], collected["refs"]) == (
+        0,
+        1,
+        1,
+    )  # version 2 has every file of version 1
     assert "every byte is right" in ok("cache", "verify", "reviews", "--read-data").out

@@ -80,7 +80,12 @@ def coded_basis(depths: list[int] | None = None) -> Basis:
     codebook = made_codebook(depths or [3, 2, 1], 4)
     dim = len(codebook.bits)
     return Basis(
-        np.eye(dim, 6, dtype=np.float32), np.zeros(6, np.float32), np.ones(dim, np.float32), 2.0, 1.5, tables_of(codebook)
+        np.eye(dim, 6, dtype=np.float32),
+        np.zeros(6, np.float32),
+        np.ones(dim, np.float32),
+        2.0,
+        1.5,
+        tables_of(codebook),
     )
 
 

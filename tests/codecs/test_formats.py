@@ -56,7 +56,9 @@ class TestInt8(CodecContract):
         assert (np.abs(block.values.astype(int)) <= 127).all()
         scales = block.scales.astype(np.float64)[:, None]
         tiny = np.abs(x).max(axis=1, keepdims=True, initial=0.0) < 128 * np.finfo(np.float32).smallest_normal
-        bound = np.where(tiny, np.abs(x), scales * (0.5 + 1e-4))  # float32 rounding of the scale and of the quotient: 127 ulps
+        bound = np.where(
+            tiny, np.abs(x), scales * (0.5 + 1e-4)
+        )  # float32 rounding of the scale and of the quotient: 127 ulps
         assert (np.abs(block.values * scales - x.astype(np.float64)) <= bound).all()
 
     @given(_MATRICES)

@@ -1,7 +1,8 @@
 """Caches of version 0.1.0: its files open and read as before, and the same dump writes the same bytes.
 
-``fixtures/cache-0.1.0`` is what ``dump-teachers`` of 0.1.0 made of a tiny teacher, which lies beside it: every storage format
-and every selection of tokens. ``fixtures/encoded-0.1.0.json`` has digests of what 0.1.0 stored of whole numbers of eighths.
+``fixtures/cache-0.1.0`` is what ``dump-teachers`` of 0.1.0 made of a tiny teacher, which lies beside it: every storage
+format and every selection of tokens. ``fixtures/encoded-0.1.0.json`` has digests of what 0.1.0 stored of whole numbers
+of eighths.
 """
 
 from __future__ import annotations
@@ -91,7 +92,8 @@ def same_cache(manifest: Manifest, new: Cache, old: Cache) -> None:
     for layer, spec in old.teachers["bert"].layers.items():
         for part in ("part-00000", "part-00001"):
             one, other = (
-                format_of(spec).decode(cache.hidden("bert", part, layer), cache.basis("bert", layer)) for cache in (new, old)
+                format_of(spec).decode(cache.hidden("bert", part, layer), cache.basis("bert", layer))
+                for cache in (new, old)
             )
             assert np.square(one - other).mean() <= 1e-3 * np.square(other).mean()
 

@@ -55,7 +55,9 @@ def test_without_a_window_training_is_lloyds_loop() -> None:
         levels = np.array([plain[owner == place].mean() for place in range(8)])
     np.testing.assert_allclose(trained.levels * trained.scale[0], levels, rtol=1e-4)
     owner = np.abs(plain[:, None] - levels).argmin(axis=1)
-    assert np.square(plain - levels[owner]).mean() / plain.var() == pytest.approx(0.0345, rel=0.05)  # Max, 1960: 8 levels
+    assert np.square(plain - levels[owner]).mean() / plain.var() == pytest.approx(
+        0.0345, rel=0.05
+    )  # Max, 1960: 8 levels
 
 
 @given(st.lists(st.integers(1, 3), min_size=1, max_size=5), st.integers(0, 4), st.integers(0, 2**16))
@@ -94,7 +96,9 @@ def test_the_search_of_the_cpu_finds_what_that_of_a_gpu_finds(window: int, monke
     levels = [torch.randn(1 << max(window, depth), generator=generator) * depth for depth in bits]
     coordinates = torch.randn(150, len(bits), generator=generator) * torch.tensor(bits)
     monkeypatch.setattr("kdcache.codecs.trellis.viterbi._TOKENS", 64)  # several blocks, the last one short
-    assert (best_windows(coordinates, levels, bits, window) == search_on_device(coordinates, levels, bits, window)).all()
+    assert (
+        best_windows(coordinates, levels, bits, window) == search_on_device(coordinates, levels, bits, window)
+    ).all()
 
 
 def test_a_token_gets_the_same_row_in_any_batch() -> None:
@@ -137,5 +141,7 @@ def test_a_layer_that_never_changes_is_coded_as_what_it_is() -> None:
     hidden = torch.full((50, 6), 2.5)
     basis = _fitted(hidden, 2)
     assert basis.components is not None and basis.mean is not None
-    rows = Coder(codebook_of(basis), 2, "cpu")((hidden - torch.from_numpy(basis.mean)) @ torch.from_numpy(basis.components).T)
+    rows = Coder(codebook_of(basis), 2, "cpu")(
+        (hidden - torch.from_numpy(basis.mean)) @ torch.from_numpy(basis.components).T
+    )
     np.testing.assert_allclose(decode_rows(rows, codebook_of(basis)), 0.0, atol=1e-6)

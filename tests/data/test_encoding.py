@@ -1,4 +1,7 @@
-"""Encoding: the same tokens as transformers gives, spans that lie in the text, roles of special tokens, no state left behind."""
+"""Encoding.
+
+The same tokens as transformers gives, spans that lie in the text, roles of special tokens, no state left behind.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +54,8 @@ HARD = [
 tokenizers = pytest.mark.parametrize("tokenizer", TOKENIZERS.values(), ids=TOKENIZERS.keys())
 some_text = st.one_of(st.sampled_from(HARD), st.text(min_size=1, max_size=40))
 batches = st.one_of(
-    st.lists(st.tuples(some_text), min_size=1, max_size=6), st.lists(st.tuples(some_text, some_text), min_size=1, max_size=6)
+    st.lists(st.tuples(some_text), min_size=1, max_size=6),
+    st.lists(st.tuples(some_text, some_text), min_size=1, max_size=6),
 )
 
 
@@ -70,7 +74,9 @@ def test_tokens_are_those_of_transformers_and_spans_lie_in_their_column(
     expected = tokenizer(*columns, truncation="longest_first", max_length=max_length, return_offsets_mapping=True)
     assert rows_of(encoded.input_ids, encoded) == expected["input_ids"]
     spans = [[tuple(span) for span in row] for row in expected["offset_mapping"]]
-    assert list(zip(encoded.starts.tolist(), encoded.ends.tolist(), strict=True)) == [span for row in spans for span in row]
+    assert list(zip(encoded.starts.tolist(), encoded.ends.tolist(), strict=True)) == [
+        span for row in spans for span in row
+    ]
     if "token_type_ids" in tokenizer.model_input_names:
         assert encoded.token_type_ids is not None
         assert rows_of(encoded.token_type_ids, encoded) == expected["token_type_ids"]
@@ -78,7 +84,9 @@ def test_tokens_are_those_of_transformers_and_spans_lie_in_their_column(
     assert (encoded.lengths <= max_length).all()
     for row, text in enumerate(texts):
         piece = slice(encoded.offsets[row], encoded.offsets[row + 1])
-        for start, end, segment in zip(encoded.starts[piece], encoded.ends[piece], encoded.segments[piece], strict=True):
+        for start, end, segment in zip(
+            encoded.starts[piece], encoded.ends[piece], encoded.segments[piece], strict=True
+        ):
             assert 0 <= start <= end <= (len(text[segment]) if segment >= 0 else 0)
     assert ((encoded.roles == TEXT) == (encoded.segments >= 0)).all()
     middles = 0 if len(texts[0]) == 1 else 2 if tokenizer.sep_token == "</s>" else 1
@@ -111,11 +119,15 @@ def test_what_was_cut_is_what_has_more_tokens_uncut(
 
 @tokenizers
 @pytest.mark.parametrize("empty", ["", "   ", "\u200b"])
-def test_an_empty_column_of_a_pair_leaves_spans_and_roles_as_they_are(tokenizer: PreTrainedTokenizerBase, empty: str) -> None:
+def test_an_empty_column_of_a_pair_leaves_spans_and_roles_as_they_are(
+    tokenizer: PreTrainedTokenizerBase, empty: str
+) -> None:
     middles = 2 if tokenizer.sep_token == "</s>" else 1
     for max_length in (8, 64):
         encoded = encode(
-            tokenizer, [("the film is good", empty), (empty, "the film is good"), (empty, empty), ("a", "b")], max_length
+            tokenizer,
+            [("the film is good", empty), (empty, "the film is good"), (empty, empty), ("a", "b")],
+            max_length,
         )
         for row, (roles, segments) in enumerate(
             zip(rows_of(encoded.roles, encoded), rows_of(encoded.segments, encoded), strict=True)
@@ -129,7 +141,9 @@ def test_a_text_of_which_nothing_is_left_becomes_one_special_token() -> None:
     from tokenizers import processors
 
     tokenizer = wordpiece_tokenizer()
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", pair="$A $B:1", special_tokens=[])
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A", pair="$A $B:1", special_tokens=[]
+    )
     encoded = encode(tokenizer, [("\u200b",), ("the film",), ("\x01",)], 8)
     assert encoded.lengths.tolist()[::2] == [1, 1]
     assert encoded.roles.tolist() == [OTHER, *[TEXT] * encoded.lengths[1], OTHER]
@@ -151,7 +165,11 @@ def test_spans_count_code_points_and_cover_the_text(tokenizer: PreTrainedTokeniz
     ("template", "single", "pair"),
     [
         (("$A [SEP] [CLS]", "$A [SEP] $B:1 [SEP]:1 [CLS]:2"), [TEXT, LAST, OTHER], [TEXT, MIDDLE, TEXT, LAST, OTHER]),
-        (("[CLS] [MASK] $A [SEP]", "[CLS] [MASK] $A $B:1 [SEP]:1"), [FIRST, OTHER, TEXT, LAST], [FIRST, OTHER, TEXT, TEXT, LAST]),
+        (
+            ("[CLS] [MASK] $A [SEP]", "[CLS] [MASK] $A $B:1 [SEP]:1"),
+            [FIRST, OTHER, TEXT, LAST],
+            [FIRST, OTHER, TEXT, TEXT, LAST],
+        ),
         (("$A", "$A $B:1"), [TEXT], [TEXT, TEXT]),
     ],
 )
@@ -289,7 +307,9 @@ def test_directories_without_a_tokenizer_are_told(tmp_path: Path, files: dict[st
     assert message in caught.value.message
 
 
-def test_a_name_that_is_no_directory_and_no_known_model_names_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_that_is_no_directory_and_no_known_model_names_both(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(RecipeError, match="no tokenizer could be loaded from 'acme/nothing'") as caught:
         load_tokenizer("acme/nothing")

@@ -47,7 +47,9 @@ def test_quotation_marks_in_tsv_are_ordinary_characters(tmp_path: Path) -> None:
 
 
 @given(tables)
-def test_every_format_gives_back_what_was_written(tmp_path_factory: pytest.TempPathFactory, table: list[tuple[str, str]]) -> None:
+def test_every_format_gives_back_what_was_written(
+    tmp_path_factory: pytest.TempPathFactory, table: list[tuple[str, str]]
+) -> None:
     directory = tmp_path_factory.mktemp("files")
     as_csv = io.StringIO()
     csv.writer(as_csv).writerows([("a", "b"), *table])
@@ -88,7 +90,9 @@ def test_json_lines_may_leave_keys_out_and_blank_lines_between(tmp_path: Path) -
 
 
 def test_parquet_dictionaries_large_strings_and_nulls_are_read(tmp_path: Path) -> None:
-    table = pa.table({"text": pa.array(["a", "b"], pa.large_string()), "label": pa.array(["x", None]).dictionary_encode()})
+    table = pa.table(
+        {"text": pa.array(["a", "b"], pa.large_string()), "label": pa.array(["x", None]).dictionary_encode()}
+    )
     parquet.write_table(table, tmp_path / "a.parquet")
     rows = read_rows(str(tmp_path / "a.parquet"))
     assert rows.columns == {"text": ["a", "b"], "label": ["x", None]}
@@ -123,7 +127,9 @@ BAD = [
 
 
 @pytest.mark.parametrize(("name", "content", "message"), BAD)
-def test_what_is_wrong_with_a_file_is_told_with_its_line(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+def test_what_is_wrong_with_a_file_is_told_with_its_line(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
     with pytest.raises(DataError) as caught:
         read_rows(write(tmp_path, name, content))
     assert message in caught.value.message

@@ -168,7 +168,9 @@ def test_what_goes_to_validation_does_not_depend_on_the_order_of_rows(
     assert sides[0] == sides[1]
 
 
-@given(st.sets(st.text(st.characters(blacklist_categories=("Cs", "Cc", "Z")), min_size=1), min_size=2), st.integers(1, 10))
+@given(
+    st.sets(st.text(st.characters(blacklist_categories=("Cs", "Cc", "Z")), min_size=1), min_size=2), st.integers(1, 10)
+)
 def test_transfer_rows_are_chosen_by_text_alone_and_more_rows_add_to_fewer(
     tmp_path_factory: pytest.TempPathFactory, texts: set[str], count: int
 ) -> None:
@@ -187,7 +189,9 @@ def test_transfer_rows_are_chosen_by_text_alone_and_more_rows_add_to_fewer(
 
 def test_split_sizes_follow_the_fraction_and_change_with_the_seed(tmp_path: Path) -> None:
     train = tsv(tmp_path, "t.tsv", [(f"text {row}", str(row % 2)) for row in range(2000)])
-    sides = [set(texts_of(load_task(section(train, validation_fraction=0.1, seed=seed)), "validation")) for seed in (0, 1)]
+    sides = [
+        set(texts_of(load_task(section(train, validation_fraction=0.1, seed=seed)), "validation")) for seed in (0, 1)
+    ]
     assert all(abs(len(side) - 200) < 50 for side in sides)
     assert len(sides[0] & sides[1]) < 50
 
@@ -219,14 +223,22 @@ BAD_SECTIONS: list[tuple[dict[str, Any], str, str]] = [
     ({"text": ["sentence"]}, "has no column 'sentence'; it has: 'text', 'label'", "Set data.text"),
     ({"label": "category"}, "has no column 'category'; it has: 'text', 'label'", "Set data.label"),
     ({"group": "user"}, "has no column 'user'; it has: 'text', 'label'", "Set data.group"),
-    ({"labels": ["x", "y"]}, "line 2 has the label 'neg', which data.labels does not have; known: 'x', 'y'", "Correct the row"),
+    (
+        {"labels": ["x", "y"]},
+        "line 2 has the label 'neg', which data.labels does not have; known: 'x', 'y'",
+        "Correct the row",
+    ),
     (
         {"validation": "unseen.tsv"},
         "unseen.tsv, line 3 has the label 'odd', which training does not have; known: 'neg', 'pos'",
         "",
     ),
     ({"test": "unseen.tsv"}, "unseen.tsv, line 3 has the label 'odd', which training does not have", "data.labels"),
-    ({"test": "unlabelled.tsv"}, "unlabelled.tsv, line 2 has no label; rows of validation and test are scored", "data.transfer"),
+    (
+        {"test": "unlabelled.tsv"},
+        "unlabelled.tsv, line 2 has no label; rows of validation and test are scored",
+        "data.transfer",
+    ),
     ({"test": "bare.tsv"}, "bare.tsv has no column 'label'; it has: 'text'", "Set data.label"),
     ({"transfer": ["missing.tsv"]}, "there is no data file", "relative to the recipe"),
     ({"train": "unlabelled.tsv"}, "unlabelled.tsv has no label in its column 'label'", "data.transfer"),
@@ -237,7 +249,9 @@ BAD_SECTIONS: list[tuple[dict[str, Any], str, str]] = [
 
 
 @pytest.mark.parametrize(("keys", "message", "hint"), BAD_SECTIONS)
-def test_data_that_does_not_fit_the_recipe_is_told(tmp_path: Path, keys: dict[str, Any], message: str, hint: str) -> None:
+def test_data_that_does_not_fit_the_recipe_is_told(
+    tmp_path: Path, keys: dict[str, Any], message: str, hint: str
+) -> None:
     train = tsv(tmp_path, "train.tsv", [("a", "neg"), ("b", "pos"), ("c", "pos")])
     tsv(tmp_path, "unseen.tsv", [("d", "neg"), ("e", "odd")])
     tsv(tmp_path, "unlabelled.tsv", [("d", ""), ("e", "")])
@@ -247,7 +261,9 @@ def test_data_that_does_not_fit_the_recipe_is_told(tmp_path: Path, keys: dict[st
     def placed(value: Any) -> Any:
         return str(tmp_path / value) if isinstance(value, str) and value.endswith(".tsv") else value
 
-    keys = {key: [placed(one) for one in value] if isinstance(value, list) else placed(value) for key, value in keys.items()}
+    keys = {
+        key: [placed(one) for one in value] if isinstance(value, list) else placed(value) for key, value in keys.items()
+    }
     with pytest.raises(DataError) as caught:
         load_task(section(train).model_copy(update=keys))
     assert message in caught.value.message
@@ -277,7 +293,9 @@ def test_numbers_in_one_file_and_names_in_another_need_a_declared_order(
 def test_names_and_their_numbers_in_one_column_are_not_twice_as_many_classes(tmp_path: Path) -> None:
     rows = [(f"text {row}", label) for row, label in enumerate([*NAMED, *NUMBERED])]
     train = tsv(tmp_path, "train.tsv", rows)
-    with pytest.raises(DataError, match=r"line 5, column 'label': the label is '0', and the same column has 'contradiction'"):
+    with pytest.raises(
+        DataError, match=r"line 5, column 'label': the label is '0', and the same column has 'contradiction'"
+    ):
         load_task(section(train))
     assert load_task(section(train, labels=NAMED)).splits["train"].labels.tolist() == [0, 1, 2, 0, 1, 2]
 
@@ -327,21 +345,30 @@ def test_every_spelling_of_a_fraction_is_no_class(tmp_path: Path, number: str) -
     ],
 )
 def test_what_only_looks_like_a_fraction_stays_a_class(tmp_path: Path, labels: list[str]) -> None:
-    assert set(load_task(section(tsv(tmp_path, "t.tsv", [("a", labels[0]), ("b", labels[1])]))).label_names) == set(labels)
+    assert set(load_task(section(tsv(tmp_path, "t.tsv", [("a", labels[0]), ("b", labels[1])]))).label_names) == set(
+        labels
+    )
 
 
 @pytest.mark.parametrize("as_number", [True, False])
 def test_minus_one_is_a_class_or_no_label_and_the_recipe_says_which(tmp_path: Path, as_number: bool) -> None:
     def file(name: str, labels: list[int]) -> str:
         if as_number:
-            return jsonl(tmp_path, f"{name}.jsonl", [{"text": f"{name} {row}", "label": one} for row, one in enumerate(labels)])
+            return jsonl(
+                tmp_path, f"{name}.jsonl", [{"text": f"{name} {row}", "label": one} for row, one in enumerate(labels)]
+            )
         return tsv(tmp_path, f"{name}.tsv", [(f"{name} {row}", str(one)) for row, one in enumerate(labels)])
 
-    with pytest.raises(DataError, match="column 'label': the label -1 is a class, or stands for no label as in GLUE") as caught:
+    with pytest.raises(
+        DataError, match="column 'label': the label -1 is a class, or stands for no label as in GLUE"
+    ) as caught:
         load_task(section(file("train", [0, 1, -1, 1])))
     assert "empty" in caught.value.hint and "data.labels" in caught.value.hint
     assert load_task(section(file("train", [0, 1, -1]), labels=["-1", "0", "1"])).label_names == ("-1", "0", "1")
-    assert load_task(section(file("train", [1, -1, 1]))).label_names == ("-1", "1")  # without it there would be one class
+    assert load_task(section(file("train", [1, -1, 1]))).label_names == (
+        "-1",
+        "1",
+    )  # without it there would be one class
     assert load_task(section(file("train", [-2, -1, 0]))).label_names == ("-2", "-1", "0")
     for keys in ({}, {"labels": ["neg", "pos"]}):
         with pytest.raises(
@@ -394,10 +421,14 @@ def test_many_classes_with_few_rows_are_warned_of(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("empty", ["", " ", "\u00a0\u2003"])
 def test_rows_without_text_are_left_out_and_counted_in_every_split(tmp_path: Path, empty: str) -> None:
-    files = {name: [(f"{name} 1", "0"), (empty, "1"), (f"{name} 2", "1")] for name in ("train", "validation", "test", "more")}
+    files = {
+        name: [(f"{name} 1", "0"), (empty, "1"), (f"{name} 2", "1")] for name in ("train", "validation", "test", "more")
+    }
     paths = {name: tsv(tmp_path, f"{name}.tsv", rows) for name, rows in files.items()}
     data = load_task(
-        section(paths["train"], validation=paths["validation"], test=paths["test"], transfer=[paths["more"]], group="label")
+        section(
+            paths["train"], validation=paths["validation"], test=paths["test"], transfer=[paths["more"]], group="label"
+        )
     )
     assert data.counts.rows == {"train": 2, "validation": 2, "test": 2, "transfer": 2}
     assert data.counts.empty == {"train": 1, "validation": 1, "test": 1}
@@ -406,7 +437,9 @@ def test_rows_without_text_are_left_out_and_counted_in_every_split(tmp_path: Pat
     assert texts_of(data, "test") == ["test 1", "test 2"]
     assert data.splits["train"].groups == ("0", "1")
     assert data.splits["validation"].labels.tolist() == [0, 1]
-    split = load_task(section(tsv(tmp_path, "t.tsv", [*files["train"] * 10, *files["test"] * 10]), validation_fraction=0.5))
+    split = load_task(
+        section(tsv(tmp_path, "t.tsv", [*files["train"] * 10, *files["test"] * 10]), validation_fraction=0.5)
+    )
     assert sum(split.counts.empty.values()) == 20
     with pytest.raises(DataError, match="has no text in any row of 'text'"):
         load_task(section(paths["train"], test=tsv(tmp_path, "none.tsv", [(empty, "1")])))

@@ -1,4 +1,5 @@
-"""Runs a training again and again in children that are killed (``kdcache.testing.killing``), and prints what became of it.
+"""Runs a training again and again in children that are killed (``kdcache.testing.killing``), and prints what became of
+it.
 
     python tests/distill/killed.py RECIPE CACHE OVERRIDES ATTEMPTS
 
@@ -21,7 +22,13 @@ def import_all() -> None:
     """What children would each import for themselves."""
     import accelerate
     import zarr
-    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, MODEL_MAPPING, BertConfig, RobertaConfig, XLMRobertaConfig
+    from transformers import (
+        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+        MODEL_MAPPING,
+        BertConfig,
+        RobertaConfig,
+        XLMRobertaConfig,
+    )
 
     assert accelerate
     assert zarr
@@ -36,7 +43,11 @@ def main(recipe_file: str, cache: str, overrides: str, attempts: str) -> None:
     def status(root: Path, point: str) -> int:
         return run_child(lambda: distill(recipe, Path(cache), root, progress=SilentProgress()), DistillTrainee, point)
 
-    print(json.dumps({root: [status(Path(root), point) for point in points] for root, points in json.loads(attempts).items()}))
+    print(
+        json.dumps(
+            {root: [status(Path(root), point) for point in points] for root, points in json.loads(attempts).items()}
+        )
+    )
 
 
 if __name__ == "__main__":

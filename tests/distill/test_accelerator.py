@@ -19,7 +19,11 @@ from kdcache.students.score import evaluate_model
 from kdcache.testing.accelerator import fake_accelerator
 from tests.distill.conftest import TinyRun
 
-CASES = {"mt-bert, in pieces": ["distill.accumulation=2"], "kd": ["distill.method=kd"], "fine-tune": ["distill.method=fine-tune"]}
+CASES = {
+    "mt-bert, in pieces": ["distill.accumulation=2"],
+    "kd": ["distill.method=kd"],
+    "fine-tune": ["distill.method=fine-tune"],
+}
 
 
 def assert_same(here: DistillResult, there: DistillResult) -> None:
@@ -43,20 +47,29 @@ def test_a_student_from_a_cache(tiny_run: TinyRun, tmp_path: Path, overrides: li
 def test_a_student_of_live_teachers(tiny_run: TinyRun, tmp_path: Path) -> None:
     recipe = tiny_run.recipe("distill.dropout=0.0")
     with sdpa_kernel(SDPBackend.MATH):
-        here = distill(recipe, tiny_run.cache, tmp_path / "here", live_teachers=tiny_run.teachers, progress=SilentProgress())
+        here = distill(
+            recipe, tiny_run.cache, tmp_path / "here", live_teachers=tiny_run.teachers, progress=SilentProgress()
+        )
     with fake_accelerator():
-        there = distill(recipe, tiny_run.cache, tmp_path / "there", live_teachers=tiny_run.teachers, progress=SilentProgress())
+        there = distill(
+            recipe, tiny_run.cache, tmp_path / "there", live_teachers=tiny_run.teachers, progress=SilentProgress()
+        )
     assert_same(here, there)
 
 
 def test_a_dump(tiny_run: TinyRun, tmp_path: Path) -> None:
     """Coded, since codes are searched on the device."""
     with fake_accelerator():
-        dump_teachers(tiny_run.recipe("dump.dtype=coded", "dump.bytes=4"), tiny_run.teachers, tmp_path, progress=SilentProgress())
+        dump_teachers(
+            tiny_run.recipe("dump.dtype=coded", "dump.bytes=4"), tiny_run.teachers, tmp_path, progress=SilentProgress()
+        )
     assert verify(tmp_path) == []
     found, expected = open_cache(tmp_path), open_cache(tiny_run.cache)
     for teacher in found.teachers:
         for part in found.parts:
             np.testing.assert_allclose(
-                found.outputs(teacher, part.name).logits, expected.outputs(teacher, part.name).logits, atol=1e-4, rtol=1e-4
+                found.outputs(teacher, part.name).logits,
+                expected.outputs(teacher, part.name).logits,
+                atol=1e-4,
+                rtol=1e-4,
             )

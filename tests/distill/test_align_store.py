@@ -102,7 +102,9 @@ def test_a_damaged_file_is_made_again(damage: object) -> None:
     assert path.read_bytes() == sound
 
 
-def test_a_disk_that_takes_nothing_is_told_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_takes_nothing_is_told_once(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(align_store, "_told", [])
     full = OSError(errno.ENOSPC, "No space left on device")
     monkeypatch.setattr(Path, "replace", Mock(side_effect=full))
@@ -116,7 +118,11 @@ def test_a_disk_that_takes_nothing_is_told_once(caplog: pytest.LogCaptureFixture
 
 
 def test_arrays_come_back_as_they_were(tmp_path: Path) -> None:
-    arrays = {"empty": np.zeros(0, np.int64), "odd": np.arange(3, dtype=np.int8), "float": np.array([1.5, np.nan], np.float32)}
+    arrays = {
+        "empty": np.zeros(0, np.int64),
+        "odd": np.arange(3, dtype=np.int8),
+        "float": np.array([1.5, np.nan], np.float32),
+    }
     save_arrays(tmp_path / "a" / "b.bin", arrays)
     found = load_arrays(tmp_path / "a" / "b.bin", {"odd"})
     assert found is not None
@@ -140,7 +146,10 @@ def test_arrays_come_back_as_they_were(tmp_path: Path) -> None:
     ],
 )
 def test_a_first_line_that_says_anything_is_made_again(tmp_path: Path, field: str, value: object) -> None:
-    """Numpy takes programs and structures for names of types; a file that was forged, or written by a newer version, has any."""
+    """Numpy takes programs and structures for names of types.
+
+    A file that was forged, or written by a newer version, has any.
+    """
     path = tmp_path / "x.bin"
     save_arrays(path, {"a": np.arange(3)})
     head, _, body = path.read_bytes().partition(b"\n")

@@ -68,7 +68,11 @@ def tokens(*texts: list[tuple[int, int, int, int]]) -> Tokens:
     flat = np.array([token for text in texts for token in text], np.int32).reshape(-1, 4)
     offsets = np.cumsum([0, *map(len, texts)]).astype(np.int64)
     return Tokens(
-        offsets=offsets, starts=flat[:, 2], ends=flat[:, 3], segments=flat[:, 1].astype(np.int8), roles=flat[:, 0].astype(np.int8)
+        offsets=offsets,
+        starts=flat[:, 2],
+        ends=flat[:, 3],
+        segments=flat[:, 1].astype(np.int8),
+        roles=flat[:, 0].astype(np.int8),
     )
 
 
@@ -128,7 +132,11 @@ def tokenizer(kind: str) -> Any:
 
 def as_tokens(encoded: EncodedTexts) -> Tokens:
     return Tokens(
-        offsets=encoded.offsets, starts=encoded.starts, ends=encoded.ends, segments=encoded.segments, roles=encoded.roles
+        offsets=encoded.offsets,
+        starts=encoded.starts,
+        ends=encoded.ends,
+        segments=encoded.segments,
+        roles=encoded.roles,
     )
 
 
@@ -158,15 +166,25 @@ lengths = st.sampled_from([5, 8, 16, 128])
 
 @given(two_kinds, st.lists(any_text.map(lambda text: (text,)), min_size=1, max_size=4), lengths, lengths)
 @settings(max_examples=60, deadline=None)
-def test_real_tokenizers_on_single_texts(kinds: tuple[str, str], texts: list[tuple[str]], student: int, teacher: int) -> None:
-    check(as_tokens(encode(tokenizer(kinds[0]), texts, student)), as_tokens(encode(tokenizer(kinds[1]), texts, teacher)))
+def test_real_tokenizers_on_single_texts(
+    kinds: tuple[str, str], texts: list[tuple[str]], student: int, teacher: int
+) -> None:
+    check(
+        as_tokens(encode(tokenizer(kinds[0]), texts, student)), as_tokens(encode(tokenizer(kinds[1]), texts, teacher))
+    )
 
 
-@given(two_kinds, st.lists(st.tuples(any_text, st.one_of(any_text, st.just(""))), min_size=1, max_size=3), lengths, lengths)
+@given(
+    two_kinds, st.lists(st.tuples(any_text, st.one_of(any_text, st.just(""))), min_size=1, max_size=3), lengths, lengths
+)
 @settings(max_examples=60, deadline=None)
-def test_real_tokenizers_on_pairs(kinds: tuple[str, str], texts: list[tuple[str, str]], student: int, teacher: int) -> None:
+def test_real_tokenizers_on_pairs(
+    kinds: tuple[str, str], texts: list[tuple[str, str]], student: int, teacher: int
+) -> None:
     student, teacher = max(student, 6), max(teacher, 6)
-    check(as_tokens(encode(tokenizer(kinds[0]), texts, student)), as_tokens(encode(tokenizer(kinds[1]), texts, teacher)))
+    check(
+        as_tokens(encode(tokenizer(kinds[0]), texts, student)), as_tokens(encode(tokenizer(kinds[1]), texts, teacher))
+    )
 
 
 @pytest.mark.parametrize("student", sorted(KINDS))

@@ -1,4 +1,7 @@
-"""Students of every architecture of the table: they work, or are refused in one line. None answers otherwise in a batch."""
+"""Students of every architecture of the table.
+
+They work, or are refused in one line. None answers otherwise in a batch.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +61,9 @@ SETTINGS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("name", DECODERS)
 def test_decoders_read_the_last_token_whatever_pads(name: str, tmp_path: Path) -> None:
-    """The tokenizer's side and the config's padding token do not change what is said of a text, one that ends in eos neither."""
+    """The tokenizer's side and the config's padding token do not change what is said of a text, one that ends in eos
+    neither.
+    """
     source = ARCHITECTURES[name].save(tmp_path / "source")
     texts = (*TEXTS, "the film is good" + ARCHITECTURES[name].tokenizer().eos_token)
     expected: torch.Tensor | None = None
@@ -93,7 +98,10 @@ def test_a_decoder_whose_tokenizer_ends_every_text_is_read_at_that_end(tmp_path:
 
 
 def test_hidden_states_lie_where_their_tokens_do(tmp_path: Path) -> None:
-    """XLNet is run with its padding on the left; what the hidden loss sees is in the order of its batch, padded on the right."""
+    """XLNet is run with its padding on the left.
+
+    What the hidden loss sees is in the order of its batch, padded on the right.
+    """
     student = build(ARCHITECTURES["XLNet"].save(tmp_path / "xlnet"))
     assert student.tokenizer.padding_side == "left"
     batch = dict(student.tokenizer(list(TEXTS), padding=True, padding_side="right", return_tensors="pt"))
@@ -163,7 +171,10 @@ def test_dropout_reaches_every_family(tmp_path: Path) -> None:
 
 
 def test_a_model_that_reads_its_padding_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A family that kdcache does not know may read the last position: seen before the first step, and not in its scores."""
+    """A family that kdcache does not know may read the last position.
+
+    Seen before the first step, and not in its scores.
+    """
     source = ARCHITECTURES["XLNet"].save(tmp_path / "xlnet")
     monkeypatch.setattr(network, "reads_last_position", lambda _: False)
     with pytest.raises(ModelError, match="answers otherwise in a batch than alone"):
@@ -181,7 +192,8 @@ def test_decoders_under_the_shared_head(name: str, tmp_path: Path) -> None:
     record = teachers / "teachers.json"
     record.write_text(record.read_text().replace('"attention"', '"cls"'))
     save_file(
-        {key: value for key, value in load_file(teachers / HEAD_FILE).items() if "pooling" not in key}, teachers / HEAD_FILE
+        {key: value for key, value in load_file(teachers / HEAD_FILE).items() if "pooling" not in key},
+        teachers / HEAD_FILE,
     )
     with pytest.raises(ModelError, match=r"causal decoder .* first token"):
         build_student(section, ("0", "1"), max_length=64, seed=0, teachers_dir=teachers)

@@ -1,4 +1,7 @@
-"""The speed programs run, on as little as possible, and the page is made from what they print. Nothing is said about time."""
+"""The speed programs run, on as little as possible, and the page is made from what they print.
+
+Nothing is said about time.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +19,27 @@ ALL = Path(__file__).parents[2] / "benchmarks" / "all.py"
 
 @pytest.mark.parametrize("name", ["steps", "dump", "freed", "scale", "loader-int8"])
 def test_quick(name: str, tiny_run: TinyRun, tmp_path: Path) -> None:
-    places = ["--recipe", str(tiny_run.recipe_file), "--teachers", str(tiny_run.teachers), "--cache", str(tiny_run.cache)]
+    places = [
+        "--recipe",
+        str(tiny_run.recipe_file),
+        "--teachers",
+        str(tiny_run.teachers),
+        "--cache",
+        str(tiny_run.cache),
+    ]
     target = tmp_path / "benchmarks.md"
-    command = [sys.executable, str(ALL), "--quick", "--only", name, *places, "--measured", str(tmp_path), "--to", str(target)]
+    command = [
+        sys.executable,
+        str(ALL),
+        "--quick",
+        "--only",
+        name,
+        *places,
+        "--measured",
+        str(tmp_path),
+        "--to",
+        str(target),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     report = json.loads((tmp_path / f"{name}.json").read_text())

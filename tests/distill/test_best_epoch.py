@@ -1,6 +1,8 @@
-"""The best epoch is there at the end, whenever the run was killed, also where an epoch that is run again scores differently.
+"""The best epoch is there at the end, whenever the run was killed, also where an epoch that is run again scores
+differently.
 
-On a GPU it may: sums are made in another order. Here the scores are made up, so that a second attempt sees others than the first.
+On a GPU it may: sums are made in another order. Here the scores are made up, so that a second attempt sees others than
+the first.
 """
 
 from __future__ import annotations

@@ -119,7 +119,9 @@ def test_layers_that_change_from_epoch_to_epoch(tiny_run: TinyRun, tmp_path: Pat
 
 def test_the_stage_runs_with_live_teachers(tiny_run: TinyRun, tmp_path: Path) -> None:
     recipe = tiny_run.recipe("distill.dropout=0.0")
-    live = distill(recipe, tiny_run.exact, tmp_path / "live", live_teachers=tiny_run.teachers, progress=SilentProgress())
+    live = distill(
+        recipe, tiny_run.exact, tmp_path / "live", live_teachers=tiny_run.teachers, progress=SilentProgress()
+    )
     cached = distill(recipe, tiny_run.exact, tmp_path / "cached", progress=SilentProgress())
     assert (live.results["targets"], cached.results["targets"]) == ("live", "cache")
     assert live.scores["test"]["loss"] == pytest.approx(cached.scores["test"]["loss"], rel=1e-3)

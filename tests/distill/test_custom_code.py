@@ -1,4 +1,7 @@
-"""Models with Python code of their own: run where the recipe says so, never otherwise, and the student takes its code along."""
+"""Models with Python code of their own.
+
+Run where the recipe says so, never otherwise, and the student takes its code along.
+"""
 
 from __future__ import annotations
 
@@ -80,7 +83,8 @@ def test_it_loads_in_a_process_that_never_saw_its_source(model: Path, tmp_path: 
     code = (
         "import sys\n"
         "from transformers import AutoModelForSequenceClassification as M, AutoTokenizer as T\n"
-        "m, t = M.from_pretrained(sys.argv[1], trust_remote_code=True), T.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
+        "m, t = M.from_pretrained(sys.argv[1], trust_remote_code=True), T.from_pretrained(sys.argv[1], "
+        "trust_remote_code=True)\n"
         "print(m.eval()(**t(sys.argv[2], return_tensors='pt', return_token_type_ids=False)).logits.tolist()[0])"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "student"), TEXTS[0]]

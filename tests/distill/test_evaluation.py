@@ -87,7 +87,9 @@ def _named(tmp_path: Path, *, declared: bool | None) -> Path:
     """A student whose classes are words."""
     path = make_model(tmp_path / "encoder", "bert", depth=1)
     made = build_student(StudentSection(init_from=str(path)), ("bad", "good", "mixed"), max_length=8, seed=0)
-    record = student_record(made, name="t", method="kd", text_columns=("text",), label_column="label", labels_declared=declared)
+    record = student_record(
+        made, name="t", method="kd", text_columns=("text",), label_column="label", labels_declared=declared
+    )
     save_student(tmp_path / "student", made, record, "card")
     return tmp_path / "student"
 
@@ -102,7 +104,9 @@ def test_numbers_in_a_file_against_sorted_names_of_a_student_need_their_meaning(
     student = _named(tmp_path, declared=False)
     expected = evaluate_model(student, _file(tmp_path, ["good", "mixed", "bad", "good"]))
     file = _file(tmp_path, ["0", "1", "2", "0"])
-    with pytest.raises(DataError, match=r"line 2, column 'label': the label is '0', and .* has 'bad', 'good', 'mixed'") as caught:
+    with pytest.raises(
+        DataError, match=r"line 2, column 'label': the label is '0', and .* has 'bad', 'good', 'mixed'"
+    ) as caught:
         evaluate_model(student, file)
     assert "--labels" in caught.value.hint
     assert evaluate_model(student, file, labels=["good", "mixed", "bad"]) == expected

@@ -11,7 +11,9 @@ from kdcache.codecs.base import HiddenBlock
 from kdcache.loader import parts as interleave
 from kdcache.loader.parts import Interleaved, joined, layers_of
 
-WIDTHS = st.lists(st.tuples(st.sampled_from(["float32", "float16", "int8", "uint8"]), st.integers(1, 9)), min_size=1, max_size=4)
+WIDTHS = st.lists(
+    st.tuples(st.sampled_from(["float32", "float16", "int8", "uint8"]), st.integers(1, 9)), min_size=1, max_size=4
+)
 
 
 @given(widths=WIDTHS, rows=st.integers(0, 5), seed=st.integers(0, 99))
@@ -45,9 +47,14 @@ def test_a_layer_alone_is_not_copied() -> None:
     choices=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 6), st.integers(0, 6)), max_size=8),
     limit=st.sampled_from([0, interleave.JOINED_BYTES]),
 )
-def test_rows_of_several_parts_are_joined_span_by_span(sizes: list[int], choices: list[tuple[int, int, int]], limit: int) -> None:
+def test_rows_of_several_parts_are_joined_span_by_span(
+    sizes: list[int], choices: list[tuple[int, int, int]], limit: int
+) -> None:
     rng = np.random.default_rng(len(sizes))
-    parts = [Interleaved.of({"a": rng.random((size, 3), np.float32), "b": rng.integers(0, 9, size, np.int8)}) for size in sizes]
+    parts = [
+        Interleaved.of({"a": rng.random((size, 3), np.float32), "b": rng.integers(0, 9, size, np.int8)})
+        for size in sizes
+    ]
     picked = [(part % len(sizes), min(a, b), max(a, b)) for part, a, b in choices]
     picked = [(part, min(first, sizes[part]), min(last, sizes[part])) for part, first, last in picked]
     wanted = [parts[part].rows[row].tolist() for part, first, last in picked for row in range(first, last)]

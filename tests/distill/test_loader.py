@@ -47,7 +47,9 @@ def texts(count: int) -> list[Text]:
     return [*odd, *((text,) for text, _ in tiny.reviews(count - len(odd), seed=3))]
 
 
-def cache_of(tokenizers: dict[str, Any], count: int = 60, part_size: int = 8, dtype: str = "float32", **more: Any) -> MemoryCache:
+def cache_of(
+    tokenizers: dict[str, Any], count: int = 60, part_size: int = 8, dtype: str = "float32", **more: Any
+) -> MemoryCache:
     """Train repeats one text; two of its texts are transfer texts without a label."""
     known = texts(count)
     parts = [known[start : start + part_size] for start in range(0, count, part_size)]
@@ -66,7 +68,9 @@ def batches_of(cache: MemoryCache, tokenizers: dict[str, Any], **options: Any) -
     return CachedBatches(cache, tokenizers["student"], **options)  # type: ignore[arg-type]
 
 
-def expected_row(cache: MemoryCache, tokenizers: dict[str, Any], teacher: str, layer: int, text: Text) -> dict[int, np.ndarray]:
+def expected_row(
+    cache: MemoryCache, tokenizers: dict[str, Any], teacher: str, layer: int, text: Text
+) -> dict[int, np.ndarray]:
     """Student token -> target, from the definition."""
     spec = cache.memory_teachers[teacher]
     student = student_tokens(encode(tokenizers["student"], [text], 64))
@@ -101,7 +105,9 @@ def check_batch(batch: Batch, cache: MemoryCache, tokenizers: dict[str, Any], to
                 for token, value in expected_row(cache, tokenizers, teacher, layer, text).items()
             }
             assert hidden.positions.tolist() == sorted(places)
-            np.testing.assert_allclose(hidden.aligned().numpy(), np.stack([places[p] for p in sorted(places)]), atol=tolerance)
+            np.testing.assert_allclose(
+                hidden.aligned().numpy(), np.stack([places[p] for p in sorted(places)]), atol=tolerance
+            )
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float16", 5e-3), ("int8", 3e-2)])
@@ -215,7 +221,9 @@ def test_only_what_is_asked_for_is_read(tokenizers: dict[str, Any]) -> None:
     cache.reads.clear()
     batch, *_ = batches_of(cache, tokenizers, teachers=["roberta"], logits=False).batches(0)
     assert batch.targets is not None and batch.targets.logits.shape == (1, 7, 0)
-    assert {what for what, _ in cache.reads} == {"tokens roberta", "hidden roberta 4"}, "texts are encoded once and kept"
+    assert {what for what, _ in cache.reads} == {"tokens roberta", "hidden roberta 4"}, (
+        "texts are encoded once and kept"
+    )
     cache.reads.clear()
     assert all(batch.targets is None for batch in batches_of(cache, tokenizers, teachers=[], hidden=False).batches(0))
     assert not cache.reads
@@ -246,7 +254,9 @@ def threads() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("kdcache")]
 
 
-@pytest.mark.parametrize("error", [DamageError("file x is damaged", "repair"), KeyboardInterrupt(), RuntimeError("any")])
+@pytest.mark.parametrize(
+    "error", [DamageError("file x is damaged", "repair"), KeyboardInterrupt(), RuntimeError("any")]
+)
 def test_what_a_thread_raises_reaches_the_consumer(tokenizers: dict[str, Any], error: BaseException) -> None:
     def on_read(what: str, part: int) -> None:
         if what == "hidden bert 2" and part == 3:
@@ -316,7 +326,9 @@ def test_texts_that_the_cache_lacks(tokenizers: dict[str, Any]) -> None:
     cache = cache_of(tokenizers)
     cache.split_rows = {"train": [*cache.split_rows["train"], (("never seen",), 1), (("nor this",), 0)]}
     cache.splits = ("train",)
-    with pytest.raises(MismatchError, match=f"lacks 2 of the 61 texts of 'train'; the first, {text_id(('never seen',)).hex()}"):
+    with pytest.raises(
+        MismatchError, match=f"lacks 2 of the 61 texts of 'train'; the first, {text_id(('never seen',)).hex()}"
+    ):
         batches_of(cache, tokenizers)
     source = batches_of(cache, tokenizers, missing="skip")
     assert source.skipped == 2

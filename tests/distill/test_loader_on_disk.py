@@ -1,4 +1,7 @@
-"""The loader on a real cache: what was dumped comes out, whatever the student's tokenizer, and damage stops it in time."""
+"""The loader on a real cache.
+
+What was dumped comes out, whatever the student's tokenizer, and damage stops it in time.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,10 @@ from tests.distill.test_textfree import Listening
 
 
 def test_targets_equal_a_direct_forward_of_each_row(tiny_run: TinyRun) -> None:
-    """Row by row, without padding, through the plain definition: what the whole way from dump to batch must amount to."""
+    """Row by row, without padding, through the plain definition.
+
+    What the whole way from dump to batch must amount to.
+    """
     cache = open_cache(tiny_run.exact)
     texts = {
         one: text
@@ -72,7 +78,11 @@ def test_live_batches_are_the_cached_ones(tiny_run: TinyRun, kind: str, tokenize
     }  # fmt: skip
     cached = CachedBatches(cache, tokenizer(), teachers=["xlm", "bert"], rank=1, world=2, **options)
     live = LiveBatches(cache, tokenizer(), teachers=teachers, rank=1, world=2, **options)
-    assert (cached.teachers, cached.layer_map, cached.steps_per_epoch) == (live.teachers, live.layer_map, live.steps_per_epoch)
+    assert (cached.teachers, cached.layer_map, cached.steps_per_epoch) == (
+        live.teachers,
+        live.layer_map,
+        live.steps_per_epoch,
+    )
     for one, other in zip(cached.batches(1, 2), live.batches(1, 2), strict=True):
         assert np.array_equal(one.text_ids, other.text_ids) and torch.equal(one.labels, other.labels)
         assert all(torch.equal(tensor, other.inputs[name]) for name, tensor in one.inputs.items())
@@ -103,7 +113,9 @@ def test_live_targets_may_be_saved_for_backward(tiny_run: TinyRun) -> None:
     targets = next(source.batches(0)).targets
     assert targets is not None
     matrix = torch.zeros(3, 16, requires_grad=True)
-    (torch.nn.functional.linear(targets.hidden[0, 1].aligned(), matrix).sum() + (targets.logits * matrix.sum()).sum()).backward()
+    (
+        torch.nn.functional.linear(targets.hidden[0, 1].aligned(), matrix).sum() + (targets.logits * matrix.sum()).sum()
+    ).backward()
     assert matrix.grad is not None
 
 
@@ -111,7 +123,9 @@ def test_other_teachers_are_refused_live(tiny_run: TinyRun) -> None:
     teacher = load_teacher(tiny_run.teachers, "bert")
     teacher.fingerprints = load_teacher(tiny_run.teachers, "roberta").fingerprints
     with pytest.raises(MismatchError, match=r"'bert' is not the one of cache .* weights"):
-        LiveBatches(open_cache(tiny_run.exact), tiny.wordpiece_tokenizer(), teachers=[teacher], batch_size=4, max_length=32)
+        LiveBatches(
+            open_cache(tiny_run.exact), tiny.wordpiece_tokenizer(), teachers=[teacher], batch_size=4, max_length=32
+        )
 
 
 def epoch(cache: Path) -> int:

@@ -56,7 +56,9 @@ def batch() -> Batch:
 
 def model_of(student: Student, settings: ObjectiveSettings) -> DistillationModel:
     dims = DIMS if settings.needs_hidden else {}
-    return DistillationModel(student.model, settings, TEACHERS, dims=dims, variances=lambda _epoch: VARIANCES, seed=0).train()
+    return DistillationModel(
+        student.model, settings, TEACHERS, dims=dims, variances=lambda _epoch: VARIANCES, seed=0
+    ).train()
 
 
 def total(model: DistillationModel, batch: Batch, pieces: int = 1) -> tuple[float, dict[str, float]]:
@@ -158,13 +160,17 @@ def mt_bert_in_loops(model: DistillationModel, batch: Batch) -> tuple[Tensor, di
     ids=["default", "paper", "no hidden"],
 )
 def test_the_module_trains_on_the_loss_of_mt_bert(batch: Batch, section: DistillSection, pieces: int) -> None:
-    """Loss, terms and gradients of a step, through forward and backward of its micro-batches, some rows of it without a label."""
+    """Loss, terms and gradients of a step, through forward and backward of its micro-batches, some rows of it without a
+    label.
+    """
     settings = objective_settings(section)
     assert batch.targets is not None
     batch = replace(batch, targets=replace(batch.targets, logits=batch.targets.logits.double()))
     student = cast("StudentModel", LoopStudent(CLASSES))
     dims = DIMS if settings.needs_hidden else {}
-    model = DistillationModel(student, settings, TEACHERS, dims=dims, variances=lambda _epoch: VARIANCES, seed=0).train()
+    model = DistillationModel(
+        student, settings, TEACHERS, dims=dims, variances=lambda _epoch: VARIANCES, seed=0
+    ).train()
     generator = torch.Generator().manual_seed(6)
     if settings.needs_hidden and settings.direction == "student-to-teacher":
         model.projections.double()
@@ -217,7 +223,9 @@ def test_fine_tune_ignores_targets(student: Student, batch: Batch) -> None:
 
 @pytest.mark.parametrize("method", ["mt-bert", "kd", "fine-tune"])
 @pytest.mark.parametrize("pieces", [2, 4, 6])
-def test_micro_batches_give_the_loss_and_gradient_of_the_step(student: Student, batch: Batch, method: str, pieces: int) -> None:
+def test_micro_batches_give_the_loss_and_gradient_of_the_step(
+    student: Student, batch: Batch, method: str, pieces: int
+) -> None:
     model = model_of(student, objective_settings(DistillSection(method=method)))
 
     def gradients(pieces: int) -> tuple[float, list[Tensor]]:
@@ -261,7 +269,10 @@ def test_a_new_method_is_a_declaration_and_one_small_function(student: Student, 
 def test_a_batch_without_labels_and_without_covered_tokens_is_finite(student: Student, batch: Batch) -> None:
     assert batch.targets is not None
     nothing = torch.empty(0, dtype=torch.long)
-    hidden = {pair: Hidden(target.values[:0], None, None, None, None, nothing) for pair, target in batch.targets.hidden.items()}
+    hidden = {
+        pair: Hidden(target.values[:0], None, None, None, None, nothing)
+        for pair, target in batch.targets.hidden.items()
+    }
     empty = replace(batch, labels=torch.full((ROWS,), -1), targets=replace(batch.targets, hidden=hidden))
     loss, terms = total(model_of(student, objective_settings(DistillSection())), empty)
     assert math.isfinite(loss)

@@ -17,7 +17,11 @@ def parts_of(texts: int, part_size: int, seed: int = 0) -> np.ndarray:
 
 
 @given(
-    st.lists(st.integers(0, 5), max_size=200), st.integers(0, 2**31), st.integers(0, 50), st.integers(1, 9), st.integers(1, 40)
+    st.lists(st.integers(0, 5), max_size=200),
+    st.integers(0, 2**31),
+    st.integers(0, 50),
+    st.integers(1, 9),
+    st.integers(1, 40),
 )
 @settings(max_examples=60, deadline=None)
 def test_each_example_comes_exactly_once(parts: list[int], seed: int, epoch: int, window: int, batch: int) -> None:
@@ -34,7 +38,9 @@ def test_the_window_all_is_a_uniform_shuffle() -> None:
     assert all(sorted(order.tolist()) == list(range(8192)) for order in orders)
     ranks = np.argsort(np.stack(orders), axis=1)
     assert np.abs(np.corrcoef([np.arange(8192), *ranks]) - np.eye(9)).max() < 4 / 8192**0.5
-    assert np.mean([len(set(parts[order[:32]].tolist())) for order in orders]) > 18  # of 32 rows from 32 parts: 20.4 expected
+    assert (
+        np.mean([len(set(parts[order[:32]].tolist())) for order in orders]) > 18
+    )  # of 32 rows from 32 parts: 20.4 expected
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5])

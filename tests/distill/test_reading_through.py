@@ -1,4 +1,7 @@
-"""Distilling from a name: the same student, its first step before the last file, and a lost connection that costs nothing."""
+"""Distilling from a name.
+
+The same student, its first step before the last file, and a lost connection that costs nothing.
+"""
 
 from __future__ import annotations
 
@@ -78,7 +81,9 @@ def remote(tiny_run: TinyRun) -> HoldingRemote:
 @pytest.fixture(scope="module")
 def recipe(tiny_run: TinyRun) -> Recipe:
     own = f'student.init_from="{tiny_run.teachers / "bert"}"'
-    return tiny_run.recipe(own, f"distill.window={WINDOW}", "distill.checkpoint_steps=2", 'distill.teachers=["roberta", "bert"]')
+    return tiny_run.recipe(
+        own, f"distill.window={WINDOW}", "distill.checkpoint_steps=2", 'distill.teachers=["roberta", "bert"]'
+    )
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +91,9 @@ def local(tiny_run: TinyRun, recipe: Recipe, tmp_path_factory: pytest.TempPathFa
     return distill(recipe, tiny_run.cache, tmp_path_factory.mktemp("local"), progress=SilentProgress())
 
 
-def from_name(remote: MemoryRemote, recipe: Recipe, home: Path, progress: SilentProgress | None = None) -> DistillResult:
+def from_name(
+    remote: MemoryRemote, recipe: Recipe, home: Path, progress: SilentProgress | None = None
+) -> DistillResult:
     progress = progress or SilentProgress()
     store = LocalStore(home / "store")
     with read_through(remote, resolve(remote, "reviews-3t"), store=store, progress=progress) as cache:
@@ -126,7 +133,9 @@ def test_a_student_of_a_name_is_that_of_the_directory_and_starts_before_all_has_
     (tmp_path / "run").rename(tmp_path / "first")
     from_name(remote, again, tmp_path)
     assert remote.handed_out == []
-    other = recipe.model_copy(update={"distill": recipe.distill.model_copy(update={"teachers": ["xlm"], "method": "kd"})})
+    other = recipe.model_copy(
+        update={"distill": recipe.distill.model_copy(update={"teachers": ["xlm"], "method": "kd"})}
+    )
     (tmp_path / "run").rename(tmp_path / "second")
     from_name(remote, other, tmp_path)
     xlm = {
@@ -164,7 +173,11 @@ def test_the_command_takes_a_name(
 ) -> None:
     from tests.cli.commands import kdcache
 
-    settings = [f'student.init_from="{tiny_run.teachers / "bert"}"', "distill.window=1", 'distill.teachers=["roberta", "bert"]']
+    settings = [
+        f'student.init_from="{tiny_run.teachers / "bert"}"',
+        "distill.window=1",
+        'distill.teachers=["roberta", "bert"]',
+    ]
     call = [
         "distill",
         tiny_run.recipe_file,

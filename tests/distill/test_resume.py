@@ -50,14 +50,24 @@ def killed(tiny_run: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> dict[
     """Every attempt of every test, made by one process that imports torch only once."""
     rng = random.Random(3)
     points = {
-        "steps": [*(f"step:{rng.randint(2, 5)}" for _ in range(5)), "end"],  # some get past a checkpoint, some start over
+        "steps": [
+            *(f"step:{rng.randint(2, 5)}" for _ in range(5)),
+            "end",
+        ],  # some get past a checkpoint, some start over
         "saves": ["save:1", "saved:1", "save:2", "saved:2", "save:3", "end"],  # of checkpoints and of the best epoch
         "disk": [*(f"disk:{rng.randint(3, 60)}" for _ in range(4)), "end"],
         "half": ["step:5"],
     }
     roots = {name: tmp_path_factory.mktemp(name) for name in points}
     attempts = json.dumps({str(roots[name]): found for name, found in points.items()})
-    command = [sys.executable, str(DRIVER), str(tiny_run.recipe_file), str(tiny_run.cache), json.dumps(OVERRIDES), attempts]
+    command = [
+        sys.executable,
+        str(DRIVER),
+        str(tiny_run.recipe_file),
+        str(tiny_run.cache),
+        json.dumps(OVERRIDES),
+        attempts,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=DRIVER.parent.parent.parent)
     assert done.returncode == 0, done.stderr
     statuses = json.loads(done.stdout.splitlines()[-1])
@@ -92,7 +102,8 @@ def test_killed_at_system_steps_of_writing(killed: dict[str, Attempts], undistur
     assert set(killed["disk"].statuses[:-1]) <= {signal.SIGKILL, 0}
     assert killed["disk"].statuses[-1] == 0
     found, expected = (
-        load_file(place / "student" / "model.safetensors") for place in (killed["disk"].root, undisturbed.student.parent)
+        load_file(place / "student" / "model.safetensors")
+        for place in (killed["disk"].root, undisturbed.student.parent)
     )
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
@@ -156,9 +167,7 @@ class Begun:
     caches: dict[str, Path]
 
     def recipe(self, *overrides: str) -> Recipe:
-        config = (
-            'student={config={model_type="bert",hidden_size=16,num_hidden_layers=2,num_attention_heads=2,intermediate_size=32'
-        )
+        config = 'student={config={model_type="bert",hidden_size=16,num_hidden_layers=2,num_attention_heads=2,intermediate_size=32'
         config += f',max_position_embeddings=80}},tokenizer="{self.tokenizer}"}}'
         return self.run.recipe(*OVERRIDES, config, *overrides)
 
@@ -172,7 +181,9 @@ class Begun:
         document = json.loads(record.read_text())
         if old:
             identity = document["identity"]
-            document["identity"] = {key: identity[key] for key in identity if key in OLD_KEYS or key.startswith("distill.")}
+            document["identity"] = {
+                key: identity[key] for key in identity if key in OLD_KEYS or key.startswith("distill.")
+            }
             assert document["identity"].keys() >= OLD_KEYS
             record.write_text(json.dumps(document))
         return root
@@ -182,7 +193,9 @@ class Begun:
 def begun(tiny_run: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> Begun:
     place = tmp_path_factory.mktemp("begun")
     wordpiece_tokenizer().save_pretrained(place / "tokenizer")
-    half = dump_teachers(tiny_run.recipe("dump.dtype=float16"), tiny_run.teachers, place / "half", progress=SilentProgress())
+    half = dump_teachers(
+        tiny_run.recipe("dump.dtype=float16"), tiny_run.teachers, place / "half", progress=SilentProgress()
+    )
     caches = {"made": tiny_run.cache, "half": half.cache}
     found = Begun(tiny_run, place / "run", place / "tokenizer", caches)
     with pytest.raises(KeyboardInterrupt):
@@ -216,7 +229,10 @@ def with_one_label_changed(begun: Begun, tmp_path: Path) -> str:
     ("override", "named"),
     [
         ('student.config.hidden_act="relu"', r"student\.config\.hidden_act: (null|\"gelu\") then, \"relu\" now"),
-        ("student.config.attention_probs_dropout_prob=0.3", r"student\.config\.attention_probs_dropout_prob: .* 0\.3 now"),
+        (
+            "student.config.attention_probs_dropout_prob=0.3",
+            r"student\.config\.attention_probs_dropout_prob: .* 0\.3 now",
+        ),
         ("student.config.layer_norm_eps=0.1", r"student\.config\.layer_norm_eps: .* 0\.1 now"),
         ("distill.precision=bf16", r"distill\.precision: \"float32\" then, \"bf16\" now; precision: .*"),
         ("distill.window=1", r"distill\.window: 2 then, 1 now"),
@@ -230,7 +246,8 @@ def test_another_setting_does_not_go_on_from_here(begun: Begun, tmp_path: Path, 
 
 
 @pytest.mark.parametrize(
-    ("what", "old"), [*((what, False) for what in ("data", "cache", "tokenizer", "token types")), ("data", True), ("cache", True)]
+    ("what", "old"),
+    [*((what, False) for what in ("data", "cache", "tokenizer", "token types")), ("data", True), ("cache", True)],
 )
 def test_other_inputs_do_not_go_on_from_here(begun: Begun, tmp_path: Path, what: str, old: bool) -> None:
     """Each of them alone: nothing else that a checkpoint knows gives the change away."""

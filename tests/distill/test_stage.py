@@ -105,11 +105,15 @@ def test_student_directory_has_card_and_record(mt_bert: tuple[DistillResult, Pat
     result, root = mt_bert
     assert "mt-bert" in (result.student / "README.md").read_text()
     found = evaluate_model(result.student, str(tiny_run.recipe().data.test))
-    assert {name: value for name, value in found.items() if name != "rows"} == pytest.approx(result.scores["test"], abs=1e-5)
+    assert {name: value for name, value in found.items() if name != "rows"} == pytest.approx(
+        result.scores["test"], abs=1e-5
+    )
     assert not (root / "checkpoints" / "distill").exists()
 
 
-def test_the_same_recipe_gives_the_same_weights(mt_bert: tuple[DistillResult, Path], tiny_run: TinyRun, tmp_path: Path) -> None:
+def test_the_same_recipe_gives_the_same_weights(
+    mt_bert: tuple[DistillResult, Path], tiny_run: TinyRun, tmp_path: Path
+) -> None:
     assert same(run(tiny_run.recipe(), tiny_run.cache, tmp_path / "again"), mt_bert[0])
     assert not same(run(tiny_run.recipe("distill.seed=1"), tiny_run.cache, tmp_path / "other"), mt_bert[0])
 
@@ -201,13 +205,17 @@ def test_vectors_that_a_term_cannot_use_are_refused(
     dump_teachers(tiny_run.recipe(f"dump.tokens={stored}"), tiny_run.teachers, cache, progress=SilentProgress())
     method = Method("picky", "", "", (TaskLoss(), HiddenStates(feature)))
     monkeypatch.setattr("kdcache.distill.objective.find_method", lambda _name: method)
-    with pytest.raises(MismatchError, match=r"'hidden' of method 'picky' needs .* for layer 2 of teacher 'bert'") as caught:
+    with pytest.raises(
+        MismatchError, match=r"'hidden' of method 'picky' needs .* for layer 2 of teacher 'bert'"
+    ) as caught:
         run(tiny_run.recipe(), cache, tmp_path)
     assert "dump.tokens = 'all'" in caught.value.hint
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
-def test_a_student_without_a_layer_pair_is_refused(tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_student_without_a_layer_pair_is_refused(
+    tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     nothing = LayerMapping("nothing", lambda _teacher, layers, _draw: (None,) * layers)
     method = Method("lonely", "", "", (TaskLoss(), HiddenStates()), layer_map=nothing)
     monkeypatch.setattr("kdcache.distill.objective.find_method", lambda _name: method)
@@ -256,14 +264,16 @@ class _Stopped(Exception):  # noqa: N818 - no error
 
 
 @pytest.mark.parametrize(
-    ("overrides", "ratio"), [([], 10.0), (["distill.paper=true"], 1.0), (["distill.projection_learning_rate=3e-3"], 3.0)]
+    ("overrides", "ratio"),
+    [([], 10.0), (["distill.paper=true"], 1.0), (["distill.projection_learning_rate=3e-3"], 3.0)],
 )
 def test_the_projections_move_at_a_rate_of_their_own(
     tiny_run: TinyRun, tmp_path: Path, overrides: list[str], ratio: float
 ) -> None:
     """W moves ten times as far in a step as the student does, or as the recipe says.
 
-    The first step of AdamW moves every number by the learning rate, whatever its gradient; weight decay is switched off.
+    The first step of AdamW moves every number by the learning rate, whatever its gradient; weight decay is switched
+    off.
     """
     from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
@@ -302,7 +312,9 @@ def test_the_projections_move_at_a_rate_of_their_own(
     assert moved["projections"] / moved["student"] == pytest.approx(ratio, rel=0.01)
 
 
-def test_the_best_epoch_is_what_is_saved_and_scored(tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_best_epoch_is_what_is_saved_and_scored(
+    tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of three epochs the second one: neither the first nor the last."""
     evaluate = DistillTrainee.evaluate
     weights_of: list[dict[str, torch.Tensor]] = []
@@ -326,7 +338,8 @@ def test_the_best_epoch_is_what_is_saved_and_scored(tiny_run: TinyRun, tmp_path:
 def test_damage_is_found_before_the_rows_are_used(tiny_run: TinyRun, tmp_path: Path, copied: Copy) -> None:
     cache, student = copied(tiny_run.cache), make_model(tmp_path / "student", "bert", depth=2)
     damaged = max(
-        (path for path in (cache / "teachers" / "xlm" / "hidden").rglob("*") if path.is_file()), key=lambda p: p.stat().st_size
+        (path for path in (cache / "teachers" / "xlm" / "hidden").rglob("*") if path.is_file()),
+        key=lambda p: p.stat().st_size,
     )
     content = bytearray(damaged.read_bytes())
     content[len(content) // 2] ^= 1
@@ -339,7 +352,10 @@ def test_damage_is_found_before_the_rows_are_used(tiny_run: TinyRun, tmp_path: P
 
 
 def test_pairs_of_texts(tiny_run: TinyRun, tmp_path: Path) -> None:
-    lines_of = ["first\tsecond\tlabel", *(f"{text}\tthe plot is {text.split()[1]}\t{label}" for text, label in reviews(48))]
+    lines_of = [
+        "first\tsecond\tlabel",
+        *(f"{text}\tthe plot is {text.split()[1]}\t{label}" for text, label in reviews(48)),
+    ]
     lines_of += ["the film is good\t\t1", "\tthe plot is bad\t0"]  # a column may be empty
     (tmp_path / "pairs.tsv").write_text("\n".join(lines_of) + "\n")
     student = make_model(tmp_path / "model", "bert", depth=1)
@@ -356,7 +372,9 @@ def test_pairs_of_texts(tiny_run: TinyRun, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("targets", ["cache", "live", "none"])
-def test_the_share_of_texts_that_the_student_cuts_is_in_the_results(tiny_run: TinyRun, tmp_path: Path, targets: str) -> None:
+def test_the_share_of_texts_that_the_student_cuts_is_in_the_results(
+    tiny_run: TinyRun, tmp_path: Path, targets: str
+) -> None:
     method = {"none": "fine-tune"}.get(targets, "kd")
     start = f'student.init_from="{tiny_run.teachers / "bert"}"'
     recipe = tiny_run.recipe("student.max_length=7", f"distill.method={method}", start)

@@ -105,7 +105,9 @@ def test_layers_that_are_not_there(models: dict[str, Path], layers: Any, message
 def test_albert_cannot_be_cut(tmp_path: Path, models: dict[str, Path]) -> None:
     from transformers import AutoConfig, AutoModel, AutoTokenizer
 
-    AutoModel.from_config(AutoConfig.for_model("albert", **TINY, vocab_size=400, embedding_size=16)).save_pretrained(tmp_path)
+    AutoModel.from_config(AutoConfig.for_model("albert", **TINY, vocab_size=400, embedding_size=16)).save_pretrained(
+        tmp_path
+    )
     AutoTokenizer.from_pretrained(models["bert"]).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="albert"):
         build(StudentSection(init_from=str(tmp_path), layers=2))
@@ -123,7 +125,9 @@ def test_new_weights_are_seeded_and_the_global_generator_untouched(models: dict[
 
 
 def test_from_config(models: dict[str, Path]) -> None:
-    section = StudentSection(config={"model_type": "bert", **TINY, "num_hidden_layers": 2}, tokenizer=str(models["bert"]))
+    section = StudentSection(
+        config={"model_type": "bert", **TINY, "num_hidden_layers": 2}, tokenizer=str(models["bert"])
+    )
     student = build(section)
     assert (student.model.depth, student.model.width) == (2, 16)
     assert student.model.config.vocab_size == len(student.tokenizer)
@@ -179,7 +183,11 @@ def test_loads_without_kdcache_in_a_fresh_process(tmp_path: Path, models: dict[s
         "print(m.eval()(**t('the film is good', return_tensors='pt')).logits.tolist()[0])"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "student")], capture_output=True, text=True, check=True, cwd=tmp_path
+        [sys.executable, "-c", code, str(tmp_path / "student")],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
     )
     inputs = student.tokenizer("the film is good", return_tensors="pt")
     with torch.no_grad():

@@ -19,7 +19,10 @@ def ragged(lengths: list[int]) -> tuple[Tensor, Tensor]:
 
 
 def batch(lengths: list[int], *, dtype: torch.dtype = torch.float32, seed: int = 0) -> Batch:
-    """Two teachers, two student layers: one with the student's own tokens, one aligned with two entries or none per token."""
+    """Two teachers, two student layers.
+
+    One with the student's own tokens, one aligned with two entries or none per token.
+    """
     rng = torch.Generator().manual_seed(seed)
     mask, places = ragged(lengths)
     own = Hidden(torch.randn(len(places), 5, generator=rng), None, None, None, None, places)
@@ -37,7 +40,9 @@ def batch(lengths: list[int], *, dtype: torch.dtype = torch.float32, seed: int =
     hidden = {(0, 1): own, (0, 2): own, (1, 1): layers[0], (1, 2): layers[1]}
     targets = Targets(("a", "b"), torch.randn(2, len(lengths), 3, generator=rng), hidden)
     inputs = {"input_ids": torch.randint(1, 9, mask.shape, generator=rng) * mask, "attention_mask": mask}
-    return Batch(inputs, torch.arange(len(lengths)), np.arange(len(lengths) * 16, dtype=np.uint8).reshape(-1, 16), targets)
+    return Batch(
+        inputs, torch.arange(len(lengths)), np.arange(len(lengths) * 16, dtype=np.uint8).reshape(-1, 16), targets
+    )
 
 
 def plain(hidden: Hidden) -> Tensor:

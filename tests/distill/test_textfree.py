@@ -52,7 +52,9 @@ def test_a_dump_without_text_is_the_same_cache_as_one_whose_text_was_left_out(
     assert free.identity != whole.identity
     assert without_text(free) is free
     assert all(whole.contents.files[path] == digest for path, digest in free.contents.files.items())
-    report = dump_teachers(tiny_run.recipe(), tiny_run.teachers, tmp_path / "cache", progress=SilentProgress(), no_text=True)
+    report = dump_teachers(
+        tiny_run.recipe(), tiny_run.teachers, tmp_path / "cache", progress=SilentProgress(), no_text=True
+    )
     assert report.identity == free.identity
     assert verify(tmp_path / "cache") == [] and unreferenced(tmp_path / "cache") == []
     assert not (tmp_path / "cache" / "text").exists()
@@ -112,5 +114,7 @@ def test_teachers_and_layers_outside_the_selection_are_refused_with_the_cure(
     assert "kdcache cache pull reviews@1 --teachers roberta --no-hidden" in caught.value.hint
     with pytest.raises(MismatchError, match=r"layer 2 of teacher 'xlm' was not pulled|hidden states of teacher 'xlm'"):
         train(tiny_run.recipe(own, 'distill.teachers=["bert", "xlm"]'), cache, tmp_path / "layers")
-    result = train(tiny_run.recipe(own, 'distill.teachers=["bert", "xlm"]', "distill.method=kd"), cache, tmp_path / "within")
+    result = train(
+        tiny_run.recipe(own, 'distill.teachers=["bert", "xlm"]', "distill.method=kd"), cache, tmp_path / "within"
+    )
     assert list(result.results["teachers"]) == ["bert", "xlm"]

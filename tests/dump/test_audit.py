@@ -106,7 +106,9 @@ def _rolled(block: HiddenBlock) -> HiddenBlock:
 
 def test_states_that_are_shifted(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
     _dump_changed(
-        bench, monkeypatch, lambda outputs, hidden: (outputs, {layer: _rolled(block) for layer, block in hidden.items()})
+        bench,
+        monkeypatch,
+        lambda outputs, hidden: (outputs, {layer: _rolled(block) for layer, block in hidden.items()}),
     )
     found = _found(_audit(bench), "bert")
     assert found.keys() == {"layer 2"}

@@ -21,7 +21,9 @@ from kdcache.teachers.teacher import TeacherModel
 from tests.dump.conftest import Workbench
 
 
-def _spoil(monkeypatch: pytest.MonkeyPatch, change: Callable[[TeacherModel, dict[str, torch.Tensor], object], object]) -> None:
+def _spoil(
+    monkeypatch: pytest.MonkeyPatch, change: Callable[[TeacherModel, dict[str, torch.Tensor], object], object]
+) -> None:
     """Let the teacher 'roberta' (24 wide) give what ``change`` makes of its forward pass."""
     forward = TeacherModel.forward
 
@@ -65,7 +67,9 @@ def test_nan_is_named_with_teacher_text_and_layer_and_the_rest_stays(
         return output
 
     _spoil(monkeypatch, spoil)
-    with pytest.raises(NonFiniteError, match=rf"teacher 'roberta', text {victim.identity.hex()}, layer 2: NaN") as caught:
+    with pytest.raises(
+        NonFiniteError, match=rf"teacher 'roberta', text {victim.identity.hex()}, layer 2: NaN"
+    ) as caught:
         bench.dump(*settings)
     assert caught.value.hint
     assert caught.value.exit_code == 1
@@ -84,7 +88,9 @@ def test_nan_logits_are_named(bench: Workbench, monkeypatch: pytest.MonkeyPatch)
         return output
 
     _spoil(monkeypatch, spoil)
-    with pytest.raises(NonFiniteError, match=rf"teacher 'roberta', text {victim.identity.hex()}, logits: NaN or infinity"):
+    with pytest.raises(
+        NonFiniteError, match=rf"teacher 'roberta', text {victim.identity.hex()}, logits: NaN or infinity"
+    ):
         bench.dump()
 
 
@@ -96,7 +102,9 @@ def test_numbers_beyond_float16_are_refused_with_the_cure(bench: Workbench, monk
         return output
 
     _spoil(monkeypatch, spoil)
-    with pytest.raises(NonFiniteError, match=r"teacher 'roberta', text [0-9a-f]{32}, layer 2: .* is beyond float16") as caught:
+    with pytest.raises(
+        NonFiniteError, match=r"teacher 'roberta', text [0-9a-f]{32}, layer 2: .* is beyond float16"
+    ) as caught:
         bench.dump("dump.dtype=float16", "dump.projection=none", "dump.layers=[2]")
     assert 'dump.dtype = "int8"' in caught.value.hint
     monkeypatch.undo()
@@ -109,7 +117,9 @@ def test_a_disk_that_is_clearly_too_small_is_said_before_any_teacher_runs(
 ) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(plan.shutil, "disk_usage", lambda _: usage(10**9, 10**9, 3000))
-    with pytest.raises(StorageError, match=r"the dump needs about [0-9.]+ kB, but the disk of '.*' has 3 kB free") as caught:
+    with pytest.raises(
+        StorageError, match=r"the dump needs about [0-9.]+ kB, but the disk of '.*' has 3 kB free"
+    ) as caught:
         bench.dump()
     assert re.search(r"dump\.dim.*--dry-run", caught.value.hint)
     assert not forward_passes
@@ -118,4 +128,6 @@ def test_a_disk_that_is_clearly_too_small_is_said_before_any_teacher_runs(
 
 
 def test_free_space_is_that_of_the_disk_that_the_cache_will_lie_on(tmp_path: Path) -> None:
-    assert plan.free_bytes(tmp_path / "not" / "there" / "yet") == pytest.approx(shutil.disk_usage(tmp_path).free, rel=0.05)
+    assert plan.free_bytes(tmp_path / "not" / "there" / "yet") == pytest.approx(
+        shutil.disk_usage(tmp_path).free, rel=0.05
+    )

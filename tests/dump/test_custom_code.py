@@ -1,4 +1,7 @@
-"""A teacher with Python code of its own, from co-finetuning to a student: the recipe of each command says whether it is run."""
+"""A teacher with Python code of its own, from co-finetuning to a student.
+
+The recipe of each command says whether it is run.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +59,9 @@ def test_from_cofinetuning_to_a_student(
     assert not audit(open_cache(cache), teachers, rows=8, trust_remote_code=True, progress=quiet).findings
 
     with pytest.raises(CustomCodeError):
-        distill(load_recipe(recipe, [ALLOWED, "student.init_from=teacher:custom"]), cache, tmp_path / "run", progress=quiet)
+        distill(
+            load_recipe(recipe, [ALLOWED, "student.init_from=teacher:custom"]), cache, tmp_path / "run", progress=quiet
+        )
     whole = load_recipe(recipe, [ALLOWED, "student.init_from=teacher:custom", "student.trust_remote_code=true"])
     (tmp_path / "run").mkdir()
     made = distill(whole, cache, tmp_path / "run", progress=quiet)

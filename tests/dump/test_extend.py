@@ -1,4 +1,7 @@
-"""Growing a cache: what is added equals what one dump of everything would have made, and nothing else is run, read or sent."""
+"""Growing a cache.
+
+What is added equals what one dump of everything would have made, and nothing else is run, read or sent.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +65,10 @@ def test_a_newcomer_is_run_as_the_others_were(bench: Workbench, grown: Path) -> 
     assert all(path.stat().st_ino == inode for path, inode in before.items())
     new = read_manifest(grown)
     assert old.contents.files.items() <= new.contents.files.items()
-    assert (report.new_texts, report.bytes_shared) == (0, sum({d.sha256: d.size for d in old.contents.files.values()}.values()))
+    assert (report.new_texts, report.bytes_shared) == (
+        0,
+        sum({d.sha256: d.size for d in old.contents.files.values()}.values()),
+    )
     assert verify(grown) == []
     record = new.provenance["teachers"]
     assert set(record) == {"bert", "roberta", "xlm"} and record["xlm"]["texts_run"] == 184
@@ -76,7 +82,9 @@ def test_layers_and_rows(bench: Workbench, grown: Path, tmp_path: Path) -> None:
     report = extend(grown, {"bert": bench.teachers}, layers=(3,))
     assert [run.teacher for run in report.runs] == ["bert"]
     assert sorted(open_cache(grown).teachers["bert"].layers) == [2, 3, 4]
-    more = write_reviews(tmp_path / "more.tsv", [*reviews(184, seed=1)[:96], ("one line more", 1), ("and another one", 0)])
+    more = write_reviews(
+        tmp_path / "more.tsv", [*reviews(184, seed=1)[:96], ("one line more", 1), ("and another one", 0)]
+    )
     two = bench.only("bert", "roberta")
     recipe = two.recipe(f'data.train="{more}"', TOKENS)
     with pytest.raises(MismatchError, match=r"2 texts that the cache lacks, .* missing of teacher 'roberta'") as caught:
@@ -151,7 +159,9 @@ def test_a_part_of_a_cache_grows_as_far_as_it_is_here(bench: Workbench, grown: P
     open_cache(grown).hidden("xlm", "part-00000", 4)
 
 
-def test_a_name_gets_its_next_version(bench: Workbench, pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_gets_its_next_version(
+    bench: Workbench, pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "remote").mkdir()
     monkeypatch.setenv("KDCACHE_REMOTE", str(tmp_path / "remote"))
     monkeypatch.setenv("KDCACHE_HOME", str(tmp_path / "home"))
@@ -187,9 +197,13 @@ def test_an_extension_whose_push_failed_goes_on_without_running_the_teacher_agai
         raise RemoteError("the cable")
     fetched = {parse_file_key(line.split()[1]) for line in counting.log if line.startswith("read files/")}
     files = read_manifest(pair).contents.files
-    assert fetched == {digest.sha256 for path, digest in files.items() if path.split("/")[0] in ("texts", "text", "data")}
+    assert fetched == {
+        digest.sha256 for path, digest in files.items() if path.split("/")[0] in ("texts", "text", "data")
+    }
     with working_copy(remote, ref, store=store) as copy:
-        report = extend_cache(copy.path, Wanted({"xlm": bench.teachers}), progress=SilentProgress(), arrivals=copy.arrivals)
+        report = extend_cache(
+            copy.path, Wanted({"xlm": bench.teachers}), progress=SilentProgress(), arrivals=copy.arrivals
+        )
         assert not report.runs
         assert push(remote, copy.path, "reviews").reference == "reviews@2"
         place = store.adopt(copy.path, read_manifest(copy.path))

@@ -21,7 +21,17 @@ from kdcache.dump import run, stage
 from kdcache.dump.specs import prepare_teachers
 from kdcache.errors import StorageError
 from kdcache.teachers.bundle import read_bundle
-from kdcache.testing.faults import Died, UnsyncedDisk, counting_disk, delete, dying_disk, empty, failing_disk, flip_bit, truncate
+from kdcache.testing.faults import (
+    Died,
+    UnsyncedDisk,
+    counting_disk,
+    delete,
+    dying_disk,
+    empty,
+    failing_disk,
+    flip_bit,
+    truncate,
+)
 from kdcache.testing.tiny import reviews, write_reviews
 from tests.dump.conftest import Workbench
 
@@ -67,7 +77,9 @@ def _fast_disk() -> object:
         yield
 
 
-def test_dying_at_every_step_of_the_disk_loses_nothing(small: Workbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dying_at_every_step_of_the_disk_loses_nothing(
+    small: Workbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     only = small.only("bert")
     _load_the_teacher_once(only, monkeypatch)
     with files.use_disk(disk := counting_disk()):
@@ -99,7 +111,9 @@ def test_a_full_disk_is_named_and_what_was_written_stays(
     with files.use_disk(disk := counting_disk()):
         small.dump(cache=tmp_path / "counted")
     names = [step.split("/")[-1] for step in disk.steps]
-    last = max(place for place, name in enumerate(names) if name == "part-00002.arrow")  # roberta's last part: bert is complete
+    last = max(
+        place for place, name in enumerate(names) if name == "part-00002.arrow"
+    )  # roberta's last part: bert is complete
     cache = tmp_path / "cache"
     with files.use_disk(failing_disk(last)), pytest.raises(StorageError, match="No space left on device") as caught:
         small.dump(cache=cache)
@@ -129,7 +143,9 @@ def test_an_error_of_the_writer_thread_stops_the_teacher(
 
 
 class _DeadlyDisk(UnsyncedDisk):
-    """The process is killed from a thread of its own, some time after its ``at``-th file, and before it publishes the manifest."""
+    """The process is killed from a thread of its own, some time after its ``at``-th file, and before it publishes the
+    manifest.
+    """
 
     def __init__(self, at: int, delay: float) -> None:
         self._left, self._delay = at, delay
@@ -155,7 +171,9 @@ def _dump_in_child(bench: Workbench, at: int, delay: float) -> None:
 def test_sigkill_at_random_moments_loses_nothing(bench: Workbench, tmp_path: Path) -> None:
     """Children are forked from a server that has the imports done; each writes some more files before it is killed."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["kdcache.dump.stage", "kdcache.teachers.backends.torch_backend", "tests.dump.conftest"])
+    context.set_forkserver_preload(
+        ["kdcache.dump.stage", "kdcache.teachers.backends.torch_backend", "tests.dump.conftest"]
+    )
     with files.use_disk(disk := counting_disk()):
         undisturbed = bench.dump(cache=tmp_path / "undisturbed").identity
     generator = random.Random()

@@ -11,7 +11,9 @@ from kdcache.errors import ModelError, NonFiniteError
 
 def _tokens(count: int = 500, width: int = 12, seed: int = 0) -> np.ndarray:
     rng = np.random.default_rng(seed)
-    return rng.standard_normal((count, width)) @ rng.standard_normal((width, width)) + 100.0 * rng.standard_normal(width)
+    return rng.standard_normal((count, width)) @ rng.standard_normal((width, width)) + 100.0 * rng.standard_normal(
+        width
+    )
 
 
 def _moments(x: np.ndarray, *, cross: bool = True, batch: int = 77) -> Moments:

@@ -23,7 +23,11 @@ def test_the_last_layers_meet_and_the_map_never_falls(depth: int, student_layers
 
 def test_settings() -> None:
     assert resolve_layers("even", 12, 3, "bert") == (4, 8, 12)
-    assert resolve_layers("even", 2, 4, "bert") == (0, 1, 2)  # two student layers share a teacher layer; it is stored once
+    assert resolve_layers("even", 2, 4, "bert") == (
+        0,
+        1,
+        2,
+    )  # two student layers share a teacher layer; it is stored once
     assert resolve_layers("all", 3, None, "bert") == (1, 2, 3)
     assert resolve_layers("last", 3, None, "bert") == (3,)
     assert resolve_layers([3, 0, 3], 3, None, "bert") == (0, 3)

@@ -1,4 +1,7 @@
-"""Teachers other than BERT's kin, from co-finetuning to the cache: what is stored is what transformers says of each text alone."""
+"""Teachers other than BERT's kin, from co-finetuning to the cache.
+
+What is stored is what transformers says of each text alone.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +62,9 @@ def test_decoders_learn_under_the_shared_head_with_the_last_token(review_recipe:
     result = cofinetune(recipe, tmp_path / "teachers", tmp_path / "work", progress=SilentProgress())
     assert min(scores["accuracy"] for scores in result.scores.values()) >= 0.8, result.scores
     dump_teachers(recipe, tmp_path / "teachers", tmp_path / "cache", progress=SilentProgress())
-    assert audit(open_cache(tmp_path / "cache"), tmp_path / "teachers", rows=40, progress=SilentProgress()).findings == []
+    assert (
+        audit(open_cache(tmp_path / "cache"), tmp_path / "teachers", rows=40, progress=SilentProgress()).findings == []
+    )
     for setting in ("dump.tokens=first", "dump.per_layer.last={tokens='first'}"):
         asked = load_recipe(tmp_path / "recipe.toml", ["dump.layers=[3]", setting, *settings])
         with pytest.raises(ModelError, match="causal decoder: the first token, for which layer 3") as caught:
@@ -67,13 +72,17 @@ def test_decoders_learn_under_the_shared_head_with_the_last_token(review_recipe:
         assert "pooled" in caught.value.hint
 
 
-def test_the_audit_finds_a_teacher_whose_outputs_depend_on_padding(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_audit_finds_a_teacher_whose_outputs_depend_on_padding(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ran = TorchBackend.run
 
     def reads_padding(self: TorchBackend, inputs: dict[str, Any], layers: Any, pooled: bool) -> Any:
         output = ran(self, inputs, layers, pooled)
         longer = 1 + 0.1 * inputs["input_ids"].shape[1]
-        return replace(output, logits=output.logits * longer, hidden={layer: h * longer for layer, h in output.hidden.items()})
+        return replace(
+            output, logits=output.logits * longer, hidden={layer: h * longer for layer, h in output.hidden.items()}
+        )
 
     monkeypatch.setattr(TorchBackend, "run", reads_padding)
     bench.only("bert").dump("dump.layers=[2]")

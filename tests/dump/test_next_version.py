@@ -46,7 +46,9 @@ class Team:
         self.notes = Notes()
         push(self.remote, base, "reviews")
 
-    def extend(self, who: str, *teachers: str, remote: Remote | None = None, **options: object) -> tuple[ExtendReport, str]:
+    def extend(
+        self, who: str, *teachers: str, remote: Remote | None = None, **options: object
+    ) -> tuple[ExtendReport, str]:
         place = remote or cast("Remote", self.remote)
         wanted = Wanted(dict.fromkeys(teachers, self.bench.teachers), **options)  # type: ignore[arg-type]
         store = LocalStore(self.root / who)
@@ -108,7 +110,9 @@ def test_rows_that_were_added_meanwhile_are_all_that_runs_again(
     bench: Workbench, base: Path, tmp_path: Path, forward_passes: Passes
 ) -> None:
     team = Team(bench, base, tmp_path)
-    more = write_reviews(tmp_path / "more.tsv", [*reviews(184, seed=1)[:96], ("one line more", 1), ("and another one", 0)])
+    more = write_reviews(
+        tmp_path / "more.tsv", [*reviews(184, seed=1)[:96], ("one line more", 1), ("and another one", 0)]
+    )
     recipe = bench.only("bert").recipe(f'data.train="{more}"', TOKENS)
     slow = team.meanwhile(lambda: team.extend("ben", "bert", recipe=recipe), ("write", "manifests/"))
     report, reference = team.extend("ada", "xlm", remote=slow)
@@ -153,7 +157,11 @@ def test_others_who_never_stop_end_in_an_error_that_loses_nothing(
         team.extend("ada", "xlm", remote=busy)
     forward_passes.clear()
     report, reference = team.extend("ada", "xlm")
-    assert reference == "reviews@4" and not forward_passes and set(open_cache(report.cache, incomplete=True).teachers) >= {"xlm"}
+    assert (
+        reference == "reviews@4"
+        and not forward_passes
+        and set(open_cache(report.cache, incomplete=True).teachers) >= {"xlm"}
+    )
 
 
 def test_on_a_store_that_decides_nothing_a_fork_is_said_and_closed(

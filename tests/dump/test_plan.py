@@ -103,7 +103,9 @@ def test_a_plan_says_how_many_texts_each_teacher_and_the_student_cut_and_the_dum
         assert teacher.truncated == run.truncated == records[teacher.teacher]["texts_truncated"] == expected
         assert records[teacher.teacher]["texts_run"] == len(texts)
         share = f"{100 * expected / len(texts):.1f}%"
-        assert f"teacher '{teacher.teacher}': {share} of 184 texts have more than 9 tokens and are cut" in "\n".join(plan.lines())
+        assert f"teacher '{teacher.teacher}': {share} of 184 texts have more than 9 tokens and are cut" in "\n".join(
+            plan.lines()
+        )
         assert share in run.line()
     tokenizer = load_teacher(bench.teachers, "bert").tokenizer  # the student starts from it
     full = [text for part in cache.parts if part.scope == "full" for text in cache.texts(part.name)]
@@ -131,4 +133,6 @@ def test_what_is_cut_is_said_once_with_the_first_part(bench: Workbench) -> None:
     notes = Notes()
     only = bench.only("bert")
     dump_teachers(only.recipe("data.max_length=9"), bench.teachers, bench.cache, progress=notes)
-    assert len([line for line in notes.lines if line.startswith("teacher 'bert': ") and "more than 9 tokens" in line]) == 1
+    assert (
+        len([line for line in notes.lines if line.startswith("teacher 'bert': ") and "more than 9 tokens" in line]) == 1
+    )

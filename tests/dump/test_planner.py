@@ -49,7 +49,9 @@ def test_bytes_are_those_of_the_dump_and_fidelity_falls_with_them(planned: tuple
         form, size = forms["pca 8 int8"]
         assert one.forms[one.asked] == form
         blocks = [cache.hidden(one.teacher, part.name, one.layer) for part in cache.parts if part.scope == "full"]
-        assert size == sum(block.values.nbytes + (block.scales.nbytes if block.scales is not None else 0) for block in blocks)
+        assert size == sum(
+            block.values.nbytes + (block.scales.nbytes if block.scales is not None else 0) for block in blocks
+        )
         exact = next(form for name, (form, _) in forms.items() if name.endswith("float32"))
         assert exact.explained == pytest.approx(1.0, abs=1e-6)
         assert exact.relative_error < 1e-6

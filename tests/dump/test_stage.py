@@ -29,7 +29,9 @@ FULL_TEXTS, LOGITS_TEXTS = 96 + 24, 32 + 32
 EXACT = ("dump.projection=none", "dump.dtype=float32", "dump.layers=[0, 2, 4]", "dump.pooled=true")
 
 
-def _forward(teacher: Teacher, text: tuple[str, ...], max_length: int = 32) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
+def _forward(
+    teacher: Teacher, text: tuple[str, ...], max_length: int = 32
+) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
     """Logits, pooled vector and hidden states of one text, run alone."""
     encoded = encode(teacher.tokenizer, [text], max_length)
     with torch.no_grad():
@@ -96,7 +98,9 @@ def test_int8_on_a_pca_basis_is_within_half_a_scale(bench: Workbench) -> None:
                 exact.append(projected)
     target_variance = cache.basis("bert", 3).target_variance  # of the sample, 64 of 120 texts
     assert target_variance == pytest.approx(np.concatenate(exact).var(axis=0).mean(), rel=0.25)
-    assert np.concatenate(stored).var(axis=0).mean() == pytest.approx(np.concatenate(exact).var(axis=0).mean(), rel=0.02)
+    assert np.concatenate(stored).var(axis=0).mean() == pytest.approx(
+        np.concatenate(exact).var(axis=0).mean(), rel=0.02
+    )
 
 
 def test_two_dumps_of_one_recipe_have_one_identity(bench: Workbench, tmp_path: Path) -> None:
@@ -114,7 +118,10 @@ def digests(cache: Path) -> dict[str, bytes]:
 
 
 def test_batches_of_another_size_change_rounding_only(bench: Workbench, tmp_path: Path) -> None:
-    """``tokens_per_batch`` is not part of a cache's specification; nor are device and library versions, which do no more."""
+    """``tokens_per_batch`` is not part of a cache's specification.
+
+    Nor are device and library versions, which do no more.
+    """
     bench.dump(*EXACT)
     other = bench.dump(*EXACT, "dump.tokens_per_batch=64", cache=tmp_path / "other").cache
     found, again = digests(bench.cache), digests(other)
@@ -139,7 +146,9 @@ def test_a_dump_goes_on_with_batches_of_another_size(bench: Workbench, tmp_path:
     with use_disk(dying_disk(len(counting.steps) // 2)), pytest.raises(Died):
         bench.dump(*EXACT)
     before = digests(bench.cache)
-    kept = {name: data for name, data in before.items() if name.startswith("teachers/bert/")}  # finished; the next one was begun
+    kept = {
+        name: data for name, data in before.items() if name.startswith("teachers/bert/")
+    }  # finished; the next one was begun
     assert len([name for name in kept if "/outputs/" in name]) == 6
     report = bench.dump(*EXACT, "dump.tokens_per_batch=64")
     after = digests(bench.cache)
@@ -150,7 +159,10 @@ def test_a_dump_goes_on_with_batches_of_another_size(bench: Workbench, tmp_path:
 
 @pytest.mark.parametrize("columns", [("premise", "hypothesis"), ("premise",)], ids=["pairs", "single texts"])
 def test_token_types_that_a_tokenizer_withholds_are_another_teacher(columns: tuple[str, ...], tmp_path: Path) -> None:
-    """Where they change what the teacher says: pairs, for a model that tells types apart. Bundles of 0.1.0 stay what they are."""
+    """Where they change what the teacher says.
+
+    Pairs, for a model that tells types apart. Bundles of 0.1.0 stay what they are.
+    """
     families = {"bert": "bert", "roberta": "roberta", "xlm": "xlm-roberta", "distilbert": "distilbert"}
     directory = make_teachers(tmp_path / "teachers", families, text_columns=columns)  # type: ignore[arg-type]
     old = read_bundle(directory)
@@ -160,7 +172,9 @@ def test_token_types_that_a_tokenizer_withholds_are_another_teacher(columns: tup
     assert {name: load_teacher(directory, name, new).fingerprints for name in families} == fingerprints
     for name in families:
         path = directory / name / "tokenizer_config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"model_input_names": ["input_ids", "attention_mask"]}))
+        path.write_text(
+            json.dumps(json.loads(path.read_text()) | {"model_input_names": ["input_ids", "attention_mask"]})
+        )
     refused = []
     for name in families:
         assert load_teacher(directory, name, old).fingerprints == fingerprints[name]
@@ -175,7 +189,11 @@ def test_token_types_that_a_tokenizer_withholds_are_another_teacher(columns: tup
 def test_the_layers_of_a_teacher_may_be_its_own(bench: Workbench) -> None:
     bench.dump("teachers.bert.layers=[1]", "teachers.xlm.layers=[0, 3]")
     cache = open_cache(bench.cache)
-    assert {name: tuple(spec.layers) for name, spec in cache.teachers.items()} == {"bert": (1,), "roberta": (2, 4), "xlm": (0, 3)}
+    assert {name: tuple(spec.layers) for name, spec in cache.teachers.items()} == {
+        "bert": (1,),
+        "roberta": (2, 4),
+        "xlm": (0, 3),
+    }
 
 
 def test_a_finished_dump_runs_nothing(bench: Workbench, forward_passes: Counter[object]) -> None:
@@ -203,7 +221,9 @@ def test_one_teacher_at_a_time(bench: Workbench, monkeypatch: pytest.MonkeyPatch
     assert len(loaded) == 3
 
 
-def test_a_new_teacher_leaves_the_others_alone(bench: Workbench, tmp_path: Path, forward_passes: Counter[object]) -> None:
+def test_a_new_teacher_leaves_the_others_alone(
+    bench: Workbench, tmp_path: Path, forward_passes: Counter[object]
+) -> None:
     two = bench.only("bert", "roberta")
     two.dump("dump.layers=[2]")
     files = {path: path.stat().st_mtime_ns for path in bench.cache.rglob("part-*") if path.is_file()}
@@ -223,7 +243,9 @@ def test_a_new_layer_is_dumped_alone(
     report = bench.dump("dump.layers=[2, 3]")
     assert {layers for _, layers in forward_passes} == {(3,)}
     per_teacher = {teacher: count for (teacher, _), count in forward_passes.items()}
-    assert per_teacher == dict.fromkeys(("bert", "roberta", "xlm"), FULL_TEXTS + 64)  # the sample of the new bases besides
+    assert per_teacher == dict.fromkeys(
+        ("bert", "roberta", "xlm"), FULL_TEXTS + 64
+    )  # the sample of the new bases besides
     assert report.identity == bench.dump("dump.layers=[2, 3]", cache=tmp_path / "at once").identity
 
 
@@ -265,7 +287,9 @@ def test_a_test_text_that_is_trained_on_later_is_run_in_full(bench: Workbench, t
     bench.dump()
     directory = bench.recipe_file.parent
     joined = tmp_path / "joined.tsv"
-    joined.write_text((directory / "train.tsv").read_text() + "".join((directory / "test.tsv").read_text().splitlines(True)[1:]))
+    joined.write_text(
+        (directory / "train.tsv").read_text() + "".join((directory / "test.tsv").read_text().splitlines(True)[1:])
+    )
     bench.dump(f'data.train="{joined}"')
     cache = open_cache(bench.cache)
     assert [part.texts for part in cache.parts if part.scope == "full"] == [32, 32, 32, 24, 32]
@@ -332,10 +356,14 @@ def test_an_interruption_does_not_lose_how_a_teacher_was_run(bench: Workbench, m
 
 
 def test_pairs_of_texts(bench: Workbench, tmp_path: Path) -> None:
-    rows = [(one, other, label) for (one, label), (other, _) in zip(reviews(20, seed=8), reviews(20, seed=9), strict=True)]
+    rows = [
+        (one, other, label) for (one, label), (other, _) in zip(reviews(20, seed=8), reviews(20, seed=9), strict=True)
+    ]
     rows += [("the film is good", "", 1), ("", "the plot is bad", 0)]  # a column may be empty
     pairs = tmp_path / "pairs.tsv"
-    pairs.write_text("premise\thypothesis\tlabel\n" + "".join(f"{one}\t{other}\t{label}\n" for one, other, label in rows))
+    pairs.write_text(
+        "premise\thypothesis\tlabel\n" + "".join(f"{one}\t{other}\t{label}\n" for one, other, label in rows)
+    )
     recipe = tmp_path / "pairs.toml"
     recipe.write_text(f"""\
 name = "pairs"
@@ -378,7 +406,9 @@ def test_the_onnx_backend_agrees_and_its_parity_is_recorded(bench: Workbench, tm
     assert {spec.backend for spec in onnx.teachers.values()} == {"onnxruntime"}
     for name in onnx.teachers:
         for part in onnx.parts:
-            np.testing.assert_allclose(onnx.outputs(name, part.name).logits, torched.outputs(name, part.name).logits, atol=1e-4)
+            np.testing.assert_allclose(
+                onnx.outputs(name, part.name).logits, torched.outputs(name, part.name).logits, atol=1e-4
+            )
         hidden = onnx.hidden(name, "part-00000", 2).values, torched.hidden(name, "part-00000", 2).values
         np.testing.assert_allclose(*hidden, atol=1e-4)
         assert float(onnx.manifest.provenance["teachers"][name]["max_abs_difference_to_torch"]) < 1e-4
@@ -418,7 +448,9 @@ def stale_bench(tmp_path_factory: pytest.TempPathFactory, review_recipe: Path, t
 
 
 @pytest.mark.parametrize("what", ["weights", "head", "tokenizer"])
-def test_a_changed_teacher_is_refused_and_named(bench: Workbench, tiny_teachers: Path, tmp_path: Path, what: str) -> None:
+def test_a_changed_teacher_is_refused_and_named(
+    bench: Workbench, tiny_teachers: Path, tmp_path: Path, what: str
+) -> None:
     bench.dump("dump.layers=[2]")
     others = tmp_path / "others"
     families = {"bert": "bert", "roberta": "roberta", "xlm": "xlm-roberta"}
@@ -463,7 +495,9 @@ def test_weights_that_changed_behind_the_record_s_back_are_refused(bench: Workbe
 
 
 def test_other_labels_or_columns_than_the_teachers_know_are_refused(bench: Workbench) -> None:
-    with pytest.raises(MismatchError, match=r"labels, in class order, of the data are 1, 0; the teachers in .* know 0, 1"):
+    with pytest.raises(
+        MismatchError, match=r"labels, in class order, of the data are 1, 0; the teachers in .* know 0, 1"
+    ):
         bench.dump('data.labels=["1", "0"]')
     assert not bench.cache.exists()
 
@@ -476,7 +510,9 @@ def test_other_labels_or_columns_than_the_teachers_know_are_refused(bench: Workb
         (["data.max_length=512"], "teacher 'bert' takes at most 80 tokens, max_length is 512"),
     ],
 )
-def test_what_a_teacher_cannot_do_is_said_before_anything_is_written(bench: Workbench, overrides: list[str], named: str) -> None:
+def test_what_a_teacher_cannot_do_is_said_before_anything_is_written(
+    bench: Workbench, overrides: list[str], named: str
+) -> None:
     with pytest.raises(ModelError, match=named):
         bench.dump(*overrides)
     assert not bench.cache.exists()

@@ -66,7 +66,9 @@ def test_losses_and_names_are_those_of_version_0_1_0(model_path: Path, case: str
     section = StudentSection(init_from=str(model_path))
     student = build_student(section, ("0", "1"), max_length=16, seed=0, dropout=0.0).model
     dims = DIMS if settings.needs_hidden else {}
-    model = DistillationModel(student, settings, ("a", "b"), dims=dims, variances=lambda _epoch: VARIANCES, seed=0).train()
+    model = DistillationModel(
+        student, settings, ("a", "b"), dims=dims, variances=lambda _epoch: VARIANCES, seed=0
+    ).train()
     saved = list(model.state_dict())
     assert saved == [f"student.{name}" for name in student.state_dict()] + names
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)

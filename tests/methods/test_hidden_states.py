@@ -1,4 +1,6 @@
-"""Hidden losses of every feature, distance and direction, through the trained module, against loops over texts and tokens."""
+"""Hidden losses of every feature, distance and direction, through the trained module, against loops over texts and
+tokens.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,18 @@ from kdcache.methods.parts.hidden_states import (
     HiddenStates,
 )
 from kdcache.methods.parts.relations import cosine_relation
-from kdcache.testing.steps import COVERED, LENGTH, MASK, PAIRS, ROWS, TEACHERS, VARIANCES, loop_model, step_batch, step_loss
+from kdcache.testing.steps import (
+    COVERED,
+    LENGTH,
+    MASK,
+    PAIRS,
+    ROWS,
+    TEACHERS,
+    VARIANCES,
+    loop_model,
+    step_batch,
+    step_loss,
+)
 
 Vector = list[float]
 NARROW: dict[Pair, int] = {(0, 1): 4, (0, 2): 4, (1, 1): 3, (1, 2): 3}
@@ -36,7 +49,11 @@ def settings_of(term: HiddenStates | HiddenRelations, paper: bool = False) -> Ob
 def vectors(states: torch.Tensor, target: Hidden, teacher: int, feature: Feature) -> list[tuple[Vector, Vector]]:
     """(student, teacher) of everything that has a target, token by token."""
     told = dict(
-        zip(((row, token) for row in range(ROWS) for token in COVERED[teacher][row]), target.values.tolist(), strict=True)
+        zip(
+            ((row, token) for row in range(ROWS) for token in COVERED[teacher][row]),
+            target.values.tolist(),
+            strict=True,
+        )
     )
     found: list[tuple[Vector, Vector]] = []
     for row in range(ROWS):
@@ -70,7 +87,9 @@ def distance(mine: Vector, theirs: Vector, kind: Distance) -> float:
     return sum(squares) / (len(squares) if kind is MEAN_SQUARE else 1)
 
 
-def projected(model: DistillationModel, pair: Pair, mine: Vector, theirs: Vector, direction: Direction) -> tuple[Vector, Vector]:
+def projected(
+    model: DistillationModel, pair: Pair, mine: Vector, theirs: Vector, direction: Direction
+) -> tuple[Vector, Vector]:
     teacher, layer = pair
     matrices = model.projections.matrices if direction != "none" else {}
     if direction == "student-to-teacher":
@@ -116,7 +135,9 @@ def test_a_loss_that_is_free_of_scale_starts_with_random_projections() -> None:
     from kdcache.methods.losses import HiddenProjections
 
     assert not any(matrix.any() for matrix in HiddenProjections(NARROW, 4, "student-to-teacher").parameters())
-    assert all(matrix.all() for matrix in HiddenProjections(NARROW, 4, "student-to-teacher", scale_free=True).parameters())
+    assert all(
+        matrix.all() for matrix in HiddenProjections(NARROW, 4, "student-to-teacher", scale_free=True).parameters()
+    )
 
 
 def test_unequal_widths_without_a_projection_are_refused() -> None:
@@ -134,7 +155,8 @@ def test_cosines_among_rows_are_those_of_a_loop() -> None:
     for (teacher, layer), target in batch.targets.hidden.items():
         rows = [(scaled(mine), scaled(theirs)) for mine, theirs in vectors(states[layer], target, teacher, "mean")]
         errors = [
-            (sum(a * b for a, b in zip(p[0], q[0], strict=True)) - sum(a * b for a, b in zip(p[1], q[1], strict=True))) ** 2
+            (sum(a * b for a, b in zip(p[0], q[0], strict=True)) - sum(a * b for a, b in zip(p[1], q[1], strict=True)))
+            ** 2
             for p, q in itertools.permutations(rows, 2)
         ]
         expected += sum(errors) / len(errors) / len(PAIRS)

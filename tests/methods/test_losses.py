@@ -81,7 +81,9 @@ def test_no_gradient_flows_through_weights_that_depend_on_the_student(student: T
         q = softmax(student[row].tolist())
         for teacher in range(TEACHERS):
             p = softmax(teachers[teacher, row].tolist())
-            for place in range(CLASSES):  # d CE(p, softmax(z)) / dz = softmax(z) - p, times a weight that stays as it is
+            for place in range(
+                CLASSES
+            ):  # d CE(p, softmax(z)) / dz = softmax(z) - p, times a weight that stays as it is
                 expected[row, place] += max(q) * (q[place] - p[place]) / ROWS
     DistillationLoss(weighting=confidence)(student, teachers, LABELS).backward()
     assert student.grad is not None
@@ -113,7 +115,9 @@ def test_weights_are_one_without_label_and_below_one_with_it(student: Tensor, te
     weights = inverse_cross_entropy(student, teachers, LABELS)
     assert torch.equal(weights[:, LABELS < 0], torch.ones(TEACHERS, 2, dtype=torch.float64))
     assert bool((weights[:, LABELS >= 0] < 1).all())
-    assert torch.equal(teacher_cross_entropy(teachers, LABELS)[:, LABELS < 0], torch.zeros(TEACHERS, 2, dtype=torch.float64))
+    assert torch.equal(
+        teacher_cross_entropy(teachers, LABELS)[:, LABELS < 0], torch.zeros(TEACHERS, 2, dtype=torch.float64)
+    )
 
 
 def test_mean_probability_is_the_mean_of_softened_probabilities(teachers: Tensor) -> None:
@@ -144,7 +148,9 @@ def test_cross_entropy_of_equal_distributions_is_their_entropy(teachers: Tensor)
 
 def test_mean_squared_error_in_plain_loops() -> None:
     a, b = torch.randn(7, 3), torch.randn(7, 3)
-    expected = sum((x - y) ** 2 for p, q in zip(a.tolist(), b.tolist(), strict=True) for x, y in zip(p, q, strict=True)) / 21
+    expected = (
+        sum((x - y) ** 2 for p, q in zip(a.tolist(), b.tolist(), strict=True) for x, y in zip(p, q, strict=True)) / 21
+    )
     assert mean_squared_error(a, b).item() == pytest.approx(expected, rel=1e-5)
     weights = torch.rand(7)
     weighted = sum(

@@ -54,7 +54,9 @@ def test_weights_change_linearly() -> None:
 def test_one_teacher_is_drawn_per_step_by_its_probability() -> None:
     choose = SampledTeacher((3.0, 1.0, 0.0))
     drawn = [choose(Moment(step, seed=7), 3).index(1.0) for step in range(400)]
-    assert drawn == [choose(Moment(step, 999, epoch=5, seed=7), 3).index(1.0) for step in range(400)]  # by seed and step alone
+    assert drawn == [
+        choose(Moment(step, 999, epoch=5, seed=7), 3).index(1.0) for step in range(400)
+    ]  # by seed and step alone
     assert 0.68 < drawn.count(0) / 400 < 0.82
     assert drawn.count(2) == 0
     assert drawn != [choose(Moment(step, seed=8), 3).index(1.0) for step in range(400)]
@@ -102,7 +104,9 @@ def test_what_a_method_cannot_do_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     relations = Method("pairs", "", "", (TaskLoss(), HiddenRelations(((1.0, cosine_relation),))), layer_map=LAST)
     monkeypatch.setattr("kdcache.distill.objective.find_method", lambda _name: relations)
     assert objective_settings(DistillSection(layer_map="last")).layer_map is LAST
-    with pytest.raises(RecipeError, match=r"'hidden' of method 'pairs' compares the rows.*distill\.accumulation = 2") as caught:
+    with pytest.raises(
+        RecipeError, match=r"'hidden' of method 'pairs' compares the rows.*distill\.accumulation = 2"
+    ) as caught:
         objective_settings(DistillSection(accumulation=2))
     assert "accumulation = 1" in caught.value.hint
     with pytest.raises(RecipeError, match=r"distill\.layer_map is 'even', but method 'pairs' has its own: last"):

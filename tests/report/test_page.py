@@ -22,7 +22,15 @@ def run(tmp_path: Path) -> RunDirectory:
     directory.recipe_file.write_text('name = "reviews"  # <escaped>\n')
     directory.results.write_text(json.dumps(results(0.84)))
     lines = [
-        {"stage": "distill", "event": "steps", "step": step, "epoch": 1, "loss": 2.0 / step, "hidden": 100.0 * step, "steps": 10}
+        {
+            "stage": "distill",
+            "event": "steps",
+            "step": step,
+            "epoch": 1,
+            "loss": 2.0 / step,
+            "hidden": 100.0 * step,
+            "steps": 10,
+        }
         for step in (10, 20, 30)
     ]
     lines.append({"stage": "distill", "event": "epoch", "step": 30, "epoch": 1, "accuracy": 0.8})

@@ -104,7 +104,9 @@ def test_answers_that_do_not_depend_on_the_label_count_as_nothing_and_those_that
     seeing = blind + 2 * np.eye(4)[labels]
     assert learned_nothing(scores(labels, blind), 1000)
     assert not learned_nothing(scores(labels, seeing), 1000)
-    assert not learned_nothing(scores(np.zeros(9, np.int64), np.eye(4)[[0] * 9]), 9)  # one class, and every answer right
+    assert not learned_nothing(
+        scores(np.zeros(9, np.int64), np.eye(4)[[0] * 9]), 9
+    )  # one class, and every answer right
 
 
 def test_what_was_cut_and_left_out_is_said_under_the_table() -> None:

@@ -33,7 +33,11 @@ def tmp_path() -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def caches() -> Iterator[dict[str, Path]]:
     """``one``: a teacher; ``two``: the same and another teacher; ``other``: other texts. Not to be changed."""
-    plans = {"one": made_plan(3, 2, ["bert"]), "two": made_plan(3, 2, ["bert", "roberta"]), "other": made_plan(5, 2, ["bert"])}
+    plans = {
+        "one": made_plan(3, 2, ["bert"]),
+        "two": made_plan(3, 2, ["bert", "roberta"]),
+        "other": made_plan(5, 2, ["bert"]),
+    }
     with tempfile.TemporaryDirectory(dir=MEMORY, prefix="kdcache-test-") as directory:
         for name, plan in plans.items():
             dump(Path(directory) / name, plan)

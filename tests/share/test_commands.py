@@ -48,7 +48,9 @@ def test_a_cache_goes_to_a_colleague(team: Path, caches: Caches) -> None:
 @pytest.mark.usefixtures("team")
 def test_a_part_is_pulled_shown_and_completed(caches: Caches) -> None:
     kdcache("cache", "push", caches["two"], "--name", "sst2")
-    said = kdcache("cache", "pull", "sst2", "--teachers", "bert", "--layers", "4", "--no-text", "--to", "part", "--json")
+    said = kdcache(
+        "cache", "pull", "sst2", "--teachers", "bert", "--layers", "4", "--no-text", "--to", "part", "--json"
+    )
     assert said.document["selection"] == {"teachers": {"bert": [4]}, "text": False}
     assert "of" in kdcache("cache", "ls").out
     standing = kdcache("cache", "status", "part")

@@ -1,4 +1,7 @@
-"""A remote that fails at random: every push and pull ends complete and verified, or says why and leaves nothing half."""
+"""A remote that fails at random.
+
+Every push and pull ends complete and verified, or says why and leaves nothing half.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,10 @@ T = TypeVar("T")
 
 
 def again_and_again(work: Callable[[], T], check: Callable[[], None]) -> tuple[T, int]:
-    """The result of ``work``, run until it does not fail, and how often it failed; ``check`` must hold after each failure."""
+    """The result of ``work``, run until it does not fail, and how often it failed.
+
+    ``check`` must hold after each failure.
+    """
     for failures in range(200):
         try:
             return work(), failures
@@ -42,7 +48,9 @@ def share_and_collect(caches: dict[str, Path], target: Path, remote: FaultyRemot
         assert broken_refs(world.remote) == []
 
     _, first = again_and_again(lambda: push(remote, caches["one"], "sst2", pace=world.pace, workers=workers), whole)
-    report, second = again_and_again(lambda: push(remote, caches["two"], "sst2", pace=world.pace, workers=workers), whole)
+    report, second = again_and_again(
+        lambda: push(remote, caches["two"], "sst2", pace=world.pace, workers=workers), whole
+    )
     assert report.reference == "sst2@2"
     _, third = again_and_again(lambda: pull(remote, "sst2", target, workers=workers), whole)
     assert verify(target) == []
@@ -100,7 +108,10 @@ def test_an_object_that_is_too_short_or_too_long_is_damage_and_not_a_broken_conn
 
 
 def test_a_fork_is_told_and_ends_with_the_next_push(caches: dict[str, Path], tmp_path: Path) -> None:
-    """On a store that does not decide creates, two pushes at once: both versions can be had, and neither is taken for the newest."""
+    """On a store that does not decide creates, two pushes at once.
+
+    Both versions can be had, and neither is taken for the newest.
+    """
     store = MemoryRemote(conditional=False)
 
     class Late(MemoryRemote):

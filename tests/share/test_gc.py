@@ -37,14 +37,18 @@ def objects(world: World, prefix: str = "files/") -> set[str]:
     return {key for key in world.remote.objects if key.startswith(prefix)}
 
 
-def test_what_versions_reach_stays_and_what_is_old_and_unreached_goes(world: World, caches: Caches, tmp_path: Path) -> None:
+def test_what_versions_reach_stays_and_what_is_old_and_unreached_goes(
+    world: World, caches: Caches, tmp_path: Path
+) -> None:
     push(world.remote, caches["one"], "sst2", pace=world.pace)
     first = objects(world)
     push(world.remote, caches["other"], "other", pace=world.pace)
     world.seconds += 30 * DAY
     assert collect(world.remote, delete=True, pace=world.pace).keys == ()
     remove(world.remote, "other")
-    assert collect(world.remote, delete=True, pace=world.pace).keys == ()  # dropped a moment ago: somebody may be pulling it
+    assert (
+        collect(world.remote, delete=True, pace=world.pace).keys == ()
+    )  # dropped a moment ago: somebody may be pulling it
     world.seconds += GRACE + 1
     world.remote.write("readme.txt", b"not ours")
     would = collect(world.remote, pace=world.pace)
@@ -141,14 +145,16 @@ def test_a_gc_that_slept_stops(world: World, caches: Caches) -> None:
     assert objects(world, "marks/") == set()
 
 
-# What follows runs a push and a gc in threads of which one at a time may go on, until its next request. A schedule says who.
+# What follows runs a push and a gc in threads of which one at a time may go on, until its next request. A schedule says
+# who.
 
 
 @dataclass
 class Turns:
     """Hands the turn to and fro: at each request the schedule decides whether the other one goes on instead.
 
-    ``switches``: at which requests, counted over both, the turn is handed over; ``sleeps``: seconds that pass at a switch.
+    ``switches``: at which requests, counted over both, the turn is handed over; ``sleeps``: seconds that pass at a
+    switch.
     """
 
     world: World
@@ -220,7 +226,10 @@ def _inline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def prepared(caches: Caches) -> World:
-    """'two' was pushed and removed long ago, so a push of 'one' would reuse old objects that nothing reaches; 'other' stays."""
+    """'two' was pushed and removed long ago, so a push of 'one' would reuse old objects that nothing reaches.
+
+    'other' stays.
+    """
     world = World()
     push(world.remote, caches["other"], "other", pace=world.pace, workers=1)
     push(world.remote, caches["two"], "sst2", pace=world.pace, workers=1)
@@ -259,7 +268,10 @@ def check(world: World, results: list[Any], schedule: object) -> None:
 
 
 def check_late_delete(world: World, results: list[Any], schedule: object, caches: Caches) -> None:
-    """The one thing that no order of steps excludes: a delete that is under way while its gc sleeps until a push has ended."""
+    """The one thing that no order of steps excludes.
+
+    A delete that is under way while its gc sleeps until a push has ended.
+    """
     assert isinstance(results[1], DamageError), f"{schedule}: {results[1]!r}"
     assert "new@1, which was pushed meanwhile, lacks 'files/" in results[1].message
     broken = broken_refs(world.remote)  # none where the push still lived and took its last look afterwards
@@ -271,7 +283,10 @@ def check_late_delete(world: World, results: list[Any], schedule: object, caches
 @pytest.mark.usefixtures("_inline")
 @pytest.mark.parametrize("first", [0, 1], ids=["push first", "gc first"])
 def test_push_and_gc_interrupting_each_other_at_every_pair_of_requests(caches: Caches, first: int) -> None:
-    """Every schedule of one or two switches: the one is interrupted at any request, the other runs to any of its own, and so on."""
+    """Every schedule of one or two switches.
+
+    The one is interrupted at any request, the other runs to any of its own, and so on.
+    """
     start = prepared(caches)
     _, results, count = interleave(start, caches, (), (), first)
     stopped = 0
@@ -313,8 +328,13 @@ def test_push_and_gc_suspended_beyond_their_time_to_live(caches: Caches, first: 
 
 
 @pytest.mark.usefixtures("_inline")
-def test_schedules_find_a_push_that_trusts_what_it_saw_before_it_slept(caches: Caches, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The schedules above can find faults: without epochs, a gc that began during the sleep deletes after the push's last look."""
+def test_schedules_find_a_push_that_trusts_what_it_saw_before_it_slept(
+    caches: Caches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The schedules above can find faults.
+
+    Without epochs, a gc that began during the sleep deletes after the push's last look.
+    """
     monkeypatch.setattr(intents.Lease, "holds", lambda *_: True)
     start = prepared(caches)
     _, _, count = interleave(start, caches, (), (), 0)
@@ -395,17 +415,27 @@ def test_the_report_says_what_went_and_what_stayed(world: World, caches: Caches)
     assert (set(report.keys), report.bytes) == (set(gone), sum(gone.values()))
     kinds = [key.partition("/")[0] for key in report.keys]
     assert [kind for kind, _ in itertools.groupby(kinds)] == ["refs", "manifests", "files", "intents"]
-    assert (report.refs, report.manifests, report.files) == tuple(kinds.count(kind) for kind in ("refs", "manifests", "files"))
+    assert (report.refs, report.manifests, report.files) == tuple(
+        kinds.count(kind) for kind in ("refs", "manifests", "files")
+    )
     kept = {digest.sha256: digest.size for digest in read_manifest(caches["one"]).contents.files.values()}
     assert (report.kept_files, report.kept_bytes) == (len(kept), sum(kept.values()))
     assert (report.young_files, report.young_bytes) == (1, len(b"young"))
     assert all(
-        key in world.remote.objects for key in ("files/00-notes", "files/zz-notes", "intents/notes.txt", "manifests/notes")
+        key in world.remote.objects
+        for key in ("files/00-notes", "files/zz-notes", "intents/notes.txt", "manifests/notes")
     )
-    assert (told.tasks, told.done, told.bytes, told.finished) == ([("gc", len(gone), "objects")], len(gone), report.bytes, 1)
+    assert (told.tasks, told.done, told.bytes, told.finished) == (
+        [("gc", len(gone), "objects")],
+        len(gone),
+        report.bytes,
+        1,
+    )
 
 
-def test_a_tombstone_goes_a_run_after_what_it_dropped_and_not_before_the_grace_period(world: World, caches: Caches) -> None:
+def test_a_tombstone_goes_a_run_after_what_it_dropped_and_not_before_the_grace_period(
+    world: World, caches: Caches
+) -> None:
     def numbers() -> list[int]:
         return [ref.number for ref in history(world.remote, "sst2")]
 
@@ -429,7 +459,10 @@ def test_a_tombstone_goes_a_run_after_what_it_dropped_and_not_before_the_grace_p
 
 @pytest.mark.parametrize("pushed", ["one", "two", "other"])
 def test_a_delete_that_took_what_was_pushed_while_gc_slept_is_said(caches: Caches, pushed: str) -> None:
-    """``one`` shares files with what gc deletes, ``two`` is all of it, with its manifest; ``other`` lives, and loses nothing."""
+    """``one`` shares files with what gc deletes, ``two`` is all of it, with its manifest.
+
+    ``other`` lives, and loses nothing.
+    """
     world, slept = prepared(caches), list[str]()
     push_key = layout.manifest_key(hashlib.sha256((caches["two"] / "manifest.json").read_bytes()).hexdigest())
     needed = {digest.sha256 for digest in read_manifest(caches["one"]).contents.files.values()}
@@ -485,7 +518,8 @@ def test_a_gc_on_a_slow_store_keeps_its_mark_alive(caches: Caches) -> None:
 def test_one_worker_is_the_calling_thread(caches: Caches) -> None:
     world, threads = prepared(caches), set[int]()
     remote = cast(
-        "Remote", Watched(world.remote, lambda method, _: threads.add(threading.get_ident()) if method == "delete" else None)
+        "Remote",
+        Watched(world.remote, lambda method, _: threads.add(threading.get_ident()) if method == "delete" else None),
     )
     collect(remote, delete=True, pace=world.pace, workers=1)
     assert threads == {threading.get_ident()}

@@ -1,6 +1,7 @@
 """Real processes on real remotes: killed at random moments, racing for a name, with credentials that may only read.
 
-Children are forked from a server that has the imports done and has asked nothing of a store; each gets a remote by its URL.
+Children are forked from a server that has the imports done and has asked nothing of a store; each gets a remote by its
+URL.
 """
 
 from __future__ import annotations
@@ -79,7 +80,9 @@ def cache() -> Iterator[Path]:
         yield Path(directory) / "cache"
 
 
-def _child(pipe: Connection, environment: Mapping[str, str], work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+def _child(
+    pipe: Connection, environment: Mapping[str, str], work: Callable[..., None], arguments: tuple[Any, ...]
+) -> None:
     os.environ.update(environment)
     with use_disk(UnsyncedDisk()):
         pipe.send("ready")
@@ -180,13 +183,17 @@ def test_a_pull_that_dies_at_every_request_in_turn(place: Place, caches: dict[st
         begun = sum(line.startswith("read files/") for line in first.log)
         second = FaultyRemote(remote)
         pull(second, "sst2", target, workers=1)
-        assert sum(line.startswith("read files/") for line in second.log) <= total - max(begun - 1, 0), f"request {step}"
+        assert sum(line.startswith("read files/") for line in second.log) <= total - max(begun - 1, 0), (
+            f"request {step}"
+        )
         assert verify(target) == []
         assert unreferenced(target) == []
 
 
 def test_a_push_that_is_killed_at_random_moments(place: Place, cache: Path) -> None:
-    """A server goes on with the requests of a dead process, so files may arrive after the listing and while the next push works."""
+    """A server goes on with the requests of a dead process, so files may arrive after the listing and while the next
+    push works.
+    """
     for moment in moments(lambda: Child(place, _push, place.url(), cache, "sst2")):
         url = place.url()
         child = Child(place, _push, url, cache, "sst2")
@@ -244,7 +251,9 @@ def test_eight_processes_push_versions_of_one_name(place: Place, tmp_path: Path)
     assert [ref.number for ref in refs] == list(range(1, 17))
     assert len({ref.manifest for ref in refs}) == 16
     for number in range(8):
-        mine = [ref.number for ref in refs for path in made[2 * number : 2 * number + 2] if ref.manifest == _sha256(path)]
+        mine = [
+            ref.number for ref in refs for path in made[2 * number : 2 * number + 2] if ref.manifest == _sha256(path)
+        ]
         assert mine == sorted(mine) and len(mine) == 2
     assert broken_refs(place.open(url)) == []
     assert objects(place.open(url), "intents/") == set()
@@ -312,7 +321,9 @@ def test_control_c_ends_at_once_and_says_how_to_go_on(tmp_path: Path, cache: Pat
         "from kdcache.cli.main import main\n"
         f"main(['cache', 'push', {str(cache)!r}, '--name', 'sst2', '--remote', {str(tmp_path / 'team')!r}])"
     )
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdout is not None and process.stdout.readline() == "sending\n"
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=200)  # far less than the file takes, and more than a busy machine does

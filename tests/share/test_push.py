@@ -36,7 +36,13 @@ def hearing(world: World, hear: Callable[[str, str], None]) -> Remote:
 
 
 def test_a_dry_run_reports_what_the_push_then_does(world: World, caches: Caches) -> None:
-    pushes = [("one", "sst2", None), ("one", "sst2", None), ("two", "sst2", "v1"), ("one", "sst2", None), ("two", "other", None)]
+    pushes = [
+        ("one", "sst2", None),
+        ("one", "sst2", None),
+        ("two", "sst2", "v1"),
+        ("one", "sst2", None),
+        ("two", "other", None),
+    ]
     pushes += [("one", "sst2", "v2"), ("one", "sst2", "v2"), ("other", "sst2", None)]
     expected = [("sst2@1", True), ("sst2@1", False), ("sst2@2", True), ("sst2@3", True), ("other@1", True)]
     expected += [("sst2@4", True), ("sst2@4", False), ("sst2@5", True)]
@@ -105,7 +111,10 @@ def test_a_push_that_sleeps_again_and_again_gives_up(world: World, caches: Cache
 
 @pytest.mark.parametrize("slept", [0.0, 130.0])
 def test_what_went_before_the_ref_was_made_is_sent_again(caches: Caches, slept: float) -> None:
-    """By a gc that looked before the intent was there; where the push slept, what it had sent itself may be gone too."""
+    """By a gc that looked before the intent was there.
+
+    Where the push slept, what it had sent itself may be gone too.
+    """
     world = prepared(caches)
     manifest = next(key for key in sizes(caches["one"]) if layout.parse_manifest_key(key))
     found = next(key for key in sizes(caches["one"]) if layout.parse_file_key(key))
@@ -175,7 +184,8 @@ def test_a_part_without_the_rest_is_refused_by_count_and_name(world: World, cach
         with pytest.raises(MismatchError) as caught:
             push(elsewhere.remote, tmp_path / "part", "sst2", pace=elsewhere.pace, dry_run=dry_run)
         assert caught.value.message == (
-            f"this cache is a part of its whole: {len(absent)} files were not pulled and are not on {elsewhere.remote.url}, "
+            f"this cache is a part of its whole: {len(absent)} files were not pulled and are not on "
+            f"{elsewhere.remote.url}, "
             f"such as '{absent[0]}'"
         )
         assert caught.value.hint == "Pull the rest first, or push to the remote that it was pulled from."

@@ -31,7 +31,9 @@ Caches = dict[str, Path]
 def test_what_was_pushed_comes_back_the_same(world: World, caches: Caches, tmp_path: Path) -> None:
     sent = push(world.remote, caches["two"], "sst2", tag="v1", pace=world.pace)
     assert (sent.reference, sent.new_version, sent.files_sent) == ("sst2@1", True, sent.files)
-    assert sent.bytes_sent == sum(len(data) for key, (data, _) in world.remote.objects.items() if not key.startswith("refs/"))
+    assert sent.bytes_sent == sum(
+        len(data) for key, (data, _) in world.remote.objects.items() if not key.startswith("refs/")
+    )
     assert not any(key.startswith("intents/") for key in world.remote.objects)
     report = pull(world.remote, "sst2@v1", tmp_path / "c")
     assert report.selection is None
@@ -50,7 +52,9 @@ def test_only_what_is_new_travels(world: World, caches: Caches) -> None:
     requests.log.clear()
     more = push(remote, caches["two"], "sst2", pace=world.pace)
     assert more.reference == "sst2@2"
-    news = {digest.sha256 for path, digest in read_manifest(caches["two"]).contents.files.items() if "/roberta/" in path}
+    news = {
+        digest.sha256 for path, digest in read_manifest(caches["two"]).contents.files.items() if "/roberta/" in path
+    }
     old = {digest.sha256 for digest in read_manifest(caches["one"]).contents.files.values()}
     assert {layout.parse_file_key(key) for key in requests.keys("write", "files/")} == news - old
     assert more.bytes_sent < again.bytes * 1.6
@@ -78,7 +82,11 @@ def test_a_damaged_local_file_is_never_published(world: World, caches: Caches, t
 
 def test_without_text_no_text_travels(world: World, caches: Caches, tmp_path: Path) -> None:
     push(world.remote, caches["one"], "sst2", with_text=False, pace=world.pace)
-    texts = {digest.sha256 for path, digest in read_manifest(caches["one"]).contents.files.items() if path.startswith("text/")}
+    texts = {
+        digest.sha256
+        for path, digest in read_manifest(caches["one"]).contents.files.items()
+        if path.startswith("text/")
+    }
     assert texts.isdisjoint({layout.parse_file_key(key) for key in world.remote.objects})
     pull(world.remote, "sst2", tmp_path / "c")
     assert not open_cache(tmp_path / "c").has_text
@@ -290,9 +298,13 @@ def test_a_push_repairs_an_object_of_another_size(world: World, caches: Caches) 
     assert broken_refs(world.remote) == []
 
 
-@pytest.mark.parametrize(("wanted", "others", "requests"), [(5, 0, 6), (100, 200, 3), (60, 60_000, 62), (3000, 60_000, 258)])
+@pytest.mark.parametrize(
+    ("wanted", "others", "requests"), [(5, 0, 6), (100, 200, 3), (60, 60_000, 62), (3000, 60_000, 258)]
+)
 def test_objects_are_looked_for_in_the_fewest_requests(world: World, wanted: int, others: int, requests: int) -> None:
-    """One by one, by one list, one by one again where the store holds much else, and by folders where many are wanted of that."""
+    """One by one, by one list, one by one again where the store holds much else, and by folders where many are wanted
+    of that.
+    """
     names = [hashlib.sha256(str(number).encode()).hexdigest() for number in range(wanted + others)]
     for name in names[wanted:]:
         world.remote.objects[layout.file_key(name)] = (b"abc", world.seconds)

@@ -1,7 +1,7 @@
 """A remote against a plain dictionary: push, pull, grow, rm, gc and time in any order.
 
-The model knows which contents each name has, and when each object was written and each version dropped. After every step the remote
-holds exactly what the model says must be there, and gc took what the model says must be gone.
+The model knows which contents each name has, and when each object was written and each version dropped. After every
+step the remote holds exactly what the model says must be there, and gc took what the model says must be gone.
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ class Model:
     names: dict[str, dict[int, Version]] = field(default_factory=lambda: {"sst2": {}, "mind": {}})
 
     def live(self, name: str) -> dict[int, int]:
-        return {number: one.content for number, one in self.names[name].items() if one.dropped is None and one.content >= 0}
+        return {
+            number: one.content for number, one in self.names[name].items() if one.dropped is None and one.content >= 0
+        }
 
     def newest(self, name: str) -> tuple[int, int] | None:
         found = self.live(name)
@@ -134,7 +136,9 @@ class Sharing(RuleBasedStateMachine):
         assert there == self.written.keys()
         for name in self.model.names:
             found = {ref.number: ref.identity for ref in live(history(self.world.remote, name))}
-            assert found == {number: read_manifest(self.caches[one]).identity for number, one in self.model.live(name).items()}
+            assert found == {
+                number: read_manifest(self.caches[one]).identity for number, one in self.model.live(name).items()
+            }
         assert broken_refs(self.world.remote) == []
 
     def teardown(self) -> None:
@@ -142,7 +146,9 @@ class Sharing(RuleBasedStateMachine):
             shutil.rmtree(self.directory)
 
     def _reached(self, now: float) -> set[str]:
-        """Objects of versions that live, or that were dropped within the grace period, or that are the newest number of a name."""
+        """Objects of versions that live, or that were dropped within the grace period, or that are the newest number of
+        a name.
+        """
         kept = [
             one.content
             for versions in self.model.names.values()
@@ -167,7 +173,9 @@ def _keys(path: Path) -> set[str]:
 
     manifest = (path / "manifest.json").read_bytes()
     files = read_manifest(path).contents.files.values()
-    return {layout.file_key(digest.sha256) for digest in files} | {layout.manifest_key(hashlib.sha256(manifest).hexdigest())}
+    return {layout.file_key(digest.sha256) for digest in files} | {
+        layout.manifest_key(hashlib.sha256(manifest).hexdigest())
+    }
 
 
 def teardown_module() -> None:

@@ -1,4 +1,7 @@
-"""What tests of the protocol share: a remote whose clock they move, and the question whether what is published is complete."""
+"""What tests of the protocol share.
+
+A remote whose clock they move, and the question whether what is published is complete.
+"""
 
 from __future__ import annotations
 

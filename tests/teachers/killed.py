@@ -2,8 +2,8 @@
 
     python tests/teachers/killed.py RECIPE ROOT PLANS
 
-PLANS is a JSON object: the name of a directory below ROOT -> the list of points at which one child after the other is killed
-there. Prints a JSON object: the exit statuses by name. One undisturbed run comes first, into ROOT/whole.
+PLANS is a JSON object: the name of a directory below ROOT -> the list of points at which one child after the other is
+killed there. Prints a JSON object: the exit statuses by name. One undisturbed run comes first, into ROOT/whole.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Teachers that are trained together on an accelerator, one of them through an adapter: their inputs and labels go there."""
+"""Teachers that are trained together on an accelerator, one of them through an adapter.
+
+Their inputs and labels go there.
+"""
 
 from __future__ import annotations
 

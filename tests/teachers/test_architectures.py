@@ -1,4 +1,7 @@
-"""Teachers of many architectures: each works, and then a text gives the same alone, in a batch and in transformers, or is refused."""
+"""Teachers of many architectures.
+
+Each works, and then a text gives the same alone, in a batch and in transformers, or is refused.
+"""
 
 from __future__ import annotations
 
@@ -40,13 +43,18 @@ def test_every_architecture_as_a_teacher(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("pad_token_id", [None, "eos", -1])
 @pytest.mark.parametrize("name", DECODERS)
 def test_a_text_that_ends_in_eos_is_read_as_transformers_reads_it(name: str, pad_token_id: Any, tmp_path: Path) -> None:
-    """The padding token of most decoders is that of the end of text: a real one at the end of a text must not pass for padding."""
+    """The padding token of most decoders is that of the end of text.
+
+    A real one at the end of a text must not pass for padding.
+    """
     entry = ARCHITECTURES[name]
     eos = entry.tokenizer().eos_token
     texts = [("the film is good and great",), (f"bad {eos}",), (f"the plot {eos}",)]
     number = entry.tokenizer().eos_token_id if pad_token_id == "eos" else pad_token_id
     directory = entry.save(tmp_path, "classifier")
-    config = json.loads((directory / "config.json").read_text())  # what transformers does not let one build, old files hold
+    config = json.loads(
+        (directory / "config.json").read_text()
+    )  # what transformers does not let one build, old files hold
     (directory / "config.json").write_text(json.dumps({**config, "pad_token_id": number}))
     expected = reference_logits(directory, texts)
     np.testing.assert_allclose(outputs(open_teacher(directory, "own"), texts)[0], expected, atol=1e-5)
@@ -122,7 +130,10 @@ class _ReadsPadding(nn.Module):
 
     def forward(self, input_ids: Any, attention_mask: Any, output_hidden_states: bool, return_dict: bool) -> Any:
         output = self.network(
-            input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=output_hidden_states, return_dict=return_dict
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            output_hidden_states=output_hidden_states,
+            return_dict=return_dict,
         )
         states = output.hidden_states
         if self.shape == "length":

@@ -84,7 +84,12 @@ def copied(trained: Path, tmp_path: Path) -> Path:
 def test_the_bundle_says_how_its_pieces_belong_together(recipe: Recipe, trained: Path) -> None:
     bundle = read_bundle(trained / "teachers")
     assert teacher_names(trained / "teachers") == ["bert", "roberta"]
-    assert (bundle.pooling, bundle.width, bundle.label_names, bundle.text_columns) == ("attention", 24, ("0", "1"), ("sentence",))
+    assert (bundle.pooling, bundle.width, bundle.label_names, bundle.text_columns) == (
+        "attention",
+        24,
+        ("0", "1"),
+        ("sentence",),
+    )
     bert, roberta = bundle.teachers["bert"], bundle.teachers["roberta"]
     assert (bert.adapter, bert.width, bert.depth, bert.max_length, bert.head) == (True, 16, 1, 32, "shared")
     assert (roberta.adapter, roberta.width) == (False, 24)
@@ -116,7 +121,9 @@ def test_transformers_loads_a_teacher_without_kdcache(trained: Path) -> None:
         "with torch.no_grad(): print(float(model(**tokens).last_hidden_state.double().sum()))\n"
         "assert 'kdcache' not in sys.modules\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=trained, env=os.environ)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=trained, env=os.environ
+    )
     teacher = load_teacher(trained / "teachers", "roberta")
     inputs = teacher.tokenizer(TEXT[0], return_tensors="pt")
     with torch.no_grad():
@@ -131,7 +138,9 @@ def test_fingerprints_are_those_of_the_content(copied: Path) -> None:
     teachers = copied / "teachers"
     before = load_teacher(teachers, "bert").fingerprints
     config = json.loads((teachers / "bert" / "config.json").read_text())
-    (teachers / "bert" / "config.json").write_text(json.dumps(config | {"transformers_version": "9.9", "dtype": "float32"}))
+    (teachers / "bert" / "config.json").write_text(
+        json.dumps(config | {"transformers_version": "9.9", "dtype": "float32"})
+    )
     assert load_teacher(teachers, "bert").fingerprints == before  # not of the library that wrote it
     weights = load_file(teachers / "bert" / "model.safetensors")
     weights["embeddings.LayerNorm.bias"][0] += 1e-3
@@ -151,7 +160,9 @@ def test_a_damaged_file_is_named(name: str, damage: Callable[[Path], Any], copie
         load_teacher(copied / "teachers", "bert")
 
 
-def test_a_newcomer_leaves_the_others_as_they_are(recipe: Recipe, copied: Path, shallow_models: dict[str, Path]) -> None:
+def test_a_newcomer_leaves_the_others_as_they_are(
+    recipe: Recipe, copied: Path, shallow_models: dict[str, Path]
+) -> None:
     larger = with_teachers(
         recipe,
         *(teacher.model_dump() for teacher in recipe.teachers),
@@ -178,7 +189,9 @@ def test_a_newcomer_leaves_the_others_as_they_are(recipe: Recipe, copied: Path, 
         add_teacher(other, "new", copied / "teachers", copied / "work", progress=SilentProgress())
 
 
-def test_a_newcomer_learns_though_the_head_is_frozen(recipe: Recipe, copied: Path, shallow_models: dict[str, Path]) -> None:
+def test_a_newcomer_learns_though_the_head_is_frozen(
+    recipe: Recipe, copied: Path, shallow_models: dict[str, Path]
+) -> None:
     longer = changed(recipe, cofinetune={"epochs": 8, "learning_rate": 5e-3})
     longer = with_teachers(longer, {"name": "new", "model": str(shallow_models["bert"])})
     head = load_shared_head(copied / "teachers").state_dict()
@@ -186,11 +199,15 @@ def test_a_newcomer_learns_though_the_head_is_frozen(recipe: Recipe, copied: Pat
     lines = [json.loads(line) for line in (copied / "work" / "metrics.jsonl").read_text().splitlines()]
     steps = [line["ce.new"] for line in lines if line["stage"] == "add new" and line["event"] == "steps"]
     assert steps[-1] < 0.9 * steps[0]
-    assert all(torch.equal(head[name], value) for name, value in load_shared_head(copied / "teachers").state_dict().items())
+    assert all(
+        torch.equal(head[name], value) for name, value in load_shared_head(copied / "teachers").state_dict().items()
+    )
 
 
 def test_a_newcomer_must_be_of_the_same_task(recipe: Recipe, copied: Path, shallow_models: dict[str, Path]) -> None:
-    other = changed(with_teachers(recipe, {"name": "new", "model": str(shallow_models["bert"])}), data={"labels": ["1", "0"]})
+    other = changed(
+        with_teachers(recipe, {"name": "new", "model": str(shallow_models["bert"])}), data={"labels": ["1", "0"]}
+    )
     with pytest.raises(MismatchError, match="labels 0, 1; the recipe's data has 1, 0"):
         add_teacher(other, "new", copied / "teachers", copied / "work", progress=SilentProgress())
     with pytest.raises(RecipeError, match="no teacher 'newer'"):
@@ -264,14 +281,19 @@ def test_ready_and_shared_teachers_go_together(recipe: Recipe, tmp_path: Path, s
     assert load_teacher(tmp_path / "teachers", "ready").head_kind == "own"
     other = str(make_model(tmp_path / "other", "bert", depth=1, classes=2, seed=9))
     with pytest.raises(MismatchError, match=r"teachers\.ready\.weights"):
-        run(with_teachers(both, both.teachers[0].model_dump(), {"name": "ready", "model": other, "head": "own"}), tmp_path)
+        run(
+            with_teachers(both, both.teachers[0].model_dump(), {"name": "ready", "model": other, "head": "own"}),
+            tmp_path,
+        )
 
 
 def test_a_classifier_that_only_numbers_its_labels_needs_a_declared_order(recipe: Recipe, tmp_path: Path) -> None:
     model = str(make_model(tmp_path / "ready", "bert", depth=1, classes=2))
     named = changed(recipe, data={"train": _renamed(recipe.data.train, tmp_path), "validation": None})
     ready = with_teachers(named, {"name": "ready", "model": model, "head": "own"})
-    with pytest.raises(ModelError, match=r"'ready' names its labels LABEL_0 .* which is LABEL_0 is not known") as caught:
+    with pytest.raises(
+        ModelError, match=r"'ready' names its labels LABEL_0 .* which is LABEL_0 is not known"
+    ) as caught:
         run(ready, tmp_path)
     assert "data.labels" in caught.value.hint
     run(changed(ready, data={"labels": ["positive", "negative"]}), tmp_path)
@@ -293,7 +315,9 @@ def test_without_validation_the_last_epoch_is_kept(recipe: Recipe, tmp_path: Pat
 
 def test_the_best_epoch_is_kept(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     evaluate = JointTrainee.evaluate
-    monkeypatch.setattr(JointTrainee, "evaluate", lambda self, epoch: {**evaluate(self, epoch), "score": [0.1, 0.9, 0.5][epoch]})
+    monkeypatch.setattr(
+        JointTrainee, "evaluate", lambda self, epoch: {**evaluate(self, epoch), "score": [0.1, 0.9, 0.5][epoch]}
+    )
     result = run(changed(recipe, cofinetune={"epochs": 3}), tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "work" / "metrics.jsonl").read_text().splitlines()]
     losses = [line["validation.bert.loss"] for line in lines if line["event"] == "epoch"]
@@ -311,7 +335,10 @@ def test_the_score_of_an_epoch_is_the_teachers_mean(recipe: Recipe, tmp_path: Pa
 
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
 def test_other_poolings_and_a_chosen_width(pooling: str, recipe: Recipe, tmp_path: Path) -> None:
-    run(changed(recipe, cofinetune={"pooling": pooling, "width": 12, "epochs": 1, "gradient_checkpointing": True}), tmp_path)
+    run(
+        changed(recipe, cofinetune={"pooling": pooling, "width": 12, "epochs": 1, "gradient_checkpointing": True}),
+        tmp_path,
+    )
     bundle = read_bundle(tmp_path / "teachers")
     assert (bundle.pooling, bundle.width) == (pooling, 12)
     assert all(record.adapter for record in bundle.teachers.values())

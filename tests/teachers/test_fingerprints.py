@@ -55,14 +55,18 @@ def test_every_tensor_that_changes_an_output_changes_a_fingerprint(directory: Pa
             assert [field for field, value in asdict(known).items() if found[field] != value] == [part], key
         tensor.data.copy_(kept)
     assert fingerprints(teacher) == known
-    assert not [key for key in unchanged if "key.bias" not in key]  # a softmax does not see what adds the same to all keys
+    assert not [
+        key for key in unchanged if "key.bias" not in key
+    ]  # a softmax does not see what adds the same to all keys
 
 
 def test_pooling_and_the_order_of_classes_are_part_of_the_head(directory: Path) -> None:
     shared, own = load_teacher(directory, "same"), load_teacher(directory, "own")
     means = [SharedHead(16, 2, pooling) for pooling in ("mean", "cls")]
     means[1].load_state_dict(means[0].state_dict())  # no pooling of the two has weights
-    heads = {fingerprint_teacher(TeacherModel(shared.model.encoder, None, head), shared.tokenizer).head for head in means}
+    heads = {
+        fingerprint_teacher(TeacherModel(shared.model.encoder, None, head), shared.tokenizer).head for head in means
+    }
     assert len(heads) == 2
     orders = [None, (0, 1), (1, 0)]
     models = [TeacherModel(own.model.encoder, None, None, order) for order in orders]

@@ -89,14 +89,19 @@ def test_kill_minus_nine_loses_nothing(recipe: Recipe, tmp_path: Path) -> None:
     undisturbed = files_in(tmp_path / "whole")
     for name, statuses in json.loads(done.stdout.splitlines()[-1]).items():
         assert statuses[-1] == 0, name
-        assert statuses.count(signal.SIGKILL) >= (0 if name == "moments" else 5), name  # it may be done before the moment comes
+        assert statuses.count(signal.SIGKILL) >= (0 if name == "moments" else 5), (
+            name
+        )  # it may be done before the moment comes
         assert files_in(tmp_path / name) == undisturbed, name
 
 
 def test_the_best_epoch_outlives_kills_after_which_epochs_score_differently(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed twice between keeping a better epoch and the checkpoint that names it; run again, those epochs score worse."""
+    """Killed twice between keeping a better epoch and the checkpoint that names it.
+
+    Run again, those epochs score worse.
+    """
     changed = recipe.model_copy(update={"cofinetune": recipe.cofinetune.model_copy(update={"epochs": 4})})
     evaluate, keep_best = JointTrainee.evaluate, JointTrainee.keep_best
     weights: dict[int, bytes] = {}
@@ -125,7 +130,9 @@ def test_the_best_epoch_outlives_kills_after_which_epochs_score_differently(
         cofinetune_stage,
         "save_teachers",
         lambda directory, bundle, head, sources, models: (
-            saved.append(b"".join(t.numpy().tobytes() for t in torch.nn.ModuleList(models.values()).state_dict().values())),
+            saved.append(
+                b"".join(t.numpy().tobytes() for t in torch.nn.ModuleList(models.values()).state_dict().values())
+            ),
             save(directory, bundle, head, sources, models),
         )[1],
     )

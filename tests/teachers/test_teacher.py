@@ -10,7 +10,14 @@ import torch
 
 from kdcache.errors import ModelError
 from kdcache.teachers.head import SharedHead
-from kdcache.teachers.teacher import TeacherModel, check_max_length, class_order_of, load_classifier, load_encoder, position_limit
+from kdcache.teachers.teacher import (
+    TeacherModel,
+    check_max_length,
+    class_order_of,
+    load_classifier,
+    load_encoder,
+    position_limit,
+)
 from kdcache.testing.tiny import make_model
 
 
@@ -75,7 +82,9 @@ def test_a_pooler_that_is_missing_does_not_matter(tmp_path: Path) -> None:
 
     make_model(tmp_path, "bert", depth=1)
     before = load_encoder(str(tmp_path)).state_dict()
-    tensors = {name: tensor for name, tensor in load_file(tmp_path / "model.safetensors").items() if "pooler" not in name}
+    tensors = {
+        name: tensor for name, tensor in load_file(tmp_path / "model.safetensors").items() if "pooler" not in name
+    }
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     after = load_encoder(str(tmp_path)).state_dict()
     assert before.keys() == after.keys()

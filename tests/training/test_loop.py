@@ -208,7 +208,9 @@ def gradients_as_applied() -> Iterator[list[Tensor]]:
 
     def look(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        seen.append(torch.cat([parameter.grad.flatten().clone() for parameter in parameters if parameter.grad is not None]))
+        seen.append(
+            torch.cat([parameter.grad.flatten().clone() for parameter in parameters if parameter.grad is not None])
+        )
 
     hook = register_optimizer_step_pre_hook(look)
     try:
@@ -224,16 +226,25 @@ def test_the_gradient_that_is_applied_is_no_longer_than_allowed(micro: int, tmp_
     applied: dict[float, Tensor] = {}
     for limit in (1e9, 0.25):
         with gradients_as_applied() as seen:
-            run(Regression(micro=micro, steps_per_epoch=1), tmp_path / str(limit), replace(one_step, max_grad_norm=limit))
+            run(
+                Regression(micro=micro, steps_per_epoch=1),
+                tmp_path / str(limit),
+                replace(one_step, max_grad_norm=limit),
+            )
         (applied[limit],) = seen
-        assert lines(tmp_path / str(limit))[0]["grad_norm"] == pytest.approx(float(applied[1e9].norm()))  # before the cut
+        assert lines(tmp_path / str(limit))[0]["grad_norm"] == pytest.approx(
+            float(applied[1e9].norm())
+        )  # before the cut
     assert float(applied[1e9].norm()) > 0.25
     assert float(applied[0.25].norm()) == pytest.approx(0.25, rel=1e-4)
     torch.testing.assert_close(applied[0.25] / applied[0.25].norm(), applied[1e9] / applied[1e9].norm())
 
 
 def test_the_scale_of_losses_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """fp16's gradient scaler finds its scale by trial; a resumed training that started again at the first one would skip steps."""
+    """fp16's gradient scaler finds its scale by trial.
+
+    A resumed training that started again at the first one would skip steps.
+    """
     made: list[Any] = []
 
     def scaled(precision: str) -> Any:
@@ -268,7 +279,9 @@ def test_bf16_trains(tmp_path: Path) -> None:
     assert weights(full) != weights(trainee)
 
 
-@pytest.mark.parametrize(("rows", "count", "sizes"), [(8, 4, [2, 2, 2, 2]), (3, 4, [1, 1, 1]), (7, 2, [4, 3]), (1, 1, [1])])
+@pytest.mark.parametrize(
+    ("rows", "count", "sizes"), [(8, 4, [2, 2, 2, 2]), (3, 4, [1, 1, 1]), (7, 2, [4, 3]), (1, 1, [1])]
+)
 def test_micro_batches_cover_the_rows_once(rows: int, count: int, sizes: list[int]) -> None:
     parts = micro_batches(rows, count)
     assert [part.stop - part.start for part in parts] == sizes

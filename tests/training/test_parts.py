@@ -70,7 +70,9 @@ def test_all_generators_go_back_to_where_they_were(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("then", "now"), [(2, 1), (1, 2), (2, 2)])
-def test_generators_of_gpus_go_back_where_others_are_visible_now(then: int, now: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_generators_of_gpus_go_back_where_others_are_visible_now(
+    then: int, now: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A training of one process uses the first GPU; how many more were visible must not matter to its resume."""
     restored: dict[int, int] = {}
 
@@ -145,7 +147,9 @@ def test_a_save_that_fails_at_any_step_leaves_the_one_before(tmp_path: Path) -> 
 
 def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
     checkpoints.save(tmp_path, {"value": 1}, step=1, identity={"data": "a", "classes": ("x", "y"), "long": "z" * 99})
-    assert checkpoints.load_latest(tmp_path, identity={"data": "a", "classes": ("x", "y"), "long": "z" * 99}) == {"value": 1}
+    assert checkpoints.load_latest(tmp_path, identity={"data": "a", "classes": ("x", "y"), "long": "z" * 99}) == {
+        "value": 1
+    }
     with pytest.raises(MismatchError, match=r"classes: \[.*data: \"a\" then, null now"):
         checkpoints.load_latest(tmp_path, identity={"long": "z" * 99})
 

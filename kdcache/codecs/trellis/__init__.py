@@ -16,7 +16,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kdcache.codecs.base import Basis, Decoder, HiddenBlock, Rounding, StorageFormat, StoredArray, TensorShape, largest_of
+from kdcache.codecs.base import (
+    Basis,
+    Decoder,
+    HiddenBlock,
+    Rounding,
+    StorageFormat,
+    StoredArray,
+    TensorShape,
+    largest_of,
+)
 from kdcache.errors import ModelError
 
 if TYPE_CHECKING:
@@ -166,7 +175,9 @@ def _count(given: Mapping[str, Sequence[int]], name: str) -> int:
 
 
 def _fits(own: np.ndarray, basis: Basis) -> bool:
-    """Not so where coding the live states loses more than all that there was to code, and more than it lost on the sample."""
+    """Not so where coding the live states loses more than all that there was to code, and more than it lost on the
+    sample.
+    """
     if basis.explained_variance is None or not len(own):
         return True
     variance = float(basis.explained_variance.sum(dtype=np.float64))

@@ -1,10 +1,11 @@
 """The codebook of a coded layer: how many bits each coordinate has, and what they stand for.
 
-A row of a coded layer is a string of bits, most significant first: b_0 bits of coordinate 0, then b_1 of coordinate 1, and so
-on; what is left of the last byte is zero. What coordinate d stands for is looked up by the last max(window, b_d) bits of the row up to
-the end of its own code, with zeros before the row's first bit. With ``window`` 0 that is a scalar quantiser. With a wider window
-a value depends on the code and on some bits before it (a trellis code): the writer chooses the string whose values come closest, which
-keeps more of the variance in the same bytes, and a reader looks values up all the same, all coordinates at once.
+A row of a coded layer is a string of bits, most significant first: b_0 bits of coordinate 0, then b_1 of coordinate 1,
+and so on; what is left of the last byte is zero. What coordinate d stands for is looked up by the last max(window, b_d)
+bits of the row up to the end of its own code, with zeros before the row's first bit. With ``window`` 0 that is a scalar
+quantiser. With a wider window a value depends on the code and on some bits before it (a trellis code): the writer
+chooses the string whose values come closest, which keeps more of the variance in the same bytes, and a reader looks
+values up all the same, all coordinates at once.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ MAX_BITS = 8  # of a coordinate, and of the window: two neighbouring bytes hold 
 
 @dataclass(frozen=True, eq=False)
 class Codebook:
-    """Value of coordinate d = scale[d] * table[b_d][window bits]; ``levels`` are the tables of the depths that occur, rising."""
+    """Value of coordinate d = scale[d] * table[b_d][window bits].
+
+    ``levels`` are the tables of the depths that occur, rising.
+    """
 
     bits: np.ndarray  # uint8[dim], 1..8 each
     scale: np.ndarray  # float32[dim]
@@ -34,7 +38,8 @@ class Codebook:
 
 @dataclass(frozen=True, eq=False)
 class Places:
-    """Where each coordinate is looked up, int64[dim] each: in the 16 bits from ``byte`` of a row that has a zero byte put before
+    """Where each coordinate is looked up, int64[dim] each: in the 16 bits from ``byte`` of a row that has a zero byte
+    put before
     and behind it, shifted right by ``shift`` and masked by ``mask``; its table begins at ``first`` in the levels.
     """
 
@@ -57,7 +62,9 @@ def check_codebook(codebook: Codebook, dim: int, row_bytes: int) -> None:
     if not 1 <= bits.min() <= bits.max() <= MAX_BITS:
         raise ValueError(f"a coordinate has {bits.min()} to {bits.max()} bits, expected 1 to {MAX_BITS}")
     if bits.sum(dtype=np.int64) > 8 * row_bytes:
-        raise ValueError(f"the coordinates have {bits.sum(dtype=np.int64)} bits, more than the {row_bytes} bytes of a row")
+        raise ValueError(
+            f"the coordinates have {bits.sum(dtype=np.int64)} bits, more than the {row_bytes} bytes of a row"
+        )
     if not 0 <= codebook.window <= MAX_BITS:
         raise ValueError(f"the window is {codebook.window} bits, expected 0 to {MAX_BITS}")
     wanted = sum(table_sizes(bits, codebook.window).values())

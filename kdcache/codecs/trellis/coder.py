@@ -32,7 +32,9 @@ class Coder:
         tables = {depth: torch.from_numpy(table.copy()).to(device) for depth, table in codebook.tables.items()}
         self._levels = [tables[depth] * scale for depth, scale in zip(self._bits, scales, strict=True)]
         self._codebook = codebook
-        self._viterbi = Viterbi(self._levels, self._bits, codebook.window) if torch.device(device).type == "cpu" else None
+        self._viterbi = (
+            Viterbi(self._levels, self._bits, codebook.window) if torch.device(device).type == "cpu" else None
+        )
 
     def __call__(self, coordinates: Tensor) -> np.ndarray:
         """The rows that decode closest to ``coordinates`` (float32, finite), in the sum of squares."""
@@ -51,7 +53,10 @@ class RowDecoder:
         where = places(codebook)
         arrays = {"byte": where.byte, "shift": where.shift, "mask": where.mask, "first": where.first}
         tensors = {name: torch.from_numpy(array).to(torch.int32) for name, array in arrays.items()}
-        tensors |= {"levels": torch.from_numpy(codebook.levels.copy()), "scale": torch.from_numpy(codebook.scale.copy())}
+        tensors |= {
+            "levels": torch.from_numpy(codebook.levels.copy()),
+            "scale": torch.from_numpy(codebook.scale.copy()),
+        }
         self.dim = len(codebook.bits)
         self._on: dict[torch.device, dict[str, Tensor]] = {torch.device("cpu"): tensors}
 
@@ -63,14 +68,20 @@ class RowDecoder:
         of = self._on[rows.device]
         padded = torch.nn.functional.pad(rows, (1, 1)).to(torch.int32)
         words = (padded[:, :-1] << 8) | padded[:, 1:]
-        entries = words.index_select(1, of["byte"]).bitwise_right_shift_(of["shift"]).bitwise_and_(of["mask"]).add_(of["first"])
+        entries = (
+            words.index_select(1, of["byte"])
+            .bitwise_right_shift_(of["shift"])
+            .bitwise_and_(of["mask"])
+            .add_(of["first"])
+        )
         return of["levels"].index_select(0, entries.view(-1)).view(entries.shape).mul_(of["scale"])
 
 
 def best_windows(coordinates: Tensor, levels: Sequence[Tensor], bits: Sequence[int], window: int) -> Tensor:
     """int64 [n, dim]: for each coordinate the entry of its table, such that neighbours agree on the bits they share.
 
-    ``levels``: per coordinate its table, [2 ** max(window, bits)]. The sum of squared errors of a row is the least possible.
+    ``levels``: per coordinate its table, [2 ** max(window, bits)]. The sum of squared errors of a row is the least
+    possible.
     """
     if coordinates.device.type == "cpu":
         return torch.from_numpy(Viterbi(levels, bits, window).windows_of(coordinates.float()).T.astype(np.int64))
@@ -87,7 +98,8 @@ def search_on_device(coordinates: Tensor, levels: Sequence[Tensor], bits: Sequen
 def _search(columns: Tensor, levels: Sequence[Tensor], bits: Sequence[int], window: int) -> Tensor:
     """The same for ``columns`` [dim, n], by two walks over the coordinates.
 
-    ``costs[d]`` [entries, n] is the least error, up to a constant per token, of coordinates 0 to d where d takes that entry.
+    ``costs[d]`` [entries, n] is the least error, up to a constant per token, of coordinates 0 to d where d takes that
+    entry.
     """
     tokens = columns.shape[1]
     before = columns.new_full((1 << window, tokens), _NEVER)

@@ -1,9 +1,10 @@
-"""The best row of a trellis code on the CPU: what ``coder.search_on_device`` finds, with a fraction of its memory traffic.
+"""The best row of a trellis code on the CPU: what ``coder.search_on_device`` finds, with a fraction of its memory
+traffic.
 
-The entry of a coordinate is a window over the bits of the row. Going on to the next coordinate drops the oldest bits of the window, and
-each dropped bit is a choice between two halves of the costs: a comparison and a minimum. So the costs of one coordinate are
-enough, and what is kept for the way back is one byte per window that is left: which bits were dropped. docs/decisions/0014 has the
-numbers.
+The entry of a coordinate is a window over the bits of the row. Going on to the next coordinate drops the oldest bits of
+the window, and each dropped bit is a choice between two halves of the costs: a comparison and a minimum. So the costs
+of one coordinate are enough, and what is kept for the way back is one byte per window that is left: which bits were
+dropped. docs/decisions/0014 has the numbers.
 """
 
 from __future__ import annotations
@@ -28,7 +29,10 @@ _FEW, _OFTEN = 4, 16
 
 @dataclass(frozen=True, eq=False)
 class _Step:
-    """One coordinate: it goes on from ``shared`` windows, has ``entries``, and windows that are ``left`` for the next one."""
+    """One coordinate.
+
+    It goes on from ``shared`` windows, has ``entries``, and windows that are ``left`` for the next one.
+    """
 
     shared: int
     entries: int
@@ -50,7 +54,10 @@ class Viterbi:
         self._widest = max((step.entries for step in self._steps), default=0)
 
     def windows_of(self, coordinates: Tensor) -> np.ndarray:
-        """uint8 [dim, n]: the entry of each coordinate, in the rows whose values come closest to ``coordinates`` float32 [n, dim]."""
+        """uint8 [dim, n].
+
+        The entry of each coordinate, in the rows whose values come closest to ``coordinates`` float32 [n, dim].
+        """
         found = np.empty((len(self._steps), len(coordinates)), np.uint8)
         blocks = -(-len(coordinates) // _TOKENS)
         borders = [len(coordinates) * number // max(1, blocks) for number in range(blocks + 1)]
@@ -63,8 +70,8 @@ class Viterbi:
     def _forward(self, columns: Tensor, block: _Block) -> None:
         """Fills ``block.choices``.
 
-        A cost, of a window and a token, is the least error of a row up to the coordinate whose entry ends with that window,
-        up to a constant per token.
+        A cost, of a window and a token, is the least error of a row up to the coordinate whose entry ends with that
+        window, up to a constant per token.
         """
         best, row = block.best, 0
         best[: self._steps[0].shared] = _NEVER
@@ -121,14 +128,20 @@ class _Block:
         self._views: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
 
     def views(self, shared: int, entries: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Costs of the windows before [shared, 1, n]; those to come as [shared, entries / shared, n] and as [entries, n]."""
+        """Costs of the windows before [shared, 1, n].
+
+        Those to come as [shared, entries / shared, n] and as [entries, n].
+        """
         if (shared, entries) not in self._views:
             costs = self._costs[:entries]
             self._views[shared, entries] = self._best[:shared, None], costs.unflatten(0, (shared, -1)), costs
         return self._views[shared, entries]
 
     def drop(self, entries: int, left: int, choices: np.ndarray) -> None:
-        """From the costs of ``entries`` to the best ones of the windows ``left``; ``choices`` [left, n]: the bits dropped, the oldest first."""
+        """From the costs of ``entries`` to the best ones of the windows ``left``.
+
+        ``choices`` [left, n]: the bits dropped, the oldest first.
+        """
         flags, code, spare = self._codes
         half = entries // 2
         code = choices if half == left else code[:half]

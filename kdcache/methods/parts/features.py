@@ -79,7 +79,9 @@ def _mean(target: Hidden, flat: Tensor, begins: Tensor) -> Vectors:
     offsets = torch.searchsorted(target.positions, begins)
     counts = torch.diff(offsets, append=offsets.new_tensor([found]))
     teacher = F.embedding_bag(torch.arange(found, device=offsets.device), target.aligned(), offsets, mode="mean")
-    return Vectors(F.embedding_bag(target.positions, at_least_float32(flat), offsets, mode="mean"), teacher, None, counts > 0)
+    return Vectors(
+        F.embedding_bag(target.positions, at_least_float32(flat), offsets, mode="mean"), teacher, None, counts > 0
+    )
 
 
 def _nothing(student: Tensor, target: Hidden) -> Vectors:

@@ -59,7 +59,9 @@ def mean_squared_error(
     """
     count = max(len(student) if count is None else count, 1)
     if token_weights is None:  # one kernel each way
-        return F.mse_loss(at_least_float32(student), at_least_float32(teacher), reduction="sum") / (count * student.shape[1])
+        return F.mse_loss(at_least_float32(student), at_least_float32(teacher), reduction="sum") / (
+            count * student.shape[1]
+        )
     errors = (at_least_float32(student) - at_least_float32(teacher)).square().mean(dim=-1)
     return (errors * token_weights).sum() / count
 
@@ -72,7 +74,9 @@ def squared_distance(
     return _weighted(errors, token_weights, count)
 
 
-def cosine_distance(student: Tensor, teacher: Tensor, *, token_weights: Tensor | None = None, count: int | None = None) -> Tensor:
+def cosine_distance(
+    student: Tensor, teacher: Tensor, *, token_weights: Tensor | None = None, count: int | None = None
+) -> Tensor:
     """The mean of 1 - cos(student, teacher); arguments as in ``mean_squared_error``."""
     errors = 1 - F.cosine_similarity(at_least_float32(student), at_least_float32(teacher), dim=-1)
     return _weighted(errors, token_weights, count)
@@ -182,7 +186,9 @@ class BoundHiddenStates:
         for pair, target in targets.items():
             vectors = select_vectors(target, view.student_hidden[pair[1]], view.attention_mask, self._term.feature)
             student, teacher = (
-                (F.normalize(at_least_float32(side), dim=-1) for side in vectors[:2]) if self._term.normalised else vectors[:2]
+                (F.normalize(at_least_float32(side), dim=-1) for side in vectors[:2])
+                if self._term.normalised
+                else vectors[:2]
             )
             weights = self._weights(view, pair, vectors.rows) if self._term.weighted else None
             if vectors.valid is not None:

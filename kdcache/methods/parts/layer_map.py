@@ -50,7 +50,9 @@ class LayerMapping:
     rule: LayerRule
     per_epoch: bool = False
 
-    def layers(self, teachers: Mapping[str, TeacherLayers], student_layers: int, *, seed: int = 0, epoch: int = 0) -> LayerMap:
+    def layers(
+        self, teachers: Mapping[str, TeacherLayers], student_layers: int, *, seed: int = 0, epoch: int = 0
+    ) -> LayerMap:
         """The map of an epoch for all teachers, a pure function of the arguments."""
         found: LayerMap = {}
         for index, (name, teacher) in enumerate(teachers.items()):

@@ -27,7 +27,10 @@ def each_teacher(teacher_logits: Tensor, weights: Tensor, _temperature: float, /
 
 
 def mean_probability(teacher_logits: Tensor, weights: Tensor, temperature: float, /) -> tuple[Tensor, Tensor]:
-    """One target: the mean of the teachers' softened probabilities, each teacher with its share of the weights on the row."""
+    """One target.
+
+    The mean of the teachers' softened probabilities, each teacher with its share of the weights on the row.
+    """
     shares = (weights / weights.sum(dim=0)).unsqueeze(-1)
     log_mean = torch.logsumexp(F.log_softmax(teacher_logits / temperature, dim=-1) + shares.log(), dim=0, keepdim=True)
     return temperature * log_mean, torch.ones_like(weights[:1])

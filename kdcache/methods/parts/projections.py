@@ -65,7 +65,9 @@ class HiddenProjections(nn.Module):
         known = [self.matrices[name].data] if name in self.matrices else []
         self.matrices[name] = nn.Parameter(torch.cat([*known, block]))
 
-    def forward(self, student_hidden: Sequence[Tensor], targets: Mapping[Pair, Hidden]) -> dict[Pair, tuple[Tensor, Tensor]]:
+    def forward(
+        self, student_hidden: Sequence[Tensor], targets: Mapping[Pair, Hidden]
+    ) -> dict[Pair, tuple[Tensor, Tensor]]:
         """Both sides of every pair, for targets as they are stored.
 
         Args:
@@ -86,11 +88,15 @@ class HiddenProjections(nn.Module):
             blocks = self._blocks(layer)
             if any(targets[pair].count < len(states) // 2 for pair in blocks if pair in targets):  # targets per text
                 sided = {
-                    pair: F.linear(targets[pair].of_student(states), block) for pair, block in blocks.items() if pair in targets
+                    pair: F.linear(targets[pair].of_student(states), block)
+                    for pair, block in blocks.items()
+                    if pair in targets
                 }
             else:
                 sizes = [len(block) for block in blocks.values()]
-                projected = zip(blocks, F.linear(states, self.matrices[f"layer{layer}"]).split(sizes, dim=1), strict=True)
+                projected = zip(
+                    blocks, F.linear(states, self.matrices[f"layer{layer}"]).split(sizes, dim=1), strict=True
+                )
                 sided = {pair: targets[pair].of_student(side) for pair, side in projected if pair in targets}
             sides |= {pair: (side, targets[pair].aligned()) for pair, side in sided.items()}
         return sides
@@ -103,7 +109,9 @@ class HiddenProjections(nn.Module):
         if self.direction == "teacher-to-student":
             return student, _on_teacher(teacher, self.matrices[own])
         if self.direction == "both":
-            return F.linear(student, self.matrices[f"{own}-student"]), _on_teacher(teacher, self.matrices[f"{own}-teacher"])
+            return F.linear(student, self.matrices[f"{own}-student"]), _on_teacher(
+                teacher, self.matrices[f"{own}-teacher"]
+            )
         return student, teacher
 
     def _blocks(self, layer: int) -> dict[Pair, Tensor]:

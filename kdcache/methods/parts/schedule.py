@@ -102,5 +102,7 @@ class DroppedTeachers:
 
 def _uniform(moment: Moment, count: int) -> np.ndarray:
     """Numbers in [0, 1) that depend on seed and step alone."""
-    raw = np.asarray(np.random.PCG64(np.random.SeedSequence([moment.seed, moment.step, 2])).random_raw(count), np.uint64)
+    raw = np.asarray(
+        np.random.PCG64(np.random.SeedSequence([moment.seed, moment.step, 2])).random_raw(count), np.uint64
+    )
     return (raw >> np.uint64(11)).astype(np.float64) * 2.0**-53

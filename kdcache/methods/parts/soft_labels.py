@@ -48,7 +48,9 @@ def soft_cross_entropy(
     return -(target * F.log_softmax(student_logits / temperature, dim=-1)).sum(dim=-1)
 
 
-def kl_divergence(student_logits: Tensor, target_logits: Tensor, temperature: float, _labels: Tensor | None = None, /) -> Tensor:
+def kl_divergence(
+    student_logits: Tensor, target_logits: Tensor, temperature: float, _labels: Tensor | None = None, /
+) -> Tensor:
     """KL(softmax(z_i/T) || softmax(z_s/T)): ``soft_cross_entropy`` minus the target's entropy; the same gradient."""
     target = F.log_softmax(target_logits / temperature, dim=-1)
     return (target.exp() * (target - F.log_softmax(student_logits / temperature, dim=-1))).sum(dim=-1)
@@ -127,7 +129,9 @@ class DistillationLoss(nn.Module):
             A scalar.
         """
         weights = teacher_weights(self.weighting, student_logits, teacher_logits, labels)
-        losses = soft_losses(student_logits, teacher_logits, weights, temperature=self.temperature, t_squared=self.t_squared)
+        losses = soft_losses(
+            student_logits, teacher_logits, weights, temperature=self.temperature, t_squared=self.t_squared
+        )
         return losses.sum()
 
 

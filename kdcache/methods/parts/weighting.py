@@ -17,7 +17,10 @@ class Weighting(Protocol):
     """Weights [teachers, batch] of the teachers' terms; ``teacher_weights`` makes constants of them."""
 
     def __call__(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, /) -> Tensor:
-        """Shapes: student_logits [batch, classes], teacher_logits [teachers, batch, classes], labels [batch], -1 = none."""
+        """Shapes.
+
+        Student_logits [batch, classes], teacher_logits [teachers, batch, classes], labels [batch], -1 = none.
+        """
         ...
 
 

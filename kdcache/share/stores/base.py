@@ -1,9 +1,9 @@
 """The seam between the sharing protocol and the place where a team keeps its caches.
 
-A remote is a flat space of named objects. It promises little: an object is written whole or not at all, and a name listed
-after a write has ended shows that object. Everything else that push, pull and gc guarantee is built on these calls, and on
-``create``, where the store has it. A directory on a shared disk and an object store are the two implementations; each passes
-the same contract test class, ``kdcache.testing.remote_contract``.
+A remote is a flat space of named objects. It promises little: an object is written whole or not at all, and a name
+listed after a write has ended shows that object. Everything else that push, pull and gc guarantee is built on these
+calls, and on ``create``, where the store has it. A directory on a shared disk and an object store are the two
+implementations; each passes the same contract test class, ``kdcache.testing.remote_contract``.
 """
 
 from __future__ import annotations
@@ -27,10 +27,13 @@ class Entry:
 
 
 class Remote(Protocol):
-    """Objects by key (relative POSIX paths of the layout, see ``kdcache.share.keys``). Safe to call from several threads.
+    """Objects by key (relative POSIX paths of the layout, see ``kdcache.share.keys``).
 
-    Every method raises RemoteError (exit code 1: unreachable, refused, timed out; message without credentials, the cure in
-    the hint) and its subclass RemoteAccessError (the credentials do not allow it). Passing faults are retried inside.
+    Safe to call from several threads.
+
+    Every method raises RemoteError (exit code 1: unreachable, refused, timed out; message without credentials, the cure
+    in the hint) and its subclass RemoteAccessError (the credentials do not allow it). Passing faults are retried
+    inside.
     """
 
     @property
@@ -50,7 +53,10 @@ class Remote(Protocol):
 
     @property
     def conditional(self) -> bool:
-        """Whether ``create`` is decided by the store. Where it is not, refs are written under keys that no other writer uses."""
+        """Whether ``create`` is decided by the store.
+
+        Where it is not, refs are written under keys that no other writer uses.
+        """
         ...
 
     def list(self, prefix: str) -> Iterator[Entry]:
@@ -77,7 +83,8 @@ class Remote(Protocol):
         ...
 
     def create(self, key: str, data: bytes) -> bool:
-        """Put a small object in place if there is none of that key: True where it was made by this call, False where another was there.
+        """Put a small object in place if there is none of that key: True where it was made by this call, False where
+        another was there.
 
         A response that was lost is recognised: where the object that is there has exactly ``data``, it is one's own. So
         ``data`` must be unique to the caller (a random token in it). Without ``conditional`` this is check-then-write.
@@ -127,7 +134,8 @@ def check_key(key: str) -> str:
         shown = repr(key) if len(key) <= 80 else f"{key[:80]!r}... ({len(key)} characters)"
         raise RemoteError(
             f"{shown} is no key of a remote",
-            "A key is a relative path of lower-case letters, digits, '.', '_' and '-'; no part of it begins with a dot.",
+            "A key is a relative path of lower-case letters, digits, '.', '_' and '-'; no part of it begins with a "
+            "dot.",
         )
     return key
 

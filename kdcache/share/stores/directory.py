@@ -1,9 +1,9 @@
 """A directory as a remote: a shared disk, or a folder of this machine.
 
-Objects are files under their keys. Each is written under a temporary name, fsynced, and renamed (for ``create``: linked, which
-fails where the name is taken, in one step of the file system), then its directory is fsynced: all through ``kdcache.files``, so
-that faults can be put in. Names with a leading dot are files under way and no objects. The clock is that of the file system: the
-modification time of a probe file.
+Objects are files under their keys. Each is written under a temporary name, fsynced, and renamed (for ``create``:
+linked, which fails where the name is taken, in one step of the file system), then its directory is fsynced: all through
+``kdcache.files``, so that faults can be put in. Names with a leading dot are files under way and no objects. The clock
+is that of the file system: the modification time of a probe file.
 
 What is read is trusted to nobody: a symbolic link, a pipe or a device in the place of an object is refused.
 """
@@ -208,12 +208,16 @@ class DirectoryRemote:
         for part in key.split("/"):
             path = path / part
             if path.is_symlink():
-                raise RemoteError(f"'{key}' on {self.url} leads through the link '{path}'", "Remove it: a remote holds no links.")
+                raise RemoteError(
+                    f"'{key}' on {self.url} leads through the link '{path}'", "Remove it: a remote holds no links."
+                )
         return path
 
     def _need_root(self) -> None:
         if not self._root.is_dir():
-            raise RemoteError(f"there is no directory '{self.url}'", "Mount the disk that it lies on, or make it with mkdir.")
+            raise RemoteError(
+                f"there is no directory '{self.url}'", "Mount the disk that it lies on, or make it with mkdir."
+            )
 
     def _need_file(self, key: str, status: os.stat_result) -> None:
         if not stat.S_ISREG(status.st_mode):
@@ -239,7 +243,8 @@ class DirectoryRemote:
 
     def _denied(self, what: str, error: OSError) -> RemoteAccessError:
         return RemoteAccessError(
-            f"{what}: {error.strerror}", "Ask for leave to write there; what may only be read can be pulled from, not pushed to."
+            f"{what}: {error.strerror}",
+            "Ask for leave to write there; what may only be read can be pulled from, not pushed to.",
         )
 
 

@@ -1,11 +1,11 @@
 """Object stores as remotes: S3 and what speaks its language, Google Cloud Storage, Azure; all through obstore.
 
-obstore signs, retries and streams in Rust, outside the interpreter's lock. Here is what it leaves open: whether a store decides
-creates at all (found by a real probe, because some take the condition and ignore it), an answer that was lost on the way (found by
-reading back), an order of keys (some list by folder), and errors that a person can act on.
+obstore signs, retries and streams in Rust, outside the interpreter's lock. Here is what it leaves open: whether a store
+decides creates at all (found by a real probe, because some take the condition and ignore it), an answer that was lost
+on the way (found by reading back), an order of keys (some list by folder), and errors that a person can act on.
 
-Its runtime does not survive a fork: a child process has no worker threads and would wait for ever. So workers are spawned; a
-forked child gets an error at its first call.
+Its runtime does not survive a fork: a child process has no worker threads and would wait for ever. So workers are
+spawned; a forked child gets an error at its first call.
 """
 
 from __future__ import annotations
@@ -62,7 +62,10 @@ class ObjectStoreRemote:
 
     @property
     def conditional(self) -> bool:
-        """Google and Azure decide creates by their specification; of an S3 store this is found out once per process and bucket."""
+        """Google and Azure decide creates by their specification.
+
+        Of an S3 store this is found out once per process and bucket.
+        """
         if self._place.scheme != "s3":
             return True
         known = (self._place.scheme, self._place.endpoint, self._place.bucket)
@@ -110,7 +113,9 @@ class ObjectStoreRemote:
         try:
             size = source.stat().st_size
         except OSError as error:
-            raise RemoteError(f"cannot send '{source}': {error.strerror}", "Check the cache: kdcache cache verify PATH") from None
+            raise RemoteError(
+                f"cannot send '{source}': {error.strerror}", "Check the cache: kdcache cache verify PATH"
+            ) from None
         part = max(PART, -(-size // MOST_PARTS))
         at_once = max(1, min(PARTS_AT_ONCE, IN_FLIGHT // 2 // part - 1))
         with self._budget.hold(min(size, part * (at_once + 1))):
@@ -138,7 +143,9 @@ class ObjectStoreRemote:
         self.write(_CLOCK, secrets.token_bytes(4))
         found = self.head(_CLOCK)
         if found is None:
-            raise RemoteError(f"{self._place.at} does not show an object that was just written", "Ask for: kdcache remote check")
+            raise RemoteError(
+                f"{self._place.at} does not show an object that was just written", "Ask for: kdcache remote check"
+            )
         return found.modified
 
     def compares_and_swaps(self) -> bool:
@@ -185,7 +192,8 @@ class ObjectStoreRemote:
     def _create(self, key: str, data: bytes) -> bool:
         """Made here, or not: that is for the object to say that is there.
 
-        A 412 may answer one's own request, sent again after its answer was lost; a 409 says only that somebody else was at work.
+        A 412 may answer one's own request, sent again after its answer was lost; a 409 says only that somebody else was
+        at work.
         """
         for _ in range(4):
             failure: RemoteError | None = None
@@ -238,10 +246,11 @@ class ObjectStoreRemote:
 
 
 def open_object_store(url: str, environment: Mapping[str, str] | None = None) -> ObjectStoreRemote:
-    """The place in a bucket that ``url`` (s3://, gs:// or az://, then BUCKET[/PREFIX]) names; nothing is asked of the store yet.
+    """The place in a bucket that ``url`` (s3://, gs:// or az://, then BUCKET[/PREFIX]) names; nothing is asked of the
+    store yet.
 
-    Credentials and endpoint come from the variables that the tools of the providers use, in ``environment`` or, where that is
-    None, in this process. Raises RecipeError where they do not fit together.
+    Credentials and endpoint come from the variables that the tools of the providers use, in ``environment`` or, where
+    that is None, in this process. Raises RecipeError where they do not fit together.
     """
     return ObjectStoreRemote(*open_store(url, environment))
 
@@ -264,12 +273,17 @@ def _cut(blocks: Iterator[bytes], start: int, length: int | None) -> Iterator[by
 
 
 class ByteBudget:
-    """At most ``limit`` bytes at once; what needs more than that is let through alone. Safe to use from several threads."""
+    """At most ``limit`` bytes at once.
+
+    What needs more than that is let through alone. Safe to use from several threads.
+    """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self._taken = 0
-        self._turn = threading.Lock()  # held by whoever waits for room, so that small ones do not pass a large one for ever
+        self._turn = (
+            threading.Lock()
+        )  # held by whoever waits for room, so that small ones do not pass a large one for ever
         self._freed = threading.Condition()
 
     @contextmanager
@@ -291,7 +305,10 @@ _RACERS = 2  # more tell more, and some stores let racers wait for seconds; ``kd
 
 
 def create_holds(store: ObjectStore, place: Place) -> bool:
-    """Two writers create one object at once: exactly one may win, and one that comes later may not. Raises RemoteError."""
+    """Two writers create one object at once.
+
+    Exactly one may win, and one that comes later may not. Raises RemoteError.
+    """
     with _probe(store, "create") as key:
 
         def create(number: int) -> bool:
@@ -311,7 +328,9 @@ def swap_holds(store: ObjectStore, place: Place) -> bool:
             raise explain(error, place, "write", key) from None
         if not first:
             return False
-        return _put(store, place, key, b"second", {"e_tag": first}) and not _put(store, place, key, b"third", {"e_tag": first})
+        return _put(store, place, key, b"second", {"e_tag": first}) and not _put(
+            store, place, key, b"third", {"e_tag": first}
+        )
 
 
 @contextmanager

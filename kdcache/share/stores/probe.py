@@ -1,8 +1,8 @@
 """``kdcache remote check``: what a store guarantees, found by trying, and what follows for a team.
 
-The sharing protocol asks little of a remote (docs/decisions/0010): whole objects, ranges, a list that shows every write that has ended.
-Whether creates are decided by the store makes the difference between one line of versions and forks that are reported. Everything is
-tried under ``probes/``, and removed again.
+The sharing protocol asks little of a remote (docs/decisions/0010): whole objects, ranges, a list that shows every write
+that has ended. Whether creates are decided by the store makes the difference between one line of versions and forks
+that are reported. Everything is tried under ``probes/``, and removed again.
 """
 
 from __future__ import annotations
@@ -41,7 +41,10 @@ class Finding:
 
 @dataclass(frozen=True)
 class Report:
-    """What was found. ``ahead``: seconds by which the store's clock is ahead of this machine's, None where it could not be read."""
+    """What was found.
+
+    ``ahead``: seconds by which the store's clock is ahead of this machine's, None where it could not be read.
+    """
 
     where: str
     writable: bool
@@ -63,15 +66,19 @@ class Report:
         """What it comes to, in one or two sentences."""
         if not self.usable:
             return (
-                "This store cannot hold caches: " + ", ".join(f"no {name}" for name in _NEEDED if self.holds(name) is False) + "."
+                "This store cannot hold caches: "
+                + ", ".join(f"no {name}" for name in _NEEDED if self.holds(name) is False)
+                + "."
             )
         if not self.writable:
             return "These credentials may read and not write: cache pull and ls work, push, rm and gc do not."
         if self.holds("decided creates"):
             return "Any number of people may push to one name at once: every version gets a number of its own, and none is lost."
         return (
-            "Caches are safe here, and no version is lost; but the store does not decide who was first. Two pushes to one name at the "
-            "same time become a fork, which every reader reports until the next push: let one person at a time push to a name."
+            "Caches are safe here, and no version is lost; but the store does not decide who was first. Two pushes to "
+            "one name at the "
+            "same time become a fork, which every reader reports until the next push: let one person at a time push to "
+            "a name."
         )
 
 
@@ -114,7 +121,10 @@ def _ranges(remote: Remote, folder: str) -> tuple[bool, str]:
     data = random.Random(1).randbytes(_SIZE)
     remote.write(f"{folder}/ranges", data)
     asked = [(0, 10), (1000, 1), (123_456, 100_000), (_SIZE - 7, 7)]
-    same = all(b"".join(remote.read(f"{folder}/ranges", start=at, length=count)) == data[at : at + count] for at, count in asked)
+    same = all(
+        b"".join(remote.read(f"{folder}/ranges", start=at, length=count)) == data[at : at + count]
+        for at, count in asked
+    )
     return same, "a pull that broke off goes on where it ended" if same else "a part of an object comes back wrong"
 
 
@@ -173,7 +183,9 @@ def _clock(ahead: float) -> Finding:
     if abs(ahead) <= SKEW:
         return Finding("clock", True, "the store's clock is that of this machine, to a few seconds")
     words = f"the store's clock is {abs(ahead):.0f} seconds {'ahead of' if ahead > 0 else 'behind'} this machine's"
-    return Finding("clock", False, f"{words}; kdcache goes by the store's, but signed requests fail where they are far apart")
+    return Finding(
+        "clock", False, f"{words}; kdcache goes by the store's, but signed requests fail where they are far apart"
+    )
 
 
 def _of_directory(remote: Remote) -> list[Finding]:
@@ -185,10 +197,15 @@ def _of_directory(remote: Remote) -> list[Finding]:
         return [
             Finding(
                 "other machines", None,
-                f"{kind} may keep a list on another machine for up to a minute (NFS: mount with acdirmax=1); let gc keep its grace period",
+                f"{kind} may keep a list on another machine for up to a minute (NFS: mount with acdirmax=1); let gc "
+                "keep its grace period",
             )
         ]  # fmt: skip
-    return [Finding("other machines", None, f"{kind} is a disk of this machine: a team needs one that all its machines mount")]
+    return [
+        Finding(
+            "other machines", None, f"{kind} is a disk of this machine: a team needs one that all its machines mount"
+        )
+    ]
 
 
 @contextmanager

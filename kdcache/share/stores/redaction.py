@@ -1,7 +1,9 @@
-"""Texts that may hold credentials, made fit for messages: errors of a store library quote URLs, headers and answers of the server.
+"""Texts that may hold credentials, made fit for messages: errors of a store library quote URLs, headers and answers of
+the server.
 
-What is taken out: user and password of a URL, its whole query (signatures travel there), values that are named like secrets,
-authorization headers, access key ids, and the values of the secrets in this process's own environment wherever they turn up.
+What is taken out: user and password of a URL, its whole query (signatures travel there), values that are named like
+secrets, authorization headers, access key ids, and the values of the secrets in this process's own environment wherever
+they turn up.
 """
 
 from __future__ import annotations
@@ -27,7 +29,10 @@ _RULES = (
 
 
 def redact(text: str, environment: Mapping[str, str] | None = None) -> str:
-    """``text`` without credentials; ``environment`` (by default that of this process) names secrets that are taken out literally."""
+    """``text`` without credentials.
+
+    ``environment`` (by default that of this process) names secrets that are taken out literally.
+    """
     values = {
         value
         for name, value in (os.environ if environment is None else environment).items()

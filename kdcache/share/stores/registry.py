@@ -1,4 +1,7 @@
-"""From a URL, or from the environment, to a remote; what is wrong with either is said before anything is asked of a store."""
+"""From a URL, or from the environment, to a remote.
+
+What is wrong with either is said before anything is asked of a store.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +59,8 @@ def _check_store(url: str, scheme: str, rest: str) -> None:
     if "@" in rest or "?" in rest or "#" in rest:
         raise RecipeError(
             f"'{shown}' holds more than a bucket and a prefix",
-            "Credentials and endpoints belong into variables: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL and their like.",
+            "Credentials and endpoints belong into variables: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, "
+            "AWS_ENDPOINT_URL and their like.",
         )
     bucket, _, prefix = rest.strip("/").partition("/")
     if not bucket or rest.startswith("/"):
@@ -65,7 +69,8 @@ def _check_store(url: str, scheme: str, rest: str) -> None:
         raise RecipeError(f"'{bucket}' in '{shown}' is no name of a bucket", f"Write it as {scheme}://BUCKET/PREFIX.")
     if prefix and (not _PREFIX.fullmatch(prefix) or {".", ".."} & set(prefix.split("/"))):
         raise RecipeError(
-            f"'{prefix}' in '{shown}' is no prefix", "Use letters, digits, '.', '_' and '-', with single slashes between them."
+            f"'{prefix}' in '{shown}' is no prefix",
+            "Use letters, digits, '.', '_' and '-', with single slashes between them.",
         )
 
 
@@ -73,7 +78,8 @@ def _file_path(url: str) -> str:
     parts = urlsplit(url)
     if parts.netloc not in ("", "localhost") or not parts.path or parts.query or parts.fragment:
         raise RecipeError(
-            f"'{redact(url)}' names no directory of this machine", "Write it as file:///path/to/directory, or as the path alone."
+            f"'{redact(url)}' names no directory of this machine",
+            "Write it as file:///path/to/directory, or as the path alone.",
         )
     return unquote(parts.path)
 
@@ -85,7 +91,8 @@ def _directory(name: str) -> Remote:
     if not path.exists():
         raise RecipeError(
             f"there is no directory '{path}'",
-            f"If the remote is to lie there, make it once: mkdir -p '{path}'. If it lies on a shared disk, mount that first.",
+            f"If the remote is to lie there, make it once: mkdir -p '{path}'. If it lies on a shared disk, mount that "
+            "first.",
         )
     if not path.is_dir():
         raise RecipeError(f"'{path}' is a file, and a remote is a directory", f"A remote is {KINDS}.")

@@ -1,4 +1,7 @@
-"""An obstore client for a URL: credentials and endpoint from the usual variables, time-outs, retries; never used after a fork."""
+"""An obstore client for a URL.
+
+Credentials and endpoint from the usual variables, time-outs, retries; never used after a fork.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,10 @@ _runtime: list[int] = []  # the process in which obstore's threads run
 
 
 def open_store(url: str, environment: Mapping[str, str] | None = None) -> tuple[ObjectStore, Place]:
-    """A client for s3://, gs:// or az://, then BUCKET[/PREFIX]; RecipeError where variables and URL do not fit together."""
+    """A client for s3://, gs:// or az://, then BUCKET[/PREFIX].
+
+    RecipeError where variables and URL do not fit together.
+    """
     obstore()
     from obstore.store import AzureStore, GCSStore, S3Store
 
@@ -42,7 +48,9 @@ def open_store(url: str, environment: Mapping[str, str] | None = None) -> tuple[
     kind: Any = {"s3": S3Store, "gs": GCSStore, "az": AzureStore}[scheme]
     given = {"config": {name.lower(): value for name, value in environment.items()}} if environment is not None else {}
     try:
-        return kind(bucket, prefix=prefix or None, client_options=_client(endpoint), retry_config=_RETRIES, **given), place
+        return kind(
+            bucket, prefix=prefix or None, client_options=_client(endpoint), retry_config=_RETRIES, **given
+        ), place
     except Exception as error:
         message = redact(str(error).split("\n", 1)[0], settings)
         raise RecipeError(
@@ -51,7 +59,10 @@ def open_store(url: str, environment: Mapping[str, str] | None = None) -> tuple[
 
 
 def obstore() -> Any:
-    """The library, in the process that first asked for it; RemoteError in a fork of that process, where its calls would hang."""
+    """The library, in the process that first asked for it.
+
+    RemoteError in a fork of that process, where its calls would hang.
+    """
     if _runtime and _runtime[0] != os.getpid():
         raise RemoteError(
             "an object store was opened before this process was forked, and none works in it",
@@ -64,7 +75,10 @@ def obstore() -> Any:
 
 
 def _client(endpoint: str) -> Any:
-    """A stalled connection ends after two minutes, a living one after an hour: a part over a slow line takes its time."""
+    """A stalled connection ends after two minutes, a living one after an hour.
+
+    A part over a slow line takes its time.
+    """
     return {
         "allow_http": endpoint.startswith("http://"),
         "connect_timeout": timedelta(seconds=5),

@@ -1,7 +1,8 @@
 """What a store library says, in kdcache's words: who was asked for what, why it failed, and what cures it.
 
 obstore gives one class for most failures and puts the rest into a long text. The status, the server's own code and the
-reason of a broken connection are read out of it; the text itself goes to a note of the exception, redacted, which a traceback shows.
+reason of a broken connection are read out of it; the text itself goes to a note of the exception, redacted, which a
+traceback shows.
 """
 
 from __future__ import annotations
@@ -86,7 +87,9 @@ def explain(error: BaseException, place: Place, method: str, key: str = "") -> R
     elif _denied(error, status, code):
         made = _access(what, place, method, code)
     elif code in ("PermanentRedirect", "AuthorizationHeaderMalformed") or status in (301, 307):
-        made = RemoteError(f"{what}: the bucket lies in another region", "Export AWS_REGION with the region of the bucket.")
+        made = RemoteError(
+            f"{what}: the bucket lies in another region", "Export AWS_REGION with the region of the bucket."
+        )
     elif reason := _reason(text):
         made = RemoteError(
             f"{what}: {reason}",
@@ -120,7 +123,8 @@ def _access(what: str, place: Place, method: str, code: str) -> RemoteAccessErro
         return RemoteAccessError(f"{what}: the credentials are not accepted ({code})", _CREDENTIALS[code])
     if method in _WRITES:
         return RemoteAccessError(
-            f"{what}: the credentials do not allow it", "They may be read-only: pull works with them, push needs leave to write."
+            f"{what}: the credentials do not allow it",
+            "They may be read-only: pull works with them, push needs leave to write.",
         )
     return RemoteAccessError(
         f"{what}: the credentials do not allow it", f"Check {_NAMES[place.scheme]}, or ask for leave to read and list."

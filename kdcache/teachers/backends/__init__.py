@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 __all__ = ["TeacherBackend", "TeacherOutput", "open_backend"]
 
 
-def open_backend(kind: str, teacher: Teacher, layers: Sequence[int], *, precision: str, work_dir: Path) -> TeacherBackend:
+def open_backend(
+    kind: str, teacher: Teacher, layers: Sequence[int], *, precision: str, work_dir: Path
+) -> TeacherBackend:
     """A backend for ``teacher`` that can give ``layers``; ``work_dir`` keeps what is costly to make (exported graphs).
 
     Raises ModelError for a layer that the teacher lacks, an unknown kind, or a precision that the kind cannot run.

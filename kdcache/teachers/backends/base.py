@@ -1,8 +1,8 @@
 """The seam between a teacher and whatever runs it.
 
-A backend takes padded inputs and gives back what a cache stores: logits, the pooled vector, and the hidden states of the
-layers asked for, already packed (padding dropped), so that nothing downstream ever sees padding. Results stay on the
-backend's device: projecting there moves fewer bytes.
+A backend takes padded inputs and gives back what a cache stores: logits, the pooled vector, and the hidden states of
+the layers asked for, already packed (padding dropped), so that nothing downstream ever sees padding. Results stay on
+the backend's device: projecting there moves fewer bytes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TeacherOutput:
-    """What one forward pass gives: ``logits`` float32 [B, C], ``pooled`` float32 [B, w] or None, ``hidden`` per layer float32
+    """What one forward pass gives: ``logits`` float32 [B, C], ``pooled`` float32 [B, w] or None, ``hidden`` per layer
+    float32
     [P, width], where the P valid tokens lie row after row.
     """
 

@@ -33,7 +33,10 @@ if TYPE_CHECKING:
     from kdcache.teachers.teacher import Teacher, TeacherModel
 
 
-TOLERANCE = {"float32": 1e-4, "fp16": 3e-2}  # largest difference to torch in float32, relative to the largest value (at least 1)
+TOLERANCE = {
+    "float32": 1e-4,
+    "fp16": 3e-2,
+}  # largest difference to torch in float32, relative to the largest value (at least 1)
 
 
 class OnnxBackend:
@@ -81,14 +84,21 @@ class OnnxBackend:
         self._session = None
 
     def _check_parity(self, teacher: Teacher) -> float:
-        """The largest absolute difference to torch over all outputs and valid tokens; ModelError beyond the tolerance."""
+        """The largest absolute difference to torch over all outputs and valid tokens.
+
+        ModelError beyond the tolerance.
+        """
         batch = parity_batch(teacher)
         layers = range(teacher.depth + 1)
         ours = self.run(batch, layers, pooled=True)
         with torch.inference_mode():
             flat = list(OnnxTeacher(teacher.model.cpu().eval(), list(batch))(*batch.values()))
         valid = batch["attention_mask"].bool()
-        theirs = [flat[0], *([] if ours.pooled is None else [flat[1]]), *(tensor[valid] for tensor in flat[-len(layers) :])]
+        theirs = [
+            flat[0],
+            *([] if ours.pooled is None else [flat[1]]),
+            *(tensor[valid] for tensor in flat[-len(layers) :]),
+        ]
         worst = 0.0
         for mine, reference in zip(
             [ours.logits, *([] if ours.pooled is None else [ours.pooled]), *ours.hidden.values()], theirs, strict=True
@@ -149,7 +159,11 @@ EXPORTER_VERSION = 2  # raised whenever the graph that is made of one and the sa
 
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _EXPORT_TEXTS = ("a plain sentence of ten or so words, with a comma", "a short one")
-_PARITY_TEXTS = ("yes", "café, naïve: 3.14 — and now a longer sentence than any that the exporter saw " * 2, "no more than this")
+_PARITY_TEXTS = (
+    "yes",
+    "café, naïve: 3.14 — and now a longer sentence than any that the exporter saw " * 2,
+    "no more than this",
+)
 
 
 class OnnxTeacher(nn.Module):
@@ -232,7 +246,8 @@ def _export(teacher: Teacher, precision: str, target: Path) -> None:
     except Exception as error:  # the exporter raises what its many passes raise
         reason = _COLOUR.sub("", str(error)).strip().splitlines()
         raise ModelError(
-            f"teacher '{teacher.name}' cannot be exported to ONNX: {type(error).__name__}: {reason[0] if reason else 'no reason given'}",
+            f"teacher '{teacher.name}' cannot be exported to ONNX: {type(error).__name__}: "
+            f"{reason[0] if reason else 'no reason given'}",
             'Run this teacher with dump.backend = "torch".',
         ) from error
 

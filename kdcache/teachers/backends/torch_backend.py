@@ -1,7 +1,7 @@
 """The teacher as PyTorch runs it: the reference that the other backends are compared with.
 
-Lower precisions run under autocast: weights, layer norms and softmax stay in float32, so that a dump in bf16 is as close to
-float32 as the tensor cores allow.
+Lower precisions run under autocast: weights, layer norms and softmax stay in float32, so that a dump in bf16 is as
+close to float32 as the tensor cores allow.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ class TorchBackend:
 
     def __init__(self, teacher: Teacher, *, precision: str) -> None:
         if precision not in _AUTOCAST:
-            raise ModelError(f"precision '{precision}' is not known; expected float32, bf16 or fp16", "Set dump.precision.")
+            raise ModelError(
+                f"precision '{precision}' is not known; expected float32, bf16 or fp16", "Set dump.precision."
+            )
         self.precision = precision
         self.device = default_device().type
         self._dtype = _AUTOCAST[precision]

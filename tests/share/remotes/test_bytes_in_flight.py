@@ -18,7 +18,10 @@ MIB = 1 << 20
 
 
 class Uploads:
-    """In place of obstore's ``put``: how many bytes it would hold, as its documentation says: parts on their way, and one being read."""
+    """In place of obstore's ``put``.
+
+    How many bytes it would hold, as its documentation says: parts on their way, and one being read.
+    """
 
     def __init__(self) -> None:
         self.now = self.peak = self.together = self.count = 0
@@ -32,7 +35,9 @@ class Uploads:
             size = min(size, options["chunk_size"] * (options["max_concurrency"] + 1))
         self._add(size, 1)
         with self._changed:  # a busy machine needs time to bring the others here; few uploads may never be enough
-            self._changed.wait_for(lambda: self.peak >= self.expected and self.together > 1, 1.0 if self.expected else 0.002)
+            self._changed.wait_for(
+                lambda: self.peak >= self.expected and self.together > 1, 1.0 if self.expected else 0.002
+            )
         self._add(-size, -1)
 
     def _add(self, size: int, count: int) -> None:
@@ -59,7 +64,9 @@ def uploads(monkeypatch: pytest.MonkeyPatch) -> Uploads:
 
 
 @pytest.mark.parametrize("workers", [8, 32])
-@pytest.mark.parametrize("sizes", [[200 * MIB] * 12, [16 * MIB] * 40, [PART, PART + 1, 100, SMALL, 3 * PART, 900 * MIB] * 8])
+@pytest.mark.parametrize(
+    "sizes", [[200 * MIB] * 12, [16 * MIB] * 40, [PART, PART + 1, 100, SMALL, 3 * PART, 900 * MIB] * 8]
+)
 def test_uploads_stay_within_their_bytes(tmp_path: Path, uploads: Uploads, sizes: list[int], workers: int) -> None:
     remote = open_object_store("gs://team/kdcache", {"GOOGLE_SKIP_SIGNATURE": "true"})
     files = [sparse(tmp_path / str(number), size) for number, size in enumerate(sizes)]
@@ -77,7 +84,10 @@ def test_a_file_of_a_terabyte_has_few_enough_parts_and_goes_alone(tmp_path: Path
 
 
 def test_what_waits_for_its_turn_is_small(tmp_path: Path, uploads: Uploads) -> None:
-    """A worker that holds the bytes of a file and waits for room adds to what is in flight: only small files are read before."""
+    """A worker that holds the bytes of a file and waits for room adds to what is in flight.
+
+    Only small files are read before.
+    """
     assert 8 * SMALL <= IN_FLIGHT // 8
     remote = open_object_store("gs://team/kdcache", {"GOOGLE_SKIP_SIGNATURE": "true"})
     path = sparse(tmp_path / "file", SMALL + 1)

@@ -1,4 +1,7 @@
-"""What only a directory can do wrong: half-written files, links, file systems without hard links, a disk that is not there."""
+"""What only a directory can do wrong.
+
+Half-written files, links, file systems without hard links, a disk that is not there.
+"""
 
 from __future__ import annotations
 
@@ -60,11 +63,15 @@ def test_dying_at_every_step_leaves_the_old_object_or_the_new_one(
         with use_disk(dying_disk(step)), pytest.raises(Died):
             change(remote)
         remote = DirectoryRemote(root)
-        assert {entry.key: remote.read_bytes(entry.key, 999) for entry in remote.list("")} in (before, after), f"step {step}"
+        assert {entry.key: remote.read_bytes(entry.key, 999) for entry in remote.list("")} in (before, after), (
+            f"step {step}"
+        )
         change(remote)
         assert {entry.key: remote.read_bytes(entry.key, 999) for entry in remote.list("")} == after
         remote.remove_leftovers(-1)
-        assert sorted(path.name for path in root.rglob("*") if path.is_file()) == sorted(Path(one).name for one in after)
+        assert sorted(path.name for path in root.rglob("*") if path.is_file()) == sorted(
+            Path(one).name for one in after
+        )
 
 
 def test_a_full_disk_is_said_and_leaves_nothing(root: Path) -> None:
@@ -120,7 +127,12 @@ def test_a_pipe_is_no_object(root: Path) -> None:
 def test_a_disk_that_is_not_mounted_is_no_empty_remote(root: Path) -> None:
     remote = DirectoryRemote(root)
     root.rmdir()
-    for call in (lambda: list(remote.list("")), lambda: remote.write("one", b"x"), lambda: remote.head("one"), remote.now):
+    for call in (
+        lambda: list(remote.list("")),
+        lambda: remote.write("one", b"x"),
+        lambda: remote.head("one"),
+        remote.now,
+    ):
         with pytest.raises(RemoteError, match="there is no directory"):
             call()
     assert not root.exists()

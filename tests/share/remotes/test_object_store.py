@@ -1,4 +1,7 @@
-"""What object stores do to a client: refuse it, lose its answers, answer late, be absent; and what kdcache makes of it."""
+"""What object stores do to a client.
+
+Refuse it, lose its answers, answer late, be absent; and what kdcache makes of it.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +50,12 @@ def test_read_only_credentials_read_and_are_told_what_they_cannot(seaweedfs: S3S
     reader = opened(seaweedfs, writer.url, seaweedfs.reader)
     assert reader.read_bytes("one", 9) == b"x"
     assert [entry.key for entry in reader.list("")] == ["one"]
-    for call in (lambda: reader.write("one", b"y"), lambda: reader.create("two", b"y"), lambda: reader.delete("one"), reader.now):
+    for call in (
+        lambda: reader.write("one", b"y"),
+        lambda: reader.create("two", b"y"),
+        lambda: reader.delete("one"),
+        reader.now,
+    ):
         error = failure(call, RemoteAccessError)
         assert "do not allow it" in error.message
         assert "read-only" in error.hint
@@ -72,7 +80,11 @@ def test_a_bucket_that_is_not_there_is_named(rclone_store: S3Server) -> None:
 
 def test_a_server_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(store_access._RETRIES, "max_retries", 1)
-    keys = {"AWS_ACCESS_KEY_ID": "somebody", "AWS_SECRET_ACCESS_KEY": "something", "AWS_ENDPOINT_URL": "http://127.0.0.1:9"}
+    keys = {
+        "AWS_ACCESS_KEY_ID": "somebody",
+        "AWS_SECRET_ACCESS_KEY": "something",
+        "AWS_ENDPOINT_URL": "http://127.0.0.1:9",
+    }
     error = failure(lambda: open_object_store("s3://team/x", keys).head("one"))
     assert "http://127.0.0.1:9" in error.message
     assert "connection refused" in error.message

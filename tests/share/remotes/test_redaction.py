@@ -9,13 +9,15 @@ from kdcache.share.stores.redaction import redact
 SECRET = "wJalrXUtnFEMI/K7MDENG+bPxRfiCYEXAMPLEKEY"
 TEXTS = [
     f"https://user:{SECRET}@host/path",
-    f"Error performing GET https://acc.blob.core.windows.net/c/k?sv=2024-11-04&se=2027&sr=c&sp=rl&sig={SECRET}: refused",
+    f"Error performing GET https://acc.blob.core.windows.net/c/k?sv=2024-11-04&se=2027&sr=c&sp=rl&sig={SECRET}: "
+    "refused",
     f"https://b.s3.amazonaws.com/k?X-Amz-Algorithm=AWS4-HMAC-SHA256&X-Amz-Credential=x%2F20260101&X-Amz-Signature={SECRET}",
     f"<Error><AWSAccessKeyId>{SECRET}</AWSAccessKeyId><StringToSign>AWS4-HMAC-SHA256\n2026\n{SECRET}</StringToSign></Error>",
     f"<SignatureProvided>{SECRET}</SignatureProvided>",
     f'{{"secret_access_key": "{SECRET}", "session_token": "{SECRET}", "AccountKey": "{SECRET}"}}',
     f"authorization: Bearer {SECRET}",
-    f"Authorization: AWS4-HMAC-SHA256 Credential={SECRET}/20260101/us-east-1/s3/aws4_request, SignedHeaders=host, Signature={SECRET}",
+    f"Authorization: AWS4-HMAC-SHA256 Credential={SECRET}/20260101/us-east-1/s3/aws4_request, SignedHeaders=host, "
+    f"Signature={SECRET}",
     f"aws_secret_access_key = {SECRET}",
     f"DefaultEndpointsProtocol=https;AccountName=x;AccountKey={SECRET};EndpointSuffix=core.windows.net",
     f"SharedKey account:{SECRET}",

@@ -25,7 +25,9 @@ with s3_server.run_rclone() as server:
 def test_a_server_and_its_files_go_with_the_tests(kill: bool) -> None:
     import socket
 
-    with subprocess.Popen([sys.executable, "-c", CODE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", CODE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdout is not None
         port, home = process.stdout.readline().split()
         assert Path(home).is_dir()

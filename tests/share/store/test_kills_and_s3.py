@@ -28,7 +28,9 @@ from tests.share.store.test_reading_through import read_teacher
 
 
 class Deadly(DirectoryRemote):
-    """The process is killed from a thread of its own once it asks for its ``at``-th file, and gets no file after that one."""
+    """The process is killed from a thread of its own once it asks for its ``at``-th file, and gets no file after that
+    one.
+    """
 
     def __init__(self, root: Path, at: int) -> None:
         super().__init__(root)

@@ -1,4 +1,7 @@
-"""A cache that arrives while it is read: order, one fetch per file, interruptions, and several processes at one store."""
+"""A cache that arrives while it is read.
+
+Order, one fetch per file, interruptions, and several processes at one store.
+"""
 
 from __future__ import annotations
 
@@ -132,7 +135,10 @@ def await_asked(remote: GatedRemote, count: int) -> None:
 
 def test_an_interruption_leaves_what_the_next_run_goes_on_with(remote: GatedRemote, store: LocalStore) -> None:
     ref, remote.gated = resolve(remote, "mine"), True
-    with pytest.raises(RemoteError, match="the connection is lost") as caught, read_through(remote, ref, store=store) as cache:
+    with (
+        pytest.raises(RemoteError, match="the connection is lost") as caught,
+        read_through(remote, ref, store=store) as cache,
+    ):
         place = cache.path
         remote.permits.release(12)
         cache.select(Selection({"bert": (2, 4)}))
@@ -190,7 +196,9 @@ class LoggingRemote(DirectoryRemote):
         return super().read(key, start=start, length=length)
 
 
-def test_processes_that_read_the_same_cache_at_once_fetch_each_file_once(tmp_path: Path, caches: dict[str, Path]) -> None:
+def test_processes_that_read_the_same_cache_at_once_fetch_each_file_once(
+    tmp_path: Path, caches: dict[str, Path]
+) -> None:
     (tmp_path / "remote").mkdir()
     push(DirectoryRemote(tmp_path / "remote"), caches["two"], "mine")
     context = multiprocessing.get_context("fork")
@@ -256,7 +264,9 @@ def test_room_is_made_by_whole_caches_the_least_recently_used_first(remote: Gate
     assert tight.used_bytes() <= tight.limit
 
 
-def test_a_file_system_without_hard_links(remote: GatedRemote, store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_system_without_hard_links(
+    remote: GatedRemote, store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import os
 
     def refuse(*_: object) -> None:

@@ -107,7 +107,9 @@ def test_a_teacher_that_cannot_be_exported_is_named_with_the_cure(bundle: Path, 
             raise RuntimeError("this model\nhas its own mind")
 
     teacher.model = Untraceable()  # type: ignore[assignment]
-    with pytest.raises(ModelError, match=r"teacher 'distil' cannot be exported to ONNX: RuntimeError: this model$") as caught:
+    with pytest.raises(
+        ModelError, match=r"teacher 'distil' cannot be exported to ONNX: RuntimeError: this model$"
+    ) as caught:
         open_backend("onnxruntime", teacher, [1], precision="float32", work_dir=tmp_path)
     assert 'dump.backend = "torch"' in caught.value.hint
     assert not list((tmp_path / "onnx").iterdir())
