@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kdcache.cache.selection import Selection
-from kdcache.cache.spec import LayerSpec
+from kdcache.codecs.base import LayerSpec
 from kdcache.files import Disk, create_file, share_file, use_disk, write_file, write_stream
 from kdcache.progress import SilentProgress
 from kdcache.runs import RunDirectory, mark_finished, write_durably

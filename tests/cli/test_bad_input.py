@@ -17,6 +17,7 @@ from kdcache import files
 from kdcache.cache.locking import hold_lock
 from kdcache.cache.reader import open_cache
 from kdcache.errors import LockedError
+from kdcache.methods.registry import method_names
 from kdcache.testing.architectures import ARCHITECTURES
 from kdcache.testing.custom_model import make_custom_model
 from kdcache.testing.faults import failing_disk
@@ -239,7 +240,7 @@ def test_a_method_that_there_is_not(command: str, there: bool, finished: Finishe
     runs = finished.runs if there else tmp_path
     said = kdcache(command, finished.recipe, "--output-dir", runs, "--set", "distill.method=mtbert")
     assert said.code == 2
-    assert "no distillation method 'mtbert'; there are: mt-bert, kd, fine-tune" in said.err
+    assert f"no distillation method 'mtbert'; there are: {', '.join(method_names())}" in said.err
     assert "Did you mean distill.method = 'mt-bert'?" in said.err
     assert not list(tmp_path.iterdir())
 
