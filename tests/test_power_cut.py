@@ -147,7 +147,10 @@ class Line:
         return {"score": float(epoch)}
 
     def keep_best(self, epoch: int, metrics: Mapping[str, float]) -> None:
-        raise NotImplementedError
+        """Nothing: a line is not worth keeping."""
+
+    def settle_best(self, epoch: int) -> None:
+        """Nothing, as above."""
 
 
 def test_a_run_directory(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ class TestMine(RemoteContract):
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import random
 import secrets
@@ -170,9 +171,10 @@ class RemoteContract:
         assert remote.conditional is self.decides
         for attempt in range(3):
             data = [secrets.token_bytes(100) for _ in range(8)]
-            won = at_once(
-                8, lambda number, attempt=attempt, data=data: remote.create(f"refs/x/{attempt}", data[number])
-            )  # type: ignore[misc]
+            create = functools.partial(
+                lambda key, data, number: remote.create(key, data[number]), f"refs/x/{attempt}", data
+            )
+            won = at_once(8, create)
             there = remote.read_bytes(f"refs/x/{attempt}", 100)
             if self.decides:
                 assert [mine for mine, made in zip(data, won, strict=True) if made] == [there]
