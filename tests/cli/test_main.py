@@ -47,8 +47,8 @@ def processor_seconds(code: str) -> tuple[float, str]:
 
 
 def is_quick(seconds: float) -> bool:
-    """Under half a second; on a machine whose cores are shared, at most twice what its libraries take to import."""
-    return seconds < 0.5 or seconds < 2 * processor_seconds("import numpy, pydantic, rich, typer")[0]
+    """Under half a second; on a machine whose cores are shared, at most three times what its libraries take to import."""
+    return seconds < 0.5 or seconds < 3 * processor_seconds("import numpy, pydantic, rich, typer")[0]
 
 
 def cost(*arguments: object) -> tuple[float, set[str]]:
