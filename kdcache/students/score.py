@@ -83,11 +83,15 @@ def evaluate_model(
     classifier from elsewhere has no record, so the columns must be named. Both heads load.
 
     Args:
-        model_dir: a student of kdcache, or a directory that ``AutoModelForSequenceClassification`` loads. source: a
-        file, or the name of a hub data set. text: one column, or two for pairs. label: the label column. max_length:
-        tokens that are read of a text. batch: rows of 128 tokens in one forward pass. trust_remote_code: whether the
-        model may run Python code that lies in its directory. labels: class names by the numbers that the file has for
-        labels, where it has numbers and the model's order is another.
+        model_dir: a student of kdcache, or a directory that ``AutoModelForSequenceClassification`` loads.
+        source: a file, or the name of a hub data set.
+        text: one column, or two for pairs.
+        label: the label column.
+        max_length: tokens that are read of a text.
+        batch: rows of 128 tokens in one forward pass.
+        trust_remote_code: whether the model may run Python code that lies in its directory.
+        labels: class names by the numbers that the file has for labels, where it has numbers and the model's order is
+            another.
 
     Returns:
         The scores and ``rows``, how many were scored; where there are any, ``left_out``, rows that have no text, and
