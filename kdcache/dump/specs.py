@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING
 from kdcache.cache.spec import TargetSpec, TaskSpec, TeacherSpec
 from kdcache.codecs.registry import format_of
 from kdcache.data.custom_code import code_not_run, wants_code
-from kdcache.data.encoding import TRUNCATION, encode, padding_id, tokenizer_json
+from kdcache.data.encoding import TRUNCATION, padding_id, tokenizer_json
 from kdcache.data.labels import mismatch_cure
 from kdcache.dump.layers import check_names, layer_spec, resolve_layers
 from kdcache.errors import DataError, MismatchError, ModelError
 from kdcache.progress import listed_apart
 from kdcache.teachers.bundle import load_teacher
 from kdcache.teachers.teacher import check_max_length
-from kdcache.teachers.trial import is_causal
+from kdcache.teachers.trial import first_token_sees_only_itself
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -198,8 +198,7 @@ def _check_first_token(teacher: Teacher, spec: TeacherSpec) -> None:
     layers = [layer for layer, form in spec.layers.items() if form.tokens == "first"]
     if not layers:
         return
-    text = encode(teacher.tokenizer, [("a plain sentence",)], spec.max_length)
-    if is_causal(teacher.model.encoder, text, padding_id(teacher.tokenizer)):
+    if first_token_sees_only_itself(teacher.model.encoder, teacher.tokenizer, spec.max_length):
         raise ModelError(
             f"teacher '{spec.name}' is a causal decoder: the first token, for which layer {layers[0]} is to be stored, "
             "has seen nothing of the text",

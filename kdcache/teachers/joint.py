@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from kdcache.data.encoding import EncodedTexts, encode, pad, padding_id, token_budget_batches, truncation_note
+from kdcache.data.encoding import EncodedTexts, encode, pad, padding_id, truncation_note
 from kdcache.errors import DataError
 from kdcache.report.metrics import scores
 from kdcache.teachers.sources import TOKEN_TYPES
 from kdcache.training import loop
 from kdcache.training.best_epoch import BestEpoch
 from kdcache.training.loop import micro_batches
+from kdcache.training.predict import predict
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -109,7 +110,7 @@ def train(
     if settings.gradient_checkpointing:
         for source in sources.values():
             _checkpoint_activations(source.network)
-    trainee = JointTrainee(
+    training = CofinetuneTask(
         models,
         texts,
         Labels(train_rows.labels, None if validation is None else validation.labels),
@@ -122,11 +123,11 @@ def train(
     )
     loop_settings = loop.LoopSettings.from_section(settings, identity, newer_keys(identity))
     outcome = loop.train(
-        trainee, loop_settings, checkpoints=place / "checkpoints", progress=progress, on_metrics=metrics
+        training, loop_settings, checkpoints=place / "checkpoints", progress=progress, on_metrics=metrics
     )
     if outcome.best_epoch + 1 != settings.epochs:
-        trainee.load_best(outcome.best_epoch)
-    trainee.model.eval()
+        training.load_best(outcome.best_epoch)
+    training.model.eval()
     return outcome.best_epoch + 1
 
 
@@ -141,9 +142,6 @@ def _checkpoint_activations(network: PreTrainedModel) -> None:
     """Recompute activations in the backward pass; transformers 5 renamed the method on the way."""
     enable = getattr(network, "activation_checkpointing_enable", None) or network.gradient_checkpointing_enable
     enable({"use_reentrant": False})
-
-
-_EVALUATION_TOKENS = 4096  # padded tokens of one forward pass
 
 
 @dataclass(frozen=True)
@@ -163,7 +161,7 @@ class Labels:
     validation: np.ndarray | None
 
 
-class JointTrainee:
+class CofinetuneTask:
     """Trains ``models`` together; those parameters that are frozen beforehand stay as they are."""
 
     def __init__(
@@ -255,23 +253,3 @@ def score_teachers(logits: Mapping[str, np.ndarray], labels: np.ndarray) -> dict
     probabilities = [torch.softmax(torch.from_numpy(values).double(), dim=1) for values in logits.values()]
     mean = torch.stack(probabilities).mean(dim=0).clamp_min(1e-300).log()  # their softmax is the mean again
     return {**found, MEAN: scores(labels, mean.numpy())}
-
-
-def predict(model: TeacherModel, encoded: EncodedTexts, pad_token_id: int) -> np.ndarray:
-    """Logits float32[n, classes] of every text, in its order; without gradients, in eval mode."""
-    device = next(model.parameters()).device
-    model.eval()
-    batches = token_budget_batches(encoded.lengths, _EVALUATION_TOKENS)
-    found: list[Tensor] = []
-    with torch.no_grad():
-        for rows in batches:
-            inputs = {key: tensor.to(device) for key, tensor in pad(encoded, rows, pad_token_id).items()}
-            found.append(model(inputs).logits.float().cpu())
-    order = np.concatenate(batches)
-    return _back_in_order(torch.cat(found).numpy(), order)
-
-
-def _back_in_order(values: np.ndarray, order: Sequence[int] | np.ndarray) -> np.ndarray:
-    result: Any = np.empty_like(values)
-    result[order] = values
-    return np.asarray(result)

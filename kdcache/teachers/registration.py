@@ -20,9 +20,10 @@ from kdcache.teachers.bundle import (
     save_shared_head,
     save_teacher,
 )
-from kdcache.teachers.joint import MEAN, predict, score_teachers
+from kdcache.teachers.joint import MEAN, score_teachers
 from kdcache.teachers.teacher import TeacherModel
 from kdcache.training.loop import default_device
+from kdcache.training.predict import predict
 
 if TYPE_CHECKING:
     from kdcache.teachers.head import SharedHead

@@ -23,7 +23,7 @@ from kdcache.teachers.teacher import (
     load_classifier,
     load_encoder,
 )
-from kdcache.teachers.trial import try_network
+from kdcache.teachers.trial import first_token_sees_only_itself, try_network
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -89,8 +89,8 @@ def open_source(
     tokenizer = load_tokenizer(section.model, section.revision, trust_remote_code=trusted)
     check_max_length(section.name, network, max_length)
     _check_vocabulary(section.name, network, tokenizer)
-    trial = try_network(section.name, network, tokenizer, max_length, columns)
-    if not own and trial.causal and pooling == "cls":
+    try_network(section.name, network, tokenizer, max_length, columns)
+    if not own and pooling == "cls" and first_token_sees_only_itself(network, tokenizer, max_length):
         raise ModelError(
             f"teacher '{section.name}' is a causal decoder ({network.config.model_type}): its first token, which "
             "pooling 'cls' reads, has "

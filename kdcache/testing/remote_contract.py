@@ -170,9 +170,11 @@ class RemoteContract:
         assert remote.conditional is self.decides
         for attempt in range(3):
             data = [secrets.token_bytes(100) for _ in range(8)]
-            won = at_once(
-                8, lambda number, attempt=attempt, data=data: remote.create(f"refs/x/{attempt}", data[number])
-            )  # type: ignore[misc]
+
+            def create(number: int, key: str = f"refs/x/{attempt}", data: list[bytes] = data) -> bool:
+                return remote.create(key, data[number])
+
+            won = at_once(8, create)
             there = remote.read_bytes(f"refs/x/{attempt}", 100)
             if self.decides:
                 assert [mine for mine, made in zip(data, won, strict=True) if made] == [there]

@@ -1,10 +1,10 @@
 """The training loop of co-finetuning and distillation: one process, any device, exact resume.
 
-What is trained, on which batches and with which losses is the trainee's business; the loop owns the optimizer, the
-schedule, mixed precision (through accelerate), clipping, checkpoints and the choice of the best epoch. A trainee yields
+What is trained, on which batches and with which losses is the task's business; the loop owns the optimizer, the
+schedule, mixed precision (through accelerate), clipping, checkpoints and the choice of the best epoch. A task yields
 the losses of a step one after the other and each is back-propagated as it comes, so the activations of one loss are
 gone before those of the next are made: teacher by teacher in co-finetuning, micro-batch by micro-batch everywhere.
-Gradients add up, hence a trainee weights its losses so that their sum is the loss of the whole batch.
+Gradients add up, hence a task weights its losses so that their sum is the loss of the whole batch.
 
 Resume is exact because a checkpoint holds all that the next step depends on: weights, moments, schedule, the states of
 the random generators, the place in the epoch and the running sums of the log. On the CPU in float32 the weights come
@@ -37,9 +37,10 @@ if TYPE_CHECKING:
 
 
 Metrics = dict[str, float]
+_KEYS = {"lr_by_prefix": "own_rates"}  # the key in checkpoints since 0.1.0
 
 
-class Trainee(Protocol):
+class TrainingTask(Protocol):
     """What is trained. ``model`` holds all trainable parameters; the loop moves it to the device."""
 
     model: nn.Module
@@ -86,13 +87,9 @@ class LoopSettings:
     checkpoint_steps: int = 200
     log_steps: int = 10
     seed: int = 0
-    own_rates: Mapping[str, float] = field(
-        default_factory=dict
-    )  # learning rates of parameters by the start of their names
+    lr_by_prefix: Mapping[str, float] = field(default_factory=dict)  # learning rates by prefix of parameter names
     identity: Mapping[str, Any] = field(default_factory=dict)
-    newer_keys: frozenset[str] = (
-        frozenset()
-    )  # of ``identity``: not compared with a checkpoint of an earlier version that lacks them
+    newer_keys: frozenset[str] = frozenset()  # of ``identity``: optional, because 0.1.0 did not write them
 
     @classmethod
     def from_section(
@@ -112,10 +109,10 @@ class LoopSettings:
         )
 
     def full_identity(self, steps_per_epoch: int) -> dict[str, Any]:
-        """What a checkpoint must agree on; how often checkpoints and log lines are written is free."""
+        """What a checkpoint must agree on; how often checkpoints are written is free."""
         free = ("checkpoint_steps", "identity", "newer_keys")
-        settled = {name: value for name, value in vars(self).items() if name not in free}
-        return {**settled, "steps_per_epoch": steps_per_epoch, **self.identity}
+        settings = {_KEYS.get(name, name): value for name, value in vars(self).items() if name not in free}
+        return {**settings, "steps_per_epoch": steps_per_epoch, **self.identity}
 
 
 @dataclass
@@ -140,7 +137,7 @@ class Outcome:
 
 
 def train(
-    trainee: Trainee,
+    task: TrainingTask,
     settings: LoopSettings,
     *,
     checkpoints: Path,
@@ -157,9 +154,9 @@ def train(
     checkpoint is valid.
     """
     with hold_lock(checkpoints, "training"):
-        run = _Run(trainee, settings, checkpoints, progress, on_metrics)
+        run = _Run(task, settings, checkpoints, progress, on_metrics)
         run.resume()
-        progress.start("train", settings.epochs * trainee.steps_per_epoch, "steps")
+        progress.start("train", settings.epochs * task.steps_per_epoch, "steps")
         progress.advance(run.place.step)
         while run.place.epoch < settings.epochs:
             run.epoch()
@@ -179,48 +176,48 @@ class _Run:
 
     def __init__(
         self,
-        trainee: Trainee,
+        task: TrainingTask,
         settings: LoopSettings,
         checkpoints: Path,
         progress: Progress,
         on_metrics: Callable[[dict[str, Any]], None],
     ) -> None:
-        self.trainee, self.settings, self.checkpoints = trainee, settings, checkpoints
+        self.task, self.settings, self.checkpoints = task, settings, checkpoints
         self.progress, self.on_metrics = progress, on_metrics
         self.place = _Place()
-        self.identity = settings.full_identity(trainee.steps_per_epoch)
+        self.identity = settings.full_identity(task.steps_per_epoch)
         self.accelerator = make_accelerator(settings.precision)
-        trainee.model.to(self.accelerator.device)
+        task.model.to(self.accelerator.device)
         plain = adamw(
-            trainee.model.named_parameters(), settings.learning_rate, settings.weight_decay, settings.own_rates
+            task.model.named_parameters(), settings.learning_rate, settings.weight_decay, settings.lr_by_prefix
         )
         self.parameters = [parameter for group in plain.param_groups for parameter in group["params"]]
-        self.schedule = linear_schedule(plain, settings.epochs * trainee.steps_per_epoch, settings.warmup)
+        self.schedule = linear_schedule(plain, settings.epochs * task.steps_per_epoch, settings.warmup)
         self.optimizer = self.accelerator.prepare_optimizer(plain, device_placement=False)
         seed_everything(settings.seed)
 
     def epoch(self) -> None:
         """The rest of the current epoch, its evaluation, and a checkpoint that stands at the start of the next."""
         place = self.place
-        self.trainee.model.train()
-        for batch in self.trainee.batches(place.epoch, place.step_in_epoch):
+        self.task.model.train()
+        for batch in self.task.batches(place.epoch, place.step_in_epoch):
             loss = self.step(batch)
             self.progress.advance(1, loss=loss)
-            in_the_middle = place.step_in_epoch < self.trainee.steps_per_epoch
+            in_the_middle = place.step_in_epoch < self.task.steps_per_epoch
             if in_the_middle and place.step % self.settings.checkpoint_steps == 0:
                 self.save()
-        if place.step_in_epoch != self.trainee.steps_per_epoch:
-            raise RuntimeError(f"the trainee gave {place.step_in_epoch} batches, not {self.trainee.steps_per_epoch}")
+        if place.step_in_epoch != self.task.steps_per_epoch:
+            raise RuntimeError(f"the task gave {place.step_in_epoch} batches, not {self.task.steps_per_epoch}")
         self.evaluate()
         place.epoch, place.step_in_epoch = place.epoch + 1, 0
         self.save()
-        self.trainee.settle_best(place.best_epoch)
+        self.task.settle_best(place.best_epoch)
 
     def step(self, batch: Any) -> float:
         """One optimizer step; the batch's loss."""
         terms: dict[str, float | Tensor] = {}
         losses: list[Tensor] = []
-        pending = self.trainee.losses(batch)
+        pending = self.task.losses(batch)
         while True:
             with self.accelerator.autocast():
                 item = next(pending, None)
@@ -261,7 +258,7 @@ class _Run:
         place.logged_steps += 1
         for name, value in values.items():
             place.sums[name] = place.sums.get(name, 0.0) + value
-        if place.logged_steps == self.settings.log_steps or place.step_in_epoch == self.trainee.steps_per_epoch:
+        if place.logged_steps == self.settings.log_steps or place.step_in_epoch == self.task.steps_per_epoch:
             means = {name: value / place.logged_steps for name, value in place.sums.items()}
             self._say("steps", steps=place.logged_steps, learning_rate=learning_rate, **means)
             place.logged_steps, place.sums = 0, {}
@@ -269,13 +266,13 @@ class _Run:
     def evaluate(self) -> None:
         """Scores of the epoch; keeps it where none before was better."""
         place = self.place
-        self.trainee.model.eval()
+        self.task.model.eval()
         with torch.no_grad(), self.accelerator.autocast():
-            metrics = self.trainee.evaluate(place.epoch)
+            metrics = self.task.evaluate(place.epoch)
         score = metrics.get("score", math.nan)
         if math.isnan(score) or score > place.best_score or place.best_epoch < 0:
             place.best_epoch, place.best_score = place.epoch, -math.inf if math.isnan(score) else score
-            self.trainee.keep_best(place.epoch, metrics)
+            self.task.keep_best(place.epoch, metrics)
         self._say("epoch", **metrics)
         shown = "" if math.isnan(score) else f", score {score:.4f} (best so far: epoch {place.best_epoch + 1})"
         self.progress.note(f"epoch {place.epoch + 1} of {self.settings.epochs} done{shown}")
@@ -286,7 +283,7 @@ class _Run:
     def save(self) -> None:
         """A checkpoint of this moment."""
         state = {
-            "model": self.trainee.model.state_dict(),
+            "model": self.task.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "rest": {
                 "place": vars(self.place),
@@ -303,7 +300,7 @@ class _Run:
             self.checkpoints, identity=self.identity, newer_keys=self.settings.newer_keys
         )
         if state is not None:
-            self.trainee.model.load_state_dict(state.pop("model"))
+            self.task.model.load_state_dict(state.pop("model"))
             self.optimizer.load_state_dict(state.pop("optimizer"))
             rest = state.pop("rest")
             self.schedule.load_state_dict(rest["schedule"])

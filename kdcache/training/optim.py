@@ -17,13 +17,13 @@ def adamw(
     named_parameters: Iterable[tuple[str, torch.nn.Parameter]],
     learning_rate: float,
     weight_decay: float,
-    own_rates: Mapping[str, float] | None = None,
+    lr_by_prefix: Mapping[str, float] | None = None,
 ) -> torch.optim.AdamW:
     """AdamW (betas 0.9 and 0.999) over the parameters that require a gradient; move the model to its device first.
 
-    ``own_rates``: learning rates of parameters whose names start with a prefix; they do not decay.
+    ``lr_by_prefix``: learning rates of parameters whose names start with a prefix; they do not decay.
     """
-    rates = own_rates or {}
+    rates = lr_by_prefix or {}
     shared: list[torch.nn.Parameter] = []
     apart: dict[str, list[torch.nn.Parameter]] = {prefix: [] for prefix in rates}
     for name, parameter in named_parameters:
