@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kdcache.cache.spec import Fingerprints
+from kdcache.cache.spec import Fingerprints, differing
 from kdcache.data.encoding import load_tokenizer
 from kdcache.errors import CustomCodeError, DamageError, KdcacheError, MismatchError, ModelError
 from kdcache.files import make_directory, write_file
@@ -250,11 +250,8 @@ def _load_tensors(path: Path, module: torch.nn.Module) -> None:
 
 
 def _check_fingerprints(place: Path, recorded: Fingerprints, found: Fingerprints) -> None:
-    differing = [key for key, value in asdict(recorded).items() if getattr(found, key) != value]
-    if differing:
-        changes = ", ".join(
-            f"{key} {getattr(recorded, key)[:12]}… then, {getattr(found, key)[:12]}… now" for key in differing
-        )
+    changes = differing(recorded, found)
+    if changes:
         raise MismatchError(
             f"teacher '{place}' is not the one that teachers.json describes: {changes}",
             "Put the files back, or make the teachers again: kdcache cofinetune RECIPE",

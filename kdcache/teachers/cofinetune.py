@@ -17,10 +17,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kdcache.data.labels import mismatch_cure
+from kdcache.cache.spec import check_same_task
 from kdcache.data.task import TaskData, load_task
 from kdcache.errors import MismatchError, RecipeError
-from kdcache.progress import listed_apart
 from kdcache.teachers import joint
 from kdcache.teachers.bundle import Bundle, is_bundle, load_shared_head, read_bundle, write_bundle
 from kdcache.teachers.fingerprints import fingerprint_tensors
@@ -108,7 +107,8 @@ def add_teacher(
     with hold_lock(work_dir, "teachers"):
         bundle = read_bundle(teachers_dir)
         task = _load(recipe, progress)
-        _check_same_task(teachers_dir, bundle, task)
+        cure = "Use the recipe that these teachers were made with, or another --output-dir."
+        check_same_task(task, bundle, ("the recipe's data", f"the teachers in '{teachers_dir}'"), cure)
         sources = _open(recipe, task, [section], bundle.pooling)
         head = load_shared_head(teachers_dir, bundle) if section.head == "shared" else None
         digest = fingerprint_tensors(head.state_dict().items()) if head is not None else None
@@ -212,17 +212,3 @@ def _reuse(job: _Job, bundle: Bundle, identity: Mapping[str, Any], existing: Map
 def _result(teachers_dir: Path, bundle: Bundle, best: int | None, *, reused: bool) -> CofinetuneResult:
     scores = {name: record.scores for name, record in bundle.teachers.items()}
     return CofinetuneResult(teachers_dir, scores, bundle.mean_scores, best, reused)
-
-
-def _check_same_task(teachers_dir: Path, bundle: Bundle, task: TaskData) -> None:
-    for what, then, now in (
-        ("labels", bundle.label_names, task.label_names),
-        ("text columns", bundle.text_columns, task.text_columns),
-    ):
-        if then != now:
-            of_data, of_teachers = listed_apart(now, then)
-            cure = "Use the recipe that these teachers were made with, or another --output-dir."
-            raise MismatchError(
-                f"the teachers in '{teachers_dir}' have the {what} {of_teachers}; the recipe's data has {of_data}",
-                mismatch_cure(now, then, cure) if what == "labels" else cure,
-            )

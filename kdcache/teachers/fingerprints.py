@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from kdcache.teachers.teacher import TeacherModel
 
 _VOLATILE = {
-    "_name_or_path", "architectures", "dtype", "finetuning_task", "gradient_checkpointing", "id2label", "label2id", "max_length",
-    "output_attentions", "output_hidden_states", "problem_type", "return_dict", "tokenizer_class", "torch_dtype", "transformers_version",
-    "use_cache",
+    "_name_or_path", "architectures", "dtype", "finetuning_task", "gradient_checkpointing", "id2label", "label2id",
+    "max_length", "output_attentions", "output_hidden_states", "problem_type", "return_dict", "tokenizer_class",
+    "torch_dtype", "transformers_version", "use_cache",
 }  # fmt: skip
 
 

@@ -1,14 +1,14 @@
 """The training loop of co-finetuning and distillation: one process, any device, exact resume.
 
-What is trained, on which batches and with which losses is the task's business; the loop owns the optimizer, the
-schedule, mixed precision (through accelerate), clipping, checkpoints and the choice of the best epoch. A task yields
-the losses of a step one after the other and each is back-propagated as it comes, so the activations of one loss are
-gone before those of the next are made: teacher by teacher in co-finetuning, micro-batch by micro-batch everywhere.
-Gradients add up, hence a task weights its losses so that their sum is the loss of the whole batch.
+A ``TrainingTask`` gives the model, the batches and the losses. The loop owns the optimizer, the schedule, mixed
+precision (through accelerate), clipping, checkpoints and the choice of the best epoch. A task yields the losses of a
+step one after the other, and the loop runs the backward pass of each at once. The activations of one loss are therefore
+freed before those of the next exist: per teacher in co-finetuning, per micro-batch everywhere. Gradients add up, so the
+losses of a task must sum to the loss of the whole batch.
 
 Resume is exact because a checkpoint holds all that the next step depends on: weights, moments, schedule, the states of
-the random generators, the place in the epoch and the running sums of the log. On the CPU in float32 the weights come
-out bit-equal.
+the random generators, the position in the epoch and the running sums of the log. On the CPU in float32, the resumed
+weights are bit-equal.
 """
 
 from __future__ import annotations
@@ -41,41 +41,38 @@ _KEYS = {"lr_by_prefix": "own_rates"}  # the key in checkpoints since 0.1.0
 
 
 class TrainingTask(Protocol):
-    """What is trained. ``model`` holds all trainable parameters; the loop moves it to the device."""
+    """A model to train. ``model`` holds all trainable parameters; the loop moves it to the device."""
 
     model: nn.Module
     steps_per_epoch: int
 
     def batches(self, epoch: int, first_step: int) -> Iterator[Any]:
-        """The batches of ``epoch`` (from 0) from step ``first_step`` of it on.
-
-        One item is one optimizer step's batch.
-        """
+        """The batches of ``epoch`` (from 0), one per optimizer step, from its step ``first_step`` on."""
 
     def losses(self, batch: Any) -> Iterator[tuple[Tensor, Mapping[str, float | Tensor]]]:
-        """Losses (scalars) whose sum is the batch's, each with its terms for the log.
+        """Scalar losses whose sum is the batch's loss, each with its terms for the log.
 
-        Each is back-propagated before the next is asked for.
+        The backward pass of each runs before the next is requested.
         """
 
     def evaluate(self, epoch: int) -> Metrics:
-        """Called without gradients and in eval mode at the end of an epoch.
+        """Metrics at the end of an epoch; called in eval mode, without gradients.
 
-        The epoch with the highest ``score`` is the best; the last one is where that key is absent or nan.
+        The epoch with the highest ``score`` is the best; without that key, or for NaN, the last epoch is.
         """
 
     def keep_best(self, epoch: int, metrics: Metrics) -> None:
-        """Keep the weights as they are now, durably, beside those kept before: no epoch was better so far."""
+        """Write the present weights durably, beside those kept before: this is the best epoch so far."""
 
     def settle_best(self, epoch: int) -> None:
-        """The newest checkpoint names ``epoch`` as the best: the weights kept of other epochs can go."""
+        """Remove kept weights of other epochs: the newest checkpoint names ``epoch`` as the best."""
 
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """``identity`` names all that the outcome depends on besides the fields here (data, models).
+    """Settings of the loop.
 
-    A checkpoint of another one is refused.
+    ``identity`` names all other inputs of the outcome (data, models). A checkpoint with another identity is refused.
     """
 
     epochs: int
@@ -109,7 +106,7 @@ class LoopSettings:
         )
 
     def full_identity(self, steps_per_epoch: int) -> dict[str, Any]:
-        """What a checkpoint must agree on; how often checkpoints are written is free."""
+        """What a checkpoint must match; ``checkpoint_steps`` may change."""
         free = ("checkpoint_steps", "identity", "newer_keys")
         settings = {_KEYS.get(name, name): value for name, value in vars(self).items() if name not in free}
         return {**settings, "steps_per_epoch": steps_per_epoch, **self.identity}
@@ -117,20 +114,20 @@ class LoopSettings:
 
 @dataclass
 class _Place:
-    """Where the training is; a checkpoint holds it."""
+    """The position of the training, as in a checkpoint."""
 
     epoch: int = 0
     step_in_epoch: int = 0
     step: int = 0  # optimizer steps done
     best_epoch: int = -1
     best_score: float = -math.inf
-    logged_steps: int = 0  # steps whose terms are in ``sums``
+    logged_steps: int = 0  # number of steps in ``sums``
     sums: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """``best_epoch`` (from 0) is the last one kept by ``keep_best``."""
+    """The result of a training; ``best_epoch`` counts from 0."""
 
     best_epoch: int
     steps: int
@@ -144,14 +141,21 @@ def train(
     progress: Progress,
     on_metrics: Callable[[dict[str, Any]], None],
 ) -> Outcome:
-    """Train to the end, from the newest checkpoint in ``checkpoints`` where there is one.
+    """Train to the end, from the newest checkpoint if there is one.
 
-    ``on_metrics`` gets one dict every ``log_steps`` steps and one per epoch, each with ``event``, ``step`` and
-    ``epoch``; the first is ``{"event": "start", "step": n}``, lines beyond which an earlier run wrote in vain.
+    Args:
+        task: the model, its batches and losses.
+        settings: of the loop; also the identity of the training.
+        checkpoints: directory; at any interruption its newest checkpoint is valid.
+        progress: shows steps and loss.
+        on_metrics: gets a dict every ``log_steps`` steps and one per epoch, with ``event``, ``step`` and ``epoch``. The
+            first is ``{"event": "start", "step": n}``: later lines of an earlier run are superseded.
 
-    Raises NonFiniteError naming step and term; MismatchError where the checkpoint belongs to another training;
-    DamageError, StorageError; LockedError where another process trains there. Interrupted at any moment, the newest
-    checkpoint is valid.
+    Raises:
+        NonFiniteError: for NaN or infinity, naming step and term.
+        MismatchError: if the checkpoint belongs to another training.
+        LockedError: if another process trains there.
+        DamageError, StorageError: for unreadable checkpoints and failing writes.
     """
     with hold_lock(checkpoints, "training"):
         run = _Run(task, settings, checkpoints, progress, on_metrics)
@@ -165,7 +169,7 @@ def train(
 
 
 def micro_batches(rows: int, count: int) -> list[slice]:
-    """``rows`` cut into at most ``count`` runs of nearly equal length, none of them empty."""
+    """``rows`` divided into at most ``count`` slices of nearly equal length, none of them empty."""
     count = max(1, min(count, rows))
     edges = [round(index * rows / count) for index in range(count + 1)]
     return [slice(start, stop) for start, stop in itertools.pairwise(edges)]
@@ -197,7 +201,7 @@ class _Run:
         seed_everything(settings.seed)
 
     def epoch(self) -> None:
-        """The rest of the current epoch, its evaluation, and a checkpoint that stands at the start of the next."""
+        """Train the rest of the current epoch, evaluate it, and write a checkpoint at the start of the next."""
         place = self.place
         self.task.model.train()
         for batch in self.task.batches(place.epoch, place.step_in_epoch):
@@ -214,7 +218,7 @@ class _Run:
         self.task.settle_best(place.best_epoch)
 
     def step(self, batch: Any) -> float:
-        """One optimizer step; the batch's loss."""
+        """Do one optimizer step; returns the batch's loss."""
         terms: dict[str, float | Tensor] = {}
         losses: list[Tensor] = []
         pending = self.task.losses(batch)
@@ -233,7 +237,7 @@ class _Run:
         values = {name: float(value) for name, value in terms.items()}
         self._check_finite(total, values)
         norm = float(self.accelerator.clip_grad_norm_(self.parameters, self.settings.max_grad_norm))
-        if self.accelerator.scaler is None:  # with one, infinite gradients are expected at first: it skips the step
+        if self.accelerator.scaler is None:  # a scaler skips steps with infinite gradients, which are normal at first
             self._check_finite(norm, {}, "gradient norm")
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -264,7 +268,7 @@ class _Run:
             place.logged_steps, place.sums = 0, {}
 
     def evaluate(self) -> None:
-        """Scores of the epoch; keeps it where none before was better."""
+        """Evaluate the epoch, and keep its weights if it is the best so far."""
         place = self.place
         self.task.model.eval()
         with torch.no_grad(), self.accelerator.autocast():
@@ -281,7 +285,7 @@ class _Run:
         self.on_metrics({"event": event, "step": self.place.step, "epoch": self.place.epoch + 1, **values})
 
     def save(self) -> None:
-        """A checkpoint of this moment."""
+        """Write a checkpoint."""
         state = {
             "model": self.task.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -295,7 +299,7 @@ class _Run:
         checkpoint_files.save(self.checkpoints, state, step=self.place.step, identity=self.identity)
 
     def resume(self) -> None:
-        """Go on from the newest checkpoint; from the start where there is none."""
+        """Load the newest checkpoint, if there is one."""
         state = checkpoint_files.load_latest(
             self.checkpoints, identity=self.identity, newer_keys=self.settings.newer_keys
         )
@@ -313,27 +317,24 @@ class _Run:
 
 
 def default_device() -> torch.device:
-    """Where models run outside training: CUDA where there is one, else the CPU."""
+    """The device of models outside training: CUDA if available, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def check_precision(precision: str, device: torch.device) -> None:
-    """RecipeError where training in ``precision`` does not work on ``device``.
-
-    Fp16 needs the gradient scaler of a GPU.
-    """
+    """RecipeError if ``device`` cannot train in ``precision``: fp16 needs the gradient scaler of a GPU."""
     if precision == "fp16" and device.type == "cpu":
         raise RecipeError("precision 'fp16' needs a GPU; this machine trains on the CPU", "Use float32, or bf16.")
 
 
 def make_accelerator(precision: str) -> Accelerator:
-    """An accelerator of one process; RecipeError where the device cannot do ``precision``."""
+    """An accelerator of one process; RecipeError if the device cannot train in ``precision``."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
     mixed = {"float32": "no", "bf16": "bf16", "fp16": "fp16"}[precision]
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed:
-        AcceleratorState._reset_state()  # accelerate keeps one precision per process; stages of one run may differ
+        AcceleratorState._reset_state()  # accelerate fixes the precision per process, but stages may differ
     accelerator = Accelerator(mixed_precision=mixed)
     check_precision(precision, accelerator.device)
     if accelerator.num_processes > 1:
