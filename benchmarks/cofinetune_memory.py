@@ -120,7 +120,8 @@ def make_recipe(directory: Path, options: argparse.Namespace) -> Any:
     for number, shape in enumerate(options.teachers.split(",")):
         depth, width = (int(part) for part in shape.split("x"))
         config = AutoConfig.for_model(
-            "bert", vocab_size=options.vocabulary, hidden_size=width, num_hidden_layers=depth, num_attention_heads=width // 64,
+            "bert", vocab_size=options.vocabulary, hidden_size=width,
+            num_hidden_layers=depth, num_attention_heads=width // 64,
             intermediate_size=4 * width, max_position_embeddings=128,
         )  # fmt: skip
         place = directory / f"model-{number}"

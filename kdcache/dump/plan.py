@@ -2,7 +2,7 @@
 
     kdcache plan RECIPE --budget 2GB
 
-Each teacher runs once over a seeded sample of texts. Most of them are for fitting bases, the rest for measuring fidelity.
+Each teacher runs once over a seeded sample of texts: most are for fitting bases, the rest for measuring fidelity.
 The duration of this pass gives the estimate for the dump. ``recommend`` solves a knapsack problem greedily along each
 layer's convex hull of variance over bytes, which is optimal but for the last step.
 """

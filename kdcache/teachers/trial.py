@@ -61,6 +61,9 @@ def try_model(
         subject: the model in messages, e.g. "teacher 'bert'".
         network: the model of transformers, for its config and device.
         forward: runs it on padded inputs [batch, tokens], in eval mode.
+        tokenizer: of the model.
+        max_length: tokens per text.
+        columns: text columns of the task.
         hint: what to do about a model that fails.
 
     Returns:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from kdcache.errors import NonFiniteError, RecipeError
 from kdcache.training import checkpoints as checkpoint_files
 from kdcache.training.durable import hold_lock
-from kdcache.training.optim import adamw, linear_schedule
+from kdcache.training.optim import LinearSchedule, adamw
 from kdcache.training.seeding import restore_rng_state, rng_state, seed_everything
 
 if TYPE_CHECKING:
@@ -196,7 +196,7 @@ class _Run:
             task.model.named_parameters(), settings.learning_rate, settings.weight_decay, settings.lr_by_prefix
         )
         self.parameters = [parameter for group in plain.param_groups for parameter in group["params"]]
-        self.schedule = linear_schedule(plain, settings.epochs * task.steps_per_epoch, settings.warmup)
+        self.schedule = LinearSchedule(plain, settings.epochs * task.steps_per_epoch, settings.warmup)
         self.optimizer = self.accelerator.prepare_optimizer(plain, device_placement=False)
         seed_everything(settings.seed)
 

@@ -103,15 +103,19 @@ def test_token_types_that_the_model_does_not_know(head: Any, tmp_path: Path) -> 
     plain = outputs(open_teacher(directory, head), PAIRS)
     settings["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
     (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+
+    def special(name: str, kind: int = 0) -> dict[str, Any]:
+        return {"SpecialToken": {"id": name, "type_id": kind}}
+
     tokenizer = json.loads((directory / "tokenizer.json").read_text())
+    single = [special("<s>"), {"Sequence": {"id": "A", "type_id": 0}}, special("</s>")]
     tokenizer["post_processor"] = {
         "type": "TemplateProcessing",
-        "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "</s>", "type_id": 0}}],
-        "pair": [
-            {"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "</s>", "type_id": 0}},
-            {"SpecialToken": {"id": "</s>", "type_id": 1}}, {"Sequence": {"id": "B", "type_id": 1}}, {"SpecialToken": {"id": "</s>", "type_id": 1}},
-        ],
-        "special_tokens": {"<s>": {"id": "<s>", "ids": [0], "tokens": ["<s>"]}, "</s>": {"id": "</s>", "ids": [2], "tokens": ["</s>"]}},
+        "single": single,
+        "pair": [*single, special("</s>", 1), {"Sequence": {"id": "B", "type_id": 1}}, special("</s>", 1)],
+        "special_tokens": {
+            name: {"id": name, "ids": [number], "tokens": [name]} for name, number in (("<s>", 0), ("</s>", 2))
+        },
     }  # fmt: skip
     (directory / "tokenizer.json").write_text(json.dumps(tokenizer))
     teacher = open_teacher(directory, head)
