@@ -80,11 +80,11 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
     from kdcache.progress import SilentProgress
     from kdcache.teachers.cofinetune import cofinetune
-    from kdcache.teachers.joint import JointTrainee
+    from kdcache.teachers.joint import CofinetuneTask
     from kdcache.teachers.teacher import be_quiet
 
     if options.measure == "summed":
-        JointTrainee.losses = summed_losses(JointTrainee.losses)  # type: ignore[method-assign]
+        CofinetuneTask.losses = summed_losses(CofinetuneTask.losses)  # type: ignore[method-assign]
     kept: dict[str, int] = {}
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
@@ -120,7 +120,8 @@ def make_recipe(directory: Path, options: argparse.Namespace) -> Any:
     for number, shape in enumerate(options.teachers.split(",")):
         depth, width = (int(part) for part in shape.split("x"))
         config = AutoConfig.for_model(
-            "bert", vocab_size=options.vocabulary, hidden_size=width, num_hidden_layers=depth, num_attention_heads=width // 64,
+            "bert", vocab_size=options.vocabulary, hidden_size=width,
+            num_hidden_layers=depth, num_attention_heads=width // 64,
             intermediate_size=4 * width, max_position_embeddings=128,
         )  # fmt: skip
         place = directory / f"model-{number}"
@@ -154,7 +155,7 @@ def count_saved_tensors(recipe: Any, kept: dict[str, int]) -> None:
     from kdcache.data.task import load_task
     from kdcache.teachers import joint
     from kdcache.teachers.head import SharedHead
-    from kdcache.teachers.joint import JointTrainee, Labels
+    from kdcache.teachers.joint import CofinetuneTask, Labels
     from kdcache.teachers.sources import open_source, under_shared_head
     from kdcache.training.best_epoch import BestEpoch
 
@@ -168,7 +169,7 @@ def count_saved_tensors(recipe: Any, kept: dict[str, int]) -> None:
     size = recipe.cofinetune.batch_size
     for name, model in models.items():
         texts = {name: joint._encoded(sources[name], rows, None)}
-        trainee = JointTrainee(
+        training = CofinetuneTask(
             {name: model}, texts, Labels(rows.labels, None), batch_size=size, accumulation=1, select_by="loss", seed=0,
             best=BestEpoch(Path(), Path(), {}), note=lambda message: None,  # noqa: ARG005
         )  # fmt: skip
@@ -183,7 +184,7 @@ def count_saved_tensors(recipe: Any, kept: dict[str, int]) -> None:
 
         model.train()
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            losses = list(trainee.losses(next(trainee.batches(0, 0))))
+            losses = list(training.losses(next(training.batches(0, 0))))
         kept[name] = sum(seen.values())
         del losses
 

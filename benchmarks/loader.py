@@ -170,7 +170,8 @@ def _epoch(source: Any, epoch: int) -> dict[str, float]:
     steps = source.steps_per_epoch
     numbers = {
         "first_batch_s": first, "wall_s": wall, "cpu_s": time.process_time() - cpu, "rows_per_s": rows / wall,
-        "values_mb_per_s": values / wall / 1e6, "ms_per_batch": 1000 * wall / steps, "of_it_aligning_ms": 1000 * aligned / steps,
+        "values_mb_per_s": values / wall / 1e6, "ms_per_batch": 1000 * wall / steps,
+        "of_it_aligning_ms": 1000 * aligned / steps,
     }  # fmt: skip
     return {name: round(number, 3) for name, number in numbers.items()}
 

@@ -16,12 +16,12 @@ from bars import bars, short
 Report = Mapping[str, Any]
 Section = tuple[str, list[str]]  # Markdown, and pictures as SVG
 
-HEAD = """# Benchmarks
-
-Written by `make bench`: every number is from one run of one program on one machine, its contenders taking turns; medians, ± the distance of
-the quartiles. Ratios are formed within a round. Nothing here is copied by hand; [results](results.md#against-the-goals) says what follows.
-
-"""
+HEAD = (
+    "# Benchmarks\n\n"
+    "Written by `make bench`: every number is from one run of one program on one machine, its contenders taking turns; "
+    "medians, ± the distance of\nthe quartiles. Ratios are formed within a round. Nothing here is copied by hand; "
+    "[results](results.md#against-the-goals) says what follows.\n\n"
+)
 
 
 def write(measured: Path, target: Path) -> None:
@@ -74,11 +74,11 @@ def steps(report: Report) -> Section:
         pictures.append(
             bars(f"Steps per second, {teachers}", found["steps per second"], ours=["cached", "logits only"])
         )
+        shares, peaks = found["share of time"], found["peak memory, MB"]
         rows = [
-            [name, number(rate), *(f"{found['share of time'][name][phase]:.1%}" for phase in found["share of time"][name]),
-             f"{found['peak memory, MB'][name]['peak_mb']:.0f}"]
+            [name, number(rate), *(f"{share:.1%}" for share in shares[name].values()), f"{peaks[name]['peak_mb']:.0f}"]
             for name, rate in found["steps per second"].items()
-        ]  # fmt: skip
+        ]
         text += f"### {teachers}\n\n" + table(
             ["contender", "steps/s", "data", "forward", "loss", "backward", "optimizer", "peak MB"], rows
         )

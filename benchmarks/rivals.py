@@ -221,7 +221,8 @@ def write_kdcache(folder: Path, values: np.ndarray, offsets: np.ndarray) -> None
     dtype: Any = values.dtype.name
     prints = Fingerprints(*("0" * 64,) * 3, tokenizer_fingerprint(tokenizer))
     spec = TeacherSpec(
-        "teacher", "shared", prints, 1, values.shape[1], 128, TRUNCATION, "torch", "float32", TargetSpec(shape=(2,)), None, 16,
+        "teacher", "shared", prints, 1, values.shape[1], 128, TRUNCATION, "torch", "float32",
+        TargetSpec(shape=(2,)), None, 16,
         {1: LayerSpec("none", values.shape[1], dtype)},
     )  # fmt: skip
     part_size = -(-rows // PARTS)
@@ -257,7 +258,8 @@ def read_kdcache(folder: Path, arguments: argparse.Namespace) -> Callable[[], Ba
     whole = arguments.regime == "memory"
     source = loader(
         folder / "kdcache", tiny.wordpiece_tokenizer(), batch_size=BATCH, student_layers=1, max_length=128,
-        window="all" if whole else PARTS // 8, memory_bytes=(8 << 30) if whole else 0, background=arguments.alone != HERE,
+        window="all" if whole else PARTS // 8, memory_bytes=(8 << 30) if whole else 0,
+        background=arguments.alone != HERE,
     )  # fmt: skip
     epoch = itertools.count()
 

@@ -112,7 +112,8 @@ def teachers() -> list[TeacherSpec]:
     layers = {layer: LayerSpec("none", DIM, "int8") for layer in range(1, LAYERS + 1)}
     return [
         TeacherSpec(
-            f"teacher-{index}", "shared", prints, LAYERS, DIM, MAX_LENGTH, TRUNCATION, "torch", "float32", TargetSpec(shape=(2,)),
+            f"teacher-{index}", "shared", prints, LAYERS, DIM, MAX_LENGTH, TRUNCATION, "torch", "float32",
+            TargetSpec(shape=(2,)),
             None, 16, layers,
         )
         for index in range(TEACHERS)

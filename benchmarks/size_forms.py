@@ -192,10 +192,13 @@ def store(
         yield replay(exact, teacher, rebuild[teacher.name])
 
     opening: Callable[[PreparedTeacher, Path], AbstractContextManager[TeacherBackend]] = opened
-    dump_teachers(recipe, teachers_dir, target, progress=RichProgress(), opened=opening)
+    dump_teachers(recipe, teachers_dir, target, progress=RichProgress(), opener=opening)
     cache = open_cache(target)
     layers = [
-        kept(cache, name, layer, form, rebuild[name].get(layer), torch.from_numpy(np.load(unseen / f"{name}-{layer}.npy")))
+        kept(
+            cache, name, layer, form, rebuild[name].get(layer),
+            torch.from_numpy(np.load(unseen / f"{name}-{layer}.npy")),
+        )
         for name, spec in cache.teachers.items() for layer in spec.layers
     ]  # fmt: skip
     return {

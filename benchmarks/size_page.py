@@ -169,11 +169,13 @@ def title(form: Form) -> str:
 
 
 def main_table(found: Sequence[Measured], references: Mapping[str, Sequence[Student]]) -> str:
-    head = ["form", "bytes per token and layer", "hidden states, MB", "dimensions", "variance kept (least)", "seeds", "validation accuracy", "test accuracy",
+    head = ["form", "bytes per token and layer", "hidden states, MB", "dimensions", "variance kept (least)",
+            "seeds", "validation accuracy", "test accuracy",
             "against float16, points", "hidden loss at the end", "explained by the student"]  # fmt: skip
     whole = next((one.students for one in found if one.name == WHOLE), ())
     rows = [
-        [title(FORMS[one.name]), f"{one.bytes:.0f}", f"{one.megabytes:.0f}", f"{one.dimensions:.0f}", f"{statistics.mean(one.kept):.3f} ({min(one.kept):.3f})",
+        [title(FORMS[one.name]), f"{one.bytes:.0f}", f"{one.megabytes:.0f}", f"{one.dimensions:.0f}",
+         f"{statistics.mean(one.kept):.3f} ({min(one.kept):.3f})",
          *scores(one.students), difference(one.students, whole) if one.name != WHOLE else "",
          spread([statistics.mean(student.hidden.values()) for student in one.students if student.hidden], 3),
          spread([share for share in map(one.explained, one.students) if share is not None], 3)]
@@ -222,4 +224,5 @@ def layer_table(found: Sequence[Measured]) -> str:
 def error_line(found: Sequence[Measured]) -> str:
     students = [student for one in found for student in one.students]
     accuracy, rows = mean(students), students[0].rows
-    return f"The standard error of a single accuracy on {rows:,} rows is {100 * math.sqrt(accuracy * (1 - accuracy) / rows):.1f} points.\n"
+    error = 100 * math.sqrt(accuracy * (1 - accuracy) / rows)
+    return f"The standard error of a single accuracy on {rows:,} rows is {error:.1f} points.\n"

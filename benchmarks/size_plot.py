@@ -1,4 +1,4 @@
-"""Accuracy of students and variance kept, one above the other, against bytes per token and layer (logarithmic), as SVG."""
+"""Accuracy of students and variance kept against bytes per token and layer (logarithmic), as SVG."""
 
 from __future__ import annotations
 
@@ -103,7 +103,8 @@ def marks(
             f"{max(found):.4f})"
         )
         yield f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{low:.1f}" y2="{high:.1f}" stroke="{colour}"/>'
-        yield f'<circle cx="{x:.1f}" cy="{panel.place(statistics.mean(found)):.1f}" r="4" fill="{colour}"><title>{said}</title></circle>'
+        y = panel.place(statistics.mean(found))
+        yield f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"><title>{said}</title></circle>'
         if what == "accuracies":
             yield from (f'<circle cx="{x:.1f}" cy="{panel.place(one):.1f}" r="1.6" fill="{colour}"/>' for one in found)
 

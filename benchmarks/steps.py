@@ -123,7 +123,7 @@ def compare(arguments: argparse.Namespace, count: int) -> dict[str, Any]:
 def predict(
     runners: dict[str, Runner], arguments: argparse.Namespace, *, statistics_of: dict[str, list[float]]
 ) -> dict[str, Any]:
-    """Seconds per step of the teachers' forward passes alone, and the rate with live teachers that follows from them."""
+    """Seconds per step of the teachers' forward passes, and the rate with live teachers that follows."""
     live = runners["live"]
     seconds = summary([live.teachers_alone() for _ in range(max(3, arguments.rounds // 2))])
     fed = summary([1 / rate for rate in statistics_of["memory" if "memory" in statistics_of else "cached"]])

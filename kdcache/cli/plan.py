@@ -72,10 +72,10 @@ def size_of(text: str) -> int:
 def _show(made: StoragePlan) -> None:
     for line in made.lines():
         out.text(line)
-    chosen = {} if made.recommendation is None else made.recommendation.forms
+    chosen = {} if made.recommendation is None else made.recommendation.formats
     rows = []
     for layer in made.layers:
-        for place, (form, size) in enumerate(zip(layer.forms, layer.bytes, strict=True)):
+        for place, (form, size) in enumerate(zip(layer.formats, layer.bytes, strict=True)):
             mark = "recommended" if chosen.get((layer.teacher, layer.layer)) == form else ""
             mark += (", " if mark else "") + "recipe" if place == layer.asked else ""
             numbers = [

@@ -111,7 +111,7 @@ def _train(training: Training, validation: EncodedSplit | None, run: RunDirector
     """Train; the student then has the weights of the best epoch (from 0), which is returned."""
     section, place, model = training.recipe.distill, run.checkpoints / STAGE, training.model()
     identity = training.identity(model)
-    trainee = DistillTrainee(
+    task = DistillTask(
         model,
         training.source,
         validation,
@@ -122,14 +122,16 @@ def _train(training: Training, validation: EncodedSplit | None, run: RunDirector
         select_by=section.select_by,
     )
     loop = replace(
-        LoopSettings.from_section(section, identity, NEWER_KEYS), log_steps=1, own_rates=_own_rates(section, model)
+        LoopSettings.from_section(section, identity, NEWER_KEYS),
+        log_steps=1,
+        lr_by_prefix=_lr_by_prefix(section, model),
     )
-    outcome = train(trainee, loop, checkpoints=place, progress=progress, on_metrics=MetricsLog(run.metrics, STAGE))
-    trainee.load_best(outcome.best_epoch)
+    outcome = train(task, loop, checkpoints=place, progress=progress, on_metrics=MetricsLog(run.metrics, STAGE))
+    task.load_best(outcome.best_epoch)
     return outcome.best_epoch
 
 
-def _own_rates(section: DistillSection, model: DistillationModel) -> dict[str, float]:
+def _lr_by_prefix(section: DistillSection, model: DistillationModel) -> dict[str, float]:
     """Learning rates of what terms own, by the start of the parameters' names.
 
     That of the projections is the recipe's to choose, and in the settings of every run: checkpoints are compared on it.
@@ -165,7 +167,7 @@ class Step:
     moment: Moment
 
 
-class DistillTrainee:
+class DistillTask:
     """``distillation`` holds student and projections; ``best`` keeps the best epoch's student."""
 
     def __init__(

@@ -1,9 +1,8 @@
-"""Teachers that are given as directories, to be added to a cache: of a bundle that co-finetuning left, or ready
-classifiers.
+"""Teachers to add to a cache, given as NAME=DIRECTORY.
 
-deberta=runs/sst2/teachers             a bundle that has a teacher of that name
-deberta=runs/sst2/teachers/deberta     the same, by its own directory
-deberta=models/deberta-sst2            an already fine-tuned classifier, which keeps its own head
+deberta=runs/sst2/teachers             a bundle that co-finetuning wrote, with a teacher of that name
+deberta=runs/sst2/teachers/deberta     the same, by the teacher's own directory
+deberta=models/deberta-sst2            a fine-tuned classifier, which keeps its own head
 """
 
 from __future__ import annotations
@@ -22,8 +21,8 @@ import numpy as np
 from kdcache.cache import layout, tables
 from kdcache.cache.digests import CheckedFiles
 from kdcache.cache.ids import id_list
-from kdcache.errors import MismatchError, ModelError
-from kdcache.progress import listed_apart
+from kdcache.cache.spec import check_same_task
+from kdcache.errors import ModelError
 from kdcache.recipe.sections import TeacherSection
 from kdcache.report.metrics import scores
 from kdcache.teachers.bundle import is_bundle, read_bundle, write_bundle
@@ -52,19 +51,21 @@ class Addition:
 def open_additions(
     given: Mapping[str, Path], task: TaskSpec, max_length: int, progress: Progress, trusted: Collection[str] = ()
 ) -> Iterator[dict[str, Addition]]:
-    """The teachers by name, for as long as the block runs.
+    """The teachers by name, while the block runs.
 
-    The own Python code of those in ``trusted`` may be run. Raises ModelError, DamageError; MismatchError for another
-    task.
+    Python code that comes with the teachers in ``trusted`` may run. Raises ModelError, DamageError, and MismatchError
+    for another task.
     """
     with tempfile.TemporaryDirectory(prefix="kdcache-") as place:
-        found = {
+        additions = {
             name: _addition(name, path, task, max_length, Path(place), progress, trusted=name in trusted)
             for name, path in given.items()
         }
-        for addition in found.values():
-            _check_task(addition, task)
-        yield found
+        for name, addition in additions.items():
+            subjects = (f"teacher '{name}'", "the cache")
+            cure = "Add a teacher of the cache's own task."
+            check_same_task(addition.bundle, task, subjects, cure, same_column_names=False)
+        yield additions
 
 
 def _addition(
@@ -98,7 +99,7 @@ def _of_bundle(name: str, directory: Path) -> Addition:
 def _classifier(
     name: str, path: Path, task: TaskSpec, max_length: int, place: Path, progress: Progress, *, trusted: bool
 ) -> Addition:
-    """A bundle of this one teacher, in a place that goes away: fingerprints are those of a bundle's files."""
+    """A temporary bundle of this teacher, because fingerprints are those of a bundle's files."""
     from kdcache.teachers.bundle import Bundle
     from kdcache.teachers.registration import save_teachers
     from kdcache.teachers.sources import open_source
@@ -114,26 +115,11 @@ def _classifier(
     return Addition(name, place, bundle)
 
 
-def _check_task(addition: Addition, task: TaskSpec) -> None:
-    bundle = addition.bundle
-    if bundle.label_names != task.label_names or len(bundle.text_columns) != len(task.text_columns):
-        theirs, of_cache = listed_apart(bundle.label_names, task.label_names)
-        raise MismatchError(
-            f"teacher '{addition.name}' was trained for the labels {theirs} on {len(bundle.text_columns)} text "
-            "columns; the cache has "
-            f"{of_cache} and {len(task.text_columns)}",
-            "Add a teacher of the cache's own task.",
-        )
-
-
 SPLIT = "validation"
 
 
 def validation_scores(writer: CacheWriter, name: str) -> dict[str, float]:
-    """``kdcache.report.metrics.scores`` of a teacher all of whose parts are written.
-
-    Empty without labelled validation rows.
-    """
+    """Scores of a teacher by its stored logits; empty without labelled validation rows."""
     contents = writer.contents
     split = contents.splits.get(SPLIT)
     if split is None:
@@ -154,5 +140,5 @@ def validation_scores(writer: CacheWriter, name: str) -> dict[str, float]:
             logits |= {text: np.array(outputs.logits[rows[text]]) for text in here}
     if not wanted or not all(text in logits for text in wanted):
         return {}
-    found = scores(labels, np.stack([logits[text] for text in wanted]))
-    return {metric: value for metric, value in found.items() if math.isfinite(value)}
+    values = scores(labels, np.stack([logits[text] for text in wanted]))
+    return {metric: value for metric, value in values.items() if math.isfinite(value)}

@@ -1,7 +1,7 @@
-"""What a dump will run, write and take, before it does: ``dump-teachers --dry-run``.
+"""What a dump would run and write, and how long it would take: ``dump-teachers --dry-run``.
 
-Rows, tokens and bytes are counted, not guessed: every text that is missing is tokenised. Minutes come from timing each
-teacher on a few batches of those texts on this machine. Nothing is written to the cache.
+Rows, tokens and bytes are counted: every missing text is tokenised. Minutes come from timing each teacher on a few
+batches on this machine. Nothing is written to the cache.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ Text = tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class TeacherPlan:
-    """What is to be done for one teacher. ``hidden`` is bytes per layer; ``stored_layers`` are in the cache already."""
+class TeacherDryRun:
+    """The work for one teacher. ``hidden`` is bytes by layer; ``stored_layers`` are in the cache already."""
 
     teacher: str
     texts: int
@@ -66,7 +66,7 @@ class TeacherPlan:
     spans: int
     seconds: float
     stored_layers: tuple[int, ...]
-    truncated: int = 0  # of ``texts``, cut to max_length
+    truncated: int = 0  # of ``texts``
     max_length: int = 0
 
     @property
@@ -74,39 +74,37 @@ class TeacherPlan:
         return sum(self.hidden.values()) + self.outputs + self.spans
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-able."""
+        """The JSON document."""
         return {
             "texts": self.texts,
             "texts_truncated": self.truncated,
             "tokens": self.tokens,
-            "bytes": {"hidden": {str(layer): size for layer, size in self.hidden.items()}, "outputs": self.outputs, "tokens": self.spans},
+            "bytes": {
+                "hidden": {str(layer): size for layer, size in self.hidden.items()},
+                "outputs": self.outputs,
+                "tokens": self.spans,
+            },
             "seconds": round(self.seconds, 1),
             "layers_in_cache": list(self.stored_layers),
-        }  # fmt: skip
+        }
 
     def lines(self) -> list[str]:
-        """For people."""
+        """Text for the terminal."""
         if not self.texts:
             return [f"{self.teacher}: nothing is missing"]
-        layers = [f"  layer {layer}: {format_bytes(size)}" for layer, size in self.hidden.items()]
+        cut = truncation_note(f"teacher '{self.teacher}'", self.truncated, self.texts, self.max_length)
         return [
             f"{self.teacher}: {self.texts:,} texts, {self.tokens:,} tokens, {format_bytes(self.bytes)}, "
             f"about {format_seconds(self.seconds)}",
-            *(
-                f"  {line}"
-                for line in truncation_note(f"teacher '{self.teacher}'", self.truncated, self.texts, self.max_length)
-            ),
-            *layers,
+            *(f"  {line}" for line in cut),
+            *(f"  layer {layer}: {format_bytes(size)}" for layer, size in self.hidden.items()),
             f"  logits and pooled vectors: {format_bytes(self.outputs)}; token spans: {format_bytes(self.spans)}",
         ]
 
 
 @dataclass(frozen=True)
-class DumpPlan:
-    """The whole plan.
-
-    ``existing_texts`` and ``existing_teachers`` are in the cache already; ``free`` is of its disk.
-    """
+class DryRun:
+    """The whole dump. ``existing_texts`` and ``existing_teachers`` are in the cache; ``free`` bytes on its disk."""
 
     cache: Path
     counts: DataCounts
@@ -114,7 +112,7 @@ class DumpPlan:
     logits_texts: int
     existing_texts: int
     existing_teachers: tuple[str, ...]
-    teachers: tuple[TeacherPlan, ...]
+    teachers: tuple[TeacherDryRun, ...]
     free: int
     student: TruncationPlan | None = None
 
@@ -127,7 +125,7 @@ class DumpPlan:
         return sum(teacher.seconds for teacher in self.teachers)
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-able; what ``--json`` prints."""
+        """The document that ``--json`` prints."""
         return {
             "cache": str(self.cache),
             "data": self.counts.as_dict(),
@@ -141,13 +139,12 @@ class DumpPlan:
         }
 
     def lines(self) -> list[str]:
-        """For people."""
+        """Text for the terminal."""
         there = ", ".join(self.existing_teachers) or "none"
         return [
             *self.counts.lines(),
             f"texts: {self.full_texts:,} with hidden states, {self.logits_texts:,} with logits only; "
-            f"{self.existing_texts:,} of them "
-            f"in the cache already (teachers there: {there})",
+            f"{self.existing_texts:,} of them in the cache already (teachers there: {there})",
             *(line for teacher in self.teachers for line in teacher.lines()),
             *(() if self.student is None else self.student.lines()),
             f"together: {format_bytes(self.bytes)}, about {format_seconds(self.seconds)}; free on the disk: "
@@ -155,10 +152,10 @@ class DumpPlan:
         ]
 
 
-def plan_dump(recipe: Recipe, teachers_dir: Path, cache_dir: Path, *, progress: Progress) -> DumpPlan:
-    """What ``dump_teachers`` with the same arguments would do. Raises what it would raise before running a teacher.
+def estimate_dump(recipe: Recipe, teachers_dir: Path, cache_dir: Path, *, progress: Progress) -> DryRun:
+    """What ``dump_teachers`` with the same arguments would do; raises what it would raise before a teacher runs.
 
-    What an unpublished, interrupted dump has committed already is not subtracted.
+    Parts of an interrupted dump that is not published are not subtracted.
     """
     task = load_task(recipe.data)
     bundle = read_bundle(teachers_dir)
@@ -169,24 +166,21 @@ def plan_dump(recipe: Recipe, teachers_dir: Path, cache_dir: Path, *, progress: 
         _refuse_stale(cache, recipe, task_spec(task), teachers)
     full, logits_only = scopes(task)
     new_full, new_logits = _unknown(cache, full, "full"), _unknown(cache, logits_only, "logits")
-    plans = []
+    counted = []
     for teacher in teachers:
         groups = _missing_groups(cache, teacher.spec, new_full, new_logits)
-        plans.append(_plan_teacher(teacher, cache, groups, teachers_dir, recipe.dump.tokens_per_batch, progress))
+        counted.append(_count_teacher(teacher, cache, groups, teachers_dir, recipe.dump.tokens_per_batch, progress))
     existing = tuple(cache.teachers) if cache is not None else ()
     known = len(full) + len(logits_only) - len(new_full) - len(new_logits)
     student = student_truncation(recipe, teachers_dir, teachers, list(full.values()))
     counts, free = task.counts, free_bytes(cache_dir)
-    return DumpPlan(cache_dir, counts, len(full), len(logits_only), known, existing, tuple(plans), free, student)
+    return DryRun(cache_dir, counts, len(full), len(logits_only), known, existing, tuple(counted), free, student)
 
 
 def check_free_space(
     writer: CacheWriter, teachers: Sequence[PreparedTeacher], missing: Mapping[str, Sequence[PartTask]]
 ) -> None:
-    """StorageError where what is missing clearly needs more than the disk has free.
-
-    Tokens are counted on a few texts.
-    """
+    """StorageError if the missing parts need more bytes than the disk has free; tokens are estimated on a few texts."""
     needed = 0
     for teacher in teachers:
         tasks = missing[teacher.name]
@@ -211,7 +205,7 @@ def check_free_space(
 
 
 def free_bytes(path: Path) -> int:
-    """Free bytes of the disk that ``path`` lies on, or would lie on."""
+    """Free bytes of the disk of ``path``, which need not exist."""
     place = path.absolute()
     while not place.exists():
         place = place.parent
@@ -224,7 +218,7 @@ def _tokens_per_text(teacher: PreparedTeacher, texts: Sequence[Text]) -> float:
 
 @dataclass(frozen=True)
 class _Group:
-    """Texts of which the same is missing."""
+    """Texts that lack the same outputs and layers."""
 
     texts: Sequence[Text]
     outputs: bool
@@ -245,7 +239,7 @@ def _refuse_stale(cache: Cache, recipe: Recipe, task: TaskSpec, teachers: Sequen
 
 
 def _unknown(cache: Cache | None, texts: Mapping[bytes, Text], scope: Scope) -> list[Text]:
-    """The texts that the cache has in no part; wanted in full, those that it has in no full part."""
+    """The texts that the cache lacks in parts of that scope."""
     if cache is None or not texts:
         return list(texts.values())
     parts = [part for part in cache.parts if scope == "logits" or part.scope == "full"]
@@ -259,7 +253,7 @@ def _unknown(cache: Cache | None, texts: Mapping[bytes, Text], scope: Scope) -> 
 def _missing_groups(
     cache: Cache | None, spec: TeacherSpec, new_full: Sequence[Text], new_logits: Sequence[Text]
 ) -> list[_Group]:
-    """What a dump would still have to run, in the order in which it would."""
+    """What a dump would have to run, in its order."""
     groups = []
     old = None if cache is None else cache.teachers.get(spec.name)
     for part in () if cache is None else cache.parts:
@@ -270,14 +264,14 @@ def _missing_groups(
     return [group for group in groups if group.texts]
 
 
-def _plan_teacher(
+def _count_teacher(
     teacher: PreparedTeacher,
     cache: Cache | None,
     groups: Sequence[_Group],
     teachers_dir: Path,
     tokens_per_batch: int,
     progress: Progress,
-) -> TeacherPlan:
+) -> TeacherDryRun:
     spec = teacher.spec
     stored = cache.teachers[spec.name].layers if cache is not None and spec.name in cache.teachers else {}
     hidden = {layer: 0 for group in groups for layer in sorted(group.layers)}
@@ -299,11 +293,11 @@ def _plan_teacher(
         per_token = _seconds_per_token(teacher, groups[0], teachers_dir, tokens_per_batch)
         seconds = per_token * tokens * (1 + fitted_on / texts)
     layers = tuple(sorted(stored))
-    return TeacherPlan(spec.name, texts, tokens, hidden, outputs, spans, seconds, layers, truncated, spec.max_length)
+    return TeacherDryRun(spec.name, texts, tokens, hidden, outputs, spans, seconds, layers, truncated, spec.max_length)
 
 
 def _seconds_per_token(teacher: PreparedTeacher, group: _Group, teachers_dir: Path, tokens_per_batch: int) -> float:
-    """Wall time per token, padding and all, of a few batches after one that warms up."""
+    """Wall time per token without padding, over a few batches after a first one that warms up."""
     texts = group.texts[:_TIMED_TEXTS]
     batches = text_batches(teacher, texts, id_array([bytes(16)] * len(texts)), tokens_per_batch)
     with open_teacher(teacher, teachers_dir) as backend:

@@ -1,9 +1,9 @@
 """One teacher over the texts of one part: forward passes in, arrays in the order of the part out.
 
-Texts are run sorted by length, in batches of a token budget, because padding is wasted work; the results are put back
-where the part has them. Batches are a pure function of the part and the settings, so that a part that is dumped again
-after a crash gets the same bytes. What is stored is projected and encoded on the device batch by batch: a part never
-exists in memory at full width, and that happens in a thread while the next batch is run.
+Texts run sorted by length, in batches of a token budget, because padding is wasted work. Results go back to the places
+of their texts. Batches are a pure function of the part and the settings: a part that is dumped again after a crash gets
+the same bytes. A thread projects and encodes each batch on the device while the next one runs, so a part is never in
+memory at full width.
 """
 
 from __future__ import annotations
@@ -35,15 +35,12 @@ if TYPE_CHECKING:
     from kdcache.teachers.backends import TeacherBackend, TeacherOutput
 
 
-OnBatch = Callable[[int], None]  # called with the number of texts after every forward pass
+OnBatch = Callable[[int], None]  # gets the number of texts after every forward pass
 
 
 @dataclass(frozen=True)
 class TextBatches:
-    """The texts of a part (or of the sample) as one teacher reads them.
-
-    ``text_ids`` uint8 [n, 16] name them in errors.
-    """
+    """The texts of a part, or of the sample, in one teacher's tokens; errors name ``text_ids`` uint8 [n, 16]."""
 
     encoded: EncodedTexts
     text_ids: np.ndarray
@@ -54,7 +51,7 @@ class TextBatches:
     def run(
         self, backend: TeacherBackend, layers: Sequence[int], *, pooled: bool = False
     ) -> Iterator[tuple[np.ndarray, TeacherOutput]]:
-        """One forward pass after the other: the rows of the batch and what the teacher gave for them."""
+        """Rows and teacher output of every batch."""
         for rows in token_budget_batches(self.encoded.lengths, self.tokens_per_batch):
             yield rows, backend.run(pad(self.encoded, rows, self.pad_token_id), layers, pooled)
 
@@ -65,24 +62,24 @@ class TextBatches:
         )
 
     def row_count(self, spec: LayerSpec) -> int:
-        """Rows of a layer stored as ``spec``: tokens, or texts."""
+        """Number of rows of a layer stored as ``spec``: tokens, or texts."""
         return len(self.encoded) if spec.per_text else int(self.encoded.offsets[-1])
 
     def places(self, rows: np.ndarray, spec: LayerSpec) -> np.ndarray:
-        """int64: where what is stored of ``rows``, row after row, lies in the layer of the part."""
+        """Places int64 of the stored rows of texts ``rows`` in the part's layer."""
         if spec.per_text:
             return rows
         return self.token_places(rows)
 
     def token_places(self, rows: np.ndarray) -> np.ndarray:
-        """int64: where the tokens of ``rows``, row after row, lie among the tokens of the part."""
+        """Places int64 of the tokens of texts ``rows`` among the tokens of the part."""
         lengths = self.encoded.lengths[rows]
         shifts = self.encoded.offsets[rows] - np.concatenate([[0], np.cumsum(lengths)[:-1]])
         places: np.ndarray = np.arange(int(lengths.sum())) + np.repeat(shifts, lengths)
         return places
 
     def text_of_token(self, rows: np.ndarray, token: int) -> str:
-        """The id, in hex, of the text that packed token ``token`` of a batch with ``rows`` belongs to."""
+        """Hex id of the text of packed token ``token`` in the batch of texts ``rows``."""
         ends = np.cumsum(self.encoded.lengths[rows])
         return self.text_of_row(int(rows[np.searchsorted(ends, token, side="right")]))
 
@@ -93,11 +90,10 @@ class TextBatches:
 def fit_bases(
     batches: TextBatches, backend: TeacherBackend, layers: Mapping[int, LayerSpec], seed: int, on_batch: OnBatch
 ) -> dict[int, Basis]:
-    """The bases of ``layers`` from one pass over the sample; ``seed`` chooses random projections and the rows that
-    formats train on.
+    """The bases of ``layers``, from one pass over the sample.
 
-    What is kept of the sample are its moments and, where a storage format trains on them, some rows: memory does not
-    grow with the sample.
+    ``seed`` chooses random projections and the rows on which storage formats train. Only moments and these rows are
+    kept: memory does not grow with the sample.
     """
     fits: dict[int, LayerFit] = {}
     for rows, output in batches.run(backend, tuple(layers)):
@@ -121,13 +117,13 @@ def run_part(
     bases: Mapping[int, Basis],
     on_batch: OnBatch,
 ) -> tuple[Outputs, dict[int, HiddenBlock]]:
-    """Outputs and the stored form of the hidden states of ``layers``, in the part's order.
+    """Outputs and encoded hidden states of ``layers``, in the part's order.
 
-    Raises NonFiniteError with teacher, text id and layer for what is not finite or does not fit the stored type.
+    Raises NonFiniteError, naming teacher, text id and layer, for values that are not finite or exceed the stored type.
     """
     texts = len(batches.encoded)
-    storers = {layer: _Storer(spec.layers[layer], bases[layer], backend.device) for layer in layers}
-    hidden = {layer: storers[layer].empty(batches.row_count(spec.layers[layer])) for layer in layers}
+    encoders = {layer: _LayerEncoder(spec.layers[layer], bases[layer], backend.device) for layer in layers}
+    hidden = {layer: encoders[layer].empty(batches.row_count(spec.layers[layer])) for layer in layers}
     logits = np.empty((texts, *spec.target.shape), np.float32)
     pooled = None if spec.pooled is None else np.empty((texts, spec.pooled), np.float32)
 
@@ -136,17 +132,17 @@ def run_part(
         if pooled is not None and output.pooled is not None:
             pooled[rows] = _finite_rows(batches, rows, output.pooled.cpu().numpy(), "pooled vector")
         for layer in layers:
-            hidden[layer].put(batches.places(rows, spec.layers[layer]), storers[layer](batches, rows, output, layer))
+            hidden[layer].put(batches.places(rows, spec.layers[layer]), encoders[layer](batches, rows, output, layer))
 
-    with OneBehind[None]("kdcache-store") as behind:
+    with BackgroundWriter[None]("kdcache-store") as writer:
         for rows, output in batches.run(backend, layers, pooled=pooled is not None):
-            behind.start(functools.partial(store, rows, output))
+            writer.start(functools.partial(store, rows, output))
             on_batch(len(rows))
     return Outputs(logits, pooled), hidden
 
 
-class _Storer:
-    """From what a teacher gives for a batch to the stored form of one layer."""
+class _LayerEncoder:
+    """Projects and encodes one layer of teacher outputs."""
 
     def __init__(self, spec: LayerSpec, basis: Basis, device: str) -> None:
         self._spec, self._format = spec, format_of(spec)
@@ -154,11 +150,11 @@ class _Storer:
         self._encode = self._format.encoder(spec, basis, device)
 
     def empty(self, rows: int) -> HiddenBlock:
-        """The layer of a part of so many rows, to be filled."""
+        """A block for a part with that many rows, to be filled."""
         return self._format.empty(self._spec, rows)
 
     def __call__(self, batches: TextBatches, rows: np.ndarray, output: TeacherOutput, layer: int) -> HiddenBlock:
-        """One row per token of ``rows``, or per text. Raises NonFiniteError with teacher, text and layer."""
+        """The encoded rows of texts ``rows``: one per token, or one per text. Raises NonFiniteError."""
         selected = select_tokens(output.hidden[layer], batches.encoded.lengths[rows], self._spec.tokens)
         projected = self._project(selected)
         _refuse_hidden(batches, rows, projected, self._format, layer, per_text=self._spec.per_text)
@@ -182,9 +178,9 @@ def _refuse_hidden(
     *,
     per_text: bool = False,
 ) -> None:
-    found = storage.unstorable(largest_on_device(values))
-    if found is not None:
-        place, reason = found
+    unstorable = storage.unstorable(largest_on_device(values))
+    if unstorable is not None:
+        place, reason = unstorable
         text = batches.text_of_row(int(rows[place])) if per_text else batches.text_of_token(rows, place)
         raise NonFiniteError(f"teacher '{batches.teacher}', text {text}, layer {layer}: {reason}", storage.cure)
 
@@ -192,10 +188,10 @@ def _refuse_hidden(
 T = TypeVar("T")
 
 
-class OneBehind(Generic[T]):
-    """At most one action runs, in order.
+class BackgroundWriter(Generic[T]):
+    """Runs actions in order in one thread, at most one at a time.
 
-    ``on_done`` gets what it gave back; what it raised is raised at the next one, or at the end.
+    ``on_done`` gets the result of each. An error of an action is raised by the next ``start``, or at the end.
     """
 
     def __init__(self, name: str, on_done: Callable[[T], None] = lambda _: None) -> None:
@@ -204,11 +200,11 @@ class OneBehind(Generic[T]):
         self._pending: Future[T] | None = None
 
     def start(self, action: Callable[[], T]) -> None:
-        """Start ``action`` once the one before is done."""
+        """Wait for the previous action, then start ``action``."""
         self._settle()
         self._pending = self._executor.submit(action)
 
-    def __enter__(self) -> OneBehind[T]:
+    def __enter__(self) -> BackgroundWriter[T]:
         return self
 
     def __exit__(
@@ -218,7 +214,7 @@ class OneBehind(Generic[T]):
             if kind is None:
                 self._settle()
         finally:
-            self._executor.shutdown(wait=True)  # after an error of the caller, the action before still ends
+            self._executor.shutdown(wait=True)  # after an error of the caller, too, the last action ends
 
     def _settle(self) -> None:
         pending, self._pending = self._pending, None

@@ -1,4 +1,4 @@
-"""How well a layer survives a form in which it could be stored, measured on rows that nothing was fitted on."""
+"""How much of a layer a storage format keeps, measured on rows that were not used for fitting."""
 
 from __future__ import annotations
 
@@ -19,18 +19,17 @@ if TYPE_CHECKING:
     from kdcache.codecs.base import Basis
     from kdcache.teachers.teacher import TeacherModel
 
-_TOGETHER = 256  # rows that are compared at once: in float64 they stay in the core's cache
+_CHUNK = 256  # rows per comparison: in float64 they stay in the core's cache
 _TINY = 1e-12
 
 
 @dataclass(frozen=True)
 class Fidelity:
-    """What is left of a layer stored as ``spec``, on unseen rows.
+    """The quality of a layer stored as ``spec``, on unseen rows.
 
-    ``explained``: share of the variance over rows. ``cosine`` and ``relative_error`` (the norm of the error over that
-    of the state): means over rows. ``kl``: KL of the soft labels that the teacher's own pooling and head make of the
-    rebuilt last layer against those of the true one, in nats per text; None where the layer is not the last, or the
-    teacher has no shared head.
+    ``explained`` is the share of the variance over rows. ``cosine`` and ``relative_error`` (norm of the error over norm
+    of the state) are means over rows. ``kl`` is the KL divergence, in nats per text, between soft labels of the rebuilt
+    and of the true last layer, both through the teacher's own head; None for other layers and without a shared head.
     """
 
     spec: LayerSpec
@@ -42,11 +41,11 @@ class Fidelity:
 
     @property
     def form(self) -> str:
-        """In a few words: ``pca 128 int8``, ``trellis 96``."""
+        """The short name of the format: ``pca 128 int8``, ``trellis 96``."""
         return format_of(self.spec).label(self.spec)
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-able."""
+        """The JSON document."""
         numbers = {
             name: None if value is None else round(value, 6)
             for name, value in vars(self).items()
@@ -56,33 +55,28 @@ class Fidelity:
 
 
 def candidates(width: int, asked: LayerSpec) -> list[LayerSpec]:
-    """Forms worth a look for a layer of ``width``, the one that the recipe asks for among them.
-
-    All for the same tokens.
-    """
+    """Candidate formats for a layer of ``width``, largest first, with ``asked``, the recipe's; all for its tokens."""
     whole = LayerSpec("none", width, asked.dtype, tokens=asked.tokens)
-    forms = [
+    specs = [
         spec
         for storage in storage_formats().values()
         for spec in storage.candidates(replace(whole, dtype=storage.name))
     ]
-    if asked not in forms and asked.projection != "random":
-        forms.append(asked)
-    return sorted(forms, key=lambda form: format_of(form).row_bytes(form), reverse=True)
+    if asked not in specs and asked.projection != "random":
+        specs.append(asked)
+    return sorted(specs, key=lambda spec: format_of(spec).row_bytes(spec), reverse=True)
 
 
 def rebuilt(spec: LayerSpec, whole: Basis, sample: torch.Tensor, unseen: torch.Tensor) -> torch.Tensor:
-    """``unseen`` [rows, width] after it was stored as ``spec`` and read back. ``whole``: the PCA basis at full width;
-    ``sample``: the rows that tables are trained on. All on one device, as is the result.
+    """``unseen`` [rows, width] stored as ``spec`` and read back, on its device.
+
+    ``whole`` is the PCA basis at full width; formats train their tables on ``sample`` [rows, width].
     """
     return through(spec, format_of(spec).fit(whole, sample, spec), unseen)
 
 
 def through(spec: LayerSpec, basis: Basis, unseen: torch.Tensor) -> torch.Tensor:
-    """``rebuilt`` with the basis that a cache stores, or one of more dimensions.
-
-    NonFiniteError where a row cannot be stored.
-    """
+    """``rebuilt`` with a given basis, of at least ``spec.dim`` dimensions; NonFiniteError if a row cannot be stored."""
     storage = format_of(spec)
     basis = unprojected(basis) if spec.projection == "none" else leading(basis, spec.dim)
     projector = Projector(basis, unseen.device)
@@ -93,9 +87,9 @@ def through(spec: LayerSpec, basis: Basis, unseen: torch.Tensor) -> torch.Tensor
 
 
 def measure(spec: LayerSpec, back: torch.Tensor, unseen: torch.Tensor) -> Fidelity:
-    """``back`` against ``unseen``, [rows, width] each."""
+    """Compare ``back`` with ``unseen``, [rows, width] each."""
     mean, pieces = unseen.double().mean(dim=0), []
-    for rows, stored in zip(unseen.split(_TOGETHER), back.split(_TOGETHER), strict=True):
+    for rows, stored in zip(unseen.split(_CHUNK), back.split(_CHUNK), strict=True):
         true, found = rows.double(), stored.double()
         pairs = (true - found, true - found), (true - mean, true - mean), (true, found), (true, true), (found, found)
         pieces.append(torch.stack([torch.linalg.vecdot(*pair) for pair in pairs]))
@@ -110,9 +104,9 @@ def measure(spec: LayerSpec, back: torch.Tensor, unseen: torch.Tensor) -> Fideli
 
 
 def soft_label_kl(model: TeacherModel, back: torch.Tensor, lengths: Sequence[int], logits: np.ndarray) -> float | None:
-    """KL(teacher, head on ``back``) in nats, mean over texts.
+    """KL(teacher, head on ``back``) in nats, mean over texts; None without a shared head.
 
-    ``back`` are packed rows of the last layer, ``logits`` [texts, classes].
+    ``back``: packed rows [tokens, width] of the last layer, ``lengths`` tokens per text; ``logits`` [texts, classes].
     """
     if model.head is None:
         return None
@@ -124,4 +118,4 @@ def soft_label_kl(model: TeacherModel, back: torch.Tensor, lengths: Sequence[int
         found, _ = model.head(hidden if model.adapter is None else model.adapter(hidden), mask.long())
         true = torch.from_numpy(logits).to(device)
         kl = F.kl_div(F.log_softmax(found.float(), -1), F.log_softmax(true, -1), log_target=True, reduction="batchmean")
-        return max(float(kl), 0.0)  # rounding may put it a little below
+        return max(float(kl), 0.0)  # rounding may make it negative

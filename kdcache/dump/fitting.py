@@ -1,8 +1,8 @@
-"""The frozen bases, fitted on the sample of texts: P and μ of ``codecs.projection``, and what a storage format trains.
+"""The frozen bases, fitted on a sample of texts: P and μ of ``codecs.projection``, and tables of storage formats.
 
-Bases are fitted in float64 on a seeded sample of the texts, from moments that are added up batch by batch, so that
-memory does not grow with the sample. Every layer also gets the variance of its target, by which the hidden loss is
-divided: without it, losses of two teachers are not comparable.
+Bases are fitted in float64 on a seeded sample, from moments that are summed batch by batch, so memory does not grow
+with the sample. Every basis has the variance of its target: the hidden loss is divided by it, which makes the losses of
+two teachers comparable.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class Moments:
     """Mean and scatter matrix of a stream of token vectors, in float64; merged batch by batch (Chan et al. 1979).
 
-    ``cross`` is False where only variances per dimension are wanted: then ``scatter`` is [width], else [width, width].
+    Without ``cross``, only variances per dimension are kept: ``scatter`` is [width] instead of [width, width].
     """
 
     def __init__(self, width: int, *, cross: bool) -> None:
@@ -34,7 +34,7 @@ class Moments:
         self._cross = cross
 
     def add(self, tokens: torch.Tensor) -> None:
-        """Take in ``tokens`` [tokens, width] of any float type, on any device that knows float64."""
+        """Add ``tokens`` [tokens, width] of any float dtype, on any device."""
         if not len(tokens):
             return
         x = tokens.to(torch.float64) if tokens.device.type != "mps" else tokens.cpu().to(torch.float64)
@@ -49,18 +49,18 @@ class Moments:
         self.count = total
 
     def covariance(self) -> np.ndarray:
-        """[width, width] (or [width] without ``cross``): the scatter divided by the number of tokens."""
+        """The scatter divided by the number of tokens, [width, width] or, without ``cross``, [width]."""
         return self.scatter / max(self.count, 1)
 
 
 def fit_basis(moments: Moments, projection: str, dim: int, *, seed: int, name: str, layer: int) -> Basis:
     """The basis of one layer from the moments of its sample.
 
-    'pca': the ``dim`` leading eigenvectors of the covariance, each turned so that its largest entry is positive.
-    'random': orthonormal rows from a generator seeded by (seed, name, layer); not scaled, since the stored target
-    variance makes the scale immaterial. 'none': no components, h is stored as it is. Variances are over the tokens of
-    the sample: ``total_variance`` is their mean over the width of the layer, ``target_variance`` their mean over the
-    stored dimensions. Raises NonFiniteError where the sample was not finite.
+    'pca': the ``dim`` leading eigenvectors of the covariance, each with its largest entry positive. 'random':
+    orthonormal rows from a generator seeded by (seed, name, layer), not scaled, because the loss is divided by the
+    target variance. 'none': no components, h itself is stored. Variances are over the tokens of the sample:
+    ``total_variance`` is their mean over the width of the layer, ``target_variance`` over the stored dimensions. Raises
+    NonFiniteError if the sample is not finite.
     """
     covariance = moments.covariance()
     if not np.isfinite(covariance).all():
@@ -98,10 +98,7 @@ def _orthonormal_rows(dim: int, width: int, seed: int, name: str, layer: int) ->
 
 
 class Sample:
-    """What is gathered of one layer over the sample.
-
-    Its moments, and a seeded choice of ``keep`` of its ``rows`` rows.
-    """
+    """One layer over the sample: its moments, and ``keep`` of its ``rows`` rows, chosen by ``seed``."""
 
     def __init__(self, width: int, rows: int, seed: int, *, cross: bool, keep: int) -> None:
         self.moments = Moments(width, cross=cross)
@@ -109,36 +106,33 @@ class Sample:
         self._kept: list[torch.Tensor] = []
 
     def add(self, hidden: torch.Tensor, places: np.ndarray) -> None:
-        """Take in ``hidden`` [rows, width], rows ``places`` of the sample."""
+        """Add ``hidden`` [rows, width], which are rows ``places`` of the sample."""
         self.moments.add(hidden)
         mine = self._wanted[places]
         if mine.any():
             self._kept.append(hidden[torch.from_numpy(mine).to(hidden.device)].clone())
 
     def kept(self) -> torch.Tensor | None:
-        """[rows, width]: the rows that were kept; None where there are none."""
+        """The kept rows [rows, width], or None."""
         return torch.cat(self._kept) if self._kept else None
 
 
 class LayerFit(Sample):
-    """One layer of a teacher while its sample is run; ``rows`` is how many there will be."""
+    """One layer of a teacher while it runs over a sample with ``rows`` rows."""
 
     def __init__(self, spec: LayerSpec, width: int, rows: int, seed: int) -> None:
         super().__init__(width, rows, seed, cross=spec.projection != "none", keep=format_of(spec).sample_rows)
         self._spec, self._seed = spec, seed
 
     def basis(self, *, name: str, layer: int) -> Basis:
-        """The basis of layer ``layer`` of teacher ``name``; NonFiniteError where the sample was not finite."""
+        """The basis of layer ``layer`` of teacher ``name``; NonFiniteError if the sample is not finite."""
         spec = self._spec
         basis = fit_basis(self.moments, spec.projection, spec.dim, seed=self._seed, name=name, layer=layer)
         return format_of(spec).fit(basis, self.kept(), spec)
 
 
 def _chosen(rows: int, count: int, seed: int) -> np.ndarray:
-    """Which of ``rows`` to keep, as bool [rows].
-
-    ``count`` of them, or all; raw numbers of the generator, which numpy promises to keep.
-    """
+    """Mask [rows] with at most ``count`` True, from the raw generator, whose output numpy keeps stable."""
     chosen = np.zeros(rows, np.bool_)
     chosen[np.argsort(np.random.PCG64(seed).random_raw(rows), kind="stable")[:count]] = True
     return chosen

@@ -1,7 +1,6 @@
-"""Which teacher layers are stored, and how: the settings of a recipe turned into numbers.
+"""Which teacher layers are stored, and how: a recipe's settings as layer numbers and LayerSpecs.
 
-A layer number is an index into the encoder's hidden states: 0 is the embeddings, k the output of block k, the depth the
-last.
+A layer number is an index into the encoder's hidden states: 0 is the embeddings, k is the output of block k.
 """
 
 from __future__ import annotations
@@ -20,16 +19,15 @@ if TYPE_CHECKING:
 
 
 def resolve_layers(setting: str | Sequence[int], depth: int, student_layers: int | None, name: str) -> tuple[int, ...]:
-    """The distinct layers of teacher ``name`` that ``setting`` asks for, in rising order.
+    """The distinct layers of teacher ``name`` that ``setting`` names, in ascending order.
 
-    ``setting`` is 'even' (what ``even_layers`` gives), 'all' (every block), 'last', 'none' (soft labels only), or a
-    list. Raises ModelError where the teacher has no such layer, RecipeError for 'even' without a student to be even
-    with.
+    ``setting`` is 'even' (see ``even_layers``), 'all' (every block), 'last', 'none' (soft labels only), or a list.
+    Raises ModelError if the teacher has no such layer, RecipeError for 'even' without a student.
     """
     if setting == "even":
         if student_layers is None:
             raise RecipeError(
-                'dump.layers is "even", and the recipe has no student whose depth would say which layers these are',
+                'dump.layers is "even", which needs the depth of a student, and the recipe has no student',
                 "Add a [student] section, or list the layers: dump.layers = [4, 8, 12].",
             )
         return tuple(sorted(set(even_layers(depth, student_layers))))
@@ -45,7 +43,7 @@ def resolve_layers(setting: str | Sequence[int], depth: int, student_layers: int
 
 
 def check_layer(layer: int, depth: int, name: str) -> int:
-    """``layer`` itself; ModelError where the teacher has no such layer."""
+    """``layer``; ModelError if the teacher has no such layer."""
     if not 0 <= layer <= depth:
         raise ModelError(
             f"teacher '{name}' has no layer {layer}: its layers are 0 (embeddings) to {depth} (the last block)",
@@ -55,38 +53,31 @@ def check_layer(layer: int, depth: int, name: str) -> int:
 
 
 def layer_spec(recipe: Recipe, section: TeacherSection, layer: int, depth: int, width: int) -> LayerSpec:
-    """How a layer of a teacher is stored.
-
-    ModelError where it cannot be, RecipeError where settings of tables do not fit together.
-    """
-    form = recipe.stored(section, ("all", *(["last"] if layer == depth else []), str(layer)))
+    """The recipe's storage format of a layer. ModelError if it does not fit, RecipeError if settings contradict."""
+    stored = recipe.stored(section, ("all", *(["last"] if layer == depth else []), str(layer)))
     try:
-        check_stored(form)
+        check_stored(stored)
     except ValueError as error:
         raise RecipeError(
             f"layer {layer} of teacher '{section.name}': {error}", "See dump.per_layer and its per_layer."
         ) from error
-    assert form.projection is not None and form.dim is not None and form.dtype is not None and form.tokens is not None
-    asked = LayerSpec(form.projection, form.dim, form.dtype, form.bytes or 0, form.tokens)
+    assert stored.projection is not None and stored.dim is not None
+    assert stored.dtype is not None and stored.tokens is not None
+    asked = LayerSpec(stored.projection, stored.dim, stored.dtype, stored.bytes or 0, stored.tokens)
     return spec_like(asked, section.name, layer, width)
 
 
-def spec_like(form: LayerSpec, name: str, layer: int, width: int) -> LayerSpec:
-    """A layer of another teacher, or another layer, stored as ``form`` is.
-
-    ModelError where it does not fit the width.
-    """
-    return format_of(form).layer(form, width, f"layer {layer} of teacher '{name}'")
+def spec_like(like: LayerSpec, name: str, layer: int, width: int) -> LayerSpec:
+    """``like`` for a layer of teacher ``name``; ModelError if it does not fit the width."""
+    return format_of(like).layer(like, width, f"layer {layer} of teacher '{name}'")
 
 
 def check_names(names: Iterable[str], layers: Sequence[int], where: str, name: str) -> None:
-    """RecipeError where ``names`` of a per_layer table has the number of a layer that is not stored of teacher
-    ``name``.
-    """
-    for one in names:
-        if one.isdecimal() and int(one) not in layers:
+    """RecipeError if a key of a per_layer table is the number of a layer of teacher ``name`` that is not stored."""
+    for key in names:
+        if key.isdecimal() and int(key) not in layers:
             stored = ", ".join(str(layer) for layer in layers) or "none"
             raise RecipeError(
-                f"{where} speaks of layer {one}, which is not stored of teacher '{name}'; stored are: {stored}",
-                "Name one of these there, or add the layer to the layers that are stored.",
+                f"{where} names layer {key}, which is not stored of teacher '{name}'; stored are: {stored}",
+                "Name one of these there, or add the layer to dump.layers.",
             )

@@ -1,8 +1,7 @@
-"""Extending a name: the result is its next version, whatever others publish meanwhile, and no teacher runs twice.
+"""Extends a published name: the result becomes its next version, and no teacher runs twice.
 
-A teacher may run for hours. The version that was extended may not be the newest one any more by then; the number of the
-next one is decided by the store. Who comes second puts what was added together with what was published, which takes
-seconds, and tries the next number.
+A teacher may run for hours, and somebody else may publish a version meanwhile. The store decides who gets the next
+number. The loser merges its additions with the newer version, which takes seconds, and tries the next number.
 """
 
 from __future__ import annotations
@@ -33,12 +32,12 @@ if TYPE_CHECKING:
     from kdcache.share.stores.base import Remote
     from kdcache.share.working_copy import WorkingCopy
 
-ROUNDS = 20  # versions that others may publish between the last look and one's own, before giving up
+ROUNDS = 20  # attempts to publish before giving up
 
 
 @dataclass(frozen=True)
 class _Extension:
-    """What is being done; ``first`` is the copy in which teachers ran."""
+    """The job; ``first`` is the copy in which teachers ran."""
 
     remote: Remote
     wanted: Wanted
@@ -59,12 +58,11 @@ def extend_version(
     tag: str | None = None,
     provenance: Mapping[str, Any] | None = None,
 ) -> tuple[ExtendReport, str]:
-    """Add what is wanted to a version and publish the result under the next number; gives back the report and
-    ``name@number``.
+    """Add ``wanted`` to a version and publish it under the next number; returns the report and ``name@number``.
 
-    Of the newest version: what others publish until then is kept, and what is added comes on top. Of an older one: as
-    it is, on top of the newer ones. Raises what ``extend_cache`` and ``push`` raise; RemoteError where others publish
-    without end. What teachers said until then is kept for the same command.
+    If ``ref`` is the newest version, additions are merged with what others publish meanwhile. An older version is
+    published with its additions as it is. Raises what ``extend_cache`` and ``push`` raise, and RemoteError if others
+    publish all the time. Teacher outputs are kept: the same command does not run teachers again.
     """
     newest = newest_of(history(remote, ref.name))
     with working_copy(remote, ref, store=store, progress=progress) as copy:
@@ -74,7 +72,7 @@ def extend_version(
             )
         report = _compared(report, copy, report.runs)
         job = _Extension(remote, wanted, store, tag, progress, provenance or {}, copy)
-        if ref.key not in {one.key for one in newest}:
+        if ref.key not in {other.key for other in newest}:
             pushed = push(remote, copy.path, ref.name, tag=tag, progress=progress)
             report = replace(report, cache=store.adopt(copy.path, read_manifest(copy.path)))
         else:
@@ -85,10 +83,7 @@ def extend_version(
 
 
 def _publish(job: _Extension, ref: Ref, newest: Sequence[Ref], report: ExtendReport) -> tuple[ExtendReport, PushReport]:
-    """Make the version after ``newest``, of which ``ref`` was extended.
-
-    After what is the newest one by then, where it is another.
-    """
+    """Publish the version after ``newest``, one of which ``ref`` is; merges with whatever is newest by then."""
     for _ in range(ROUNDS):
         with _copy_for(job, ref) as copy:
             if copy is not job.first:
@@ -98,35 +93,31 @@ def _publish(job: _Extension, ref: Ref, newest: Sequence[Ref], report: ExtendRep
             except OvertakenError:
                 ref = resolve(job.remote, ref.name)
                 newest = (ref,)
-                job.progress.note(f"{ref.pinned} was published meanwhile: what was added here comes on top of it")
+                job.progress.note(f"{ref.pinned} was published meanwhile: the additions are merged with it")
                 continue
             rivals = _rivals(job.remote, ref.name, pushed)
             if not rivals:
                 return replace(report, cache=job.store.adopt(copy.path, read_manifest(copy.path))), pushed
         ref, newest = rivals[0], newest_of(history(job.remote, ref.name))
         job.progress.note(
-            f"{pushed.reference} was made twice, by two writers at once: the next version has what both added; each "
-            "can be had "
-            f"as {ref.name}@{pushed.manifest[:12]} and {ref.name}@{ref.manifest[:12]}"
+            f"two writers published {pushed.reference} at once, as {ref.name}@{pushed.manifest[:12]} and "
+            f"{ref.name}@{ref.manifest[:12]}; the next version has the additions of both"
         )
     raise RemoteError(
-        f"others published {ROUNDS} versions of '{ref.name}' on {job.remote.url} while this one was being made",
+        f"others published {ROUNDS} versions of '{ref.name}' on {job.remote.url} meanwhile",
         "Run the same command again: no teacher runs again.",
     )
 
 
 def _copy_for(job: _Extension, ref: Ref) -> contextlib.AbstractContextManager[WorkingCopy]:
-    """A copy of the version that is followed; the first one where that has the same content."""
+    """A working copy of ``ref``; the first copy if it has the same content."""
     if ref.identity == job.first.manifest.identity:
         return contextlib.nullcontext(job.first)
     return working_copy(job.remote, ref, store=job.store, progress=job.progress)
 
 
 def _together(job: _Extension, copy: WorkingCopy, report: ExtendReport) -> ExtendReport:
-    """Bring what was added into a copy of another version.
-
-    Its files alone, or where rows were added there, with these run too.
-    """
+    """Merge the additions into a copy of another version; rows that it added are run as well."""
     first, runs = job.first, report.runs
     try:
         merge(copy.path, first.path, first.manifest.contents)
@@ -140,16 +131,16 @@ def _together(job: _Extension, copy: WorkingCopy, report: ExtendReport) -> Exten
 
 
 def _compared(report: ExtendReport, copy: WorkingCopy, runs: tuple[TeacherRun, ...]) -> ExtendReport:
-    """The report of what ``copy`` has beyond the version on the remote, whichever run of the command brought it there."""
-    made = read_manifest(copy.path)
-    shared, added = shared_bytes(copy.manifest, made)
+    """The report with the difference between ``copy`` and the version on the remote."""
+    new = read_manifest(copy.path)
+    shared, added = shared_bytes(copy.manifest, new)
     return replace(
-        report, before=copy.manifest.identity, identity=made.identity, runs=runs, bytes_new=added, bytes_shared=shared
+        report, before=copy.manifest.identity, identity=new.identity, runs=runs, bytes_new=added, bytes_shared=shared
     )
 
 
 def _rivals(remote: Remote, name: str, pushed: PushReport) -> list[Ref]:
-    """On a store that does not decide creates: other versions of the number that was just made."""
+    """Other versions with the same number; only a store without conditional creates can have any."""
     if remote.conditional:
         return []
     return [
@@ -160,7 +151,7 @@ def _rivals(remote: Remote, name: str, pushed: PushReport) -> list[Ref]:
 
 
 def _forget(places: Sequence[Path], published: Manifest) -> None:
-    """Remove working copies of which all that teachers said is in what was published."""
+    """Remove working copies whose teacher outputs are all in the published version."""
     there = {digest.sha256 for digest in published.contents.files.values()}
     for place in places:
         with contextlib.suppress(KdcacheError):

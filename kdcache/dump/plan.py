@@ -1,10 +1,10 @@
-"""What to store: every form of every layer, what it costs over the whole data and what it keeps; and the best that fits
-a budget.
+"""What to store: the bytes and the fidelity of every storage format of every layer, and the best choice for a budget.
 
     kdcache plan RECIPE --budget 2GB
 
-Each teacher runs once, over a seeded sample of texts: bases are fitted on most of them, fidelity is measured on the
-others. How long the pass takes says how long the dump will.
+Each teacher runs once over a seeded sample of texts: most are for fitting bases, the rest for measuring fidelity.
+The duration of this pass gives the estimate for the dump. ``recommend`` solves a knapsack problem greedily along each
+layer's convex hull of variance over bytes, which is optimal but for the last step.
 """
 
 from __future__ import annotations
@@ -54,35 +54,32 @@ if TYPE_CHECKING:
 
 
 UNSEEN_TEXTS = 256
-_TRAINING_ROWS = 2048  # half of a dump's: a codebook for each of many budgets is trained, and loses a thousandth by it
+_TRAINING_ROWS = 2048  # half of a dump's, because many codebooks are trained; it costs a thousandth of the variance
 
 
 @dataclass(frozen=True)
 class LayerCandidates:
-    """The forms of one layer and what they keep; ``bytes`` over the whole data, in the order of ``forms``."""
+    """The storage formats of one layer with their fidelity; ``bytes`` over the whole data, in the same order."""
 
     teacher: str
     layer: int
-    forms: tuple[Fidelity, ...]
+    formats: tuple[Fidelity, ...]
     bytes: tuple[int, ...]
-    asked: int  # place of the recipe's own form; -1 where it was not measured
+    asked: int = -1  # place of the recipe's format; -1 if it was not measured
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-able."""
+        """The JSON document."""
         return {
             "teacher": self.teacher,
             "layer": self.layer,
-            "in_recipe": self.forms[self.asked].form if self.asked >= 0 else None,
-            "forms": [{**form.as_dict(), "bytes": size} for form, size in zip(self.forms, self.bytes, strict=True)],
+            "in_recipe": self.formats[self.asked].form if self.asked >= 0 else None,
+            "forms": [{**kept.as_dict(), "bytes": size} for kept, size in zip(self.formats, self.bytes, strict=True)],
         }
 
 
 @dataclass(frozen=True)
 class StoragePlan:
-    """``fixed``.
-
-    Bytes of logits, pooled vectors and spans, which every choice pays. ``seconds``: of the dump, per teacher.
-    """
+    """The plan. ``fixed``: bytes of logits, pooled vectors and spans; ``seconds``: of the dump, by teacher."""
 
     layers: tuple[LayerCandidates, ...]
     texts: int
@@ -94,14 +91,14 @@ class StoragePlan:
     student: TruncationPlan | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-able; what ``--json`` prints and the report draws."""
+        """The document that ``--json`` prints and the report draws."""
         return {
             "texts": self.texts,
             "bytes_fixed": self.fixed,
             "budget": self.budget,
             "minutes": {name: round(seconds / 60, 2) for name, seconds in self.seconds.items()},
             "truncation": {
-                "teachers": {name: one.as_dict() for name, one in self.truncated.items()},
+                "teachers": {name: plan.as_dict() for name, plan in self.truncated.items()},
                 "student": None if self.student is None else self.student.as_dict(),
             },
             "layers": [layer.as_dict() for layer in self.layers],
@@ -109,14 +106,14 @@ class StoragePlan:
         }
 
     def lines(self) -> list[str]:
-        """For people, the recommendation apart."""
+        """Text for the terminal, without the recommendation."""
         total = sum(self.seconds.values())
         per_teacher = ", ".join(f"{name} {format_seconds(seconds)}" for name, seconds in self.seconds.items())
         return [
             f"{self.texts:,} texts with hidden states; logits, pooled vectors and spans take "
             f"{format_bytes(self.fixed)} in any case",
-            f"the dump takes about {format_seconds(total)} in any form ({per_teacher})",
-            *(line for name, one in self.truncated.items() for line in one.lines(f"teacher '{name}'")),
+            f"the dump takes about {format_seconds(total)} in any format ({per_teacher})",
+            *(line for name, plan in self.truncated.items() for line in plan.lines(f"teacher '{name}'")),
             *(() if self.student is None else self.student.lines()),
         ]
 
@@ -124,11 +121,11 @@ class StoragePlan:
 def plan_storage(
     recipe: Recipe, teachers_dir: Path, *, budget: int | None = None, unseen: int = UNSEEN_TEXTS, progress: Progress
 ) -> StoragePlan:
-    """Run the recipe's teachers on a sample and work out what each form of their layers costs and keeps.
+    """Run the recipe's teachers on a sample and measure the storage formats of their layers.
 
-    ``budget``: bytes of the whole cache; without one the smallest forms that keep nine tenths are recommended.
-    ``unseen``: texts to measure on. Raises what the dump would raise before it runs, and DataError where there are too
-    few texts to measure on.
+    ``budget``: bytes of the whole cache; without one, the smallest formats that keep ``ENOUGH`` of the variance are
+    recommended. ``unseen``: number of texts to measure on. Raises what the dump would raise before a teacher runs, and
+    DataError for too few texts.
     """
     task = load_task(recipe.data)
     for line in task.counts.notes():
@@ -154,19 +151,18 @@ def plan_storage(
         fixed += tokens_bytes(tokens, len(full)) if needs_tokens(teacher.spec.layers) else 0
         measured, per_text = _measured(teacher, teachers_dir, sample, recipe.dump.tokens_per_batch, progress)
         seconds[teacher.name] = per_text * (len(full) + len(logits_only) + min(recipe.dump.sample_texts, len(full)))
-        for layer, forms in measured.items():
-            sizes = tuple(hidden_bytes(tokens, len(full), form.spec) for form in forms)
-            asked = [place for place, form in enumerate(forms) if form.spec == teacher.spec.layers[layer]]
-            layers.append(LayerCandidates(teacher.name, layer, tuple(forms), sizes, asked[0] if asked else -1))
-    choices = [Choice(one.teacher, one.layer, one.forms, one.bytes) for one in layers]
+        for layer, formats in measured.items():
+            sizes = tuple(hidden_bytes(tokens, len(full), kept.spec) for kept in formats)
+            asked = [place for place, kept in enumerate(formats) if kept.spec == teacher.spec.layers[layer]]
+            layers.append(LayerCandidates(teacher.name, layer, tuple(formats), sizes, asked[0] if asked else -1))
     student = student_truncation(recipe, teachers_dir, teachers, list(full.values()))
-    recommended = recommend(choices, None if budget is None else budget - fixed, fixed)
+    recommended = recommend(layers, None if budget is None else budget - fixed, fixed)
     return StoragePlan(tuple(layers), len(full), fixed, seconds, budget, recommended, truncated, student)
 
 
 @dataclass(frozen=True)
 class _Sample:
-    """Texts to fit on, first, and texts to measure on."""
+    """The first ``fit`` texts are for fitting, the others for measuring."""
 
     texts: list[tuple[str, ...]]
     fit: int
@@ -184,14 +180,13 @@ def _sample(texts: Sequence[tuple[str, ...]], fit: int, unseen: int, seed: int) 
     return _Sample([texts[place] for place in order], fit, seed)
 
 
-class _Gathered:
-    """One layer while its teacher runs: what bases are fitted from, and the rows to measure on."""
+class _LayerSample:
+    """One layer while its teacher runs: the sample for fitting, and the rows to measure on."""
 
-    def __init__(self, asked: LayerSpec, width: int, rows: np.ndarray, seed: int) -> None:
-        self.asked = asked
+    def __init__(self, width: int, rows: np.ndarray, seed: int) -> None:
         self._unseen = rows  # bool [rows of the sample]
         self._order = np.cumsum(~rows) - 1
-        keep = max(one.sample_rows for one in storage_formats().values())
+        keep = max(storage.sample_rows for storage in storage_formats().values())
         self.fit = Sample(width, int((~rows).sum()), seed, cross=True, keep=keep)
         self._kept: list[torch.Tensor] = []
         self._places: list[np.ndarray] = []
@@ -204,7 +199,7 @@ class _Gathered:
         self._places.append(places[apart])
 
     def unseen(self) -> torch.Tensor:
-        """[rows, width] in the order of the sample."""
+        """The rows to measure on, [rows, width], in the order of the sample."""
         order = np.argsort(np.concatenate(self._places), kind="stable")
         return torch.cat(self._kept)[torch.from_numpy(order)]
 
@@ -212,7 +207,7 @@ class _Gathered:
 def _measured(
     teacher: PreparedTeacher, teachers_dir: Path, sample: _Sample, tokens_per_batch: int, progress: Progress
 ) -> tuple[dict[int, list[Fidelity]], float]:
-    """Fidelity of every form of every layer, and seconds per text of the forward pass."""
+    """Fidelity of the formats of every layer, and seconds per text of the forward pass."""
     spec = teacher.spec
     loaded = load_teacher(teachers_dir, spec.name, trust_remote_code=teacher.trust_remote_code)
     backend = open_backend(spec.backend, loaded, tuple(spec.layers), precision=spec.precision, work_dir=home())
@@ -220,8 +215,8 @@ def _measured(
     lengths = batches.encoded.lengths
     apart = np.arange(len(sample.texts)) >= sample.fit
     gathered = {
-        layer: _Gathered(one, spec.width, apart if one.per_text else np.repeat(apart, lengths), sample.seed)
-        for layer, one in spec.layers.items()
+        layer: _LayerSample(spec.width, apart if asked.per_text else np.repeat(apart, lengths), sample.seed)
+        for layer, asked in spec.layers.items()
     }
     logits = np.empty((len(sample.texts), *spec.target.shape), np.float32)
     try:
@@ -230,31 +225,30 @@ def _measured(
         for rows, output in batches.run(backend, tuple(spec.layers)):
             logits[rows] = output.logits.cpu().numpy()
             spent += time.perf_counter() - began
-            for layer, one in spec.layers.items():
-                gathered[layer].add(
-                    select_tokens(output.hidden[layer], lengths[rows], one.tokens), batches.places(rows, one)
-                )
+            for layer, asked in spec.layers.items():
+                selected = select_tokens(output.hidden[layer], lengths[rows], asked.tokens)
+                gathered[layer].add(selected, batches.places(rows, asked))
             progress.advance(len(rows))
             began = time.perf_counter()
         progress.finish()
         unseen_lengths, unseen_logits = lengths[apart].tolist(), logits[apart]
-        progress.start(f"measure forms of {spec.name}", len(spec.layers), "layers")
-        forms = {}
-        for layer, one in spec.layers.items():
+        progress.start(f"measure storage formats of {spec.name}", len(spec.layers), "layers")
+        formats = {}
+        for layer, asked in spec.layers.items():
             head_of = loaded if layer == spec.depth else None
-            forms[layer] = _forms(one, spec.width, gathered.pop(layer), head_of, unseen_lengths, unseen_logits)
+            formats[layer] = _fidelities(asked, spec.width, gathered.pop(layer), head_of, unseen_lengths, unseen_logits)
             progress.advance(1)
         progress.finish()
-        return forms, spent / len(sample.texts)
+        return formats, spent / len(sample.texts)
     finally:
         backend.close()
         loaded.model.to("meta")
 
 
-def _forms(
+def _fidelities(
     asked: LayerSpec,
     width: int,
-    gathered: _Gathered,
+    gathered: _LayerSample,
     head_of: Teacher | None,
     lengths: Sequence[int],
     logits: np.ndarray,
@@ -263,46 +257,33 @@ def _forms(
     kept, unseen = gathered.fit.kept(), gathered.unseen()
     assert kept is not None
     sample = kept.cpu()[:_TRAINING_ROWS]
-    forms = []
+    fidelities = []
     for spec in candidates(width, asked):
         back = rebuilt(spec, whole, sample, unseen)
         kl = soft_label_kl(head_of.model, back, lengths, logits) if head_of is not None and not spec.per_text else None
-        forms.append(replace(measure(spec, back, unseen), kl=kl))
-    return forms
+        fidelities.append(replace(measure(spec, back, unseen), kl=kl))
+    return fidelities
 
 
-ENOUGH = 0.9  # share of the variance to keep where no budget is given
-
-
-@dataclass(frozen=True)
-class Choice:
-    """The forms that one layer could be stored in, with their bytes over the whole data."""
-
-    teacher: str
-    layer: int
-    forms: Sequence[Fidelity]
-    bytes: Sequence[int]
+ENOUGH = 0.9  # share of the variance to keep without a budget
 
 
 @dataclass(frozen=True)
 class Recommendation:
-    """A form for every layer. ``bytes`` of the whole cache; ``explained``: mean over the layers."""
+    """A storage format for every layer. ``bytes`` of the whole cache; ``explained``: mean over the layers."""
 
-    forms: dict[tuple[str, int], Fidelity]
+    formats: dict[tuple[str, int], Fidelity]
     bytes: int
     explained: float
 
     def settings(self) -> list[str]:
-        """What asks for it, as ``--set`` takes it.
-
-        The form of most layers in ``[dump]``, the others per teacher and layer.
-        """
-        common = Counter(_keys(form.spec) for form in self.forms.values()).most_common(1)[0][0]
+        """Arguments of ``--set``: the format of most layers for ``dump``, the others by teacher and layer."""
+        common = Counter(_keys(kept.spec) for kept in self.formats.values()).most_common(1)[0][0]
         lines = [f"dump.{key}={value}" for key, value in common]
-        for (teacher, layer), form in self.forms.items():
-            mine = _keys(form.spec)
-            if mine != common:
-                table = ", ".join(f"{key} = {value}" for key, value in mine)
+        for (teacher, layer), kept in self.formats.items():
+            keys = _keys(kept.spec)
+            if keys != common:
+                table = ", ".join(f"{key} = {value}" for key, value in keys)
                 lines.append(f"teachers.{teacher}.per_layer.{layer}={{ {table} }}")
         return lines
 
@@ -322,9 +303,9 @@ class Recommendation:
         return lines
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-able."""
+        """The JSON document."""
         layers = [
-            {"teacher": teacher, "layer": layer, **form.as_dict()} for (teacher, layer), form in self.forms.items()
+            {"teacher": teacher, "layer": layer, **kept.as_dict()} for (teacher, layer), kept in self.formats.items()
         ]
         return {
             "bytes": self.bytes,
@@ -334,67 +315,68 @@ class Recommendation:
         }
 
 
-def recommend(choices: Sequence[Choice], budget: int | None, fixed: int) -> Recommendation | None:
-    """The best forms in ``budget`` bytes of hidden states; None where even the smallest forms take more.
+def recommend(choices: Sequence[LayerCandidates], budget: int | None, fixed: int) -> Recommendation | None:
+    """The best formats for ``budget`` bytes of hidden states; None if even the smallest ones take more.
 
-    From the smallest form of every layer, the step that keeps most per byte is taken again and again: along the upper
-    hull of each layer's forms that is the best there is but for the last step. Without a budget, the smallest forms
-    that keep ``ENOUGH``.
+    Starts with the smallest format of every layer and repeatedly takes the step that adds the most variance per byte.
+    Without a budget, the smallest formats that keep ``ENOUGH``.
     """
     hulls = [_hull(choice) for choice in choices]
-    place = [0] * len(choices)
+    corners = [0] * len(choices)
     if budget is None:
         for index, (choice, hull) in enumerate(zip(choices, hulls, strict=True)):
-            enough = [one for one in hull if choice.forms[one].explained >= ENOUGH]
-            place[index] = hull.index(enough[0]) if enough else len(hull) - 1
-        return _made(choices, hulls, place, fixed)
+            enough = [corner for corner in hull if choice.formats[corner].explained >= ENOUGH]
+            corners[index] = hull.index(enough[0]) if enough else len(hull) - 1
+        return _recommendation(choices, hulls, corners, fixed)
     spent = sum(choice.bytes[hull[0]] for choice, hull in zip(choices, hulls, strict=True))
     if spent > budget:
         return None
     while True:
         steps = []
         for index, (choice, hull) in enumerate(zip(choices, hulls, strict=True)):
-            if place[index] + 1 < len(hull):
-                now, then = hull[place[index]], hull[place[index] + 1]
+            if corners[index] + 1 < len(hull):
+                now, then = hull[corners[index]], hull[corners[index] + 1]
                 cost = choice.bytes[then] - choice.bytes[now]
                 if spent + cost <= budget:
-                    steps.append(
-                        ((choice.forms[then].explained - choice.forms[now].explained) / max(cost, 1), -index, cost)
-                    )
+                    steps.append((_gain(choice, now, then), -index, cost))
         if not steps:
-            return _made(choices, hulls, place, fixed)
+            return _recommendation(choices, hulls, corners, fixed)
         _, index, cost = max(steps)
-        place[-index] += 1
+        corners[-index] += 1
         spent += cost
 
 
-def _hull(choice: Choice) -> list[int]:
-    """Places of the forms that no mixture of others beats, by rising bytes."""
-    order = sorted(range(len(choice.forms)), key=lambda one: (choice.bytes[one], -choice.forms[one].explained))
+def _hull(choice: LayerCandidates) -> list[int]:
+    """Places of the formats on the upper convex hull of variance over bytes, by ascending bytes."""
+    order = sorted(
+        range(len(choice.formats)), key=lambda place: (choice.bytes[place], -choice.formats[place].explained)
+    )
     hull: list[int] = []
-    for one in order:
-        if hull and choice.forms[one].explained <= choice.forms[hull[-1]].explained:
+    for place in order:
+        if hull and choice.formats[place].explained <= choice.formats[hull[-1]].explained:
             continue
-        while len(hull) > 1 and _gain(choice, hull[-2], hull[-1]) <= _gain(choice, hull[-1], one):
+        while len(hull) > 1 and _gain(choice, hull[-2], hull[-1]) <= _gain(choice, hull[-1], place):
             hull.pop()
-        hull.append(one)
+        hull.append(place)
     return hull
 
 
-def _gain(choice: Choice, less: int, more: int) -> float:
-    return (choice.forms[more].explained - choice.forms[less].explained) / max(
-        choice.bytes[more] - choice.bytes[less], 1
-    )
+def _gain(choice: LayerCandidates, less: int, more: int) -> float:
+    """Variance per byte that the step from format ``less`` to ``more`` adds."""
+    added = choice.formats[more].explained - choice.formats[less].explained
+    return added / max(choice.bytes[more] - choice.bytes[less], 1)
 
 
-def _made(choices: Sequence[Choice], hulls: Sequence[list[int]], place: Sequence[int], fixed: int) -> Recommendation:
-    chosen = [hull[one] for hull, one in zip(hulls, place, strict=True)]
-    forms = {(choice.teacher, choice.layer): choice.forms[one] for choice, one in zip(choices, chosen, strict=True)}
-    total = fixed + sum(choice.bytes[one] for choice, one in zip(choices, chosen, strict=True))
-    return Recommendation(forms, total, sum(form.explained for form in forms.values()) / len(forms))
+def _recommendation(
+    choices: Sequence[LayerCandidates], hulls: Sequence[list[int]], corners: Sequence[int], fixed: int
+) -> Recommendation:
+    chosen = [(choice, hull[corner]) for choice, hull, corner in zip(choices, hulls, corners, strict=True)]
+    formats = {(choice.teacher, choice.layer): choice.formats[place] for choice, place in chosen}
+    total = fixed + sum(choice.bytes[place] for choice, place in chosen)
+    return Recommendation(formats, total, sum(kept.explained for kept in formats.values()) / len(formats))
 
 
 def _keys(spec: LayerSpec) -> tuple[tuple[str, str], ...]:
-    """The recipe keys that ask for a form, with their values in TOML."""
+    """The recipe keys of a storage format, with their values in TOML."""
     keys = format_of(spec).keys(spec)
     return tuple((key, json.dumps(value)) for key, value in keys.items())

@@ -1,11 +1,12 @@
-"""How a cache came about: what the manifest says outside the identity, as strings and integers.
+"""The provenance of a cache: the part of the manifest outside the identity, as strings and integers.
 
-A teacher that did not run this time keeps the record of the run that made it, so that extending a cache, or continuing
-a dump that was interrupted, loses nothing.
+A teacher that does not run keeps the record of its last run, so that extending a cache or continuing an interrupted
+dump loses no record.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Mapping
@@ -25,19 +26,18 @@ if TYPE_CHECKING:
     from kdcache.teachers.bundle import Bundle, TeacherRecord
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "zarr", "pyarrow", "numpy", "safetensors")
-_OF_ORIGIN = ("source", "revision", "licence", "scores")  # of a teacher, whichever run
-_SUFFIX = ".run"  # of records in the directory of a dump under way
+_OF_ORIGIN = ("source", "revision", "licence", "scores")  # of a teacher, not of its run
+_SUFFIX = ".run"  # of records in the directory of a dump in progress
 
 
 def dump_provenance(recipe: Recipe, bundle: Bundle, cache_dir: Path, given: Mapping[str, Any]) -> dict[str, Any]:
-    """``given`` (of the caller: the command, the system) with recipe, versions, time, and a record per teacher."""
+    """``given`` by the caller (command, system) with recipe, versions, time, and a record per teacher."""
     teachers = dict(_earlier(cache_dir).get("teachers", {}))
     for section in recipe.teachers:
         origin = _origin(bundle.teachers[section.name])
         stated = {"licence": section.licence} if section.licence else {}
         teachers[section.name] = {**teachers.get(section.name, {}), **origin, **stated}
-    for name, record in _remembered(cache_dir).items():
-        teachers[name] = {**teachers.get(name, {}), **record}
+    _add_runs(teachers, cache_dir)
     return {
         **given,
         "versions": {**_versions(), **given.get("versions", {})},
@@ -53,23 +53,24 @@ def dump_provenance(recipe: Recipe, bundle: Bundle, cache_dir: Path, given: Mapp
 def extended_provenance(
     before: Mapping[str, Any], added: Mapping[str, TeacherRecord], cache_dir: Path, given: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The provenance of a cache that was extended by teachers ``added``.
-
-    What was known stays, and says what it was extended by.
-    """
+    """The provenance ``before``, with records of the teachers ``added`` and of the runs since."""
     known = before.get("teachers")
     teachers = dict(known) if isinstance(known, Mapping) else {}
     for name, origin in added.items():
         stated = {key: value for key, value in _origin(origin).items() if value}
         teachers[name] = {**teachers.get(name, {}), **stated}
-    for name, record in _remembered(cache_dir).items():
-        teachers[name] = {**teachers.get(name, {}), **record}
+    _add_runs(teachers, cache_dir)
     versions = {**_versions(), **given.get("versions", {})}
     return {**before, **given, "versions": versions, "published": _now(), "teachers": teachers}
 
 
+def _add_runs(teachers: dict[str, Any], cache_dir: Path) -> None:
+    for name, record in _remembered(cache_dir).items():
+        teachers[name] = {**teachers.get(name, {}), **record}
+
+
 def remember_run(cache_dir: Path, run: TeacherRun) -> None:
-    """Keep what is known of a finished run until the cache is published, even if this process does not live to see it."""
+    """Write the record of a finished run; it outlives this process until the cache is published."""
     record = {
         "dumped": _now(),
         "texts_run": run.texts,
@@ -82,7 +83,7 @@ def remember_run(cache_dir: Path, run: TeacherRun) -> None:
 
 
 def inherit_run(source: Path, cache_dir: Path, name: str) -> None:
-    """Keep what another directory knows of the run of a teacher whose files were taken over from it."""
+    """Copy the record of a teacher's run from the directory that its files were taken from."""
     record = _remembered(source).get(name) or dict(_earlier(source).get("teachers", {})).get(name, {})
     known = (
         {key: value for key, value in record.items() if key not in _OF_ORIGIN} if isinstance(record, Mapping) else {}
@@ -92,7 +93,7 @@ def inherit_run(source: Path, cache_dir: Path, name: str) -> None:
 
 
 def forget_runs(cache_dir: Path) -> None:
-    """The manifest has them now."""
+    """Remove the records of runs, which the manifest has now."""
     for path in (cache_dir / STATE).glob(f"*{_SUFFIX}"):
         remove_file(path)
 
@@ -103,7 +104,7 @@ def _remembered(cache_dir: Path) -> dict[str, dict[str, Any]]:
 
 
 def _earlier(cache_dir: Path) -> dict[str, Any]:
-    """The provenance of the cache as it was published before; empty where it was not, or is not readable."""
+    """The provenance of the published cache; empty if there is none, or if it is unreadable."""
     if not (cache_dir / MANIFEST).is_file():
         return {}
     try:
@@ -131,10 +132,8 @@ def _strings(scores: Mapping[str, float]) -> dict[str, str]:
 
 
 def _versions() -> dict[str, str]:
-    found = {"kdcache": __version__}
+    versions = {"kdcache": __version__}
     for name in _PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+        with contextlib.suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return versions

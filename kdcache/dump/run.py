@@ -1,7 +1,7 @@
-"""One teacher over everything that is missing of it: load it, fit its bases, run its parts, free it.
+"""One teacher over all its missing parts: load it, fit its bases, run the parts, free it.
 
-The part before is written while a part is run: one writer thread, at most one part waiting. An error of the thread
-stops the run at the next part; what was committed until then stays.
+A thread writes each part while the next one runs; at most one part waits. An error of the thread stops the run at the
+next part. Parts that were committed before stay.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 
 from kdcache.cache.spec import needs_tokens
 from kdcache.data.encoding import encode, truncation_note
-from kdcache.dump.engine import OneBehind, TextBatches, fit_bases, run_part
+from kdcache.dump.engine import BackgroundWriter, TextBatches, fit_bases, run_part
 from kdcache.progress import counted, format_bytes, format_rate, format_seconds, format_share
 from kdcache.runs import home
 from kdcache.teachers.backends import open_backend
@@ -35,19 +35,19 @@ OpenTeacher = Callable[["PreparedTeacher", Path], AbstractContextManager["Teache
 
 @dataclass(frozen=True)
 class TeacherRun:
-    """What running one teacher came to. ``record`` is the backend's: device, and parity where it is not torch."""
+    """The counts of one teacher's run. ``record`` comes from its backend: device, and parity with torch."""
 
     teacher: str
     parts: int
     texts: int
-    tokens: int  # of the texts of full parts
+    tokens: int  # in full parts
     bytes: int
     seconds: float
     record: Mapping[str, str]
     truncated: int = 0  # texts that were cut to max_length
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-able."""
+        """The JSON document."""
         counts = {
             "parts": self.parts,
             "texts": self.texts,
@@ -58,7 +58,7 @@ class TeacherRun:
         return {**counts, "seconds": round(self.seconds, 1), **self.record}
 
     def line(self) -> str:
-        """For people."""
+        """Text for the terminal."""
         rate = self.texts / self.seconds if self.seconds else 0.0
         took = f"{format_seconds(self.seconds)} ({format_rate(rate)} texts/s)"
         cut = f"; {format_share(self.truncated / self.texts)} of the texts cut to max_length" if self.truncated else ""
@@ -67,7 +67,7 @@ class TeacherRun:
 
 @contextmanager
 def open_teacher(teacher: PreparedTeacher, teachers_dir: Path) -> Iterator[TeacherBackend]:
-    """The teacher on the device, for as long as the block runs; its memory is free afterwards."""
+    """The teacher on the device while the block runs; its memory is freed afterwards."""
     spec = teacher.spec
     loaded = load_teacher(teachers_dir, spec.name, trust_remote_code=teacher.trust_remote_code)
     backend = open_backend(spec.backend, loaded, tuple(spec.layers), precision=spec.precision, work_dir=home())
@@ -75,7 +75,7 @@ def open_teacher(teacher: PreparedTeacher, teachers_dir: Path) -> Iterator[Teach
         yield backend
     finally:
         backend.close()
-        loaded.model.to("meta")  # frees the weights now, whatever still refers to the modules
+        loaded.model.to("meta")  # frees the weights even if modules are still referenced
 
 
 def run_teacher(
@@ -85,16 +85,16 @@ def run_teacher(
     teachers_dir: Path,
     tokens_per_batch: int,
     progress: Progress,
-    opened: OpenTeacher = open_teacher,
+    opener: OpenTeacher = open_teacher,
 ) -> TeacherRun:
-    """Run ``missing`` on the backend that ``opened`` gives, and write it.
+    """Run the ``missing`` parts on the backend from ``opener`` and write them.
 
-    Raises NonFiniteError (teacher, text, layer), StorageError, and what the backend raises.
+    Raises NonFiniteError (teacher, text, layer), StorageError, and the backend's errors.
     """
     started = time.perf_counter()
     texts = sum(len(task.part.text_ids) for task in missing)
     tokens = truncated = 0
-    with opened(teacher, teachers_dir) as backend:
+    with opener(teacher, teachers_dir) as backend:
         bases = _bases(writer, teacher, missing, backend, tokens_per_batch, progress)
         progress.start(f"dump {teacher.name}", texts, "texts")
         written: list[int] = []
@@ -103,11 +103,11 @@ def run_teacher(
             written.append(count)
             progress.advance(0, bytes_done=count)
 
-        with OneBehind("kdcache-write", on_written) as behind:
+        with BackgroundWriter("kdcache-write", on_written) as background:
             for task in missing:
                 batches = text_batches(teacher, writer.texts_of(task.part), task.part.text_ids, tokens_per_batch)
                 cut = batches.encoded.truncated_count
-                if not truncated:  # said with the first part, not after hours; the share of all is in the report
+                if not truncated:  # noted with the first part, not after hours; the report has the total
                     for line in truncation_note(
                         f"teacher '{teacher.name}'", cut, len(batches.encoded), teacher.spec.max_length
                     ):
@@ -116,7 +116,7 @@ def run_teacher(
                 outputs, hidden = run_part(batches, backend, teacher.spec, task.layers, bases, progress.advance)
                 spans = batches.tokens() if task.part.scope == "full" and needs_tokens(teacher.spec.layers) else None
                 tokens += 0 if spans is None else int(spans.offsets[-1])
-                behind.start(_write_part(writer, teacher.name, task, outputs, spans, hidden))
+                background.start(_write_part(writer, teacher.name, task, outputs, spans, hidden))
         progress.finish()
         record = dict(backend.record)
     return TeacherRun(
@@ -125,7 +125,7 @@ def run_teacher(
 
 
 def lacks_bases(writer: CacheWriter, teacher: PreparedTeacher) -> bool:
-    """Whether a layer has no basis yet, or lost it."""
+    """Whether the basis of a layer is missing."""
     return bool(teacher.spec.layers.keys() - writer.layers_with_basis(teacher.name))
 
 
@@ -137,7 +137,7 @@ def _bases(
     tokens_per_batch: int,
     progress: Progress,
 ) -> dict[int, Basis]:
-    """The stored bases that are needed, and those of layers that have none yet: fitted on the sample and stored."""
+    """The stored bases that are needed; missing ones are fitted on the sample and stored."""
     bases = dict(writer.bases(teacher.name, {layer for task in missing for layer in task.layers}))
     there = writer.layers_with_basis(teacher.name)
     layers = {layer: spec for layer, spec in teacher.spec.layers.items() if layer not in there}
@@ -153,7 +153,7 @@ def _bases(
 
 
 def _sample(writer: CacheWriter, size: int) -> tuple[np.ndarray, list[tuple[str, ...]]]:
-    """The first ``size`` texts of the full parts: a random sample, since texts enter parts in seeded order."""
+    """The first ``size`` texts of the full parts: a random sample, because parts are filled in seeded order."""
     ids: list[np.ndarray] = []
     texts: list[tuple[str, ...]] = []
     for part in writer.parts:
@@ -166,7 +166,7 @@ def _sample(writer: CacheWriter, size: int) -> tuple[np.ndarray, list[tuple[str,
 def text_batches(
     teacher: PreparedTeacher, texts: Sequence[tuple[str, ...]], text_ids: np.ndarray, tokens_per_batch: int
 ) -> TextBatches:
-    """``texts`` with their ids uint8 [n, 16] as the teacher reads them."""
+    """``texts``, with ids uint8 [n, 16], in the teacher's tokens."""
     encoded = encode(teacher.tokenizer, texts, teacher.spec.max_length)
     return TextBatches(encoded, text_ids, teacher.pad_token_id, tokens_per_batch, teacher.name)
 
@@ -174,6 +174,6 @@ def text_batches(
 def _write_part(
     writer: CacheWriter, name: str, task: PartTask, outputs: Any, tokens: Any, hidden: Any
 ) -> Callable[[], int]:
-    """The write as a call without arguments, bound to the values of this turn of the loop."""
+    """The write as a call without arguments."""
     kept = outputs if task.outputs else None
     return lambda: writer.write_part(name, task.part, outputs=kept, tokens=tokens, hidden=hidden)

@@ -1,7 +1,7 @@
-"""What a dump is asked to store, worked out before any teacher runs: specs that the cache compares with what it holds.
+"""What a dump shall store, computed before any teacher runs: specs that are compared with those of the cache.
 
-Every teacher is loaded once for this, so that what is compared are the fingerprints of the files as they are now and
-not what a record says of them.
+Every teacher is loaded once for this: its fingerprints are computed from its files, not read from a record. Sizes in
+bytes are exact for a given number of texts and tokens.
 """
 
 from __future__ import annotations
@@ -12,17 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kdcache.cache.spec import TargetSpec, TaskSpec, TeacherSpec
+from kdcache.cache.spec import TargetSpec, TaskSpec, TeacherSpec, check_same_task
 from kdcache.codecs.registry import format_of
 from kdcache.data.custom_code import code_not_run, wants_code
-from kdcache.data.encoding import TRUNCATION, encode, padding_id, tokenizer_json
-from kdcache.data.labels import mismatch_cure
+from kdcache.data.encoding import TRUNCATION, padding_id, tokenizer_json
 from kdcache.dump.layers import check_names, layer_spec, resolve_layers
-from kdcache.errors import DataError, MismatchError, ModelError
-from kdcache.progress import listed_apart
+from kdcache.errors import DataError, ModelError
 from kdcache.teachers.bundle import load_teacher
 from kdcache.teachers.teacher import check_max_length
-from kdcache.teachers.trial import is_causal
+from kdcache.teachers.trial import first_token_sees_only_itself
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,7 +41,7 @@ Texts = dict[bytes, tuple[str, ...]]
 
 @dataclass(frozen=True)
 class PreparedTeacher:
-    """A teacher as the cache will know it, and the tokenizer that its texts go through; without its weights."""
+    """A teacher without weights: its spec for the cache, and its tokenizer."""
 
     spec: TeacherSpec
     tokenizer: PreTrainedTokenizerBase
@@ -61,10 +59,7 @@ class PreparedTeacher:
 
 
 def task_spec(task: TaskData) -> TaskSpec:
-    """Columns and labels of the task.
-
-    DataError where a name holds a control character: names are printed, and written to manifests.
-    """
+    """Columns and labels of the task; DataError for names that are empty or have control characters."""
     for what, names in (("text column", task.text_columns), ("label", task.label_names)):
         odd = next((name for name in names if not name or _CONTROL.search(name)), None)
         if odd is not None:
@@ -73,7 +68,7 @@ def task_spec(task: TaskData) -> TaskSpec:
 
 
 def scopes(task: TaskData) -> tuple[Texts, Texts]:
-    """The texts to run in full, and those whose logits alone are wanted; a text that is in both is run in full."""
+    """Texts that get logits and hidden states, and texts that get logits only; each text is in one of them."""
     full: Texts = {}
     logits_only: Texts = {}
     for split, examples in task.splits.items():
@@ -85,25 +80,15 @@ def scopes(task: TaskData) -> tuple[Texts, Texts]:
 
 
 def check_task(task: TaskData, bundle: Bundle, teachers_dir: Path) -> None:
-    """MismatchError where the teachers were trained on other text columns or labels than those of the data."""
-    for what, of_teachers, of_data in (
-        ("text columns", bundle.text_columns, task.text_columns),
-        ("labels, in class order,", bundle.label_names, task.label_names),
-    ):
-        if of_teachers != of_data:
-            ours, theirs = listed_apart(of_data, of_teachers)
-            cure = "Set data.text and data.labels as they were when the teachers were trained, or train them again: kdcache cofinetune."
-            raise MismatchError(
-                f"the {what} of the data are {ours}; the teachers in '{teachers_dir}' know {theirs}",
-                cure if what == "text columns" else mismatch_cure(of_data, of_teachers, cure),
-            )
+    """MismatchError if the teachers were trained on other text columns or labels than the data's."""
+    cure = "Set data.text and data.labels as the teachers were trained, or train them again: kdcache cofinetune."
+    check_same_task(task, bundle, ("the data", f"the teachers in '{teachers_dir}'"), cure)
 
 
 def prepare_teachers(recipe: Recipe, bundle: Bundle, teachers_dir: Path, classes: int) -> list[PreparedTeacher]:
     """The recipe's teachers in order, one in memory at a time.
 
-    Raises ModelError for a teacher that is not there, a layer or a dimension that it lacks; MismatchError where its
-    files are not those that co-finetuning left.
+    Raises ModelError for a missing teacher, layer or dimension; MismatchError if its files changed since co-finetuning.
     """
     if not recipe.teachers:
         raise ModelError(
@@ -127,7 +112,7 @@ def prepare_teachers(recipe: Recipe, bundle: Bundle, teachers_dir: Path, classes
 
 
 def student_depth(recipe: Recipe, teacher_depths: Mapping[str, int]) -> int | None:
-    """K, the number of student layers; None where the recipe has no student."""
+    """K, the number of student layers; None if the recipe has no student."""
     student = recipe.student
     if student is None:
         return None
@@ -150,8 +135,7 @@ def student_depth(recipe: Recipe, teacher_depths: Mapping[str, int]) -> int | No
             raise code_not_run(origin) from error
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(
-            f"the student's depth, on which dump.layers depends, is not to be had from '{origin or student.config}': "
-            f"{reason}",
+            f"the depth of the student '{origin or student.config}', which dump.layers needs, is not known: {reason}",
             "Set student.layers, or list the layers in dump.layers.",
         ) from error
     return int(config.num_hidden_layers)
@@ -167,9 +151,9 @@ def prepare(
     layers: Callable[[Teacher], Mapping[int, LayerSpec]],
     trust_remote_code: bool = False,
 ) -> PreparedTeacher:
-    """One teacher as ``dump`` has it run.
+    """One teacher with the settings of ``dump``; ``layers`` maps the loaded teacher to the layers to store.
 
-    ``layers`` says what is stored of it, once it is loaded. Raises as ``prepare_teachers``.
+    Raises as ``prepare_teachers``.
     """
     teacher = load_teacher(teachers_dir, name, trust_remote_code=trust_remote_code)
     check_max_length(name, teacher.model.encoder, max_length)
@@ -194,15 +178,14 @@ def prepare(
 
 
 def _check_first_token(teacher: Teacher, spec: TeacherSpec) -> None:
-    """ModelError where layers are stored for the first token of a decoder, which has seen nothing of the text."""
-    layers = [layer for layer, form in spec.layers.items() if form.tokens == "first"]
+    """ModelError if a decoder's layer is stored for the first token, which sees nothing of the text."""
+    layers = [layer for layer, layer_spec in spec.layers.items() if layer_spec.tokens == "first"]
     if not layers:
         return
-    text = encode(teacher.tokenizer, [("a plain sentence",)], spec.max_length)
-    if is_causal(teacher.model.encoder, text, padding_id(teacher.tokenizer)):
+    if first_token_sees_only_itself(teacher.model.encoder, teacher.tokenizer, spec.max_length):
         raise ModelError(
-            f"teacher '{spec.name}' is a causal decoder: the first token, for which layer {layers[0]} is to be stored, "
-            "has seen nothing of the text",
+            f"teacher '{spec.name}' is a causal decoder: the first token, for which layer {layers[0]} would be stored, "
+            "sees nothing of the text",
             'Set dump.tokens, or tokens of that layer, to "all" or "pooled".',
         )
 
@@ -210,7 +193,7 @@ def _check_first_token(teacher: Teacher, spec: TeacherSpec) -> None:
 def layer_specs(
     recipe: Recipe, section: TeacherSection, teacher: Teacher, student_layers: int | None
 ) -> dict[int, LayerSpec]:
-    """What the recipe stores of a teacher. RecipeError, ModelError where its layers or dimensions do not fit."""
+    """The layers that the recipe stores of a teacher; RecipeError, ModelError if they do not fit."""
     setting = recipe.dump.layers if section.layers is None else section.layers
     layers = resolve_layers(setting, teacher.depth, student_layers, section.name)
     check_names(section.per_layer, layers, f"teachers.{section.name}.per_layer", section.name)
@@ -218,7 +201,7 @@ def layer_specs(
 
 
 def _pooled_width(teacher: Teacher) -> int:
-    """The shared head pools in the shared space; a teacher with its own head gives its first token's last state."""
+    """Width of the shared space, or, with an own head, of the first token's last state."""
     return teacher.width if teacher.model.head is None else teacher.model.head.width
 
 
@@ -227,15 +210,15 @@ _OFFSET = 8  # per text
 
 
 def hidden_bytes(tokens: int, texts: int, spec: LayerSpec) -> int:
-    """One layer of ``texts`` texts that have ``tokens`` tokens."""
+    """Bytes of one layer of ``texts`` texts with ``tokens`` tokens in total."""
     return (texts if spec.per_text else tokens) * format_of(spec).row_bytes(spec)
 
 
 def outputs_bytes(texts: int, spec: TeacherSpec) -> int:
-    """Logits and pooled vectors of ``texts`` texts."""
+    """Bytes of logits and pooled vectors of ``texts`` texts."""
     return texts * 4 * (sum(spec.target.shape) + (spec.pooled or 0))
 
 
 def tokens_bytes(tokens: int, texts: int) -> int:
-    """Spans, segments and roles."""
+    """Bytes of spans, segments and roles."""
     return tokens * _TOKEN + (texts + 1) * _OFFSET

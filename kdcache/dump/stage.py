@@ -2,9 +2,9 @@
 
     kdcache dump-teachers RECIPE
 
-Texts get their parts; every teacher is checked against what the cache holds before any of them runs; then one teacher
-after the other runs over what is missing of it, part by part, while the part before is being written. The same command
-continues an interrupted dump and extends a finished one: what exists is never run again.
+First texts are assigned to parts, and every teacher is checked against the cache. Then one teacher after the other runs
+over its missing parts; a part is written while the next one runs. The same command continues an interrupted dump and
+extends a finished one: what exists is never run again.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DumpReport:
-    """What a dump did. ``runs`` has an entry for each teacher that ran; empty where nothing was missing."""
+    """The result of a dump. ``runs`` has one entry per teacher that ran."""
 
     cache: Path
     identity: str
@@ -53,7 +53,7 @@ class DumpReport:
     counts: DataCounts
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-able; what ``--json`` prints."""
+        """The document that ``--json`` prints."""
         return {
             "cache": str(self.cache),
             "identity": self.identity,
@@ -65,7 +65,7 @@ class DumpReport:
         }
 
     def lines(self) -> list[str]:
-        """For people."""
+        """Text for the terminal."""
         ran = [run.line() for run in self.runs] or ["nothing was missing: no teacher ran"]
         return [*ran, f"{counted(self.texts, 'text')} in {counted(self.parts, 'part')}", f"identity {self.identity}"]
 
@@ -79,15 +79,23 @@ def dump_teachers(
     repair: bool = False,
     no_text: bool = False,
     provenance: Mapping[str, Any] | None = None,
-    opened: OpenTeacher = open_teacher,
+    opener: OpenTeacher = open_teacher,
 ) -> DumpReport:
-    """Bring the cache in ``cache_dir`` to what the recipe asks for, and publish it.
+    """Write all that the recipe asks for to the cache in ``cache_dir``, and publish it.
 
-    With ``repair`` everything is verified first, and what is damaged is dumped again. With ``no_text`` the texts
-    themselves are not stored; a cache that is without them stays so. ``provenance`` (the command, say) goes into the
-    manifest, outside the identity. ``opened`` gives a teacher's backend, where not its weights are to be run. Raises
-    MismatchError (exit 4) before anything is run where what exists was made from something else; StorageError,
-    NonFiniteError and LockedError as they occur: what is committed by then stays.
+    Args:
+        recipe: teachers, data and storage formats.
+        teachers_dir: the bundle that co-finetuning wrote.
+        cache_dir: a new or existing cache; what it has is not run again.
+        progress: shows texts per second and bytes.
+        repair: verify everything first, and dump damaged files again.
+        no_text: do not store the texts; a cache without texts stays without them.
+        provenance: goes into the manifest, outside the identity, e.g. the command.
+        opener: overrides how a teacher is loaded and run.
+
+    Raises:
+        MismatchError: (exit 4) before anything runs, if the existing cache was made from other inputs.
+        StorageError, NonFiniteError, LockedError: as they occur; committed parts stay.
     """
     started = time.perf_counter()
     task = load_task(recipe.data)
@@ -103,7 +111,7 @@ def dump_teachers(
         refuse_stale(writer, teachers)
         refuse_forgotten_teachers(writer, teachers, full, logits_only)
         writer.add_texts(full, logits_only)
-        runs = run_missing(writer, teachers, teachers_dir, recipe.dump.tokens_per_batch, progress, opened)
+        runs = run_missing(writer, teachers, teachers_dir, recipe.dump.tokens_per_batch, progress, opener)
         write_examples(writer, task)
         record = dump_provenance(recipe, bundle, cache_dir, provenance or {})
         record["text_ids"] = ids_digest(part.text_ids for part in writer.parts)
@@ -121,38 +129,36 @@ def run_missing(
     teachers_dir: Path,
     tokens_per_batch: int,
     progress: Progress,
-    opened: OpenTeacher = open_teacher,
+    opener: OpenTeacher = open_teacher,
 ) -> tuple[TeacherRun, ...]:
-    """One teacher after the other over what the cache lacks of it; teachers that lack nothing are not loaded."""
+    """Run one teacher after the other over its missing parts; complete teachers are not loaded."""
     missing = {teacher.name: writer.declare_teacher(teacher.spec, teacher.tokenizer_json) for teacher in teachers}
     check_free_space(writer, teachers, missing)
     runs = []
     for teacher in teachers:
         if missing[teacher.name] or lacks_bases(writer, teacher):
-            run = run_teacher(writer, teacher, missing[teacher.name], teachers_dir, tokens_per_batch, progress, opened)
+            run = run_teacher(writer, teacher, missing[teacher.name], teachers_dir, tokens_per_batch, progress, opener)
             remember_run(writer.root, run)
             runs.append(run)
     return tuple(runs)
 
 
 def refuse_stale(writer: CacheWriter, teachers: Sequence[PreparedTeacher]) -> None:
-    """MismatchError where a teacher differs from what the cache holds of it; asked before new texts get their parts."""
+    """MismatchError if a teacher differs from the cache's; called before new texts are assigned to parts."""
     for teacher in teachers:
-        with contextlib.suppress(DamageError):  # under repair: text ids that are lost come back with the texts
+        with contextlib.suppress(DamageError):  # under repair: lost text ids come back with the texts
             writer.declare_teacher(teacher.spec, teacher.tokenizer_json)
 
 
 def refuse_forgotten_teachers(
     writer: CacheWriter, teachers: Sequence[PreparedTeacher], full: Texts, logits_only: Texts
 ) -> None:
-    """MismatchError where the cache has a teacher that the recipe does not name, and that would lack the new texts."""
+    """MismatchError if the cache has a teacher that would lack new texts because the recipe does not name it."""
     known = writer.base.contents.teachers if writer.base is not None else {}
     forgotten = sorted(known.keys() - {teacher.name for teacher in teachers})
     if not forgotten:
         return
-    in_full = {bytes(row) for part in writer.parts if part.scope == "full" for row in part.text_ids}
-    anywhere = in_full | {bytes(row) for part in writer.parts for row in part.text_ids}
-    new = len(full.keys() - in_full) + len(logits_only.keys() - anywhere)
+    new = count_new_texts(writer, full, logits_only)
     if new:
         raise MismatchError(
             f"cache '{writer.root}' holds teacher '{forgotten[0]}', which the recipe does not name and which would "
@@ -161,12 +167,19 @@ def refuse_forgotten_teachers(
         )
 
 
+def count_new_texts(writer: CacheWriter, full: Texts, logits_only: Texts) -> int:
+    """How many texts the cache lacks, or has with logits only where they are wanted in full."""
+    in_full = {bytes(row) for part in writer.parts if part.scope == "full" for row in part.text_ids}
+    anywhere = in_full | {bytes(row) for part in writer.parts for row in part.text_ids}
+    return len(full.keys() - in_full) + len(logits_only.keys() - anywhere)
+
+
 def write_examples(writer: CacheWriter, task: TaskData) -> None:
-    """Labels and groups of every split: written anew each time, because they can change without a dump."""
+    """Write labels and groups of every split, each time, because they can change without a dump."""
     for split, examples in task.splits.items():
         writer.write_examples(split, examples.text_ids, examples.labels, examples.groups)
 
 
 def _has_text(cache_dir: Path) -> bool:
-    """What is published stays with or without its texts; a new cache is made with them."""
+    """Whether a published cache has its texts; True for a new one."""
     return not (cache_dir / MANIFEST).is_file() or read_manifest(cache_dir).contents.has_text

@@ -1,4 +1,4 @@
-"""How many of the texts a student will not read to their end: said in a plan, before anything is dumped or trained."""
+"""How many texts a student truncates: shown in a plan, before anything is dumped or trained."""
 
 from __future__ import annotations
 
@@ -21,10 +21,7 @@ _TEACHER_PREFIX = "teacher:"
 
 @dataclass(frozen=True)
 class TruncationPlan:
-    """``truncated`` of ``texts`` (train and transfer) have more than ``max_length`` tokens.
-
-    ``reason`` where that is not known.
-    """
+    """``truncated`` of ``texts`` (train and transfer) exceed ``max_length`` tokens; ``reason`` if that is unknown."""
 
     texts: int
     truncated: int
@@ -32,23 +29,23 @@ class TruncationPlan:
     reason: str = ""
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-able."""
+        """The JSON document."""
         known = None if self.reason else self.truncated
         return {"texts": self.texts, "texts_truncated": known, "max_length": self.max_length}
 
     def lines(self, reader: str = "student") -> list[str]:
-        """For people; nothing where nothing is cut."""
+        """Text for the terminal; empty if nothing is truncated."""
         if self.reason:
-            return [f"{reader}: how many texts it cuts is not known: {self.reason}"]
+            return [f"{reader}: how many texts it truncates is not known: {self.reason}"]
         return truncation_note(reader, self.truncated, self.texts, self.max_length)
 
 
 def student_truncation(
     recipe: Recipe, teachers_dir: Path, teachers: Sequence[PreparedTeacher], texts: Sequence[tuple[str, ...]]
 ) -> TruncationPlan | None:
-    """Tokenise ``texts`` as the recipe's student will; None where the recipe has no student.
+    """Tokenise ``texts`` for the recipe's student; None without a student.
 
-    A tokenizer that is not at hand is said and stops nothing: the dump does not need it.
+    A missing tokenizer is only reported: the dump does not need it.
     """
     section = recipe.student
     if section is None:

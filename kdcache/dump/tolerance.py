@@ -1,8 +1,7 @@
-"""How far what is stored may lie from what a teacher says now: padding noise, and what the stored form gives away.
+"""The tolerance between stored targets and present teacher outputs: padding noise plus the error of the storage format.
 
-A batch is padded to its longest text, and another padding changes the last digits of every state. How much is measured
-on the spot, by running some texts alone and together. The storage format adds what storing takes away, and knows it row
-by row.
+A batch is padded to its longest text, and padding changes the last digits of every state. The audit measures by how
+much, with some texts alone and in a batch. The storage format knows its own error row by row.
 """
 
 from __future__ import annotations
@@ -19,55 +18,51 @@ from kdcache.codecs.registry import format_of
 if TYPE_CHECKING:
     from kdcache.codecs.base import Basis, HiddenBlock, LayerSpec
 
-_FLOOR = {"float32": 1e-3, "bf16": 3e-2, "fp16": 1e-2}  # other machines and libraries, relative to the norm of a state
-_MOST_NOISE = {
-    "float32": 1e-2,
-    "bf16": 0.2,
-    "fp16": 0.1,
-}  # a model that padding changes more than this is not run rightly
-_MARGIN = 4.0  # times the noise that was measured
+# relative to the norm of a state: differences between machines and libraries
+_FLOOR = {"float32": 1e-3, "bf16": 3e-2, "fp16": 1e-2}
+_MAX_NOISE = {"float32": 1e-2, "bf16": 0.2, "fp16": 0.1}  # padding that changes more than this is a fault
+_MARGIN = 4.0  # times the measured noise
 _MARGIN_OF_MEAN = 1.25
-_NEARER = 0.75  # of the distance, before another layer or another token is named
+_NEARER = 0.75  # of the distance, before another layer or a shift is named
 
 
 @dataclass(frozen=True)
 class Tolerance:
-    """Allowed relative change of a state, and of a logit (relative to the larger of 1 and its size)."""
+    """Allowed relative change of a state, and of a logit (relative to the larger of 1 and its absolute value)."""
 
     hidden: float
     logits: float
 
 
 def tolerance(precision: str, hidden_noise: float, logits_noise: float) -> Tolerance:
-    """From the largest relative changes that padding was seen to make; ``most_noise`` is the most that counts."""
-    floor, most = _FLOOR.get(precision, _FLOOR["bf16"]), most_noise(precision)
+    """The tolerance for measured relative changes by padding, which count up to ``max_noise``."""
+    floor, most = _FLOOR.get(precision, _FLOOR["bf16"]), max_noise(precision)
     return Tolerance(floor + _MARGIN * min(hidden_noise, most), floor + _MARGIN * min(logits_noise, most))
 
 
-def most_noise(precision: str) -> float:
-    """How much padding may change a state or a logit, relative to its size, in a model that is run rightly."""
-    return _MOST_NOISE.get(precision, _MOST_NOISE["bf16"])
+def max_noise(precision: str) -> float:
+    """The largest relative change of a state or a logit by padding that rounding can explain."""
+    return _MAX_NOISE.get(precision, _MAX_NOISE["bf16"])
 
 
-def relative_change(one: np.ndarray, other: np.ndarray) -> float:
-    """The largest norm of a row's difference, relative to that of the row, [rows, width] each; 0 without rows."""
-    sizes = np.linalg.norm(one, axis=1)
-    return float((np.linalg.norm(one - other, axis=1) / np.maximum(sizes, 1e-12)).max(initial=0.0))
+def relative_change(rows: np.ndarray, others: np.ndarray) -> float:
+    """The largest norm of a row's difference, relative to the norm of the row, [rows, width] each; 0 without rows."""
+    norms = np.linalg.norm(rows, axis=1)
+    return float((np.linalg.norm(rows - others, axis=1) / np.maximum(norms, 1e-12)).max(initial=0.0))
 
 
-def logits_change(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Per text the largest difference of a logit, relative to the larger of 1 and the largest logit."""
-    change: np.ndarray = np.abs(one - other).max(axis=1) / np.maximum(1.0, np.abs(one).max(axis=1))
+def logits_change(logits: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Per text, the largest difference of a logit, relative to the larger of 1 and the largest logit."""
+    change: np.ndarray = np.abs(logits - others).max(axis=1) / np.maximum(1.0, np.abs(logits).max(axis=1))
     return change
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Of rows of one layer: distance between stored and live target, and the largest that is allowed; float64 [rows]
-    each.
+    """Rows of one layer: ``error`` between stored and live targets and the ``allowed`` one, float64 [rows] each.
 
-    ``excess``: root mean square of the distances, as a multiple of what noise and rounding should make of it. Far finer
-    than a bound on each row. ``fits``: whether the live states are such as the basis was made for.
+    ``excess`` is the root mean square of the errors in multiples of its expected value: a much finer test than a bound
+    on each row. ``fits``: whether the basis was fitted for such states.
     """
 
     stored: np.ndarray  # float32 [rows, dim]
@@ -79,7 +74,7 @@ class Comparison:
 
 
 def compare(live: np.ndarray, block: HiddenBlock, spec: LayerSpec, basis: Basis, allowed_change: float) -> Comparison:
-    """``live`` float32 [rows, width] hidden states against the stored ``block`` of the same rows."""
+    """Compare ``live`` hidden states, float32 [rows, width], with the stored ``block`` of the same rows."""
     storage, projected = format_of(spec), project(live, basis)
     noise = allowed_change * np.linalg.norm(live.astype(np.float64), axis=1)
     stored, rounding = storage.decode(block, basis), storage.rounding(block, projected, spec, basis)
@@ -89,7 +84,7 @@ def compare(live: np.ndarray, block: HiddenBlock, spec: LayerSpec, basis: Basis,
 
 
 def looks_like(layer: int, comparison: Comparison, every: Mapping[int, np.ndarray]) -> str:
-    """What a layer that is off holds instead, as the end of a sentence; empty where it is nothing that is known.
+    """What a wrong layer holds instead, as the end of a sentence; empty if unknown.
 
     ``every``: live states [rows, width] of all layers of the teacher.
     """
@@ -104,8 +99,8 @@ def looks_like(layer: int, comparison: Comparison, every: Mapping[int, np.ndarra
     return ""
 
 
-def _distance(one: np.ndarray, other: np.ndarray) -> float:
-    return float(np.median(np.linalg.norm(one - other, axis=1)))
+def _distance(rows: np.ndarray, others: np.ndarray) -> float:
+    return float(np.median(np.linalg.norm(rows - others, axis=1)))
 
 
 def _rms(values: np.ndarray) -> float:

@@ -76,7 +76,8 @@ def _chart(teacher: str, points: Sequence[Point], recommended: set[str]) -> str:
             f'style="fill:{colour}">{html.escape(family)}</text>'
         )
     label = html.escape(f"{teacher}: share of variance kept against bytes per row")
-    return f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" width="{_WIDTH}" height="{_HEIGHT}" role="img" aria-label="{label}">{"".join(drawn)}</svg>'
+    size = f'viewBox="0 0 {_WIDTH} {_HEIGHT}" width="{_WIDTH}" height="{_HEIGHT}"'
+    return f'<svg {size} role="img" aria-label="{label}">{"".join(drawn)}</svg>'
 
 
 def _dot(at: tuple[float, float], size: float, kept: float, form: str, colour: str, ring: bool) -> str:

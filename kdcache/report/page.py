@@ -15,10 +15,13 @@ from kdcache.report.table import data_notes, remarks, result_rows, table, verdic
 from kdcache.runs import RunDirectory, read_record
 
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; color: #1d2733; background: #fff; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem;
+  color: #1d2733; background: #fff; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; border-bottom: 1px solid #d5dbe1; }
-table { border-collapse: collapse; margin: .8rem 0; } th, td { padding: .25rem .8rem; text-align: right; border-bottom: 1px solid #e6eaee; }
-th:first-child, td:first-child { text-align: left; } pre { background: #f5f7f9; padding: 1rem; overflow-x: auto; font-size: 13px; }
+table { border-collapse: collapse; margin: .8rem 0; }
+th, td { padding: .25rem .8rem; text-align: right; border-bottom: 1px solid #e6eaee; }
+th:first-child, td:first-child { text-align: left; }
+pre { background: #f5f7f9; padding: 1rem; overflow-x: auto; font-size: 13px; }
 svg { margin: .3rem; background: #fafbfc; } svg text { font: 11px system-ui, sans-serif; fill: #51606f; }
 svg polyline { fill: none; stroke: #1f6feb; stroke-width: 1.5; } svg .axis { fill: none; stroke: #c3ccd5; }
 @media (prefers-color-scheme: dark) { body { background: #14181d; color: #d8dee6; } pre, svg { background: #1c2229; }
@@ -64,7 +67,8 @@ def page(run: RunDirectory, results: Mapping[str, Any], baseline: Mapping[str, A
     parts += ["<h2>Stages</h2>", _stages(run)]
     if run.recipe_file.exists():
         parts += ["<h2>Recipe</h2>", f"<pre>{html.escape(run.recipe_file.read_text(encoding='utf-8'))}</pre>"]
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{name}</title><style>{_STYLE}</style>'
+    meta = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+    head = f"{meta}<title>{name}</title><style>{_STYLE}</style>"
     return f'<!doctype html><html lang="en"><head>{head}</head><body>\n' + "\n".join(parts) + "\n</body></html>\n"
 
 

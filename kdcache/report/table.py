@@ -141,13 +141,22 @@ def verdict(results: Mapping[str, Any], baseline: Mapping[str, Any]) -> str:
         )
     gain = 100 * (ours["accuracy"] - theirs["accuracy"])
     error = 100 * math.hypot(standard_error(ours["accuracy"], rows), standard_error(theirs["accuracy"], rows))
-    size = f"{abs(gain):.1f} points of {split} accuracy ({theirs['accuracy']:.3f} -> {ours['accuracy']:.3f}, {rows} rows, standard error of the difference {error:.1f})"
+    size = (
+        f"{abs(gain):.1f} points of {split} accuracy ({theirs['accuracy']:.3f} -> {ours['accuracy']:.3f}, {rows} rows, "
+        f"standard error of the difference {error:.1f})"
+    )
     if gain == 0:
-        return f"The distilled student scores exactly what the same student without teachers does: {theirs['accuracy']:.3f} on {rows} rows of {split}."
+        return (
+            "The distilled student scores exactly what the same student without teachers does: "
+            f"{theirs['accuracy']:.3f} on {rows} rows of {split}."
+        )
     if gain > 2 * error:
         return f"The distilled student is better than the same student without teachers by {size}; one seed each."
     if gain > 0:
-        return f"The distilled student is ahead of the same student without teachers by {size}: within chance for one seed each."
+        return (
+            f"The distilled student is ahead of the same student without teachers by {size}: within chance for one "
+            "seed each."
+        )
     if gain < -2 * error:
         return f"The distilled student is worse than the same student without teachers by {size}; one seed each."
     return (

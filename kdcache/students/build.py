@@ -18,12 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from kdcache.data.custom_code import code_not_run, wants_code
-from kdcache.data.encoding import encode, load_tokenizer, pad
+from kdcache.data.encoding import load_tokenizer
 from kdcache.errors import ModelError, RecipeError
 from kdcache.students.cut import blocks_to_keep, keep_blocks, set_dropout
-from kdcache.students.padding import is_causal, require_pad_token, settle_padding
+from kdcache.students.padding import declares_causal_attention, require_pad_token, settle_padding
 from kdcache.teachers.network import accepted_inputs, run_network
 from kdcache.teachers.teacher import be_quiet, position_limit
+from kdcache.teachers.trial import try_model
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -34,10 +35,6 @@ if TYPE_CHECKING:
 HeadKind = Literal["standard", "shared"]
 TEACHER_PREFIX = "teacher:"
 _FAMILIES = "Choose an encoder, e.g. BERT, RoBERTa, DistilBERT, MPNet, ELECTRA or DeBERTa, or a decoder, e.g. GPT-2, Llama or Qwen."
-_PROBE = (("a good film",), ("the plot is rather weak , and the music of it hardly better",))
-_BATCH_TOLERANCE = (
-    0.02  # of the largest logit: rounding is a hundred times less, a padding that is read is many times more
-)
 
 
 @dataclass(frozen=True)
@@ -158,7 +155,7 @@ def build_student(
     _check_fits(encoder, tokenizer, length, source)
     settle_padding(network, tokenizer)
     student = Student(model, tokenizer, tuple(label_names), length, source, runs_own_code(network, tokenizer))
-    _check_answers(student)
+    _try_student(student)
     if student.own_code:
         _check_code_is_saved(network, source)
     return student
@@ -199,7 +196,7 @@ def check_student(recipe: Recipe, teachers_dir: Path | None = None) -> None:
 
 def check_pooling(network: PreTrainedModel, pooling: str, source: str) -> None:
     """ModelError where the shared head reads the first token, which in a causal decoder has seen nothing of the text."""
-    if pooling == "cls" and is_causal(network):
+    if pooling == "cls" and declares_causal_attention(network):
         raise ModelError(
             f"'{source}' is a causal decoder ({network.config.model_type}): its first token sees nothing of the text, "
             "and the "
@@ -388,37 +385,18 @@ def _check_fits(encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ma
         )
 
 
-def _check_answers(student: Student) -> None:
-    """Run the student on two short texts: families that kdcache does not know fail here, and not in the first step."""
-    model, source = student.model.eval(), student.source
-    encoded = encode(student.tokenizer, _PROBE, student.max_length)
-    batches = [pad(encoded, rows, int(student.tokenizer.pad_token_id)) for rows in ([0, 1], [0], [1])]
+def _try_student(student: Student) -> None:
+    """Run the student on made-up texts: an unknown family fails here, before the first step."""
+    model = student.model.eval()
+
+    def forward(inputs: Mapping[str, Tensor]) -> StudentOutput:
+        return model(inputs, hidden_states=True)  # type: ignore[no-any-return]
+
+    hint = "Set student.tokenizer to the tokenizer that the model was made with. " + _FAMILIES
     try:
-        with torch.no_grad():
-            together, *alone = [model(batch, hidden_states=True) for batch in batches]
-    except Exception as error:  # whatever a family's forward raises
-        raise ModelError(
-            f"'{source}' does not run as a student: {type(error).__name__}: {_first_line(error)}", _FAMILIES
-        ) from error
+        try_model(f"student '{student.source}'", model, forward, student.tokenizer, student.max_length, hint=hint)
     finally:
         model.train()
-    expected = (*batches[0]["input_ids"].shape, model.width)
-    shapes = {tuple(layer.shape) for layer in together.hidden_states}
-    if len(together.hidden_states) != model.depth + 1 or shapes != {expected}:
-        raise ModelError(
-            f"'{source}' ({model.config.model_type}) gives {len(together.hidden_states)} hidden states of the shapes "
-            f"{sorted(shapes)}; "
-            f"{model.depth + 1} of the shape {expected} were expected",
-            _FAMILIES,
-        )
-    apart = torch.cat([output.logits for output in alone])
-    worst, scale = float((together.logits - apart).abs().max()), float(apart.abs().max())
-    if worst > _BATCH_TOLERANCE * scale + 1e-6:
-        raise ModelError(
-            f"'{source}' ({model.config.model_type}) answers otherwise in a batch than alone: its logits differ by "
-            f"{worst:.3g}, of {scale:.3g}",
-            "Set student.tokenizer to the tokenizer that the model was made with. " + _FAMILIES,
-        )
 
 
 def _check_code_is_saved(network: PreTrainedModel, source: str) -> None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def is_causal(network: nn.Module) -> bool:
+def declares_causal_attention(network: nn.Module) -> bool:
     """Whether a token sees only those before it; nothing is run, so that it may be asked of a model without weights."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
@@ -64,7 +64,7 @@ def _stand_in(tokenizer: PreTrainedTokenizerBase) -> str | None:
 def settle_padding(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Give ``tokenizer`` the side that the model needs, and a causal model's config the tokenizer's padding token."""
     tokenizer.padding_side = "left" if reads_last_position(network) else "right"
-    if not is_causal(network) or network.config.pad_token_id == tokenizer.pad_token_id:
+    if not declares_causal_attention(network) or network.config.pad_token_id == tokenizer.pad_token_id:
         return
     network.config.pad_token_id = tokenizer.pad_token_id
     embeddings = network.get_input_embeddings()

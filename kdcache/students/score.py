@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from kdcache.data.encoding import EncodedTexts, encode, pad, token_budget_batches
+from kdcache.data.encoding import EncodedTexts, encode
 from kdcache.data.task import read_examples
 from kdcache.errors import RecipeError
 from kdcache.progress import listed_apart
@@ -20,6 +19,7 @@ from kdcache.report.metrics import scores
 from kdcache.students.build import Student, StudentModel
 from kdcache.students.save import load_student, read_record
 from kdcache.training.loop import default_device
+from kdcache.training.predict import predict
 
 _TOKENS_PER_ROW = 128  # a batch of n rows is n x 128 padded tokens
 
@@ -40,25 +40,14 @@ def encode_split(student: Student, texts: Sequence[tuple[str, ...]], labels: np.
     )
 
 
-def predict(model: StudentModel, split: EncodedSplit, batch: int = 32) -> np.ndarray:
-    """Logits float32[n, C] in the order of the rows, with dropout off; the model's mode is put back."""
-    device, training = next(model.parameters()).device, model.training
-    model.eval()
-    logits: np.ndarray | None = None
-    with torch.no_grad():
-        for rows in token_budget_batches(split.encoded.lengths, batch * _TOKENS_PER_ROW):
-            inputs = {name: tensor.to(device) for name, tensor in pad(split.encoded, rows, split.pad_token_id).items()}
-            found = model(inputs).logits.float().cpu().numpy()
-            if logits is None:
-                logits = np.empty((len(split.labels), found.shape[1]), np.float32)
-            logits[rows] = found
-    model.train(training)
-    return np.empty((0, 0), np.float32) if logits is None else logits
+def split_logits(model: StudentModel, split: EncodedSplit, batch: int = 32) -> np.ndarray:
+    """Logits float32 [rows, classes] in the order of the rows; ``batch`` rows of 128 tokens in one forward pass."""
+    return predict(model, split.encoded, split.pad_token_id, batch * _TOKENS_PER_ROW)
 
 
 def split_scores(model: StudentModel, split: EncodedSplit, batch: int = 32) -> dict[str, float]:
     """``accuracy``, ``macro_f1``, ``matthews`` and ``loss`` of the model on a split."""
-    return scores(split.labels, predict(model, split, batch))
+    return scores(split.labels, split_logits(model, split, batch))
 
 
 def selection_score(metrics: Mapping[str, float], select_by: str) -> float:

@@ -1,4 +1,4 @@
 """Teachers.
 
-Encoders under one shared head or with a head of their own, their co-finetuning, and the backends that run them.
+Encoders under a shared head or with a head of their own, their co-finetuning, and the backends that run them.
 """

@@ -1,11 +1,10 @@
-"""A teachers directory: what co-finetuning leaves behind, and how its pieces belong together.
+"""A teachers directory, as co-finetuning writes it.
 
     teachers/
-      bert/                    save_pretrained of encoder and tokenizer: AutoModel loads it (a teacher with its own
-      head: the whole
-                               classifier, AutoModelForSequenceClassification loads it)
-      roberta/                 likewise, and adapter.safetensors where its width is not that of the shared space
-      shared_head.safetensors  pooling and dense layer; absent where every teacher has its own head
+      bert/                    encoder and tokenizer for AutoModel; with an own head, the whole classifier for
+                               AutoModelForSequenceClassification
+      roberta/                 likewise, with adapter.safetensors if its width differs from that of the shared space
+      shared_head.safetensors  pooling and dense layer; absent if every teacher has its own head
       teachers.json            pooling, width, labels; per teacher head kind, max_length, source, scores, fingerprints
 
 teachers.json is written last: a directory without it is not a bundle. Everything is written under a temporary name,
@@ -23,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kdcache.cache.spec import Fingerprints
+from kdcache.cache.spec import Fingerprints, differing
 from kdcache.data.encoding import load_tokenizer
 from kdcache.errors import CustomCodeError, DamageError, KdcacheError, MismatchError, ModelError
 from kdcache.files import make_directory, write_file
@@ -44,7 +43,7 @@ _FORMAT = 1
 
 @dataclass(frozen=True)
 class TeacherRecord:
-    """One teacher of the bundle. ``class_order`` of an own head: for each task label the index of its output."""
+    """One teacher of the bundle. ``class_order`` of an own head: the output index of each task label."""
 
     head: HeadKind
     adapter: bool
@@ -57,12 +56,12 @@ class TeacherRecord:
     fingerprints: Fingerprints
     class_order: tuple[int, ...] | None = None
     scores: Mapping[str, float] = field(default_factory=dict)  # on validation; empty without one
-    trust_remote_code: bool = False  # it was made with Python code of its own; written only where that is so
+    trust_remote_code: bool = False  # its own Python code ran; written only if true
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """teachers.json. ``width``, ``pooling`` and ``dropout`` are of the shared head, None where there is none."""
+    """teachers.json. ``width``, ``pooling`` and ``dropout`` belong to the shared head; None without one."""
 
     label_names: tuple[str, ...]
     text_columns: tuple[str, ...]
@@ -70,8 +69,8 @@ class Bundle:
     pooling: Pooling | None = None
     width: int | None = None
     dropout: float | None = None
-    mean_scores: Mapping[str, float] = field(default_factory=dict)  # of the teachers' mean probability, on validation
-    training: Mapping[str, Any] = field(default_factory=dict)  # settings and data digests it came from, the best epoch
+    mean_scores: Mapping[str, float] = field(default_factory=dict)  # of the mean probability, on validation
+    training: Mapping[str, Any] = field(default_factory=dict)  # settings, data digests, the best epoch
 
 
 def is_bundle(directory: Path) -> bool:
@@ -79,7 +78,7 @@ def is_bundle(directory: Path) -> bool:
 
 
 def read_bundle(directory: Path) -> Bundle:
-    """teachers.json as plain values. ModelError where there is none, DamageError where it is not one."""
+    """teachers.json as plain values. ModelError if it is missing, DamageError if it is invalid."""
     path = directory / RECORD
     try:
         text = path.read_text(encoding="utf-8")
@@ -107,21 +106,21 @@ def _record(entry: dict[str, Any]) -> TeacherRecord:
 
 
 def write_bundle(directory: Path, bundle: Bundle) -> None:
-    """Write teachers.json, durably and at once; the files that it describes are there already."""
+    """Write teachers.json, durably and atomically, after the files that it describes."""
     document = {"format": _FORMAT, **asdict(bundle)}
     for entry in document["teachers"].values():
         if not entry["trust_remote_code"]:
-            del entry["trust_remote_code"]  # as it always was
+            del entry["trust_remote_code"]  # as 0.1.0 wrote it
     write_file(directory / RECORD, (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def teacher_names(directory: Path) -> list[str]:
-    """Names of the teachers of the bundle, in its order."""
+    """Names of the teachers of a bundle, in its order."""
     return list(read_bundle(directory).teachers)
 
 
 def save_teacher(directory: Path, name: str, model: TeacherModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write ``directory/name/``; an existing one is replaced."""
+    """Write ``directory/name/``, replacing an existing one."""
     from safetensors.torch import save_file
 
     make_directory(directory)
@@ -147,10 +146,7 @@ def save_shared_head(directory: Path, head: SharedHead) -> None:
 
 
 def load_shared_head(directory: Path, bundle: Bundle | None = None) -> SharedHead:
-    """The shared head, in eval mode.
-
-    ModelError where the bundle has none, DamageError where its file is not readable.
-    """
+    """The shared head in eval mode. ModelError if the bundle has none, DamageError if its file is unreadable."""
     bundle = bundle or read_bundle(directory)
     if bundle.width is None or bundle.pooling is None:
         raise ModelError(
@@ -164,12 +160,11 @@ def load_shared_head(directory: Path, bundle: Bundle | None = None) -> SharedHea
 def load_teacher(
     directory: Path, name: str, bundle: Bundle | None = None, *, trust_remote_code: bool = False
 ) -> Teacher:
-    """A teacher ready to run: in eval mode, in float32, on the CPU.
+    """A teacher in eval mode, in float32, on the CPU.
 
-    ``trust_remote_code`` allows it to run Python code that lies in its directory, which teachers.json alone never does.
-    Raises ModelError where the bundle has no such teacher, DamageError where a file is missing or unreadable, and
-    MismatchError (exit 4) where the files are not those that teachers.json describes: the caches of the one must not be
-    taken for the other's.
+    ``trust_remote_code`` allows it to run Python code from its directory; teachers.json cannot allow that. Raises
+    ModelError if the bundle has no such teacher, DamageError if a file is missing or unreadable, and MismatchError
+    (exit 4) if the fingerprints of the files are not those of teachers.json.
     """
     bundle = bundle or read_bundle(directory)
     if name not in bundle.teachers:
@@ -195,19 +190,19 @@ def load_teacher(
 
 
 def fingerprints_on_disk(directory: Path, name: str, record: TeacherRecord, bundle: Bundle) -> Fingerprints:
-    """Of a teacher that was saved just now, as ``load_teacher`` will find them."""
+    """The fingerprints of a teacher that was just saved, as ``load_teacher`` computes them."""
     return _fingerprints(*_load_parts(directory, name, record, bundle, trusted=record.trust_remote_code), name, bundle)
 
 
 def _fingerprints(model: TeacherModel, tokenizer: PreTrainedTokenizerBase, name: str, bundle: Bundle) -> Fingerprints:
-    """Of a bundle made by 0.1.0, which did not record token types, the fingerprints that 0.1.0 gave."""
-    found = fingerprint_teacher(model, tokenizer)
+    """The fingerprints; for a bundle of 0.1.0, which did not record token types, computed as 0.1.0 did."""
+    prints = fingerprint_teacher(model, tokenizer)
     training = bundle.training
     identities = (training.get("identity", {}), training.get("added", {}).get(name, {}))
     if not any(f"teachers.{name}.{TOKEN_TYPES}" in identity for identity in identities):
-        return found
-    used = tokenizer_as_used(found.tokenizer, model.encoder, tokenizer, len(bundle.text_columns))
-    return replace(found, tokenizer=used)
+        return prints
+    used = tokenizer_as_used(prints.tokenizer, model.encoder, tokenizer, len(bundle.text_columns))
+    return replace(prints, tokenizer=used)
 
 
 def _load_parts(
@@ -250,11 +245,8 @@ def _load_tensors(path: Path, module: torch.nn.Module) -> None:
 
 
 def _check_fingerprints(place: Path, recorded: Fingerprints, found: Fingerprints) -> None:
-    differing = [key for key, value in asdict(recorded).items() if getattr(found, key) != value]
-    if differing:
-        changes = ", ".join(
-            f"{key} {getattr(recorded, key)[:12]}… then, {getattr(found, key)[:12]}… now" for key in differing
-        )
+    changes = differing(recorded, found)
+    if changes:
         raise MismatchError(
             f"teacher '{place}' is not the one that teachers.json describes: {changes}",
             "Put the files back, or make the teachers again: kdcache cofinetune RECIPE",

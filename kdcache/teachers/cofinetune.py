@@ -1,12 +1,11 @@
-"""Co-finetuning: teachers are trained together on the task under one shared head, then kept as a bundle (MT-BERT,
-section 3.1).
+"""Co-finetuning: teachers are trained together under one shared head and saved as a bundle (MT-BERT, section 3.1).
 
-    kdcache cofinetune RECIPE              all teachers of the recipe kdcache cofinetune RECIPE --add NAME   one
-    newcomer against the frozen shared head; the others and their caches stay valid
+    kdcache cofinetune RECIPE              all teachers of the recipe
+    kdcache cofinetune RECIPE --add NAME   one new teacher against the frozen shared head; other caches stay valid
 
 Teachers with ``head = "own"`` are fine-tuned already: they are scored and registered, not trained. The same command
-continues where an interrupted one stopped, and returns at once where the teachers are there already; a bundle of other
-settings or data is refused, because caches may depend on it.
+continues an interrupted training, and returns at once if the teachers exist. A bundle with other settings or data is
+refused, because caches may depend on it.
 """
 
 from __future__ import annotations
@@ -17,10 +16,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kdcache.data.labels import mismatch_cure
+from kdcache.cache.spec import check_same_task
 from kdcache.data.task import TaskData, load_task
 from kdcache.errors import MismatchError, RecipeError
-from kdcache.progress import listed_apart
 from kdcache.teachers import joint
 from kdcache.teachers.bundle import Bundle, is_bundle, load_shared_head, read_bundle, write_bundle
 from kdcache.teachers.fingerprints import fingerprint_tensors
@@ -40,9 +38,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CofinetuneResult:
-    """Scores are on validation and empty without one. ``best_epoch`` counts from 1; None where nothing was trained.
+    """Scores are on validation, empty without it. ``best_epoch`` counts from 1; None if nothing was trained.
 
-    ``reused`` says that the teachers were there already, made with the same settings from the same data.
+    ``reused``: the teachers existed already, with the same settings and data.
     """
 
     teachers_dir: Path
@@ -54,7 +52,7 @@ class CofinetuneResult:
 
 @dataclass(frozen=True)
 class _Job:
-    """What the two commands have in common; checkpoints lie in ``place``, under ``stage`` in the metrics."""
+    """What both commands share; checkpoints lie in ``place``."""
 
     recipe: Recipe
     task: TaskData
@@ -72,8 +70,8 @@ def cofinetune(
 
     Checkpoints lie in ``work_dir`` until the teachers are written; losses and scores go to ``metrics``
     (work_dir/metrics.jsonl). Raises RecipeError, DataError, ModelError, NonFiniteError, StorageError; LockedError where
-    another process does the same; MismatchError where ``teachers_dir``, or the checkpoint in ``work_dir``, was made
-    from something else.
+    another process does the same; MismatchError if ``teachers_dir``, or the checkpoint in ``work_dir``, has other
+    settings or data.
     """
     if not recipe.teachers:
         raise RecipeError(f"recipe '{recipe.name}' has no teachers", "Add a [[teachers]] table with name and model.")
@@ -101,14 +99,15 @@ def add_teacher(
 ) -> CofinetuneResult:
     """Train teacher ``name`` of the recipe against the frozen shared head of ``teachers_dir``, and add it there.
 
-    Nothing else in the directory changes but teachers.json. Raises as ``cofinetune`` does, and MismatchError where the
-    recipe's labels or text columns are not those of the bundle.
+    Besides the new teacher, only teachers.json changes. Raises as ``cofinetune``, and MismatchError if the recipe's
+    labels or text columns are not those of the bundle.
     """
     section = recipe.teacher(name)
     with hold_lock(work_dir, "teachers"):
         bundle = read_bundle(teachers_dir)
         task = _load(recipe, progress)
-        _check_same_task(teachers_dir, bundle, task)
+        cure = "Use the recipe that these teachers were made with, or another --output-dir."
+        check_same_task(task, bundle, ("the recipe's data", f"the teachers in '{teachers_dir}'"), cure)
         sources = _open(recipe, task, [section], bundle.pooling)
         head = load_shared_head(teachers_dir, bundle) if section.head == "shared" else None
         digest = fingerprint_tensors(head.state_dict().items()) if head is not None else None
@@ -138,7 +137,7 @@ def _load(recipe: Recipe, progress: Progress) -> TaskData:
 def _open(
     recipe: Recipe, task: TaskData, sections: Sequence[TeacherSection], pooling: Pooling | None = None
 ) -> dict[str, Source]:
-    """The models of ``sections``, for a shared head with ``pooling``, or with that of the recipe."""
+    """The models of ``sections``, for a shared head with ``pooling`` or the recipe's."""
     length, names, declared = recipe.data.max_length, task.label_names, task.labels_declared
     columns, pooling = len(task.text_columns), pooling or recipe.cofinetune.pooling
     return {
@@ -148,10 +147,7 @@ def _open(
 
 
 def _new_models(job: _Job) -> tuple[SharedHead | None, dict[str, TeacherModel]]:
-    """A new shared head over the encoders to be trained.
-
-    All that is new is drawn from the recipe's seed, in the recipe's order.
-    """
+    """A new shared head over the encoders to train; new weights are drawn from the recipe's seed, in its order."""
     shared = {name: source for name, source in job.sources.items() if source.section.head == "shared"}
     if not shared:
         return None, {}
@@ -163,7 +159,7 @@ def _new_models(job: _Job) -> tuple[SharedHead | None, dict[str, TeacherModel]]:
 
 
 def _train(job: _Job, models: Mapping[str, TeacherModel], identity: Mapping[str, Any]) -> int | None:
-    """The best epoch, None where every teacher is fine-tuned already."""
+    """The best epoch; None if every teacher is fine-tuned already."""
     for source in job.sources.values():
         if source.note:
             job.progress.note(source.note)
@@ -179,7 +175,7 @@ def _train(job: _Job, models: Mapping[str, TeacherModel], identity: Mapping[str,
 def _register(
     job: _Job, bundle: Bundle, new_head: SharedHead | None, models: Mapping[str, TeacherModel], best: int | None
 ) -> CofinetuneResult:
-    """Save and score, then write the record that makes the directory a bundle; only then drop the checkpoints."""
+    """Save and score the teachers, write teachers.json, then remove the checkpoints."""
     remove_leftovers(job.teachers_dir)
     bundle = save_teachers(job.teachers_dir, bundle, new_head, job.sources, models)
     bundle = scored(job.teachers_dir, bundle, joint.labelled_rows(job.task, "validation"), job.recipe.trusted())
@@ -190,20 +186,20 @@ def _register(
 
 
 def _reuse(job: _Job, bundle: Bundle, identity: Mapping[str, Any], existing: Mapping[str, Any]) -> CofinetuneResult:
-    """The teachers that are there, where they were made with ``identity``; MismatchError where not."""
+    """The existing teachers; MismatchError if they were not made with ``identity``."""
     newcomers = [name for name in job.sources if name not in bundle.teachers]
     if newcomers:
         raise MismatchError(
             f"'{job.teachers_dir}' holds the teachers {', '.join(bundle.teachers)}, and not {', '.join(newcomers)}",
-            f"Train a newcomer against their shared head: kdcache cofinetune RECIPE --add {newcomers[0]}",
+            f"Train a new teacher against their shared head: kdcache cofinetune RECIPE --add {newcomers[0]}",
         )
     differing = list(identity_changes(existing, identity, joint.newer_keys(identity)))
     if differing:
         more = f" and {len(differing) - 6} more" if len(differing) > 6 else ""
         raise MismatchError(
-            f"the teachers in '{job.teachers_dir}' were made from something else; what differs: "
+            f"the teachers in '{job.teachers_dir}' were made with other inputs; what differs: "
             f"{', '.join(differing[:6])}{more}",
-            f"Restore these, give another --output-dir, or make the teachers anew after: rm -r '{job.teachers_dir}'",
+            f"Restore these, give another --output-dir, or make the teachers again after: rm -r '{job.teachers_dir}'",
         )
     shutil.rmtree(job.place, ignore_errors=True)
     return _result(job.teachers_dir, bundle, bundle.training.get("best_epoch"), reused=True)
@@ -212,17 +208,3 @@ def _reuse(job: _Job, bundle: Bundle, identity: Mapping[str, Any], existing: Map
 def _result(teachers_dir: Path, bundle: Bundle, best: int | None, *, reused: bool) -> CofinetuneResult:
     scores = {name: record.scores for name, record in bundle.teachers.items()}
     return CofinetuneResult(teachers_dir, scores, bundle.mean_scores, best, reused)
-
-
-def _check_same_task(teachers_dir: Path, bundle: Bundle, task: TaskData) -> None:
-    for what, then, now in (
-        ("labels", bundle.label_names, task.label_names),
-        ("text columns", bundle.text_columns, task.text_columns),
-    ):
-        if then != now:
-            of_data, of_teachers = listed_apart(now, then)
-            cure = "Use the recipe that these teachers were made with, or another --output-dir."
-            raise MismatchError(
-                f"the teachers in '{teachers_dir}' have the {what} {of_teachers}; the recipe's data has {of_data}",
-                mismatch_cure(now, then, cure) if what == "labels" else cure,
-            )

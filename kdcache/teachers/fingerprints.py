@@ -1,7 +1,6 @@
-"""What identifies a teacher: sha256 over the bytes of its tensors and over the part of its config that changes outputs.
+"""The identity of a teacher: sha256 over its tensors and over the part of its config that changes outputs.
 
-Over tensors, not over files: a file that is saved again by another version of a library, with the same numbers, is the
-same teacher.
+Tensors are hashed, not files: a teacher that another library version saves again with the same numbers stays the same.
 """
 
 from __future__ import annotations
@@ -26,9 +25,9 @@ if TYPE_CHECKING:
     from kdcache.teachers.teacher import TeacherModel
 
 _VOLATILE = {
-    "_name_or_path", "architectures", "dtype", "finetuning_task", "gradient_checkpointing", "id2label", "label2id", "max_length",
-    "output_attentions", "output_hidden_states", "problem_type", "return_dict", "tokenizer_class", "torch_dtype", "transformers_version",
-    "use_cache",
+    "_name_or_path", "architectures", "dtype", "finetuning_task", "gradient_checkpointing", "id2label", "label2id",
+    "max_length", "output_attentions", "output_hidden_states", "problem_type", "return_dict", "tokenizer_class",
+    "torch_dtype", "transformers_version", "use_cache",
 }  # fmt: skip
 
 
@@ -56,9 +55,10 @@ def lasting_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def fingerprint_teacher(model: TeacherModel, tokenizer: PreTrainedTokenizerBase) -> Fingerprints:
-    """Weights.
+    """The fingerprints of a teacher.
 
-    The encoder without pooler. Head: shared head and adapter, or the classifier's own head and its class order.
+    Weights are those of the encoder without pooler. Head is the shared head with the adapter, or the classifier's own
+    head with its class order.
     """
     state = {name: tensor for name, tensor in model.encoder.state_dict().items() if not _is_unused(model, name)}
     prefix = f"{model.encoder.base_model_prefix}." if model.head is None else ""
@@ -85,16 +85,16 @@ def fingerprint_teacher(model: TeacherModel, tokenizer: PreTrainedTokenizerBase)
 
 
 def gives_token_types(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the model tells token types apart and the tokenizer is set to give them (``model_input_names``)."""
+    """Whether the model distinguishes token types and the tokenizer gives them (``model_input_names``)."""
     return _takes_token_types(network) and "token_type_ids" in tokenizer.model_input_names
 
 
 def tokenizer_as_used(
     fingerprint: str, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, columns: int
 ) -> str:
-    """``fingerprint`` of the tokenizer, or another one where it withholds token types that would change the outputs.
+    """``fingerprint`` of the tokenizer, or another one if it withholds token types that would change the outputs.
 
-    They would where the model tells types apart and texts of so many ``columns`` have another type than 0.
+    They would if the model distinguishes types and a text of ``columns`` columns has another type than 0.
     """
     if gives_token_types(network, tokenizer) or not _takes_token_types(network):
         return fingerprint
@@ -109,7 +109,7 @@ def _takes_token_types(network: PreTrainedModel) -> bool:
 
 
 def fingerprint_code(model: object) -> dict[str, str]:
-    """sha256 of the Python files that a model runs of its own, which come with it; empty for models of transformers."""
+    """sha256 of the Python files that come with a model; empty for models of transformers."""
     module = sys.modules[type(model).__module__]
     if not module.__name__.startswith("transformers_modules.") or module.__file__ is None:
         return {}

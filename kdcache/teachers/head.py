@@ -1,7 +1,7 @@
 """The shared head: one pooling and one dense prediction layer for all teachers (MT-BERT, section 3.1).
 
-Because every teacher is read out through the same parameters, their representations come to lie in one space; that is
-what makes the hidden states of several teachers a consistent target for one student.
+All teachers share these parameters, so their representations lie in one space. That makes the hidden states of several
+teachers a consistent target for one student.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class FirstToken(nn.Module):
 
 
 class LastToken(nn.Module):
-    """The vector of the last token of each text: of a causal decoder the only one that has seen the whole text."""
+    """The vector of the last token of each text; in a causal decoder, only this token sees the whole text."""
 
     def forward(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
         """[batch, tokens, width] and [batch, tokens], padded on either side, to [batch, width]."""
@@ -63,7 +63,7 @@ class MeanPooling(nn.Module):
 
 
 def _wide(hidden: Tensor) -> torch.dtype:
-    """Softmax over tokens is done in float32 at least."""
+    """The dtype of softmax over tokens: at least float32."""
     return torch.promote_types(hidden.dtype, torch.float32)
 
 
@@ -90,18 +90,16 @@ class SharedHead(nn.Module):
         nn.init.zeros_(self.dense.bias)
 
     def forward(self, hidden: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """``hidden`` [batch, tokens, width] and ``attention_mask`` [batch, tokens] to logits [batch, classes] and
-        pooled [batch, width].
-        """
+        """[batch, tokens, width] and [batch, tokens] to logits [batch, classes] and pooled [batch, width]."""
         pooled = self.pooling(hidden, attention_mask)
         return self.dense(self.dropout(pooled)), pooled
 
 
 def new_adapter(encoder_width: int, shared_width: int) -> nn.Linear | None:
-    """A_i: None, the identity, for an encoder of the shared width; else a linear map without bias.
+    """The adapter A_i: a linear map without bias, or None for an encoder of the shared width.
 
-    No bias, because the encoder's last layer norm has one already. The initial weight is that of a semi-orthogonal
-    matrix, so that the geometry of the narrower encoder's states reaches the shared space unchanged.
+    The encoder's last layer norm has a bias already. The initial weight is a semi-orthogonal matrix, which maps states
+    of a narrower encoder to the shared space without changing their geometry.
     """
     if encoder_width == shared_width:
         return None

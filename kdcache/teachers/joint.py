@@ -1,10 +1,10 @@
-"""One joint training, from the task's rows to the best epoch's weights in the models that were passed."""
+"""One joint training: from the rows of the task to models with the weights of the best epoch."""
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from kdcache.data.encoding import EncodedTexts, encode, pad, padding_id, token_budget_batches, truncation_note
+from kdcache.data.encoding import EncodedTexts, encode, pad, padding_id, truncation_note
 from kdcache.errors import DataError
 from kdcache.report.metrics import scores
 from kdcache.teachers.sources import TOKEN_TYPES
 from kdcache.training import loop
 from kdcache.training.best_epoch import BestEpoch
 from kdcache.training.loop import micro_batches
+from kdcache.training.predict import predict
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,14 +39,14 @@ _FREE = {"checkpoint_steps", "gradient_checkpointing"}  # settings that do not c
 
 @dataclass(frozen=True)
 class LabelledRows:
-    """The rows of a split that have a label: their texts, and labels int64[n]."""
+    """The labelled rows of a split: texts, and labels int64[n]."""
 
     texts: list[tuple[str, ...]]
     labels: np.ndarray
 
 
 def labelled_rows(task: TaskData, split: str) -> LabelledRows | None:
-    """The labelled rows of a split, None where it is not there or has none."""
+    """The labelled rows of a split; None if there are none."""
     examples = task.splits.get(split)
     if examples is None:
         return None
@@ -57,9 +58,9 @@ def labelled_rows(task: TaskData, split: str) -> LabelledRows | None:
 def identity(
     recipe: Recipe, task: TaskData, sources: Mapping[str, Source], *, shared_head: str | None = None
 ) -> dict[str, Any]:
-    """All that the teachers depend on, flat, so that a mismatch names one key.
+    """All inputs of the teachers as a flat dict, so that a mismatch names one key.
 
-    ``shared_head`` is the digest of a frozen one.
+    ``shared_head`` is the digest of a frozen head.
     """
     settings = recipe.cofinetune.model_dump(mode="json", exclude=_FREE)
     splits = {f"data.{name}": _digest(task.splits[name]) for name in ("train", "validation") if name in task.splits}
@@ -72,7 +73,7 @@ def identity(
 
 
 def newer_keys(identity: Mapping[str, Any]) -> frozenset[str]:
-    """Keys of ``identity`` that kdcache 0.1.0 did not record; where they are absent, they are not compared."""
+    """Keys of ``identity`` that kdcache 0.1.0 did not write; absent ones are not compared."""
     return frozenset(key for key in identity if key.startswith("teachers.") and key.endswith(f".{TOKEN_TYPES}"))
 
 
@@ -91,10 +92,7 @@ def train(
     progress: Progress,
     metrics: MetricsLog,
 ) -> int:
-    """Train ``models`` (in place) and return the best epoch, counted from 1.
-
-    Its weights are what the models hold then.
-    """
+    """Train ``models`` in place; they end with the weights of the best epoch, whose number (from 1) is returned."""
     train_rows, validation = labelled_rows(task, "train"), labelled_rows(task, "validation")
     if train_rows is None:
         raise DataError("train has no row with a label", "Co-finetuning needs labels; check data.label.")
@@ -109,7 +107,7 @@ def train(
     if settings.gradient_checkpointing:
         for source in sources.values():
             _checkpoint_activations(source.network)
-    trainee = JointTrainee(
+    training = CofinetuneTask(
         models,
         texts,
         Labels(train_rows.labels, None if validation is None else validation.labels),
@@ -122,11 +120,11 @@ def train(
     )
     loop_settings = loop.LoopSettings.from_section(settings, identity, newer_keys(identity))
     outcome = loop.train(
-        trainee, loop_settings, checkpoints=place / "checkpoints", progress=progress, on_metrics=metrics
+        training, loop_settings, checkpoints=place / "checkpoints", progress=progress, on_metrics=metrics
     )
     if outcome.best_epoch + 1 != settings.epochs:
-        trainee.load_best(outcome.best_epoch)
-    trainee.model.eval()
+        training.load_best(outcome.best_epoch)
+    training.model.eval()
     return outcome.best_epoch + 1
 
 
@@ -138,17 +136,14 @@ def _encoded(source: Source, train_rows: LabelledRows, validation: LabelledRows 
 
 
 def _checkpoint_activations(network: PreTrainedModel) -> None:
-    """Recompute activations in the backward pass; transformers 5 renamed the method on the way."""
+    """Recompute activations in the backward pass; transformers 5 renamed the method."""
     enable = getattr(network, "activation_checkpointing_enable", None) or network.gradient_checkpointing_enable
     enable({"use_reentrant": False})
 
 
-_EVALUATION_TOKENS = 4096  # padded tokens of one forward pass
-
-
 @dataclass(frozen=True)
 class TeacherTexts:
-    """The labelled rows of train, and those of validation where there are any, in one teacher's tokens."""
+    """The labelled rows of train and, if any, of validation, in one teacher's tokens."""
 
     train: EncodedTexts
     validation: EncodedTexts | None
@@ -163,8 +158,8 @@ class Labels:
     validation: np.ndarray | None
 
 
-class JointTrainee:
-    """Trains ``models`` together; those parameters that are frozen beforehand stay as they are."""
+class CofinetuneTask:
+    """Trains ``models`` together; frozen parameters stay frozen."""
 
     def __init__(
         self,
@@ -186,13 +181,13 @@ class JointTrainee:
         self._best, self._note = best, note
 
     def batches(self, epoch: int, first_step: int) -> Iterator[np.ndarray]:
-        """Rows of each batch: an order that is a pure function of seed and epoch."""
+        """Rows of each batch, in an order that is a pure function of seed and epoch."""
         order = np.random.default_rng([self._seed, epoch]).permutation(len(self._labels.train))
         for first in range(first_step * self._batch_size, len(order), self._batch_size):
             yield order[first : first + self._batch_size]
 
     def losses(self, batch: np.ndarray) -> Iterator[tuple[Tensor, Mapping[str, float | Tensor]]]:
-        """Teacher by teacher, micro-batch by micro-batch; together L_cf of the batch."""
+        """Losses by teacher and micro-batch; their sum is L_cf of the batch."""
         for name, model in self._models.items():
             texts = self._texts[name]
             rows = batch[np.argsort(texts.train.lengths[batch], kind="stable")]
@@ -208,21 +203,25 @@ class JointTrainee:
         return functional.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels)
 
     def evaluate(self, epoch: int) -> dict[str, float]:
-        """Scores of every teacher and of the mean of their probabilities on validation; ``score``, which chooses the
-        epoch, is
-        ``select_by`` averaged over the teachers, each of which will teach. Empty without a validation split.
+        """Scores of every teacher and of their mean probability on validation; empty without a validation split.
+
+        ``score``, which selects the epoch, is ``select_by`` averaged over the teachers.
         """
         if self._labels.validation is None:
             return {}
         logits = {name: self._validation_logits(name) for name in self._models}
-        found = score_teachers(logits, self._labels.validation)
+        by_teacher = score_teachers(logits, self._labels.validation)
         sign = -1.0 if self._select_by == "loss" else 1.0
-        score = sign * sum(found[name][self._select_by] for name in self._models) / len(self._models)
-        shown = ", ".join(f"{name} {values[self._select_by]:.4f}" for name, values in found.items())
+        score = sign * sum(by_teacher[name][self._select_by] for name in self._models) / len(self._models)
+        shown = ", ".join(f"{name} {values[self._select_by]:.4f}" for name, values in by_teacher.items())
         self._note(f"epoch {epoch + 1}, {self._select_by} on validation: {shown}")
         return {
             "score": score,
-            **{f"validation.{name}.{key}": value for name, values in found.items() for key, value in values.items()},
+            **{
+                f"validation.{name}.{key}": value
+                for name, values in by_teacher.items()
+                for key, value in values.items()
+            },
         }
 
     def _validation_logits(self, name: str) -> np.ndarray:
@@ -235,11 +234,11 @@ class JointTrainee:
         self._best.keep(epoch, {"model": self.model.state_dict(), "metrics": dict(metrics)})
 
     def settle_best(self, epoch: int) -> None:
-        """Only ``epoch`` is needed from here on."""
+        """Remove the kept weights of other epochs."""
         self._best.settle(epoch)
 
     def load_best(self, epoch: int) -> None:
-        """Put the weights of ``epoch`` (from 0) back into the teachers."""
+        """Load the weights of ``epoch`` (from 0) into the teachers."""
         self.model.load_state_dict(self._best.load(epoch)["model"])
 
 
@@ -247,31 +246,8 @@ MEAN = "mean of teachers"  # not a possible name of a teacher
 
 
 def score_teachers(logits: Mapping[str, np.ndarray], labels: np.ndarray) -> dict[str, dict[str, float]]:
-    """Scores by teacher, and under ``MEAN`` those of the mean of their probabilities.
-
-    ``logits`` float32[n, classes] each.
-    """
-    found = {name: scores(labels, values) for name, values in logits.items()}
+    """Scores by teacher and, under ``MEAN``, of their mean probability; ``logits`` float32[n, classes] each."""
+    by_teacher = {name: scores(labels, values) for name, values in logits.items()}
     probabilities = [torch.softmax(torch.from_numpy(values).double(), dim=1) for values in logits.values()]
-    mean = torch.stack(probabilities).mean(dim=0).clamp_min(1e-300).log()  # their softmax is the mean again
-    return {**found, MEAN: scores(labels, mean.numpy())}
-
-
-def predict(model: TeacherModel, encoded: EncodedTexts, pad_token_id: int) -> np.ndarray:
-    """Logits float32[n, classes] of every text, in its order; without gradients, in eval mode."""
-    device = next(model.parameters()).device
-    model.eval()
-    batches = token_budget_batches(encoded.lengths, _EVALUATION_TOKENS)
-    found: list[Tensor] = []
-    with torch.no_grad():
-        for rows in batches:
-            inputs = {key: tensor.to(device) for key, tensor in pad(encoded, rows, pad_token_id).items()}
-            found.append(model(inputs).logits.float().cpu())
-    order = np.concatenate(batches)
-    return _back_in_order(torch.cat(found).numpy(), order)
-
-
-def _back_in_order(values: np.ndarray, order: Sequence[int] | np.ndarray) -> np.ndarray:
-    result: Any = np.empty_like(values)
-    result[order] = values
-    return np.asarray(result)
+    mean = torch.stack(probabilities).mean(dim=0).clamp_min(1e-300).log()  # its softmax is the mean
+    return {**by_teacher, MEAN: scores(labels, mean.numpy())}

@@ -1,14 +1,12 @@
-"""How a model of transformers is run on padded texts, so that a text gives the same alone and in a batch.
+"""Runs a model of transformers on padded texts, so that a text has the same outputs alone and in a batch.
 
-Everywhere in kdcache padding is on the right, whatever the tokenizer says: states of tokens lie where their tokens
-do. That is right for encoders (positions count from the first token) and for causal decoders (no token sees what
-follows it). Three kinds of model want more, and get it here and nowhere else:
+kdcache pads on the right, whatever the tokenizer says. That is correct for encoders (positions count from the first
+token) and for causal decoders (no token sees the following ones). Three kinds of models need more:
 
-- heads that read the last position (XLNet): the inputs are turned to the left side and the hidden states turned back;
-- heads that look for the last token that is not padding (GPT-2, Llama, Qwen): padding gets the id that they know as
-  padding;
-- the same heads where the config names no such id: transformers then reads the last position and takes one text at a
-  time; the last token of each text is read here, by the attention mask.
+- Heads that read the last position (XLNet): inputs are padded on the left, and hidden states moved back.
+- Heads that read the last token that is not padding (GPT-2, Llama, Qwen): padding gets the padding id of the config.
+- The same heads without a padding id in the config: transformers would read the last position. Here the head reads the
+  last token of each text by the attention mask.
 """
 
 from __future__ import annotations
@@ -27,8 +25,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class NetworkOutput:
-    """``logits`` [batch, classes] of a classifier, else None; ``last`` [batch, tokens, width] is the last hidden state,
-    None of a classifier that was not asked for hidden states; ``hidden_states`` is empty where they were not asked for.
+    """Outputs of a forward pass.
+
+    ``logits`` [batch, classes] of a classifier, else None. ``last`` [batch, tokens, width] is the last hidden state,
+    None for a classifier without ``hidden_states``. These are empty unless requested.
     """
 
     logits: Tensor | None
@@ -37,10 +37,9 @@ class NetworkOutput:
 
 
 def accepted_inputs(model: nn.Module) -> frozenset[str]:
-    """Names of the tensors that the model's forward takes.
+    """Names of the tensors that the model's ``forward`` takes.
 
-    Token types are left out where the model knows one type only (RoBERTa): the second type of a pair would be out of
-    range.
+    Token types are excluded if the model has one type only (RoBERTa): the second type of a pair would be out of range.
     """
     known = {"input_ids", "attention_mask", "token_type_ids"}
     types = getattr(getattr(model, "config", None), "type_vocab_size", None)
@@ -58,7 +57,7 @@ def run_network(network: PreTrainedModel, inputs: Mapping[str, Tensor], *, hidde
     taken: dict[str, Any] = {name: tensor for name, tensor in inputs.items() if name in accepted}
     options: dict[str, Any] = {"output_hidden_states": hidden_states, "return_dict": True}
     if "use_cache" in inspect.signature(network.forward).parameters:
-        options["use_cache"] = False  # keys and values for tokens that nobody generates
+        options["use_cache"] = False  # no keys and values for generation
     if reads_last_position(network):
         output = network(**{name: padded_left(tensor, mask) for name, tensor in taken.items()}, **options)
         states = tuple(padded_right(state, mask) for state in output.hidden_states) if hidden_states else ()
@@ -78,17 +77,17 @@ def run_network(network: PreTrainedModel, inputs: Mapping[str, Tensor], *, hidde
 
 
 def reads_last_position(network: PreTrainedModel) -> bool:
-    """Whether it is a classifier whose head reads the last position of the batch, be it a token or padding (XLNet)."""
+    """Whether the classifier's head reads the last position, be it a token or padding (XLNet)."""
     return hasattr(network, "sequence_summary") and getattr(network.config, "summary_type", None) == "last"
 
 
 def head_reads_the_end(network: PreTrainedModel) -> bool:
-    """Whether it is a classifier whose head reads the last token of a text, rather than the first or all of them."""
+    """Whether the classifier's head reads the last token of a text."""
     return reads_last_position(network) or _reads_last_token(network)
 
 
 def _reads_last_token(network: PreTrainedModel) -> bool:
-    """Classifiers on top of decoders: in transformers their heads, and no others, are called ``score``."""
+    """Whether it is a classifier on a decoder: in transformers, only their heads are called ``score``."""
     return hasattr(network, "score")
 
 
@@ -99,23 +98,20 @@ def at_last_token(states: Tensor, mask: Tensor) -> Tensor:
     """
     last = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(dim=1)
     places = last.to(states.device).reshape(-1, 1, 1).expand(-1, 1, states.shape[2])
-    return states.gather(1, places).squeeze(1)  # indexing by rows would fix their number in an exported graph
+    return states.gather(1, places).squeeze(1)  # indexing by rows would fix the batch size of an exported graph
 
 
 def padded_left(tensor: Tensor, mask: Tensor) -> Tensor:
-    """``tensor``, padded on the right, with the padding moved to the left.
-
-    ``tensor`` is [batch, tokens] or [batch, tokens, width]; ``mask`` is that of the padding on the right.
-    """
-    return _turned(tensor, mask.sum(dim=1, keepdim=True))
+    """Move the padding of ``tensor`` [batch, tokens(, width)] from the right, as in ``mask``, to the left."""
+    return _rotated(tensor, mask.sum(dim=1, keepdim=True))
 
 
 def padded_right(tensor: Tensor, mask: Tensor) -> Tensor:
-    """``tensor``, padded on the left, with the padding moved to the right; ``mask`` is that on the right."""
-    return _turned(tensor, -mask.sum(dim=1, keepdim=True))
+    """Move the padding of ``tensor`` from the left to the right; ``mask`` is that of the result."""
+    return _rotated(tensor, -mask.sum(dim=1, keepdim=True))
 
 
-def _turned(tensor: Tensor, by: Tensor) -> Tensor:
+def _rotated(tensor: Tensor, by: Tensor) -> Tensor:
     places = (torch.arange(tensor.shape[1], device=tensor.device) + by.to(tensor.device)) % tensor.shape[1]
     if tensor.dim() == 3:
         places = places.unsqueeze(2).expand(-1, -1, tensor.shape[2])

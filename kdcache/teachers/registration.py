@@ -1,6 +1,6 @@
-"""From trained or ready models to the records of a bundle: saved, fingerprinted and scored.
+"""Saves, fingerprints and scores the teachers of a bundle.
 
-Fingerprints and scores are taken from the files, as every later process will load them, not from the models in memory.
+Fingerprints and scores are computed from the saved files, as every later process loads them, not from models in memory.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from kdcache.teachers.bundle import (
     save_shared_head,
     save_teacher,
 )
-from kdcache.teachers.joint import MEAN, predict, score_teachers
+from kdcache.teachers.joint import MEAN, score_teachers
 from kdcache.teachers.teacher import TeacherModel
 from kdcache.training.loop import default_device
+from kdcache.training.predict import predict
 
 if TYPE_CHECKING:
     from kdcache.teachers.head import SharedHead
@@ -64,17 +65,16 @@ def _record(source: Source, model: TeacherModel) -> TeacherRecord:
         source=section.model,
         revision=section.revision,
         licence=section.licence,
-        fingerprints=Fingerprints("", "", "", ""),  # not known before the files are there
+        fingerprints=Fingerprints("", "", "", ""),  # computed from the files later
         class_order=source.class_order,
         trust_remote_code=section.trust_remote_code,
     )
 
 
 def scored(directory: Path, bundle: Bundle, validation: LabelledRows | None, trusted: Collection[str] = ()) -> Bundle:
-    """The bundle with scores of every teacher, and of the mean of all, on validation; one teacher is in memory at a
-    time.
+    """The bundle with scores of every teacher and of their mean on validation; one teacher is in memory at a time.
 
-    ``trusted``: names of the teachers whose own Python code may be run.
+    ``trusted``: names of the teachers whose own Python code may run.
     """
     if validation is None:
         return bundle

@@ -1,7 +1,4 @@
-"""Where a teacher comes from.
-
-The pretrained encoder, or the fine-tuned classifier, that the recipe names, loaded and checked.
-"""
+"""Loads and checks the pretrained encoder, or the fine-tuned classifier, that a recipe names as a teacher."""
 
 from __future__ import annotations
 
@@ -23,7 +20,7 @@ from kdcache.teachers.teacher import (
     load_classifier,
     load_encoder,
 )
-from kdcache.teachers.trial import try_network
+from kdcache.teachers.trial import first_token_sees_only_itself, try_network
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -36,7 +33,7 @@ TOKEN_TYPES = "token_types"  # a key of ``Source.identity`` that kdcache 0.1.0 d
 
 @dataclass(frozen=True)
 class Source:
-    """A loaded model and its tokenizer; ``class_order`` and ``note`` only where the head is its own."""
+    """A loaded model with its tokenizer; ``class_order`` and ``note`` only for a head of its own."""
 
     section: TeacherSection
     network: PreTrainedModel
@@ -54,7 +51,7 @@ class Source:
         return depth_and_width(self.network)[1]
 
     def identity(self) -> dict[str, Any]:
-        """What the outcome of a training depends on, of this teacher."""
+        """The inputs of a training that belong to this teacher."""
         return {
             "head": self.section.head,
             "weights": fingerprint_tensors(self.network.state_dict().items()),
@@ -75,12 +72,11 @@ def open_source(
     *,
     labels_declared: bool = True,
 ) -> Source:
-    """Load what the section names, for texts of ``columns`` columns, and try it on a few.
+    """Load the model of ``section``, for texts of ``columns`` columns, and try it on made-up texts.
 
-    ``pooling`` is that of the shared head. Raises ModelError where the model cannot be loaded, lacks weights, has too
-    few positions or other labels, where it does not give a text the same outputs alone and in a batch, or where the
-    pooling does not suit it; also where it calls its labels LABEL_0 … and the order of the task's names was not
-    declared, but sorted as found.
+    ``pooling`` is that of the shared head. Raises ModelError if the model cannot be loaded, lacks weights, has too few
+    positions or other labels, gives a text other outputs alone than in a batch, or does not fit the pooling; also if
+    its labels are LABEL_0 … and the order of the task's labels was not declared.
     """
     max_length = section.max_length or default_max_length
     own = section.head == "own"
@@ -89,12 +85,11 @@ def open_source(
     tokenizer = load_tokenizer(section.model, section.revision, trust_remote_code=trusted)
     check_max_length(section.name, network, max_length)
     _check_vocabulary(section.name, network, tokenizer)
-    trial = try_network(section.name, network, tokenizer, max_length, columns)
-    if not own and trial.causal and pooling == "cls":
+    try_network(section.name, network, tokenizer, max_length, columns)
+    if not own and pooling == "cls" and first_token_sees_only_itself(network, tokenizer, max_length):
         raise ModelError(
             f"teacher '{section.name}' is a causal decoder ({network.config.model_type}): its first token, which "
-            "pooling 'cls' reads, has "
-            "seen nothing of the text",
+            "pooling 'cls' reads, sees nothing of the text",
             'Set cofinetune.pooling = "last", "attention" or "mean".',
         )
     if not own:
@@ -102,9 +97,8 @@ def open_source(
     order, generic = class_order_of(section.name, network.config.id2label or {}, label_names)
     if generic and not numbers_known(label_names, declared=labels_declared):
         raise ModelError(
-            f"teacher '{section.name}' names its labels LABEL_0 …, and the task's labels {listed(label_names)} are "
-            "sorted as found: "
-            "which is LABEL_0 is not known",
+            f"teacher '{section.name}' names its labels LABEL_0 …, and the order of the task's labels "
+            f"{listed(label_names)} is not declared: which is LABEL_0 is not known",
             "Name the classes in data.labels, in the teacher's order, or in id2label of the model's config.json.",
         )
     note = (
@@ -120,13 +114,13 @@ def _check_vocabulary(name: str, network: PreTrainedModel, tokenizer: PreTrained
     highest = max(tokenizer.get_vocab().values())
     if highest >= rows:
         raise ModelError(
-            f"teacher '{name}': its tokenizer has token ids up to {highest}, its model embeds only {rows}",
+            f"teacher '{name}': its tokenizer has token ids up to {highest}, its model has {rows} embeddings",
             "Give the tokenizer that belongs to the model.",
         )
 
 
 def under_shared_head(sources: Mapping[str, Source], head: SharedHead) -> dict[str, TeacherModel]:
-    """Models that share ``head``; adapters of encoders of another width are drawn from torch's generator, in order."""
+    """Models under the shared ``head``; adapters for other widths are drawn from torch's generator, in order."""
     return {
         name: TeacherModel(source.network, new_adapter(source.width, head.width), head)
         for name, source in sources.items()

@@ -1,8 +1,7 @@
-"""A teacher: an encoder or decoder that AutoModel knows, an adapter where its width differs, and a head, shared or its
-own.
+"""A teacher: an encoder or decoder of AutoModel, an adapter if its width differs, and a shared or own head.
 
-Encoders are used without their pooler: the shared head pools itself, and a pooler that the checkpoint lacks would come
-with fresh random weights. Any other weight that the checkpoint lacks is an error for the same reason.
+Encoders are loaded without their pooler: the shared head pools, and a pooler that the checkpoint lacks would have random
+weights. For the same reason, any other missing weight is an error.
 """
 
 from __future__ import annotations
@@ -33,10 +32,11 @@ _UNFIT = {"funnel": "its blocks shorten the text, so that hidden states and toke
 
 @dataclass(frozen=True)
 class TeacherForward:
-    """``logits`` [batch, classes] in the task's class order; ``pooled`` [batch, width]: the shared head's, or where the
-    head is
-    the teacher's own the last state of the token that it reads: the first one, of decoders and XLNet the last one;
-    ``hidden_states`` as in transformers: index 0 embeddings, k after block k, each [batch, tokens, width].
+    """Outputs of a teacher.
+
+    ``logits`` [batch, classes] are in the task's class order. ``pooled`` [batch, width] is the shared head's, or the last
+    hidden state of the token that an own head reads: the first one, or the last one of decoders and XLNet.
+    ``hidden_states`` are as in transformers: index 0 is the embeddings, k after block k, each [batch, tokens, width].
     """
 
     logits: Tensor
@@ -45,7 +45,7 @@ class TeacherForward:
 
 
 class TeacherModel(nn.Module):
-    """``encoder`` is an encoder without head where ``head`` is a SharedHead, else the whole sequence classifier."""
+    """``encoder`` is an encoder without head under a SharedHead, else the whole sequence classifier."""
 
     class_order: Tensor | None
 
@@ -64,10 +64,9 @@ class TeacherModel(nn.Module):
         self.register_buffer("class_order", order, persistent=False)
 
     def forward(self, inputs: Mapping[str, Tensor], *, hidden_states: bool = False) -> TeacherForward:
-        """``inputs`` as ``kdcache.data.encoding.pad`` gives them, each [batch, tokens], padded on the right, as the
-        states are.
+        """Run on ``inputs`` of ``kdcache.data.encoding.pad``, each [batch, tokens], padded on the right as the states.
 
-        Names that the encoder does not take are left out.
+        Names that the encoder does not take are ignored.
         """
         mask = inputs["attention_mask"]
         output = run_network(self.encoder, inputs, hidden_states=hidden_states or self.head is None)
@@ -85,7 +84,7 @@ class TeacherModel(nn.Module):
 
 @dataclass
 class Teacher:
-    """A teacher ready to run. ``fingerprints`` are computed from the files it was loaded from."""
+    """A loaded teacher. ``fingerprints`` are computed from its files."""
 
     name: str
     model: TeacherModel
@@ -99,10 +98,10 @@ class Teacher:
 
 
 def load_encoder(model: str, revision: str | None = None, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The bare encoder in float32, without pooler. ModelError where it cannot be loaded or lacks weights.
+    """The bare encoder in float32, without pooler. ModelError if it cannot be loaded or lacks weights.
 
-    ``trust_remote_code`` allows it to run Python code that comes with the model; CustomCodeError where it needs to and
-    may not.
+    ``trust_remote_code`` allows it to run Python code that comes with the model; CustomCodeError if it needs to and is
+    not allowed.
     """
     from transformers import MODEL_FOR_TEXT_ENCODING_MAPPING, MODEL_MAPPING, AutoConfig, AutoModel
 
@@ -118,8 +117,7 @@ def load_encoder(model: str, revision: str | None = None, *, trust_remote_code: 
     except KeyError as error:
         if seq2seq:
             raise ModelError(
-                f"'{model}' is an encoder-decoder ({config.model_type}) whose encoder transformers does not offer "
-                "alone; "
+                f"'{model}' is an encoder-decoder ({config.model_type}) whose encoder transformers does not load alone; "
                 "a teacher is an encoder or a decoder",
                 "Choose an encoder, e.g. BERT, a decoder, e.g. Qwen, or a T5.",
             ) from error
@@ -131,7 +129,7 @@ def load_encoder(model: str, revision: str | None = None, *, trust_remote_code: 
 
 
 def load_classifier(model: str, revision: str | None = None, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """A fine-tuned sequence classifier in float32. ModelError where it cannot be loaded or has no classification head.
+    """A fine-tuned sequence classifier in float32. ModelError if it cannot be loaded or has no classification head.
 
     ``trust_remote_code`` as in ``load_encoder``.
     """
@@ -160,10 +158,7 @@ def _check_type(model: str, config: Any) -> None:
 
 
 def _check_one_class_per_text(model: str, config: Any) -> None:
-    """ModelError for classifiers whose outputs no softmax turns into probabilities.
-
-    Several labels per text, or a number.
-    """
+    """ModelError for multi-label classifiers and regression, whose outputs are no logits of a softmax."""
     problem, labels = getattr(config, "problem_type", None), len(config.id2label or {})
     if problem not in (None, "single_label_classification") or labels == 1:
         kind = f"problem_type is '{problem}'" if problem is not None else "it has one output"
@@ -197,7 +192,7 @@ def _is_pooler(key: str) -> bool:
 
 
 class _explained:  # noqa: N801 - reads as a statement
-    """Errors of transformers' loaders become a ModelError that says what was looked for."""
+    """Turns errors of transformers' loaders into a ModelError that names the model."""
 
     def __init__(self, model: str) -> None:
         self._model = model
@@ -216,10 +211,7 @@ class _explained:  # noqa: N801 - reads as a statement
 
 
 def be_quiet() -> None:
-    """No progress bars and no load reports of transformers on stderr.
-
-    What is wrong with a model is an error of ours.
-    """
+    """Disable progress bars and load reports of transformers on stderr."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -232,9 +224,9 @@ def depth_and_width(model: PreTrainedModel) -> tuple[int, int]:
 
 
 def position_limit(model: PreTrainedModel) -> int | None:
-    """The longest input in tokens, special ones included; None where positions are relative only.
+    """The longest input in tokens, with special ones; None if positions are only relative.
 
-    RoBERTa and its kin number positions from ``padding_idx + 1``, so that many rows of their table are out of use.
+    RoBERTa and similar models number positions from ``padding_idx + 1``; the rows before that are unused.
     """
     for name, module in model.named_modules():
         if name.endswith(("position_embeddings", "wpe")) and isinstance(module, nn.Embedding):  # wpe: GPT-2
@@ -243,7 +235,7 @@ def position_limit(model: PreTrainedModel) -> int | None:
 
 
 def check_max_length(name: str, model: PreTrainedModel, max_length: int) -> None:
-    """ModelError where ``max_length`` is more than the positions of the model."""
+    """ModelError if ``max_length`` exceeds the positions of the model."""
     limit = position_limit(model)
     if limit is not None and max_length > limit:
         raise ModelError(
@@ -253,10 +245,9 @@ def check_max_length(name: str, model: PreTrainedModel, max_length: int) -> None
 
 
 def class_order_of(name: str, id2label: Mapping[Any, str], label_names: Sequence[str]) -> tuple[tuple[int, ...], bool]:
-    """For each task label the classifier's output index, and whether the labels are only generic (LABEL_0 …), hence
-    taken by index.
+    """The classifier's output index of each task label, and whether its labels are generic (LABEL_0 …).
 
-    Names are compared without case. Raises ModelError where they are not the task's.
+    Generic labels are taken by index. Names are compared without case; ModelError if they are not the task's.
     """
     own = {int(index): str(label) for index, label in id2label.items()}
     if len(own) == len(label_names) and all(label.upper() == f"LABEL_{index}" for index, label in own.items()):

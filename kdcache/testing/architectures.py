@@ -26,7 +26,8 @@ _SIZES: Mapping[str, Any] = {
     "max_position_embeddings": POSITIONS,
 }  # fmt: skip
 _DEBERTA: Mapping[str, Any] = {
-    **_SIZES, "type_vocab_size": 0, "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "max_relative_positions": -1,
+    **_SIZES, "type_vocab_size": 0, "relative_attention": True, "pos_att_type": ["p2c", "c2p"],
+    "max_relative_positions": -1,
     "position_biased_input": False,
 }  # fmt: skip
 
@@ -102,7 +103,8 @@ def _special(
         single=single, pair=pair, special_tokens=[(token, backend.token_to_id(token)) for token in sorted(used)]
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, **{f"{role}_token": token for role, token in named.items()}, padding_side=side, model_max_length=64,
+        tokenizer_object=backend, **{f"{role}_token": token for role, token in named.items()},
+        padding_side=side, model_max_length=64,
         model_input_names=["input_ids", *(["token_type_ids"] if types else []), "attention_mask"],
     )  # fmt: skip
 

@@ -33,7 +33,7 @@ TEXTS = [
 
 
 class BackendContract:
-    """Inherit, set ``kind``, and give the fixtures ``teacher`` (a small one) and ``work_dir`` (where graphs are kept)."""
+    """Inherit, set ``kind``, and give the fixtures ``teacher`` (a small one) and ``work_dir`` (for graphs)."""
 
     kind: str
     tolerance = 1e-5  # to torch in float32

@@ -58,9 +58,11 @@ def made_teacher(name: str = "bert", layers: Mapping[int, LayerSpec] | None = No
     """A teacher of width 6 and depth 4."""
     print_ = hashlib.sha256(name.encode()).hexdigest()
     values: dict[str, object] = {
-        "name": name, "head": "shared", "fingerprints": Fingerprints(print_, print_, print_, print_), "depth": 4, "width": 6,
+        "name": name, "head": "shared", "fingerprints": Fingerprints(print_, print_, print_, print_),
+        "depth": 4, "width": 6,
         "max_length": 16, "truncation": "longest_first", "backend": "torch", "precision": "float32",
-        "target": TargetSpec(shape=(2,)), "pooled": 5, "sample_texts": 8, "layers": LAYERS if layers is None else layers,
+        "target": TargetSpec(shape=(2,)), "pooled": 5, "sample_texts": 8,
+        "layers": LAYERS if layers is None else layers,
     }  # fmt: skip
     return TeacherSpec(**(values | fields))  # type: ignore[arg-type]
 

@@ -66,7 +66,8 @@ class TinyModel(TinyBase):
         states = [self.embeddings(input_ids)]
         for layer in self.layers:
             states.append(layer(states[-1], mask))
-        return BaseModelOutput(last_hidden_state=states[-1], hidden_states=tuple(states) if output_hidden_states else None)
+        hidden_states = tuple(states) if output_hidden_states else None
+        return BaseModelOutput(last_hidden_state=states[-1], hidden_states=hidden_states)
 
 
 class TinyClassifier(TinyBase):
@@ -79,7 +80,8 @@ class TinyClassifier(TinyBase):
 
     def forward(self, input_ids, attention_mask, output_hidden_states=False, return_dict=True):
         output = self.tiny(input_ids, attention_mask, output_hidden_states=output_hidden_states)
-        return SequenceClassifierOutput(logits=self.out(output.last_hidden_state[:, 0]), hidden_states=output.hidden_states)
+        logits = self.out(output.last_hidden_state[:, 0])
+        return SequenceClassifierOutput(logits=logits, hidden_states=output.hidden_states)
 """
 _AUTO_MAP = {
     "AutoConfig": "tiny_modeling.TinyConfig",

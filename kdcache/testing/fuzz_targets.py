@@ -364,7 +364,8 @@ def tokens(place: Path) -> Target:
 
 
 KINDS: dict[str, Callable[[Path], Target]] = {
-    "arrow": arrow, "tokens": tokens, "zarr": zarr, "safetensors": safetensors, "tokenizer": tokenizer, "manifest": manifest, "cache": cache,
+    "arrow": arrow, "tokens": tokens, "zarr": zarr, "safetensors": safetensors, "tokenizer": tokenizer,
+    "manifest": manifest, "cache": cache,
     "selection": selection, "journal": journal, "refs": refs, "listing": listing, "student": student,
 }  # fmt: skip
 

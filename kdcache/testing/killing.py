@@ -18,15 +18,15 @@ from kdcache import files
 from kdcache.training import checkpoints
 
 
-def run_child(action: Callable[[], object], trainee: type[Any], point: str) -> int:
+def run_child(action: Callable[[], object], task: type[Any], point: str) -> int:
     """The exit status of a child that runs ``action`` and dies at ``point``; 0 is one that came to its end.
 
-    ``trainee`` is the class whose ``losses`` is called once per optimizer step.
+    ``task`` is the class whose ``losses`` is called once per optimizer step.
     """
     kind, _, number = point.partition(":")
     child = os.fork()
     if child == 0:
-        _arm(kind, number, trainee)
+        _arm(kind, number, task)
         action()
         os._exit(0)
     if kind == "after":
@@ -35,9 +35,9 @@ def run_child(action: Callable[[], object], trainee: type[Any], point: str) -> i
     return os.waitpid(child, 0)[1]
 
 
-def _arm(kind: str, number: str, trainee: type[Any]) -> None:
+def _arm(kind: str, number: str, task: type[Any]) -> None:
     if kind == "step":
-        trainee.losses = _dying(trainee.losses, int(number))
+        task.losses = _dying(task.losses, int(number))
     elif kind in ("save", "saved"):
         checkpoints.save = _dying(checkpoints.save, int(number), after=kind == "saved")
     elif kind == "disk":

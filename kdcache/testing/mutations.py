@@ -15,11 +15,14 @@ from typing import Any
 
 import numpy as np
 
-EXTREMES = (0, 1, -1, 2, 3, 7, 8, 9, 16, 64, 127, -128, 255, 256, 32767, -32768, 65535, 65536, 2**31 - 1, -(2**31), 2**32 - 1,
+EXTREMES = (0, 1, -1, 2, 3, 7, 8, 9, 16, 64, 127, -128, 255, 256, 32767, -32768,
+            65535, 65536, 2**31 - 1, -(2**31), 2**32 - 1,
             2**32, 2**40, 2**53, 2**62, 2**63 - 1, -(2**63), 2**63 - 8, 2**63 - 64)  # fmt: skip
 _WIDTHS = (1, 2, 4, 4, 8, 8)
-_STRINGS = ("", "..", "../../etc/passwd", "/etc/passwd", "part-00000", "part-99999", "bert", "BERT", "\x00", "\x1b[2J", "\ud800",
-            "é" * 300, "x" * 5000, "0", "-1", "no", "yes", "all", "f" * 64, "0" * 64, "float32", "coded", "pca", "mine@1")  # fmt: skip
+_STRINGS = ("", "..", "../../etc/passwd", "/etc/passwd", "part-00000", "part-99999", "bert", "BERT",
+            "\x00", "\x1b[2J", "\ud800",
+            "é" * 300, "x" * 5000, "0", "-1", "no", "yes", "all", "f" * 64, "0" * 64,
+            "float32", "coded", "pca", "mine@1")  # fmt: skip
 _MOST = 1 << 16  # bytes of a mutated file
 
 

@@ -7,7 +7,6 @@ class TestMine(RemoteContract):
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import random
 import secrets
@@ -28,7 +27,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 LARGE = 40 << 20  # bytes: several parts of a multipart upload
 ODD_KEYS = [
-    "", ".", "..", "../x", "a/../b", "a/..", "/etc/passwd", "a//b", "a/", "a\\b", "a\0b", "a b", "A", "C:/x", "a/.hidden", ".x.tmp",
+    "", ".", "..", "../x", "a/../b", "a/..", "/etc/passwd", "a//b", "a/", "a\\b", "a\0b", "a b", "A", "C:/x",
+    "a/.hidden", ".x.tmp",
     "x" * 201, "/".join(["abcdefgh"] * 80), "a\n", "é", "a?b", "a%2fb", "~/a", "a#b",
 ]  # fmt: skip
 
@@ -112,8 +112,13 @@ class RemoteContract:
             assert remote.head(key) is None
             if key != "folder":
                 remote.delete(key)
-            for read in (lambda key=key: list(remote.read(key)), lambda key=key: list(remote.read(key, start=3, length=2)),
-                         lambda key=key: list(remote.read(key, length=0)), lambda key=key: remote.read_bytes(key, 10)):  # fmt: skip
+            reads = (
+                lambda key=key: list(remote.read(key)),
+                lambda key=key: list(remote.read(key, start=3, length=2)),
+                lambda key=key: list(remote.read(key, length=0)),
+                lambda key=key: remote.read_bytes(key, 10),
+            )
+            for read in reads:
                 with pytest.raises(MissingObjectError, match=key):
                     read()
         assert list(remote.list("none/")) == []
@@ -171,9 +176,10 @@ class RemoteContract:
         assert remote.conditional is self.decides
         for attempt in range(3):
             data = [secrets.token_bytes(100) for _ in range(8)]
-            create = functools.partial(
-                lambda key, data, number: remote.create(key, data[number]), f"refs/x/{attempt}", data
-            )
+
+            def create(number: int, key: str = f"refs/x/{attempt}", data: list[bytes] = data) -> bool:
+                return remote.create(key, data[number])
+
             won = at_once(8, create)
             there = remote.read_bytes(f"refs/x/{attempt}", 100)
             if self.decides:
@@ -271,7 +277,8 @@ class RemoteContract:
     @pytest.mark.parametrize("key", ODD_KEYS)
     def test_odd_keys_are_refused(self, remote: Remote, key: str) -> None:
         calls: Sequence[Callable[[], object]] = (
-            lambda: remote.head(key), lambda: list(remote.read(key)), lambda: remote.read_bytes(key, 10), lambda: remote.write(key, b"x"),
+            lambda: remote.head(key), lambda: list(remote.read(key)), lambda: remote.read_bytes(key, 10),
+            lambda: remote.write(key, b"x"),
             lambda: remote.create(key, b"x"), lambda: remote.delete(key),
         )  # fmt: skip
         for call in calls:

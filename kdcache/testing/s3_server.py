@@ -97,7 +97,8 @@ def run_seaweedfs() -> Iterator[S3Server]:
             _program("weed"), "-logtostderr", "server", f"-dir={home / 'data'}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
             *(f"-{name}.port={number}" for name, number in http.items()),
             *(f"-{name}.port.grpc={number}" for name, number in grpc.items()),
-            "-master.telemetry=false", "-master.volumeSizeLimitMB=256", "-volume.max=100", "-volume.minFreeSpacePercent=1",
+            "-master.telemetry=false", "-master.volumeSizeLimitMB=256", "-volume.max=100",
+            "-volume.minFreeSpacePercent=1",
             "-filer", f"-filer.localSocket={home / 'filer.sock'}",
             "-s3", f"-s3.port={port}", f"-s3.config={users}", f"-s3.localSocket={home / 's3.sock'}",
             "-s3.autoCreateBucket", "-s3.port.iceberg=0", "-s3.port.lance=0",
@@ -119,7 +120,8 @@ def run_rclone() -> Iterator[S3Server]:
         (home / "data" / BUCKET).mkdir(parents=True, exist_ok=True)
         return [
             _program("rclone"), "serve", "s3", f"--config={home / 'rclone.conf'}", f"--cache-dir={home / 'cache'}",
-            f"--addr=127.0.0.1:{port}", f"--auth-key={writer.key},{writer.secret}", "--vfs-cache-mode=off", str(home / "data"),
+            f"--addr=127.0.0.1:{port}", f"--auth-key={writer.key},{writer.secret}", "--vfs-cache-mode=off",
+            str(home / "data"),
         ], []  # fmt: skip
 
     with _serve("rclone", command, writer, None) as server:

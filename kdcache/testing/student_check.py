@@ -103,14 +103,14 @@ def _check_padding(student: Student) -> Tensor:
 
 
 def _batch(student: Student, texts: Sequence[str]) -> Tensor:
-    """Through ``predict``, as validation and ``kdcache evaluate`` do."""
+    """Through ``split_logits``, as validation and ``kdcache evaluate`` do."""
     import numpy as np
     import torch
 
-    from kdcache.students.score import encode_split, predict
+    from kdcache.students.score import encode_split, split_logits
 
     split = encode_split(student, [(text,) for text in texts], np.zeros(len(texts), np.int64))
-    return torch.from_numpy(predict(student.model, split))
+    return torch.from_numpy(split_logits(student.model, split))
 
 
 def _check_a_step(student: Student) -> None:

@@ -107,7 +107,8 @@ def wordpiece_tokenizer(*, lowercase: bool = True, vocab_size: int = 300) -> Pre
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", cls), ("[SEP]", sep)]
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]", mask_token="[MASK]",
+        tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]",
+        mask_token="[MASK]",
         model_input_names=["input_ids", "token_type_ids", "attention_mask"], model_max_length=64,
     )  # fmt: skip
 
@@ -130,7 +131,8 @@ def bytelevel_tokenizer(*, vocab_size: int = 400) -> PreTrainedTokenizerBase:
         ("</s>", 2), ("<s>", 0), trim_offsets=True, add_prefix_space=False
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", unk_token="<unk>", bos_token="<s>", eos_token="</s>", cls_token="<s>", sep_token="</s>",
+        tokenizer_object=backend, pad_token="<pad>", unk_token="<unk>", bos_token="<s>", eos_token="</s>",
+        cls_token="<s>", sep_token="</s>",
         mask_token="<mask>", model_input_names=["input_ids", "attention_mask"], model_max_length=64,
     )  # fmt: skip
 
@@ -155,7 +157,8 @@ def sentencepiece_tokenizer(*, vocab_size: int = 300) -> PreTrainedTokenizerBase
         single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", unk_token="<unk>", bos_token="<s>", eos_token="</s>", cls_token="<s>", sep_token="</s>",
+        tokenizer_object=backend, pad_token="<pad>", unk_token="<unk>", bos_token="<s>", eos_token="</s>",
+        cls_token="<s>", sep_token="</s>",
         mask_token="<mask>", model_input_names=["input_ids", "attention_mask"], model_max_length=64,
     )  # fmt: skip
 

@@ -1,4 +1,4 @@
 """What co-finetuning and distillation share.
 
-The loop on accelerate, optimizer and schedule, seeds, checkpoints, the metrics file.
+The loop on accelerate, optimizer and schedule, seeds, checkpoints, inference, the metrics file.
 """

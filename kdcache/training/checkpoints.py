@@ -1,9 +1,9 @@
-"""Checkpoint directories that survive kill -9 and power loss at any moment, and in which damage is found.
+"""Checkpoint directories that survive kill -9 and power loss at any moment; damage is detected.
 
-A checkpoint is a directory of one file per key of the state, written to a temporary name, every file synced, then
-renamed: under its final name it is complete. ``checkpoint.json`` in it lists every file with size and SHA-256, and what
-the checkpoint belongs to (``identity``), so that a run with other settings refuses it instead of mixing two trainings.
-Older ones are removed only after the new one is durable. Files are streamed: no second copy of the state in memory.
+A checkpoint is a directory with one file per key of the state. It is written under a temporary name, every file is
+synced, then it is renamed: under its final name it is complete. ``checkpoint.json`` lists every file with size and
+SHA-256, and the ``identity`` of the training, so that a run with other settings refuses the checkpoint. Older
+checkpoints are removed only after the new one is durable. Files are streamed, without a second copy in memory.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ def save(
     identity: Mapping[str, Any] | None = None,
     keep: int | None = 1,
 ) -> Path:
-    """Write ``state`` as the checkpoint of ``step``; leaves the ``keep`` newest ones, all of them where it is None.
+    """Write ``state`` as the checkpoint of ``step``; keeps the ``keep`` newest ones, or all if it is None.
 
-    Values are what ``torch.save`` takes and ``torch.load(weights_only=True)`` gives back. Raises StorageError.
+    Values must survive ``torch.save`` and ``torch.load(weights_only=True)``. Raises StorageError.
     """
     make_directory(directory)
     clean(directory)
@@ -64,27 +64,27 @@ def keep_only(directory: Path, step: int) -> None:
 def load_latest(
     directory: Path, *, identity: Mapping[str, Any] | None = None, newer_keys: Collection[str] = ()
 ) -> dict[str, Any] | None:
-    """The newest complete checkpoint as saved, or None where there is none; half-written ones are ignored.
+    """The newest complete checkpoint as saved, or None; half-written ones are ignored.
 
-    ``newer_keys``: keys of ``identity`` that earlier versions did not record. Where a checkpoint lacks one of them,
-    that key is not compared; where it has it, it must be equal. All other keys must be there and equal.
+    ``newer_keys``: keys of ``identity`` that earlier versions did not write; such a key is compared only if the
+    checkpoint has it. All other keys must exist and be equal.
 
-    Raises DamageError naming the file that is missing, truncated or altered; MismatchError (exit 4) naming what differs
-    where ``identity`` is given and is not that of the checkpoint.
+    Raises DamageError, naming the missing, truncated or changed file; MismatchError (exit 4), naming what differs from
+    ``identity``.
     """
-    found = _steps(directory)
-    return load(found[-1], identity=identity, newer_keys=newer_keys) if found else None
+    steps = _steps(directory)
+    return load(steps[-1], identity=identity, newer_keys=newer_keys) if steps else None
 
 
 def load_step(directory: Path, step: int) -> dict[str, Any]:
-    """The checkpoint of that step; DamageError where it is gone."""
+    """The checkpoint of that step; DamageError if it is missing."""
     return load(directory / _step_name(step))
 
 
 def load(
     checkpoint: Path, *, identity: Mapping[str, Any] | None = None, newer_keys: Collection[str] = ()
 ) -> dict[str, Any]:
-    """One checkpoint directory, checked before anything is decoded; arguments and errors as of ``load_latest``."""
+    """One checkpoint, verified before anything is decoded; arguments and errors as in ``load_latest``."""
     record = _read_record(checkpoint)
     if identity is not None:
         _check_identity(checkpoint, record["identity"], identity, newer_keys)
@@ -92,7 +92,7 @@ def load(
 
 
 def clean(directory: Path) -> None:
-    """Remove what an interrupted ``save`` left behind."""
+    """Remove temporary directories of an interrupted ``save``."""
     for leftover in directory.glob(f".{_PREFIX}*.tmp"):
         shutil.rmtree(leftover)
 
@@ -106,7 +106,7 @@ def _steps(directory: Path) -> list[Path]:
 
 
 class _Digest(io.RawIOBase):
-    """A file-like for ``torch.save``: passes bytes on to a durable file and digests them."""
+    """A file object for ``torch.save`` that digests what it writes to a durable file."""
 
     def __init__(self, file: DurableFile) -> None:
         self._file = file
@@ -138,31 +138,32 @@ def _read_record(checkpoint: Path) -> dict[str, Any]:
         assert isinstance(record["files"], dict)
         assert isinstance(record["identity"], dict)
     except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
-        raise DamageError(f"checkpoint file '{path}' is missing or unreadable: {error}", _afresh(checkpoint)) from error
+        raise DamageError(f"checkpoint file '{path}' is missing or unreadable: {error}", _hint(checkpoint)) from error
     return cast("dict[str, Any]", record)
 
 
 def _read(path: Path, entry: Mapping[str, Any]) -> Any:
     try:
         with path.open("rb") as file:
-            size, found = path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
+            size, sha256 = path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
+        raise DamageError(f"checkpoint file '{path}' is missing or unreadable: {error}", _hint(path.parent)) from error
+    if (size, sha256) != (entry["size"], entry["sha256"]):
         raise DamageError(
-            f"checkpoint file '{path}' is missing or unreadable: {error}", _afresh(path.parent)
-        ) from error
-    if (size, found) != (entry["size"], entry["sha256"]):
-        message = f"checkpoint file '{path}' is damaged: {size} bytes with SHA-256 {found[:12]}…, expected {entry['size']} bytes with {entry['sha256'][:12]}…"
-        raise DamageError(message, _afresh(path.parent))
+            f"checkpoint file '{path}' is damaged: {size} bytes with SHA-256 {sha256[:12]}…, expected {entry['size']} "
+            f"bytes with {entry['sha256'][:12]}…",
+            _hint(path.parent),
+        )
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        raise DamageError(f"checkpoint file '{path}' cannot be decoded: {error}", _afresh(path.parent)) from error
+        raise DamageError(f"checkpoint file '{path}' cannot be decoded: {error}", _hint(path.parent)) from error
 
 
 def identity_changes(
     saved: Mapping[str, Any], wanted: Mapping[str, Any], newer_keys: Collection[str] = ()
 ) -> dict[str, tuple[Any, Any]]:
-    """What differs, by key, as (then, now); inside of tables by dotted keys. ``newer_keys`` as of ``load_latest``."""
+    """Differences as {key: (then, now)}, with dotted keys for nested tables; ``newer_keys`` as in ``load_latest``."""
     wanted = {
         key: value for key, value in json.loads(json.dumps(wanted)).items() if key in saved or key not in newer_keys
     }
@@ -185,7 +186,7 @@ def _check_identity(
     if differing:
         changes = "; ".join(f"{key}: {_short(then)} then, {_short(now)} now" for key, (then, now) in differing.items())
         message = f"checkpoint '{checkpoint}' belongs to another training: {changes}"
-        raise MismatchError(message, f"Restore these settings, or start afresh: rm -r '{checkpoint.parent}'")
+        raise MismatchError(message, f"Restore these settings, or start again: rm -r '{checkpoint.parent}'")
 
 
 def _short(value: Any) -> str:
@@ -193,5 +194,8 @@ def _short(value: Any) -> str:
     return text if len(text) <= 40 else text[:37] + "…"
 
 
-def _afresh(checkpoint: Path) -> str:
-    return f"Remove it (rm -r '{checkpoint}') and run the same command again: it starts from the checkpoint before, or afresh."
+def _hint(checkpoint: Path) -> str:
+    return (
+        f"Remove it (rm -r '{checkpoint}') and run the same command again: training starts from the previous "
+        "checkpoint, or from the beginning."
+    )

@@ -1,8 +1,7 @@
-"""Large files and whole directories that are on the disk when the call returns: written, synced, renamed, the parent
-synced.
+"""Durable large files and directories: written, synced, renamed, the parent synced, before the call returns.
 
-Checkpoints and models are too large to hold in memory a second time, so they are streamed here rather than passed as
-bytes. Every step goes through the ``disk`` of ``kdcache.files``, where fault injection dies or fails at the n-th step.
+Checkpoints and models are streamed, because a second copy in memory would be too large. Every step goes through the
+``disk`` of ``kdcache.files``, where tests inject faults.
 """
 
 from __future__ import annotations
@@ -43,16 +42,13 @@ class DurableFile:
 
 
 def write_durably(path: Path, data: bytes) -> None:
-    """A small file of a directory that is not published yet."""
+    """Write a small file in a directory that is not published yet."""
     with DurableFile(path) as file:
         file.write(data)
 
 
 def publish_directory(temporary: Path, final: Path) -> None:
-    """Rename a directory whose files are synced.
-
-    Then it is there for good, in place of what was there. Raises StorageError.
-    """
+    """Rename a directory of synced files to ``final``, durably, replacing an existing one. Raises StorageError."""
     _step(final, lambda: files.disk.fsync_directory(temporary))
     replaced = temporary.with_name(f".{final.name}.old.tmp")
     shutil.rmtree(replaced, ignore_errors=True)
@@ -64,14 +60,14 @@ def publish_directory(temporary: Path, final: Path) -> None:
 
 
 def sync_tree(directory: Path) -> None:
-    """Sync files that another library wrote, and their directories. Raises StorageError."""
+    """Sync all files and directories below ``directory``, written by another library. Raises StorageError."""
     for path in sorted(directory.rglob("*")):
         sync = files.disk.fsync if path.is_file() else files.disk.fsync_directory
         _step(path, lambda path=path, sync=sync: sync(path))  # type: ignore[misc]
 
 
 def remove_directory(path: Path) -> None:
-    """Out of sight in one step, then gone: interrupted, it is not left half there."""
+    """Rename a directory, then delete it: an interruption does not leave a partial directory."""
     hidden = path.with_name(f".{path.name}.old.tmp")
     shutil.rmtree(hidden, ignore_errors=True)
     _step(path, lambda: files.disk.rename(path, hidden))
@@ -79,7 +75,7 @@ def remove_directory(path: Path) -> None:
 
 
 def remove_leftovers(directory: Path) -> None:
-    """Remove what an interrupted writer left in ``directory`` under temporary names (``.<name>.tmp``)."""
+    """Remove temporary files and directories (``.<name>.tmp``) of an interrupted writer."""
     for path in directory.glob(".*.tmp"):
         if path.is_dir():
             shutil.rmtree(path)
@@ -89,14 +85,11 @@ def remove_leftovers(directory: Path) -> None:
 
 @contextlib.contextmanager
 def hold_lock(directory: Path, what: str) -> Iterator[None]:
-    """Only one process at a time does ``what`` in ``directory``.
-
-    LockedError in the second. The lock dies with its owner.
-    """
+    """Hold the lock of ``directory``; LockedError if another process has it. It is released when the process ends."""
     files.make_directory(directory)
     with attempt(directory / ".lock") as held:
         if not held:
-            hint = "Wait until it is done, or stop it and run the same command again: it continues."
+            hint = "Wait until it ends, or stop it and run the same command again: it continues."
             raise LockedError(f"another process is at work on the {what} in '{directory}'", hint)
         yield
 

@@ -1,14 +1,14 @@
 """The training loop of co-finetuning and distillation: one process, any device, exact resume.
 
-What is trained, on which batches and with which losses is the trainee's business; the loop owns the optimizer, the
-schedule, mixed precision (through accelerate), clipping, checkpoints and the choice of the best epoch. A trainee yields
-the losses of a step one after the other and each is back-propagated as it comes, so the activations of one loss are
-gone before those of the next are made: teacher by teacher in co-finetuning, micro-batch by micro-batch everywhere.
-Gradients add up, hence a trainee weights its losses so that their sum is the loss of the whole batch.
+A ``TrainingTask`` gives the model, the batches and the losses. The loop owns the optimizer, the schedule, mixed
+precision (through accelerate), clipping, checkpoints and the choice of the best epoch. A task yields the losses of a
+step one after the other, and the loop runs the backward pass of each at once. The activations of one loss are therefore
+freed before those of the next exist: per teacher in co-finetuning, per micro-batch everywhere. Gradients add up, so the
+losses of a task must sum to the loss of the whole batch.
 
 Resume is exact because a checkpoint holds all that the next step depends on: weights, moments, schedule, the states of
-the random generators, the place in the epoch and the running sums of the log. On the CPU in float32 the weights come
-out bit-equal.
+the random generators, the position in the epoch and the running sums of the log. On the CPU in float32, the resumed
+weights are bit-equal.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from kdcache.errors import NonFiniteError, RecipeError
 from kdcache.training import checkpoints as checkpoint_files
 from kdcache.training.durable import hold_lock
-from kdcache.training.optim import adamw, linear_schedule
+from kdcache.training.optim import LinearSchedule, adamw
 from kdcache.training.seeding import restore_rng_state, rng_state, seed_everything
 
 if TYPE_CHECKING:
@@ -37,44 +37,42 @@ if TYPE_CHECKING:
 
 
 Metrics = dict[str, float]
+_KEYS = {"lr_by_prefix": "own_rates"}  # the key in checkpoints since 0.1.0
 
 
-class Trainee(Protocol):
-    """What is trained. ``model`` holds all trainable parameters; the loop moves it to the device."""
+class TrainingTask(Protocol):
+    """A model to train. ``model`` holds all trainable parameters; the loop moves it to the device."""
 
     model: nn.Module
     steps_per_epoch: int
 
     def batches(self, epoch: int, first_step: int) -> Iterator[Any]:
-        """The batches of ``epoch`` (from 0) from step ``first_step`` of it on.
-
-        One item is one optimizer step's batch.
-        """
+        """The batches of ``epoch`` (from 0), one per optimizer step, from its step ``first_step`` on."""
 
     def losses(self, batch: Any) -> Iterator[tuple[Tensor, Mapping[str, float | Tensor]]]:
-        """Losses (scalars) whose sum is the batch's, each with its terms for the log.
+        """Scalar losses whose sum is the batch's loss, each with its terms for the log.
 
-        Each is back-propagated before the next is asked for.
+        The backward pass of each runs before the next is requested.
         """
 
     def evaluate(self, epoch: int) -> Metrics:
-        """Called without gradients and in eval mode at the end of an epoch.
+        """Metrics at the end of an epoch; called in eval mode, without gradients.
 
-        The epoch with the highest ``score`` is the best; the last one is where that key is absent or nan.
+        The epoch with the highest ``score`` is the best; without that key, or for NaN, the last epoch is.
         """
 
     def keep_best(self, epoch: int, metrics: Metrics) -> None:
-        """Keep the weights as they are now, durably, beside those kept before: no epoch was better so far."""
+        """Write the present weights durably, beside those kept before: this is the best epoch so far."""
 
     def settle_best(self, epoch: int) -> None:
-        """The newest checkpoint names ``epoch`` as the best: the weights kept of other epochs can go."""
+        """Remove kept weights of other epochs: the newest checkpoint names ``epoch`` as the best."""
 
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """``identity`` names all that the outcome depends on besides the fields here (data, models).
+    """Settings of the loop.
 
-    A checkpoint of another one is refused.
+    ``identity`` names all other inputs of the outcome (data, models). A checkpoint with another identity is refused.
     """
 
     epochs: int
@@ -86,13 +84,9 @@ class LoopSettings:
     checkpoint_steps: int = 200
     log_steps: int = 10
     seed: int = 0
-    own_rates: Mapping[str, float] = field(
-        default_factory=dict
-    )  # learning rates of parameters by the start of their names
+    lr_by_prefix: Mapping[str, float] = field(default_factory=dict)  # learning rates by prefix of parameter names
     identity: Mapping[str, Any] = field(default_factory=dict)
-    newer_keys: frozenset[str] = (
-        frozenset()
-    )  # of ``identity``: not compared with a checkpoint of an earlier version that lacks them
+    newer_keys: frozenset[str] = frozenset()  # of ``identity``: optional, because 0.1.0 did not write them
 
     @classmethod
     def from_section(
@@ -112,54 +106,61 @@ class LoopSettings:
         )
 
     def full_identity(self, steps_per_epoch: int) -> dict[str, Any]:
-        """What a checkpoint must agree on; how often checkpoints and log lines are written is free."""
+        """What a checkpoint must match; ``checkpoint_steps`` may change."""
         free = ("checkpoint_steps", "identity", "newer_keys")
-        settled = {name: value for name, value in vars(self).items() if name not in free}
-        return {**settled, "steps_per_epoch": steps_per_epoch, **self.identity}
+        settings = {_KEYS.get(name, name): value for name, value in vars(self).items() if name not in free}
+        return {**settings, "steps_per_epoch": steps_per_epoch, **self.identity}
 
 
 @dataclass
 class _Place:
-    """Where the training is; a checkpoint holds it."""
+    """The position of the training, as in a checkpoint."""
 
     epoch: int = 0
     step_in_epoch: int = 0
     step: int = 0  # optimizer steps done
     best_epoch: int = -1
     best_score: float = -math.inf
-    logged_steps: int = 0  # steps whose terms are in ``sums``
+    logged_steps: int = 0  # number of steps in ``sums``
     sums: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """``best_epoch`` (from 0) is the last one kept by ``keep_best``."""
+    """The result of a training; ``best_epoch`` counts from 0."""
 
     best_epoch: int
     steps: int
 
 
 def train(
-    trainee: Trainee,
+    task: TrainingTask,
     settings: LoopSettings,
     *,
     checkpoints: Path,
     progress: Progress,
     on_metrics: Callable[[dict[str, Any]], None],
 ) -> Outcome:
-    """Train to the end, from the newest checkpoint in ``checkpoints`` where there is one.
+    """Train to the end, from the newest checkpoint if there is one.
 
-    ``on_metrics`` gets one dict every ``log_steps`` steps and one per epoch, each with ``event``, ``step`` and
-    ``epoch``; the first is ``{"event": "start", "step": n}``, lines beyond which an earlier run wrote in vain.
+    Args:
+        task: the model, its batches and losses.
+        settings: of the loop; also the identity of the training.
+        checkpoints: directory; at any interruption its newest checkpoint is valid.
+        progress: shows steps and loss.
+        on_metrics: gets a dict every ``log_steps`` steps and one per epoch, with ``event``, ``step`` and ``epoch``. The
+            first is ``{"event": "start", "step": n}``: later lines of an earlier run are superseded.
 
-    Raises NonFiniteError naming step and term; MismatchError where the checkpoint belongs to another training;
-    DamageError, StorageError; LockedError where another process trains there. Interrupted at any moment, the newest
-    checkpoint is valid.
+    Raises:
+        NonFiniteError: for NaN or infinity, naming step and term.
+        MismatchError: if the checkpoint belongs to another training.
+        LockedError: if another process trains there.
+        DamageError, StorageError: for unreadable checkpoints and failing writes.
     """
     with hold_lock(checkpoints, "training"):
-        run = _Run(trainee, settings, checkpoints, progress, on_metrics)
+        run = _Run(task, settings, checkpoints, progress, on_metrics)
         run.resume()
-        progress.start("train", settings.epochs * trainee.steps_per_epoch, "steps")
+        progress.start("train", settings.epochs * task.steps_per_epoch, "steps")
         progress.advance(run.place.step)
         while run.place.epoch < settings.epochs:
             run.epoch()
@@ -168,7 +169,7 @@ def train(
 
 
 def micro_batches(rows: int, count: int) -> list[slice]:
-    """``rows`` cut into at most ``count`` runs of nearly equal length, none of them empty."""
+    """``rows`` divided into at most ``count`` slices of nearly equal length, none of them empty."""
     count = max(1, min(count, rows))
     edges = [round(index * rows / count) for index in range(count + 1)]
     return [slice(start, stop) for start, stop in itertools.pairwise(edges)]
@@ -179,48 +180,48 @@ class _Run:
 
     def __init__(
         self,
-        trainee: Trainee,
+        task: TrainingTask,
         settings: LoopSettings,
         checkpoints: Path,
         progress: Progress,
         on_metrics: Callable[[dict[str, Any]], None],
     ) -> None:
-        self.trainee, self.settings, self.checkpoints = trainee, settings, checkpoints
+        self.task, self.settings, self.checkpoints = task, settings, checkpoints
         self.progress, self.on_metrics = progress, on_metrics
         self.place = _Place()
-        self.identity = settings.full_identity(trainee.steps_per_epoch)
+        self.identity = settings.full_identity(task.steps_per_epoch)
         self.accelerator = make_accelerator(settings.precision)
-        trainee.model.to(self.accelerator.device)
+        task.model.to(self.accelerator.device)
         plain = adamw(
-            trainee.model.named_parameters(), settings.learning_rate, settings.weight_decay, settings.own_rates
+            task.model.named_parameters(), settings.learning_rate, settings.weight_decay, settings.lr_by_prefix
         )
         self.parameters = [parameter for group in plain.param_groups for parameter in group["params"]]
-        self.schedule = linear_schedule(plain, settings.epochs * trainee.steps_per_epoch, settings.warmup)
+        self.schedule = LinearSchedule(plain, settings.epochs * task.steps_per_epoch, settings.warmup)
         self.optimizer = self.accelerator.prepare_optimizer(plain, device_placement=False)
         seed_everything(settings.seed)
 
     def epoch(self) -> None:
-        """The rest of the current epoch, its evaluation, and a checkpoint that stands at the start of the next."""
+        """Train the rest of the current epoch, evaluate it, and write a checkpoint at the start of the next."""
         place = self.place
-        self.trainee.model.train()
-        for batch in self.trainee.batches(place.epoch, place.step_in_epoch):
+        self.task.model.train()
+        for batch in self.task.batches(place.epoch, place.step_in_epoch):
             loss = self.step(batch)
             self.progress.advance(1, loss=loss)
-            in_the_middle = place.step_in_epoch < self.trainee.steps_per_epoch
+            in_the_middle = place.step_in_epoch < self.task.steps_per_epoch
             if in_the_middle and place.step % self.settings.checkpoint_steps == 0:
                 self.save()
-        if place.step_in_epoch != self.trainee.steps_per_epoch:
-            raise RuntimeError(f"the trainee gave {place.step_in_epoch} batches, not {self.trainee.steps_per_epoch}")
+        if place.step_in_epoch != self.task.steps_per_epoch:
+            raise RuntimeError(f"the task gave {place.step_in_epoch} batches, not {self.task.steps_per_epoch}")
         self.evaluate()
         place.epoch, place.step_in_epoch = place.epoch + 1, 0
         self.save()
-        self.trainee.settle_best(place.best_epoch)
+        self.task.settle_best(place.best_epoch)
 
     def step(self, batch: Any) -> float:
-        """One optimizer step; the batch's loss."""
+        """Do one optimizer step; returns the batch's loss."""
         terms: dict[str, float | Tensor] = {}
         losses: list[Tensor] = []
-        pending = self.trainee.losses(batch)
+        pending = self.task.losses(batch)
         while True:
             with self.accelerator.autocast():
                 item = next(pending, None)
@@ -236,7 +237,7 @@ class _Run:
         values = {name: float(value) for name, value in terms.items()}
         self._check_finite(total, values)
         norm = float(self.accelerator.clip_grad_norm_(self.parameters, self.settings.max_grad_norm))
-        if self.accelerator.scaler is None:  # with one, infinite gradients are expected at first: it skips the step
+        if self.accelerator.scaler is None:  # a scaler skips steps with infinite gradients, which are normal at first
             self._check_finite(norm, {}, "gradient norm")
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -261,21 +262,21 @@ class _Run:
         place.logged_steps += 1
         for name, value in values.items():
             place.sums[name] = place.sums.get(name, 0.0) + value
-        if place.logged_steps == self.settings.log_steps or place.step_in_epoch == self.trainee.steps_per_epoch:
+        if place.logged_steps == self.settings.log_steps or place.step_in_epoch == self.task.steps_per_epoch:
             means = {name: value / place.logged_steps for name, value in place.sums.items()}
             self._say("steps", steps=place.logged_steps, learning_rate=learning_rate, **means)
             place.logged_steps, place.sums = 0, {}
 
     def evaluate(self) -> None:
-        """Scores of the epoch; keeps it where none before was better."""
+        """Evaluate the epoch, and keep its weights if it is the best so far."""
         place = self.place
-        self.trainee.model.eval()
+        self.task.model.eval()
         with torch.no_grad(), self.accelerator.autocast():
-            metrics = self.trainee.evaluate(place.epoch)
+            metrics = self.task.evaluate(place.epoch)
         score = metrics.get("score", math.nan)
         if math.isnan(score) or score > place.best_score or place.best_epoch < 0:
             place.best_epoch, place.best_score = place.epoch, -math.inf if math.isnan(score) else score
-            self.trainee.keep_best(place.epoch, metrics)
+            self.task.keep_best(place.epoch, metrics)
         self._say("epoch", **metrics)
         shown = "" if math.isnan(score) else f", score {score:.4f} (best so far: epoch {place.best_epoch + 1})"
         self.progress.note(f"epoch {place.epoch + 1} of {self.settings.epochs} done{shown}")
@@ -284,9 +285,9 @@ class _Run:
         self.on_metrics({"event": event, "step": self.place.step, "epoch": self.place.epoch + 1, **values})
 
     def save(self) -> None:
-        """A checkpoint of this moment."""
+        """Write a checkpoint."""
         state = {
-            "model": self.trainee.model.state_dict(),
+            "model": self.task.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "rest": {
                 "place": vars(self.place),
@@ -298,12 +299,12 @@ class _Run:
         checkpoint_files.save(self.checkpoints, state, step=self.place.step, identity=self.identity)
 
     def resume(self) -> None:
-        """Go on from the newest checkpoint; from the start where there is none."""
+        """Load the newest checkpoint, if there is one."""
         state = checkpoint_files.load_latest(
             self.checkpoints, identity=self.identity, newer_keys=self.settings.newer_keys
         )
         if state is not None:
-            self.trainee.model.load_state_dict(state.pop("model"))
+            self.task.model.load_state_dict(state.pop("model"))
             self.optimizer.load_state_dict(state.pop("optimizer"))
             rest = state.pop("rest")
             self.schedule.load_state_dict(rest["schedule"])
@@ -316,27 +317,24 @@ class _Run:
 
 
 def default_device() -> torch.device:
-    """Where models run outside training: CUDA where there is one, else the CPU."""
+    """The device of models outside training: CUDA if available, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def check_precision(precision: str, device: torch.device) -> None:
-    """RecipeError where training in ``precision`` does not work on ``device``.
-
-    Fp16 needs the gradient scaler of a GPU.
-    """
+    """RecipeError if ``device`` cannot train in ``precision``: fp16 needs the gradient scaler of a GPU."""
     if precision == "fp16" and device.type == "cpu":
         raise RecipeError("precision 'fp16' needs a GPU; this machine trains on the CPU", "Use float32, or bf16.")
 
 
 def make_accelerator(precision: str) -> Accelerator:
-    """An accelerator of one process; RecipeError where the device cannot do ``precision``."""
+    """An accelerator of one process; RecipeError if the device cannot train in ``precision``."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
     mixed = {"float32": "no", "bf16": "bf16", "fp16": "fp16"}[precision]
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed:
-        AcceleratorState._reset_state()  # accelerate keeps one precision per process; stages of one run may differ
+        AcceleratorState._reset_state()  # accelerate fixes the precision per process, but stages may differ
     accelerator = Accelerator(mixed_precision=mixed)
     check_precision(precision, accelerator.device)
     if accelerator.num_processes > 1:

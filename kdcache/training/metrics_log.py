@@ -1,7 +1,7 @@
-"""metrics.jsonl: one JSON object per logged step and per epoch, safe against interruption.
+"""metrics.jsonl: one JSON object per logged step and per epoch; an interruption does not damage it.
 
-Every line names its stage. When a stage starts or resumes, its lines beyond the step of the checkpoint are dropped, so
-no step is there twice; lines of other stages, which share the file, stay.
+Every line names its stage. When a stage starts or resumes, its lines after the step of the checkpoint are removed, so
+that no step occurs twice. Lines of other stages, which share the file, stay.
 """
 
 from __future__ import annotations
@@ -17,10 +17,7 @@ from kdcache.runs import make_directories, sync_directory, write_durably
 
 
 class MetricsLog:
-    """Callable for ``loop.train(on_metrics=...)``.
-
-    Lines of the kind ``start`` only say from which step on lines are dropped.
-    """
+    """Callable for ``loop.train(on_metrics=...)``; the event ``start`` removes later lines and is not written."""
 
     def __init__(self, path: Path, stage: str) -> None:
         self._path = path
@@ -50,16 +47,13 @@ class MetricsLog:
     def _stays(self, line: str, step: int) -> bool:
         try:
             entry = json.loads(line)
-        except json.JSONDecodeError:  # torn by a kill
+        except json.JSONDecodeError:  # a partial line of a killed process
             return False
         return bool(entry.get("stage") != self._stage or int(entry.get("step", 0)) <= step)
 
 
 def _finite(line: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON knows no NaN and no infinity.
-
-    Null, as a score without labels or the norm of an fp16 step that was skipped.
-    """
+    """NaN and infinity become null, which JSON can express: e.g. the gradient norm of a skipped fp16 step."""
     return {
         key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in line.items()
     }

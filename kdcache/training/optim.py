@@ -1,7 +1,7 @@
 """AdamW with the usual parameter groups, and the linear schedule.
 
-Biases and norm weights (all parameters of at most one dimension) get no weight decay. The fused kernel is used wherever
-torch has one: on two CPU cores the plain loop over 200M parameters takes longer than the forward pass of a small
+Biases and norm weights (all parameters with at most one dimension) get no weight decay. The fused kernel is used where
+torch has one: on two CPU cores, the plain loop over 200M parameters takes longer than the forward pass of a small
 teacher.
 """
 
@@ -17,13 +17,13 @@ def adamw(
     named_parameters: Iterable[tuple[str, torch.nn.Parameter]],
     learning_rate: float,
     weight_decay: float,
-    own_rates: Mapping[str, float] | None = None,
+    lr_by_prefix: Mapping[str, float] | None = None,
 ) -> torch.optim.AdamW:
     """AdamW (betas 0.9 and 0.999) over the parameters that require a gradient; move the model to its device first.
 
-    ``own_rates``: learning rates of parameters whose names start with a prefix; they do not decay.
+    ``lr_by_prefix``: learning rates of parameters by prefix of their names; these get no weight decay.
     """
-    rates = own_rates or {}
+    rates = lr_by_prefix or {}
     shared: list[torch.nn.Parameter] = []
     apart: dict[str, list[torch.nn.Parameter]] = {prefix: [] for prefix in rates}
     for name, parameter in named_parameters:
@@ -41,10 +41,9 @@ def adamw(
 
 
 def warmup_then_decay(step: int, total_steps: int, warmup: float) -> float:
-    """Factor of the learning rate at optimizer step ``step`` (from 0): linear from 0 to 1 over the warm-up, then down
-    to 0.
+    """Factor of the learning rate at step ``step`` (from 0): linear from 0 to 1 over the warm-up, then back to 0.
 
-    The first step's factor is 1/warm-up steps rather than 0, so that no step is spent on nothing.
+    The first step's factor is greater than 0, so that no step is wasted.
     """
     warmup_steps = round(warmup * total_steps)
     if step < warmup_steps:
@@ -53,9 +52,9 @@ def warmup_then_decay(step: int, total_steps: int, warmup: float) -> float:
 
 
 class LinearSchedule:
-    """Sets the learning rate of every group; ``step()`` after each optimizer step.
+    """Linear warm-up over ``warmup`` (a share of all steps), then linear decay to 0 at ``total_steps``.
 
-    Not a ``LambdaLR``, which warns when fp16's gradient scaler skips the very first optimizer steps.
+    Call ``step()`` after each optimizer step. ``LambdaLR`` would warn if fp16's gradient scaler skips the first steps.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, total_steps: int, warmup: float) -> None:
@@ -85,8 +84,3 @@ class LinearSchedule:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._peaks = list(state["peaks"])
         self._at(int(state["step"]))
-
-
-def linear_schedule(optimizer: torch.optim.Optimizer, total_steps: int, warmup: float) -> LinearSchedule:
-    """Linear warm-up over ``warmup`` (a share of all steps), then linear decay to zero at ``total_steps``."""
-    return LinearSchedule(optimizer, total_steps, warmup)

@@ -1,6 +1,6 @@
-"""Random number generators: seeded together at the start, saved and restored together at a checkpoint.
+"""Random number generators: seeded together, saved and restored together with a checkpoint.
 
-Dropout draws from torch's generator, so an exact resume in the middle of an epoch needs its state, not only the seed.
+Dropout draws from torch's generator, so an exact resume within an epoch needs its state, not only the seed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def seed_everything(seed: int) -> None:
 
 
 def rng_state() -> dict[str, Any]:
-    """The states of all generators, in types that ``torch.load(weights_only=True)`` takes."""
+    """The states of all generators, in types that ``torch.load(weights_only=True)`` accepts."""
     version, words, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     state: dict[str, Any] = {
@@ -40,10 +40,7 @@ def rng_state() -> dict[str, Any]:
 
 
 def restore_rng_state(state: dict[str, Any]) -> None:
-    """Undo what happened since ``rng_state``.
-
-    Of GPUs, those are restored that are visible now and were visible then.
-    """
+    """Restore the states of ``rng_state``; of GPUs, those that are visible now and were visible then."""
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     name, keys, position, has_gauss, cached = state["numpy"]

@@ -26,7 +26,7 @@ def test_audit_leaves_with_3_and_names_the_rows(copied: FinishedRun) -> None:
     others = make_teachers(copied.root / "others", {"bert": "bert"})
     said = kdcache("audit", copied.root / "cache", "--teachers", others, "--rows", "20")
     assert said.code == 3
-    assert "bert, weights: the teacher there is another one" in said.out
+    assert "bert, weights: not the teacher of the cache" in said.out
     assert "not audited" in said.err
     none = make_teachers(copied.root / "none", {"other": "bert"})
     assert kdcache("audit", copied.root / "cache", "--teachers", none).code == 4

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from kdcache import files
-from kdcache.distill.stage import DistillTrainee
+from kdcache.distill.stage import DistillTask
 from kdcache.files import Disk
 from kdcache.progress import SilentProgress
 from kdcache.testing.faults import Died, FaultyDisk, UnsyncedDisk
@@ -31,7 +31,7 @@ Scores = Callable[[int], float]
 
 
 class Distillation(nn.Module):
-    """A student and a projection, as far as the trainee looks at them."""
+    """A student and a projection, as far as the task looks at them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Distillation(nn.Module):
         self.projections = nn.Linear(2, 2)
 
 
-class Scored(DistillTrainee):
+class Scored(DistillTask):
     """Keeps and loads the best epoch as every distillation does; batches, losses and scores are made up."""
 
     def __init__(self, place: Path, scores: Scores, history: History) -> None:
@@ -77,13 +77,13 @@ class History:
 
 def attempt(place: Path, scores: Scores, history: History, disk: Disk) -> None:
     """The training, on a disk that may die; at its end the student has the weights of the best epoch."""
-    trainee = Scored(place, scores, history)
+    task = Scored(place, scores, history)
     with files.use_disk(disk):
-        outcome = train(trainee, SETTINGS, checkpoints=place, progress=SilentProgress(), on_metrics=lambda _: None)
-        trainee.load_best(outcome.best_epoch)
+        outcome = train(task, SETTINGS, checkpoints=place, progress=SilentProgress(), on_metrics=lambda _: None)
+        task.load_best(outcome.best_epoch)
     assert sorted(history.scores) == list(range(EPOCHS))
     assert outcome.best_epoch == max(range(EPOCHS), key=lambda epoch: history.scores[epoch])
-    assert trainee.weights() == history.weights[outcome.best_epoch]
+    assert task.weights() == history.weights[outcome.best_epoch]
 
 
 def dying(at: int) -> FaultyDisk:

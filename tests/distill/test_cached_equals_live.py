@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kdcache.distill.setup import prepare
-from kdcache.distill.stage import DistillTrainee, distill
+from kdcache.distill.stage import DistillTask, distill
 from kdcache.dump.stage import dump_teachers
 from kdcache.methods.base import Moment
 from kdcache.methods.registry import method_names
@@ -32,13 +32,13 @@ def losses(recipe: Recipe, run: TinyRun, cache: Path, live: bool, place: Path) -
     """Every loss term of every step of one epoch, with plain SGD updates in between."""
     training = prepare(recipe, cache, place, run.teachers if live else None, progress=SilentProgress())
     model = training.model().train()
-    trainee = DistillTrainee(
+    task = DistillTask(
         model, training.source, None, BestEpoch(place, place, {}), epochs=1, accumulation=recipe.distill.accumulation
     )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    for batch in trainee.batches(0, 0):
+    for batch in task.batches(0, 0):
         terms: dict[str, float] = {}
-        for loss, parts in trainee.losses(batch):
+        for loss, parts in task.losses(batch):
             loss.backward()
             for name, value in {"loss": loss, **parts}.items():
                 terms[name] = terms.get(name, 0.0) + torch.as_tensor(value).item()

@@ -13,7 +13,7 @@ from kdcache.recipe import StudentSection
 from kdcache.report.metrics import scores
 from kdcache.students.build import Student, build_student
 from kdcache.students.save import save_student, student_record
-from kdcache.students.score import encode_split, evaluate_model, predict, selection_score
+from kdcache.students.score import encode_split, evaluate_model, selection_score, split_logits
 from kdcache.testing.tiny import make_model, reviews, write_reviews
 
 
@@ -35,21 +35,21 @@ def test_logits_come_in_the_order_of_the_rows_whatever_the_batch(student: Studen
     texts = [(text,) for text, _ in reviews(50)]
     split = encode_split(student, texts, np.zeros(50, np.int64))
     student.model.train()
-    found = predict(student.model, split, batch=1)
+    found = split_logits(student.model, split, batch=1)
     assert student.model.training
     student.model.eval()
     for row in (0, 7, 49):
         inputs = student.tokenizer(texts[row][0], return_tensors="pt", truncation=True, max_length=24)
         with torch.no_grad():
             assert np.allclose(student.model(dict(inputs)).logits[0].numpy(), found[row], atol=1e-5)
-    assert np.allclose(predict(student.model, split, batch=64), found, atol=1e-5)
+    assert np.allclose(split_logits(student.model, split, batch=64), found, atol=1e-5)
 
 
 def test_columns_come_from_the_record(tmp_path: Path, saved: Path, student: Student) -> None:
     rows = reviews(40, seed=5)
     found = evaluate_model(saved, str(write_reviews(tmp_path / "test.tsv", rows)))
     split = encode_split(student, [(text,) for text, _ in rows], np.array([label for _, label in rows]))
-    expected = scores(split.labels, predict(student.model.cpu(), split))
+    expected = scores(split.labels, split_logits(student.model.cpu(), split))
     assert found == {**{name: pytest.approx(value, abs=1e-5) for name, value in expected.items()}, "rows": 40}
 
 

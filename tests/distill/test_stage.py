@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from kdcache.distill.setup import Training
-from kdcache.distill.stage import DistillResult, DistillTrainee, distill
+from kdcache.distill.stage import DistillResult, DistillTask, distill
 from kdcache.dump.stage import dump_teachers
 from kdcache.errors import DamageError, KdcacheError, MismatchError, ModelError, RecipeError
 from kdcache.methods.base import Feature, Method
@@ -316,17 +316,17 @@ def test_the_best_epoch_is_what_is_saved_and_scored(
     tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of three epochs the second one: neither the first nor the last."""
-    evaluate = DistillTrainee.evaluate
+    evaluate = DistillTask.evaluate
     weights_of: list[dict[str, torch.Tensor]] = []
     losses: list[float] = []
 
-    def scored(self: DistillTrainee, epoch: int) -> dict[str, float]:
+    def scored(self: DistillTask, epoch: int) -> dict[str, float]:
         found = evaluate(self, epoch)
         weights_of.append({name: tensor.clone() for name, tensor in self._student.network.state_dict().items()})
         losses.append(found["validation/loss"])
         return {**found, "score": (0.2, 0.9, 0.5)[epoch]}
 
-    monkeypatch.setattr(DistillTrainee, "evaluate", scored)
+    monkeypatch.setattr(DistillTask, "evaluate", scored)
     result = run(tiny_run.recipe("distill.epochs=3"), tiny_run.cache, tmp_path)
     assert result.results["best_epoch"] == 2
     saved = weights(result)

@@ -28,7 +28,10 @@ FORMS = {
     "float16": ["dump.layers=[2]", "dump.projection=none", "dump.dtype=float16"],
     "random": ["dump.layers=[2]", "dump.projection=random", "dump.dtype=float32"],
     "coded": ["dump.layers=[2, 4]", "dump.dtype=coded", "dump.bytes=6"],
-    "mixed": ["dump.layers=[2, 4]", "dump.per_layer.2={tokens='first'}", "dump.per_layer.4={dtype='coded', bytes=4, tokens='pooled'}"],
+    "mixed": [
+        "dump.layers=[2, 4]", "dump.per_layer.2={tokens='first'}",
+        "dump.per_layer.4={dtype='coded', bytes=4, tokens='pooled'}",
+    ],
 }  # fmt: skip
 
 

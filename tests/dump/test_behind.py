@@ -6,14 +6,14 @@ import threading
 
 import pytest
 
-from kdcache.dump.engine import OneBehind
+from kdcache.dump.engine import BackgroundWriter
 
 
 def test_actions_run_in_order_and_what_they_give_back_arrives() -> None:
     done: list[int] = []
-    with OneBehind[int]("test", done.append) as behind:
+    with BackgroundWriter[int]("test", done.append) as writer:
         for number in range(20):
-            behind.start(lambda number=number: number * number)  # type: ignore[misc]
+            writer.start(lambda number=number: number * number)  # type: ignore[misc]
             assert done == [one * one for one in range(number)]
     assert done == [one * one for one in range(20)]
 
@@ -25,10 +25,10 @@ def test_an_error_is_raised_at_the_next_action_or_at_the_end(last: bool) -> None
     def fail() -> None:
         raise OSError("disk full")
 
-    with pytest.raises(OSError, match="disk full"), OneBehind[None]("test") as behind:
-        behind.start(fail)
+    with pytest.raises(OSError, match="disk full"), BackgroundWriter[None]("test") as writer:
+        writer.start(fail)
         if not last:
-            behind.start(lambda: ran.append("next"))
+            writer.start(lambda: ran.append("next"))
             ran.append("went on")
     assert not ran
 
@@ -40,8 +40,8 @@ def test_after_an_error_of_the_caller_the_action_before_still_ends() -> None:
         go.wait(5)
         ran.append("slow")
 
-    with pytest.raises(RuntimeError, match="teacher"), OneBehind[None]("test") as behind:
-        behind.start(slow)
+    with pytest.raises(RuntimeError, match="teacher"), BackgroundWriter[None]("test") as writer:
+        writer.start(slow)
         go.set()
         raise RuntimeError("teacher")
     assert ran == ["slow"]

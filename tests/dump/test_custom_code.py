@@ -29,7 +29,8 @@ def test_from_cofinetuning_to_a_student(
     review_recipe: Path, tiny_models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = make_custom_model(tmp_path / "model")
-    tables = f'[[teachers]]\nname = "bert"\nmodel = "{tiny_models["bert"]}"\n[[teachers]]\nname = "custom"\nmodel = "{model}"\n'
+    sources = {"bert": tiny_models["bert"], "custom": model}
+    tables = "".join(f'[[teachers]]\nname = "{name}"\nmodel = "{path}"\n' for name, path in sources.items())
     head, _, rest = review_recipe.read_text().partition("[[teachers]]")
     recipe = review_recipe.with_name("custom.toml")
     recipe.write_text(head + tables + "[cofinetune]" + rest.partition("[cofinetune]")[2])

@@ -89,7 +89,8 @@ def test_the_audit_finds_a_teacher_whose_outputs_depend_on_padding(
     report = audit(open_cache(bench.cache), bench.teachers, rows=60, progress=SilentProgress())
     found = {finding.component: finding.message for finding in report.findings}
     assert re.fullmatch(
-        r"padding a text changes its hidden states by [\d.]+% and its logits by [\d.]+%; in float32 at most 1% is rounding",
+        r"padding a text changes its hidden states by [\d.]+% and its logits by [\d.]+%; "
+        r"in float32 at most 1% is rounding",
         found["padding"],
     )
     (teacher,) = report.teachers

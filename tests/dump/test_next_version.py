@@ -173,7 +173,7 @@ def test_on_a_store_that_decides_nothing_a_fork_is_said_and_closed(
     assert [ref.number for ref in history(team.remote, "reviews")] == [1, 2, 2, 3]
     assert reference == "reviews@3" and resolve(team.remote, "reviews").identity == report.identity == all_three
     assert texts(forward_passes) == {"roberta": 64 + 184, "xlm": 64 + 184}
-    assert any("reviews@2 was made twice, by two writers at once" in line for line in team.notes.said)
+    assert any("two writers published reviews@2 at once" in line for line in team.notes.said)
 
 
 def open_manifest(team: Team, number: int) -> dict[str, object]:

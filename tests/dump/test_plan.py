@@ -1,138 +1,147 @@
+"""The plan on tiny teachers against what a dump of the same forms then stores and keeps."""
+
 from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 
 import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kdcache.cache.reader import open_cache
-from kdcache.dump.dry_run import DumpPlan, plan_dump
-from kdcache.dump.stage import dump_teachers
-from kdcache.errors import MismatchError
+from kdcache.codecs.base import LayerSpec
+from kdcache.dump.fidelity import Fidelity, measure
+from kdcache.dump.plan import LayerCandidates, StoragePlan, plan_storage, recommend
+from kdcache.errors import DataError, RecipeError
 from kdcache.progress import SilentProgress
-from kdcache.teachers.bundle import load_teacher
 from tests.dump.conftest import Workbench
 
 
-def _plan(bench: Workbench, *overrides: str) -> DumpPlan:
-    return plan_dump(bench.recipe(*overrides), bench.teachers, bench.cache, progress=SilentProgress())
+def _plan(bench: Workbench, *overrides: str, budget: int | None = None) -> StoragePlan:
+    return plan_storage(bench.recipe(*overrides), bench.teachers, budget=budget, progress=SilentProgress())
 
 
-def _hidden_payload(bench: Workbench, teacher: str, layer: int) -> int:
+@pytest.fixture(scope="module")
+def planned(
+    tmp_path_factory: pytest.TempPathFactory, review_recipe: object, tiny_teachers: object
+) -> tuple[Workbench, StoragePlan]:
+    bench = Workbench(review_recipe, tiny_teachers, tmp_path_factory.mktemp("plan") / "cache")  # type: ignore[arg-type]
+    return bench, _plan(bench, "dump.layers=[2, 4]", budget=200_000)
+
+
+def test_no_teacher_runs_twice(bench: Workbench, forward_passes: Counter[tuple[str, tuple[int, ...]]]) -> None:
+    _plan(bench, "dump.layers=[2, 4]", "dump.sample_texts=60")
+    assert forward_passes == {(name, (2, 4)): 60 + 120 // 4 for name in ("bert", "roberta", "xlm")}
+
+
+def test_bytes_are_those_of_the_dump_and_fidelity_falls_with_them(planned: tuple[Workbench, StoragePlan]) -> None:
+    bench, plan = planned
+    assert [(one.teacher, one.layer) for one in plan.layers] == [
+        (name, layer) for name in ("bert", "roberta", "xlm") for layer in (2, 4)
+    ]
+    bench.dump("dump.layers=[2, 4]")
     cache = open_cache(bench.cache)
-    blocks = [cache.hidden(teacher, part.name, layer) for part in cache.parts if part.scope == "full"]
-    return sum(block.values.nbytes + (0 if block.scales is None else block.scales.nbytes) for block in blocks)
-
-
-@pytest.mark.parametrize("dtype", ["int8", "float16"])
-def test_the_plan_is_what_the_dump_then_writes(bench: Workbench, dtype: str) -> None:
-    settings = ("dump.layers=[2, 4]", f"dump.dtype={dtype}")
-    plan = _plan(bench, *settings)
-    assert not bench.cache.exists()
-    assert (plan.full_texts, plan.logits_texts, plan.existing_texts) == (120, 64, 0)
-    report = bench.dump(*settings)
-    for teacher, run in zip(plan.teachers, report.runs, strict=True):
-        assert teacher.teacher == run.teacher
-        assert teacher.texts == run.texts == 184
-        assert teacher.outputs == 184 * 2 * 4
-        assert teacher.hidden == {layer: _hidden_payload(bench, teacher.teacher, layer) for layer in (2, 4)}
-        assert teacher.seconds > 0
-        assert teacher.bytes == pytest.approx(run.bytes, rel=0.6)  # tiny files: headers weigh
-    assert plan.free > 0
-
-
-def test_what_exists_is_not_planned_again(bench: Workbench, forward_passes: Counter[object]) -> None:
-    bench.only("bert", "roberta").dump("dump.layers=[2]", "data.transfer=[]")
-    before = {path: path.stat().st_mtime_ns for path in bench.cache.rglob("*")}
-    forward_passes.clear()
-    plan = _plan(bench, "dump.layers=[2, 3]")
-    assert {path: path.stat().st_mtime_ns for path in bench.cache.rglob("*")} == before
-    bert, _, xlm = plan.teachers
-    assert plan.existing_texts == 96 + 64
-    assert plan.existing_teachers == ("bert", "roberta")
-    assert bert.stored_layers == (2,)
-    assert bert.texts == 120  # 96 for the new layer, 24 new ones for everything
-    assert bert.outputs == 24 * 2 * 4
-    assert xlm.texts == 184
-    report = bench.dump("dump.layers=[2, 3]")
-    assert [run.texts for run in report.runs] == [teacher.texts for teacher in plan.teachers]
-    assert bert.hidden[3] == _hidden_payload(bench, "bert", 3)
-    assert 0 < bert.hidden[2] < bert.hidden[3]
-    done = _plan(bench, "dump.layers=[2, 3]")
-    assert done.bytes == 0
-    assert done.seconds == 0
-    assert "bert: nothing is missing" in done.lines()
-
-
-def test_a_plan_refuses_what_the_dump_would_refuse(bench: Workbench) -> None:
-    bench.dump("dump.layers=[2]")
-    with pytest.raises(MismatchError, match="dim of layer 2"):
-        _plan(bench, "dump.layers=[2]", "dump.dim=4")
-    with pytest.raises(MismatchError, match="part_size"):
-        _plan(bench, "dump.layers=[2]", "dump.part_size=8")
-
-
-def test_it_prints_and_serialises(bench: Workbench) -> None:
-    plan = _plan(bench, "dump.layers=[2]")
-    document = json.loads(json.dumps(plan.as_dict()))
-    assert document["texts"] == {"full": 120, "logits_only": 64, "in_cache": 0}
-    assert document["teachers"]["bert"]["bytes"]["hidden"].keys() == {"2"}
-    assert document["free_bytes"] > 0
-    text = "\n".join(plan.lines())
-    for expected in (
-        "train: 96 rows",
-        "120 with hidden states, 64 with logits only",
-        "bert: 184 texts",
-        "layer 2:",
-        "free on the disk",
-    ):
-        assert expected in text
-
-
-def test_a_plan_says_how_many_texts_each_teacher_and_the_student_cut_and_the_dump_records_it(bench: Workbench) -> None:
-    settings = ("data.max_length=9", "student.max_length=7", "dump.layers=[2]")
-    plan = _plan(bench, *settings)
-    report = bench.dump(*settings)
-    cache = open_cache(bench.cache)
-    texts = [text for part in cache.parts for text in cache.texts(part.name)]
-    records = cache.manifest.provenance["teachers"]
-    for teacher, run in zip(plan.teachers, report.runs, strict=True):
-        tokenizer = load_teacher(bench.teachers, teacher.teacher).tokenizer
-        expected = sum(len(ids) > 9 for ids in tokenizer([text for (text,) in texts])["input_ids"])
-        assert 0 < expected < len(texts)
-        assert teacher.truncated == run.truncated == records[teacher.teacher]["texts_truncated"] == expected
-        assert records[teacher.teacher]["texts_run"] == len(texts)
-        share = f"{100 * expected / len(texts):.1f}%"
-        assert f"teacher '{teacher.teacher}': {share} of 184 texts have more than 9 tokens and are cut" in "\n".join(
-            plan.lines()
+    for one in plan.layers:
+        forms = {form.form: (form, size) for form, size in zip(one.formats, one.bytes, strict=True)}
+        form, size = forms["pca 8 int8"]
+        assert one.formats[one.asked] == form
+        blocks = [cache.hidden(one.teacher, part.name, one.layer) for part in cache.parts if part.scope == "full"]
+        assert size == sum(
+            block.values.nbytes + (block.scales.nbytes if block.scales is not None else 0) for block in blocks
         )
-        assert share in run.line()
-    tokenizer = load_teacher(bench.teachers, "bert").tokenizer  # the student starts from it
-    full = [text for part in cache.parts if part.scope == "full" for text in cache.texts(part.name)]
-    assert plan.student is not None
-    assert plan.student.truncated == sum(len(ids) > 7 for ids in tokenizer([text for (text,) in full])["input_ids"]) > 0
-    assert any(line.startswith("student: ") and "more than 7 tokens" in line for line in plan.lines())
-    json.dumps(plan.as_dict())
+        exact = next(form for name, (form, _) in forms.items() if name.endswith("float32"))
+        assert exact.explained == pytest.approx(1.0, abs=1e-6)
+        assert exact.relative_error < 1e-6
+        coded = [form for name, (form, _) in forms.items() if name.startswith("trellis")]
+        assert sorted(coded, key=lambda form: form.row_bytes) == sorted(coded, key=lambda form: form.explained)
+        for form in one.formats:
+            head = one.layer == 4 and one.teacher != "xlm"  # xlm is a whole classifier of its own
+            assert (form.kl is not None) == head
+        if exact.kl is not None:
+            assert abs(exact.kl) < 1e-6
+            assert min(form.kl for form in coded if form.kl is not None) > exact.kl
 
 
-def test_a_student_whose_tokenizer_is_out_of_reach_stops_no_plan(bench: Workbench) -> None:
-    plan = _plan(bench, 'student.init_from="nobody/nothing"', "student.layers=2")
-    assert plan.student is not None and "nobody/nothing" in plan.student.reason
-    assert any(line.startswith("student: how many texts it cuts is not known") for line in plan.lines())
-    assert plan.as_dict()["student"]["texts_truncated"] is None
+def test_what_is_recommended_fits_and_is_what_the_settings_ask_for(planned: tuple[Workbench, StoragePlan]) -> None:
+    bench, plan = planned
+    assert plan.recommendation is not None
+    assert plan.recommendation.bytes <= 200_000
+    asked = _plan(bench, "dump.layers=[2, 4]", *plan.recommendation.settings())
+    for one in asked.layers:
+        assert one.formats[one.asked].form == plan.recommendation.formats[one.teacher, one.layer].form
 
 
-def test_what_is_cut_is_said_once_with_the_first_part(bench: Workbench) -> None:
-    class Notes(SilentProgress):
-        def __init__(self) -> None:
-            self.lines: list[str] = []
+def test_the_document_is_json_and_the_lines_are_for_people(planned: tuple[Workbench, StoragePlan]) -> None:
+    document = json.loads(json.dumps(planned[1].as_dict()))
+    assert document["texts"] == 120
+    assert document["minutes"].keys() == {"bert", "roberta", "xlm"}
+    assert document["recommendation"]["settings"]
+    assert "[dump]" in planned[1].recommendation.toml()  # type: ignore[union-attr]
 
-        def note(self, message: str) -> None:
-            self.lines.append(message)
 
-    notes = Notes()
-    only = bench.only("bert")
-    dump_teachers(only.recipe("data.max_length=9"), bench.teachers, bench.cache, progress=notes)
-    assert (
-        len([line for line in notes.lines if line.startswith("teacher 'bert': ") and "more than 9 tokens" in line]) == 1
-    )
+def test_a_budget_that_nothing_fits_has_no_recommendation(bench: Workbench) -> None:
+    assert _plan(bench.only("bert"), "dump.layers=[4]", budget=1000).recommendation is None
+
+
+def test_targets_per_text_are_planned_as_such(bench: Workbench) -> None:
+    plan = _plan(bench.only("bert"), "dump.layers=[4]", "dump.tokens=first")
+    assert plan.layers[0].bytes[plan.layers[0].asked] == 120 * (8 + 4)
+    assert all(form.kl is None for form in plan.layers[0].formats)
+
+
+def test_what_cannot_be_planned_is_refused(bench: Workbench) -> None:
+    with pytest.raises(RecipeError, match="stores no hidden states"):
+        _plan(bench, "dump.layers=none")
+    small = bench.recipe_file.with_name("small.tsv")
+    small.write_text("".join((bench.recipe_file.parent / "train.tsv").read_text().splitlines(True)[:5]))
+    with pytest.raises(DataError, match="needs 8 at least"):
+        _plan(bench, f'data.train="{small}"', "data.transfer=[]", "dump.layers=[2]")
+
+
+def test_measures_of_a_known_error() -> None:
+    true = torch.tensor([[3.0, 4.0], [-3.0, -4.0]])
+    found = measure(LayerSpec("none", 2, "float16"), true * 0.9, true)
+    assert found.explained == pytest.approx(0.99)
+    assert found.relative_error == pytest.approx(0.1)
+    assert found.cosine == pytest.approx(1.0)
+    assert found.row_bytes == 4
+
+
+SPEC = LayerSpec("none", 4, "int8")
+
+
+def _choice(layer: int, kept: list[tuple[int, float]]) -> LayerCandidates:
+    forms = [Fidelity(replace(SPEC, dim=size), size, explained, 0.0, 0.0) for size, explained in kept]
+    return LayerCandidates("t", layer, forms, [size for size, _ in kept])
+
+
+@given(
+    st.lists(st.lists(st.tuples(st.integers(1, 50), st.floats(0, 1)), min_size=1, max_size=5), min_size=1, max_size=3),
+    st.integers(0, 160),
+)
+@settings(deadline=None, max_examples=200)
+def test_a_recommendation_never_exceeds_its_budget_and_is_near_the_best(
+    layers: list[list[tuple[int, float]]], budget: int
+) -> None:
+    import itertools
+
+    choices = [_choice(number, kept) for number, kept in enumerate(layers)]
+    found = recommend(choices, budget, 0)
+    mixtures = [mixture for mixture in itertools.product(*layers) if sum(size for size, _ in mixture) <= budget]
+    assert (found is None) == (not mixtures)
+    if found is not None:
+        assert found.bytes <= budget
+        best = max(sum(kept for _, kept in mixture) for mixture in mixtures)
+        total = found.explained * len(layers)
+        largest_step = max(max(kept for _, kept in one) - min(kept for _, kept in one) for one in layers)
+        assert best - largest_step - 1e-9 <= total <= best + 1e-9
+
+
+def test_without_a_budget_nine_tenths_are_kept_where_they_can_be() -> None:
+    found = recommend([_choice(0, [(1, 0.5), (4, 0.91), (9, 1.0)]), _choice(1, [(1, 0.3), (2, 0.4)])], None, 7)
+    assert found is not None
+    assert [form.row_bytes for form in found.formats.values()] == [4, 2]
+    assert found.bytes == 13

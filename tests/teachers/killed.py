@@ -15,7 +15,7 @@ from pathlib import Path
 from kdcache.progress import SilentProgress
 from kdcache.recipe import load_recipe
 from kdcache.teachers.cofinetune import cofinetune
-from kdcache.teachers.joint import JointTrainee
+from kdcache.teachers.joint import CofinetuneTask
 from kdcache.testing.killing import run_child
 
 
@@ -26,7 +26,7 @@ def main(recipe_file: str, root: str, plans: str) -> None:
         cofinetune(recipe, place / "teachers", place / "work", progress=SilentProgress())
 
     def status(name: str, point: str) -> int:
-        return run_child(lambda: run(Path(root) / name), JointTrainee, point)
+        return run_child(lambda: run(Path(root) / name), CofinetuneTask, point)
 
     run(Path(root) / "whole")
     print(json.dumps({name: [status(name, point) for point in plan] for name, plan in json.loads(plans).items()}))

@@ -65,9 +65,9 @@ def test_a_decoder_is_recognised_by_what_its_first_token_sees(tmp_path: Path) ->
         if name in SHARED_REFUSED:
             continue
         teacher = open_teacher(entry.save(tmp_path / name), "shared")
-        found = trial.try_network("it", teacher.model.encoder, teacher.tokenizer, 32)
-        assert found.causal == (entry.kind == "decoder"), name
-        assert found.padding < 1e-4
+        assert trial.try_network("it", teacher.model.encoder, teacher.tokenizer, 32) < 1e-4
+        causal = trial.first_token_sees_only_itself(teacher.model.encoder, teacher.tokenizer, 32)
+        assert causal == (entry.kind == "decoder"), name
 
 
 @pytest.mark.parametrize("name", DECODERS)
@@ -103,15 +103,19 @@ def test_token_types_that_the_model_does_not_know(head: Any, tmp_path: Path) -> 
     plain = outputs(open_teacher(directory, head), PAIRS)
     settings["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
     (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+
+    def special(name: str, kind: int = 0) -> dict[str, Any]:
+        return {"SpecialToken": {"id": name, "type_id": kind}}
+
     tokenizer = json.loads((directory / "tokenizer.json").read_text())
+    single = [special("<s>"), {"Sequence": {"id": "A", "type_id": 0}}, special("</s>")]
     tokenizer["post_processor"] = {
         "type": "TemplateProcessing",
-        "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "</s>", "type_id": 0}}],
-        "pair": [
-            {"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "</s>", "type_id": 0}},
-            {"SpecialToken": {"id": "</s>", "type_id": 1}}, {"Sequence": {"id": "B", "type_id": 1}}, {"SpecialToken": {"id": "</s>", "type_id": 1}},
-        ],
-        "special_tokens": {"<s>": {"id": "<s>", "ids": [0], "tokens": ["<s>"]}, "</s>": {"id": "</s>", "ids": [2], "tokens": ["</s>"]}},
+        "single": single,
+        "pair": [*single, special("</s>", 1), {"Sequence": {"id": "B", "type_id": 1}}, special("</s>", 1)],
+        "special_tokens": {
+            name: {"id": name, "ids": [number], "tokens": [name]} for name, number in (("<s>", 0), ("</s>", 2))
+        },
     }  # fmt: skip
     (directory / "tokenizer.json").write_text(json.dumps(tokenizer))
     teacher = open_teacher(directory, head)

@@ -20,7 +20,7 @@ from kdcache.progress import SilentProgress
 from kdcache.recipe import Recipe
 from kdcache.teachers.bundle import load_shared_head, load_teacher, read_bundle, teacher_names
 from kdcache.teachers.cofinetune import CofinetuneResult, add_teacher, cofinetune
-from kdcache.teachers.joint import JointTrainee
+from kdcache.teachers.joint import CofinetuneTask
 from kdcache.testing.tiny import make_model
 
 from .conftest import files_in
@@ -314,9 +314,9 @@ def test_without_validation_the_last_epoch_is_kept(recipe: Recipe, tmp_path: Pat
 
 
 def test_the_best_epoch_is_kept(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    evaluate = JointTrainee.evaluate
+    evaluate = CofinetuneTask.evaluate
     monkeypatch.setattr(
-        JointTrainee, "evaluate", lambda self, epoch: {**evaluate(self, epoch), "score": [0.1, 0.9, 0.5][epoch]}
+        CofinetuneTask, "evaluate", lambda self, epoch: {**evaluate(self, epoch), "score": [0.1, 0.9, 0.5][epoch]}
     )
     result = run(changed(recipe, cofinetune={"epochs": 3}), tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "work" / "metrics.jsonl").read_text().splitlines()]

@@ -12,20 +12,21 @@ from torch.nn import functional
 from kdcache.data.encoding import encode, load_tokenizer, pad
 from kdcache.report.metrics import scores
 from kdcache.teachers.head import SharedHead, new_adapter
-from kdcache.teachers.joint import MEAN, JointTrainee, Labels, TeacherTexts, predict, score_teachers
+from kdcache.teachers.joint import MEAN, CofinetuneTask, Labels, TeacherTexts, score_teachers
 from kdcache.teachers.teacher import TeacherModel, load_encoder
 from kdcache.testing.tiny import reviews
 from kdcache.training.best_epoch import BestEpoch
+from kdcache.training.predict import predict
 
 ROWS = 11
 
 
 @pytest.fixture
-def trainee(tiny_models: dict[str, Path]) -> JointTrainee:
-    return make_trainee(tiny_models, accumulation=1)
+def task(tiny_models: dict[str, Path]) -> CofinetuneTask:
+    return make_task(tiny_models, accumulation=1)
 
 
-def make_trainee(tiny_models: dict[str, Path], *, accumulation: int) -> JointTrainee:
+def make_task(tiny_models: dict[str, Path], *, accumulation: int) -> CofinetuneTask:
     """Three tokenizers, three widths (two adapters), float64, no dropout; the rows differ in length."""
     torch.manual_seed(0)
     texts = [(text,) for text, _ in reviews(ROWS, seed=5)]
@@ -38,7 +39,7 @@ def make_trainee(tiny_models: dict[str, Path], *, accumulation: int) -> JointTra
         models[name] = TeacherModel(encoder.double(), adapter.double() if adapter else None, head).eval()
         tokenizer = load_tokenizer(str(path))
         encoded[name] = TeacherTexts(encode(tokenizer, texts, 32), None, tokenizer.pad_token_id)
-    return JointTrainee(
+    return CofinetuneTask(
         models,
         encoded,
         Labels(labels, None),
@@ -51,34 +52,34 @@ def make_trainee(tiny_models: dict[str, Path], *, accumulation: int) -> JointTra
     )
 
 
-def summed_loss(trainee: JointTrainee, rows: np.ndarray) -> torch.Tensor:
+def summed_loss(task: CofinetuneTask, rows: np.ndarray) -> torch.Tensor:
     """sum_i CE(y, softmax(z_i)) in one graph, every batch padded as a whole."""
     total = torch.zeros((), dtype=torch.float64)
-    labels = torch.from_numpy(trainee._labels.train[rows])
-    for name, model in trainee._models.items():
-        texts = trainee._texts[name]
+    labels = torch.from_numpy(task._labels.train[rows])
+    for name, model in task._models.items():
+        texts = task._texts[name]
         total = total + functional.cross_entropy(model(pad(texts.train, rows, texts.pad_token_id)).logits, labels)
     return total
 
 
-def gradients(trainee: JointTrainee) -> dict[str, torch.Tensor]:
-    found = {name: p.grad for name, p in trainee.model.named_parameters() if p.grad is not None}
-    trainee.model.zero_grad(set_to_none=True)
+def gradients(task: CofinetuneTask) -> dict[str, torch.Tensor]:
+    found = {name: p.grad for name, p in task.model.named_parameters() if p.grad is not None}
+    task.model.zero_grad(set_to_none=True)
     return found
 
 
 @pytest.mark.parametrize("accumulation", [1, 3, ROWS])
 def test_the_gradient_is_that_of_the_summed_loss(tiny_models: dict[str, Path], accumulation: int) -> None:
-    trainee = make_trainee(tiny_models, accumulation=accumulation)
-    rows = next(trainee.batches(0, 0))
-    expected_loss = summed_loss(trainee, rows)
+    task = make_task(tiny_models, accumulation=accumulation)
+    rows = next(task.batches(0, 0))
+    expected_loss = summed_loss(task, rows)
     expected_loss.backward()
-    expected = gradients(trainee)
+    expected = gradients(task)
     total = 0.0
-    for loss, _ in trainee.losses(rows):
+    for loss, _ in task.losses(rows):
         loss.backward()
         total += loss.item()
-    found = gradients(trainee)
+    found = gradients(task)
     assert total == pytest.approx(expected_loss.item(), rel=1e-12)
     assert found.keys() == expected.keys()
     assert any(name.startswith("0.adapter") for name in found)
@@ -87,30 +88,30 @@ def test_the_gradient_is_that_of_the_summed_loss(tiny_models: dict[str, Path], a
         torch.testing.assert_close(found[name], gradient, rtol=1e-9, atol=1e-12, msg=name)
 
 
-def test_one_teachers_graph_is_gone_before_the_next_runs(trainee: JointTrainee) -> None:
+def test_one_teachers_graph_is_gone_before_the_next_runs(task: CofinetuneTask) -> None:
     order = []
-    for name, model in trainee._models.items():
+    for name, model in task._models.items():
         model.register_forward_pre_hook(lambda *_, name=name: order.append(f"forward {name}"))
-    for loss, terms in trainee.losses(next(trainee.batches(0, 0))):
+    for loss, terms in task.losses(next(task.batches(0, 0))):
         loss.backward()
         order.append(f"backward {next(iter(terms)).removeprefix('ce.')}")
-    names = list(trainee._models)
+    names = list(task._models)
     assert order == [f"{what} {name}" for name in names for what in ("forward", "backward")]
 
 
 def test_batches_are_a_function_of_seed_epoch_and_step(tiny_models: dict[str, Path]) -> None:
-    trainee = make_trainee(tiny_models, accumulation=1)
-    trainee._batch_size = 4
-    whole = list(trainee.batches(1, 0))
+    task = make_task(tiny_models, accumulation=1)
+    task._batch_size = 4
+    whole = list(task.batches(1, 0))
     assert [len(batch) for batch in whole] == [4, 4, 3]
     assert sorted(np.concatenate(whole)) == list(range(ROWS))
-    assert all(np.array_equal(*pair) for pair in zip(trainee.batches(1, 1), whole[1:], strict=True))
-    assert not np.array_equal(np.concatenate(list(trainee.batches(2, 0))), np.concatenate(whole))
+    assert all(np.array_equal(*pair) for pair in zip(task.batches(1, 1), whole[1:], strict=True))
+    assert not np.array_equal(np.concatenate(list(task.batches(2, 0))), np.concatenate(whole))
 
 
-def test_predictions_come_back_in_order_whatever_the_lengths(trainee: JointTrainee) -> None:
-    name, model = next(iter(trainee._models.items()))
-    texts = trainee._texts[name]
+def test_predictions_come_back_in_order_whatever_the_lengths(task: CofinetuneTask) -> None:
+    name, model = next(iter(task._models.items()))
+    texts = task._texts[name]
     found = predict(model, texts.train, texts.pad_token_id)
     for row in range(ROWS):
         alone = model(pad(texts.train, [row], texts.pad_token_id)).logits

@@ -19,7 +19,7 @@ from kdcache.recipe import Recipe, dump_toml
 from kdcache.teachers import cofinetune as cofinetune_stage
 from kdcache.teachers.bundle import read_bundle
 from kdcache.teachers.cofinetune import cofinetune
-from kdcache.teachers.joint import JointTrainee
+from kdcache.teachers.joint import CofinetuneTask
 from kdcache.testing.faults import failing_disk
 from kdcache.training.durable import hold_lock
 
@@ -103,21 +103,21 @@ def test_the_best_epoch_outlives_kills_after_which_epochs_score_differently(
     Run again, those epochs score worse.
     """
     changed = recipe.model_copy(update={"cofinetune": recipe.cofinetune.model_copy(update={"epochs": 4})})
-    evaluate, keep_best = JointTrainee.evaluate, JointTrainee.keep_best
+    evaluate, keep_best = CofinetuneTask.evaluate, CofinetuneTask.keep_best
     weights: dict[int, bytes] = {}
 
     def run_with(scores: dict[int, float], interrupted_at: int | None = None) -> None:
-        def scored(self: JointTrainee, epoch: int) -> dict[str, float]:
+        def scored(self: CofinetuneTask, epoch: int) -> dict[str, float]:
             weights[epoch] = b"".join(tensor.numpy().tobytes() for tensor in self.model.state_dict().values())
             return {**evaluate(self, epoch), "score": scores[epoch]}
 
-        def kept(self: JointTrainee, epoch: int, metrics: dict[str, float]) -> None:
+        def kept(self: CofinetuneTask, epoch: int, metrics: dict[str, float]) -> None:
             keep_best(self, epoch, metrics)
             if epoch == interrupted_at:
                 raise KeyboardInterrupt
 
-        monkeypatch.setattr(JointTrainee, "evaluate", scored)
-        monkeypatch.setattr(JointTrainee, "keep_best", kept)
+        monkeypatch.setattr(CofinetuneTask, "evaluate", scored)
+        monkeypatch.setattr(CofinetuneTask, "keep_best", kept)
         run(changed, tmp_path)
 
     with pytest.raises(KeyboardInterrupt):

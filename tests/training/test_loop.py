@@ -73,13 +73,13 @@ class Regression:
         self.settled.append(epoch)
 
 
-def run(trainee: Regression, directory: Path, settings: LoopSettings = SETTINGS) -> Outcome:
+def run(task: Regression, directory: Path, settings: LoopSettings = SETTINGS) -> Outcome:
     log = MetricsLog(directory / "metrics.jsonl", "toy")
-    return train(trainee, settings, checkpoints=directory / "checkpoints", progress=SilentProgress(), on_metrics=log)
+    return train(task, settings, checkpoints=directory / "checkpoints", progress=SilentProgress(), on_metrics=log)
 
 
-def weights(trainee: Regression) -> bytes:
-    return b"".join(parameter.detach().cpu().numpy().tobytes() for parameter in trainee.model.parameters())
+def weights(task: Regression) -> bytes:
+    return b"".join(parameter.detach().cpu().numpy().tobytes() for parameter in task.model.parameters())
 
 
 def lines(directory: Path) -> list[dict[str, Any]]:
@@ -89,11 +89,11 @@ def lines(directory: Path) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, list[dict[str, Any]]]:
     directory = tmp_path_factory.mktemp("undisturbed")
-    trainee = Regression()
-    assert run(trainee, directory) == Outcome(best_epoch=1, steps=15)
-    assert trainee.kept == [0, 1]
-    assert trainee.settled == [0, 1, 1]
-    return weights(trainee), lines(directory)
+    task = Regression()
+    assert run(task, directory) == Outcome(best_epoch=1, steps=15)
+    assert task.kept == [0, 1]
+    assert task.settled == [0, 1, 1]
+    return weights(task), lines(directory)
 
 
 @pytest.mark.parametrize("die_at", range(15))
@@ -121,9 +121,9 @@ def test_a_finished_training_is_not_run_again(undisturbed: tuple[bytes, list[dic
 def test_micro_batches_add_up_to_the_batch(tmp_path: Path) -> None:
     outcomes = []
     for micro in (1, 3):
-        trainee = Regression(micro=micro, dropout=0.0)
-        run(trainee, tmp_path / str(micro))
-        outcomes.append(torch.cat([parameter.detach().cpu().flatten() for parameter in trainee.model.parameters()]))
+        task = Regression(micro=micro, dropout=0.0)
+        run(task, tmp_path / str(micro))
+        outcomes.append(torch.cat([parameter.detach().cpu().flatten() for parameter in task.model.parameters()]))
     torch.testing.assert_close(*outcomes)
     one, three = (lines(tmp_path / name) for name in ("1", "3"))
     assert [line.keys() for line in one] == [line.keys() for line in three]
@@ -140,9 +140,9 @@ def test_lines_say_what_a_step_was_made_of(undisturbed: tuple[bytes, list[dict[s
 
 
 def test_without_a_score_the_last_epoch_is_kept(tmp_path: Path) -> None:
-    trainee = Regression(scores=(float("nan"),) * 3)
-    assert run(trainee, tmp_path).best_epoch == 2
-    assert trainee.kept == [0, 1, 2]
+    task = Regression(scores=(float("nan"),) * 3)
+    assert run(task, tmp_path).best_epoch == 2
+    assert task.kept == [0, 1, 2]
 
 
 def test_other_settings_are_refused_and_named(tmp_path: Path) -> None:
@@ -185,7 +185,7 @@ def test_a_loss_that_is_not_finite_names_step_and_term(tmp_path: Path) -> None:
 
 
 def test_a_gradient_that_is_not_finite_is_not_applied(tmp_path: Path) -> None:
-    trainee = Regression()
+    task = Regression()
     calls = 0
 
     def poison(gradient: Tensor) -> Tensor:
@@ -193,10 +193,10 @@ def test_a_gradient_that_is_not_finite_is_not_applied(tmp_path: Path) -> None:
         calls += 1
         return gradient * torch.inf if calls == 3 else gradient
 
-    next(trainee.model.parameters()).register_hook(poison)
+    next(task.model.parameters()).register_hook(poison)
     with pytest.raises(NonFiniteError, match=r"step 3 \(epoch 1\): gradient norm = (inf|nan)"):
-        run(trainee, tmp_path)
-    assert all(torch.isfinite(parameter).all() for parameter in trainee.model.parameters())
+        run(task, tmp_path)
+    assert all(torch.isfinite(parameter).all() for parameter in task.model.parameters())
 
 
 @contextlib.contextmanager
@@ -271,12 +271,12 @@ def test_fp16_needs_a_gpu() -> None:
 
 
 def test_bf16_trains(tmp_path: Path) -> None:
-    trainee = Regression()
-    run(trainee, tmp_path, replace(SETTINGS, precision="bf16"))
-    assert all(parameter.dtype == torch.float32 for parameter in trainee.model.parameters())
+    task = Regression()
+    run(task, tmp_path, replace(SETTINGS, precision="bf16"))
+    assert all(parameter.dtype == torch.float32 for parameter in task.model.parameters())
     full = Regression()
     run(full, tmp_path / "float32")  # in one process with the other precision
-    assert weights(full) != weights(trainee)
+    assert weights(full) != weights(task)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from kdcache.errors import DamageError, MismatchError, StorageError
 from kdcache.testing.faults import counting_disk, failing_disk
 from kdcache.training import checkpoints
 from kdcache.training.metrics_log import MetricsLog
-from kdcache.training.optim import adamw, linear_schedule, warmup_then_decay
+from kdcache.training.optim import LinearSchedule, adamw, warmup_then_decay
 from kdcache.training.seeding import restore_rng_state, rng_state, seed_everything
 
 
@@ -29,7 +29,7 @@ def test_biases_and_norms_do_not_decay_and_the_frozen_are_left_out() -> None:
 def test_parameters_named_apart_have_their_own_rate_and_follow_the_schedule() -> None:
     model = torch.nn.ModuleDict({"student": torch.nn.Linear(2, 3), "projections": torch.nn.Linear(3, 4, bias=False)})
     optimizer = adamw(model.named_parameters(), 0.1, 0.01, {"projections.": 1.0})
-    schedule = linear_schedule(optimizer, 10, 0.0)
+    schedule = LinearSchedule(optimizer, 10, 0.0)
     schedule.step()
     found = {id(group["params"][0]): (group["lr"], group["weight_decay"]) for group in optimizer.param_groups}
     assert found[id(model["projections"].weight)] == (pytest.approx(0.9), 0.0)
@@ -47,10 +47,10 @@ def test_the_schedule_warms_up_and_ends_at_zero() -> None:
 
 def test_the_schedule_resumes() -> None:
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
-    schedule = linear_schedule(optimizer, 10, 0.0)
+    schedule = LinearSchedule(optimizer, 10, 0.0)
     for _ in range(4):
         schedule.step()
-    other = linear_schedule(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1), 10, 0.0)
+    other = LinearSchedule(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1), 10, 0.0)
     other.load_state_dict(schedule.state_dict())
     assert other.learning_rate == schedule.learning_rate == pytest.approx(0.3)
 
