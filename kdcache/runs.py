@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from kdcache.errors import DamageError, StorageError
+from kdcache.files import make_directory, write_file
 
 if TYPE_CHECKING:
     from kdcache.recipe import Recipe
@@ -85,12 +86,12 @@ class RunDirectory:
         return self.root / "plan.json"
 
     def create(self) -> None:
-        """Make the directory, durably; StorageError where that is not possible."""
+        """Make the directory, durably. Raises StorageError."""
         try:
-            make_directories(self.root)
-        except OSError as error:
+            make_directory(self.root)
+        except StorageError as error:
             raise StorageError(
-                f"cannot make the run directory '{self.root}': {error.strerror}", "Give another --output-dir."
+                f"cannot make the run directory '{self.root}': {error.message}", "Give another --output-dir."
             ) from error
 
 
@@ -214,44 +215,8 @@ def home() -> Path:
     return Path(os.environ.get("KDCACHE_HOME") or Path.home() / ".cache" / "kdcache")
 
 
-def write_durably(path: Path, text: str) -> None:
-    """Write beside, fsync, rename, fsync the directory.
-
-    A reader sees the old text or the new one, also after a power cut.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        sync_directory(path.parent)
-    except OSError as error:
-        raise StorageError(
-            f"cannot write '{path}': {error.strerror}", "Free some space, or give another --output-dir."
-        ) from error
-
-
-def sync_directory(path: Path) -> None:
-    """Wait until the names in a directory are on the disk. Raises OSError."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def make_directories(path: Path) -> None:
-    """Make a directory and its parents, each durable in its own parent. Raises OSError."""
-    if not path.is_dir():
-        make_directories(path.parent)
-        path.mkdir(exist_ok=True)
-        sync_directory(path.parent)
-
-
 def _update(run: RunDirectory, stages: dict[str, Any]) -> None:
-    write_durably(run.record, json.dumps({"format": 1, "stages": stages}, indent=1, sort_keys=True) + "\n")
+    write_file(run.record, (json.dumps({"format": 1, "stages": stages}, indent=1, sort_keys=True) + "\n").encode())
 
 
 def _layers(document: dict[str, Any]) -> dict[str, Any]:

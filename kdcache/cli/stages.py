@@ -87,15 +87,16 @@ def baseline(job: Job, *, replace: bool = False) -> DistillResult:
 @contextmanager
 def _recorded(job: Job, place: RunDirectory, stage: Stage, inputs: Inputs) -> Iterator[None]:
     """Around a stage: the run directory before it; recipe, inputs and time once it is complete."""
+    from kdcache.files import write_file
     from kdcache.recipe import dump_toml
-    from kdcache.runs import mark_finished, write_durably
+    from kdcache.runs import mark_finished
 
     started = time.perf_counter()
     place.create()
     if not place.recipe_file.exists():
-        write_durably(place.recipe_file, dump_toml(job.recipe))
+        write_file(place.recipe_file, dump_toml(job.recipe).encode())
     yield
-    write_durably(place.recipe_file, dump_toml(job.recipe))
+    write_file(place.recipe_file, dump_toml(job.recipe).encode())
     mark_finished(job.run, stage, inputs, time.perf_counter() - started)
 
 
@@ -132,8 +133,8 @@ def provenance() -> dict[str, Any]:
 
 def _keep_or_replace(run: RunDirectory, stage: Stage, inputs: Inputs, *, replace: bool) -> None:
     """MismatchError where a finished student was made with other inputs, unless it is to be replaced."""
+    from kdcache.files import remove_directory
     from kdcache.runs import changes, forget
-    from kdcache.training.durable import remove_directory
 
     differing = changes(run, stage, inputs)
     place = run.baseline if stage == "baseline" else run

@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 from kdcache.data.labels import mismatch_cure
 from kdcache.data.task import TaskData, load_task
 from kdcache.errors import MismatchError, RecipeError
+from kdcache.files import remove_leftovers
+from kdcache.locks import exclusive
 from kdcache.progress import listed_apart
 from kdcache.teachers import joint
 from kdcache.teachers.bundle import Bundle, is_bundle, load_shared_head, read_bundle, write_bundle
@@ -28,7 +30,6 @@ from kdcache.teachers.head import Pooling, SharedHead
 from kdcache.teachers.registration import save_teachers, scored
 from kdcache.teachers.sources import Source, open_source, under_shared_head
 from kdcache.training.checkpoints import identity_changes
-from kdcache.training.durable import hold_lock, remove_leftovers
 from kdcache.training.metrics_log import MetricsLog
 from kdcache.training.seeding import seed_everything
 
@@ -77,7 +78,7 @@ def cofinetune(
     """
     if not recipe.teachers:
         raise RecipeError(f"recipe '{recipe.name}' has no teachers", "Add a [[teachers]] table with name and model.")
-    with hold_lock(work_dir, "teachers"):
+    with exclusive(work_dir / ".lock", busy=lambda: f"another process is training the teachers in '{work_dir}'"):
         existing = read_bundle(teachers_dir) if is_bundle(teachers_dir) else None
         added = existing.training.get("added", {}) if existing else {}
         task = _load(recipe, progress)
@@ -105,7 +106,7 @@ def add_teacher(
     recipe's labels or text columns are not those of the bundle.
     """
     section = recipe.teacher(name)
-    with hold_lock(work_dir, "teachers"):
+    with exclusive(work_dir / ".lock", busy=lambda: f"another process is training the teachers in '{work_dir}'"):
         bundle = read_bundle(teachers_dir)
         task = _load(recipe, progress)
         _check_same_task(teachers_dir, bundle, task)

@@ -170,9 +170,8 @@ class RemoteContract:
         assert remote.conditional is self.decides
         for attempt in range(3):
             data = [secrets.token_bytes(100) for _ in range(8)]
-            won = at_once(
-                8, lambda number, attempt=attempt, data=data: remote.create(f"refs/x/{attempt}", data[number])
-            )  # type: ignore[misc]
+            key = f"refs/x/{attempt}"
+            won = at_once(8, lambda number, key=key, data=data: remote.create(key, data[number]))  # type: ignore[misc]
             there = remote.read_bytes(f"refs/x/{attempt}", 100)
             if self.decides:
                 assert [mine for mine, made in zip(data, won, strict=True) if made] == [there]

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from kdcache.errors import NonFiniteError, RecipeError
+from kdcache.locks import exclusive
 from kdcache.training import checkpoints as checkpoint_files
-from kdcache.training.durable import hold_lock
 from kdcache.training.optim import adamw, linear_schedule
 from kdcache.training.seeding import restore_rng_state, rng_state, seed_everything
 
@@ -156,7 +156,7 @@ def train(
     DamageError, StorageError; LockedError where another process trains there. Interrupted at any moment, the newest
     checkpoint is valid.
     """
-    with hold_lock(checkpoints, "training"):
+    with exclusive(checkpoints / ".lock", busy=lambda: f"another process is training in '{checkpoints}'"):
         run = _Run(trainee, settings, checkpoints, progress, on_metrics)
         run.resume()
         progress.start("train", settings.epochs * trainee.steps_per_epoch, "steps")

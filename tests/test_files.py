@@ -13,7 +13,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from kdcache.cache.files import (
+
+from kdcache import files
+from kdcache.errors import StorageError
+from kdcache.files import (
     Disk,
     FileDigest,
     create_file,
@@ -26,9 +29,6 @@ from kdcache.cache.files import (
     write_file,
     write_stream,
 )
-
-from kdcache.cache import files
-from kdcache.errors import StorageError
 from kdcache.testing.faults import FaultyDisk, counting_disk, failing_disk
 from kdcache.testing.power_cut import watched
 
