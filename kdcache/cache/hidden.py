@@ -12,9 +12,10 @@ import numpy as np
 
 from kdcache.cache import layout
 from kdcache.cache.arrays import ArrayDamageError, array_metadata, decode_shard, encode_shard, group_metadata
-from kdcache.cache.checks import check_hidden
 from kdcache.cache.digests import enough_memory
+from kdcache.cache.tokens import not_finite
 from kdcache.codecs.base import HiddenBlock
+from kdcache.codecs.registry import format_of
 
 if TYPE_CHECKING:
     from kdcache.cache.contents import Contents, PartInfo
@@ -22,6 +23,26 @@ if TYPE_CHECKING:
     from kdcache.cache.spec import TeacherSpec
     from kdcache.codecs.base import LayerSpec
     from kdcache.files import Buffer
+
+
+def check_hidden(
+    block: HiddenBlock, layer: int, spec: TeacherSpec, part: str, ids: np.ndarray, offsets: np.ndarray
+) -> None:
+    """Raises ValueError for a wrong shape or dtype, NonFiniteError (with text id and layer) for NaN or infinity.
+
+    ``offsets`` int64 [n + 1]: text i owns rows ``offsets[i]:offsets[i + 1]`` of the layer.
+    """
+    layer_spec = spec.layers[layer]
+    storage = format_of(layer_spec)
+    try:
+        storage.check_block(block, layer_spec, int(offsets[-1]))
+    except ValueError as error:
+        raise ValueError(f"layer {layer} of {part} {error}") from error
+    good = storage.finite_rows(block)
+    if not good.all():
+        token = int((~good).argmax())
+        text = int(np.searchsorted(offsets, token, side="right")) - 1
+        raise not_finite(f"layer {layer}", spec, part, ids, text)
 
 
 def encode_layers(

@@ -1,12 +1,20 @@
-"""Finding out what a directory holds before anything is written: manifest, records, leftovers, damage."""
+"""Opening a cache directory for writing: lock it, read its manifest and records, remove leftovers, find damage.
+
+One process at a time may write. The lock is the operating system's, so it is released when its holder dies; a file
+beside it names the holder for the error message.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from kdcache.cache import layout
+from kdcache.cache.canonical import NotCanonicalError, canonical_json, parse_json
 from kdcache.cache.contents import Contents
 from kdcache.cache.digests import CheckedFiles
 from kdcache.cache.hidden import known_files
@@ -16,7 +24,28 @@ from kdcache.cache.selection import read_local
 from kdcache.cache.spec import Settings, TaskSpec
 from kdcache.cache.stale import check_task
 from kdcache.errors import DamageError, MismatchError
-from kdcache.files import remove_temporaries, write_file
+from kdcache.files import make_directory, remove_temporaries, write_file
+from kdcache.locks import exclusive
+
+
+@contextlib.contextmanager
+def hold_lock(root: Path) -> Iterator[None]:
+    """Hold the lock of a cache directory while the block runs. Raises LockedError, which names the holder."""
+    state = root / layout.STATE
+    if state.is_symlink() or (state / "lock").is_symlink():
+        raise DamageError(f"'{state}' is a symbolic link to another place", "Remove it.")
+    make_directory(state)
+    with exclusive(state / "lock", busy=lambda: f"cache '{root}' is being written by {_holder(state)}"):
+        write_file(state / "holder.json", canonical_json({"host": socket.gethostname(), "pid": os.getpid()}))
+        yield
+
+
+def _holder(state: Path) -> str:
+    try:
+        holder = parse_json((state / "holder.json").read_bytes())
+        return f"process {holder['pid']} on {holder['host']}"
+    except (OSError, NotCanonicalError, KeyError, TypeError):
+        return "another process"
 
 
 def refuse_links(root: Path) -> None:

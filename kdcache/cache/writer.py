@@ -22,19 +22,18 @@ from typing import TYPE_CHECKING, Any
 
 from kdcache.cache import layout, tables
 from kdcache.cache.bases import check_basis, decode_basis, encode_basis
-from kdcache.cache.checks import check_outputs, check_tokens
 from kdcache.cache.contents import Contents, PartInfo, SplitInfo
 from kdcache.cache.digests import CheckedFiles
 from kdcache.cache.hidden import encode_layers
-from kdcache.cache.locking import hold_lock
 from kdcache.cache.manifest import Manifest, make_manifest
-from kdcache.cache.opening import open_contents, refuse_links, refuse_other_directory
+from kdcache.cache.opening import hold_lock, open_contents, refuse_links, refuse_other_directory
 from kdcache.cache.selection import local_selection, selection_here, write_selection
 from kdcache.cache.spec import needs_tokens
 from kdcache.cache.stale import check_teacher, existing_layers, has_any, refuse_case_twin, refuse_partial_layers
 from kdcache.cache.texts import Part as Part
 from kdcache.cache.texts import PartTask as PartTask
 from kdcache.cache.texts import TextPlan, Texts
+from kdcache.cache.tokens import check_outputs, check_tokens
 from kdcache.errors import DamageError, KdcacheError, MismatchError
 from kdcache.files import FileDigest, digest_bytes, write_file
 

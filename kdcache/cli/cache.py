@@ -9,23 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kdcache.cli.options import Json, RemoteUrl
+from kdcache.cli.options import CacheReference, Json, RemoteUrl, find_version
 from kdcache.cli.output import out
-from kdcache.cli.references import find_version
 from kdcache.errors import KdcacheError, RecipeError
 from kdcache.progress import counted, format_bytes, listed
 
 if TYPE_CHECKING:
     from kdcache.share.refs import Ref
     from kdcache.share.stores.base import Remote
-
-CachePath = Annotated[Path, typer.Argument(metavar="PATH", help="Directory of a cache.", show_default=False)]
-CacheReference = Annotated[
-    str,
-    typer.Argument(
-        metavar="PATH|NAME", help="Directory of a cache, or a name (NAME@VERSION) on the remote.", show_default=False
-    ),
-]
 
 
 def info(cache: CacheReference, remote: RemoteUrl = None, json: Json = False) -> None:  # noqa: ARG001
@@ -111,11 +102,6 @@ def _verify_directory(path: Path) -> None:
         return
     part = "every selected file" if (path / ".selection.json").exists() else "every file"
     out.text(f"{path}: {part} is what the manifest says")
-
-
-def require_directory(path: Path) -> None:
-    if not path.is_dir():
-        raise RecipeError(f"there is no directory '{path}'", "Name the directory of a cache: runs/NAME/cache.")
 
 
 def _describe_remote(remote: Remote, ref: Ref) -> dict[str, Any]:

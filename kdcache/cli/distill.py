@@ -8,9 +8,8 @@ from typing import Annotated
 import typer
 
 from kdcache.cli import stages
-from kdcache.cli.options import RUNS, Json, OutputDir, RecipeFile, RemoteUrl, Settings, open_job
+from kdcache.cli.options import RUNS, Json, OutputDir, RecipeFile, RemoteUrl, Settings, find_cache, open_job
 from kdcache.cli.output import out
-from kdcache.cli.references import find_cache
 
 
 def distill(

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kdcache.cli.options import Json, RemoteUrl, Settings
+from kdcache.cli.options import CacheReference, Json, RemoteUrl, Settings, find_cache, layer_numbers
 from kdcache.cli.output import out
-from kdcache.cli.references import find_cache
 from kdcache.errors import RecipeError
 from kdcache.progress import counted, format_bytes
 
@@ -20,10 +19,7 @@ if TYPE_CHECKING:
 
 
 def extend(
-    reference: Annotated[
-        str,
-        typer.Argument(metavar="REF", help="A cache: a directory, or a name on KDCACHE_REMOTE.", show_default=False),
-    ],
+    reference: CacheReference,
     teacher: Annotated[
         list[str] | None,
         typer.Option(
@@ -66,7 +62,7 @@ def extend(
     from kdcache.recipe import load_recipe
 
     loaded = load_recipe(recipe, settings) if recipe is not None else None
-    wanted = Wanted(_teachers(teacher or []), _numbers(layers), loaded)
+    wanted = Wanted(_teachers(teacher or []), layer_numbers(layers), loaded)
     place, progress = find_cache(reference, remote), RichProgress()
     if isinstance(place, Path):
         if tag is not None:
@@ -108,15 +104,6 @@ def _teachers(given: list[str]) -> dict[str, Path]:
             raise RecipeError(f"--teacher names '{name}' twice", "Name each teacher once.")
         found[name] = Path(path)
     return found
-
-
-def _numbers(layers: str | None) -> tuple[int, ...] | None:
-    if layers is None:
-        return None
-    parts = [part.strip() for part in layers.split(",")]
-    if not all(part.isdecimal() and len(part) < 5 for part in parts):
-        raise RecipeError(f"--layers {layers} is not a list of layer numbers", "Such as: --layers 6,12")
-    return tuple(sorted({int(part) for part in parts}))
 
 
 def _show(report: ExtendReport, published: str | None) -> None:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kdcache.cli.cache import CachePath, require_directory
-from kdcache.cli.options import Json, RemoteUrl
+from kdcache.cli.options import CachePath, Json, RemoteUrl, layer_numbers, open_team, require_directory
 from kdcache.cli.output import out
-from kdcache.cli.references import open_team
-from kdcache.errors import RecipeError
 from kdcache.progress import counted, format_bytes
 
 if TYPE_CHECKING:
@@ -98,7 +96,7 @@ def pull(
     target = to or Path(split_reference(name)[0])
     store = open_team(remote)
     ref = resolve(store, name)
-    selection = _selection(store, ref, _words(teachers), _numbers(layers), hidden=not no_hidden, text=not no_text)
+    selection = _selection(store, ref, _words(teachers), layer_numbers(layers), hidden=not no_hidden, text=not no_text)
     report = fetch(store, f"{ref.name}@{ref.manifest}", target, selection, progress=RichProgress())
     out.document({**asdict(report), "remote": store.url})
     part = "" if report.selection is None else ", a part of it"
@@ -108,7 +106,7 @@ def pull(
 
 
 def _selection(
-    remote: Remote, ref: Ref, teachers: list[str] | None, layers: list[int] | None, *, hidden: bool, text: bool
+    remote: Remote, ref: Ref, teachers: list[str] | None, layers: Sequence[int] | None, *, hidden: bool, text: bool
 ) -> Selection | None:
     if teachers is None and layers is None and hidden and text:
         return None
@@ -178,9 +176,9 @@ def _name_document(name: Name) -> dict[str, Any]:
 
 
 def _list_here() -> None:
-    from kdcache.cache.finding import find_caches
     from kdcache.cli.options import RUNS
     from kdcache.runs import home
+    from kdcache.share.listing import find_caches
 
     places = [*sorted(RUNS.glob("*/cache")), *sorted(Path().glob("*")), *sorted((home() / "store/caches").glob("*"))]
     found = find_caches(places)
@@ -292,10 +290,3 @@ def _standing(found: Status, url: str) -> list[str]:
 
 def _words(text: str | None) -> list[str] | None:
     return None if text is None else [word.strip() for word in text.split(",") if word.strip()]
-
-
-def _numbers(text: str | None) -> list[int] | None:
-    words = _words(text)
-    if words is not None and not all(word.isdecimal() for word in words):
-        raise RecipeError(f"--layers is '{text}', not a list of numbers", "Such as: --layers 6,12")
-    return None if words is None else [int(word) for word in words]

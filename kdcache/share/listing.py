@@ -6,10 +6,12 @@ shown as such and hides no other name.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kdcache.cache.layout import MANIFEST
 from kdcache.cache.manifest import read_manifest
 from kdcache.cache.selection import Selection, local_selection
 from kdcache.errors import KdcacheError
@@ -125,6 +127,44 @@ def differing(mine: Contents, other: Contents) -> list[str]:
         lines.append(f"{counted(len(changed), 'file')} with other bytes, such as '{min(changed)}'")
     return lines or (
         ["the settings of the dump differ"] if mine.settings != other.settings or mine.task != other.task else []
+    )
+
+
+@dataclass(frozen=True)
+class LocalCache:
+    """A cache directory in a line; ``problem`` where it cannot be read, and then the rest is empty."""
+
+    path: str
+    identity: str = ""
+    teachers: tuple[str, ...] = ()
+    texts: int = 0
+    bytes: int = 0  # of the whole cache
+    bytes_here: int = 0  # of what was selected, where it is a part
+    origin: str = ""  # name@number that a part was pulled from
+    problem: str = ""
+
+
+def find_caches(places: Iterable[Path]) -> list[LocalCache]:
+    """The caches among ``places``, which may or may not be directories, in their order."""
+    return [_look(place) for place in places if (place / MANIFEST).is_file()]
+
+
+def _look(place: Path) -> LocalCache:
+    try:
+        manifest = read_manifest(place)
+        contents = manifest.contents
+        local = local_selection(place, contents)
+    except KdcacheError as error:
+        return LocalCache(str(place), problem=error.message)
+    here = contents.files.keys() if local is None else local.selection.covers(contents)
+    return LocalCache(
+        str(place),
+        manifest.identity,
+        tuple(contents.teachers),
+        sum(part.texts for part in contents.parts),
+        sum(digest.size for digest in contents.files.values()),
+        sum(contents.files[path].size for path in here),
+        "" if local is None else local.origin,
     )
 
 

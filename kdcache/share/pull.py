@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING
 from kdcache.cache import layout as cache_layout
 from kdcache.cache.canonical import NotCanonicalError, canonical_json, parse_json
 from kdcache.cache.card import cache_card
-from kdcache.cache.locking import hold_lock
 from kdcache.cache.manifest import MAX_BYTES, parse_manifest, read_manifest
-from kdcache.cache.opening import refuse_other_directory
+from kdcache.cache.opening import hold_lock, refuse_other_directory
 from kdcache.cache.selection import Selection, local_selection, union, write_selection
 from kdcache.errors import DamageError, MismatchError, MissingObjectError
 from kdcache.files import FileDigest, make_directory, remove_file, remove_temporaries, write_file

@@ -21,7 +21,6 @@ import numpy as np
 from kdcache.cache import layout
 from kdcache.cache.canonical import NotCanonicalError, canonical_json, digest_of, parse_json
 from kdcache.cache.digests import CheckedFile, CheckedFiles
-from kdcache.cache.finding import find_caches
 from kdcache.cache.reader import Cache, open_cache
 from kdcache.cache.selection import SELECTION
 from kdcache.cache.tables import encode_tokens
@@ -32,7 +31,7 @@ from kdcache.files import use_disk
 from kdcache.share import keys as share_layout
 from kdcache.share.gc import collect
 from kdcache.share.intents import Pace
-from kdcache.share.listing import names, status
+from kdcache.share.listing import find_caches, names, status
 from kdcache.share.local_store import LocalStore
 from kdcache.share.pull import fetch_manifest, pull
 from kdcache.share.push import push

@@ -20,8 +20,15 @@ from typing import TYPE_CHECKING, Any
 
 from kdcache.errors import DamageError, MissingObjectError, RemoteError
 from kdcache.share.stores.base import Entry, check_key, check_prefix, is_key
-from kdcache.share.stores.store_access import obstore, open_store
-from kdcache.share.stores.store_errors import Place, explain, is_lost, is_whole, out_of_range
+from kdcache.share.stores.store_client import (
+    Place,
+    explain,
+    is_lost,
+    is_whole,
+    obstore,
+    open_store,
+    out_of_range,
+)
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
 from kdcache.errors import RecipeError
-from kdcache.share.stores.redaction import redact
+from kdcache.share.stores.store_client import redact
 
 if TYPE_CHECKING:
     from kdcache.share.stores.base import Remote

@@ -1,18 +1,152 @@
-"""What a store library says, in kdcache's words: who was asked for what, why it failed, and what cures it.
+"""The obstore client of an object store: opened from the environment, with errors that a person can act on.
 
-obstore gives one class for most failures and puts the rest into a long text. The status, the server's own code and the
-reason of a broken connection are read out of it; the text itself goes to a note of the exception, redacted, which a
-traceback shows.
+**Opening.** Credentials and endpoint come from the variables that the tools of the providers use. The client has
+time-outs and retries. It refuses to work after a fork, where obstore's threads do not exist and a call would hang.
+
+**Errors.** obstore raises one class for most failures and puts the details into a long text. The HTTP status, the
+server's own code and the reason of a broken connection are read out of that text, so that the message says who was
+asked for what, why it failed, and what to do. The text itself becomes a note of the exception, which a traceback shows.
+
+**Redaction.** Errors of a store library quote URLs, headers and answers of the server, which may hold credentials. So
+every text passes ``redact``. It removes user and password of a URL, its whole query (signatures travel there), values
+named like secrets, authorization headers, access key ids, and the values of the secrets in this process's environment.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
 
-from kdcache.errors import RemoteAccessError, RemoteError
-from kdcache.share.stores.redaction import redact
+from kdcache.errors import RecipeError, RemoteAccessError, RemoteError
+
+if TYPE_CHECKING:
+    from obstore.store import ObjectStore
+
+HIDDEN = "***"
+_SECRET_NAMES = r"(?:[\w-]*(?:secret|password|passwd|token|signature|credential|authorization|access[_-]?key|account[_-]?key|sas[_-]?key|api[_-]?key)[\w-]*|sig|sas)"
+_ENVIRONMENT = re.compile(
+    r"^(AWS|AZURE|AZURITE|GOOGLE|GCS|GCLOUD)_.*(KEY|SECRET|TOKEN|PASSWORD|SAS|CREDENTIALS?)(_|$)|^(AWS|AZURE).*KEY_ID$"
+)
+_RULES = (
+    (re.compile(r"(?<=://)[^\s\"'<>]*@"), f"{HIDDEN}@"),
+    (re.compile(r"(\w+://[^\s\"'<>?]*)\?[^\s\"'<>)]*"), rf"\1?{HIDDEN}"),
+    (re.compile(r"(?i)<([\w]*(?:AccessKeyId|StringToSign|Signature|CanonicalRequest|Token)[\w]*)>.*?</\1>", re.S), rf"<\1>{HIDDEN}</\1>"),
+    (re.compile(r"(?i)\b(bearer|basic|sharedkey|sharedaccesssignature)\s+[\w.~+/=:%&-]+"), rf"\1 {HIDDEN}"),
+    (re.compile(r"AWS4-HMAC-SHA256[^\n\"]*"), f"AWS4-HMAC-SHA256 {HIDDEN}"),
+    (re.compile(rf"(?i)([\"']?\b{_SECRET_NAMES}[\"']?\s*[=:]\s*)(?:\"[^\"]*\"|'[^']*'|[^\s,;&)}}<]+)"), rf"\1{HIDDEN}"),
+    (re.compile(r"\b(?:AKIA|ASIA)[A-Z0-9]{12,}\b"), HIDDEN),
+)  # fmt: skip
+
+
+def redact(text: str, environment: Mapping[str, str] | None = None) -> str:
+    """``text`` without credentials.
+
+    ``environment`` (by default that of this process) names secrets that are taken out literally.
+    """
+    values = {
+        value
+        for name, value in (os.environ if environment is None else environment).items()
+        if len(value) >= 6 and _ENVIRONMENT.search(name.upper())
+    }
+    for value in sorted(values, key=len, reverse=True):
+        text = text.replace(value, HIDDEN)
+    for pattern, replacement in _RULES:
+        text = pattern.sub(replacement, text)
+    return text
+
+
+@dataclass(frozen=True)
+class Place:
+    """A store, for messages; ``environment`` is what its credentials came from, None: that of this process."""
+
+    scheme: str
+    bucket: str
+    url: str
+    endpoint: str  # empty: the provider's own
+    environment: Mapping[str, str] | None = None
+
+    def __repr__(self) -> str:
+        return f"Place({self.url!r})"
+
+    @property
+    def at(self) -> str:
+        """URL, with the endpoint where it is not the provider's own."""
+        return f"{self.url} at {self.endpoint}" if self.endpoint else self.url
+
+
+_ENDPOINTS = {
+    "s3": ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"),
+    "gs": ("GOOGLE_BASE_URL",),
+    "az": ("AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT"),
+}
+SCHEMES = tuple(_ENDPOINTS)
+_RETRIES: Any = {  # about ten seconds in all where nothing answers: each wait is drawn from the last one and its double
+    "max_retries": 10,
+    "backoff": {"init_backoff": timedelta(milliseconds=300), "max_backoff": timedelta(seconds=10), "base": 2},
+    "retry_timeout": timedelta(minutes=3),
+}
+_runtime: list[int] = []  # the process in which obstore's threads run
+
+
+def open_store(url: str, environment: Mapping[str, str] | None = None) -> tuple[ObjectStore, Place]:
+    """A client for s3://, gs:// or az://, then BUCKET[/PREFIX].
+
+    RecipeError where variables and URL do not fit together.
+    """
+    obstore()
+    from obstore.store import AzureStore, GCSStore, S3Store
+
+    scheme, _, rest = url.partition("://")
+    bucket, _, prefix = rest.strip("/").partition("/")
+    settings = os.environ if environment is None else environment
+    endpoint = next((settings[name] for name in _ENDPOINTS[scheme] if settings.get(name)), "")
+    shown = redact(f"{scheme}://{bucket}{'/' if prefix else ''}{prefix}", {})
+    place = Place(scheme, bucket, shown, endpoint=redact(endpoint, settings), environment=environment)
+    kind: Any = {"s3": S3Store, "gs": GCSStore, "az": AzureStore}[scheme]
+    given = {"config": {name.lower(): value for name, value in environment.items()}} if environment is not None else {}
+    try:
+        return kind(
+            bucket, prefix=prefix or None, client_options=_client(endpoint), retry_config=_RETRIES, **given
+        ), place
+    except Exception as error:
+        message = redact(str(error).split("\n", 1)[0], settings)
+        raise RecipeError(
+            f"cannot open {place.at}: {message}", "Check the variables that name the account, its key and the endpoint."
+        ) from None
+
+
+def obstore() -> Any:
+    """The library, in the process that first asked for it.
+
+    RemoteError in a fork of that process, where its calls would hang.
+    """
+    if _runtime and _runtime[0] != os.getpid():
+        raise RemoteError(
+            "an object store was opened before this process was forked, and none works in it",
+            "Start worker processes with the method 'spawn', and open the remote in them.",
+        )
+    _runtime[:] = [os.getpid()]
+    import obstore as library
+
+    return library
+
+
+def _client(endpoint: str) -> Any:
+    """A stalled connection ends after two minutes, a living one after an hour.
+
+    A part over a slow line takes its time.
+    """
+    return {
+        "allow_http": endpoint.startswith("http://"),
+        "connect_timeout": timedelta(seconds=5),
+        "read_timeout": timedelta(minutes=2),
+        "timeout": timedelta(hours=1),
+    }
+
 
 _STATUS = re.compile(r"status code: (\d{3})(?: ([A-Za-z ]+))?")
 _CODE = re.compile(r"<Code>([^<]{1,80})</Code>|\(code: (\w{1,80})\)|\"reason\": ?\"(\w{1,80})\"")
@@ -49,25 +183,6 @@ _NAMES = {
     "az": "AZURE_STORAGE_ACCOUNT_KEY or AZURE_STORAGE_SAS_TOKEN",
 }
 _WRITES = ("write", "create", "delete")
-
-
-@dataclass(frozen=True)
-class Place:
-    """A store, for messages; ``environment`` is what its credentials came from, None: that of this process."""
-
-    scheme: str
-    bucket: str
-    url: str
-    endpoint: str  # empty: the provider's own
-    environment: Mapping[str, str] | None = None
-
-    def __repr__(self) -> str:
-        return f"Place({self.url!r})"
-
-    @property
-    def at(self) -> str:
-        """URL, with the endpoint where it is not the provider's own."""
-        return f"{self.url} at {self.endpoint}" if self.endpoint else self.url
 
 
 def explain(error: BaseException, place: Place, method: str, key: str = "") -> RemoteError:
