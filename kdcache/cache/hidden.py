@@ -1,7 +1,4 @@
-"""Hidden states of a part on their way to files.
-
-One zarr array per layer, one more for scales where the storage format has them.
-"""
+"""Hidden states of a part to and from files: a zarr array per layer, and one for the scales of a format that has them."""
 
 from __future__ import annotations
 
@@ -48,9 +45,9 @@ def check_hidden(
 def encode_layers(
     spec: TeacherSpec, part: str, ids: np.ndarray, offsets: np.ndarray | None, blocks: Mapping[int, HiddenBlock]
 ) -> dict[str, Iterable[Buffer]]:
-    """The files of some layers of a part, the group's metadata among them. Raises as ``check_hidden``.
+    """The files of some layers of a part, with the group's metadata. Raises as ``check_hidden``.
 
-    ``offsets`` int64 [n + 1] are those of the texts' tokens; None where every layer has a row per text.
+    ``offsets`` int64 [n + 1]: of the texts' tokens; None if every layer has one row per text.
     """
     files: dict[str, Iterable[Buffer]] = {layout.group_file(spec.name, part): [group_metadata()]}
     for layer, block in sorted(blocks.items()):
@@ -68,18 +65,18 @@ def encode_layers(
 
 
 def decode_layer(files: CheckedFiles, teacher: str, part: str, layer: int, spec: LayerSpec, rows: int) -> HiddenBlock:
-    """Read one layer of a part, with so many rows. Raises DamageError, which names the file."""
+    """Read one layer of a part with ``rows`` rows. Raises DamageError, which names the file."""
     files.read(layout.group_file(teacher, part))
     arrays = []
     for name, (shape, dtype) in layout.array_shapes(layer, spec, rows).items():
         metadata, shard = layout.array_files(teacher, part, name, shape)
-        files.read(metadata)  # its digest is that of the only metadata that this shape and dtype can have
+        files.read(metadata)  # checked: this shape and dtype allow one content only
         arrays.append(_read_array(files, shard, shape, dtype))
     return HiddenBlock(arrays[0], arrays[1] if len(arrays) > 1 else None)
 
 
 def known_files(contents: Contents, teacher: TeacherSpec, part: PartInfo) -> dict[str, bytes]:
-    """Files of a full part whose bytes follow from shapes alone: they can be written again without the teacher."""
+    """Files of a full part whose bytes follow from shapes, so they can be restored without the teacher."""
     files = {}
     for layer, spec in teacher.layers.items():
         rows = contents.rows(teacher.name, part, spec)

@@ -1,6 +1,7 @@
-"""What a cache remembers of a teacher's tokens: where each one lies in its text, and which part the special ones play.
+"""Outputs of a teacher for a part, and its tokens: the span of each one in its text, and the roles of special tokens.
 
-Token numbers are not stored: a student with another tokenizer needs spans and roles, and nothing else, to align itself.
+Token ids are not stored: a student with another tokenizer needs only spans and roles for the alignment. The checks run
+before anything is written.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a teacher predicts for the ``n`` texts of a part."""
+    """Predictions of a teacher for the ``n`` texts of a part."""
 
     logits: np.ndarray  # float32[n, classes], raw: never a probability
     pooled: np.ndarray | None = None  # float32[n, width]
@@ -58,7 +59,7 @@ def check_outputs(outputs: Outputs, spec: TeacherSpec, part: str, ids: np.ndarra
     wanted = {"logits": (outputs.logits, spec.target.shape[0])}
     if (outputs.pooled is None) != (spec.pooled is None):
         raise ValueError(
-            f"teacher '{spec.name}' is declared with pooled {spec.pooled}, its outputs of {part} say otherwise"
+            f"teacher '{spec.name}' is declared with pooled {spec.pooled}, which its outputs of {part} contradict"
         )
     if outputs.pooled is not None and spec.pooled is not None:
         wanted["pooled"] = (outputs.pooled, spec.pooled)
@@ -73,7 +74,7 @@ def check_outputs(outputs: Outputs, spec: TeacherSpec, part: str, ids: np.ndarra
 
 
 def check_tokens(tokens: Tokens, part: str, texts: int) -> None:
-    """Raises ValueError where offsets, lengths, dtypes or roles do not fit together."""
+    """Raises ValueError if offsets, lengths, dtypes or roles are inconsistent."""
     total = len(tokens.starts)
     offsets = tokens.offsets
     if (

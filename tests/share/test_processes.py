@@ -293,7 +293,7 @@ def test_credentials_that_may_only_read(
     url = writer.url[: writer.url.index(" ")] if " " in writer.url else writer.url
     assert seaweedfs.reader is not None
     reader = seaweedfs.open(url, seaweedfs.reader)
-    with pytest.raises(RemoteAccessError, match="push needs the right to write to"):
+    with pytest.raises(RemoteAccessError, match="push needs write access to"):
         push(reader, cache, "other")
     assert objects(writer, "") == objects(reader, "")
     pull(reader, "sst2", tmp_path / "c")

@@ -27,14 +27,20 @@ if TYPE_CHECKING:
     from obstore.store import ObjectStore
 
 HIDDEN = "***"
-_SECRET_NAMES = r"(?:[\w-]*(?:secret|password|passwd|token|signature|credential|authorization|access[_-]?key|account[_-]?key|sas[_-]?key|api[_-]?key)[\w-]*|sig|sas)"
+_SECRET_NAMES = (
+    r"(?:[\w-]*(?:secret|password|passwd|token|signature|credential|authorization|access[_-]?key|account[_-]?key|"
+    r"sas[_-]?key|api[_-]?key)[\w-]*|sig|sas)"
+)
 _ENVIRONMENT = re.compile(
     r"^(AWS|AZURE|AZURITE|GOOGLE|GCS|GCLOUD)_.*(KEY|SECRET|TOKEN|PASSWORD|SAS|CREDENTIALS?)(_|$)|^(AWS|AZURE).*KEY_ID$"
 )
 _RULES = (
     (re.compile(r"(?<=://)[^\s\"'<>]*@"), f"{HIDDEN}@"),
     (re.compile(r"(\w+://[^\s\"'<>?]*)\?[^\s\"'<>)]*"), rf"\1?{HIDDEN}"),
-    (re.compile(r"(?i)<([\w]*(?:AccessKeyId|StringToSign|Signature|CanonicalRequest|Token)[\w]*)>.*?</\1>", re.S), rf"<\1>{HIDDEN}</\1>"),
+    (
+        re.compile(r"(?i)<([\w]*(?:AccessKeyId|StringToSign|Signature|CanonicalRequest|Token)[\w]*)>.*?</\1>", re.S),
+        rf"<\1>{HIDDEN}</\1>",
+    ),
     (re.compile(r"(?i)\b(bearer|basic|sharedkey|sharedaccesssignature)\s+[\w.~+/=:%&-]+"), rf"\1 {HIDDEN}"),
     (re.compile(r"AWS4-HMAC-SHA256[^\n\"]*"), f"AWS4-HMAC-SHA256 {HIDDEN}"),
     (re.compile(rf"(?i)([\"']?\b{_SECRET_NAMES}[\"']?\s*[=:]\s*)(?:\"[^\"]*\"|'[^']*'|[^\s,;&)}}<]+)"), rf"\1{HIDDEN}"),
@@ -43,10 +49,7 @@ _RULES = (
 
 
 def redact(text: str, environment: Mapping[str, str] | None = None) -> str:
-    """``text`` without credentials.
-
-    ``environment`` (by default that of this process) names secrets that are taken out literally.
-    """
+    """``text`` without credentials; values of secrets in ``environment`` (default: this process's) are replaced too."""
     values = {
         value
         for name, value in (os.environ if environment is None else environment).items()
@@ -61,7 +64,7 @@ def redact(text: str, environment: Mapping[str, str] | None = None) -> str:
 
 @dataclass(frozen=True)
 class Place:
-    """A store, for messages; ``environment`` is what its credentials came from, None: that of this process."""
+    """A store, for messages; ``environment``: the variables of its credentials, None for this process's."""
 
     scheme: str
     bucket: str
@@ -74,7 +77,7 @@ class Place:
 
     @property
     def at(self) -> str:
-        """URL, with the endpoint where it is not the provider's own."""
+        """The URL, with the endpoint unless it is the provider's."""
         return f"{self.url} at {self.endpoint}" if self.endpoint else self.url
 
 
@@ -84,7 +87,7 @@ _ENDPOINTS = {
     "az": ("AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT"),
 }
 SCHEMES = tuple(_ENDPOINTS)
-_RETRIES: Any = {  # about ten seconds in all where nothing answers: each wait is drawn from the last one and its double
+_RETRIES: Any = {  # about ten seconds in all if nothing answers
     "max_retries": 10,
     "backoff": {"init_backoff": timedelta(milliseconds=300), "max_backoff": timedelta(seconds=10), "base": 2},
     "retry_timeout": timedelta(minutes=3),
@@ -93,10 +96,7 @@ _runtime: list[int] = []  # the process in which obstore's threads run
 
 
 def open_store(url: str, environment: Mapping[str, str] | None = None) -> tuple[ObjectStore, Place]:
-    """A client for s3://, gs:// or az://, then BUCKET[/PREFIX].
-
-    RecipeError where variables and URL do not fit together.
-    """
+    """A client for an s3://, gs:// or az:// URL. Raises RecipeError if variables and URL do not fit together."""
     obstore()
     from obstore.store import AzureStore, GCSStore, S3Store
 
@@ -120,13 +120,10 @@ def open_store(url: str, environment: Mapping[str, str] | None = None) -> tuple[
 
 
 def obstore() -> Any:
-    """The library, in the process that first asked for it.
-
-    RemoteError in a fork of that process, where its calls would hang.
-    """
+    """The module obstore. Raises RemoteError in a fork of the process that first used it: calls would hang."""
     if _runtime and _runtime[0] != os.getpid():
         raise RemoteError(
-            "an object store was opened before this process was forked, and none works in it",
+            "an object store was opened before this process was forked; object stores do not work after a fork",
             "Start worker processes with the method 'spawn', and open the remote in them.",
         )
     _runtime[:] = [os.getpid()]
@@ -136,10 +133,7 @@ def obstore() -> Any:
 
 
 def _client(endpoint: str) -> Any:
-    """A stalled connection ends after two minutes, a living one after an hour.
-
-    A part over a slow line takes its time.
-    """
+    """A stalled connection ends after two minutes, an active one after an hour: slow lines exist."""
     return {
         "allow_http": endpoint.startswith("http://"),
         "connect_timeout": timedelta(seconds=5),
@@ -150,7 +144,7 @@ def _client(endpoint: str) -> Any:
 
 _STATUS = re.compile(r"status code: (\d{3})(?: ([A-Za-z ]+))?")
 _CODE = re.compile(r"<Code>([^<]{1,80})</Code>|\(code: (\w{1,80})\)|\"reason\": ?\"(\w{1,80})\"")
-_SAID = re.compile(r"<Message>([^<]{1,300})</Message>")
+_MESSAGE = re.compile(r"<Message>([^<]{1,300})</Message>")
 _REASONS = (
     (re.compile(r"dns error|failed to lookup address"), "its name is not known to the name server"),
     (re.compile(r"Connection refused"), "nothing listens there (connection refused)"),
@@ -158,7 +152,10 @@ _REASONS = (
     (re.compile(r"certificate|UnknownIssuer|tls", re.I), "its certificate is not trusted"),
     (re.compile(r"BadScheme"), "its address is no http or https URL"),
     (re.compile(r"Network is unreachable|No route to host"), "the network does not lead there"),
-    (re.compile(r"ConnectionReset|Connection reset|IncompleteMessage|connection closed|Broken pipe|IncompleteBody"), "the connection broke"),
+    (
+        re.compile(r"ConnectionReset|Connection reset|IncompleteMessage|connection closed|Broken pipe|IncompleteBody"),
+        "the connection broke",
+    ),
 )  # fmt: skip
 _METADATA = ("169.254.169.254", "metadata.google.internal", "169.254.170.2")
 _CREDENTIALS = {
@@ -174,8 +171,13 @@ _LOGIN = {
         "Export AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; those of a profile: "
         'eval "$(aws configure export-credentials --format env)". A public bucket: export AWS_SKIP_SIGNATURE=true'
     ),
-    "gs": "Run gcloud auth application-default login, or export GOOGLE_APPLICATION_CREDENTIALS=FILE of a service account.",
-    "az": "Export AZURE_STORAGE_ACCOUNT_NAME with AZURE_STORAGE_ACCOUNT_KEY or AZURE_STORAGE_SAS_TOKEN, or AZURE_USE_AZURE_CLI=true.",
+    "gs": (
+        "Run gcloud auth application-default login, or export GOOGLE_APPLICATION_CREDENTIALS=FILE of a service account."
+    ),
+    "az": (
+        "Export AZURE_STORAGE_ACCOUNT_NAME with AZURE_STORAGE_ACCOUNT_KEY or AZURE_STORAGE_SAS_TOKEN, "
+        "or AZURE_USE_AZURE_CLI=true."
+    ),
 }
 _NAMES = {
     "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
@@ -186,7 +188,7 @@ _WRITES = ("write", "create", "delete")
 
 
 def explain(error: BaseException, place: Place, method: str, key: str = "") -> RemoteError:
-    """A RemoteError that says what failed: ``method`` (list, head, read, write, create, delete) of ``key``."""
+    """The RemoteError for a failed ``method`` (list, head, read, write, create, delete) of ``key``."""
     if isinstance(error, RemoteError):
         return error
     text = str(error)
@@ -218,18 +220,18 @@ def explain(error: BaseException, place: Place, method: str, key: str = "") -> R
 
 
 def is_lost(error: BaseException) -> bool:
-    """Whether a request may have been done although it failed here: no answer came, or one that says nothing of it."""
+    """Whether a failed request may have succeeded on the server: no answer came, or an inconclusive one."""
     status = _status(str(error))
     return status is None or status >= 500 or status in (408, 409, 429)
 
 
 def out_of_range(error: BaseException) -> bool:
-    """Whether a read began behind the end of the object."""
+    """Whether a read began beyond the end of the object."""
     return _status(str(error)) == 416 or "InvalidRange" in str(error) or "is larger than" in str(error)
 
 
 def is_whole(error: BaseException) -> bool:
-    """Whether a range was asked for and the whole object came."""
+    """Whether the server answered a range request with the whole object."""
     return "non-partial response" in str(error)
 
 
@@ -239,10 +241,11 @@ def _access(what: str, place: Place, method: str, code: str) -> RemoteAccessErro
     if method in _WRITES:
         return RemoteAccessError(
             f"{what}: the credentials do not allow it",
-            "They may be read-only: pull works with them, push needs leave to write.",
+            "They may be read-only: pull works with them, push needs write access.",
         )
     return RemoteAccessError(
-        f"{what}: the credentials do not allow it", f"Check {_NAMES[place.scheme]}, or ask for leave to read and list."
+        f"{what}: the credentials do not allow it",
+        f"Check {_NAMES[place.scheme]}, or ask for permission to read and list.",
     )
 
 
@@ -254,13 +257,13 @@ def _denied(error: BaseException, status: int | None, code: str) -> bool:
 
 
 def _status(text: str) -> int | None:
-    found = _STATUS.search(text)
-    return int(found.group(1)) if found else None
+    match = _STATUS.search(text)
+    return int(match.group(1)) if match else None
 
 
 def _code(text: str) -> str:
-    found = _CODE.search(text)
-    return next((group for group in found.groups() if group), "") if found else ""
+    match = _CODE.search(text)
+    return next((group for group in match.groups() if group), "") if match else ""
 
 
 def _reason(text: str) -> str:
@@ -270,10 +273,10 @@ def _reason(text: str) -> str:
 
 
 def _summary(text: str, status: int | None, code: str, place: Place) -> str:
-    """The server's own words where it said something, else the first line of the library's."""
+    """The server's message if it sent one, else the first line of the library's."""
     if status is not None:
-        said = _SAID.search(text)
-        words = [f"status {status}", *([code] if code else []), *([said.group(1)] if said else [])]
+        message = _MESSAGE.search(text)
+        words = [f"status {status}", *([code] if code else []), *([message.group(1)] if message else [])]
         return redact(", ".join(words), place.environment)
     line = text.split("\n", 1)[0]
     return redact(line, place.environment)[:300]
