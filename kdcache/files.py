@@ -97,7 +97,7 @@ def write_file(path: Path, data: Buffer | Iterable[Buffer]) -> FileDigest:
 
 
 def write_stream(path: Path, blocks: Iterable[Buffer], check: Callable[[], None]) -> None:
-    """Like ``write_file``, one block at a time; ``check`` runs after the last block and may raise to discard the file."""
+    """Like ``write_file``, block by block; ``check`` runs after the last block and may raise to discard the file."""
     _put(path, blocks, check)
 
 

@@ -45,8 +45,8 @@ _SHOWN = 80  # characters of a name in a message
 
 _TYPES: dict[int, str] = {
     1: "null", 2: "int", 3: "float", 4: "binary", 5: "string", 6: "bool", 7: "decimal", 8: "date", 9: "time",
-    10: "timestamp", 11: "interval", 12: "list", 13: "struct", 14: "union", 15: "fixed_size_binary", 16: "fixed_size_list", 17: "map",
-    18: "duration", 19: "large_binary", 20: "large_string", 21: "large_list",
+    10: "timestamp", 11: "interval", 12: "list", 13: "struct", 14: "union", 15: "fixed_size_binary",
+    16: "fixed_size_list", 17: "map", 18: "duration", 19: "large_binary", 20: "large_string", 21: "large_list",
 }  # fmt: skip
 _SINGLE = 1  # precision of a floating point type
 

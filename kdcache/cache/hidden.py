@@ -1,4 +1,4 @@
-"""Hidden states of a part to and from files: a zarr array per layer, and one for the scales of a format that has them."""
+"""Encodes and decodes the hidden states of a part: a zarr array per layer, and one more for scales if there are any."""
 
 from __future__ import annotations
 

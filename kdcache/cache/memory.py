@@ -5,8 +5,8 @@ in many threads. glibc raises its mmap threshold when such a block is freed and 
 each thread, so the memory of a process grows with the rows it has read or the files it has sent. There freed memory is
 returned.
 
-Training on the CPU is the opposite: every step frees and allocates the same large blocks, and page faults cost more than
-the computation. There freed memory is kept.
+Training on the CPU is the opposite: every step frees and allocates the same large blocks, and page faults cost more
+than the computation. There freed memory is kept.
 """
 
 from __future__ import annotations
