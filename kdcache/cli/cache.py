@@ -1,4 +1,4 @@
-"""``kdcache cache``: what a cache holds, and whether it is whole."""
+"""``kdcache cache info|verify``: what a cache holds, and whether it is undamaged."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ def verify(
     remote: RemoteUrl = None,
     json: Json = False,  # noqa: ARG001
 ) -> None:
-    """Compare a cache with its manifest; exit code 3 where something is missing or damaged.
+    """Compare a cache with its manifest; exit code 3 if something is missing or damaged.
 
-    Of a directory every byte is read. On a remote, presence and size of every file are looked at, and with --read-data
-    or --subset the bytes too.
+    In a directory every byte is read. On a remote, presence and size of every file are checked, and with --read-data or
+    --subset the bytes too.
 
     Example: kdcache cache verify runs/sst2/cache
 
@@ -183,7 +183,8 @@ def _show(description: dict[str, Any]) -> None:
     )
     rows: list[tuple[Any, ...]] = []
     for name, teacher in description["teachers"].items():
-        what = f"{teacher['head']} head, {teacher['depth']} x {teacher['width']}, {teacher['backend']} {teacher['precision']}"
+        run = f"{teacher['backend']} {teacher['precision']}"
+        what = f"{teacher['head']} head, {teacher['depth']} x {teacher['width']}, {run}"
         rows.append((name, what, teacher["tokens"], format_bytes(teacher["bytes"]), _absent(teacher)))
         for layer, stored in teacher["layers"].items():
             rows.append(

@@ -30,12 +30,12 @@ def extend(
     ] = None,
     layers: Annotated[
         str | None,
-        typer.Option(metavar="6,12", help="Layers to store of them; like the other teachers' where not given."),
+        typer.Option(metavar="6,12", help="Layers to store of them; default: as the other teachers."),
     ] = None,
     recipe: Annotated[
         Path | None,
         typer.Option(
-            metavar="RECIPE", help="Its data: new or edited rows; its settings, for newcomers.", show_default=False
+            metavar="RECIPE", help="Recipe with new or edited rows, and settings for new teachers.", show_default=False
         ),
     ] = None,
     settings: Settings = None,
@@ -45,10 +45,10 @@ def extend(
     remote: RemoteUrl = None,
     json: Json = False,  # noqa: ARG001  (its callback switches the output)
 ) -> None:
-    """Add teachers, layers or rows to a cache; what is there is neither run nor written again.
+    """Add teachers, layers or rows to a cache; existing parts are neither run nor written again.
 
-    A directory grows in place. Of a name, what is needed is fetched, and the result is pushed as its next version; the
-    old one stays. Interrupted, it continues with the same command.
+    A directory is extended in place. For a name, the needed files are fetched and the result is pushed as its next
+    version; the old one stays. If interrupted, run the same command again: it continues.
 
     Example: kdcache cache extend sst2-3t --teacher deberta=runs/deberta/teachers
 

@@ -1,4 +1,4 @@
-"""Arguments and flags that several commands share, and what they stand for: a recipe with its run, a cache, a remote."""
+"""Arguments and flags that several commands share, and what they stand for: a run, a cache, a remote."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ OutputDir = Annotated[
 ]
 TeachersDir = Annotated[
     Path | None,
-    typer.Option(metavar="DIR", help="Teachers directory; that of the run where not given.", show_default=False),
+    typer.Option(metavar="DIR", help="Teachers directory; default: that of the run.", show_default=False),
 ]
 Json = Annotated[bool, typer.Option("--json", callback=_json_mode, help="Print the result as JSON.")]
 RemoteUrl = Annotated[
@@ -65,14 +65,14 @@ _REFERENCE = re.compile(rf"{layout.NAME.pattern}(@{layout.TAG.pattern})?")
 
 @dataclass(frozen=True)
 class Job:
-    """A recipe with the directory of its run; ``teachers`` and ``cache`` lie in it unless flags say otherwise."""
+    """A recipe and its run directory; ``teachers`` and ``cache`` are in it unless flags name others."""
 
     recipe: Recipe
     run: RunDirectory
     teachers: Path
     cache: Path
     progress: Progress
-    remote_cache: RemoteCache | None = None  # in the place of ``cache``: read through from a remote
+    remote_cache: RemoteCache | None = None  # read through from a remote, instead of ``cache``
 
 
 def open_job(
@@ -83,7 +83,7 @@ def open_job(
     teachers: Path | None = None,
     cache: Path | RemoteCache | None = None,
 ) -> Job:
-    """Read the recipe and say where its run lies; nothing is written."""
+    """Read the recipe and find its run directory; writes nothing."""
     from kdcache.progress import RichProgress
     from kdcache.recipe import load_recipe
     from kdcache.runs import RunDirectory
@@ -106,9 +106,9 @@ def layer_numbers(text: str | None) -> tuple[int, ...] | None:
 
 
 def find_cache(reference: str, url: str | None = None) -> Path | RemoteCache:
-    """The directory of that name, or the version that it means on the remote at ``url``, or on KDCACHE_REMOTE.
+    """The cache directory ``reference``, else that version on the remote at ``url`` or KDCACHE_REMOTE.
 
-    Raises RecipeError where it is neither, or no remote is named; MismatchError where the remote has no such version.
+    Raises RecipeError (neither, or no remote is named), MismatchError (the remote has no such version).
     """
     path = Path(reference)
     if path.is_dir():
@@ -119,15 +119,14 @@ def find_cache(reference: str, url: str | None = None) -> Path | RemoteCache:
 
 
 def find_version(reference: str, url: str | None = None) -> tuple[Remote, Ref]:
-    """The version that a reference means on the remote at ``url``, or on KDCACHE_REMOTE. Raises as ``find_cache``."""
+    """The version that a reference means on the remote at ``url`` or KDCACHE_REMOTE. Raises as ``find_cache``."""
     if not _REFERENCE.fullmatch(reference):
         raise RecipeError(
             f"there is no directory '{reference}'", "Name a directory that holds a cache, or a cache on KDCACHE_REMOTE."
         )
     if not url and not os.environ.get("KDCACHE_REMOTE", "").strip():
         raise RecipeError(
-            f"there is no directory '{reference}', and KDCACHE_REMOTE names no remote that could have a cache of that "
-            "name",
+            f"there is no directory '{reference}', and KDCACHE_REMOTE is not set to look for a cache of that name",
             "Name the directory of a cache, or the team's remote: export KDCACHE_REMOTE=s3://BUCKET/PREFIX",
         )
     from kdcache.share.refs import resolve
@@ -137,7 +136,7 @@ def find_version(reference: str, url: str | None = None) -> tuple[Remote, Ref]:
 
 
 def open_team(url: str | None = None) -> Remote:
-    """The remote at ``url``, or at KDCACHE_REMOTE. Raises RecipeError where neither names one."""
+    """The remote at ``url``, else at KDCACHE_REMOTE. Raises RecipeError if neither names one."""
     from kdcache.share.stores.registry import default_remote, open_remote
 
     return open_remote(url) if url else default_remote()

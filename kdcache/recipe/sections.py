@@ -298,7 +298,7 @@ class Recipe(_Section):
         return self
 
     @model_validator(mode="after")
-    def _teachers_are_stored_in_storage_is_consistent(self) -> Recipe:
+    def _storage_of_teachers_is_consistent(self) -> Recipe:
         for teacher in self.teachers:
             for which in teacher.per_layer:
                 check_stored(self.stored(teacher, (which,)), f"teachers.{teacher.name}.per_layer.{which}: ")

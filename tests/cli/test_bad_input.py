@@ -239,7 +239,7 @@ def test_a_method_that_there_is_not(command: str, there: bool, finished: Finishe
     runs = finished.runs if there else tmp_path
     said = kdcache(command, finished.recipe, "--output-dir", runs, "--set", "distill.method=mtbert")
     assert said.code == 2
-    assert "no distillation method 'mtbert'; there are: mt-bert, kd, fine-tune" in said.err
+    assert "no distillation method 'mtbert'; there are: fine-tune, kd, mt-bert, pkd, rkd" in said.err
     assert "Did you mean distill.method = 'mt-bert'?" in said.err
     assert not list(tmp_path.iterdir())
 

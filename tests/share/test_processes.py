@@ -313,7 +313,7 @@ def test_control_c_ends_at_once_and_says_how_to_go_on(tmp_path: Path, cache: Pat
     (tmp_path / "team").mkdir()
     code = (
         "import os, time, signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from kdcache.share import directory\n"
+        "from kdcache.share.stores import directory\n"
         "def write(self, key, source):\n"
         "    if key.startswith('files/'): os.write(1, b'sending\\n'); time.sleep(100_000)\n"
         "    else: real(self, key, source)\n"
