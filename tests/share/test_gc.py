@@ -273,7 +273,7 @@ def check_late_delete(world: World, results: list[Any], schedule: object, caches
     A delete that is under way while its gc sleeps until a push has ended.
     """
     assert isinstance(results[1], DamageError), f"{schedule}: {results[1]!r}"
-    assert "new@1, which was pushed meanwhile, lacks 'files/" in results[1].message
+    assert "new@1, which was pushed at the same time, now lacks 'files/" in results[1].message
     broken = broken_refs(world.remote)  # none where the push still lived and took its last look afterwards
     assert len(broken) <= 1, f"{schedule}"
     assert push(world.remote, caches["one"], "new", timing=world.timing).files_sent == len(broken)

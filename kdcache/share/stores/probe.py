@@ -70,7 +70,7 @@ class Report:
         if not self.writable:
             return "These credentials may read and not write: cache pull and ls work, push, rm and gc do not."
         if self.holds("decided creates"):
-            return "Any number of people may push to one name at once: every version gets its own number."
+            return "Any number of people may push to one name at once: each version gets its own number, none is lost."
         return (
             "Caches are safe here, and no version is lost; but the store does not decide who was first. Two pushes to "
             "one name at the same time become a fork, which every reader reports until the next push: let one person "
