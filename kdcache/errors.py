@@ -1,10 +1,10 @@
-"""Every error that kdcache raises on purpose: one tree, each with a message, a hint and an exit code.
+"""The errors that kdcache raises: one tree; each has a message, a hint and an exit code.
 
     KdcacheError            1  the work failed
     ├── RecipeError         2  the recipe, a flag or a file named by them is not usable
     │   └── DataError       2  a data file: missing column, unreadable line, empty text, unseen label
-    ├── ModelError          1  a model cannot do what is asked of it: a layer it lacks, a width that does not fit
-    │   └── CustomCodeError     1  a model comes with Python code that nobody allowed to run
+    ├── ModelError          1  a model is not usable as asked: a layer it lacks, a width that does not fit
+    │   └── CustomCodeError     1  a model needs Python code of its own that was not allowed to run
     ├── NonFiniteError      1  a teacher or a loss gave NaN or infinity
     ├── StorageError        1  the disk is full, or a file cannot be written
     ├── LockedError         1  another process is writing the same directory
@@ -12,11 +12,10 @@
     │   ├── RemoteAccessError   1  the credentials do not allow it
     │   └── MissingObjectError  1  the remote has no such object
     ├── DamageError         3  a file is missing, truncated, altered, or not what its manifest says
-    └── MismatchError       4  the cache, or a piece of it, is not the one that is asked for
+    └── MismatchError       4  the cache, or a part of it, is not the requested one
 
-The message says what is wrong with the value and what was expected; the hint names the key or command that cures it.
-The command line prints both on one line each and exits with ``exit_code``; the traceback shows only with
-``KDCACHE_DEBUG=1``.
+The message says what is wrong, with the value, and what was expected. The hint names the key or command that cures it.
+The command line prints one line for each and exits with ``exit_code``; ``KDCACHE_DEBUG=1`` shows the traceback.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from typing import ClassVar
 
 
 class KdcacheError(Exception):
-    """Base of all; ``hint`` is the cure, in the imperative, or empty where there is none to give."""
+    """Base class; ``hint`` is the cure, in the imperative, or empty."""
 
     exit_code: ClassVar[int] = 1
 
@@ -42,15 +41,15 @@ class RecipeError(KdcacheError, ValueError):
 
 
 class DataError(RecipeError):
-    """A data file is not usable; the message names the file and, where there is one, the line."""
+    """A data file is not usable; the message names the file and, if known, the line."""
 
 
 class ModelError(KdcacheError, ValueError):
-    """A model cannot do what is asked of it."""
+    """A model is not usable as asked."""
 
 
 class CustomCodeError(ModelError):
-    """A model cannot be loaded without running Python code that comes with it, and that was not asked for."""
+    """A model needs Python code of its own, which was not allowed to run."""
 
 
 class NonFiniteError(KdcacheError, ArithmeticError):
@@ -84,6 +83,6 @@ class DamageError(KdcacheError):
 
 
 class MismatchError(KdcacheError):
-    """What exists does not match what is asked for; nothing was changed."""
+    """Existing data do not match the request; nothing was changed."""
 
     exit_code = 4

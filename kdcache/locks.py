@@ -1,8 +1,7 @@
-"""Locks between processes of one machine: shared or exclusive, on a file, released by the system when their holder
-dies.
+"""File locks between processes of one machine, shared or exclusive; the system releases them when the holder dies.
 
-Each acquisition opens the file anew, so threads of one process exclude each other as processes do. ``flock`` is what
-the ``filelock`` package takes on Linux and macOS too, so kdcache 0.1.0 and this version exclude each other.
+Each acquisition opens the file again, so threads of one process exclude each other as processes do. The ``filelock``
+package, which kdcache 0.1.0 used, also calls ``flock`` on Linux and macOS, so both versions exclude each other.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from kdcache.errors import StorageError
+from kdcache.errors import LockedError, StorageError
 from kdcache.files import make_directory
 
 _PAUSE = 0.02  # seconds between two attempts
@@ -22,7 +21,7 @@ _PAUSE = 0.02  # seconds between two attempts
 
 @contextlib.contextmanager
 def hold(path: Path, *, shared: bool = False, check: Callable[[], None] | None = None) -> Iterator[None]:
-    """Wait for a lock and hold it while the block runs. ``check`` is called while waiting, and may raise to give up."""
+    """Wait for a lock and hold it while the block runs; ``check`` is called while waiting and may raise to give up."""
     handle = _open(path)
     try:
         while not _try(handle, shared):
@@ -36,7 +35,7 @@ def hold(path: Path, *, shared: bool = False, check: Callable[[], None] | None =
 
 @contextlib.contextmanager
 def attempt(path: Path, *, shared: bool = False) -> Iterator[bool]:
-    """Hold a lock while the block runs if it is free; yields whether it is held."""
+    """Hold a lock while the block runs if it is free; yields True if this call got it."""
     handle = _open(path)
     try:
         yield _try(handle, shared)
@@ -44,12 +43,21 @@ def attempt(path: Path, *, shared: bool = False) -> Iterator[bool]:
         os.close(handle)
 
 
+@contextlib.contextmanager
+def exclusive(path: Path, *, busy: Callable[[], str]) -> Iterator[None]:
+    """Hold a lock while the block runs. Raises LockedError with the message ``busy()`` if another holds it."""
+    with attempt(path) as held:
+        if not held:
+            raise LockedError(busy(), "Wait until it is done, or stop that process and run the same command again.")
+        yield
+
+
 def _open(path: Path) -> int:
     try:
         make_directory(path.parent)
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     except OSError as error:
-        hint = f"Make '{path.parent}' writable; what is kept for reuse can lie elsewhere: set KDCACHE_HOME."
+        hint = f"Make '{path.parent}' writable. For files that kdcache keeps for reuse, set KDCACHE_HOME instead."
         raise StorageError(f"cannot lock '{path}': {error.strerror}", hint) from error
 
 

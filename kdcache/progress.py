@@ -1,8 +1,8 @@
-"""Progress of long work on stderr: how far, how fast, how many bytes, how long still, and the last loss.
+"""Progress of long work on stderr: position, rate, bytes, time left, and the last loss; and formats for messages.
 
-On a terminal it is one live line by rich; elsewhere (a log file, a CI job) one plain line about every ten seconds and
-one at the end, so that logs stay readable. stdout is never touched: it belongs to results. Stages take a ``Progress``
-and know neither; tests and library users pass ``SilentProgress``.
+On a terminal rich shows one live line. Elsewhere (a log file, a CI job) a plain line is printed about every ten seconds
+and at the end. stdout is reserved for results. Stages take a ``Progress``; tests and library users pass
+``SilentProgress``.
 """
 
 from __future__ import annotations
@@ -13,33 +13,30 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TextIO
 
-PLAIN_SECONDS = 10.0  # between two lines where stderr is no terminal
+PLAIN_SECONDS = 10.0  # between two plain lines
 _LONGEST_NAME = 80  # characters of a name in a message
-_WHOLE = 10  # names that two lists are compared by in full
+_WHOLE = 10  # names up to which two lists are shown in full
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
 class Progress(Protocol):
-    """What a stage reports to; one task at a time."""
+    """Receives the progress of a stage; one task at a time."""
 
     def start(self, title: str, total: int, unit: str) -> None:
-        """Begin a task of ``total`` units, e.g. ``start("dump bert", 6920, "rows")``; ends the one before."""
+        """Begin a task of ``total`` units, e.g. ``start("dump bert", 6920, "rows")``; ends the previous one."""
 
     def advance(self, count: int, *, bytes_done: int = 0, **values: float) -> None:
-        """``count`` more units and ``bytes_done`` more bytes are done.
-
-        ``values`` (``loss=0.31``) are shown as they are.
-        """
+        """Add ``count`` units and ``bytes_done`` bytes; ``values`` (``loss=0.31``) are shown as they are."""
 
     def note(self, message: str) -> None:
-        """A line for the human."""
+        """Print a line."""
 
     def finish(self) -> None:
-        """End the task; harmless where none runs."""
+        """End the task, if there is one."""
 
 
 class SilentProgress:
-    """Says nothing."""
+    """Prints nothing."""
 
     def start(self, title: str, total: int, unit: str) -> None: ...
 
@@ -52,7 +49,7 @@ class SilentProgress:
 
 @dataclass
 class _Task:
-    """What has been counted of the running task; times in seconds of the clock that was passed."""
+    """Counters of the current task; times in seconds."""
 
     title: str
     total: int
@@ -84,7 +81,7 @@ class _Task:
 
 
 class RichProgress:
-    """A live line on a terminal, plain lines elsewhere; both on stderr. Rates count from the start of the task."""
+    """A live line on a terminal, plain lines elsewhere; on stderr. Rates are means since the start of the task."""
 
     def __init__(self, stream: TextIO | None = None, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._stream = stream if stream is not None else sys.stderr
@@ -127,7 +124,7 @@ class RichProgress:
     def finish(self) -> None:
         task, self._task = self._task, None
         if self._live is not None:
-            self._live.stop()  # the line is transient: the plain one below stays instead
+            self._live.stop()  # the live line is transient; the plain line below stays
             self._live = None
         if task is not None:
             self._print(task.line(self._clock(), ended=True))
@@ -155,34 +152,28 @@ def counted(count: int, noun: str) -> str:
 
 
 def listed(names: Iterable[object], *, most: int = 20, quoted: bool = False) -> str:
-    """Names for a message: the first ``most``, long ones cut, the rest counted; ``none`` where there are none.
-
-    A task may have thousands of labels and a file thousands of columns: a message that repeats them all says nothing.
-    """
+    """Names for a message: the first ``most``, shortened, and a count of the others; ``none`` if there are none."""
     every = [str(name) for name in names]
     cut = [name if len(name) <= _LONGEST_NAME else name[: _LONGEST_NAME - 1] + "…" for name in every[:most]]
     shown = ", ".join(f"'{name}'" for name in cut) if quoted else ", ".join(cut)
     return (shown or "none") + (f" and {len(every) - most:,} more" if len(every) > most else "")
 
 
-def listed_apart(one: Sequence[str], other: Sequence[str]) -> tuple[str, str]:
-    """Two lists of names that should be the same, for a message.
-
-    Whole where they are short, else what each has and the other lacks.
-    """
-    if max(len(one), len(other)) <= _WHOLE:
-        return listed(one), listed(other)
-    of_one, of_other = set(one), set(other)
-    apart = [name for name in one if name not in of_other], [name for name in other if name not in of_one]
+def listed_apart(first: Sequence[str], second: Sequence[str]) -> tuple[str, str]:
+    """Two lists of names that should be equal, for a message: in full if short, else what only one of them has."""
+    if max(len(first), len(second)) <= _WHOLE:
+        return listed(first), listed(second)
+    in_first, in_second = set(first), set(second)
+    apart = [name for name in first if name not in in_second], [name for name in second if name not in in_first]
     if any(apart):
-        first, second = (
-            f"{len(every):,}" + (f", with {listed(own, most=5)}" if own else "")
-            for every, own in zip((one, other), apart, strict=True)
+        left, right = (
+            f"{len(names):,}" + (f", with {listed(own, most=5)}" if own else "")
+            for names, own in zip((first, second), apart, strict=True)
         )
-        return first, second
-    place = next((number for number, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), 0)
-    first, second = (f"(number {place} is '{listed(names[place : place + 1])}')" for names in (one, other))
-    return f"{len(one):,} in another order {first}", f"{len(other):,} {second}"
+        return left, right
+    place = next((number for number, pair in enumerate(zip(first, second, strict=False)) if pair[0] != pair[1]), 0)
+    left, right = (f"(number {place} is '{listed(names[place : place + 1])}')" for names in (first, second))
+    return f"{len(first):,} in another order {left}", f"{len(second):,} {right}"
 
 
 def format_bytes(count: float) -> str:
@@ -195,7 +186,7 @@ def format_bytes(count: float) -> str:
 
 
 def format_share(share: float) -> str:
-    """``12.3%``; what is not zero is not shown as zero."""
+    """``12.3%``; a small share is not shown as zero."""
     return f"{100 * share:.1f}%" if share >= 0.0005 or not share else "under 0.1%"
 
 

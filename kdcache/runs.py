@@ -1,16 +1,15 @@
-"""A run directory: where each thing lies, and which stages are finished with which inputs.
+"""A run directory: its layout, and which stages are finished with which inputs.
 
     runs/<name>/
       recipe.toml     the resolved recipe        teachers/    the co-finetuned teachers and their shared head
-      run.json        stage records              cache/       what the teachers said
+      run.json        stage records              cache/       the teacher outputs
       metrics.jsonl   every logged loss          student/     the student, loadable by transformers
       results.json    scores                     baseline/    the same student without teachers (a run directory itself)
-      report.html     the page of the run        checkpoints/ what an interrupted stage continues from
+      report.html     the page of the run        checkpoints/ from which an interrupted stage continues
 
-A stage record is written when the stage is finished. It holds, key by key, all that the result depends on: the values
-of its recipe keys and the sha256 of every local file they name. A stage whose record equals what the recipe says now is
-skipped; where they differ, the keys that differ can be named. What to do then is the stage's own decision: teachers and
-cache judge what exists by their own fingerprints. Standard library only.
+A stage record is written when the stage is finished. It holds, by key, everything the result depends on: the values of
+recipe keys and the sha256 of every local file they name. If the record equals the current inputs, the stage is skipped;
+otherwise the differing keys are named, and the stage decides: teachers and cache compare their own fingerprints.
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from kdcache.errors import DamageError, StorageError
+from kdcache.files import make_directory, write_file
 
 if TYPE_CHECKING:
     from kdcache.recipe import Recipe
@@ -36,7 +36,7 @@ Inputs = dict[str, str]  # recipe key or file path -> JSON value or sha256
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """The layout under ``root``; nothing is made on disk before ``create``."""
+    """The layout under ``root``; only ``create`` writes."""
 
     root: Path
 
@@ -85,33 +85,30 @@ class RunDirectory:
         return self.root / "plan.json"
 
     def create(self) -> None:
-        """Make the directory, durably; StorageError where that is not possible."""
+        """Make the directory, durably. Raises StorageError."""
         try:
-            make_directories(self.root)
-        except OSError as error:
+            make_directory(self.root)
+        except StorageError as error:
             raise StorageError(
-                f"cannot make the run directory '{self.root}': {error.strerror}", "Give another --output-dir."
+                f"cannot make the run directory '{self.root}': {error.message}", "Give another --output-dir."
             ) from error
 
 
 def changes(run: RunDirectory, stage: Stage, inputs: Inputs) -> list[str] | None:
-    """What differs between the inputs of now and those the stage was finished with.
-
-    [] nothing, None not finished yet.
-    """
+    """The differences between ``inputs`` and those the stage was finished with; None if it is not finished."""
     entry = read_record(run).get("stages", {}).get(stage)
     return None if entry is None else differences(entry["inputs"], inputs)
 
 
 def mark_finished(run: RunDirectory, stage: Stage, inputs: Inputs, seconds: float) -> None:
-    """Record that the stage's result is complete; ``seconds`` of its last, possibly resumed, execution."""
+    """Record that the stage is complete; ``seconds``: duration of its last, perhaps resumed, execution."""
     finished = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     entry = {"inputs": inputs, "digest": digest(inputs), "finished": finished, "seconds": round(seconds, 1)}
     _update(run, {**read_record(run).get("stages", {}), stage: entry})
 
 
 def forget(run: RunDirectory, stage: Stage) -> None:
-    """Drop the stage's record, where there is one, before what it made is made anew."""
+    """Remove the stage's record, before its result is made again."""
     stages = read_record(run).get("stages", {})
     if stage in stages:
         _update(run, {name: entry for name, entry in stages.items() if name != stage})
@@ -125,11 +122,11 @@ def read_record(run: RunDirectory) -> dict[str, Any]:
         return {}
     except (OSError, ValueError) as error:
         raise DamageError(
-            f"'{run.record}' is not readable: {error}", "Delete it to have the stages looked at anew."
+            f"'{run.record}' is not readable: {error}", "Delete it; the stages are then checked again."
         ) from error
     if not isinstance(record, dict) or record.get("format") != 1:
         raise DamageError(
-            f"'{run.record}' is not a stage record of format 1", "Delete it to have the stages looked at anew."
+            f"'{run.record}' is not a stage record of format 1", "Delete it; the stages are then checked again."
         )
     return record
 
@@ -150,7 +147,7 @@ def differences(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
 
 
 def _short(value: str | None) -> str:
-    """A value for a message: a list of all labels may have thousands."""
+    """A value for a message, shortened: a list of labels may have thousands."""
     return (value or "none") if len(value or "") <= _LONGEST_VALUE else f"{(value or '')[:_LONGEST_VALUE]}…"
 
 
@@ -159,7 +156,7 @@ def digest(inputs: Inputs) -> str:
     return hashlib.sha256(json.dumps(inputs, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-_TRANSFER = {"transfer", "transfer_rows"}  # of the data section: what only the dump and the student see
+_TRANSFER = {"transfer", "transfer_rows"}  # keys of the data section for the dump and the student only
 _SOFT = {
     "method",
     "paper",
@@ -172,12 +169,12 @@ _SOFT = {
     "missing",
     "weights",
 }
-_STORED = {"layers", "per_layer"}  # of a teacher: what the dump alone sees
-_NEVER = {"licence", "checkpoint_steps", "trust_remote_code"}  # change no result
+_STORED = {"layers", "per_layer"}  # keys of a teacher for the dump only
+_NEVER = {"licence", "checkpoint_steps", "trust_remote_code"}  # keys that change no result
 
 
 def stage_inputs(recipe: Recipe, stage: Stage, *, upstream: str = "") -> Inputs:
-    """All that the stage's result depends on; ``upstream`` is the identity of what the stage before made."""
+    """Everything the stage's result depends on; ``upstream``: the identity of the previous stage's result."""
     document = recipe.model_dump(mode="json")
     data, distill = document["data"], document["distill"]
     labelled = {key: value for key, value in data.items() if key not in _TRANSFER}
@@ -198,7 +195,7 @@ def stage_inputs(recipe: Recipe, stage: Stage, *, upstream: str = "") -> Inputs:
 
 
 def file_identity(path: Path) -> str:
-    """The file as ``sha256:…``, or the empty string where it is missing: what an upstream stage made, in one line."""
+    """``sha256:…`` of a file, or an empty string if it is missing."""
     try:
         with path.open("rb") as opened:
             return "sha256:" + hashlib.file_digest(opened, "sha256").hexdigest()
@@ -207,51 +204,12 @@ def file_identity(path: Path) -> str:
 
 
 def home() -> Path:
-    """Where kdcache keeps what it can make again, outside runs and caches.
-
-    ``KDCACHE_HOME``, or ``~/.cache/kdcache``.
-    """
+    """The directory for files that can be fetched again: ``KDCACHE_HOME``, or ``~/.cache/kdcache``."""
     return Path(os.environ.get("KDCACHE_HOME") or Path.home() / ".cache" / "kdcache")
 
 
-def write_durably(path: Path, text: str) -> None:
-    """Write beside, fsync, rename, fsync the directory.
-
-    A reader sees the old text or the new one, also after a power cut.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        sync_directory(path.parent)
-    except OSError as error:
-        raise StorageError(
-            f"cannot write '{path}': {error.strerror}", "Free some space, or give another --output-dir."
-        ) from error
-
-
-def sync_directory(path: Path) -> None:
-    """Wait until the names in a directory are on the disk. Raises OSError."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def make_directories(path: Path) -> None:
-    """Make a directory and its parents, each durable in its own parent. Raises OSError."""
-    if not path.is_dir():
-        make_directories(path.parent)
-        path.mkdir(exist_ok=True)
-        sync_directory(path.parent)
-
-
 def _update(run: RunDirectory, stages: dict[str, Any]) -> None:
-    write_durably(run.record, json.dumps({"format": 1, "stages": stages}, indent=1, sort_keys=True) + "\n")
+    write_file(run.record, (json.dumps({"format": 1, "stages": stages}, indent=1, sort_keys=True) + "\n").encode())
 
 
 def _layers(document: dict[str, Any]) -> dict[str, Any]:
@@ -260,10 +218,7 @@ def _layers(document: dict[str, Any]) -> dict[str, Any]:
 
 
 def _flatten(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Nested tables and named lists of tables as dotted keys, the way ``--set`` spells them.
-
-    Files as their contents.
-    """
+    """Nested tables and lists of named tables as dotted keys, as in ``--set``; files as their sha256."""
     if isinstance(value, dict):
         for name, inner in value.items():
             if name not in _NEVER:
@@ -285,9 +240,9 @@ def _is_local(value: Any) -> bool:
 
 
 def _contents(path: Path, key: str) -> Iterator[tuple[str, str]]:
-    """A path counts by what is in it, so that a moved checkout is the same run."""
+    """The sha256 of the files under a path, so that a moved checkout is the same run."""
     if path.is_file():
         yield key, file_identity(path)
         return
-    for file in sorted(found for found in path.rglob("*") if found.is_file()):
+    for file in sorted(entry for entry in path.rglob("*") if entry.is_file()):
         yield f"{key}/{file.relative_to(path)}", file_identity(file)

@@ -16,9 +16,19 @@ from torch import Tensor, nn
 
 from kdcache.cache.selection import Selection
 from kdcache.codecs.base import LayerSpec
-from kdcache.files import Disk, create_file, share_file, use_disk, write_file, write_stream
+from kdcache.files import (
+    Disk,
+    DurableFile,
+    create_file,
+    publish_directory,
+    share_file,
+    sync_tree,
+    use_disk,
+    write_file,
+    write_stream,
+)
 from kdcache.progress import SilentProgress
-from kdcache.runs import RunDirectory, mark_finished, write_durably
+from kdcache.runs import RunDirectory, mark_finished
 from kdcache.share.local_store import LocalStore
 from kdcache.share.pull import pull
 from kdcache.share.push import push
@@ -60,7 +70,12 @@ def test_every_way_of_writing_a_file(tmp_path: Path) -> None:
         assert watch.lost() == []
         share_file(tmp_path / "created", tmp_path / "other/shared")
         assert watch.lost() == []
-        write_durably(tmp_path / "run.json", "{}")
+        (tmp_path / ".model.tmp").mkdir()
+        with DurableFile(tmp_path / ".model.tmp/weights") as file:
+            file.write(b"weights")
+        sync_tree(tmp_path / ".model.tmp")
+        publish_directory(tmp_path / ".model.tmp", tmp_path / "model")
+        assert watch.lost() == []
     assert watch.wrong == [] and watch.lost() == []
 
 
@@ -157,7 +172,7 @@ def test_a_run_directory(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "runs/reviews")
     with watched(tmp_path, unsafe=LOCKS) as watch:
         run.create()
-        write_durably(run.recipe_file, 'name = "reviews"\n')
+        write_file(run.recipe_file, b'name = "reviews"\n')
         assert watch.lost() == []
         line, log = Line(), MetricsLog(run.metrics, "toy")
         line.keep_best = lambda epoch, _: save(run.checkpoints / "best", line.model.state_dict(), step=epoch)  # type: ignore[method-assign,assignment]

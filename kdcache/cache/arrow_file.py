@@ -44,9 +44,9 @@ _BLOCK = 24  # bytes of an entry of the footer: offset, length of the metadata, 
 _SHOWN = 80  # characters of a name in a message
 
 _TYPES: dict[int, str] = {
-    1: "null", 2: "int", 3: "float", 4: "binary", 5: "string", 6: "bool", 7: "decimal", 8: "date", 9: "time", 10: "timestamp",
-    11: "interval", 12: "list", 13: "struct", 14: "union", 15: "fixed_size_binary", 16: "fixed_size_list", 17: "map",
-    18: "duration", 19: "large_binary", 20: "large_string", 21: "large_list",
+    1: "null", 2: "int", 3: "float", 4: "binary", 5: "string", 6: "bool", 7: "decimal", 8: "date", 9: "time",
+    10: "timestamp", 11: "interval", 12: "list", 13: "struct", 14: "union", 15: "fixed_size_binary",
+    16: "fixed_size_list", 17: "map", 18: "duration", 19: "large_binary", 20: "large_string", 21: "large_list",
 }  # fmt: skip
 _SINGLE = 1  # precision of a floating point type
 
@@ -251,7 +251,7 @@ def _wanted(field: Field) -> tuple[int, tuple[int, ...]]:
 
 
 class _Batch:
-    """The nodes (length and nulls) and buffers of a record batch, taken one after the other as the fields ask for them."""
+    """The nodes (length and nulls) and buffers of a record batch, taken one by one in the order of the fields."""
 
     def __init__(self, data: bytes, metadata: bytes, table: int, body: int, body_bytes: int) -> None:
         self._data, self._body, self._body_bytes = data, body, body_bytes

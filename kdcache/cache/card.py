@@ -1,7 +1,7 @@
-"""The README.md of a cache: what it holds and how to use it, for somebody who finds the directory.
+"""The README.md of a cache: its contents and how to use it.
 
-Made from the manifest alone, so that a cache that was pulled or extended gets its card as well. Generated, outside the
-identity. What people wrote (names, licences) is taken for text: it cannot break out of its table cell.
+It is generated from the manifest, so a pulled or extended cache has one too, and it is not part of the identity. Names
+and licences that people wrote are escaped: they cannot break out of their table cell.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ def cache_card(manifest: Manifest, *, name: str = "") -> str:
     return f"""\
 # {title}: a cache of teacher targets
 
-What {count} said of {facts["texts"]:,} texts: raw logits, and hidden states of some layers, for the distillation of small
+What {count} said of {facts["texts"]:,} texts: raw logits, and hidden states of some layers, for the distillation \
+of small
 students with kdcache. {facts["bytes"] / 1e6:,.1f} MB.
 
 {_facts(facts, provenance)}
@@ -56,7 +57,8 @@ students with kdcache. {facts["bytes"] / 1e6:,.1f} MB.
 
 {_use(name)}
 
-`manifest.json` lists every file with its sha256. The files open without kdcache too: `hidden/` with zarr, `.arrow` with pyarrow.
+`manifest.json` lists every file with its sha256. The files open without kdcache too: \
+`hidden/` with zarr, `.arrow` with pyarrow.
 
 ## Licences
 

@@ -1,7 +1,7 @@
-"""What a cache holds, as a value: the manifest without provenance and digests of itself.
+"""The contents of a cache: the manifest without provenance, identity and checksum.
 
-A writer grows one of these from a manifest and from commit records; publishing turns it into the next manifest. A
-component (the outputs of a part, one layer of a part) exists if all of its files are listed.
+A writer starts with the contents of a manifest and of commit records, and adds to them; publishing makes the next
+manifest of them. A component (the outputs of a part, one layer of a part) exists if all its files are listed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PartInfo:
-    """A part: texts that were run together and lie in one file of each kind."""
+    """A part: texts that are run together; it has one file of each kind."""
 
     name: str
     scope: Scope
@@ -28,7 +28,7 @@ class PartInfo:
 
 @dataclass(frozen=True)
 class SplitInfo:
-    """A split: number of examples, and the file that has them."""
+    """A split: the number of examples, and their file."""
 
     examples: int
     file: str
@@ -36,7 +36,7 @@ class SplitInfo:
 
 @dataclass
 class Contents:
-    """Everything that the identity of a cache is made of."""
+    """Everything that the identity of a cache covers."""
 
     task: TaskSpec
     settings: Settings
@@ -49,7 +49,7 @@ class Contents:
     lost: dict[str, FileDigest] = field(default_factory=dict)  # found damaged: to be written again
 
     def copy(self) -> Contents:
-        """Contents that can grow without changing these."""
+        """A copy that can be changed independently."""
         tokens = {name: dict(parts) for name, parts in self.tokens.items()}
         return Contents(
             self.task, self.settings, self.has_text, list(self.parts), dict(self.splits), dict(self.teachers), tokens,
@@ -71,23 +71,23 @@ class Contents:
         return all(path in self.files for path in paths) and (spec.per_text or self.has_tokens(teacher, part))
 
     def rows(self, teacher: str, part: PartInfo, spec: LayerSpec) -> int | None:
-        """Rows of a layer in a full part: its texts, or its tokens; None where these are not known."""
+        """Rows of a layer in a full part: its texts, or its tokens (None if unknown)."""
         return part.texts if spec.per_text else self.tokens.get(teacher, {}).get(part.name)
 
     def layer_is_complete(self, teacher: str, layer: int) -> bool:
-        """Whether a layer has its basis and all parts that hidden states are stored for."""
+        """Whether a layer has its basis and all full parts."""
         full = (part for part in self.parts if part.scope == "full")
         return layout.basis_file(teacher, layer) in self.files and all(
             self.has_layer(teacher, part, layer) for part in full
         )
 
     def teacher_is_complete(self, teacher: str) -> bool:
-        """Whether a teacher has its tokenizer and the outputs of all parts; its layers apart."""
+        """Whether a teacher has its tokenizer and the outputs of all parts; layers are not considered."""
         has_tokenizer = layout.tokenizer_file(teacher) in self.files
         return has_tokenizer and all(self.has_outputs(teacher, part) for part in self.parts)
 
     def expected_files(self) -> dict[str, str]:
-        """Every file that belongs to these contents -> the component it belongs to, for messages."""
+        """Every file of these contents -> its component, for messages."""
         expected = {split.file: f"examples of '{name}'" for name, split in self.splits.items()}
         for part in self.parts:
             expected[layout.ids_file(part.name)] = f"text ids of {part.name}"

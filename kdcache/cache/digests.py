@@ -1,8 +1,7 @@
-"""Reading files of a cache: size and sha256 checked at a process's first read, links refused.
+"""Checked reads of cache files: size and sha256 are verified at the first read, symbolic links are refused.
 
-What is digested is what is decoded: bytes go from the file into the result and through sha256 on the way, so nothing is
-read twice. A file that was found whole is not digested again by this process while its size, time and inode stay the
-same.
+Bytes are hashed on their way into the result, so nothing is read twice and what was hashed is what is decoded. This
+process does not hash a verified file again while its size, mtime and inode are unchanged.
 """
 
 from __future__ import annotations
@@ -36,33 +35,30 @@ REPAIR_HINT = "Write it again with: kdcache dump-teachers RECIPE --repair"
 
 
 class Arrivals(Protocol):
-    """Files of a cache that are on their way here, from a remote or from anywhere.
-
-    Safe to call from several threads.
-    """
+    """Fetches the missing files of a cache, for example from a remote. Thread-safe."""
 
     def wait_for(self, path: str) -> None:
-        """Give back once the file, by its name in the manifest, is there whole; it is fetched before all others."""
+        """Return when the file, by name in the manifest, is complete; fetches it before all others."""
         ...
 
     def select(self, selection: Selection) -> None:
-        """Say what will be needed of the cache. MismatchError, StorageError where it cannot be had."""
+        """Announce what will be needed. Raises MismatchError, StorageError if it cannot be fetched."""
         ...
 
     def expect(self, paths: Sequence[str]) -> None:
-        """Say in which order files will be wanted next; those that are there already are left out."""
+        """Announce the order of the next reads; files that are here are ignored."""
         ...
 
 
 @contextlib.contextmanager
 def enough_memory(path: str | Path, size: int) -> Iterator[None]:
-    """DamageError in the place of MemoryError: a sparse file of terabytes costs its author nothing."""
+    """Turn MemoryError into DamageError: a forged sparse file of terabytes is easily made."""
     try:
         yield
     except MemoryError as error:
         raise DamageError(
-            f"'{path}' needs {size} bytes of memory, more than there are",
-            "Read it on a machine that has them; if no such file was dumped, the cache is forged.",
+            f"'{path}' needs {size} bytes of memory, more than this machine has",
+            "Read it on a larger machine; if no such file was dumped, the cache is forged.",
         ) from error
 
 
@@ -75,7 +71,7 @@ class CheckedFile:
         self.checking = True
 
     def readinto(self, view: memoryview) -> None:
-        """Fill ``view``; DamageError where the file ends before."""
+        """Fill ``view``. Raises DamageError if the file is shorter."""
         filled = 0
         while filled < len(view):
             count = os.readv(self._handle, [view[filled:]])
@@ -87,7 +83,7 @@ class CheckedFile:
             self.hasher.update(view)
 
     def read_rest(self) -> bytes:
-        """All that was not read yet."""
+        """The bytes that were not read yet."""
         with enough_memory(self._path, self._left):
             data = bytearray(self._left)
             self.readinto(memoryview(data))
@@ -99,9 +95,9 @@ class CheckedFile:
 
 
 class CheckedFiles:
-    """The files that a manifest lists, under the directory of the cache. Safe to use from several threads.
+    """The files that a manifest lists, in the directory of the cache. Thread-safe.
 
-    A file that is not there is damage, unless ``local`` says that it was never pulled, or ``arrivals`` brings it.
+    A missing file is damage, unless ``local`` says that it was not pulled, or ``arrivals`` fetches it.
     """
 
     def __init__(
@@ -115,7 +111,7 @@ class CheckedFiles:
     ) -> None:
         self.root = root
         self._files = files
-        self._trust_earlier = trust_earlier  # False: digest again, for verify
+        self._trust_earlier = trust_earlier  # False: hash again, for verify
         self._local = local
         self._arrivals = arrivals
 
@@ -123,10 +119,7 @@ class CheckedFiles:
         return path in self._files
 
     def check_present(self, path: str) -> os.stat_result:
-        """Presence, kind and size, without reading.
-
-        Waits for a file that is on its way. Raises DamageError, MismatchError.
-        """
+        """Check presence, kind and size; fetches a missing file if it can. Raises DamageError, MismatchError."""
         found = self._whole_or_none(path)
         if found is None and self._arrivals is not None:
             self._arrivals.wait_for(path)
@@ -136,7 +129,7 @@ class CheckedFiles:
         return found
 
     def check_coming(self, paths: Iterable[str]) -> None:
-        """As ``check_present``, but without waiting: a file that is on its way is as good as there."""
+        """Like ``check_present`` without fetching: files that ``arrivals`` fetches count as present."""
         if self._arrivals is not None:
             return
         plain: set[str] = set()
@@ -145,7 +138,7 @@ class CheckedFiles:
                 raise self._missing(path)
 
     def _whole_or_none(self, path: str) -> os.stat_result | None:
-        """``found``; where files can be fetched again, one of another size is as good as absent."""
+        """Like ``found``; if files can be fetched, one of the wrong size counts as missing."""
         try:
             return self.found(path)
         except DamageError:
@@ -154,10 +147,9 @@ class CheckedFiles:
             return None
 
     def found(self, path: str, plain: set[str] | None = None) -> os.stat_result | None:
-        """A plain file of the right size, or None where there is nothing. Raises DamageError for anything else.
+        """The status of a plain file of the right size, None if missing. Raises DamageError for anything else.
 
-        Directories of ``plain``, to which those on the way are added, were looked at a moment ago: files have most in
-        common.
+        ``plain`` caches directories that were checked; the parents of ``path`` are added to it.
         """
         digest, plain, place = self._files[path], set() if plain is None else plain, str(self.root)
         *directories, name = path.split("/")
@@ -179,7 +171,7 @@ class CheckedFiles:
 
     @staticmethod
     def _lstat(place: str) -> os.stat_result | None:
-        """Of anything but a link, None where there is nothing. Raises DamageError."""
+        """The status of ``place``, None if missing. Raises DamageError for a symbolic link."""
         try:
             found = os.lstat(place)
         except FileNotFoundError:
@@ -201,10 +193,7 @@ class CheckedFiles:
 
     @contextlib.contextmanager
     def open(self, path: str) -> Iterator[CheckedFile]:
-        """The file, to be read to its end inside the block.
-
-        At the end of it the digest is compared. Raises DamageError.
-        """
+        """Open a file to be read to its end; the digest is compared at the end of the block. Raises DamageError."""
         digest = self._files[path]
         found = self.check_present(path)
         key = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, digest.sha256)
@@ -230,10 +219,7 @@ class CheckedFiles:
             return file.read_rest()
 
     def decode(self, path: str, decode: Callable[[bytes], T]) -> T:
-        """What ``decode`` makes of the bytes of a file.
-
-        Raises DamageError, which names the file, where it refuses them.
-        """
+        """``decode(bytes of the file)``; errors of ``decode`` become a DamageError that names the file."""
         data = self.read(path)
         try:
             return decode(data)
@@ -241,7 +227,7 @@ class CheckedFiles:
             raise self.damage(path, error) from error
 
     def check(self, path: str, on_bytes: Callable[[int], None] | None = None) -> None:
-        """Read a file to its end without keeping it. Raises DamageError."""
+        """Read and hash a file without keeping it. Raises DamageError."""
         with self.open(path) as file:
             block = memoryview(bytearray(1 << 20))
             while file.left:
@@ -251,12 +237,12 @@ class CheckedFiles:
                     on_bytes(count)
 
     def damage(self, path: str, reason: object) -> DamageError:
-        """The error for a file whose digest is right and whose content is not what the manifest implies."""
+        """The error for a file with the right digest whose content contradicts the manifest."""
         return DamageError(f"'{self.root / path}' {reason}", REPAIR_HINT)
 
     @contextlib.contextmanager
     def _first_read(self, key: Key) -> Iterator[bool]:
-        """Whether this read must digest; another thread's first read of the same file is waited for."""
+        """Whether this read must hash; waits for another thread that hashes the same file."""
         with _guard:
             lock = (
                 None if key in _found_whole and self._trust_earlier else _in_progress.setdefault(key, threading.Lock())

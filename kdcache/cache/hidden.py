@@ -1,7 +1,4 @@
-"""Hidden states of a part on their way to files.
-
-One zarr array per layer, one more for scales where the storage format has them.
-"""
+"""Encodes and decodes the hidden states of a part: a zarr array per layer, and one more for scales if there are any."""
 
 from __future__ import annotations
 
@@ -12,9 +9,10 @@ import numpy as np
 
 from kdcache.cache import layout
 from kdcache.cache.arrays import ArrayDamageError, array_metadata, decode_shard, encode_shard, group_metadata
-from kdcache.cache.checks import check_hidden
 from kdcache.cache.digests import enough_memory
+from kdcache.cache.tokens import not_finite
 from kdcache.codecs.base import HiddenBlock
+from kdcache.codecs.registry import format_of
 
 if TYPE_CHECKING:
     from kdcache.cache.contents import Contents, PartInfo
@@ -24,12 +22,32 @@ if TYPE_CHECKING:
     from kdcache.files import Buffer
 
 
+def check_hidden(
+    block: HiddenBlock, layer: int, spec: TeacherSpec, part: str, ids: np.ndarray, offsets: np.ndarray
+) -> None:
+    """Raises ValueError for a wrong shape or dtype, NonFiniteError (with text id and layer) for NaN or infinity.
+
+    ``offsets`` int64 [n + 1]: text i owns rows ``offsets[i]:offsets[i + 1]`` of the layer.
+    """
+    layer_spec = spec.layers[layer]
+    storage = format_of(layer_spec)
+    try:
+        storage.check_block(block, layer_spec, int(offsets[-1]))
+    except ValueError as error:
+        raise ValueError(f"layer {layer} of {part} {error}") from error
+    good = storage.finite_rows(block)
+    if not good.all():
+        token = int((~good).argmax())
+        text = int(np.searchsorted(offsets, token, side="right")) - 1
+        raise not_finite(f"layer {layer}", spec, part, ids, text)
+
+
 def encode_layers(
     spec: TeacherSpec, part: str, ids: np.ndarray, offsets: np.ndarray | None, blocks: Mapping[int, HiddenBlock]
 ) -> dict[str, Iterable[Buffer]]:
-    """The files of some layers of a part, the group's metadata among them. Raises as ``check_hidden``.
+    """The files of some layers of a part, with the group's metadata. Raises as ``check_hidden``.
 
-    ``offsets`` int64 [n + 1] are those of the texts' tokens; None where every layer has a row per text.
+    ``offsets`` int64 [n + 1]: of the texts' tokens; None if every layer has one row per text.
     """
     files: dict[str, Iterable[Buffer]] = {layout.group_file(spec.name, part): [group_metadata()]}
     for layer, block in sorted(blocks.items()):
@@ -47,18 +65,18 @@ def encode_layers(
 
 
 def decode_layer(files: CheckedFiles, teacher: str, part: str, layer: int, spec: LayerSpec, rows: int) -> HiddenBlock:
-    """Read one layer of a part, with so many rows. Raises DamageError, which names the file."""
+    """Read one layer of a part with ``rows`` rows. Raises DamageError, which names the file."""
     files.read(layout.group_file(teacher, part))
     arrays = []
     for name, (shape, dtype) in layout.array_shapes(layer, spec, rows).items():
         metadata, shard = layout.array_files(teacher, part, name, shape)
-        files.read(metadata)  # its digest is that of the only metadata that this shape and dtype can have
+        files.read(metadata)  # checked: this shape and dtype allow one content only
         arrays.append(_read_array(files, shard, shape, dtype))
     return HiddenBlock(arrays[0], arrays[1] if len(arrays) > 1 else None)
 
 
 def known_files(contents: Contents, teacher: TeacherSpec, part: PartInfo) -> dict[str, bytes]:
-    """Files of a full part whose bytes follow from shapes alone: they can be written again without the teacher."""
+    """Files of a full part whose bytes follow from shapes, so they can be restored without the teacher."""
     files = {}
     for layer, spec in teacher.layers.items():
         rows = contents.rows(teacher.name, part, spec)

@@ -1,8 +1,8 @@
-"""Commit records: what a dump has completed and not yet published, under ``.dump/``.
+"""Commit records under ``.dump/``: the components that a dump has completed and not yet published.
 
-Each record is one small file, written after the files it speaks of, and says their sizes and digests. Whatever moment a
-writer dies, the next one reads the manifest (if there is one) and the records, and knows exactly what is there. Records
-belong to the manifest that was valid when they were made: once another one is in place, they are done and are removed.
+Each record is a small file with the sizes and digests of the files it lists, written after them. After a crash, the
+next writer knows from the manifest (if any) and the records exactly what is there. Records belong to the manifest that
+was valid when they were made. Once another one is in place, they are obsolete and are removed.
 
     base.json                     identity of the manifest that this dump starts from, task, settings
     damaged.json                  files that a repair found damaged and that count as missing
@@ -56,24 +56,21 @@ class Journal:
         self._part_files: dict[tuple[str, str], dict[str, FileDigest]] = {}
 
     def begin(self, base: Mapping[str, Any]) -> None:
-        """Say what this dump starts from: identity, task, settings, text."""
+        """Record what this dump starts from: identity, task, settings, text."""
         self._write("base.json", dict(base))
 
     def base(self) -> dict[str, Any] | None:
-        """What an unfinished dump started from; None where there is none."""
+        """What an unfinished dump started from; None if there is none."""
         return self._read(self.directory / "base.json") if (self.directory / "base.json").is_file() else None
 
     def clear(self) -> None:
-        """Remove all records; ``base.json`` first, without which the others count for nothing."""
+        """Remove all records; ``base.json`` first, because the others are ignored without it."""
         remove_file(self.directory / "base.json")
         for path in self._records():
             remove_file(path)
 
     def apply(self, contents: Contents) -> None:
-        """Add what the records say to the contents of the manifest.
-
-        Raises DamageError for a record that is not whole.
-        """
+        """Add the components of all records to ``contents``. Raises DamageError for a damaged record."""
         damaged = self.directory / "damaged.json"
         if damaged.is_file():
             for name, digest in _digests(self._read(damaged)).items():
@@ -101,7 +98,7 @@ class Journal:
         self._write(f"teachers/{teacher}/{layout.layer_name(layer)}.json", {"files": files_document(files)})
 
     def add_teacher_part(self, teacher: str, part: str, tokens: int | None, files: Mapping[str, FileDigest]) -> None:
-        """One commit record per teacher and part; a later write of more layers adds to it."""
+        """Record components of a teacher in a part; a later write of more layers extends the record."""
         known = self._part_files.setdefault((teacher, part), {})
         known.update(files)
         record: dict[str, Any] = {"files": files_document(known)}
@@ -110,7 +107,7 @@ class Journal:
         self._write(f"teachers/{teacher}/{part}.json", record)
 
     def add_damaged(self, lost: Mapping[str, FileDigest]) -> None:
-        """Let files count as missing, in the manifest's list and in the records, until they are written again."""
+        """Mark files as missing, in the manifest's list and in the records, until they are written again."""
         if not lost:
             return
         for path in self._records():
@@ -164,7 +161,7 @@ class Journal:
 
     @staticmethod
     def _check(steps: Sequence[str], record: dict[str, Any]) -> None:
-        """Name and shape of a record. Raises ValueError. Like all of a cache, records may come from somebody else."""
+        """Check name and shape of a record, which may come from somebody else. Raises ValueError."""
         name = steps[-1].removesuffix(".json")
         match steps:
             case ["base.json"]:

@@ -1,6 +1,6 @@
-"""Where everything lies in a cache: paths follow from names and numbers, so no file can name a path of its own.
+"""The paths of files in a cache. They follow from names and numbers, so a forged manifest cannot name other paths.
 
-A manifest lists its files with digests; the list must be exactly what these functions derive from the rest of it.
+The list of files in a manifest must be exactly what these functions derive from the rest of it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.json"
 CARD = "README.md"
-STATE = ".dump"  # of a dump under way: lock, records
+STATE = ".dump"  # state of a dump in progress: lock, records
 
 PART_NAME = re.compile(r"part-[0-9]{5}")
 TEACHER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -34,7 +34,7 @@ def layer_name(layer: int) -> str:
 
 
 def ids_file(part: str) -> str:
-    """The text ids of a part, in the order in which every file of the part has them."""
+    """The text ids of a part; all files of the part have this order."""
     return f"texts/{part}.arrow"
 
 
@@ -52,7 +52,7 @@ def examples_file(split: str, sha256: str) -> str:
 
 
 def teacher_directory(teacher: str) -> str:
-    """All of a teacher: removing it removes the teacher."""
+    """The directory with all files of a teacher."""
     return f"teachers/{teacher}"
 
 

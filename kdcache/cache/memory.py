@@ -1,12 +1,12 @@
-"""What the C library does with memory that was freed: give it back to the system, or keep it, where it can be told so.
+"""Settings of malloc (glibc): return freed memory to the system, or keep it in the process.
 
-Joining and ordering a million examples takes arrays of some megabytes for a moment, and an upload holds parts of that
-size, from many threads. glibc raises the size from which a block is a mapping of its own as soon as one was freed, and
-then keeps such blocks in the arena of each thread: the memory of a process would grow with the number of rows that it
-looked at, or of files that it sent, not with what it holds. There freed memory goes back.
+Joining and ordering a million examples needs arrays of some megabytes for a moment, and uploads hold parts of that size
+in many threads. glibc raises its mmap threshold when such a block is freed and then keeps freed blocks in the arena of
+each thread, so the memory of a process grows with the rows it has read or the files it has sent. There freed memory is
+returned.
 
-Training a student on the CPU is the opposite: every step frees and asks again for the same large blocks, and a page
-that comes anew from the system costs more than what is computed with it. There freed memory stays.
+Training on the CPU is the opposite: every step frees and allocates the same large blocks, and page faults cost more
+than the computation. There freed memory is kept.
 """
 
 from __future__ import annotations
@@ -22,36 +22,27 @@ _NEVER = 1 << 30  # both take an int
 
 
 def give_back_large_blocks() -> bool:
-    """Let blocks of a MiB and more go back to the system as soon as they are freed, in this process.
-
-    False where it cannot be said.
-    """
-    return _tell({_MMAP_THRESHOLD: _LARGE})
+    """Return freed blocks of 1 MiB and more to the system at once. False if mallopt is unavailable."""
+    return _mallopt({_MMAP_THRESHOLD: _LARGE})
 
 
 def keep_freed_blocks() -> bool:
-    """Let freed blocks of up to a GiB stay with this process.
-
-    False where it cannot be said, or where the environment says something.
-    """
-    said = any(name.startswith("MALLOC_") for name in os.environ) or "GLIBC_TUNABLES" in os.environ
-    return not said and _tell({_MMAP_THRESHOLD: _NEVER, _TRIM_THRESHOLD: _NEVER})
+    """Keep freed blocks of up to 1 GiB. False if mallopt is unavailable, or the environment configures malloc."""
+    configured = any(name.startswith("MALLOC_") for name in os.environ) or "GLIBC_TUNABLES" in os.environ
+    return not configured and _mallopt({_MMAP_THRESHOLD: _NEVER, _TRIM_THRESHOLD: _NEVER})
 
 
-def _tell(settings: dict[int, int]) -> bool:
+def _mallopt(settings: dict[int, int]) -> bool:
     if sys.platform != "linux":
         return False
-    with contextlib.suppress(OSError, AttributeError):  # a C library without it
+    with contextlib.suppress(OSError, AttributeError):  # another C library
         library = ctypes.CDLL(None)
         return all(library.mallopt(key, value) for key, value in settings.items())
     return False
 
 
 def give_back_freed() -> None:
-    """Give all that was freed until now back to the system.
-
-    A millisecond, after work whose arrays will not be needed again.
-    """
+    """Return all freed memory to the system; takes about a millisecond."""
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).malloc_trim(0)

@@ -1,12 +1,20 @@
-"""Finding out what a directory holds before anything is written: manifest, records, leftovers, damage."""
+"""Opening a cache directory for writing: lock it, read its manifest and records, remove leftovers, find damage.
+
+One process at a time may write. The lock is the operating system's, so it is released when its holder dies; a file
+beside it names the holder for the error message.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from kdcache.cache import layout
+from kdcache.cache.canonical import NotCanonicalError, canonical_json, parse_json
 from kdcache.cache.contents import Contents
 from kdcache.cache.digests import CheckedFiles
 from kdcache.cache.hidden import known_files
@@ -16,22 +24,43 @@ from kdcache.cache.selection import read_local
 from kdcache.cache.spec import Settings, TaskSpec
 from kdcache.cache.stale import check_task
 from kdcache.errors import DamageError, MismatchError
-from kdcache.files import remove_temporaries, write_file
+from kdcache.files import make_directory, remove_temporaries, write_file
+from kdcache.locks import exclusive
+
+
+@contextlib.contextmanager
+def hold_lock(root: Path) -> Iterator[None]:
+    """Hold the lock of a cache directory while the block runs. Raises LockedError, which names the holder."""
+    state = root / layout.STATE
+    if state.is_symlink() or (state / "lock").is_symlink():
+        raise DamageError(f"'{state}' is a symbolic link to another place", "Remove it.")
+    make_directory(state)
+    with exclusive(state / "lock", busy=lambda: f"cache '{root}' is being written by {_holder(state)}"):
+        write_file(state / "holder.json", canonical_json({"host": socket.gethostname(), "pid": os.getpid()}))
+        yield
+
+
+def _holder(state: Path) -> str:
+    try:
+        holder = parse_json((state / "holder.json").read_bytes())
+        return f"process {holder['pid']} on {holder['host']}"
+    except (OSError, NotCanonicalError, KeyError, TypeError):
+        return "another process"
 
 
 def refuse_links(root: Path) -> None:
-    """DamageError where a link lies in a cache that is to be written: what is written behind it would lie elsewhere."""
+    """Raises DamageError if a cache contains a symbolic link: a write through it would go elsewhere."""
     for directory, directories, names in os.walk(root):
         for name in (*directories, *names):
             if (Path(directory) / name).is_symlink():
                 raise DamageError(
-                    f"'{Path(directory) / name}' is a link; a cache holds plain files only",
+                    f"'{Path(directory) / name}' is a symbolic link; a cache holds plain files only",
                     "Remove it, or name another directory.",
                 )
 
 
 def refuse_other_directory(root: Path) -> None:
-    """Raises MismatchError where a directory holds other things than a cache, DamageError where it lost its manifest."""
+    """Raises MismatchError if a directory holds something else than a cache, DamageError if its manifest is lost."""
     if root.exists() and not root.is_dir():
         raise MismatchError(f"'{root}' is a file, not a directory", "Name another directory for the cache.")
     if not root.is_dir() or (root / layout.MANIFEST).exists() or (root / layout.STATE / "base.json").exists():
@@ -50,7 +79,7 @@ def refuse_other_directory(root: Path) -> None:
 def open_contents(
     root: Path, task: TaskSpec, settings: Settings, has_text: bool, repair: bool
 ) -> tuple[Manifest | None, Contents, Journal]:
-    """The manifest, if there is one, and the contents that it and the records amount to. The caller holds the lock."""
+    """The manifest, if any, and the contents according to it and the commit records. The caller holds the lock."""
     base = read_manifest(root) if (root / layout.MANIFEST).exists() else None
     journal = Journal(root)
     begun = journal.base()
@@ -61,7 +90,7 @@ def open_contents(
                 f"cache '{root}' has lost its {layout.MANIFEST}",
                 "Restore it from a copy, or dump into a new directory.",
             )
-        begun = None  # published already: the writer died before it removed its records
+        begun = None  # published already: the writer crashed before it removed its records
     contents = base.contents.copy() if base else _begun(begun) or Contents(task, settings, has_text)
     check_task(root, (contents.task, contents.settings, contents.has_text), (task, settings, has_text))
     remove_temporaries(root)
@@ -97,7 +126,7 @@ def _begun(record: dict[str, Any] | None) -> Contents | None:
 
 
 def drop_damaged(root: Path, contents: Contents, journal: Journal) -> None:
-    """Take damaged files out of ``contents``, durably. Every file is read."""
+    """Read every file and remove the damaged ones from ``contents``, durably."""
     local = read_local(root)
     files = CheckedFiles(root, contents.files, trust_earlier=False, local=local)
     damaged = {path for path in list(contents.files) if not _is_whole(files, path)}
@@ -124,6 +153,6 @@ def _is_whole(files: CheckedFiles, path: str) -> bool:
         files.check(path)
     except DamageError:
         return False
-    except MismatchError:  # not pulled: nothing can be said of it
+    except MismatchError:  # not pulled, so not checked
         return True
     return True

@@ -3,10 +3,10 @@
     cache = kdcache.open_cache("runs/sst2/cache")
     cache.outputs("bert", "part-00000").logits
 
-Opening reads the manifest and nothing else. A file's size and sha256 are checked at the process's first read of it,
-crc32c of array chunks at every read; a file that is missing, truncated or altered is a DamageError that names it. All
-methods may be called from several threads. Arrays are as large as the manifest says, never as a file claims; those of
-Arrow files are read-only views.
+Opening reads only the manifest. Size and sha256 of a file are checked when this process first reads it, and the crc32c
+of array chunks at every read. A missing, truncated or altered file raises a DamageError that names it. All methods are
+thread-safe. The manifest determines the sizes of arrays, never a header in a file; arrays of Arrow files are read-only
+views.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ if TYPE_CHECKING:
     from kdcache.cache.tokens import Outputs
     from kdcache.codecs.base import Basis, HiddenBlock, LayerSpec
 
-_KEPT = 1 << 18  # texts whose index stays in memory, 5 MB; that of more is made again in a second per two million
+_KEPT = 1 << 18  # texts up to which the index is cached (5 MB); a larger one is rebuilt: a second per two million
 
 
 @dataclass(frozen=True)
 class ExamplesTable:
-    """The examples of a split, in the order of its data; many may share a text."""
+    """The examples of a split, in the order of its data; several may share a text."""
 
     text_ids: np.ndarray  # uint8[n, 16]
     labels: np.ndarray  # int64[n], -1 = no label
@@ -50,11 +50,19 @@ class ExamplesTable:
 
 
 def open_cache(path: str | Path, *, arrivals: Arrivals | None = None, incomplete: bool = False) -> Cache:
-    """Open a cache directory for reading, whole or a part of it (``.selection.json``).
+    """Open a cache directory for reading.
 
-    ``arrivals`` brings whatever is not there yet. Without it a cache that is still to be fetched is refused, unless
-    ``incomplete``. Raises DamageError (no or damaged manifest or selection), MismatchError (newer format; files still
-    to be fetched).
+    Args:
+        path: The directory, with a whole cache or a part of it (``.selection.json``).
+        arrivals: Fetches files that are not here yet.
+        incomplete: Accept a part that is not completely fetched.
+
+    Returns:
+        The open cache. Only its manifest was read.
+
+    Raises:
+        DamageError: The manifest or the selection is missing or damaged.
+        MismatchError: The cache has a newer format, or selected files are not fetched yet.
     """
     root = Path(path)
     manifest = read_manifest(root)
@@ -68,7 +76,7 @@ def open_cache(path: str | Path, *, arrivals: Arrivals | None = None, incomplete
 
 
 class Cache:
-    """An open cache; made by ``open_cache``. Holds the manifest and, once asked for, the ids of its texts."""
+    """An open cache, made by ``open_cache``. Thread-safe."""
 
     def __init__(
         self,
@@ -81,7 +89,7 @@ class Cache:
     ) -> None:
         self.path = path
         self.manifest = manifest
-        self.local = local  # what of the whole is here; None: everything
+        self.local = local  # the part that is here; None: all of it
         self._arrivals = arrivals
         self._contents = manifest.contents
         self._files = CheckedFiles(
@@ -93,7 +101,7 @@ class Cache:
 
     @property
     def identity(self) -> str:
-        """sha256 (hex) that names the content: equal identities, equal bytes in every data file."""
+        """sha256 (hex) of the content: caches with equal identities have equal data files."""
         return self.manifest.identity
 
     @property
@@ -128,11 +136,11 @@ class Cache:
 
     @property
     def has_text_here(self) -> bool:
-        """Whether the texts are stored, and not left out of what was pulled."""
+        """Whether the texts are stored and in the part that was pulled."""
         return self.has_text and (self.local is None or self.local.selection.text)
 
     def examples(self, split: str) -> ExamplesTable:
-        """The examples of a split. MismatchError where there is no such split."""
+        """The examples of a split. Raises MismatchError if there is no such split, DamageError."""
         if split not in self._contents.splits:
             raise self._no("split", split, self._contents.splits)
         info = self._contents.splits[split]
@@ -142,12 +150,12 @@ class Cache:
         )
 
     def text_ids(self, part_name: str) -> np.ndarray:
-        """Ids of the texts of a part in its order, ``uint8[n, 16]``."""
+        """The text ids of a part, ``uint8[n, 16]``, in its order."""
         part = self._part(part_name)
         return self._files.decode(layout.ids_file(part.name), lambda data: tables.decode_ids(data, part.texts))
 
     def texts(self, part_name: str) -> list[tuple[str, ...]]:
-        """The texts of a part in its order. MismatchError where the cache stores none."""
+        """The texts of a part, in its order: a tuple of columns each. Raises MismatchError if the cache stores none."""
         part = self._part(part_name)
         if not self.has_text:
             raise MismatchError(
@@ -159,19 +167,25 @@ class Cache:
         )
 
     def locate(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Where texts lie: index into ``parts`` (int32[m]) and row in that part (int32[m]); -1 where a text is absent.
+        """Find texts by id.
 
         A text that is in a 'full' and in a 'logits' part is found in the full one. The first call reads all text ids;
-        where these are more than ``_KEPT``, each does.
+        in a cache of more than ``_KEPT`` texts every call does.
+
+        Args:
+            ids: ``uint8[m, 16]``.
+
+        Returns:
+            Index into ``parts`` and row in that part, both ``int32[m]``; -1 for a text that the cache lacks.
         """
         index, order, bounds = self._text_index()
-        found = index.find(ids)
-        which = np.searchsorted(bounds, found, side="right") - 1
-        rows = np.where(found < 0, -1, found - bounds[which]).astype(np.int32)
-        return np.where(found < 0, -1, order[which]).astype(np.int32), rows
+        places = index.find(ids)
+        which = np.searchsorted(bounds, places, side="right") - 1
+        rows = np.where(places < 0, -1, places - bounds[which]).astype(np.int32)
+        return np.where(places < 0, -1, order[which]).astype(np.int32), rows
 
     def outputs(self, teacher: str, part_name: str) -> Outputs:
-        """Logits ``float32[n, classes]`` and pooled vectors of a part."""
+        """Logits ``float32[n, classes]`` and pooled vectors ``float32[n, width]`` (or None) of a part."""
         spec, part = self._teacher(teacher), self._part(part_name)
         path = layout.outputs_file(teacher, part.name)
         return self._files.decode(
@@ -179,19 +193,19 @@ class Cache:
         )
 
     def token_count(self, teacher: str, part_name: str) -> int:
-        """Tokens of a part, from the manifest alone; MismatchError where none are stored of it."""
+        """The number of tokens of a part, from the manifest. Raises MismatchError if the part has no tokens."""
         self._teacher(teacher)
         counts = self._contents.tokens.get(teacher, {})
         part = self._part(part_name)
         if part.name not in counts:
             raise MismatchError(
                 f"cache '{self.path}' has no tokens of teacher '{teacher}' in {part.name} (scope '{part.scope}')",
-                "Hidden states and tokens are stored of train and transfer texts only.",
+                "Hidden states and tokens are stored for train and transfer texts only.",
             )
         return counts[part.name]
 
     def row_count(self, teacher: str, part_name: str, layer: int) -> int:
-        """Rows of a layer in a part, its tokens or its texts; MismatchError where the part has no hidden states."""
+        """Rows of a layer in a part: its tokens or its texts. Raises MismatchError if it has no hidden states."""
         spec, part = self._layer(teacher, layer), self._part(part_name)
         return part.texts if spec.per_text and part.scope == "full" else self.token_count(teacher, part_name)
 
@@ -210,10 +224,7 @@ class Cache:
         return tokens
 
     def hidden(self, teacher: str, part_name: str, layer: int) -> HiddenBlock:
-        """Hidden states of one layer of a part, as stored.
-
-        One row per token, or per text where the layer is stored so.
-        """
+        """Stored hidden states of one layer of a part: one row per token, or per text if ``LayerSpec.per_text``."""
         spec = self._layer(teacher, layer)
         return decode_layer(self._files, teacher, part_name, layer, spec, self.row_count(teacher, part_name, layer))
 
@@ -228,40 +239,39 @@ class Cache:
         return self._files.decode(layout.tokenizer_file(teacher), lambda data: data.decode("utf-8"))
 
     def check_present(self, paths: list[str]) -> None:
-        """Presence and size of files, by their names in the manifest, without reading them; those on their way count as
-        there.
+        """Check presence and size of files, by name in the manifest; files being fetched count as present.
 
-        Raises DamageError, and MismatchError for files that were not pulled.
+        Raises DamageError, MismatchError (not pulled).
         """
         self._files.check_coming(paths)
 
     def is_here(self, path: str) -> bool:
-        """Whether a file, by its name in the manifest, is in the directory with the right size. Raises DamageError."""
+        """Whether a file, by name in the manifest, is here with the right size. Raises DamageError."""
         return self._files.found(path) is not None
 
     @property
     def arrivals(self) -> Arrivals | None:
-        """Who brings the files that are not here yet, where the cache is read through from elsewhere."""
+        """Fetches missing files of a read-through cache; else None."""
         return self._arrivals
 
     def select(self, selection: Selection) -> None:
-        """Say what will be needed, where a cache is read through from elsewhere; nothing happens for any other."""
+        """Announce what will be needed; only a read-through cache uses it."""
         if self._arrivals is not None:
             self._arrivals.select(selection)
 
     def expect(self, paths: Sequence[str]) -> None:
-        """Say in which order files will be wanted, so that those that are on their way come in this order."""
+        """Announce the order in which files will be read; only a read-through cache uses it."""
         if self._arrivals is not None:
             self._arrivals.expect(paths)
 
     def _text_index(self) -> tuple[IdIndex, np.ndarray, np.ndarray]:
-        """All ids, part after part, full parts first; the index of these parts, and where each begins among the ids."""
+        """Index of all ids with full parts first, the order of the parts, and the first position of each."""
         with self._index_lock:
             if self._index is not None:
                 return self._index
             order = sorted(range(len(self.parts)), key=lambda index: self.parts[index].scope != "full")
             ids = [self.text_ids(self.parts[index].name) for index in order]
-            bounds = np.cumsum([0, *(len(one) for one in ids)])
+            bounds = np.cumsum([0, *(len(part_ids) for part_ids in ids)])
             index = IdIndex(np.concatenate([np.zeros((0, ID_BYTES), dtype=np.uint8), *ids]))
             made = index, np.array([*order, -1], dtype=np.int32), bounds
             if len(index) <= _KEPT:
@@ -285,7 +295,7 @@ class Cache:
         return layers[layer]
 
     def _no(self, what: str, name: object, known: object) -> MismatchError:
-        there = [str(one) for one in known][:20]  # type: ignore[attr-defined]
+        there = [str(item) for item in known][:20]  # type: ignore[attr-defined]
         return MismatchError(
             f"cache '{self.path}' has no {what} {name!r}; it has: {', '.join(there) or 'none'}", "Name one of these."
         )

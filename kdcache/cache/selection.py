@@ -1,15 +1,15 @@
-"""Which part of a cache is in a directory: ``.selection.json`` beside the manifest of the whole.
+"""Selections: ``.selection.json`` says which part of a cache is in a directory that has the manifest of the whole.
 
-A colleague who wants one teacher's logits pulls those files and the full manifest: the identity is that of the whole
-cache, and what is not here is refused by name, with the command that fetches it. A directory without the file holds
-everything. The file lies outside the identity; like all of a cache it may come from somebody else, so it is bounded and
-read strictly.
+To use one teacher's logits, it is enough to pull these files and the full manifest. The identity is that of the whole
+cache. A read of a file that was not pulled is refused by name, with the command that fetches it. A directory without
+the file holds everything. The file is not part of the identity. It may come from somebody else, so it is parsed
+strictly and within bounds.
 
     {"format": "kdcache-selection", "version": 1, "teachers": {"bert": [6, 12], "roberta": []}, "text": "no",
      "complete": "yes", "origin": "sst2-3t@3"}
 
-What comes along: text ids and examples always; of a selected teacher its tokenizer and outputs; with a layer its hidden
-states, its basis, the metadata of its arrays and the teacher's tokens. So every selection can be distilled from.
+A selection always includes text ids and examples; for each teacher its tokenizer and outputs; for each layer its hidden
+states, basis and array metadata, and the teacher's tokens. So a student can be trained from every selection.
 """
 
 from __future__ import annotations
@@ -38,25 +38,22 @@ _LAYER = re.compile(r"layer-([0-9]{2,4})")
 
 @dataclass(frozen=True)
 class Selection:
-    """Teachers with the layers of each, ``()`` for logits only.
-
-    ``None`` for every teacher and layer. And whether texts are in.
-    """
+    """Teacher -> its layers (``()``: logits only), None for all teachers and layers; and whether texts are included."""
 
     teachers: Mapping[str, tuple[int, ...]] | None = None
     text: bool = True
 
     @property
     def is_whole(self) -> bool:
-        """Whether nothing is left out, whatever the cache holds."""
+        """Whether it includes everything of any cache."""
         return self.teachers is None and self.text
 
     def covers(self, contents: Contents) -> set[str]:
-        """The files of ``contents`` that belong to this selection, by their names in the manifest."""
+        """The files of ``contents`` in this selection, by name in the manifest."""
         return {path for path in contents.files if self.takes(path)}
 
     def takes(self, path: str) -> bool:
-        """Whether a file of a cache, by its name in the manifest, belongs to this selection."""
+        """Whether a file, by name in the manifest, is in this selection."""
         place = component(path)
         if place.teacher is None:
             return self.text or not place.is_text
@@ -68,13 +65,13 @@ class Selection:
         return place.layer in layers if place.layer is not None else bool(layers) or not place.of_layers
 
     def lacks(self, other: Selection, contents: Contents) -> bool:
-        """Whether ``other`` takes a file of ``contents`` that this one does not."""
+        """Whether ``other`` includes a file of ``contents`` that this one does not."""
         return not other.covers(contents) <= self.covers(contents)
 
 
 @dataclass(frozen=True)
 class LocalSelection:
-    """What ``.selection.json`` says: ``complete`` is False while selected files are still to be fetched."""
+    """The content of ``.selection.json``; ``complete`` is False while selected files are not fetched yet."""
 
     selection: Selection
     complete: bool = True
@@ -83,10 +80,7 @@ class LocalSelection:
 
 @dataclass(frozen=True)
 class Component:
-    """What a file belongs to.
-
-    The texts, a teacher, one of its layers (``of_layers``: all of its layers), or everything.
-    """
+    """What a file belongs to: the texts, a teacher, a layer, all layers (``of_layers`` without ``layer``), or all."""
 
     teacher: str | None = None
     layer: int | None = None
@@ -95,7 +89,7 @@ class Component:
 
 
 def component(path: str) -> Component:
-    """What a file of a cache belongs to, from its name in the manifest."""
+    """The component of a file, from its name in the manifest."""
     steps = path.split("/")
     if steps[0] != "teachers":
         return Component(is_text=steps[0] == "text")
@@ -106,13 +100,13 @@ def component(path: str) -> Component:
     return Component(steps[1], of_layers=steps[2] in ("tokens", "hidden", "basis"))
 
 
-def union(one: Selection, other: Selection) -> Selection:
-    """What at least one of the two takes."""
-    text = one.text or other.text
-    if one.teachers is None or other.teachers is None:
+def union(first: Selection, second: Selection) -> Selection:
+    """Everything that is in at least one of the two."""
+    text = first.text or second.text
+    if first.teachers is None or second.teachers is None:
         return Selection(None, text)
-    names = [*one.teachers, *(name for name in other.teachers if name not in one.teachers)]
-    both = {name: {*one.teachers.get(name, ()), *other.teachers.get(name, ())} for name in names}
+    names = [*first.teachers, *(name for name in second.teachers if name not in first.teachers)]
+    both = {name: {*first.teachers.get(name, ()), *second.teachers.get(name, ())} for name in names}
     return Selection({name: tuple(sorted(layers)) for name, layers in both.items()}, text)
 
 
@@ -124,10 +118,9 @@ def choose(
     hidden: bool = True,
     text: bool = True,
 ) -> Selection:
-    """The selection that flags ask for: of the chosen teachers (None: all) those of ``layers`` (None: all) that they
-    have.
+    """The selection of some teachers (None: all) with those of ``layers`` (None: all) that they have.
 
-    Raises MismatchError for a teacher that the cache lacks, and for a layer that none of the chosen teachers has.
+    Raises MismatchError for a teacher that the cache lacks, or a layer that none of these teachers has.
     """
     if teachers is None and hidden and layers is None:
         return Selection(None, text)
@@ -140,24 +133,21 @@ def choose(
             )
     stored = {name: tuple(sorted(contents.teachers[name].layers)) for name in names}
     for layer in layers or ():
-        if hidden and not any(layer in one for one in stored.values()):
-            told = "; ".join(f"{name}: {', '.join(map(str, one)) or 'none'}" for name, one in stored.items())
+        if hidden and not any(layer in of_teacher for of_teacher in stored.values()):
+            shown = "; ".join(f"{name}: {', '.join(map(str, has)) or 'none'}" for name, has in stored.items())
             raise MismatchError(
-                f"the cache has no layer {layer} of {', '.join(names)}; it has {told}",
+                f"the cache has no layer {layer} of {', '.join(names)}; it has {shown}",
                 "Choose among these with --layers.",
             )
     wanted = {
-        name: one if layers is None else tuple(layer for layer in one if layer in layers)
-        for name, one in stored.items()
+        name: has if layers is None else tuple(layer for layer in has if layer in layers)
+        for name, has in stored.items()
     }
-    return Selection({name: one if hidden else () for name, one in wanted.items()}, text)
+    return Selection({name: chosen if hidden else () for name, chosen in wanted.items()}, text)
 
 
 def selection_here(root: Path, contents: Contents) -> Selection:
-    """What of a cache is wholly in a directory, found by looking.
-
-    Texts, teachers and layers of which every file is there.
-    """
+    """The texts, teachers and layers of which every file is in a directory."""
     lacking = {component(path) for path in contents.files if not (root / path).is_file()}
     text = not any(place.is_text for place in lacking)
     if not any(place.teacher for place in lacking):
@@ -173,16 +163,13 @@ def selection_here(root: Path, contents: Contents) -> Selection:
 
 
 def read_selection(root: Path) -> Selection | None:
-    """What of a cache is in a directory.
-
-    None where it is the whole. Raises DamageError for a file that is not a selection.
-    """
+    """The selection in a directory, None if it holds the whole cache. Raises DamageError."""
     local = read_local(root)
     return None if local is None else local.selection
 
 
 def read_local(root: Path) -> LocalSelection | None:
-    """``.selection.json``, checked; None where there is none. Raises DamageError."""
+    """Read and check ``.selection.json``; None if there is none. Raises DamageError."""
     path = root / SELECTION
     if not path.is_symlink() and not path.exists():
         return None
@@ -199,16 +186,20 @@ def read_local(root: Path) -> LocalSelection | None:
         raise DamageError(f"'{path}' is not a selection: {where}: {first['msg']}", hint) from error
     except (OSError, NotCanonicalError, ValueError) as error:
         raise DamageError(f"'{path}' is not a selection: {error}", hint) from error
-    teachers = None if model.teachers == "all" else {name: tuple(sorted(one)) for name, one in model.teachers.items()}
+    teachers = (
+        None if model.teachers == "all" else {name: tuple(sorted(layers)) for name, layers in model.teachers.items()}
+    )
     return LocalSelection(Selection(teachers, model.text == "yes"), model.complete == "yes", model.origin)
 
 
 def write_selection(root: Path, selection: Selection, *, complete: bool = True, origin: str = "") -> None:
-    """Say what of a cache is in a directory; for a whole, complete one nothing is said and an older file is removed."""
+    """Write ``.selection.json``; for a whole, complete cache remove it instead."""
     if selection.is_whole and complete:
         remove_file(root / SELECTION)
         return
-    teachers = "all" if selection.teachers is None else {name: sorted(one) for name, one in selection.teachers.items()}
+    teachers = (
+        "all" if selection.teachers is None else {name: sorted(layers) for name, layers in selection.teachers.items()}
+    )
     document = {
         "format": _FORMAT,
         "version": 1,
@@ -220,7 +211,7 @@ def write_selection(root: Path, selection: Selection, *, complete: bool = True, 
 
 
 def local_selection(root: Path, contents: Contents) -> LocalSelection | None:
-    """``read_local``, and DamageError where it names a teacher or a layer that the manifest beside it does not have."""
+    """Like ``read_local``; DamageError also if it names a teacher or layer that the manifest does not have."""
     local = read_local(root)
     for name, layers in ({} if local is None else local.selection.teachers or {}).items():
         what = None
@@ -237,10 +228,7 @@ def local_selection(root: Path, contents: Contents) -> LocalSelection | None:
 
 
 def not_here(root: Path, local: LocalSelection, path: str) -> MismatchError:
-    """The refusal of a file that the manifest lists and the selection leaves out.
-
-    What it belongs to, and how to fetch it.
-    """
+    """The error for a file outside the selection: what it belongs to, and the command that fetches it."""
     place = component(path)
     flags = []
     if place.is_text:
@@ -261,13 +249,13 @@ def not_here(root: Path, local: LocalSelection, path: str) -> MismatchError:
         flags.append("--no-text")
     name = local.origin or "NAME"
     return MismatchError(
-        f"cache '{root}' is a part of its whole: {what} was not pulled",
+        f"cache '{root}' was pulled in part: {what} was not pulled",
         f"Fetch it with: kdcache cache pull {name} {' '.join(flags)} --to {root}",
     )
 
 
 def not_yet_here(root: Path, local: LocalSelection, path: str) -> MismatchError:
-    """The refusal of a file that is selected and was not fetched yet."""
+    """The error for a selected file that was not fetched yet."""
     teachers = local.selection.teachers
     flags = [] if teachers is None else [f"--teachers {','.join(teachers)}"]
     if teachers is not None and not any(teachers.values()):

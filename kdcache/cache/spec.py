@@ -1,13 +1,13 @@
-"""What a cache depends on beyond rounding, as plain values.
+"""The specification of a cache: everything its content depends on, as plain values.
 
-Stale is judged by comparing these: what exists must equal what is asked for in every field here, or the dump refuses
-and names the field. ``backend`` and ``precision`` are among them. Whether token types are given is part of a teacher's
-tokenizer fingerprint.
+A dump compares the existing values with the requested ones. If a field differs, the cache is stale: the dump refuses
+and names the field. ``backend`` and ``precision`` are included; use of token types is part of a teacher's tokenizer
+fingerprint.
 
-Four things are not here and may change the last bits of logits and hidden states: ``dump.tokens_per_batch``, the
-device, the number of threads, and the versions of libraries. They change the order in which a sum is made, and nothing
-else: not texts, ids, labels, tokens or shapes. So "same recipe, same identity" holds where these four are the same, and
-a dump may be continued where they are not (docs/decisions/0017).
+Four things are not included: ``dump.tokens_per_batch``, the device, the number of threads, and library versions. They
+change the order of summation, so the last bits of logits and hidden states may differ; texts, ids, labels, tokens and
+shapes do not. So equal recipes give equal identities if these four are equal, and a dump may continue if they are not
+(docs/decisions/0017).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _INTEGER = re.compile(r"-?[0-9]+")
 
 @dataclass(frozen=True)
 class TaskSpec:
-    """The task: names of the text columns, and of the labels in class order."""
+    """The task: names of the text columns, and names of the labels in class order."""
 
     text_columns: tuple[str, ...]
     label_names: tuple[str, ...]
@@ -91,7 +91,7 @@ def mismatch_cure(given: Sequence[str], wanted: Sequence[str], cure: str) -> str
 
 @dataclass(frozen=True)
 class Settings:
-    """How texts are put into parts: the seed of their order, and texts per part."""
+    """How texts are divided into parts: the seed of their order, and texts per part."""
 
     seed: int
     part_size: int
@@ -114,13 +114,13 @@ def differing(stored: Fingerprints, found: Fingerprints) -> str:
 
 
 def needs_tokens(layers: Mapping[int, LayerSpec]) -> bool:
-    """Whether any layer has rows per token, so that spans are stored with them."""
+    """Whether any layer has a row per token, so that token spans are needed."""
     return any(not spec.per_text for spec in layers.values())
 
 
 @dataclass(frozen=True)
 class TargetSpec:
-    """What a teacher predicts per text. Format 1 knows class logits; the shape leaves room for vectors and scores."""
+    """The prediction per text. Format 1 has class logits only; the shape leaves room for vectors and scores."""
 
     kind: str = "class-logits"
     shape: tuple[int, ...] = ()
@@ -129,7 +129,7 @@ class TargetSpec:
 
 @dataclass(frozen=True)
 class TeacherSpec:
-    """One teacher as it was run."""
+    """A teacher, and how it was run."""
 
     name: str
     head: HeadKind
@@ -142,5 +142,5 @@ class TeacherSpec:
     precision: str  # of the forward pass
     target: TargetSpec
     pooled: int | None  # width of the stored pooled vector
-    sample_texts: int  # on which bases and variances are fitted
+    sample_texts: int  # number of texts that bases and variances were fitted on
     layers: Mapping[int, LayerSpec] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""Stale is judged per component: what exists must equal what is asked for in every field that its bytes depend on."""
+"""Is a component stale? It must equal the request in every field that its bytes depend on, or the dump refuses."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ _OF_LAYERS = ("layers", "sample_texts")  # a teacher's outputs do not depend on 
 
 
 def check_task(root: Path, old: tuple[TaskSpec, Settings, bool], new: tuple[TaskSpec, Settings, bool]) -> None:
-    """Raises MismatchError, which names the field, where a cache was made for another task or with other settings."""
-    for one, other in zip(old[:2], new[:2], strict=True):
-        for name, before, now in _differences(one, other):
+    """Raises MismatchError, which names the field, if a cache has another task or other settings."""
+    for old_values, new_values in zip(old[:2], new[:2], strict=True):
+        for name, before, now in _differences(old_values, new_values):
             if isinstance(before, tuple) and isinstance(now, tuple):
                 shown = [f"[{names}]" for names in listed_apart([*map(repr, before)], [*map(repr, now)])]
             else:
@@ -39,7 +39,7 @@ def check_task(root: Path, old: tuple[TaskSpec, Settings, bool], new: tuple[Task
 
 
 def check_teacher(root: Path, old: TeacherSpec, new: TeacherSpec, existing_layers: set[int]) -> None:
-    """Raises MismatchError where a teacher, or a layer that exists of it, differs from what is asked for."""
+    """Raises MismatchError if a teacher, or an existing layer of it, differs from the request."""
     for name, before, now in _differences(old, new):
         if name not in _OF_LAYERS:
             raise _mismatch(root, old.name, name, before, now)
@@ -51,12 +51,12 @@ def check_teacher(root: Path, old: TeacherSpec, new: TeacherSpec, existing_layer
 
 
 def _differences(old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
-    for one in fields(old):
-        before, now = getattr(old, one.name), getattr(new, one.name)
+    for field in fields(old):
+        before, now = getattr(old, field.name), getattr(new, field.name)
         if isinstance(before, Fingerprints):
             yield from ((f"{name} (sha256)", was[:12], is_[:12]) for name, was, is_ in _differences(before, now))
         elif before != now and not isinstance(before, dict | LayerSpec):
-            yield one.name, before, now
+            yield field.name, before, now
 
 
 def _mismatch(root: Path, teacher: str, name: str, before: Any, now: Any) -> MismatchError:
@@ -73,25 +73,25 @@ def _text(stored: bool) -> str:
 
 
 def has_any(contents: Contents, published: Contents | None, name: str) -> bool:
-    """Whether anything that a teacher said is there."""
+    """Whether any outputs of a teacher are there."""
     known = published is not None and name in published.teachers
     return known or any(contents.has_outputs(name, part) for part in contents.parts)
 
 
 def existing_layers(contents: Contents, published: Contents | None, name: str) -> set[int]:
-    """Layers of a teacher that are published, or of which a basis or a part is there."""
+    """Layers of a teacher that are published, or have a basis or a part."""
     spec = contents.teachers.get(name)
     begun = {layer for layer in spec.layers if _layer_has_any(contents, name, layer)} if spec else set()
     return published_layers(published, name) | begun
 
 
 def published_layers(published: Contents | None, name: str) -> set[int]:
-    """Layers of a teacher that the manifest has."""
+    """Layers of a teacher in the manifest."""
     return set(published.teachers[name].layers) if published is not None and name in published.teachers else set()
 
 
 def refuse_case_twin(root: Path, contents: Contents, name: str) -> None:
-    """MismatchError where a teacher's name differs from ``name`` in case only."""
+    """Raises MismatchError if the cache has a teacher whose name differs from ``name`` in case only."""
     for known in contents.teachers:
         if known != name and known.casefold() == name.casefold():
             raise MismatchError(
@@ -100,7 +100,7 @@ def refuse_case_twin(root: Path, contents: Contents, name: str) -> None:
 
 
 def refuse_partial_layers(root: Path, contents: Contents, published: Contents | None, spec: TeacherSpec) -> None:
-    """MismatchError where a published layer that is not asked for would lack the new texts."""
+    """Raises MismatchError if a published layer that is not requested would lack the new texts."""
     for layer in sorted(published_layers(published, spec.name) - spec.layers.keys()):
         if not contents.layer_is_complete(spec.name, layer):
             raise MismatchError(

@@ -7,8 +7,8 @@
         writer.write_examples("train", text_ids, labels, None)
         writer.publish(provenance)
 
-Files come first, then the commit record that speaks of them, the manifest last. The same calls continue an interrupted
-dump and extend a finished one. While that goes on, the old manifest stays valid: no file that it lists is changed.
+Files are written first, then the commit record that lists them, and the manifest last. The same calls continue an
+interrupted dump and extend a finished one. Meanwhile the old manifest stays valid: no file that it lists changes.
 """
 
 from __future__ import annotations
@@ -22,19 +22,18 @@ from typing import TYPE_CHECKING, Any
 
 from kdcache.cache import layout, tables
 from kdcache.cache.bases import check_basis, decode_basis, encode_basis
-from kdcache.cache.checks import check_outputs, check_tokens
 from kdcache.cache.contents import Contents, PartInfo, SplitInfo
 from kdcache.cache.digests import CheckedFiles
 from kdcache.cache.hidden import encode_layers
-from kdcache.cache.locking import hold_lock
 from kdcache.cache.manifest import Manifest, make_manifest
-from kdcache.cache.opening import open_contents, refuse_links, refuse_other_directory
+from kdcache.cache.opening import hold_lock, open_contents, refuse_links, refuse_other_directory
 from kdcache.cache.selection import local_selection, selection_here, write_selection
 from kdcache.cache.spec import needs_tokens
 from kdcache.cache.stale import check_teacher, existing_layers, has_any, refuse_case_twin, refuse_partial_layers
 from kdcache.cache.texts import Part as Part
 from kdcache.cache.texts import PartTask as PartTask
 from kdcache.cache.texts import TextPlan, Texts
+from kdcache.cache.tokens import check_outputs, check_tokens
 from kdcache.errors import DamageError, KdcacheError, MismatchError
 from kdcache.files import FileDigest, digest_bytes, write_file
 
@@ -60,12 +59,21 @@ def open_writer(
     repair: bool = False,
     arrivals: Arrivals | None = None,
 ) -> Iterator[CacheWriter]:
-    """Open a cache directory for writing; makes it where there is none, continues what was interrupted.
+    """Open a cache directory for writing: a new one, an interrupted dump, or a finished cache to extend.
 
-    With ``repair`` everything is verified first, and files that are damaged count as missing. A part of a cache grows
-    as well, as long as nothing has to be read that is not here (MismatchError), or ``arrivals`` brings it. Raises
-    LockedError where another process writes, MismatchError where the cache was made for another task or with other
-    settings, DamageError, StorageError.
+    Args:
+        path: The directory; made if missing.
+        task: Text columns and label names; must equal those of an existing cache.
+        settings: Seed and part size; must equal those of an existing cache.
+        store_text: Whether to store the texts; must equal that of an existing cache.
+        repair: Verify all files first; damaged ones count as missing.
+        arrivals: Fetches files of a partly pulled cache that the writer has to read.
+
+    Raises:
+        LockedError: Another process writes the cache.
+        MismatchError: Task or settings differ, or a file that was not pulled has to be read.
+        DamageError: A file of the cache is damaged.
+        StorageError: The disk is full or not writable.
     """
     root = Path(path)
     refuse_other_directory(root)
@@ -77,7 +85,7 @@ def open_writer(
 
 
 class CacheWriter:
-    """The open cache; made by ``open_writer``. One thread at a time writes; reading calls may come from others."""
+    """A cache open for writing, made by ``open_writer``. One thread at a time may write; others may read."""
 
     def __init__(
         self,
@@ -90,7 +98,7 @@ class CacheWriter:
     ) -> None:
         self.root = root
         self._local = local
-        self.base = base  # the manifest that this run starts from
+        self.base = base  # the manifest that this run started from
         self._identity = base.identity if base else ""
         self._contents = contents
         self._journal = journal
@@ -100,7 +108,7 @@ class CacheWriter:
 
     @property
     def contents(self) -> Contents:
-        """All that is there, published or committed. It and the records change through ``kdcache.cache`` alone."""
+        """All that is published or committed. Only ``kdcache.cache`` changes it and the commit records."""
         return self._contents
 
     @property
@@ -113,21 +121,21 @@ class CacheWriter:
         return tuple(Part(part.name, part.scope, self._texts.ids(part)) for part in self._contents.parts)
 
     def add_texts(self, full: Texts, logits_only: Texts) -> None:
-        """Give every text that is new a place in a new part, in the seeded order; known texts are left where they are.
+        """Assign new texts to new parts, in the seeded order; known texts keep their place.
 
-        A text known as 'logits' and wanted 'full' goes into a new full part. With ``repair``, damaged text files are
-        written again from what is given here.
+        A text of a 'logits' part that is now wanted in full goes into a new full part. With ``repair``, damaged text
+        files are written again.
         """
         self._texts.add(full, logits_only)
 
     def texts_of(self, part: Part) -> list[tuple[str, ...]]:
-        """The texts of a part, in its order. MismatchError where they were neither given nor stored."""
+        """The texts of a part, in its order. Raises MismatchError if they were neither given nor stored."""
         return self._texts.texts(self._part(part.name))
 
     def declare_teacher(self, spec: TeacherSpec, tokenizer_json: str) -> tuple[PartTask, ...]:
-        """Say how a teacher is run; gives back what is still missing of it. MismatchError where what exists differs.
+        """Declare how a teacher is run; returns what is missing of it. Raises MismatchError if existing data differ.
 
-        Layers of the cache that ``spec`` does not name stay, unless there are texts that they lack: then it refuses.
+        Existing layers that ``spec`` does not name stay; if they lack some texts, that is a MismatchError too.
         """
         old = self._contents.teachers.get(spec.name)
         published = self.base.contents if self.base else None
@@ -147,7 +155,7 @@ class CacheWriter:
         return self.missing(spec.name)
 
     def missing(self, name: str) -> tuple[PartTask, ...]:
-        """What is missing of what was asked for of a declared teacher, as ``declare_teacher`` says it."""
+        """The requested outputs and layers of a declared teacher that are missing, per part."""
         tasks = []
         for part in self._contents.parts:
             outputs = not self._contents.has_outputs(name, part)
@@ -164,7 +172,7 @@ class CacheWriter:
         }
 
     def bases(self, name: str, layers: Collection[int] | None = None) -> dict[int, Basis]:
-        """The bases that exist of a declared teacher, by layer; of ``layers`` alone where given."""
+        """The existing bases of a declared teacher, by layer; only those of ``layers`` if given."""
         spec = self._contents.teachers[name]
         wanted = self.layers_with_basis(name) & set(spec.layers if layers is None else layers)
         there = {layer: layout.basis_file(name, layer) for layer in sorted(wanted)}
@@ -174,7 +182,7 @@ class CacheWriter:
         }
 
     def write_bases(self, name: str, bases: Mapping[int, Basis]) -> None:
-        """Add bases of layers. MismatchError where a layer has another one already: hidden states depend on it."""
+        """Add bases. Raises MismatchError if a layer has another one: hidden states depend on it."""
         spec = self._contents.teachers[name]
         for layer, basis in sorted(bases.items()):
             check_basis(basis, spec.layers[layer], spec.width)
@@ -196,11 +204,10 @@ class CacheWriter:
         tokens: Tokens | None,
         hidden: Mapping[int, HiddenBlock],
     ) -> int:
-        """Write what was missing of one teacher and part, durably, then its commit record; gives back the bytes
-        written.
+        """Write the missing components of a teacher in a part, durably, then its commit record.
 
-        Components that exist already are left as they are. ``tokens`` are needed with hidden states. Raises
-        NonFiniteError (text id, layer), ValueError for shapes that do not fit the declaration, StorageError.
+        Existing components stay. ``tokens`` are needed with hidden states per token. Returns the bytes written. Raises
+        NonFiniteError (names text id and layer), ValueError (shapes contradict the declaration), StorageError.
         """
         spec, info = self._contents.teachers[name], self._part(part.name)
         ids = self._texts.ids(info)
@@ -223,7 +230,7 @@ class CacheWriter:
     def write_examples(
         self, split: str, text_ids: np.ndarray, labels: np.ndarray, groups: Sequence[str] | None
     ) -> None:
-        """Set the examples of a split; another version replaces an old one when the cache is published."""
+        """Set the examples of a split; they replace older ones when the cache is published."""
         if not layout.SPLIT_NAME.fullmatch(split):
             raise ValueError(f"'{split}' is not a name of a split")
         classes = len(self._contents.task.label_names)
@@ -239,10 +246,10 @@ class CacheWriter:
         self._contents.splits[split] = info
 
     def publish(self, provenance: Mapping[str, Any], card: Callable[[Manifest], str] | None = None) -> Manifest:
-        """Write the card and then the manifest, and forget the records. Gives back the manifest.
+        """Write the card, then the manifest, and remove the commit records. Returns the manifest.
 
-        Where nothing changed, the manifest stays as it is. Raises MismatchError where a teacher of the cache lacks
-        texts that were added, KdcacheError where a declared teacher is not complete.
+        If nothing changed, the manifest stays the same. Raises MismatchError if a teacher lacks some of the new texts,
+        KdcacheError if a declared teacher is incomplete.
         """
         published = self.base.contents if self.base else None
         contents = complete_contents(self.root, self._contents, published, self._asked)

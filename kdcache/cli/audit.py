@@ -1,4 +1,4 @@
-"""``kdcache audit``: live teachers against what a cache says of them."""
+"""``kdcache audit``: compare live teachers with a cache."""
 
 from __future__ import annotations
 
@@ -18,9 +18,7 @@ def audit(
     cache: Annotated[Path, typer.Argument(metavar="CACHE", help="Directory of a cache.", show_default=False)],
     teachers: Annotated[
         Path | None,
-        typer.Option(
-            metavar="DIR", help="Teachers directory; the one beside the cache where not given.", show_default=False
-        ),
+        typer.Option(metavar="DIR", help="Teachers directory; default: the one beside the cache.", show_default=False),
     ] = None,
     rows: Annotated[int, typer.Option(min=1, help="Texts to run the teachers on.")] = 256,
     seed: Annotated[int, typer.Option(min=0, help="Which texts these are.")] = 0,
@@ -52,9 +50,8 @@ def audit(
     if report.findings:
         where = ", ".join(dict.fromkeys(f"{finding.teacher}: {finding.component}" for finding in report.findings))
         out.error(
-            f"cache '{cache}' is not what these teachers say ({where})",
-            "Audit with the teachers that it was dumped from, or dump again into a new directory: kdcache "
-            "dump-teachers",
+            f"cache '{cache}' does not match the outputs of these teachers ({where})",
+            "Audit with the teachers that it was dumped from, or dump again into a new directory.",
         )
         raise typer.Exit(3)
 

@@ -1,4 +1,4 @@
-"""``kdcache cache``: what a cache holds, and whether it is whole."""
+"""``kdcache cache info|verify``: what a cache holds, and whether it is undamaged."""
 
 from __future__ import annotations
 
@@ -9,23 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kdcache.cli.options import Json, RemoteUrl
+from kdcache.cli.options import CacheReference, Json, RemoteUrl, find_version
 from kdcache.cli.output import out
-from kdcache.cli.references import find_version
 from kdcache.errors import KdcacheError, RecipeError
 from kdcache.progress import counted, format_bytes, listed
 
 if TYPE_CHECKING:
     from kdcache.share.refs import Ref
     from kdcache.share.stores.base import Remote
-
-CachePath = Annotated[Path, typer.Argument(metavar="PATH", help="Directory of a cache.", show_default=False)]
-CacheReference = Annotated[
-    str,
-    typer.Argument(
-        metavar="PATH|NAME", help="Directory of a cache, or a name (NAME@VERSION) on the remote.", show_default=False
-    ),
-]
 
 
 def info(cache: CacheReference, remote: RemoteUrl = None, json: Json = False) -> None:  # noqa: ARG001
@@ -60,10 +51,10 @@ def verify(
     remote: RemoteUrl = None,
     json: Json = False,  # noqa: ARG001
 ) -> None:
-    """Compare a cache with its manifest; exit code 3 where something is missing or damaged.
+    """Compare a cache with its manifest; exit code 3 if something is missing or damaged.
 
-    Of a directory every byte is read. On a remote, presence and size of every file are looked at, and with --read-data
-    or --subset the bytes too.
+    In a directory every byte is read. On a remote, presence and size of every file are checked, and with --read-data or
+    --subset the bytes too.
 
     Example: kdcache cache verify runs/sst2/cache
 
@@ -111,11 +102,6 @@ def _verify_directory(path: Path) -> None:
         return
     part = "every selected file" if (path / ".selection.json").exists() else "every file"
     out.text(f"{path}: {part} is what the manifest says")
-
-
-def require_directory(path: Path) -> None:
-    if not path.is_dir():
-        raise RecipeError(f"there is no directory '{path}'", "Name the directory of a cache: runs/NAME/cache.")
 
 
 def _describe_remote(remote: Remote, ref: Ref) -> dict[str, Any]:
@@ -197,7 +183,8 @@ def _show(description: dict[str, Any]) -> None:
     )
     rows: list[tuple[Any, ...]] = []
     for name, teacher in description["teachers"].items():
-        what = f"{teacher['head']} head, {teacher['depth']} x {teacher['width']}, {teacher['backend']} {teacher['precision']}"
+        run = f"{teacher['backend']} {teacher['precision']}"
+        what = f"{teacher['head']} head, {teacher['depth']} x {teacher['width']}, {run}"
         rows.append((name, what, teacher["tokens"], format_bytes(teacher["bytes"]), _absent(teacher)))
         for layer, stored in teacher["layers"].items():
             rows.append(

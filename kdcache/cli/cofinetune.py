@@ -15,7 +15,9 @@ def cofinetune(
     recipe: RecipeFile,
     add: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Train this newcomer against the frozen shared head.", show_default=False),
+        typer.Option(
+            metavar="NAME", help="Train only this new teacher, against the frozen shared head.", show_default=False
+        ),
     ] = None,
     settings: Settings = None,
     output_dir: OutputDir = RUNS,
@@ -23,7 +25,7 @@ def cofinetune(
 ) -> None:
     """Train the teachers together on the task, sharing one pooling and one prediction layer.
 
-    Interrupted, it continues with the same command.
+    If interrupted, run the same command again: it continues.
 
     Example: kdcache cofinetune sst2.toml --set cofinetune.epochs=2
 

@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from typing import Annotated
 
 import typer
 
-from kdcache.cli.options import Json, RemoteUrl
+from kdcache.cli.options import CacheReference, Json, RemoteUrl, find_cache
 from kdcache.cli.output import out
-from kdcache.cli.references import find_cache
-
-_Reference = Annotated[
-    str, typer.Argument(metavar="REF", help="A directory, or a name on the remote.", show_default=False)
-]
 
 
-def diff(first: _Reference, second: _Reference, remote: RemoteUrl = None, json: Json = False) -> None:  # noqa: ARG001
+def diff(first: CacheReference, second: CacheReference, remote: RemoteUrl = None, json: Json = False) -> None:  # noqa: ARG001
     """Say what differs between two caches: texts, splits, labels, teachers, layers, settings, bytes; exit code 3 where
     anything does.
 

@@ -8,9 +8,8 @@ from typing import Annotated
 import typer
 
 from kdcache.cli import stages
-from kdcache.cli.options import RUNS, Json, OutputDir, RecipeFile, RemoteUrl, Settings, open_job
+from kdcache.cli.options import RUNS, Json, OutputDir, RecipeFile, RemoteUrl, Settings, find_cache, open_job
 from kdcache.cli.output import out
-from kdcache.cli.references import find_cache
 
 
 def distill(
@@ -21,7 +20,7 @@ def distill(
         str | None,
         typer.Option(
             metavar="PATH|NAME",
-            help="The cache of the teachers' targets: a directory, or a name on KDCACHE_REMOTE; that of the run where not given.",
+            help="Cache with the targets: a directory, or a name on the remote; default: that of the run.",
             show_default=False,
         ),
     ] = None,
@@ -39,8 +38,8 @@ def distill(
 ) -> None:
     """Train the recipe's student on targets streamed from a cache; no teacher is loaded.
 
-    From a name, what the recipe needs is fetched while the student trains, and kept. Interrupted, it continues with the
-    same command.
+    With a name, the needed files are fetched while the student trains, and kept. If interrupted, run the same command
+    again: it continues.
 
     Example: kdcache distill sst2.toml --cache sst2-3t
 

@@ -19,10 +19,10 @@ def dump_teachers(
     teachers: TeachersDir = None,
     cache: Annotated[
         Path | None,
-        typer.Option(metavar="PATH", help="Cache to write; that of the run where not given.", show_default=False),
+        typer.Option(metavar="PATH", help="Cache to write; default: that of the run.", show_default=False),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would be run and written, and run only a warm-up batch.")
+        bool, typer.Option("--dry-run", help="Show what would be run and written; run only a warm-up batch.")
     ] = False,
     repair: Annotated[
         bool, typer.Option("--repair", help="Verify the cache first and dump again what is damaged.")
@@ -34,8 +34,8 @@ def dump_teachers(
 ) -> None:
     """Run each teacher once over the data and store soft labels and hidden states in a cache.
 
-    Interrupted, it continues with the same command. In a finished cache only what is missing is dumped: a new teacher,
-    layer or text; what no longer matches is refused with exit code 4.
+    If interrupted, run the same command again: it continues. In a finished cache, only new teachers, layers and texts
+    are dumped; data that no longer match the recipe are refused with exit code 4.
 
     Example: kdcache dump-teachers sst2.toml --dry-run
 

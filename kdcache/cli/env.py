@@ -28,7 +28,7 @@ _PACKAGES = (
 
 
 def env(json: Json = False) -> None:  # noqa: ARG001  (its callback switches the output)
-    """Show versions, devices, cores, memory and the directory of kept files.
+    """Show versions, devices, cores, memory and the directory of downloaded files.
 
     Example: kdcache env --json
     """
@@ -67,10 +67,7 @@ def _devices() -> list[str]:
 
 
 def _providers() -> list[str]:
-    """What onnxruntime can use here.
-
-    It names every provider it was built with, so those of a GPU count only with its driver.
-    """
+    """The usable providers of onnxruntime; it lists all it was built with, so those of a GPU need a driver check."""
     try:
         import onnxruntime
     except ImportError:

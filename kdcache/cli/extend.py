@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kdcache.cli.options import Json, RemoteUrl, Settings
+from kdcache.cli.options import CacheReference, Json, RemoteUrl, Settings, find_cache, layer_numbers
 from kdcache.cli.output import out
-from kdcache.cli.references import find_cache
 from kdcache.errors import RecipeError
 from kdcache.progress import counted, format_bytes
 
@@ -20,10 +19,7 @@ if TYPE_CHECKING:
 
 
 def extend(
-    reference: Annotated[
-        str,
-        typer.Argument(metavar="REF", help="A cache: a directory, or a name on KDCACHE_REMOTE.", show_default=False),
-    ],
+    reference: CacheReference,
     teacher: Annotated[
         list[str] | None,
         typer.Option(
@@ -34,12 +30,12 @@ def extend(
     ] = None,
     layers: Annotated[
         str | None,
-        typer.Option(metavar="6,12", help="Layers to store of them; like the other teachers' where not given."),
+        typer.Option(metavar="6,12", help="Layers to store of them; default: as the other teachers."),
     ] = None,
     recipe: Annotated[
         Path | None,
         typer.Option(
-            metavar="RECIPE", help="Its data: new or edited rows; its settings, for newcomers.", show_default=False
+            metavar="RECIPE", help="Recipe with new or edited rows, and settings for new teachers.", show_default=False
         ),
     ] = None,
     settings: Settings = None,
@@ -49,10 +45,10 @@ def extend(
     remote: RemoteUrl = None,
     json: Json = False,  # noqa: ARG001  (its callback switches the output)
 ) -> None:
-    """Add teachers, layers or rows to a cache; what is there is neither run nor written again.
+    """Add teachers, layers or rows to a cache; existing parts are neither run nor written again.
 
-    A directory grows in place. Of a name, what is needed is fetched, and the result is pushed as its next version; the
-    old one stays. Interrupted, it continues with the same command.
+    A directory is extended in place. For a name, the needed files are fetched and the result is pushed as its next
+    version; the old one stays. If interrupted, run the same command again: it continues.
 
     Example: kdcache cache extend sst2-3t --teacher deberta=runs/deberta/teachers
 
@@ -66,7 +62,7 @@ def extend(
     from kdcache.recipe import load_recipe
 
     loaded = load_recipe(recipe, settings) if recipe is not None else None
-    wanted = Wanted(_teachers(teacher or []), _numbers(layers), loaded)
+    wanted = Wanted(_teachers(teacher or []), layer_numbers(layers), loaded)
     place, progress = find_cache(reference, remote), RichProgress()
     if isinstance(place, Path):
         if tag is not None:
@@ -108,15 +104,6 @@ def _teachers(given: list[str]) -> dict[str, Path]:
             raise RecipeError(f"--teacher names '{name}' twice", "Name each teacher once.")
         found[name] = Path(path)
     return found
-
-
-def _numbers(layers: str | None) -> tuple[int, ...] | None:
-    if layers is None:
-        return None
-    parts = [part.strip() for part in layers.split(",")]
-    if not all(part.isdecimal() and len(part) < 5 for part in parts):
-        raise RecipeError(f"--layers {layers} is not a list of layer numbers", "Such as: --layers 6,12")
-    return tuple(sorted({int(part) for part in parts}))
 
 
 def _show(report: ExtendReport, published: str | None) -> None:

@@ -1,4 +1,4 @@
-"""The one place where exceptions become an error line, a hint and an exit code.
+"""Turns exceptions into an error line, a hint and an exit code.
 
 0 done · 1 failed · 2 usage or recipe · 3 damage or a difference found · 4 refused, does not match · 130 interrupted
 """
@@ -24,7 +24,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def guarded(command: Callable[..., None]) -> Callable[..., None]:
-    """``command`` with its exceptions reported; typer sees only an exit code."""
+    """Wrap ``command``: report its exceptions, and give typer only an exit code."""
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
@@ -32,7 +32,7 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
             command(*args, **kwargs)
         except (typer.Exit, typer.Abort, typer.BadParameter):
             raise
-        except BrokenPipeError:  # the reader of stdout has seen enough (kdcache ... | head)
+        except BrokenPipeError:  # the reader closed the pipe (kdcache ... | head)
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(0) from None
         except (Exception, KeyboardInterrupt) as error:
@@ -53,7 +53,7 @@ def explain(error: BaseException) -> tuple[str, str, int]:
         return "interrupted", f"Continue with the same command: {shlex.join(['kdcache', *sys.argv[1:]])}", INTERRUPTED
     if isinstance(error, OSError) and error.errno in _FULL:
         where = f" while writing '{error.filename}'" if error.filename else ""
-        return f"the disk is full{where}", "Free some space and run the same command again: it continues.", 1
+        return f"the disk is full{where}", "Free some space and run the same command again: what is written is kept.", 1
     if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
         return (
             f"out of memory: {_first_line(error)}",

@@ -1,7 +1,7 @@
-"""All that commands print goes through ``out``: results on stdout, everything else on stderr; for humans or as JSON.
+"""All output of commands goes through ``out``: results to stdout, everything else to stderr; as text or as JSON.
 
-In JSON mode ``document`` is the one thing on stdout and the human forms say nothing, so a command states its result
-once as data and once as text, and never asks which of the two is wanted.
+A command passes its result once as data (``document``) and once as text. In JSON mode only ``document`` prints to
+stdout, otherwise only the text methods, so commands need not ask for the mode.
 """
 
 from __future__ import annotations
@@ -13,54 +13,54 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
-# Names and texts in a cache may come from somebody else: what steers a terminal (C0, C1, changes of direction), or
-# cannot be printed (half surrogates), is spelled out. The spelling is also JSON's.
+# Names and texts in a cache may come from somebody else: characters that control a terminal (C0, C1, bidirectional
+# marks) or cannot be encoded (half surrogates) are escaped, as in JSON.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class Output:
-    """``json`` is switched on by ``--json``; streams are looked up when used, so that tests and pipes see them."""
+    """``json`` is set by ``--json``; streams are looked up at each use, so tests can replace them."""
 
     def __init__(self) -> None:
         self.json = False
 
     def document(self, data: Any) -> None:
-        """The result as data: JSON on stdout, in JSON mode only. NaN becomes null, which JSON has."""
+        """The result as data: JSON on stdout, in JSON mode only. NaN becomes null."""
         if self.json:
-            _say(sys.stdout, json.dumps(_finite(data), indent=2, ensure_ascii=False))
+            _print(sys.stdout, json.dumps(_finite(data), indent=2, ensure_ascii=False))
 
     def text(self, line: str = "") -> None:
         """A line of the result."""
         if not self.json:
-            _say(sys.stdout, line)
+            _print(sys.stdout, line)
 
     def dict(self, values: Mapping[str, Any]) -> None:
         """One aligned ``key  value`` line per entry; nested tables are indented under their key."""
         if not self.json:
             for line in _lines(values):
-                _say(sys.stdout, line)
+                _print(sys.stdout, line)
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """Columns aligned, numbers to the right."""
         if not self.json:
             for line in table_lines(columns, rows):
-                _say(sys.stdout, line)
+                _print(sys.stdout, line)
 
     def note(self, line: str) -> None:
-        """Something worth knowing that is not the result."""
-        _say(sys.stderr, line)
+        """A remark that is not part of the result."""
+        _print(sys.stderr, line)
 
     def hint(self, line: str) -> None:
         """What to do next."""
         if line:
-            _say(sys.stderr, f"hint: {line}")
+            _print(sys.stderr, f"hint: {line}")
 
     def error(self, message: str, hint: str = "") -> None:
-        """One line that says what is wrong and one that says what cures it."""
+        """A line with the error and a line with the cure."""
         if self.json:
-            _say(sys.stderr, json.dumps({"error": message, "hint": hint}, ensure_ascii=False))
+            _print(sys.stderr, json.dumps({"error": message, "hint": hint}, ensure_ascii=False))
             return
-        _say(sys.stderr, "error: " + " ".join(message.split("\n")))
+        _print(sys.stderr, "error: " + " ".join(message.split("\n")))
         self.hint(hint)
 
 
@@ -68,7 +68,7 @@ out = Output()
 
 
 def table_lines(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
-    """A plain table that survives pipes and narrow logs."""
+    """An aligned plain-text table."""
     cells = [[str(column) for column in columns], *([_cell(value) for value in row] for row in rows)]
     widths = [max(len(row[position]) for row in cells) for position in range(len(columns))]
     right = [
@@ -103,8 +103,8 @@ def _lines(values: Mapping[str, Any], indent: str = "") -> list[str]:
     return lines
 
 
-def _spelled(found: re.Match[str]) -> str:
-    return f"\\u{ord(found[0]):04x}"
+def _escaped(match: re.Match[str]) -> str:
+    return f"\\u{ord(match[0]):04x}"
 
 
 def _finite(data: Any) -> Any:
@@ -115,6 +115,6 @@ def _finite(data: Any) -> Any:
     return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
-def _say(stream: TextIO, line: str) -> None:
-    stream.write(_UNPRINTABLE.sub(_spelled, line) + "\n")
+def _print(stream: TextIO, line: str) -> None:
+    stream.write(_UNPRINTABLE.sub(_escaped, line) + "\n")
     stream.flush()

@@ -33,28 +33,28 @@ def plan(
     ] = 256,
     json: Json = False,  # noqa: ARG001  (its callback switches the output)
 ) -> None:
-    """Run each teacher once over a sample and say what every form of its layers costs and keeps; recommend one.
+    """Run each teacher over a sample, measure size and fidelity of the storage formats per layer, recommend one.
 
-    kept: share of the variance of the hidden states. cosine, error: of the rebuilt states, the error relative to the
-    state. KL: of the soft labels that the teacher's own pooling and head make of the rebuilt last layer. All on texts
-    that nothing was fitted on. The picture of it is part of the page of the run: kdcache report.
+    kept: share of the variance of the hidden states. cosine, error: of the reconstructed states; the error is relative.
+    KL: of the soft labels that the teacher's pooling and head compute from the reconstructed last layer. All on
+    held-out texts. kdcache report shows the plot.
 
     Example: kdcache plan sst2.toml --budget 2GB
     """
     limit = None if budget is None else size_of(budget)
     job = open_job(recipe, settings, output_dir, teachers=teachers)
     from kdcache.dump.plan import plan_storage
-    from kdcache.runs import write_durably
+    from kdcache.files import write_file
 
     made = plan_storage(job.recipe, job.teachers, budget=limit, unseen=texts, progress=job.progress)
     job.run.create()
-    write_durably(job.run.plan, jsons.dumps(made.as_dict(), indent=1) + "\n")
+    write_file(job.run.plan, (jsons.dumps(made.as_dict(), indent=1) + "\n").encode())
     out.document(made.as_dict())
     _show(made)
     if made.recommendation is None:
         least = made.fixed + sum(min(layer.bytes) for layer in made.layers)
         raise KdcacheError(
-            f"nothing fits into {format_bytes(limit or 0)}: the smallest forms of these layers take "
+            f"nothing fits into {format_bytes(limit or 0)}: the smallest formats of these layers take "
             f"{format_bytes(least)}",
             'Give a larger --budget, or store fewer layers (dump.layers), one row per text (dump.tokens = "first"), or '
             "logits alone.",

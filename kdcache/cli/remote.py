@@ -21,7 +21,7 @@ _ANSWERS = {True: "yes", False: "no", None: "-"}
 
 
 def check(url: RemoteUrl = None, json: Json = False) -> None:  # noqa: ARG001
-    """Try what a store guarantees and what it does not; exit code 1 where it cannot be used.
+    """Try what a store guarantees and what it does not; exit code 1 if it cannot be used.
 
     Writes a few small objects under probes/ and removes them.
 

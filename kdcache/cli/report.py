@@ -28,10 +28,10 @@ def report(
     baseline = read_results(directory.baseline) if directory.baseline.results.exists() else None
     out.document({"results": results, "baseline": baseline, "page": str(write_page(directory))})
     out.table(*table(result_rows(results, baseline)))
-    said = [*remarks(results, baseline), *data_notes(results)]
-    if said:
+    lines = [*remarks(results, baseline), *data_notes(results)]
+    if lines:
         out.text()
-    for line in said:
+    for line in lines:
         out.text(line)
     if baseline is not None:
         out.text()

@@ -30,7 +30,7 @@ def run(
 ) -> None:
     """Co-finetune, dump, distill and evaluate; stages that are finished with the same settings are skipped.
 
-    For comparison it also trains the same student without teachers. Interrupted, it continues with the same command.
+    It also trains the same student without teachers, for comparison. If interrupted, run the same command again.
 
     Example: kdcache run quickstart/quickstart.toml
 
@@ -39,7 +39,7 @@ def run(
     from kdcache.distill.objective import objective_settings
 
     job = open_job(recipe, settings, output_dir)
-    objective_settings(job.recipe.distill)  # before teachers are trained for a student that cannot be
+    objective_settings(job.recipe.distill)  # fail before teachers are trained
     _check_student(job)
     todo: dict[Any, Callable[[], object]] = {
         "teachers": lambda: stages.cofinetune(job),
@@ -61,13 +61,10 @@ def run(
 
 
 def _check_student(job: Job) -> None:
-    """A model that cannot be a student is refused before teachers are trained for it.
-
-    Of a finished run nothing is looked at.
-    """
+    """Refuse a model that cannot be a student before teachers are trained for it."""
     job.recipe.require_student()
     if not job.recipe.teachers or stages.is_finished(job, "cache"):
-        return  # the student is the next thing that is made
+        return  # the student is trained next, which checks it
     from kdcache.students.build import check_student
 
     check_student(job.recipe, job.teachers)

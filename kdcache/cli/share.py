@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kdcache.cli.cache import CachePath, require_directory
-from kdcache.cli.options import Json, RemoteUrl
+from kdcache.cli.options import CachePath, Json, RemoteUrl, layer_numbers, open_team, require_directory
 from kdcache.cli.output import out
-from kdcache.cli.references import open_team
-from kdcache.errors import RecipeError
 from kdcache.progress import counted, format_bytes
 
 if TYPE_CHECKING:
@@ -31,16 +29,16 @@ _SHOWN = 20  # keys that gc lists for people; all of them are in --json
 
 def push(
     path: CachePath,
-    name: Annotated[str, typer.Option("--name", metavar="NAME", help="What the team calls it.", show_default=False)],
-    tag: Annotated[str | None, typer.Option("--tag", help="A word for this version.", show_default=False)] = None,
-    no_text: Annotated[bool, typer.Option("--no-text", help="Leave the texts out; ids and labels go.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would travel, and send nothing.")] = False,
+    name: Annotated[str, typer.Option("--name", metavar="NAME", help="Its name on the remote.", show_default=False)],
+    tag: Annotated[str | None, typer.Option("--tag", help="A tag for this version.", show_default=False)] = None,
+    no_text: Annotated[bool, typer.Option("--no-text", help="Leave out the texts; ids and labels are sent.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be sent, and send nothing.")] = False,
     remote: RemoteUrl = None,
     json: Json = False,  # noqa: ARG001
 ) -> None:
-    """Publish a cache as the newest version of a name; only what the remote lacks is sent.
+    """Publish a cache as the newest version of a name; only objects that the remote lacks are sent.
 
-    Nobody sees the version before all of it is there. Interrupted, it continues with the same command.
+    The version becomes visible when it is complete. If interrupted, run the same command again: it continues.
 
     Example: kdcache cache push runs/sst2/cache --name sst2-3t --tag v2
     """
@@ -59,12 +57,12 @@ def push(
 def _pushed(report: PushReport, url: str) -> str:
     kept = report.bytes - report.bytes_sent
     amount = f"{report.files_sent:,} of {counted(report.files, 'object')} ({format_bytes(report.bytes_sent)})"
-    there = f"; {format_bytes(kept)} are there" if kept else ""
+    there = f"; {format_bytes(kept)} are there already" if kept else ""
     if report.dry_run:
         what = "would be made" if report.new_version else "is this cache already"
-        return f"{report.reference} on {url} {what}: {amount} would travel{there}"
+        return f"{report.reference} on {url} {what}: {amount} would be sent{there}"
     what = "is published" if report.new_version else "was this cache already"
-    return f"{report.reference} on {url} {what}: {amount} travelled{there}"
+    return f"{report.reference} on {url} {what}: {amount} sent{there}"
 
 
 def pull(
@@ -77,16 +75,18 @@ def pull(
         typer.Option("--layers", metavar="6,12", help="Hidden states of these layers only.", show_default=False),
     ] = None,
     no_hidden: Annotated[bool, typer.Option("--no-hidden", help="Logits only, no hidden states.")] = False,
-    no_text: Annotated[bool, typer.Option("--no-text", help="Leave the texts out; ids and labels come.")] = False,
+    no_text: Annotated[
+        bool, typer.Option("--no-text", help="Leave out the texts; ids and labels are fetched.")
+    ] = False,
     to: Annotated[
-        Path | None, typer.Option("--to", metavar="DIR", help="Where; by default NAME here.", show_default=False)
+        Path | None, typer.Option("--to", metavar="DIR", help="Target directory; default: NAME.", show_default=False)
     ] = None,
     remote: RemoteUrl = None,
     json: Json = False,  # noqa: ARG001
 ) -> None:
-    """Bring a cache, or a part of it, into a directory; every byte is verified on arrival.
+    """Fetch a cache, or a part of it, into a directory; every byte is verified.
 
-    A part is completed by pulling more into the same directory. Interrupted, it continues with the same command.
+    To complete a part, pull more into the same directory. If interrupted, run the same command again: it continues.
 
     Example: kdcache cache pull sst2-3t --teachers bert --no-hidden --to caches/sst2
     """
@@ -98,17 +98,19 @@ def pull(
     target = to or Path(split_reference(name)[0])
     store = open_team(remote)
     ref = resolve(store, name)
-    selection = _selection(store, ref, _words(teachers), _numbers(layers), hidden=not no_hidden, text=not no_text)
+    selection = _selection(store, ref, _words(teachers), layer_numbers(layers), hidden=not no_hidden, text=not no_text)
     report = fetch(store, f"{ref.name}@{ref.manifest}", target, selection, progress=RichProgress())
     out.document({**asdict(report), "remote": store.url})
     part = "" if report.selection is None else ", a part of it"
-    amount = f"{counted(report.files_fetched, 'file')} ({format_bytes(report.bytes_fetched)}) came"
-    kept = f", {report.files_kept:,} ({format_bytes(report.bytes_kept)}) were there" if report.files_kept else ""
+    amount = f"{counted(report.files_fetched, 'file')} ({format_bytes(report.bytes_fetched)}) fetched"
+    kept = (
+        f", {report.files_kept:,} ({format_bytes(report.bytes_kept)}) were there already" if report.files_kept else ""
+    )
     out.text(f"{report.reference} is in {report.path}{part}: {amount}{kept}")
 
 
 def _selection(
-    remote: Remote, ref: Ref, teachers: list[str] | None, layers: list[int] | None, *, hidden: bool, text: bool
+    remote: Remote, ref: Ref, teachers: list[str] | None, layers: Sequence[int] | None, *, hidden: bool, text: bool
 ) -> Selection | None:
     if teachers is None and layers is None and hidden and text:
         return None
@@ -143,15 +145,15 @@ def ls(
 
     store = open_team(url)
     listed = names(store, name and check_name(name))
-    out.document({"remote": store.url, "names": [_name_document(one) for one in listed]})
+    out.document({"remote": store.url, "names": [_name_document(entry) for entry in listed]})
     if not listed:
         out.note(f"{store.url} has no cache" + (f" '{name}'" if name else ""))
-    rows = [row for one in listed for row in _rows(one, every=name is not None)]
+    rows = [row for entry in listed for row in _rows(entry, every=name is not None)]
     if rows:
         out.table(("name", "tag", "made", "size", "files", "versions", "identity"), rows)
-    for one in listed:
-        if one.problem:
-            out.note(f"{one.name}: {one.problem}")
+    for entry in listed:
+        if entry.problem:
+            out.note(f"{entry.name}: {entry.problem}")
 
 
 def _rows(name: Name, *, every: bool) -> list[tuple[Any, ...]]:
@@ -178,9 +180,9 @@ def _name_document(name: Name) -> dict[str, Any]:
 
 
 def _list_here() -> None:
-    from kdcache.cache.finding import find_caches
     from kdcache.cli.options import RUNS
     from kdcache.runs import home
+    from kdcache.share.listing import find_caches
 
     places = [*sorted(RUNS.glob("*/cache")), *sorted(Path().glob("*")), *sorted((home() / "store/caches").glob("*"))]
     found = find_caches(places)
@@ -218,15 +220,15 @@ def rm(name: Reference, remote: RemoteUrl = None, json: Json = False) -> None:  
 
 def gc(
     delete: Annotated[
-        bool, typer.Option("--delete/--dry-run", help="Delete; otherwise say what would be deleted.")
+        bool, typer.Option("--delete/--dry-run", help="Delete, or only show what would be deleted.")
     ] = False,
     grace: Annotated[
-        float, typer.Option("--grace-days", min=0.0, help="Keep what was written or removed within so many days.")
+        float, typer.Option("--grace-days", min=0.0, help="Keep objects written or removed within so many days.")
     ] = 7.0,
     remote: RemoteUrl = None,
     json: Json = False,  # noqa: ARG001
 ) -> None:
-    """Collect what no version on the remote reaches and what is older than a grace period.
+    """Delete objects on the remote that no version reaches and that are older than a grace period.
 
     Example: kdcache cache gc
     """
@@ -247,8 +249,7 @@ def _show_collected(report: GcReport, url: str) -> None:
     what = "deleted from" if report.deleted else "would be deleted from"
     out.text(
         f"{what} {url}: {counted(report.files, 'file')}, {counted(report.manifests, 'manifest')}, "
-        f"{counted(report.refs, 'ref')}, "
-        f"{format_bytes(report.bytes)}; "
+        f"{counted(report.refs, 'ref')}, {format_bytes(report.bytes)}; "
         f"kept: {counted(report.kept_files, 'file')} in use ({format_bytes(report.kept_bytes)}), "
         f"{report.young_files:,} too young ({format_bytes(report.young_bytes)})"
     )
@@ -257,7 +258,7 @@ def _show_collected(report: GcReport, url: str) -> None:
 
 
 def status(path: CachePath, remote: RemoteUrl = None, json: Json = False) -> None:  # noqa: ARG001
-    """Say whether a cache directory is pushed, under which names, and what differs from their newest versions.
+    """Show whether a cache directory is pushed, under which names, and how their newest versions differ.
 
     Example: kdcache cache status runs/sst2/cache
     """
@@ -279,7 +280,8 @@ def _standing(found: Status, url: str) -> list[str]:
     if found.pushed_as:
         lines.append(f"pushed to {url} as {', '.join(found.pushed_as)}")
     else:
-        lack = f"{counted(found.files_missing, 'file')} ({format_bytes(found.bytes_missing)}) of it {'is' if found.files_missing == 1 else 'are'} not there"
+        verb = "is" if found.files_missing == 1 else "are"
+        lack = f"{counted(found.files_missing, 'file')} ({format_bytes(found.bytes_missing)}) of it {verb} not there"
         lines.append(f"not pushed to {url}; {lack}")
     for name, reference in found.newest.items():
         differences = found.differences[name]
@@ -292,10 +294,3 @@ def _standing(found: Status, url: str) -> list[str]:
 
 def _words(text: str | None) -> list[str] | None:
     return None if text is None else [word.strip() for word in text.split(",") if word.strip()]
-
-
-def _numbers(text: str | None) -> list[int] | None:
-    words = _words(text)
-    if words is not None and not all(word.isdecimal() for word in words):
-        raise RecipeError(f"--layers is '{text}', not a list of numbers", "Such as: --layers 6,12")
-    return None if words is None else [int(word) for word in words]

@@ -1,8 +1,8 @@
-"""The stages of a run as the commands start them: skip what is finished, time what is not, record it.
+"""The stages of a run, as commands start them: each is timed, and recorded in the run directory when it is complete.
 
-Whether teachers and cache may be taken as they are is judged by the stages themselves, from fingerprints; the record of
-the run directory only spares them the look. A student made with other settings is kept unless the user says
-``--replace``.
+``is_finished`` compares that record with the recipe, so a finished stage can be skipped. The stages themselves check
+with fingerprints whether existing teachers and caches can be used. A student made with other settings is kept unless
+``--replace`` is given.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def cofinetune(job: Job, *, add: str | None = None) -> CofinetuneResult:
-    """Co-finetune all teachers, or ``add`` one to those that are there."""
+    """Co-finetune all teachers, or ``add`` one to the existing ones."""
     from kdcache.runs import stage_inputs
     from kdcache.teachers import cofinetune as stage
 
@@ -40,7 +40,7 @@ def cofinetune(job: Job, *, add: str | None = None) -> CofinetuneResult:
 
 
 def dump(job: Job, *, repair: bool = False, no_text: bool = False) -> DumpReport:
-    """Run each teacher once over the data; what the cache holds already is left."""
+    """Run each teacher once over the data; existing parts of the cache are kept."""
     from kdcache.dump.stage import dump_teachers
 
     with _recorded(job, job.run, "cache", _cache_inputs(job)):
@@ -71,7 +71,7 @@ def distill(job: Job, *, live_teachers: Path | None = None, replace: bool = Fals
 
 
 def baseline(job: Job, *, replace: bool = False) -> DistillResult:
-    """The same student without teachers, with the same seed, settings and order of rows, in ``baseline/``."""
+    """Train the same student without teachers in ``baseline/``: same seed, settings and order of rows."""
     from kdcache.distill.stage import distill as train
     from kdcache.runs import stage_inputs
 
@@ -86,21 +86,22 @@ def baseline(job: Job, *, replace: bool = False) -> DistillResult:
 
 @contextmanager
 def _recorded(job: Job, place: RunDirectory, stage: Stage, inputs: Inputs) -> Iterator[None]:
-    """Around a stage: the run directory before it; recipe, inputs and time once it is complete."""
+    """Make the run directory before a stage; write recipe, inputs and duration when it is complete."""
+    from kdcache.files import write_file
     from kdcache.recipe import dump_toml
-    from kdcache.runs import mark_finished, write_durably
+    from kdcache.runs import mark_finished
 
     started = time.perf_counter()
     place.create()
     if not place.recipe_file.exists():
-        write_durably(place.recipe_file, dump_toml(job.recipe))
+        write_file(place.recipe_file, dump_toml(job.recipe).encode())
     yield
-    write_durably(place.recipe_file, dump_toml(job.recipe))
+    write_file(place.recipe_file, dump_toml(job.recipe).encode())
     mark_finished(job.run, stage, inputs, time.perf_counter() - started)
 
 
 def is_finished(job: Job, stage: Stage, *, live: bool = False) -> bool:
-    """The stage is recorded as finished with the inputs of now, and its result is there."""
+    """Whether the stage is recorded as finished with the current inputs, and its result exists."""
     from kdcache.runs import changes, stage_inputs
 
     if stage == "cache":
@@ -112,12 +113,12 @@ def is_finished(job: Job, stage: Stage, *, live: bool = False) -> bool:
 
 
 def cache_at_hand(job: Job) -> Path | None:
-    """The run's own cache where there is one; one named by a flag in any case, so that its absence is an error."""
+    """The run's own cache if it exists; one named by a flag in any case, so that a missing one is an error."""
     return job.cache if job.cache != job.run.cache or job.cache.exists() else None
 
 
 def provenance() -> dict[str, Any]:
-    """The command and where it ran: kept in the manifest, apart from identity."""
+    """The command and where it ran, for the manifest; not part of the identity."""
     import platform
     from importlib.metadata import version
 
@@ -131,9 +132,9 @@ def provenance() -> dict[str, Any]:
 
 
 def _keep_or_replace(run: RunDirectory, stage: Stage, inputs: Inputs, *, replace: bool) -> None:
-    """MismatchError where a finished student was made with other inputs, unless it is to be replaced."""
+    """Raises MismatchError if a finished student has other inputs; with ``replace`` removes it."""
+    from kdcache.files import remove_directory
     from kdcache.runs import changes, forget
-    from kdcache.training.durable import remove_directory
 
     differing = changes(run, stage, inputs)
     place = run.baseline if stage == "baseline" else run
@@ -158,7 +159,7 @@ def _cache_inputs(job: Job) -> Inputs:
 
 
 def student_inputs(job: Job, *, live: bool = False) -> Inputs:
-    """The student depends on the cache through its identity, so a cache that moved or was repaired is the same cache."""
+    """Inputs of the student. The cache counts by its identity, so a moved or repaired cache is the same."""
     from kdcache.cache.manifest import read_manifest
     from kdcache.runs import stage_inputs
 

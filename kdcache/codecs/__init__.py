@@ -1,6 +1,6 @@
-"""How the rows of a layer become bytes and come back.
+"""Storage formats: how rows of hidden states are encoded to bytes and decoded.
 
-``base`` is the seam, ``registry`` finds the formats, and every other module is one storage format, but for
-``projection`` and ``selection``, which say what a row is before it is stored. Torch is imported when a device is used,
-never with a module of this package: the cache reads and checks blocks without it.
+``base`` is the seam and ``registry`` finds the formats. ``projection`` and ``token_selection`` compute the rows before
+they are encoded. Every other module is one storage format. Torch is imported only when a device is used, never with a
+module of this package: the cache reads and checks blocks without it.
 """

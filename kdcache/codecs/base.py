@@ -1,8 +1,8 @@
-"""The seam of storage formats: one class per format, and the values that go in and out of it.
+"""The seam of storage formats: one class per format, and the values that it encodes and decodes.
 
-A layer of a teacher is stored row by row: P·(h − μ) of a token or of a text (``projection``, ``selection``), encoded by
-the layer's format. Everything that depends on the format is asked of its class. No other module compares names of
-formats.
+A layer of a teacher is stored row by row: P·(h − μ) of a token or a text (``projection``, ``token_selection``), encoded
+by the layer's format. Everything that depends on the format is a method of its class. No other module compares names
+of formats.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ TensorShape = tuple[str, tuple[int, ...]]  # dtype and shape, as safetensors nam
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """What is stored of one layer.
+    """How one layer is stored.
 
     Args:
-        projection: what P is; with 'none' the hidden state itself is stored and ``dim`` is the teacher's width.
-        dim: coordinates of a row; where the format sets a row's bytes, the most coordinates that can have a bit.
-        dtype: name of the storage format, as manifests have it.
-        bytes: of a row, where the format is ``by_bytes``; else 0.
-        tokens: a row for every token, for the first token of a text, or for the mean of a text's tokens.
+        projection: Kind of P; with 'none' the hidden state itself is stored and ``dim`` is the teacher's width.
+        dim: Coordinates of a row; if the format is ``by_bytes``, the most coordinates that can have a bit.
+        dtype: Name of the storage format in manifests.
+        bytes: Bytes of a row if the format is ``by_bytes``, else 0.
+        tokens: One row per token, for the first token of a text, or for the mean of a text's tokens.
     """
 
     projection: Projection
@@ -47,16 +47,16 @@ class LayerSpec:
 
     @property
     def per_text(self) -> bool:
-        """Whether there is one row per text, and no token is needed to read it."""
+        """Whether there is one row per text, which can be read without tokens."""
         return self.tokens != "all"
 
 
 @dataclass(frozen=True)
 class HiddenBlock:
-    """Rows of one layer as they are stored: one per token, or per text where the layer is stored so."""
+    """Stored rows of one layer: one per token, or per text if ``LayerSpec.per_text``."""
 
     values: np.ndarray  # [rows, dim or bytes], in the dtype of the format's first array
-    scales: np.ndarray | None = None  # float32 [rows], where the format has a scale per row
+    scales: np.ndarray | None = None  # float32 [rows], if the format has a scale per row
 
     def __len__(self) -> int:
         return len(self.values)
@@ -74,23 +74,18 @@ class HiddenBlock:
 
 @dataclass(frozen=True)
 class Basis:
-    """The frozen projection P and mean μ of one layer.
+    """The frozen projection P and mean μ of one layer: P·(h − μ) is stored."""
 
-    What is stored is P·(h − μ). ``components`` is None for 'none'.
-    """
-
-    components: np.ndarray | None  # float32[dim, width], rows orthonormal
+    components: np.ndarray | None  # P, float32[dim, width], rows orthonormal; None for 'none'
     mean: np.ndarray | None  # float32[width]
     explained_variance: np.ndarray | None  # float32[dim], variance of the stored coordinates on the sample
     total_variance: float  # mean over the width of the variance of h over the sample's tokens
     target_variance: float  # mean over dim of the variance over tokens of what is stored
-    tables: Mapping[str, np.ndarray] = field(
-        default_factory=dict
-    )  # tensors of the format's own, by their names in the file
+    tables: Mapping[str, np.ndarray] = field(default_factory=dict)  # the format's own tensors, by name in the file
 
 
 class StoredArray(NamedTuple):
-    """One array of a layer: what its name adds to the layer's, its shape and its numpy dtype."""
+    """One array of a layer: suffix of its name, shape and numpy dtype."""
 
     suffix: str
     shape: tuple[int, ...]
@@ -98,10 +93,13 @@ class StoredArray(NamedTuple):
 
 
 class Rounding(NamedTuple):
-    """What storing takes from each row, as norms, float64 [rows]: the most and the usual.
+    """The error of storing each row, as a norm.
 
-    ``noise``: times the noise of a live state that may come on top. ``fits``: whether the rows are such as the basis
-    was made for.
+    Args:
+        most: Largest possible error, float64 [rows].
+        usual: Expected error, float64 [rows].
+        noise: Factor of the noise of a live state that may be added.
+        fits: Whether the rows resemble the sample that the basis was fitted on.
     """
 
     most: np.ndarray
@@ -111,45 +109,45 @@ class Rounding(NamedTuple):
 
 
 class StorageFormat(ABC):
-    """A storage format. What is written here holds for a format that stores each coordinate of its own."""
+    """A storage format. The methods defined here suit formats that store each coordinate separately."""
 
     name: ClassVar[str]  # in manifests and in resolved recipes
-    by_bytes: ClassVar[bool] = False  # whether a row takes the recipe's `bytes`, or what its `dim` needs
-    coarse: ClassVar[bool] = False  # whether live targets too go through it: it takes more than rounding away
-    needs_basis: ClassVar[bool] = False  # whether rows cannot be decoded without the tensors of the basis
-    sample_rows: ClassVar[int] = 0  # hidden states of the sample that ``fit`` is trained on
-    basis_bytes: ClassVar[int] = 0  # that the format's own tensors take in a basis at most
+    by_bytes: ClassVar[bool] = False  # whether `bytes` of the recipe sets the size of a row, or `dim`
+    coarse: ClassVar[bool] = False  # whether live targets are encoded too, since the loss exceeds rounding
+    needs_basis: ClassVar[bool] = False  # whether decoding needs tensors of the basis
+    sample_rows: ClassVar[int] = 0  # hidden states of the sample that ``fit`` needs
+    basis_bytes: ClassVar[int] = 0  # largest size of the format's own tensors in a basis
 
     @property
     def title(self) -> str:
-        """What people call it. A recipe may say this or ``name``."""
+        """The name for people; a recipe may use it or ``name``."""
         return self.name
 
     # shapes and sizes
 
     @abstractmethod
     def arrays(self, spec: LayerSpec, rows: int) -> tuple[StoredArray, ...]:
-        """The arrays of a layer with so many rows: the values, then the scales where there are any."""
+        """The arrays of a layer with ``rows`` rows: the values, then the scales if there are any."""
 
     def row_bytes(self, spec: LayerSpec) -> int:
         """Bytes of one row, over all arrays."""
         return sum(math.prod(shape) * np.dtype(dtype).itemsize for _, shape, dtype in self.arrays(spec, 1))
 
     def empty(self, spec: LayerSpec, rows: int) -> HiddenBlock:
-        """A block of so many rows, not yet written."""
+        """An uninitialised block of ``rows`` rows."""
         return HiddenBlock(*(np.empty(shape, dtype) for _, shape, dtype in self.arrays(spec, rows)))
 
     def dim(self, spec: LayerSpec, basis: Basis | None) -> int:
         """Coordinates of a decoded row. ``basis`` may be None unless ``needs_basis``."""
         return spec.dim
 
-    # what a recipe and a manifest may ask for
+    # validity of recipes and manifests
 
-    def check_keys(self, projection: str | None, row_bytes: int | None) -> None:  # noqa: B027  (most have nothing to refuse)
-        """Raises ValueError where a recipe's keys do not go together; ``row_bytes`` is None unless ``by_bytes``."""
+    def check_keys(self, projection: str | None, row_bytes: int | None) -> None:  # noqa: B027  (most formats accept all)
+        """Raises ValueError if a recipe's keys do not fit together; ``row_bytes`` is None unless ``by_bytes``."""
 
     def layer(self, asked: LayerSpec, width: int, where: str) -> LayerSpec:
-        """``asked`` for a layer of ``width``, called ``where`` in messages. Raises ModelError where it does not fit."""
+        """``asked`` for a layer of ``width``, called ``where`` in messages. Raises ModelError if it does not fit."""
         if asked.projection == "none":
             return replace(asked, dim=width, bytes=0)
         if asked.dim > width:
@@ -160,7 +158,7 @@ class StorageFormat(ABC):
         return replace(asked, bytes=0)
 
     def check_layer(self, spec: LayerSpec, width: int) -> None:
-        """Raises ValueError where a manifest's layer of a teacher of ``width`` contradicts itself."""
+        """Raises ValueError if a manifest's layer of a teacher of ``width`` is inconsistent."""
         if spec.projection == "none" and spec.dim != width:
             raise ValueError("has not the teacher's width")
         if spec.dim > width:
@@ -168,37 +166,31 @@ class StorageFormat(ABC):
         if spec.bytes and not self.by_bytes:
             raise ValueError(f"has bytes, which do not belong to {self.name}")
 
-    # names, and what a plan looks at
+    # names, and candidates of a plan
 
     def label(self, spec: LayerSpec) -> str:
-        """In a few words, for tables: ``pca 128 int8``."""
+        """A short description for tables: ``pca 128 int8``."""
         return f"{spec.projection} {spec.dim} {self.title}"
 
     def keys(self, spec: LayerSpec) -> dict[str, str | int]:
-        """The recipe keys that ask for it."""
+        """The recipe keys that give ``spec``."""
         dim = {} if spec.projection == "none" else {"dim": spec.dim}
         return {"projection": spec.projection, "dtype": self.title, **dim}
 
     def candidates(self, whole: LayerSpec) -> tuple[LayerSpec, ...]:
-        """What a plan measures for a layer that is ``whole`` at full width.
-
-        That alone where a format says nothing else.
-        """
+        """The variants that a plan measures for a layer that is ``whole`` at full width."""
         return (whole,)
 
     # encoding
 
     def unstorable(self, largest: np.ndarray) -> tuple[int, str] | None:
-        """The first row that cannot be stored, and why.
-
-        ``largest`` [rows]: the absolute values' maxima, NaN where one is NaN.
-        """
+        """The first row that cannot be stored and the reason; ``largest`` [rows]: the maxima of absolute values."""
         finite = np.isfinite(largest)
         return None if finite.all() else (int(np.argmin(finite)), "NaN or infinity")
 
     @property
     def cure(self) -> str:
-        """The hint that goes with a row that cannot be stored."""
+        """The hint for a row that cannot be stored."""
         return 'The teacher is at fault: check that its training did not diverge, or set dump.precision = "float32".'
 
     def check_storable(self, largest: np.ndarray) -> None:
@@ -209,29 +201,29 @@ class StorageFormat(ABC):
 
     @abstractmethod
     def encode(self, values: np.ndarray, spec: LayerSpec, basis: Basis) -> HiddenBlock:
-        """``values`` float32 [rows, dim], as they are stored. Raises NonFiniteError as ``check_storable``."""
+        """Encode ``values`` float32 [rows, dim]. Raises NonFiniteError as ``check_storable``."""
 
     @abstractmethod
     def encoder(self, spec: LayerSpec, basis: Basis, device: torch.device | str) -> Encoder:
-        """The same on a device, for rows that can be stored; bit for bit what ``encode`` gives."""
+        """A function that does the same on a device, bit for bit, for rows that can be stored."""
 
     # decoding
 
     def decode(self, block: HiddenBlock, basis: Basis) -> np.ndarray:
-        """float32 [rows, dim] of a stored block."""
+        """Decode a stored block to float32 [rows, dim]."""
         values: np.ndarray = block.values.astype(np.float32)
         if block.scales is not None:
             values *= block.scales[:, None]
         return values
 
     def decoder(self, basis: Basis | None) -> Decoder | None:
-        """Decodes values on a device; None where they are numbers already. Scales are applied by the caller."""
+        """A function that decodes values on a device; None if they are numbers. The caller applies the scales."""
         return None
 
-    # what must hold of what is stored
+    # checks of stored data
 
     def check_block(self, block: HiddenBlock, spec: LayerSpec, rows: int) -> None:
-        """Raises ValueError where dtypes and shapes are not those of ``arrays``, or a code has no value."""
+        """Raises ValueError if dtypes and shapes differ from ``arrays``, or a code has no value."""
         given = [array for array in (block.values, block.scales) if array is not None]
         arrays = self.arrays(spec, rows)
         if len(given) != len(arrays):
@@ -250,17 +242,12 @@ class StorageFormat(ABC):
 
     @abstractmethod
     def rounding(self, block: HiddenBlock, projected: np.ndarray, spec: LayerSpec, basis: Basis) -> Rounding:
-        """What storing takes from rows, by which an audit judges.
-
-        ``projected`` float32 [rows, dim] are P·(h − μ) of live states.
-        """
+        """The error model for an audit; ``projected`` float32 [rows, dim]: P·(h − μ) of live states."""
 
     # the basis
 
     def fit(self, basis: Basis, sample: torch.Tensor | None, spec: LayerSpec) -> Basis:
-        """``basis`` with the format's own tensors, trained on hidden states ``sample`` [rows, width] of ``sample_rows``
-        rows.
-        """
+        """``basis`` with the format's own tensors, fitted on hidden states ``sample`` [sample_rows, width]."""
         return basis
 
     def basis_dim(self, spec: LayerSpec, given: Mapping[str, Sequence[int]]) -> int:
@@ -268,25 +255,22 @@ class StorageFormat(ABC):
         return spec.dim
 
     def basis_shapes(self, spec: LayerSpec, given: Mapping[str, Sequence[int]]) -> dict[str, TensorShape]:
-        """The format's own tensors in a basis file, all of them required.
-
-        What the format leaves open is as ``given``, in bounds.
-        """
+        """The format's own tensors in a basis file, all required; variable extents are as ``given``, within bounds."""
         return {}
 
     def check_tables(self, basis: Basis, spec: LayerSpec) -> None:
-        """Raises ValueError where a basis does not have exactly the format's own tensors, with values that can be."""
+        """Raises ValueError unless a basis has exactly the format's own tensors, with valid values."""
         if basis.tables:
             raise ValueError(f"a layer in {self.name} has no tensors {', '.join(sorted(basis.tables))}")
 
 
 def largest_of(values: np.ndarray) -> np.ndarray:
-    """The largest absolute value of each row of ``values`` [rows, dim], NaN where one is NaN."""
-    found: np.ndarray = np.abs(values).max(axis=1, initial=0.0)
-    return found
+    """The largest absolute value of each row of ``values`` [rows, dim]; NaN if the row has a NaN."""
+    largest: np.ndarray = np.abs(values).max(axis=1, initial=0.0)
+    return largest
 
 
 def largest_on_device(values: torch.Tensor) -> np.ndarray:
     """The same of a tensor on a device."""
-    found: np.ndarray = values.abs().amax(dim=1).cpu().numpy()
-    return found
+    largest: np.ndarray = values.abs().amax(dim=1).cpu().numpy()
+    return largest

@@ -1,8 +1,8 @@
 """float8: eight bits of floating point (e4m3) per coordinate and one float32 scale per row; value = number x scale.
 
-A sign, four bits of exponent, three of mantissa: the error is relative to the coordinate, where that of int8 is
-relative to the largest of the row. It is for states at full width, some of whose dimensions are a hundred times as
-large as the others.
+A sign, four bits of exponent, three of mantissa: the error is relative to the coordinate, while that of int8 is
+relative to the largest coordinate of the row. It suits states at full width, in which some dimensions are a hundred
+times larger than the others.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from kdcache.codecs.base import Basis, Decoder, Encoder, LayerSpec
 
 LARGEST = 448.0  # of e4m3; the scale of a row is absmax / 448, so nothing lies beyond
-NAN = 0x7F  # with either sign; never written. 255, the fill value that betrays a missing chunk, is one of the two
+NAN = 0x7F  # with either sign; never written. 255 is the fill value, so a missing chunk is detected
 _SMALLEST_SCALE = float(np.finfo(np.float32).smallest_normal)
 
 
@@ -46,8 +46,8 @@ VALUES, _STEPS, _BORDERS = _tables()
 class Float8(StorageFormat):
     """|x - decoded| <= the larger of |x| / 16 and scale / 1024.
 
-    A row whose absmax is below 448 times the smallest normal float32 gets scale 0 and decodes to zeros. Encoding what
-    was decoded gives the same codes again.
+    A row whose absmax is below 448 times the smallest normal float32 gets scale 0 and decodes to zeros. Encoding
+    decoded values gives the same codes.
     """
 
     name = "float8"
@@ -67,13 +67,13 @@ class Float8(StorageFormat):
     def encoder(self, spec: LayerSpec, basis: Basis, device: torch.device | str) -> Encoder:
         import torch
 
-        limit = torch.full((1,), LARGEST, device=device)  # a tensor: a GPU multiplies by the inverse of a number
+        limit = torch.full((1,), LARGEST, device=device)  # a GPU divides by a tensor, not by a scalar
 
         def encoded(values: torch.Tensor) -> HiddenBlock:
             scales = values.abs().amax(dim=1) / limit
             scales[scales < _SMALLEST_SCALE] = 0.0
             numbers = values / torch.where(scales > 0.0, scales, torch.inf)[:, None]
-            numbers = numbers.cpu() if numbers.device.type == "mps" else numbers  # knows no float8
+            numbers = numbers.cpu() if numbers.device.type == "mps" else numbers  # has no float8
             return HiddenBlock(numbers.to(torch.float8_e4m3fn).view(torch.uint8).cpu().numpy(), scales.cpu().numpy())
 
         return encoded
@@ -99,7 +99,7 @@ class Float8(StorageFormat):
     def check_block(self, block: HiddenBlock, spec: LayerSpec, rows: int) -> None:
         super().check_block(block, spec, rows)
         if (block.values & NAN == NAN).any():
-            raise ValueError("has the code 127 or 255, which stand for no number")
+            raise ValueError("has the code 127 or 255, which are NaN")
 
     def finite_rows(self, block: HiddenBlock) -> np.ndarray:
         assert block.scales is not None

@@ -1,7 +1,7 @@
 """int8: a code per coordinate and one scale per row; value = code x scale.
 
-The scale is absmax / 127 of the row: hidden states differ in size from token to token far more than from dimension to
-dimension once they are projected and centred, and a scale per row keeps the rows of a part independent.
+The scale is absmax / 127 of the row. Projected and centred hidden states differ in size between tokens far more than
+between dimensions, and a scale per row keeps the rows of a part independent.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
     from kdcache.codecs.base import Basis, Encoder, LayerSpec
 
-CODE_LIMIT = 127  # codes lie in -127..127; -128 is the fill value that betrays a missing chunk
+CODE_LIMIT = 127  # codes are -127..127; -128 is the fill value, so a missing chunk is detected
 _SMALLEST_SCALE = float(np.finfo(np.float32).smallest_normal)
-_CUTS = (32, 64, 128, 256, 512)  # dimensions of PCA that a plan looks at
+_CUTS = (32, 64, 128, 256, 512)  # dimensions of PCA that a plan measures
 
 
 class Int8(StorageFormat):
@@ -49,9 +49,7 @@ class Int8(StorageFormat):
     def encoder(self, spec: LayerSpec, basis: Basis, device: torch.device | str) -> Encoder:
         import torch
 
-        limit = torch.full(
-            (1,), float(CODE_LIMIT), device=device
-        )  # a tensor: a GPU multiplies by the inverse of a number
+        limit = torch.full((1,), float(CODE_LIMIT), device=device)  # a GPU divides by a tensor, not by a scalar
 
         def encoded(values: torch.Tensor) -> HiddenBlock:
             scales = values.abs().amax(dim=1) / limit

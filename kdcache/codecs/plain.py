@@ -1,4 +1,4 @@
-"""float32 and float16: the numbers themselves."""
+"""float32 and float16: uncompressed floating point numbers."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
     from kdcache.codecs.base import Basis, Encoder, LayerSpec
 
-_FLOAT16_LIMIT = 65520.0  # from here on, float16 rounds to infinity
+_FLOAT16_LIMIT = 65520.0  # values from here on round to infinity
 _HALF_ULP, _HALF_LEAST = 2.0**-11, 2.0**-25  # of float16: relative, and below its normal numbers
 
 
 class Float32(StorageFormat):
-    """Nothing is lost."""
+    """Lossless."""
 
     name = "float32"
 
@@ -36,8 +36,8 @@ class Float32(StorageFormat):
         return lambda values: HiddenBlock(values.to(dtype).cpu().numpy())
 
     def rounding(self, block: HiddenBlock, projected: np.ndarray, spec: LayerSpec, basis: Basis) -> Rounding:
-        nothing = np.zeros(len(block))
-        return Rounding(nothing, nothing)
+        zero = np.zeros(len(block))
+        return Rounding(zero, zero)
 
 
 class Float16(Float32):
@@ -54,7 +54,10 @@ class Float16(Float32):
 
     @property
     def cure(self) -> str:
-        return 'Set dump.dtype = "int8" or "float32"; if the value is not finite, the teacher\'s weights or precision are at fault.'
+        return (
+            'Set dump.dtype = "int8" or "float32"; if the value is not finite, '
+            "the teacher's weights or precision are at fault."
+        )
 
     def rounding(self, block: HiddenBlock, projected: np.ndarray, spec: LayerSpec, basis: Basis) -> Rounding:
         size = np.linalg.norm(block.values.astype(np.float64), axis=1) * _HALF_ULP

@@ -1,7 +1,7 @@
-"""P·(h − μ): what is stored of a hidden state h. Nowhere else is it computed.
+"""The stored projection P·(h − μ) of a hidden state h; computed only here.
 
-A stored projection cannot be the learnable W_ij of MT-BERT (section 3.2); it makes the cache small, and W_ij sits on
-top of what was stored.
+It makes the cache small. It is frozen, so it is not the learnable W_ij of MT-BERT (section 3.2), which is applied to
+the stored rows.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ Array = TypeVar("Array", np.ndarray, "torch.Tensor")
 
 
 def coordinates(states: Array, mean: Array, axes: Array) -> Array:
-    """``states`` [rows, width] minus ``mean`` [width], on ``axes`` [width, dim], the transpose of P.
+    """``states`` [rows, width] minus ``mean`` [width], times ``axes`` [width, dim], the transpose of P.
 
-    The last bits depend on how ``axes`` lie in memory, by the routine that multiplies: the bytes of a cache do too.
+    The memory layout of ``axes`` selects the BLAS kernel and so the last bits, which end up in the cache.
     """
-    found: Array = (states - mean) @ axes
-    return found
+    projected: Array = (states - mean) @ axes
+    return projected
 
 
 def project(states: np.ndarray, basis: Basis) -> np.ndarray:
-    """P·(h − μ) of ``states`` [rows, width], or the states themselves where the basis has no components."""
+    """P·(h − μ) of ``states`` [rows, width]; the states themselves if the basis has no components."""
     if basis.components is None or basis.mean is None:
         return states
     projected: np.ndarray = coordinates(states, basis.mean, basis.components.T)
@@ -37,7 +37,7 @@ def project(states: np.ndarray, basis: Basis) -> np.ndarray:
 
 
 class Projector:
-    """The same on a device, for batch after batch."""
+    """``project`` on a device, for many batches."""
 
     def __init__(self, basis: Basis, device: torch.device | str) -> None:
         import torch
@@ -53,12 +53,12 @@ class Projector:
         return states if self._axes is None else coordinates(states, self._mean, self._axes)
 
     def back(self, stored: torch.Tensor) -> torch.Tensor:
-        """The state [rows, width] that ``stored`` [rows, dim] stands for."""
+        """The reconstructed states [rows, width] of ``stored`` [rows, dim]."""
         return stored if self._axes is None else stored @ self._axes.T + self._mean
 
 
 def leading(basis: Basis, dim: int) -> Basis:
-    """The first ``dim`` coordinates of a basis."""
+    """A basis of the first ``dim`` coordinates."""
     if basis.components is None:
         return basis
     variance = None if basis.explained_variance is None else basis.explained_variance[:dim]
@@ -66,5 +66,5 @@ def leading(basis: Basis, dim: int) -> Basis:
 
 
 def unprojected(basis: Basis) -> Basis:
-    """A basis for states that are stored as they are."""
+    """The basis of a layer that is stored without projection."""
     return replace(basis, components=None, mean=None, explained_variance=None)

@@ -1,4 +1,4 @@
-"""The storage formats that there are: every ``StorageFormat`` that a module of this package defines."""
+"""Finds the storage formats: every ``StorageFormat`` that a module of this package defines."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @functools.cache
 def storage_formats() -> Mapping[str, StorageFormat]:
-    """By their names in manifests, in the order of the modules."""
+    """All formats by name in manifests."""
     found: dict[str, StorageFormat] = {}
     for module in pkgutil.iter_modules(kdcache.codecs.__path__, "kdcache.codecs."):
         if module.name != __name__:
@@ -30,7 +30,7 @@ def storage_formats() -> Mapping[str, StorageFormat]:
 
 
 def storage_format(name: str) -> StorageFormat:
-    """The format that manifests call ``name``. Raises MismatchError, with those that are known, where there is none."""
+    """The format with that name in manifests. Raises MismatchError, which lists the known ones."""
     try:
         return storage_formats()[name]
     except KeyError:
@@ -47,9 +47,6 @@ def format_of(spec: LayerSpec) -> StorageFormat:
 
 
 def stored_name(spelling: str) -> str:
-    """A format's name in manifests, from what a recipe calls it.
-
-    That name or the title. Raises as ``storage_format``.
-    """
-    titles = {one.title: name for name, one in storage_formats().items()}
+    """The name in manifests of a format that a recipe names by name or title. Raises as ``storage_format``."""
+    titles = {known.title: name for name, known in storage_formats().items()}
     return storage_format(titles.get(spelling, spelling)).name

@@ -1,4 +1,4 @@
-"""Which of a text's hidden states are a target: all of them, that of the first token, or their mean."""
+"""Selects the hidden states of a text that are stored: all, that of the first token, or their mean."""
 
 from __future__ import annotations
 
@@ -12,10 +12,7 @@ if TYPE_CHECKING:
 
 
 def select_tokens(hidden: Tensor, lengths: np.ndarray, selection: TokenSelection) -> Tensor:
-    """[rows, width] of packed ``hidden`` [tokens, width].
-
-    Its rows as they are, or one row for each text of ``lengths`` tokens.
-    """
+    """Rows [rows, width] of packed ``hidden`` [tokens, width]: all, or one per text of ``lengths`` tokens."""
     if selection == "all":
         return hidden
     import torch

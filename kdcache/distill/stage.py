@@ -23,7 +23,7 @@ from kdcache.data.encoding import truncation_note
 from kdcache.distill.results import SCORED, STAGE, Measured, build_results, teacher_scores
 from kdcache.distill.setup import NEWER_KEYS, Training, prepare
 from kdcache.distill.target_source import check_teachers, measure_speed
-from kdcache.files import write_file
+from kdcache.files import remove_directory, write_file
 from kdcache.methods.base import Moment
 from kdcache.methods.parts.projections import PROJECTIONS, rate_factor
 from kdcache.report.cards import model_card
@@ -31,7 +31,6 @@ from kdcache.runs import RunDirectory
 from kdcache.students.save import save_student, student_record
 from kdcache.students.score import EncodedSplit, encode_split, selection_score, split_scores
 from kdcache.training.best_epoch import BestEpoch
-from kdcache.training.durable import remove_directory
 from kdcache.training.loop import LoopSettings, default_device, train
 from kdcache.training.metrics_log import MetricsLog
 

@@ -1,11 +1,10 @@
 """The pipeline file: TOML read into strict pydantic models.
 
     sections.py   the sections and keys, their types and defaults
-    loading.py    file + ``--set`` overrides -> Recipe with absolute paths, and back to TOML
-    messages.py   what pydantic found wrong, in the words of the recipe
+    loading.py    file and ``--set`` overrides to a Recipe with absolute paths, back to TOML, and error messages
 
-Unknown keys are errors that name the nearest key; paths are relative to the recipe and made absolute here, so that no
-later stage needs to know where the recipe lay.
+Unknown keys are errors that name the nearest key. Paths in a recipe are relative to its file; they are made absolute
+here, so later stages need not know where the file is.
 """
 
 from kdcache.recipe.loading import dump_toml, load_recipe

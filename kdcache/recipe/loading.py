@@ -1,4 +1,8 @@
-"""Recipe files and ``--set`` overrides to a checked ``Recipe`` with absolute paths, and back to TOML."""
+"""Reads a recipe file and ``--set`` overrides into a checked ``Recipe`` with absolute paths; writes it back as TOML.
+
+Read from top to bottom: reading the file, overrides, paths, and then the messages, which say what pydantic found wrong
+in the words of the recipe: the key as the user wrote it, the value, what was expected, and the nearest known key.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +29,17 @@ S = TypeVar("S", bound=pydantic.BaseModel)
 def load_recipe(path: str | Path, overrides: Sequence[str] | None = None) -> Recipe:
     """Read a TOML recipe, apply ``section.key=value`` overrides, check it, make paths absolute.
 
-    Paths are relative to the recipe; where nothing lies there, to the working directory, for overrides typed on the
-    spot. Raises RecipeError (exit 2) with the file, the key and the nearest known key.
+    Paths are relative to the recipe or, if nothing exists there, to the working directory (for overrides).
+
+    Args:
+        path: The recipe file.
+        overrides: ``section.key=value`` each, as for ``--set``.
+
+    Returns:
+        The checked recipe.
+
+    Raises:
+        RecipeError: Names the file, the key and the nearest known key (exit code 2).
     """
     path = Path(path)
     document = _read(path)
@@ -91,7 +104,7 @@ def _apply_override(document: dict[str, Any], override: str) -> None:
 
 
 def _override_value(text: str) -> Any:
-    """TOML where it is TOML; else a bare word, which is a string."""
+    """The value as TOML; if that fails, as a string."""
     try:
         read = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
@@ -100,7 +113,7 @@ def _override_value(text: str) -> Any:
 
 
 def _teacher(tables: Any, steps: list[str], override: str) -> dict[str, Any]:
-    """The teacher that the next steps name; they are taken from ``steps``, several where its name holds dots."""
+    """The table of the teacher named next; removes its name, which may contain dots, from ``steps``."""
     entries = [table for table in tables if isinstance(table, dict)] if isinstance(tables, list) else []
     for length in range(len(steps), 0, -1):
         for table in entries:
@@ -119,7 +132,7 @@ def _teacher(tables: Any, steps: list[str], override: str) -> dict[str, Any]:
 
 
 def _absolute_paths(recipe: Recipe, base: Path) -> Recipe:
-    """Values that name a file or directory become absolute; the rest are hub names and stay as they are."""
+    """Make values that name a file or directory absolute; others are hub names and stay."""
 
     def resolved(value: str) -> str:
         path = Path(value).expanduser()
@@ -141,7 +154,7 @@ def _absolute_paths(recipe: Recipe, base: Path) -> Recipe:
 
 
 _EXAMPLE = "kdcache pipelines cp quickstart gives a full example."
-_EXPECTED = {  # by pydantic's kind of error; what is not here keeps pydantic's own words
+_EXPECTED = {  # pydantic's error type -> what was expected; other types keep pydantic's message
     "string_type": "a string, in quotation marks,",
     "string_too_short": "a string that is not empty",
     "int_type": "a whole number",
@@ -164,7 +177,7 @@ _WRONG_KIND = ("literal_error", "list_type", "int_type")
 
 
 def explain(error: pydantic.ValidationError, path: Path, document: dict[str, Any]) -> RecipeError:
-    """The first problem as a RecipeError; the number of the others is told."""
+    """The first problem as a RecipeError, with the number of the others."""
     problems: dict[tuple[int | str, ...], list[ErrorDetails]] = {}
     for detail in error.errors():
         problems.setdefault(_key_steps(detail["loc"]), []).append(detail)
@@ -185,10 +198,7 @@ def explain(error: pydantic.ValidationError, path: Path, document: dict[str, Any
 
 
 def _telling(details: list[ErrorDetails]) -> list[ErrorDetails]:
-    """Of a union's members, those that the value was meant for.
-
-    Where one fails by its content, the others' kinds say nothing.
-    """
+    """The errors of the union members that the value was meant for: those that fail by content, not by type."""
     return [detail for detail in details if detail["type"] not in _WRONG_KIND] or details
 
 
@@ -199,10 +209,10 @@ def _value(document: Any, steps: Sequence[int | str]) -> Any:
 
 
 def _key_steps(loc: Sequence[int | str]) -> tuple[int | str, ...]:
-    """The location without pydantic's names for the members of a union, and without the places inside of a list value."""
+    """The location without pydantic's names of union members, and without positions inside of a list value."""
     model: type[BaseModel] | None = Recipe
     steps: list[int | str] = []
-    named = False  # the step is the user's own name for a table, such as the 12 of per_layer.12
+    named = False  # the step is the user's name of a table, such as 12 in per_layer.12
     for step in loc:
         if isinstance(step, int) or named:
             steps.append(step)
@@ -249,7 +259,7 @@ def _nearest(key: str, known: Sequence[str]) -> str:
 
 
 def _location(steps: Sequence[int | str], document: dict[str, Any]) -> str:
-    """``distill.seed``; a teacher by its name where it has one: ``teachers.bert.model``."""
+    """``distill.seed``; a teacher by name, if it has one: ``teachers.bert.model``."""
     shown = [str(step) for step in steps]
     if len(steps) > 1 and steps[0] == "teachers" and isinstance(steps[1], int):
         entry = document["teachers"][steps[1]]

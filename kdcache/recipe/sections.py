@@ -41,7 +41,7 @@ def _storage_format(spelling: str) -> str:
     try:
         return stored_name(spelling)
     except MismatchError as error:
-        titles = [f"'{one.title}'" for one in storage_formats().values()]
+        titles = [f"'{known.title}'" for known in storage_formats().values()]
         expected = f"{', '.join(titles[:-1])} or {titles[-1]}"
         raise PydanticCustomError("literal_error", "{expected} was expected", {"expected": expected}) from error
 
@@ -84,9 +84,7 @@ class DataSection(_Section):
     text: Annotated[Strings, Field(min_length=1, max_length=2)]
     label: NonEmpty
     group: NonEmpty | None = None
-    labels: Annotated[Strings, Field(min_length=2)] | None = (
-        None  # label names in class order; sorted as found where not given
-    )
+    labels: Annotated[Strings, Field(min_length=2)] | None = None  # in class order; default: sorted
     max_length: Positive = 128
     seed: Seed = 0
     licence: str = ""
@@ -101,7 +99,7 @@ class DataSection(_Section):
 
 
 class StoredSection(_Section):
-    """How a layer is stored, where that differs from ``[dump]``; what is not given is as there."""
+    """How a layer is stored if not as in ``[dump]``; keys that are not given are as there."""
 
     projection: Projection | None = None
     dim: Positive | None = None
@@ -128,7 +126,7 @@ class TeacherSection(_Section):
 
 
 class OptimSection(_Section):
-    """What both trainings share. The schedule is linear warm-up, then linear decay to zero."""
+    """Keys of both trainings. The schedule is linear warm-up, then linear decay to zero."""
 
     epochs: Positive = 3
     batch_size: Positive = 32
@@ -162,8 +160,8 @@ class CofinetuneSection(OptimSection):
 class DumpSection(_Section):
     """What the cache stores of each teacher.
 
-    With ``dtype = "trellis"`` a row takes ``bytes`` bytes whatever the teacher's width, and ``dim`` says nothing: the
-    bits go to the dimensions of the PCA basis where they tell most.
+    With ``dtype = "trellis"`` a row takes ``bytes`` bytes and ``dim`` is ignored: the bits go to the PCA dimensions
+    where they reduce the error most.
     """
 
     backend: Literal["torch", "onnxruntime"] = "torch"
@@ -182,24 +180,21 @@ class DumpSection(_Section):
     seed: Seed = 0
 
     @model_validator(mode="after")
-    def _forms_that_fit_together(self) -> DumpSection:
+    def _storage_is_consistent(self) -> DumpSection:
         check_stored(self.stored())
         for which, section in self.per_layer.items():
             check_stored(overlaid(self.stored(), section), f"per_layer.{which}: ")
         return self
 
     def stored(self) -> StoredSection:
-        """How a layer is stored of which nothing else is said."""
+        """How a layer without ``per_layer`` keys is stored."""
         return StoredSection(
             projection=self.projection, dim=self.dim, dtype=self.dtype, bytes=self.bytes, tokens=self.tokens
         )
 
 
 def overlaid(below: StoredSection, above: StoredSection) -> StoredSection:
-    """``below`` with what ``above`` gives.
-
-    Bytes go where ``above`` gives a dtype that takes none, and with one that does comes pca.
-    """
+    """``below`` with the keys of ``above``; a dtype without bytes removes ``bytes``, one with bytes implies pca."""
     from kdcache.codecs.registry import storage_format
 
     given = above.model_dump(exclude_none=True)
@@ -209,17 +204,17 @@ def overlaid(below: StoredSection, above: StoredSection) -> StoredSection:
     return below.model_copy(update=given)
 
 
-def check_stored(form: StoredSection, where: str = "") -> None:
-    """ValueError where dtype, bytes and projection of ``where`` do not go together."""
+def check_stored(stored: StoredSection, where: str = "") -> None:
+    """Raises ValueError if dtype, bytes and projection do not fit together; ``where`` begins the message."""
     from kdcache.codecs.registry import storage_format, storage_formats
 
-    assert form.dtype is not None
-    storage = storage_format(form.dtype)
-    if form.bytes is not None and not storage.by_bytes:
-        others = " or ".join(f'"{one.title}"' for one in storage_formats().values() if one.by_bytes)
-        raise ValueError(f'{where}bytes = {form.bytes} goes with dtype = {others}; with "{storage.title}" set dim')
+    assert stored.dtype is not None
+    storage = storage_format(stored.dtype)
+    if stored.bytes is not None and not storage.by_bytes:
+        others = " or ".join(f'"{known.title}"' for known in storage_formats().values() if known.by_bytes)
+        raise ValueError(f'{where}bytes = {stored.bytes} goes with dtype = {others}; with "{storage.title}" set dim')
     try:
-        storage.check_keys(form.projection, form.bytes)
+        storage.check_keys(stored.projection, stored.bytes)
     except ValueError as error:
         raise ValueError(f"{where}{error}") from error
 
@@ -303,29 +298,26 @@ class Recipe(_Section):
         return self
 
     @model_validator(mode="after")
-    def _teachers_are_stored_in_forms_that_fit_together(self) -> Recipe:
+    def _storage_of_teachers_is_consistent(self) -> Recipe:
         for teacher in self.teachers:
             for which in teacher.per_layer:
                 check_stored(self.stored(teacher, (which,)), f"teachers.{teacher.name}.per_layer.{which}: ")
         return self
 
     def stored(self, teacher: TeacherSection, names: Sequence[str]) -> StoredSection:
-        """How a layer is stored that ``per_layer`` may call by each of ``names``.
-
-        Later ones win, and the teacher's own table.
-        """
-        form = self.dump.stored()
+        """How a layer is stored whose ``per_layer`` keys may be ``names``; later names and the teacher's table win."""
+        stored = self.dump.stored()
         for table in (self.dump.per_layer, teacher.per_layer):
             for name in names:
-                form = overlaid(form, table[name]) if name in table else form
-        return form
+                stored = overlaid(stored, table[name]) if name in table else stored
+        return stored
 
     def trusted(self) -> frozenset[str]:
-        """Names of the teachers whose own Python code may be run."""
+        """Names of the teachers whose Python code may run."""
         return frozenset(teacher.name for teacher in self.teachers if teacher.trust_remote_code)
 
     def teacher(self, name: str) -> TeacherSection:
-        """The teacher of that name; RecipeError names those there are."""
+        """The teacher of that name. Raises RecipeError, which lists the known ones."""
         for teacher in self.teachers:
             if teacher.name == name:
                 return teacher
@@ -336,7 +328,7 @@ class Recipe(_Section):
         )
 
     def require_student(self) -> StudentSection:
-        """The student section; RecipeError where the recipe has none."""
+        """The student section. Raises RecipeError if the recipe has none."""
         if self.student is None:
             raise RecipeError(f"recipe '{self.name}' has no [student] section", "Add [student] with init_from.")
         return self.student

@@ -1,9 +1,9 @@
-"""Collecting: delete what no version reaches and what is older than a grace period on the store's own clock.
+"""Garbage collection: delete objects that no version reaches and that are older than a grace period.
 
-gc and push keep apart by intents and marks (docs/decisions/0010): gc writes its mark, gives way to any live intent,
-only then reads the refs, and deletes as long as its own mark is fresh. A dropped version keeps its objects until its
-tombstone has passed the grace period too, so a colleague who is pulling it can finish. Deleted are, in this order, so
-that nothing that can be reached is ever broken: refs, manifests, files, and at last the intents and marks of the dead.
+Ages are measured on the store's own clock. gc and push exclude each other by leases (docs/decisions/0010): gc writes
+its mark, stops if any intent is alive, only then reads the refs, and deletes only while its own mark is valid. The
+objects of a removed version stay until its tombstone is older than the grace period, so a pull in progress can finish.
+The order of deletion is refs, manifests, files, expired leases: a version that can still be resolved is always whole.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, TypeVar
 from kdcache.errors import DamageError, MismatchError, RemoteError
 from kdcache.progress import SilentProgress
 from kdcache.share import keys as layout
-from kdcache.share.intents import Lease, Pace, alive, hold, refuse_if_alive
+from kdcache.share.intents import Lease, LeaseTiming, alive, hold, refuse_if_alive
 from kdcache.share.parallel import WORKERS, SharedProgress, Stop, for_each
 from kdcache.share.pull import fetch_manifest
 from kdcache.share.refs import Ref, all_histories, history, live, read_refs, resolve, tombstone
@@ -30,15 +30,12 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 GRACE = 7 * 86_400.0  # seconds
-_UNDER_WAY = 3600.0  # that a file may stand still and yet be written on
+_UPLOAD = 3600.0  # seconds without a change after which a temporary file is no upload in progress
 
 
 @dataclass(frozen=True)
 class GcReport:
-    """What gc deleted, or without ``deleted`` would delete.
-
-    Keys in the order of their deletion, bytes of all, and what stays.
-    """
+    """What gc deleted, or would delete (``deleted`` is False): keys in the order of deletion, and counts."""
 
     keys: tuple[str, ...]
     refs: int
@@ -54,7 +51,7 @@ class GcReport:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What goes and what stays."""
+    """The objects to delete, and counts of the files to keep."""
 
     refs: list[Entry]
     manifests: list[Entry]
@@ -74,32 +71,43 @@ def collect(
     grace: float = GRACE,
     delete: bool = False,
     progress: Progress | None = None,
-    pace: Pace | None = None,
+    timing: LeaseTiming | None = None,
     workers: int = WORKERS,
 ) -> GcReport:
-    """Delete, or without ``delete`` list, what no version reaches and what is older than ``grace`` seconds.
+    """Delete (or only list, without ``delete``) objects that no version reaches and that are older than ``grace``.
 
-    Raises LockedError (a push is under way), DamageError (a ref or a manifest is damaged, so nobody knows what it
-    reaches; or this machine slept in the middle of a delete, and a version that was pushed meanwhile lacks what it
-    took), RemoteError (also where this machine slept: then nothing more is deleted), RemoteAccessError.
+    Args:
+        remote: The remote to collect.
+        grace: Age in seconds that an unreachable object must have.
+        delete: Whether to delete; without it nothing is written either.
+        progress: Reports the deletions.
+        timing: Intervals of the lease.
+        workers: Threads that delete.
+
+    Raises:
+        LockedError: A push is in progress.
+        DamageError: A ref or manifest is damaged, so what it reaches is unknown; or the machine was suspended during a
+            delete, and a version that was pushed meanwhile lacks the deleted object.
+        RemoteError: The remote failed, or the lease of this gc expired; nothing more is deleted.
+        RemoteAccessError: The credentials do not allow it.
     """
-    pace = pace or Pace()
+    timing = timing or LeaseTiming()
     progress = progress or SilentProgress()
-    with hold(remote, "mark", pace) if delete else nullcontext() as lease:
+    with hold(remote, "mark", timing) if delete else nullcontext() as lease:
         epoch = lease.epoch if lease else 0
         if lease:
-            refuse_if_alive(remote, "intent", pace)
-        plan = _plan(remote, grace, pace, lease)
+            refuse_if_alive(remote, "intent", timing)
+        plan = _plan(remote, grace, timing, lease)
         if lease:
             _delete(remote, plan, lease, epoch, progress, workers)
-            remote.remove_leftovers(max(grace, _UNDER_WAY))
+            remote.remove_leftovers(max(grace, _UPLOAD))
     return GcReport(
         tuple(entry.key for entry in plan.entries), len(plan.refs), len(plan.manifests), len(plan.files),
         sum(entry.size for entry in plan.entries), *plan.kept, *plan.young, deleted=delete,
     )  # fmt: skip
 
 
-def _plan(remote: Remote, grace: float, pace: Pace, lease: Lease | None) -> _Plan:
+def _plan(remote: Remote, grace: float, timing: LeaseTiming, lease: Lease | None) -> _Plan:
     entries = {
         entry.key: entry for entry in _beating(lease, remote.list(layout.REFS)) if layout.parse_ref_key(entry.key)
     }
@@ -109,7 +117,7 @@ def _plan(remote: Remote, grace: float, pace: Pace, lease: Lease | None) -> _Pla
     def old(entry: Entry) -> bool:
         return now - entry.modified > grace
 
-    gone = {ref.key for one in _by_name(refs) for ref in _dropped(one, entries, old)}
+    gone = {ref.key for versions in _by_name(refs) for ref in _dropped(versions, entries, old)}
     manifests, files = _reached(remote, [ref for ref in refs if ref.key not in gone], lease)
     unreached = [
         entry
@@ -120,14 +128,14 @@ def _plan(remote: Remote, grace: float, pace: Pace, lease: Lease | None) -> _Pla
         [entries[key] for key in sorted(gone)],
         [entry for entry in unreached if old(entry)],
         *_files(remote, files, old, lease),
-        _dead(remote, old, pace),
+        _expired(remote, old, timing),
     )
 
 
 def _files(
     remote: Remote, reached: set[bytes], old: Callable[[Entry], bool], lease: Lease | None
 ) -> tuple[list[Entry], tuple[int, int], tuple[int, int]]:
-    """Files to delete; number and bytes of those that versions reach, and of those that are too young."""
+    """Files to delete; number and bytes of the reachable files, and of the unreachable ones within the grace period."""
     gone: list[Entry] = []
     kept, young = [0, 0], [0, 0]
     for entry in _beating(lease, remote.list(layout.FILES)):
@@ -144,25 +152,25 @@ def _files(
 
 
 def _dropped(refs: Sequence[Ref], entries: Mapping[str, Entry], old: Callable[[Entry], bool]) -> Iterator[Ref]:
-    """Of one name: versions that an old tombstone drops, and old tombstones with nothing left to drop; never the newest
-    number.
+    """The refs of one name to delete: versions under an old tombstone, and old tombstones with no such version left.
 
-    A tombstone outlives what it drops by a run of gc, so that no death in between brings a dropped version back.
+    The newest number always stays. A tombstone is deleted one run of gc after its versions, so that a crash between
+    the two deletions cannot bring a removed version back.
     """
     newest = max(ref.number for ref in refs)
     for ref in refs:
         if ref.number == newest:
             continue
         if ref.removes is None:
-            if any(one.drops(ref) and old(entries[one.key]) for one in refs):
+            if any(other.drops(ref) and old(entries[other.key]) for other in refs):
                 yield ref
         elif old(entries[ref.key]) and not any(ref.drops(other) for other in refs):
             yield ref
 
 
 def _reached(remote: Remote, refs: Sequence[Ref], lease: Lease | None) -> tuple[set[bytes], set[bytes]]:
-    """sha256 of the manifests and of the files that versions reach, those dropped within the grace period among them."""
-    wanted = {ref.key for one in _by_name(refs) for ref in live(one)}
+    """sha256 of the manifests and files that versions reach, including versions removed within the grace period."""
+    wanted = {ref.key for versions in _by_name(refs) for ref in live(versions)}
     manifests: set[bytes] = set()
     files: set[bytes] = set()
     for ref in _beating(lease, refs):
@@ -173,9 +181,9 @@ def _reached(remote: Remote, refs: Sequence[Ref], lease: Lease | None) -> tuple[
             manifest = fetch_manifest(remote, ref)
         except DamageError as error:
             if ref.key not in wanted:
-                continue  # dropped: it has no claim to be whole
+                continue  # a removed version need not be whole
             raise DamageError(
-                f"{error.message}; so nobody knows which files {ref.pinned} reaches, and nothing is deleted",
+                f"{error.message}; the files of {ref.pinned} are unknown, so nothing is deleted",
                 f"Push that cache again, or drop it with: kdcache cache rm {ref.pinned}",
             ) from error
         manifests.add(sha)
@@ -183,9 +191,9 @@ def _reached(remote: Remote, refs: Sequence[Ref], lease: Lease | None) -> tuple[
     return manifests, files
 
 
-def _dead(remote: Remote, old: Callable[[Entry], bool], pace: Pace) -> list[Entry]:
-    """Intents and marks whose owners died long ago."""
-    living = {entry.key for entry in [*alive(remote, "intent", pace), *alive(remote, "mark", pace)]}
+def _expired(remote: Remote, old: Callable[[Entry], bool], timing: LeaseTiming) -> list[Entry]:
+    """Expired leases that are older than the grace period."""
+    living = {entry.key for entry in [*alive(remote, "intent", timing), *alive(remote, "mark", timing)]}
     listed = [*remote.list(layout.INTENTS), *remote.list(layout.MARKS)]
     return [entry for entry in listed if layout.is_lease_key(entry.key) and entry.key not in living and old(entry)]
 
@@ -210,22 +218,22 @@ def _delete(remote: Remote, plan: _Plan, lease: Lease, epoch: int, progress: Pro
             for_each(kind, remove, workers if len(kind) > 1 else 1)
     finally:
         if late:
-            _say_what_was_lost(remote, set(late))
+            _report_lost(remote, set(late))
     progress.finish()
 
 
 def _refuse_lapsed(remote: Remote, lease: Lease, epoch: int) -> None:
     if not lease.holds(epoch):
         raise RemoteError(
-            f"gc on {remote.url} fell asleep, so a push may have begun meanwhile; nothing more is deleted",
+            f"gc on {remote.url} lost its lease: was the machine suspended? A push may have begun, so gc stops here",
             "Run it again: it continues.",
         )
 
 
-def _say_what_was_lost(remote: Remote, late: set[str]) -> None:
-    """Deletes that ended after this gc counted as dead: a push that ended meanwhile may have counted on those objects.
+def _report_lost(remote: Remote, late: set[str]) -> None:
+    """Raises DamageError if a version lacks one of ``late``, the objects deleted after the lease had expired.
 
-    Nothing can undo that, so it is said. Raises DamageError where a version lacks one of them now.
+    A push that ended in between may have relied on them. This cannot be undone, so it is reported.
     """
     for refs in all_histories(remote).values():
         for ref in live(refs):
@@ -237,9 +245,9 @@ def _say_what_was_lost(remote: Remote, late: set[str]) -> None:
             lost = [key for key in sorted(needed) if remote.head(key) is None]
             if lost:
                 raise DamageError(
-                    f"gc fell asleep in the middle of a delete, and {ref.pinned}, which was pushed meanwhile, lacks "
-                    f"'{lost[0]}' now",
-                    "Push that cache again under the same name: what is gone is sent, and nothing else.",
+                    f"gc lost its lease during a delete: was the machine suspended? {ref.pinned}, which was pushed at "
+                    f"the same time, now lacks '{lost[0]}'",
+                    "Push that cache again under the same name: only the missing objects are sent.",
                 )
 
 
@@ -251,7 +259,7 @@ def _by_name(refs: Sequence[Ref]) -> list[list[Ref]]:
 
 
 def _beating(lease: Lease | None, items: Iterable[T]) -> Iterator[T]:
-    """``items``, while the mark is renewed where nothing does so in the background."""
+    """``items``; renews the lease meanwhile if no background thread does."""
     for item in items:
         if lease:
             lease.beat()
@@ -264,14 +272,14 @@ def _count(pair: list[int], entry: Entry) -> None:
 
 
 def remove(remote: Remote, reference: str) -> tuple[Ref, ...]:
-    """Drop every version of ``name``, or the one that ``name@version`` means. Gives back what was dropped.
+    """Remove every version of ``name``, or the one that ``name@version`` means; returns the removed versions.
 
-    Raises MismatchError where there is nothing of the kind, RemoteAccessError, RemoteError.
+    Raises MismatchError if there is no such version, RemoteAccessError, RemoteError.
     """
     name, version = layout.split_reference(reference)
     if version is not None:
         ref = resolve(remote, reference)
-        same = tuple(one for one in live(history(remote, name)) if one.number == ref.number)
+        same = tuple(other for other in live(history(remote, name)) if other.number == ref.number)
         if len(same) > 1:
             raise MismatchError(
                 f"version {ref.number} of '{name}' was made twice, by two writers at once: both would be dropped",
@@ -281,6 +289,6 @@ def remove(remote: Remote, reference: str) -> tuple[Ref, ...]:
         return same
     dropped = live(history(remote, name))
     if not dropped:
-        resolve(remote, reference)  # says why there is nothing
+        resolve(remote, reference)  # raises, with the reason
     tombstone(remote, name, "all")
     return dropped

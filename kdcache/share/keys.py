@@ -1,7 +1,6 @@
-"""Where everything lies on a remote: keys follow from digests, names and numbers, and nothing else is ever read or
-deleted.
+"""The keys of objects on a remote. They follow from digests, names and numbers (docs/decisions/0010).
 
-The layout is that of docs/decisions/0010. A key that does not parse here belongs to somebody else and is left alone.
+A key that does not parse here is not kdcache's: such an object is neither read nor deleted.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ def manifest_key(sha256: str) -> str:
 
 
 def ref_key(name: str, number: int, token: str | None = None) -> str:
-    """A version of a name; with ``token`` (16 hex digits) where the store does not decide who is first."""
+    """A version of a name; with ``token`` (16 hex digits) on a store without conditional creates."""
     return f"{refs_of(name)}{number}{f'-{token}' if token else ''}.json"
 
 
@@ -48,12 +47,12 @@ def refs_of(name: str) -> str:
 
 
 def intent_key(token: str) -> str:
-    """A push that is under way."""
+    """The lease of a push."""
     return f"{INTENTS}{token}.json"
 
 
 def mark_key(token: str) -> str:
-    """A gc that is under way."""
+    """The lease of a gc."""
     return f"{MARKS}{token}.json"
 
 
@@ -81,7 +80,7 @@ def is_lease_key(key: str) -> bool:
 
 
 def check_name(name: str) -> str:
-    """``name`` itself. Raises RecipeError where no cache can be called so."""
+    """Returns ``name``. Raises RecipeError if it is not a valid name of a cache."""
     if not NAME.fullmatch(name):
         raise RecipeError(
             f"'{name[:80]}' is not a name for a cache: 1 to 64 of a-z, 0-9, '.', '_', '-', the first a letter or digit",
@@ -91,7 +90,7 @@ def check_name(name: str) -> str:
 
 
 def check_tag(tag: str) -> str:
-    """``tag`` itself. Raises RecipeError where it could be taken for a number or a digest, or has other characters."""
+    """Returns ``tag``. Raises RecipeError if it looks like a number or a digest, or has other characters."""
     if not TAG.fullmatch(tag) or tag.isdecimal() or PREFIX.fullmatch(tag):
         raise RecipeError(
             f"'{tag[:80]}' is not a tag: 1 to 64 of a-z, A-Z, 0-9, '.', '_', '-', and neither a number nor six or more "

@@ -1,15 +1,17 @@
-"""What is on a remote, and how a directory stands to it: for ``cache ls`` and ``cache status``.
+"""For ``cache ls`` and ``cache status``: the caches on a remote and on this machine, and how they compare.
 
-Names are listed from their refs alone, so that a team's store of terabytes is listed in a second. A damaged ref is
-shown as such and hides no other name.
+A remote is listed from its refs alone, so listing a store of terabytes takes a second. A damaged ref is shown as a
+problem of its name and does not hide other names.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kdcache.cache.layout import MANIFEST
 from kdcache.cache.manifest import read_manifest
 from kdcache.cache.selection import Selection, local_selection
 from kdcache.errors import KdcacheError
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Name:
-    """A name on a remote: its versions that can be had, oldest first; ``problem`` where its refs cannot be read."""
+    """A name on a remote and its versions, oldest first; ``problem``: why its refs cannot be read, or empty."""
 
     name: str
     versions: tuple[Ref, ...]
@@ -34,17 +36,17 @@ class Name:
 
     @property
     def forked(self) -> bool:
-        """Whether two writers made the newest version at once."""
-        newest = [ref for ref in self.versions if ref.number == self.versions[-1].number]  # empty where there are none
+        """Whether two writers made the newest version at the same time."""
+        newest = [ref for ref in self.versions if ref.number == self.versions[-1].number]  # empty if there are none
         return len({ref.manifest for ref in newest}) > 1
 
 
 def names(remote: Remote, only: str | None = None) -> list[Name]:
-    """Every name, or that one, with at least one version that can be had, or with a problem."""
+    """Every name, or that one, with at least one version or a problem."""
     prefix = layout.refs_of(only) if only else layout.REFS
     found = sorted({place[0] for entry in remote.list(prefix) if (place := layout.parse_ref_key(entry.key))})
     listed = [_name(remote, name) for name in found]
-    return [one for one in listed if one.versions or one.problem]
+    return [name for name in listed if name.versions or name.problem]
 
 
 def _name(remote: Remote, name: str) -> Name:
@@ -56,22 +58,22 @@ def _name(remote: Remote, name: str) -> Name:
 
 @dataclass(frozen=True)
 class Status:
-    """How a cache directory stands to a remote."""
+    """How a cache directory compares with a remote."""
 
     path: str
     identity: str
     pushed_as: tuple[str, ...]  # name@number, newest last
     newest: dict[str, str]  # name -> name@number of its newest version, for names that have or had this cache
-    differences: dict[str, list[str]]  # name -> what its newest version has otherwise; empty where it is this one
+    differences: dict[str, list[str]]  # name -> how its newest version differs; empty if it is this cache
     files_missing: int  # on the remote
     bytes_missing: int
-    not_pulled: int  # files that are not in the directory
+    not_pulled: int  # number of files that are not in the directory
     bytes_not_pulled: int
     selection: dict[str, Any] | None
 
 
 def status(remote: Remote, path: Path) -> Status:
-    """Compare a cache directory with what is published. Raises DamageError, RemoteError."""
+    """Compare a cache directory with the published versions. Raises DamageError, RemoteError."""
     manifest = read_manifest(path)
     contents = manifest.contents
     local = local_selection(path, contents)
@@ -91,13 +93,21 @@ def status(remote: Remote, path: Path) -> Status:
     sizes = {layout.file_key(digest.sha256): digest.size for digest in contents.files.values()}
     missing = missing_of(remote, sizes)
     return Status(
-        str(path), manifest.identity, tuple(pushed), newest, differences, len(missing), sum(sizes[key] for key in missing),
-        len(away), sum(contents.files[one].size for one in away), None if local is None else _selection(local.selection),
-    )  # fmt: skip
+        str(path),
+        manifest.identity,
+        tuple(pushed),
+        newest,
+        differences,
+        files_missing=len(missing),
+        bytes_missing=sum(sizes[key] for key in missing),
+        not_pulled=len(away),
+        bytes_not_pulled=sum(contents.files[file].size for file in away),
+        selection=None if local is None else _selection(local.selection),
+    )
 
 
 def differing(mine: Contents, other: Contents) -> list[str]:
-    """What ``other`` has otherwise than ``mine``, a line for each component; empty where data files are the same."""
+    """How ``other`` differs from ``mine``, one line per component; empty if all data files are the same."""
     lines = [f"teacher '{name}' is new there" for name in other.teachers if name not in mine.teachers]
     lines += [f"teacher '{name}' is not there" for name in mine.teachers if name not in other.teachers]
     for name in mine.teachers.keys() & other.teachers.keys():
@@ -128,9 +138,47 @@ def differing(mine: Contents, other: Contents) -> list[str]:
     )
 
 
+@dataclass(frozen=True)
+class LocalCache:
+    """A cache directory of this machine; if it cannot be read, ``problem`` says why and the rest is empty."""
+
+    path: str
+    identity: str = ""
+    teachers: tuple[str, ...] = ()
+    texts: int = 0
+    bytes: int = 0  # of the whole cache
+    bytes_here: int = 0  # of the selected files
+    origin: str = ""  # name@number that it was pulled from
+    problem: str = ""
+
+
+def find_caches(places: Iterable[Path]) -> list[LocalCache]:
+    """The caches among ``places``, which may or may not be directories, in their order."""
+    return [_look(place) for place in places if (place / MANIFEST).is_file()]
+
+
+def _look(place: Path) -> LocalCache:
+    try:
+        manifest = read_manifest(place)
+        contents = manifest.contents
+        local = local_selection(place, contents)
+    except KdcacheError as error:
+        return LocalCache(str(place), problem=error.message)
+    here = contents.files.keys() if local is None else local.selection.covers(contents)
+    return LocalCache(
+        str(place),
+        manifest.identity,
+        tuple(contents.teachers),
+        sum(part.texts for part in contents.parts),
+        sum(digest.size for digest in contents.files.values()),
+        sum(contents.files[path].size for path in here),
+        "" if local is None else local.origin,
+    )
+
+
 def _selection(selection: Selection) -> dict[str, Any]:
     teachers = selection.teachers
     return {
-        "teachers": None if teachers is None else {name: list(one) for name, one in teachers.items()},
+        "teachers": None if teachers is None else {name: list(layers) for name, layers in teachers.items()},
         "text": selection.text,
     }

@@ -1,14 +1,13 @@
-"""Caches that were read through from a remote, kept under ``KDCACHE_HOME`` so that the second student fetches nothing.
+"""The local store: caches fetched from a remote, kept under ``KDCACHE_HOME`` so that a second student fetches nothing.
 
-    store/caches/<identity>/           a cache directory like any other, whole or a part
-    store/objects/<2 hex>/<sha256>     every file once; what caches share is the same file, by hard links
-    store/locks/<identity>             held shared by whoever uses that cache; when it was last used
-    store/locks/objects/<3 hex>        held while a file with such a digest is brought: nothing is fetched twice at once
-    store/locks/store                  held while room is made and selections change
+    store/caches/<identity>/           a cache directory, whole or a part
+    store/objects/<2 hex>/<sha256>     every file once, hard-linked into the caches that have it
+    store/locks/<identity>             shared lock of the users of that cache; its mtime is the time of last use
+    store/locks/objects/<3 hex>        held while a file with such a digest is fetched, so no file is fetched twice
+    store/locks/store                  held during eviction and changes of selections
 
-Any number of processes use it at once. Room is made by removing whole caches, the least recently used first, and none
-that a process holds. Where the file system has no hard links, each cache keeps its own copy. Everything here can be
-fetched again.
+Any number of processes can use it. It evicts whole caches, least recently used first, and never one in use. On a file
+system without hard links each cache has its own copy of a file. Everything here can be fetched again.
 """
 
 from __future__ import annotations
@@ -37,35 +36,32 @@ from kdcache.runs import home
 if TYPE_CHECKING:
     from kdcache.cache.manifest import Manifest
 
-LIMIT = 100_000_000_000  # bytes; KDCACHE_STORE_BYTES says otherwise
+LIMIT = 100_000_000_000  # bytes, unless KDCACHE_STORE_BYTES is set
 _GONE = ".removed-"
 
 Fetch = Callable[[FileDigest, Path], None]
 
 
 def default_store() -> LocalStore:
-    """The store of this user.
-
-    Under ``KDCACHE_HOME``, of at most ``KDCACHE_STORE_BYTES``. RecipeError for no number of bytes.
-    """
-    said = os.environ.get("KDCACHE_STORE_BYTES", "").replace("_", "")
-    if said and not said.isdecimal():
+    """The store of this user, limited by ``KDCACHE_STORE_BYTES``. Raises RecipeError if that is no number of bytes."""
+    limit = os.environ.get("KDCACHE_STORE_BYTES", "").replace("_", "")
+    if limit and not limit.isdecimal():
         raise RecipeError(
-            f"KDCACHE_STORE_BYTES is '{said}', not a number of bytes", "Such as: KDCACHE_STORE_BYTES=100000000000"
+            f"KDCACHE_STORE_BYTES is '{limit}', not a number of bytes", "Such as: KDCACHE_STORE_BYTES=100000000000"
         )
-    return LocalStore(home() / "store", int(said) if said else LIMIT)
+    return LocalStore(home() / "store", int(limit) if limit else LIMIT)
 
 
 @dataclass(frozen=True)
 class LocalStore:
-    """``limit``: bytes that all caches may take together, a file that several share counted once."""
+    """``limit``: bytes of all caches together; a file that several caches share counts once."""
 
     root: Path
     limit: int = LIMIT
 
     @contextlib.contextmanager
     def use(self, identity: str) -> Iterator[Path]:
-        """The directory of a cache, which may be empty still; it is not removed while the block runs."""
+        """The directory of a cache, perhaps empty; it is not evicted while the block runs."""
         lock = self.root / "locks" / identity
         with hold(lock, shared=True):
             os.utime(lock)
@@ -73,11 +69,11 @@ class LocalStore:
             os.utime(lock)
 
     def directory(self, identity: str) -> Path:
-        """Where a cache lies, or would lie."""
+        """The directory of a cache, whether it exists or not."""
         return self.root / "caches" / identity
 
     def begin(self, manifest: Manifest, origin: str) -> None:
-        """Put a manifest in place, with nothing selected but what every selection takes."""
+        """Write the manifest of a cache, with the smallest selection."""
         place = self.directory(manifest.identity)
         with self._locked():
             if (place / layout.MANIFEST).is_file():
@@ -88,9 +84,9 @@ class LocalStore:
             write_file(place / layout.MANIFEST, manifest.to_bytes())
 
     def select(self, manifest: Manifest, selection: Selection, origin: str) -> Selection:
-        """Add to what a cache has selected, and make room for it; gives back all that is selected now.
+        """Extend the selection of a cache in use and evict others to make room; returns the whole selection.
 
-        Raises StorageError where the room cannot be made. The caller uses the cache.
+        Raises StorageError if there is not enough room.
         """
         place, files = self.directory(manifest.identity), manifest.contents.files
         with self._locked():
@@ -104,7 +100,7 @@ class LocalStore:
             return wanted
 
     def finish(self, manifest: Manifest, origin: str) -> bool:
-        """Record that all that is selected has arrived, if so; gives back whether it has."""
+        """Record the selection as complete if all its files are here; returns whether it is."""
         place, files = self.directory(manifest.identity), manifest.contents.files
         with self._locked():
             local = read_local(place)
@@ -119,9 +115,9 @@ class LocalStore:
     def bring(
         self, identity: str, path: str, digest: FileDigest, fetch: Fetch, check: Callable[[], None] | None = None
     ) -> bool:
-        """Put a file into a cache: from another cache of the store, or by ``fetch``. False where it was there already.
+        """Put a file into a cache, by a link into the store or by ``fetch``. False if it was there already.
 
-        Another thread or process that brings a file of the same digest is waited for. ``check`` may raise to give up.
+        Waits for another thread or process that fetches the same file; ``check`` may raise to give up.
         """
         place = self.directory(identity)
         with hold(self.root / "locks" / "objects" / digest.sha256[:3], check=check):
@@ -137,14 +133,16 @@ class LocalStore:
             make_directory((place / path).parent)
             try:
                 os.link(kept, place / path)
-            except OSError:  # too many links to one file, say
+            except OSError:  # for example too many links to one file
                 fetch(digest, place / path)
             else:
-                cache_files.disk.fsync_directory((place / path).parent)  # what is recorded as complete stays so
+                cache_files.disk.fsync_directory(
+                    (place / path).parent
+                )  # a file that counts as fetched must survive a crash
             return True
 
     def adopt(self, place: Path, manifest: Manifest) -> Path:
-        """Take over a directory of the same file system that holds a cache; its files become those of the store."""
+        """Move a cache directory of the same file system into the store."""
         target = self.directory(manifest.identity)
         with self._locked(), hold(self.root / "locks" / manifest.identity):
             if target.exists():
@@ -163,14 +161,11 @@ class LocalStore:
             return target
 
     def used_bytes(self) -> int:
-        """Bytes of all caches and objects, each file once."""
+        """Bytes of all caches and objects; each file counts once."""
         return sum(_sizes(self.root).values())
 
     def remove(self, identity: str) -> bool:
-        """Remove a cache.
-
-        False where a process uses it. Files that another cache has stay there. The caller holds the store.
-        """
+        """Remove a cache, unless a process uses it (False). The caller holds the lock of the store."""
         with attempt(self.root / "locks" / identity) as free:
             if not free:
                 return False
@@ -185,24 +180,22 @@ class LocalStore:
         return hold(self.root / "locks" / "store")
 
     def _make_room(self, coming: Mapping[str, int], identity: str) -> None:
-        """Remove other caches until ``coming`` (sha256 to bytes) fits beside the rest and what others were promised."""
+        """Evict other caches until ``coming`` (sha256 -> bytes) and the fetches in progress fit."""
         self._forget_removed()
         needed = sum(size for sha, size in coming.items() if not (self.root / "objects" / sha[:2] / sha).is_file())
-        others = sorted((one for one in self._caches() if one != identity), key=self._last_used)
-        promised = {one: self._to_come(one) for one in others}
+        others = sorted((other for other in self._caches() if other != identity), key=self._last_used)
+        promised = {other: self._to_come(other) for other in others}
         used = self.used_bytes() + sum(promised.values())
-        for one in others:
-            if used + needed > self.limit and self.remove(one):
-                del promised[one]
+        for other in others:
+            if used + needed > self.limit and self.remove(other):
+                del promised[other]
                 used = self.used_bytes() + sum(promised.values())
         if used + needed > self.limit:
             busy = f"; {len(promised)} other caches are in use" if promised else ""
             raise StorageError(
-                f"the local store '{self.root}' may take {format_bytes(self.limit)}: {format_bytes(needed)} are to be "
-                "fetched "
-                f"beside {format_bytes(used)}{busy}",
-                "Raise KDCACHE_STORE_BYTES, select less, or pull into a directory of your own: kdcache cache pull NAME "
-                "--to DIR",
+                f"the local store '{self.root}' is limited to {format_bytes(self.limit)}; it holds "
+                f"{format_bytes(used)} and would need {format_bytes(needed)} more{busy}",
+                "Raise KDCACHE_STORE_BYTES, select less, or pull into a directory: kdcache cache pull NAME --to DIR",
             )
 
     def _caches(self) -> list[str]:
@@ -216,7 +209,7 @@ class LocalStore:
         return 0.0
 
     def _to_come(self, identity: str) -> int:
-        """Bytes that a cache has selected and not fetched, if a process uses it."""
+        """Bytes still to be fetched for a cache that a process uses."""
         place = self.directory(identity)
         with attempt(self.root / "locks" / identity) as free:
             if free:
@@ -231,7 +224,7 @@ class LocalStore:
         return sum(contents.files[path].size for path in covered if not is_here(place, path, contents.files[path]))
 
     def _forget_removed(self) -> None:
-        """What a process that died while removing, or while fetching, left behind."""
+        """Remove what crashed processes left behind."""
         with contextlib.suppress(FileNotFoundError):
             for path in (self.root / "caches").iterdir():
                 if path.name.startswith(_GONE):
@@ -239,7 +232,7 @@ class LocalStore:
         self._sweep()
 
     def _sweep(self) -> None:
-        """Remove objects that no cache links to, and temporary files beside them."""
+        """Remove objects that no cache links to, and temporary files."""
         for directory in _directories(self.root / "objects"):
             for path in list(directory.iterdir()):
                 with contextlib.suppress(FileNotFoundError):
@@ -264,12 +257,12 @@ class LocalStore:
 
 
 def is_here(place: Path, path: str, digest: FileDigest) -> bool:
-    """Whether a file of a cache is there as a plain file of the right size; its digest is compared when it is read."""
+    """Whether a file of a cache is there as a plain file of the right size; its digest is checked when it is read."""
     try:
-        found = (place / path).lstat()
+        status = (place / path).lstat()
     except (FileNotFoundError, NotADirectoryError):
         return False
-    return stat.S_ISREG(found.st_mode) and found.st_size == digest.size
+    return stat.S_ISREG(status.st_mode) and status.st_size == digest.size
 
 
 def _is_whole(kept: Path, digest: FileDigest) -> bool:
@@ -290,10 +283,10 @@ def _directories(root: Path) -> Iterable[Path]:
 
 def _sizes(root: Path) -> dict[tuple[int, int], int]:
     """Bytes by device and inode."""
-    found = {}
+    sizes = {}
     for directory, _, names in os.walk(root):
         for name in names:
             with contextlib.suppress(FileNotFoundError):
-                one = (Path(directory) / name).lstat()
-                found[one.st_dev, one.st_ino] = one.st_size
-    return found
+                status = (Path(directory) / name).lstat()
+                sizes[status.st_dev, status.st_ino] = status.st_size
+    return sizes

@@ -1,8 +1,7 @@
-"""Work on many things by a few threads: the first error stops the rest, Ctrl-C stops all, and memory holds what is in
-flight.
+"""Run work on many items in a few threads: the first error stops the others, and Ctrl-C stops all.
 
-Threads of our own and not an executor: they are daemons, so that a program that is interrupted leaves at once and does
-not wait for a transfer of gigabytes to end.
+These are daemon threads and no executor, so an interrupted program exits at once instead of waiting for a transfer of
+gigabytes. Only the items in progress are in memory.
 """
 
 from __future__ import annotations
@@ -18,15 +17,15 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 WORKERS = 8
-_GRACE = 2.0  # seconds that threads get to end what is in flight, once something went wrong
+_GRACE = 2.0  # seconds that threads get to finish after an error
 
 
 class Stopped(BaseException):
-    """Raised inside workers by ``Stop.check`` when another one failed; never seen outside."""
+    """Raised in a worker by ``Stop.check`` when another one failed; never reaches the caller."""
 
 
 class Stop:
-    """Tells workers that it is over; long work asks between two blocks."""
+    """Tells workers to stop; long work calls ``check`` between two blocks."""
 
     def __init__(self) -> None:
         self._event = threading.Event()
@@ -35,16 +34,13 @@ class Stop:
         self._event.set()
 
     def check(self) -> None:
-        """Raises ``Stopped`` where another worker failed or the program is being interrupted."""
+        """Raises ``Stopped`` if another worker failed or the program was interrupted."""
         if self._event.is_set():
             raise Stopped
 
 
 def for_each(items: Iterable[T], work: Callable[[T, Stop], None], workers: int = WORKERS) -> None:
-    """``work(item, stop)`` for all ``items``, by ``workers`` threads (one.
-
-    In this thread, in order). Raises the first error.
-    """
+    """Call ``work(item, stop)`` for all items in ``workers`` threads (1: in this one). Raises the first error."""
     stop = Stop()
     if workers == 1:
         for item in items:
@@ -114,11 +110,11 @@ _END: Any = object()
 
 
 def _wait(threads: list[threading.Thread], stop: Stop, errors: list[BaseException]) -> None:
-    """Until all threads are done; after a failure or an interruption no longer than a moment."""
+    """Wait for all threads; after an error or interruption at most ``_GRACE`` seconds."""
     try:
         while not errors and any(thread.is_alive() for thread in threads):
             next(thread for thread in threads if thread.is_alive()).join(0.1)
     finally:
-        stop.set()  # harmless where all are done
+        stop.set()  # no effect if all are done
         for thread in threads:
             thread.join(_GRACE / len(threads))

@@ -1,9 +1,8 @@
-"""Which objects are on a remote: by one list, by a list per folder, or one by one, whichever is fewest requests.
+"""Which objects are on a remote: by one list, one list per folder, or a request per object, whichever is cheapest.
 
-Objects are wanted by key with the size they must have; one of another size is as good as missing, since sending it
-again repairs it. All ways show every write that has ended, so this may be asked while others push. How much a store
-holds is estimated from one of its 256 folders of files, since digests are spread evenly; so memory never holds the
-names of a large store.
+An object of the wrong size counts as missing, since sending it again repairs it. All three ways show every completed
+write, so others may push meanwhile. The number of objects is estimated from one of the 256 folders, because digests are
+spread evenly; so the names of a large store are never all in memory.
 """
 
 from __future__ import annotations
@@ -19,12 +18,12 @@ if TYPE_CHECKING:
 
 _FOLDERS = 256  # of files: the first two hex digits of the digest
 _PAGE = 1000  # objects that a store lists per request
-_FEW = 8  # objects that are asked for one by one without an estimate
-_MOST = 50_000  # objects that one list may have
+_FEW = 8  # up to here, objects are asked for one by one without an estimate
+_MOST = 50_000  # objects in one list at most
 
 
 def sizes_of(remote: Remote, keys: Iterable[str], workers: int = WORKERS) -> dict[str, int]:
-    """Key -> size of those that are there."""
+    """Key -> size of the objects that exist."""
     wanted = list(dict.fromkeys(keys))
     files = [key for key in wanted if layout.parse_file_key(key)]
     if len(files) <= _FEW:
@@ -33,14 +32,14 @@ def sizes_of(remote: Remote, keys: Iterable[str], workers: int = WORKERS) -> dic
     count = _listed(remote, folders[0], set())[1]
     all_at_once = 1 + _FOLDERS * count // _PAGE if _FOLDERS * count <= _MOST else len(files)
     per_folder = len(folders) * (1 + count // _PAGE)
-    if len(files) <= min(all_at_once, 2 * per_folder):  # a list costs a store more than a question
+    if len(files) <= min(all_at_once, 2 * per_folder):  # a list costs more than a head request
         return _one_by_one(remote, wanted, workers)
     others = _one_by_one(remote, [key for key in wanted if not layout.parse_file_key(key)], workers)
     return others | _by_lists(remote, files, [layout.FILES] if all_at_once <= per_folder else folders, workers)
 
 
 def missing_of(remote: Remote, sizes: Mapping[str, int], workers: int = WORKERS) -> list[str]:
-    """The keys of ``sizes`` that are not there, or not of that size."""
+    """The keys of ``sizes`` whose object is missing or has another size."""
     there = sizes_of(remote, sizes, workers)
     return [key for key, size in sizes.items() if there.get(key) != size]
 
@@ -60,7 +59,7 @@ def _by_lists(remote: Remote, keys: list[str], folders: list[str], workers: int)
 
 
 def _listed(remote: Remote, folder: str, wanted: set[str]) -> tuple[dict[str, int], int]:
-    """Key -> size of the wanted objects in a folder of files, and how many objects are in it."""
+    """Key -> size of the wanted objects in a folder, and the number of all objects in it."""
     found: dict[str, int] = {}
     count = 0
     for entry in remote.list(folder):

@@ -1,8 +1,8 @@
 """Pull: a version of a name, or a part of it, into a directory.
 
-The manifest is written last, so a directory without it is no cache, whatever killed the pull; a record in the
-directory's state says which manifest the files belong to, so that the same command goes on with them. Completing a
-partial pull works on a finished cache: files come first, then the wider selection.
+The manifest is written last, so an interrupted pull leaves no directory that looks like a cache. A record in the
+directory's state names the manifest that the files belong to, so the same command continues. To complete a partial
+pull, the further files are fetched first, then the wider selection is written.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING
 from kdcache.cache import layout as cache_layout
 from kdcache.cache.canonical import NotCanonicalError, canonical_json, parse_json
 from kdcache.cache.card import cache_card
-from kdcache.cache.locking import hold_lock
 from kdcache.cache.manifest import MAX_BYTES, parse_manifest, read_manifest
-from kdcache.cache.opening import refuse_other_directory
+from kdcache.cache.opening import hold_lock, refuse_other_directory
 from kdcache.cache.selection import Selection, local_selection, union, write_selection
 from kdcache.errors import DamageError, MismatchError, MissingObjectError
 from kdcache.files import FileDigest, make_directory, remove_file, remove_temporaries, write_file
@@ -35,16 +34,13 @@ if TYPE_CHECKING:
 
 __all__ = ["PullReport", "fetch_file", "fetch_manifest", "fetch_manifest_bytes", "pull"]
 
-RECORD = "pull.json"  # in the state directory, while a first pull is under way
-_READS = 3  # of a manifest whose bytes were wrong
+RECORD = "pull.json"  # in the state directory, until the first pull is complete
+_READS = 3  # attempts to read a manifest with the right sha256
 
 
 @dataclass(frozen=True)
 class PullReport:
-    """What a pull did.
-
-    ``files_kept`` did not travel: they were there with the right bytes, or another place had the same.
-    """
+    """What a pull did; ``files_kept`` were not fetched: they were here already, or are copies of a fetched file."""
 
     reference: str  # name@number
     identity: str
@@ -53,7 +49,7 @@ class PullReport:
     bytes_fetched: int
     files_kept: int
     bytes_kept: int
-    selection: Selection | None  # what of the cache is there now; None: all of it
+    selection: Selection | None  # the part of the cache that is here now; None: all of it
 
 
 @dataclass
@@ -69,15 +65,12 @@ class _Tally:
 
 
 def fetch_manifest(remote: Remote, ref: Ref) -> Manifest:
-    """The manifest that a version points to, checked.
-
-    Raises DamageError (missing, altered, invalid), MismatchError (newer).
-    """
+    """The manifest of a version. Raises DamageError (missing, altered, invalid), MismatchError (newer format)."""
     return _parsed(remote, ref, fetch_manifest_bytes(remote, ref))
 
 
 def fetch_manifest_bytes(remote: Remote, ref: Ref) -> bytes:
-    """The bytes of the manifest that a version points to; their sha256 is right. Raises DamageError, RemoteError."""
+    """The bytes of a version's manifest, whose sha256 is right. Raises DamageError, RemoteError."""
     key = layout.manifest_key(ref.manifest)
     hint = "Push the cache again under that name, or pull another version."
     for _ in range(_READS):
@@ -87,7 +80,7 @@ def fetch_manifest_bytes(remote: Remote, ref: Ref) -> bytes:
             raise DamageError(f"'{key}', the manifest of {ref.pinned}, is missing on {remote.url}", hint) from error
         if hashlib.sha256(data).hexdigest() == ref.manifest:
             return data
-    raise DamageError(f"'{key}' on {remote.url} has other bytes than its name says: its sha256 differs", hint)
+    raise DamageError(f"'{key}' on {remote.url} is altered: its sha256 differs from its name", hint)
 
 
 def pull(
@@ -99,11 +92,25 @@ def pull(
     progress: Progress | None = None,
     workers: int = WORKERS,
 ) -> PullReport:
-    """Bring the version that ``reference`` means, or the ``selection`` of it, into the directory ``target``.
+    """Fetch a version of a cache, or a part of it, into a directory.
 
-    What is there already is verified and kept; a selection is added to the one that is there. Raises MismatchError (no
-    such version, or the directory holds something else), DamageError (the remote's objects are not what they should
-    be), LockedError, RemoteError, StorageError.
+    Args:
+        remote: The remote to fetch from.
+        reference: NAME, NAME@3, NAME@TAG or NAME@DIGEST.
+        target: The directory. Files that are there already are verified and kept.
+        selection: The part to fetch, in addition to what was selected before; None for all of it.
+        progress: Reports bytes fetched.
+        workers: Threads that fetch.
+
+    Returns:
+        What was fetched and what was kept.
+
+    Raises:
+        MismatchError: There is no such version, or the directory holds something else.
+        DamageError: An object of the remote is missing or altered.
+        LockedError: Another process writes the directory.
+        RemoteError: The remote failed.
+        StorageError: The disk is full or not writable.
     """
     ref = resolve(remote, reference)
     data = fetch_manifest_bytes(remote, ref)
@@ -142,10 +149,7 @@ def _parsed(remote: Remote, ref: Ref, data: bytes) -> Manifest:
 
 
 def _refuse_other(target: Path, ref: Ref) -> bool:
-    """Whether the directory holds this cache already.
-
-    False where it is new or this pull was begun in it. MismatchError for all else.
-    """
+    """Whether the directory holds this cache already; MismatchError unless it is empty or this pull was begun in it."""
     if (target / cache_layout.MANIFEST).exists():
         identity = read_manifest(target).identity
         if identity != ref.identity:
@@ -170,10 +174,7 @@ def _refuse_other(target: Path, ref: Ref) -> bool:
 
 
 def _read_record(path: Path) -> str:
-    """The manifest of a pull under way.
-
-    Empty where the record is not readable, and then its files are judged by their digests.
-    """
+    """The manifest that a begun pull belongs to; empty if the record is unreadable: then digests decide alone."""
     try:
         record = parse_json(path.read_bytes()[:4096])
         return str(record["manifest"]) if isinstance(record, dict) else ""
@@ -192,10 +193,9 @@ def _selection_after(target: Path, manifest: Manifest, selection: Selection | No
 def _fetch(
     remote: Remote, ref: Ref, manifest: Manifest, selection: Selection, target: Path, progress: Progress, workers: int
 ) -> tuple[_Tally, _Tally]:
-    """Fetch every file of the selection that is not there with the right bytes; gives back what was fetched and what
-    was kept.
+    """Fetch the files of the selection that are missing or altered; returns counts of fetched and kept files.
 
-    A file that lies in several places travels once.
+    Content that occurs under several names is fetched once.
     """
     places: dict[FileDigest, list[str]] = {}
     for path in sorted(selection.covers(manifest.contents)):
@@ -230,10 +230,7 @@ def _fetch(
 
 
 def _is_there(target: Path, path: str, digest: FileDigest) -> bool:
-    """Whether the file is there, plain and whole.
-
-    A link on the way to it is refused: it would lead a write elsewhere.
-    """
+    """Whether the file is there with the right bytes; DamageError if its path contains a symbolic link."""
     for place in _steps(target, path):
         if place.is_symlink():
             raise DamageError(

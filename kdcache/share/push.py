@@ -1,8 +1,8 @@
-"""Push: publish a cache under a name. Files first, then the manifest, then the ref; only what is missing travels.
+"""Push: publish a cache under a name. Only missing objects are sent: files, then the manifest, then the ref.
 
-The order of steps is that of docs/decisions/0010, and it is what keeps a push and a gc apart: intent, no live mark,
-presence, files, manifest, ref, and once more the presence of all that was found there and not sent. A push whose intent
-lapsed (its machine slept) begins again with the presence, so that it never trusts what it saw before.
+The order of steps keeps a push and a gc apart (docs/decisions/0010): write an intent, wait until no mark is alive, ask
+which objects exist, send the others, write the ref, and ask once more for the objects that were not sent. If the lease
+expires (the machine was suspended), the push starts again by asking which objects exist.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from kdcache.files import FileDigest
 from kdcache.progress import SilentProgress
 from kdcache.share import keys as layout
 from kdcache.share import refs
-from kdcache.share.intents import Lease, Pace, hold, wait_until_none
+from kdcache.share.intents import Lease, LeaseTiming, hold, wait_until_none
 from kdcache.share.parallel import WORKERS, SharedProgress, Stop, for_each
 from kdcache.share.presence import missing_of
 from kdcache.share.transfer import send_file
@@ -36,14 +36,14 @@ if TYPE_CHECKING:
     from kdcache.share.stores.base import Remote
 
 
-_ROUNDS = 5  # of beginning again after a lapse or a loss
+_ROUNDS = 5  # attempts, each of which ends if the lease expires
 
 
 @dataclass(frozen=True)
 class PushReport:
-    """What a push did, or with ``dry_run`` would do. Files are counted once per content, the manifest among them."""
+    """What a push did, or with ``dry_run`` would do. Counts each content once, including the manifest."""
 
-    reference: str  # name@number; with dry_run the number that it would get
+    reference: str  # name@number; with dry_run the number it would get
     identity: str
     manifest: str
     tag: str | None
@@ -57,17 +57,17 @@ class PushReport:
 
 @dataclass(frozen=True)
 class _Object:
-    """Something that must be on the remote: a local file, or the manifest's own bytes."""
+    """An object that must be on the remote: a local file, or the manifest."""
 
     key: str
     digest: FileDigest
-    path: Path | None  # None: not here (not pulled), or the manifest
+    path: Path | None  # None: the manifest, or a file that was not pulled
     data: bytes | None = None
 
 
 @dataclass
 class _Job:
-    """A push under way."""
+    """A push in progress."""
 
     remote: Remote
     name: str
@@ -75,7 +75,7 @@ class _Job:
     manifest: Manifest
     manifest_sha: str
     objects: dict[str, _Object]  # by key; the manifest is the last one
-    pace: Pace
+    timing: LeaseTiming
     progress: Progress
     workers: int
     after: Collection[Ref] | None
@@ -92,24 +92,43 @@ def push(
     dry_run: bool = False,
     after: Collection[Ref] | None = None,
     progress: Progress | None = None,
-    pace: Pace | None = None,
+    timing: LeaseTiming | None = None,
     workers: int = WORKERS,
 ) -> PushReport:
-    """Publish the cache in ``cache_dir`` as the newest version of ``name``; the same content again makes no new one.
+    """Publish a cache as the newest version of a name. Pushing the same content again makes no new version.
 
-    ``after``: what must be the newest version until this one is made; OvertakenError where it is not. Raises
-    DamageError (a local file is missing or altered), MismatchError (files that were not pulled are not on the remote
-    either; the tag is taken), LockedError (a gc does not end), RemoteAccessError (read-only credentials), RemoteError.
+    Args:
+        remote: The remote to publish on.
+        cache_dir: Directory of the cache.
+        name: The name on the remote.
+        tag: A tag for the version.
+        with_text: Whether to publish the texts; ids, labels and targets always are.
+        dry_run: Report what would be sent, and send nothing.
+        after: The refs that must be the newest version until this one is made.
+        progress: Reports bytes sent.
+        timing: Intervals of the lease.
+        workers: Threads that send.
+
+    Returns:
+        What was sent, and the version's reference.
+
+    Raises:
+        OvertakenError: ``after`` is not the newest version.
+        DamageError: A local file is missing or altered.
+        MismatchError: The remote lacks files that were not pulled; or another version has the tag.
+        LockedError: A gc is in progress and does not end.
+        RemoteAccessError: The credentials are read-only.
+        RemoteError: The remote failed, or the lease expired too often.
     """
     layout.check_name(name)
     if tag:
         layout.check_tag(tag)
     job = _prepare(
-        remote, cache_dir, name, tag, with_text, pace or Pace(), progress or SilentProgress(), workers, after
+        remote, cache_dir, name, tag, with_text, timing or LeaseTiming(), progress or SilentProgress(), workers, after
     )
     if dry_run:
         return _would(job)
-    with _writable(remote), hold(remote, "intent", job.pace) as lease:
+    with _writable(remote), hold(remote, "intent", job.timing) as lease:
         ref, new = _publish(job, lease)
     return _report(job, ref.pinned, new, job.sent, dry_run=False)
 
@@ -120,7 +139,7 @@ def _prepare(
     name: str,
     tag: str | None,
     with_text: bool,
-    pace: Pace,
+    timing: LeaseTiming,
     progress: Progress,
     workers: int,
     after: Collection[Ref] | None,
@@ -137,7 +156,7 @@ def _prepare(
     objects: dict[str, _Object] = {}
     for path, digest in contents.files.items():
         needed = path in here and (local is None or local.complete)
-        if needed or (root / path).exists():  # what was added to a part of a cache need not belong to its selection
+        if needed or (root / path).exists():  # files added to a partly pulled cache need not be in its selection
             files.check_present(path)
             objects[layout.file_key(digest.sha256)] = _Object(layout.file_key(digest.sha256), digest, root / path)
         else:
@@ -145,38 +164,38 @@ def _prepare(
     sha = hashlib.sha256(data).hexdigest()
     key = layout.manifest_key(sha)
     objects[key] = _Object(key, FileDigest(len(data), sha), None, data)
-    return _Job(remote, name, tag, manifest, sha, objects, pace, progress, workers, after)
+    return _Job(remote, name, tag, manifest, sha, objects, timing, progress, workers, after)
 
 
 def _publish(job: _Job, lease: Lease) -> tuple[Ref, bool]:
-    """The protocol. Gives back the ref and whether it is a new one."""
+    """Run the protocol; returns the ref and whether it is new."""
     found = refs.history(job.remote, job.name)
     before = {ref.key for ref in found}
     if job.after is not None and refs.newest_like(found, job.manifest_sha, job.tag) is None:
-        refs.check_newest(found, job.after)  # before anything is sent; asked again as the ref is made
+        refs.check_newest(found, job.after)  # before anything is sent; checked again when the ref is made
     ref: Ref | None = None
     for _ in range(_ROUNDS):
         lease.renew()
         epoch = lease.epoch
-        wait_until_none(job.remote, "mark", job.pace, lease, job.progress.note)
+        wait_until_none(job.remote, "mark", job.timing, lease, job.progress.note)
         _send_missing(job, list(job.objects), lease)
         if not lease.holds(epoch):
             continue
         ref = ref or refs.publish(
             job.remote, job.name, job.manifest_sha, job.manifest.identity, job.tag,
-            size=_size(job), files=len(job.objects) - 1, after=job.after, sleep=job.pace.sleep,
+            size=_size(job), files=len(job.objects) - 1, after=job.after, sleep=job.timing.sleep,
         )  # fmt: skip
         _send_missing(job, [key for key in job.objects if key not in job.sent], lease)
         if lease.holds(epoch):
             return ref, ref.key not in before
     raise RemoteError(
-        f"the push of '{job.name}' fell asleep {_ROUNDS} times for longer than a gc waits",
-        "Run it again on a machine that stays awake: what arrived is kept.",
+        f"the push of '{job.name}' lost its lease {_ROUNDS} times: was the machine suspended?",
+        "Run it again on a machine that is not suspended meanwhile: what was sent is kept.",
     )
 
 
 def _send_missing(job: _Job, keys: list[str], lease: Lease) -> None:
-    """Send what of ``keys`` is not there; the manifest after all files."""
+    """Send the objects of ``keys`` that are missing; the manifest last."""
     missing = missing_of(job.remote, {key: job.objects[key].digest.size for key in keys}, job.workers)
     _refuse_absent(job, missing)
     if not missing:
@@ -188,15 +207,15 @@ def _send_missing(job: _Job, keys: list[str], lease: Lease) -> None:
 
     def send(key: str, stop: Stop) -> None:
         stop.check()
-        one = job.objects[key]
+        item = job.objects[key]
         lease.beat()
-        if one.data is not None:
-            job.remote.write(key, one.data)
+        if item.data is not None:
+            job.remote.write(key, item.data)
         else:
-            assert one.path is not None
-            send_file(job.remote, one.path, one.digest)
-        job.sent[key] = one.digest.size
-        shared.advance(one.digest.size, bytes_done=one.digest.size)
+            assert item.path is not None
+            send_file(job.remote, item.path, item.digest)
+        job.sent[key] = item.digest.size
+        shared.advance(item.digest.size, bytes_done=item.digest.size)
 
     for_each(files, send, job.workers)
     for_each([key for key in missing if job.objects[key].data is not None], send, 1)
@@ -209,21 +228,20 @@ def _refuse_absent(job: _Job, missing: list[str]) -> None:
         files = job.manifest.contents.files
         paths = sorted(path for path, digest in files.items() if layout.file_key(digest.sha256) in absent)
         raise MismatchError(
-            f"this cache is a part of its whole: {len(paths)} files were not pulled and are not on {job.remote.url}, "
+            f"only a part of this cache was pulled: {len(paths)} other files are not on {job.remote.url} either, "
             f"such as '{paths[0]}'",
-            "Pull the rest first, or push to the remote that it was pulled from.",
+            "Pull the rest first, or push to the remote that it came from.",
         )
 
 
 def _would(job: _Job) -> PushReport:
-    missing = missing_of(job.remote, {key: one.digest.size for key, one in job.objects.items()}, job.workers)
+    missing = missing_of(job.remote, {key: item.digest.size for key, item in job.objects.items()}, job.workers)
     _refuse_absent(job, missing)
     history = refs.history(job.remote, job.name)
     newest = refs.newest_like(history, job.manifest_sha, job.tag)
     number = newest.number if newest else (history[-1].number if history else 0) + 1
-    return _report(
-        job, f"{job.name}@{number}", newest is None, {key: job.objects[key].digest.size for key in missing}, dry_run=True
-    )  # fmt: skip
+    sent = {key: job.objects[key].digest.size for key in missing}
+    return _report(job, f"{job.name}@{number}", newest is None, sent, dry_run=True)
 
 
 def _report(job: _Job, reference: str, new: bool, sent: dict[str, int], *, dry_run: bool) -> PushReport:
@@ -234,7 +252,7 @@ def _report(job: _Job, reference: str, new: bool, sent: dict[str, int], *, dry_r
 
 
 def _size(job: _Job) -> int:
-    return sum(one.digest.size for one in job.objects.values())
+    return sum(item.digest.size for item in job.objects.values())
 
 
 @contextmanager
@@ -243,16 +261,13 @@ def _writable(remote: Remote) -> Iterator[None]:
         yield
     except RemoteAccessError as error:
         raise RemoteAccessError(
-            f"push needs the right to write to {remote.url}: {error.message}",
-            error.hint or "Use credentials that may write there; pull, ls and verify work with these.",
+            f"push needs write access to {remote.url}: {error.message}",
+            error.hint or "Use credentials that may write there; pull, ls and verify work without.",
         ) from error
 
 
 def without_text(manifest: Manifest) -> Manifest:
-    """The manifest of the same cache without its texts.
-
-    What ``dump-teachers --no-text`` would have made. Provenance is kept.
-    """
+    """The manifest of the same cache without texts, as ``dump-teachers --no-text`` makes it; keeps the provenance."""
     contents = manifest.contents
     if not contents.has_text:
         return manifest

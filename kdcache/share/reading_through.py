@@ -1,12 +1,12 @@
-"""Reading through: a cache on a remote that is opened at once, and whose files arrive while a student trains.
+"""Read-through: open a cache on a remote at once, and fetch its files while a student trains.
 
     with read_through(remote, "sst2-3t", store=default_store(), progress=progress) as cache:
         distill(recipe, cache, ...)
 
-The manifest comes first. The reader says what it will need (``select``) and in which order (``expect``); a few threads
-fetch in that order, and a file that is wanted now is fetched by whoever wants it. Files are kept in the local store, so
-a second run fetches nothing and one that was interrupted goes on with what has arrived. Cache and loader know nothing
-of remotes: they see ``kdcache.cache.digests.Arrivals``.
+The manifest is fetched first. The reader announces what it needs (``select``) and in which order (``expect``). A few
+threads fetch files in that order; a reader that needs a file now fetches it itself. Files are kept in the local store,
+so a second run fetches nothing and an interrupted one continues. Cache and loader do not depend on remotes: they use
+the protocol ``kdcache.cache.digests.Arrivals``.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from kdcache.share.refs import Ref
     from kdcache.share.stores.base import Remote
 
-WORKERS = 4  # files under way at once, besides the one that is waited for
+WORKERS = 4  # files fetched at once, besides the one that the reader waits for
 _HINT = "Run the same command again: it continues from its checkpoint, and fetches nothing that has arrived."
 
 
@@ -46,7 +46,7 @@ class RemoteCache:
     ref: Ref
 
     def read(self, progress: Progress) -> contextlib.AbstractContextManager[Cache]:
-        """``read_through`` into the store of this user."""
+        """``read_through`` with the local store of this user."""
         return read_through(self.remote, self.ref, store=default_store(), progress=progress)
 
 
@@ -54,11 +54,10 @@ class RemoteCache:
 def read_through(
     remote: Remote, ref: Ref, *, store: LocalStore, progress: Progress | None = None, workers: int = WORKERS
 ) -> Iterator[Cache]:
-    """The cache of a version, open for reading while its files arrive.
+    """Open a version of a cache for reading while its files are fetched.
 
-    When the block ends well, the rest of the selection is waited for.
-
-    Raises RemoteError, DamageError (the remote's objects are not what they should be), MismatchError, StorageError.
+    At the end of the block, unless it raised, the rest of the selection is fetched. Raises RemoteError, DamageError (an
+    object of the remote is missing or altered), MismatchError, StorageError.
     """
     from kdcache.share.pull import fetch_manifest
 
@@ -75,7 +74,7 @@ def read_through(
 
 
 class Arriving:
-    """The files of one cache on their way into the local store; what ``Cache`` asks for (``Arrivals``)."""
+    """Fetches the files of one cache into the local store; implements ``Arrivals``."""
 
     def __init__(
         self,
@@ -90,8 +89,8 @@ class Arriving:
         self._files = manifest.contents.files
         place = store.directory(manifest.identity)
         self._here = {path for path, digest in self._files.items() if is_here(place, path, digest)}
-        self._queue: dict[str, None] = {}  # in the order in which they are fetched
-        self._under_way: set[str] = set()
+        self._queue: dict[str, None] = {}  # ordered: fetched from the front
+        self._in_progress: set[str] = set()
         self._changed = threading.Condition()
         self._stop = threading.Event()
         self._workers, self._threads = workers, list[threading.Thread]()
@@ -100,15 +99,14 @@ class Arriving:
         self._request(sorted(Selection({}, text=False).covers(manifest.contents)))
 
     def select(self, selection: Selection) -> None:
-        """Fetch what a selection takes, behind what is expected already. StorageError where the store has no room."""
+        """Queue the files of a selection behind those already expected. StorageError if the local store has no room."""
         wanted = self._store.select(self._manifest, selection, self._ref.pinned).covers(self._manifest.contents)
         coming = sum(self._files[path].size for path in wanted - self._here)
         if coming:
             there = sum(self._files[path].size for path in wanted & self._here)
             self._progress.note(
                 f"{self._ref.pinned}: {format_bytes(coming)} are fetched while the student trains, "
-                f"{format_bytes(there)} are here "
-                f"(kept in {self._store.root})"
+                f"{format_bytes(there)} are here (kept in {self._store.root})"
             )
         self._request(_natural_order(wanted, self._manifest))
 
@@ -120,18 +118,18 @@ class Arriving:
         self._start()
 
     def wait_for(self, path: str) -> None:
-        """Give back once a file has arrived.
+        """Return once a file is here; fetches it unless another thread does.
 
-        The caller fetches it unless it is under way. Raises RemoteError, DamageError, StorageError.
+        Raises RemoteError, DamageError, StorageError.
         """
         with self._changed:
-            while path in self._under_way:
+            while path in self._in_progress:
                 self._changed.wait()
             if path in self._here and is_here(self._store.directory(self._manifest.identity), path, self._files[path]):
                 return
             self._here.discard(path)
             self._queue.pop(path, None)
-            self._under_way.add(path)
+            self._in_progress.add(path)
         try:
             self._bring(path)
         except RemoteError as error:
@@ -139,10 +137,10 @@ class Arriving:
         self._start()
 
     def finish(self) -> None:
-        """Wait until all that is selected has arrived. What cannot be fetched now is left to the next run, and said."""
+        """Wait until all selected files are here; what could not be fetched is noted and left to the next run."""
         self._start()
         with self._changed:
-            while (self._queue or self._under_way) and self._failed is None:
+            while (self._queue or self._in_progress) and self._failed is None:
                 self._changed.wait()
         if not self._store.finish(self._manifest, self._ref.pinned):
             reason = f" ({self._failed})" if self._failed is not None else ""
@@ -152,12 +150,12 @@ class Arriving:
             )
 
     def close(self) -> None:
-        """End the threads; a file under way is given up."""
+        """End the threads; a fetch in progress is abandoned."""
         self._stop.set()
         with self._changed:
             self._changed.notify_all()
         for thread in self._threads:
-            thread.join(2.0)  # daemons: what hangs in the network ends with the process
+            thread.join(2.0)  # daemon threads: one that waits for the network ends with the process
 
     def _request(self, paths: Sequence[str]) -> None:
         with self._changed:
@@ -165,10 +163,10 @@ class Arriving:
         self._start()
 
     def _is_to_come(self, path: str) -> bool:
-        return path not in self._here and path not in self._under_way
+        return path not in self._here and path not in self._in_progress
 
     def _start(self) -> None:
-        """As many threads as there are files to fetch; one that failed is replaced once something else has arrived."""
+        """Start as many threads as there are files to fetch; a failed one is replaced when another file has arrived."""
         with self._changed:
             self._threads = [thread for thread in self._threads if thread.is_alive()]
             self._failed = None
@@ -184,12 +182,12 @@ class Arriving:
                 if path is None or self._failed is not None:
                     return
                 del self._queue[path]
-                self._under_way.add(path)
+                self._in_progress.add(path)
             try:
                 self._bring(path)
             except _GivenUpError:
                 return
-            except BaseException as error:  # whoever wants the file tries again, and is told
+            except BaseException as error:  # the reader that needs the file tries again and gets the error
                 with self._changed:
                     self._queue[path] = None
                     self._failed = error
@@ -203,7 +201,7 @@ class Arriving:
             arrived = True
         finally:
             with self._changed:
-                self._under_way.discard(path)
+                self._in_progress.discard(path)
                 if arrived:
                     self._here.add(path)
                 self._changed.notify_all()
@@ -218,23 +216,20 @@ class Arriving:
 
 
 class _GivenUpError(Exception):
-    """The reader has gone."""
+    """The reader was closed."""
 
 
 def _has_manifest(place: Path, identity: str) -> bool:
     from kdcache.cache.layout import MANIFEST
     from kdcache.cache.manifest import read_manifest
 
-    with contextlib.suppress(KdcacheError):  # one that is damaged is fetched again
+    with contextlib.suppress(KdcacheError):  # a damaged manifest is fetched again
         return (place / MANIFEST).is_file() and read_manifest(place).identity == identity
     return False
 
 
 def _natural_order(paths: set[str], manifest: Manifest) -> list[str]:
-    """What is read before training first.
-
-    Small files, and the logits of validation and test texts; then part by part.
-    """
+    """Small files and logits of validation and test texts, which are read before training; then part by part."""
     logits = {part.name for part in manifest.contents.parts if part.scope == "logits"}
 
     def key(path: str) -> tuple[int, str, str]:

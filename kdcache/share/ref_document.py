@@ -1,9 +1,8 @@
-"""The document of a ref: one version of a name, or the removal of some.
+"""The document of a ref: one version of a name, or a tombstone that removes versions.
 
-Strict and bounded, for it comes from somebody else.
-
-Its bytes are canonical JSON with a checksum over all of it, so that a flipped bit is damage and never another version;
-name and number stand inside as well, so that a document under another key is seen.
+It comes from somebody else, so it is parsed strictly and within bounds. It is canonical JSON with a checksum, so a
+flipped bit is detected and never read as another version. It repeats name and number, so a copy under another key is
+detected too.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from kdcache.share import keys as layout
 MAX_BYTES = 1 << 16
 MAX_REMOVED = 5000  # versions that one tombstone can name
 VERSION = 1
-_HINT = "Nobody writes such a ref: restore that object from a backup of the remote, or delete it."
+_HINT = "Restore that object from a backup of the remote, or delete it."
 
 Hex = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Number = Annotated[int, Field(ge=1, le=layout.MAX_NUMBER)]
@@ -29,10 +28,7 @@ Count = Annotated[int, Field(ge=0, le=2**53 - 1)]
 
 @dataclass(frozen=True)
 class Ref:
-    """A version of a name.
-
-    ``manifest`` and ``identity`` are empty where it is a tombstone, which ``removes`` earlier ones.
-    """
+    """A version of a name, or a tombstone: then ``removes`` names earlier versions, and the digests are empty."""
 
     name: str
     number: int
@@ -46,14 +42,14 @@ class Ref:
     files: int = 0
 
     def drops(self, other: Ref) -> bool:
-        """Whether this is a tombstone of ``other``."""
+        """Whether this tombstone removes ``other``."""
         if self.removes is None or other.number >= self.number or other.name != self.name:
             return False
         return self.removes == "all" or other.number in self.removes
 
     @property
     def pinned(self) -> str:
-        """A reference to this version and no other: ``name@number``."""
+        """The reference ``name@number``."""
         return f"{self.name}@{self.number}"
 
 
@@ -84,10 +80,7 @@ class _Tombstone(_Ref):
 
 
 def ref_bytes(ref: Ref, token: str) -> bytes:
-    """The object of a ref.
-
-    ``token`` (16 hex digits) is its writer's own, so that no two writers write the same bytes.
-    """
+    """The bytes of a ref; ``token`` (16 random hex digits) makes those of two writers differ."""
     document: dict[str, Any] = {
         "format": "kdcache-ref",
         "version": VERSION,
@@ -105,7 +98,7 @@ def ref_bytes(ref: Ref, token: str) -> bytes:
 
 
 def parse_ref(data: bytes, key: str) -> Ref:
-    """Check the bytes of the object ``key``. Raises DamageError; MismatchError where a newer kdcache wrote it."""
+    """Check and read the object ``key``. Raises DamageError; MismatchError if a newer kdcache wrote it."""
     document = _document(data, key)
     kind = _Tombstone if "removes" in document else _Version
     try:
@@ -121,8 +114,17 @@ def parse_ref(data: bytes, key: str) -> Ref:
         removes: Any = "all" if model.removes == "all" else tuple(model.removes)
         return Ref(model.name, model.number, "", "", None, removes, model.made, key)
     return Ref(
-        model.name, model.number, model.manifest, model.identity, model.tag or None, None, model.made, key, model.bytes, model.files
-    )  # fmt: skip
+        model.name,
+        model.number,
+        model.manifest,
+        model.identity,
+        model.tag or None,
+        None,
+        model.made,
+        key,
+        model.bytes,
+        model.files,
+    )
 
 
 def _document(data: bytes, key: str) -> dict[str, Any]:

@@ -53,24 +53,25 @@ def all_histories(remote: Remote) -> dict[str, tuple[Ref, ...]]:
 
 
 def read_refs(remote: Remote, entries: Iterable[Entry], known: Mapping[str, Ref]) -> tuple[Ref, ...]:
-    """The refs among listed objects, by name and number. One that went away since is left out. Raises DamageError."""
+    """The refs among listed objects, by name and number. Raises DamageError."""
     keys = [entry.key for entry in entries if layout.parse_ref_key(entry.key)]
     found = gather(keys, lambda key: known.get(key) or _read(remote, key), workers=min(8, max(1, len(keys))))
     return tuple(sorted((ref for ref in found if ref), key=lambda ref: (ref.name, ref.number, ref.key)))
 
 
 def live(refs: Sequence[Ref]) -> tuple[Ref, ...]:
-    """The versions of one name's history that can be had: no tombstones, nothing that one of them drops."""
+    """The versions of one name without tombstones and without what they remove."""
     tombstones = [ref for ref in refs if ref.removes is not None]
-    return tuple(ref for ref in refs if ref.removes is None and not any(one.drops(ref) for one in tombstones))
+    return tuple(
+        ref for ref in refs if ref.removes is None and not any(tombstone.drops(ref) for tombstone in tombstones)
+    )
 
 
 def resolve(remote: Remote, reference: str) -> Ref:
-    """The version that ``name``, ``name@3``, ``name@tag`` or ``name@digest`` (of identity or manifest, 6 digits or
-    more) means.
+    """The version that ``name``, ``name@3``, ``name@tag`` or ``name@digest`` means.
 
-    Raises RecipeError where it is no reference, MismatchError where there is no such version (it says which there are)
-    or where two writers made the same number, DamageError.
+    A digest is that of the identity or the manifest, at least 6 digits. Raises RecipeError (no reference),
+    MismatchError (no such version; the message lists those that exist; or a fork), DamageError.
     """
     name, version = layout.split_reference(reference)
     refs = history(remote, name)
@@ -97,12 +98,11 @@ def publish(
     after: Collection[Ref] | None = None,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Ref:
-    """Make the next version of a name, or give back its newest one where that has this manifest (and tag, where one is
-    asked for).
+    """Make the next version of a name; or return the newest one, if it has this manifest and tag.
 
-    Manifest and files must be there. ``after``: what must be the newest version when this one is made (several refs: a
-    fork), and where creates are decided nothing comes between; OvertakenError where it is not. MismatchError where the
-    tag belongs to another version.
+    Manifest and files must exist. ``after``: the refs that must be the newest version when this one is made (several
+    for a fork). On a store with conditional creates nothing can come in between. Raises OvertakenError if they are not,
+    MismatchError if another version has the tag.
     """
     wanted = Ref(
         layout.check_name(name), 0, manifest_sha, identity, tag and layout.check_tag(tag), None, "", "", size, files
@@ -123,33 +123,30 @@ def publish(
 def tombstone(
     remote: Remote, name: str, removes: tuple[int, ...] | Literal["all"], *, sleep: Callable[[float], None] = time.sleep
 ) -> Ref:
-    """Drop versions of a name by a version that says so."""
+    """Remove versions of a name by publishing a tombstone."""
     return _append(remote, Ref(layout.check_name(name), 0, "", "", None, removes, "", ""), lambda _: None, sleep)
 
 
 def newest_of(refs: Sequence[Ref]) -> tuple[Ref, ...]:
-    """The newest version of a name's history.
-
-    Several where two writers made the same number; empty where there is none.
-    """
+    """The newest version in a history: several refs after a fork, none if all are removed."""
     found = live(refs)
     return tuple(ref for ref in found if ref.number == found[-1].number)
 
 
 def check_newest(refs: Sequence[Ref], after: Collection[Ref]) -> None:
-    """OvertakenError where the newest version is another one than ``after``."""
+    """Raises OvertakenError unless the newest version is ``after``."""
     newest = newest_of(refs)
     if {ref.key for ref in newest} != {ref.key for ref in after}:
         there = f"its newest version is {newest[-1].pinned}" if newest else "all its versions were removed"
         expected = ", ".join(ref.pinned for ref in after)
         raise OvertakenError(
-            f"this was to follow {expected}, and {there}",
+            f"this version was made from {expected}, but {there}",
             "Run the same command again: it starts from the newest version.",
         )
 
 
 def newest_like(refs: Sequence[Ref], manifest_sha: str, tag: str | None) -> Ref | None:
-    """The newest version, where it alone is the newest, has that manifest and, where one is asked for, that tag."""
+    """The newest version, if there is no fork and it has that manifest and, if given, that tag."""
     found = live(refs)
     if (
         not found
@@ -178,15 +175,12 @@ def _append(
             return _stands(remote, made)
         sleep(random.uniform(0, min(2.0, 0.02 * 2 ** min(attempt, 7))))
     raise RemoteError(
-        f"others took {ATTEMPTS} versions of '{wanted.name}' on {remote.url} while this one tried", "Try again."
+        f"other writers made {ATTEMPTS} versions of '{wanted.name}' on {remote.url} meanwhile", "Run it again."
     )
 
 
 def _stands(remote: Remote, made: Ref) -> Ref:
-    """``made``, unless a later version drops it.
-
-    Its number was read long ago, or somebody removed it at this moment.
-    """
+    """Returns ``made``; MismatchError if a tombstone that was written meanwhile removes it."""
     after = history(remote, made.name, {made.key: made})
     dropped = next((ref for ref in after if ref.drops(made)), None)
     if dropped:
@@ -201,14 +195,11 @@ def _read(remote: Remote, key: str) -> Ref | None:
     try:
         return parse_ref(remote.read_bytes(key, MAX_BYTES), key)
     except MissingObjectError:
-        return None  # removed by gc since it was listed
+        return None  # deleted by gc since it was listed
 
 
 def _matching(found: Sequence[Ref], version: str) -> list[Ref]:
-    """All of the newest number with that tag.
-
-    Else all with that number; else all whose identity or manifest begins so.
-    """
+    """The versions with that number; else the newest with that tag; else those whose digest begins with it."""
     if version.isdecimal() and len(version) < 10:
         numbered = [ref for ref in found if ref.number == int(version)]
         if numbered:
@@ -225,7 +216,7 @@ def _matching(found: Sequence[Ref], version: str) -> list[Ref]:
 
 
 def _one(remote: Remote, reference: str, refs: Sequence[Ref]) -> Ref:
-    """The one version that is meant; several are no matter where they point to the same manifest."""
+    """The last of ``refs``; MismatchError if they point to several manifests."""
     if len({ref.manifest for ref in refs}) == 1:
         return refs[-1]
     name = refs[-1].name

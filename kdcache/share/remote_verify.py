@@ -1,7 +1,7 @@
-"""Verify on the remote: is everything there that a version needs, and are the bytes the right ones.
+"""Verify that a version on a remote has all its objects, with the right size and, if asked, the right bytes.
 
-Without reading data it asks for presence and size of every object; with it every byte, or a seeded share of the files,
-is read and digested and nothing is kept. Everything that is wrong is named, not the first thing alone.
+Presence and size are checked for every object. The bytes of all files, or of a seeded share of them, can be read and
+hashed; nothing is kept. Every problem is reported, not only the first.
 """
 
 from __future__ import annotations
@@ -36,12 +36,18 @@ def verify_remote(
     progress: Progress | None = None,
     workers: int = WORKERS,
 ) -> list[Damage]:
-    """What is wrong with a version: object and reason; empty where it is whole.
+    """The damaged objects of a version, with reasons; empty if it is whole.
 
-    ``share`` (0 to 1) of its files is read to the end.
+    Args:
+        remote: The remote.
+        ref: The version.
+        share: Share of the files (0 to 1) whose bytes are read.
+        seed: Selects these files, together with their digests.
+        progress: Reports bytes read.
+        workers: Threads that read.
 
-    Which files belong to a share follows from their digests and ``seed``. Raises RemoteError; damage is reported, never
-    raised.
+    Raises:
+        RemoteError: The remote failed. Damage is returned, never raised.
     """
     try:
         manifest = fetch_manifest(remote, ref)

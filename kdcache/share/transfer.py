@@ -1,8 +1,8 @@
-"""Moving files between a cache directory and a remote: streamed, verified on the way, durable on arrival.
+"""Transfer of files between a cache directory and a remote: streamed, verified, and durable on arrival.
 
-What goes up is digested before it is sent, so that a damaged local file is never published. What comes down is digested
-while it is written and takes its name only if size and sha256 are right. A body that ends early is continued where it
-ended; one that arrives whole and wrong is fetched once more, and then it is the object that is damaged.
+A local file is hashed before it is sent, so a damaged one is never published. A remote object is hashed while it is
+written and gets its name only if size and sha256 are right. A response that ends early is continued at that offset. An
+object that arrives complete with the wrong hash is fetched once more; if it is wrong again, it is damaged.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from kdcache.share import keys as layout
 if TYPE_CHECKING:
     from kdcache.share.stores.base import Remote
 
-SMALL = 1 << 20  # bytes; files up to here are sent from memory, exactly the bytes that were digested
+SMALL = 1 << 20  # bytes; files up to this size are sent from memory: exactly the bytes that were hashed
 _BLOCK = 1 << 20
-_FRUITLESS = 4  # continuations of a body without a byte arriving, before giving up
-_FETCHES = 2  # of an object whose bytes were wrong
+_FRUITLESS = 4  # continuations without a new byte before giving up
+_FETCHES = 2  # attempts to fetch an object with the right bytes
 
 OnBytes = Callable[[int], None]
 
 
 def fetch_file(remote: Remote, digest: FileDigest, target: Path, on_bytes: OnBytes | None = None) -> None:
-    """Fetch the data file of that digest to ``target``: atomic, durable, verified.
+    """Fetch the data file with that digest to ``target``: atomic, durable, verified.
 
-    Raises DamageError where the object is missing, truncated or altered, RemoteError, StorageError.
+    Raises DamageError (the object is missing, truncated or altered), RemoteError, StorageError.
     """
     fetch_object(remote, layout.file_key(digest.sha256), digest, target, on_bytes)
 
 
 def fetch_object(remote: Remote, key: str, digest: FileDigest, target: Path, on_bytes: OnBytes | None = None) -> None:
-    """``fetch_file`` of any object whose size and sha256 are known."""
+    """Like ``fetch_file``, for any object whose size and sha256 are known."""
 
     def attempt(body: _Body) -> None:
         write_stream(target, body, body.check)
@@ -45,7 +45,7 @@ def fetch_object(remote: Remote, key: str, digest: FileDigest, target: Path, on_
 
 
 def check_object(remote: Remote, key: str, digest: FileDigest, on_bytes: OnBytes | None = None) -> None:
-    """Read an object to its end without keeping it. Raises as ``fetch_file``."""
+    """Read and hash an object without keeping it. Raises as ``fetch_file``."""
 
     def attempt(body: _Body) -> None:
         for _ in body:
@@ -56,10 +56,7 @@ def check_object(remote: Remote, key: str, digest: FileDigest, on_bytes: OnBytes
 
 
 def send_file(remote: Remote, path: Path, digest: FileDigest) -> None:
-    """Put a local file in place under its digest.
-
-    Raises DamageError where it is not the file of that digest, RemoteError.
-    """
+    """Send a local file. Raises DamageError if its digest is another one, RemoteError."""
     key = layout.file_key(digest.sha256)
     if digest.size <= SMALL:
         data = _read(path)
@@ -74,7 +71,7 @@ def send_file(remote: Remote, path: Path, digest: FileDigest) -> None:
     if _stamp(path) != before:
         remote.delete(key)
         raise DamageError(
-            f"'{path}' changed while it was sent", "Files of a cache never change: find out what wrote to it."
+            f"'{path}' changed while it was sent", "Files of a cache never change: find out which program wrote it."
         )
 
 
@@ -96,10 +93,7 @@ def file_digest(path: Path, on_bytes: OnBytes | None = None) -> FileDigest:
 
 
 def copy_file(source: Path, digest: FileDigest, target: Path) -> None:
-    """A second place for a file that was verified a moment ago.
-
-    Verified on the way all the same. Raises DamageError, StorageError.
-    """
+    """Copy a file and verify it on the way. Raises DamageError, StorageError."""
     hasher = hashlib.sha256()
 
     def blocks() -> Iterator[bytes]:
@@ -116,11 +110,11 @@ def copy_file(source: Path, digest: FileDigest, target: Path) -> None:
 
 
 class WrongBytesError(DamageError):
-    """An object arrived to its end and is not what its digest says."""
+    """An object arrived complete, and its size or hash is wrong."""
 
 
 class _Body:
-    """The bytes of an object, continued where a connection broke, and never more than there may be."""
+    """The bytes of an object: continued after a broken connection, and never more than ``digest.size``."""
 
     def __init__(self, remote: Remote, key: str, digest: FileDigest, on_bytes: OnBytes | None) -> None:
         self._remote, self._key, self._digest, self._on_bytes = remote, key, digest, on_bytes
@@ -142,10 +136,10 @@ class _Body:
             fruitless = 0 if self._size > before else fruitless + 1
 
     def _expect_whole(self) -> None:
-        """A body ended early: either the connection broke, or the object itself is too short."""
+        """The response ended early; raises if the object itself has the wrong size, else the connection broke."""
         entry = self._remote.head(self._key)
         if entry is None:
-            raise MissingObjectError(f"'{self._key}' went away from {self._remote.url}")
+            raise MissingObjectError(f"'{self._key}' was deleted on {self._remote.url}")
         if entry.size != self._digest.size:
             self._size = entry.size
             self.check()
@@ -161,11 +155,11 @@ class _Body:
             yield block
 
     def check(self) -> None:
-        """Raises WrongBytesError where size or sha256 differ."""
+        """Raises WrongBytesError if size or sha256 differ."""
         if self._size != self._digest.size:
             raise self._wrong(f"has {self._size} bytes, expected {self._digest.size}")
         if self._hasher.hexdigest() != self._digest.sha256:
-            raise self._wrong("has other bytes than its name says: its sha256 differs")
+            raise self._wrong("is altered: its sha256 differs from its name")
 
     def _wrong(self, what: str) -> WrongBytesError:
         if self._on_bytes and self._size:
@@ -213,6 +207,6 @@ def _stamp(path: Path) -> tuple[int, int, int]:
 
 def _not_it(path: Path) -> DamageError:
     return DamageError(
-        f"'{path}' is not the file that the manifest lists: it was damaged; nothing of it was published",
+        f"'{path}' is damaged: it is not the file that the manifest lists; it was not published",
         "Write it again with: kdcache dump-teachers RECIPE --repair",
     )

@@ -1,9 +1,8 @@
-"""A version of a remote's cache in a directory where it can grow: what is read of it arrives, and is linked, not
-copied.
+"""A version of a remote cache in a local directory where it can be extended; its files are hard links, not copies.
 
-The copy begins with the manifest alone. A file that the writer wants to read comes through the local store and gets a
-second name here; what the writer adds lies here only. So the old version stays as it is, unchanged files are shared,
-and a push of the copy sends what is new. A copy that was left by an interruption is gone on with.
+The working copy starts with the manifest alone. A file that the writer reads is fetched into the local store and
+hard-linked here; files that the writer adds are here only. So the old version does not change, unchanged files are
+shared, and a push of the working copy sends the new ones. An interrupted extension continues in the same copy.
 """
 
 from __future__ import annotations
@@ -34,10 +33,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class WorkingCopy:
-    """``path``: a cache directory of which little is there; ``arrivals`` brings what is wanted of the rest.
-
-    ``manifest`` is that of the version on the remote, whatever was added in ``path`` since.
-    """
+    """``path``: the directory; ``arrivals`` fetches further files; ``manifest``: that of the version on the remote."""
 
     path: Path
     arrivals: Arrivals
@@ -48,12 +44,12 @@ class WorkingCopy:
 def working_copy(
     remote: Remote, ref: Ref, *, store: LocalStore, progress: Progress | None = None
 ) -> Iterator[WorkingCopy]:
-    """Raises LockedError where another process works on the same version; what ``read_through`` raises."""
+    """Open a working copy. Raises LockedError if another process has the same one open, and as ``read_through``."""
     path = store.root / "extending" / f"{ref.name}-{ref.identity[:16]}"
     with attempt(store.root / "locks" / f"extending-{path.name}") as free:
         if not free:
             raise LockedError(
-                f"another process is extending {ref.pinned}", "Wait until it is done, and extend what it makes."
+                f"another process is extending {ref.pinned}", "Wait until it is done, then extend its result."
             )
         with read_through(remote, ref, store=store, progress=progress) as cache:
             assert cache.arrivals is not None
@@ -68,10 +64,7 @@ def working_copy(
 
 @contextlib.contextmanager
 def other_copies(name: str, copy: WorkingCopy, *, store: LocalStore) -> Iterator[tuple[Path, ...]]:
-    """Copies of other versions of a name in which work was left, held while the block runs.
-
-    Those that others hold are left out.
-    """
+    """Working copies of other versions of the name, locked while the block runs; those in use are left out."""
     with contextlib.ExitStack() as stack:
         found = []
         for path in sorted((store.root / "extending").glob(f"{name}-*")):
@@ -85,7 +78,7 @@ def other_copies(name: str, copy: WorkingCopy, *, store: LocalStore) -> Iterator
 
 @dataclass(frozen=True)
 class _Linking:
-    """Arrivals of another directory, which get a second name in this one."""
+    """Fetches into ``source`` and hard-links into ``target``."""
 
     arrivals: Arrivals
     source: Path

@@ -25,11 +25,10 @@ from torch import Tensor, nn
 from kdcache.data.custom_code import code_not_run, wants_code
 from kdcache.data.encoding import encode, load_tokenizer, pad
 from kdcache.errors import DamageError, ModelError, RecipeError
-from kdcache.files import make_directory
+from kdcache.files import make_directory, publish_directory, sync_tree
 from kdcache.students.build import Student, StudentModel, runs_own_code, without_pooler
 from kdcache.students.padding import require_pad_token, settle_padding
 from kdcache.teachers.teacher import be_quiet
-from kdcache.training.durable import publish_directory, sync_tree
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from kdcache.data.encoding import EncodedTexts, encode
 from kdcache.data.task import read_examples
@@ -20,6 +19,9 @@ from kdcache.students.build import Student, StudentModel
 from kdcache.students.save import load_student, read_record
 from kdcache.training.loop import default_device
 from kdcache.training.predict import predict
+
+if TYPE_CHECKING:
+    import numpy as np
 
 _TOKENS_PER_ROW = 128  # a batch of n rows is n x 128 padded tokens
 

@@ -25,12 +25,11 @@ import torch
 from kdcache.cache.spec import Fingerprints, differing
 from kdcache.data.encoding import load_tokenizer
 from kdcache.errors import CustomCodeError, DamageError, KdcacheError, MismatchError, ModelError
-from kdcache.files import make_directory, write_file
+from kdcache.files import make_directory, publish_directory, sync_tree, write_file
 from kdcache.teachers.fingerprints import fingerprint_teacher, tokenizer_as_used
 from kdcache.teachers.head import Pooling, SharedHead
 from kdcache.teachers.sources import TOKEN_TYPES
 from kdcache.teachers.teacher import HeadKind, Teacher, TeacherModel, load_classifier, load_encoder
-from kdcache.training.durable import publish_directory, sync_tree
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

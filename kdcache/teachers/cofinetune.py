@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 from kdcache.cache.spec import check_same_task
 from kdcache.data.task import TaskData, load_task
 from kdcache.errors import MismatchError, RecipeError
+from kdcache.files import remove_leftovers
+from kdcache.locks import exclusive
 from kdcache.teachers import joint
 from kdcache.teachers.bundle import Bundle, is_bundle, load_shared_head, read_bundle, write_bundle
 from kdcache.teachers.fingerprints import fingerprint_tensors
@@ -26,7 +28,6 @@ from kdcache.teachers.head import Pooling, SharedHead
 from kdcache.teachers.registration import save_teachers, scored
 from kdcache.teachers.sources import Source, open_source, under_shared_head
 from kdcache.training.checkpoints import identity_changes
-from kdcache.training.durable import hold_lock, remove_leftovers
 from kdcache.training.metrics_log import MetricsLog
 from kdcache.training.seeding import seed_everything
 
@@ -75,7 +76,7 @@ def cofinetune(
     """
     if not recipe.teachers:
         raise RecipeError(f"recipe '{recipe.name}' has no teachers", "Add a [[teachers]] table with name and model.")
-    with hold_lock(work_dir, "teachers"):
+    with exclusive(work_dir / ".lock", busy=lambda: f"another process is training the teachers in '{work_dir}'"):
         existing = read_bundle(teachers_dir) if is_bundle(teachers_dir) else None
         added = existing.training.get("added", {}) if existing else {}
         task = _load(recipe, progress)
@@ -103,7 +104,7 @@ def add_teacher(
     labels or text columns are not those of the bundle.
     """
     section = recipe.teacher(name)
-    with hold_lock(work_dir, "teachers"):
+    with exclusive(work_dir / ".lock", busy=lambda: f"another process is training the teachers in '{work_dir}'"):
         bundle = read_bundle(teachers_dir)
         task = _load(recipe, progress)
         cure = "Use the recipe that these teachers were made with, or another --output-dir."

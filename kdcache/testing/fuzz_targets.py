@@ -21,7 +21,6 @@ import numpy as np
 from kdcache.cache import layout
 from kdcache.cache.canonical import NotCanonicalError, canonical_json, digest_of, parse_json
 from kdcache.cache.digests import CheckedFile, CheckedFiles
-from kdcache.cache.finding import find_caches
 from kdcache.cache.reader import Cache, open_cache
 from kdcache.cache.selection import SELECTION
 from kdcache.cache.tables import encode_tokens
@@ -31,8 +30,8 @@ from kdcache.errors import DamageError
 from kdcache.files import use_disk
 from kdcache.share import keys as share_layout
 from kdcache.share.gc import collect
-from kdcache.share.intents import Pace
-from kdcache.share.listing import names, status
+from kdcache.share.intents import LeaseTiming
+from kdcache.share.listing import find_caches, names, status
 from kdcache.share.local_store import LocalStore
 from kdcache.share.pull import fetch_manifest, pull
 from kdcache.share.push import push
@@ -560,7 +559,7 @@ def _use(remote: MemoryRemote, root: Path, place: Path, what: int) -> None:
 
     A cache that arrives is one whose every byte is as its manifest says.
     """
-    pace = Pace(background=False, patience=0.0, sleep=lambda _: None)
+    timing = LeaseTiming(background=False, patience=0.0, sleep=lambda _: None)
     target = place / "pulled"
     if what == 0:
         names(remote)
@@ -572,9 +571,9 @@ def _use(remote: MemoryRemote, root: Path, place: Path, what: int) -> None:
     elif what == 2:
         status(remote, root)
     elif what == 3:
-        collect(remote, grace=0.0, pace=pace, workers=1)
+        collect(remote, grace=0.0, timing=timing, workers=1)
     elif what == 4:
-        push(remote, root, "mine", pace=pace, workers=1)
+        push(remote, root, "mine", timing=timing, workers=1)
     elif what == 5:
         shutil.rmtree(place / "store", ignore_errors=True)
         with read_through(remote, resolve(remote, "mine"), store=LocalStore(place / "store"), workers=1) as cache:

@@ -20,8 +20,7 @@ from typing import Any, cast
 import torch
 
 from kdcache.errors import DamageError, MismatchError
-from kdcache.files import make_directory
-from kdcache.training.durable import DurableFile, publish_directory, remove_directory, write_durably
+from kdcache.files import DurableFile, make_directory, publish_directory, remove_directory
 
 RECORD = "checkpoint.json"
 _PREFIX = "step-"
@@ -46,7 +45,8 @@ def save(
     temporary.mkdir()
     files = {f"{key}.pt": _write(temporary / f"{key}.pt", value) for key, value in state.items()}
     record = {"format": 1, "step": step, "identity": dict(identity or {}), "files": files}
-    write_durably(temporary / RECORD, json.dumps(record, indent=1).encode())
+    with DurableFile(temporary / RECORD) as file:
+        file.write(json.dumps(record, indent=1).encode())
     publish_directory(temporary, final)
     for old in _steps(directory)[:-keep] if keep is not None else ():
         remove_directory(old)

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from kdcache.errors import NonFiniteError, RecipeError
+from kdcache.locks import exclusive
 from kdcache.training import checkpoints as checkpoint_files
-from kdcache.training.durable import hold_lock
 from kdcache.training.optim import LinearSchedule, adamw
 from kdcache.training.seeding import restore_rng_state, rng_state, seed_everything
 
@@ -157,7 +157,7 @@ def train(
         LockedError: if another process trains there.
         DamageError, StorageError: for unreadable checkpoints and failing writes.
     """
-    with hold_lock(checkpoints, "training"):
+    with exclusive(checkpoints / ".lock", busy=lambda: f"another process is training in '{checkpoints}'"):
         run = _Run(task, settings, checkpoints, progress, on_metrics)
         run.resume()
         progress.start("train", settings.epochs * task.steps_per_epoch, "steps")

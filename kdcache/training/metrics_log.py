@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kdcache.runs import make_directories, sync_directory, write_durably
+from kdcache import files
+from kdcache.files import make_directory, write_file
 
 
 class MetricsLog:
@@ -27,14 +28,14 @@ class MetricsLog:
         if line.get("event") == "start":
             self._drop_after(int(line["step"]))
             return
-        make_directories(self._path.parent)
+        make_directory(self._path.parent)
         new = not self._path.exists()
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"stage": self._stage, **_finite(line)}, allow_nan=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
         if new:
-            sync_directory(self._path.parent)
+            files.disk.fsync_directory(self._path.parent)
 
     def _drop_after(self, step: int) -> None:
         if not self._path.exists():
@@ -42,7 +43,7 @@ class MetricsLog:
         text = self._path.read_text(encoding="utf-8")
         kept = "".join(f"{line}\n" for line in text.splitlines() if self._stays(line, step))
         if kept != text:
-            write_durably(self._path, kept)
+            write_file(self._path, kept.encode())
 
     def _stays(self, line: str, step: int) -> bool:
         try:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from kdcache import files
-from kdcache.cache.locking import hold_lock
+from kdcache.cache.opening import hold_lock
 from kdcache.cache.reader import open_cache
 from kdcache.errors import LockedError
 from kdcache.methods.registry import method_names

@@ -50,7 +50,7 @@ def test_from_the_first_push_to_the_last_gc(
     bench.dump()
     size = sum({digest.sha256: digest.size for digest in read_manifest(bench.cache).contents.files.values()}.values())
 
-    assert "would travel" in ok("cache", "push", bench.cache, "--name", "reviews", "--dry-run").out
+    assert "would be sent" in ok("cache", "push", bench.cache, "--name", "reviews", "--dry-run").out
     assert not list(team.list(""))
     pushed = ok("cache", "push", bench.cache, "--name", "reviews", "--tag", "first", "--json").document
     assert (pushed["reference"], sum(files_on(team).values())) == ("reviews@1", size)

@@ -27,7 +27,7 @@ def team(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_cache_goes_to_a_colleague(team: Path, caches: Caches) -> None:
     said = kdcache("cache", "push", caches["two"], "--name", "sst2", "--dry-run")
-    assert said.code == 0 and "sst2@1" in said.out and "would travel" in said.out
+    assert said.code == 0 and "sst2@1" in said.out and "would be sent" in said.out
     assert not (team / "refs").exists()
     said = kdcache("cache", "push", caches["two"], "--name", "sst2", "--tag", "v1", "--json")
     assert said.code == 0 and said.document["reference"] == "sst2@1" and said.document["new_version"]

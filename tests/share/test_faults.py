@@ -47,15 +47,15 @@ def share_and_collect(caches: dict[str, Path], target: Path, remote: FaultyRemot
     def whole() -> None:
         assert broken_refs(world.remote) == []
 
-    _, first = again_and_again(lambda: push(remote, caches["one"], "sst2", pace=world.pace, workers=workers), whole)
+    _, first = again_and_again(lambda: push(remote, caches["one"], "sst2", timing=world.timing, workers=workers), whole)
     report, second = again_and_again(
-        lambda: push(remote, caches["two"], "sst2", pace=world.pace, workers=workers), whole
+        lambda: push(remote, caches["two"], "sst2", timing=world.timing, workers=workers), whole
     )
     assert report.reference == "sst2@2"
     _, third = again_and_again(lambda: pull(remote, "sst2", target, workers=workers), whole)
     assert verify(target) == []
     world.seconds += 2 * GRACE
-    _, fourth = again_and_again(lambda: collect(remote, delete=True, pace=world.pace), whole)
+    _, fourth = again_and_again(lambda: collect(remote, delete=True, timing=world.timing), whole)
     whole()
     assert [ref.number for ref in history(world.remote, "sst2")] == [1, 2]
     return first + second + third + fourth

@@ -40,41 +40,41 @@ def objects(world: World, prefix: str = "files/") -> set[str]:
 def test_what_versions_reach_stays_and_what_is_old_and_unreached_goes(
     world: World, caches: Caches, tmp_path: Path
 ) -> None:
-    push(world.remote, caches["one"], "sst2", pace=world.pace)
+    push(world.remote, caches["one"], "sst2", timing=world.timing)
     first = objects(world)
-    push(world.remote, caches["other"], "other", pace=world.pace)
+    push(world.remote, caches["other"], "other", timing=world.timing)
     world.seconds += 30 * DAY
-    assert collect(world.remote, delete=True, pace=world.pace).keys == ()
+    assert collect(world.remote, delete=True, timing=world.timing).keys == ()
     remove(world.remote, "other")
     assert (
-        collect(world.remote, delete=True, pace=world.pace).keys == ()
+        collect(world.remote, delete=True, timing=world.timing).keys == ()
     )  # dropped a moment ago: somebody may be pulling it
     world.seconds += GRACE + 1
     world.remote.write("readme.txt", b"not ours")
-    would = collect(world.remote, pace=world.pace)
+    would = collect(world.remote, timing=world.timing)
     assert not would.deleted
     assert first < objects(world)
-    did = collect(world.remote, delete=True, pace=world.pace)
+    did = collect(world.remote, delete=True, timing=world.timing)
     assert replace(did, deleted=False) == would
     assert objects(world) == first
     assert (did.refs, did.manifests, did.files) == (1, 1, len([key for key in did.keys if key.startswith("files/")]))
     assert "readme.txt" in world.remote.objects
     pull(world.remote, "sst2", tmp_path / "c")
     assert broken_refs(world.remote) == []
-    assert collect(world.remote, delete=True, pace=world.pace).keys == ()
+    assert collect(world.remote, delete=True, timing=world.timing).keys == ()
 
 
 def test_the_newest_number_of_a_name_is_never_used_twice(world: World, caches: Caches) -> None:
-    push(world.remote, caches["one"], "sst2", pace=world.pace)
+    push(world.remote, caches["one"], "sst2", timing=world.timing)
     remove(world.remote, "sst2")
     for _ in range(3):
         world.seconds += 2 * GRACE
-        collect(world.remote, delete=True, pace=world.pace)
+        collect(world.remote, delete=True, timing=world.timing)
     assert objects(world) == objects(world, "manifests/") == set()
     assert [ref.number for ref in history(world.remote, "sst2")] == [2]
-    assert push(world.remote, caches["one"], "sst2", pace=world.pace).reference == "sst2@3"
+    assert push(world.remote, caches["one"], "sst2", timing=world.timing).reference == "sst2@3"
     world.seconds += 2 * GRACE
-    collect(world.remote, delete=True, pace=world.pace)
+    collect(world.remote, delete=True, timing=world.timing)
     assert [ref.number for ref in history(world.remote, "sst2")] == [3]  # a tombstone with nothing below goes as well
 
 
@@ -82,14 +82,14 @@ def test_a_tombstone_stays_until_what_it_drops_is_gone(world: World, caches: Cac
     """A gc dies at every request: what was dropped never comes back."""
     for step in itertools.count(1):
         world = World()
-        push(world.remote, caches["one"], "sst2", pace=world.pace)
-        push(world.remote, caches["two"], "sst2", pace=world.pace)
+        push(world.remote, caches["one"], "sst2", timing=world.timing)
+        push(world.remote, caches["two"], "sst2", timing=world.timing)
         remove(world.remote, "sst2@1")
-        push(world.remote, caches["other"], "sst2", pace=world.pace)
+        push(world.remote, caches["other"], "sst2", timing=world.timing)
         world.seconds += 2 * GRACE
         remote, requests = watched(world, die_at=step)
         try:
-            collect(remote, delete=True, pace=world.pace, workers=1)
+            collect(remote, delete=True, timing=world.timing, workers=1)
         except Died:
             with pytest.raises(KdcacheError, match=r"was removed|has no version '1'"):
                 resolve(world.remote, "sst2@1")
@@ -102,21 +102,21 @@ def test_a_tombstone_stays_until_what_it_drops_is_gone(world: World, caches: Cac
 def test_young_objects_of_a_push_that_died_stay(world: World, caches: Caches) -> None:
     remote, _ = watched(world, die_at=20)
     with pytest.raises(Died):
-        push(remote, caches["one"], "sst2", pace=world.pace, workers=1)
+        push(remote, caches["one"], "sst2", timing=world.timing, workers=1)
     there = objects(world)
     assert there
-    with pytest.raises(LockedError, match="a push is under way"):
-        collect(world.remote, delete=True, pace=world.pace)
+    with pytest.raises(LockedError, match="a push is in progress"):
+        collect(world.remote, delete=True, timing=world.timing)
     world.seconds += 3600
-    report = collect(world.remote, delete=True, pace=world.pace)
+    report = collect(world.remote, delete=True, timing=world.timing)
     assert (report.files, report.young_files) == (0, len(there))
     world.seconds += GRACE
-    collect(world.remote, delete=True, pace=world.pace)
+    collect(world.remote, delete=True, timing=world.timing)
     assert world.remote.objects == {}  # the intent of the dead one too
 
 
 def test_nothing_is_deleted_where_nobody_knows_what_is_reached(world: World, caches: Caches) -> None:
-    push(world.remote, caches["one"], "sst2", pace=world.pace)
+    push(world.remote, caches["one"], "sst2", timing=world.timing)
     world.seconds += 2 * GRACE
     whole = dict(world.remote.objects)
     for key in (layout.ref_key("sst2", 1), next(iter(objects(world, "manifests/")))):
@@ -124,12 +124,12 @@ def test_nothing_is_deleted_where_nobody_knows_what_is_reached(world: World, cac
         world.remote.objects[key] = (b"{}", world.seconds)
         before = dict(world.remote.objects)
         with pytest.raises(DamageError, match=key):
-            collect(world.remote, delete=True, pace=world.pace)
+            collect(world.remote, delete=True, timing=world.timing)
         assert world.remote.objects == before
 
 
 def test_a_gc_that_slept_stops(world: World, caches: Caches) -> None:
-    push(world.remote, caches["one"], "sst2", pace=world.pace)
+    push(world.remote, caches["one"], "sst2", timing=world.timing)
     remove(world.remote, "sst2")
     world.seconds += 2 * GRACE
     deleted = []
@@ -139,8 +139,8 @@ def test_a_gc_that_slept_stops(world: World, caches: Caches) -> None:
             deleted.append(key)
             world.seconds += 3600
 
-    with pytest.raises(RemoteError, match="fell asleep"):
-        collect(cast("Remote", Watched(world.remote, hear)), delete=True, pace=world.pace, workers=1)
+    with pytest.raises(RemoteError, match="lost its lease: was the machine suspended"):
+        collect(cast("Remote", Watched(world.remote, hear)), delete=True, timing=world.timing, workers=1)
     assert len(deleted) == 1
     assert objects(world, "marks/") == set()
 
@@ -231,8 +231,8 @@ def prepared(caches: Caches) -> World:
     'other' stays.
     """
     world = World()
-    push(world.remote, caches["other"], "other", pace=world.pace, workers=1)
-    push(world.remote, caches["two"], "sst2", pace=world.pace, workers=1)
+    push(world.remote, caches["other"], "other", timing=world.timing, workers=1)
+    push(world.remote, caches["two"], "sst2", timing=world.timing, workers=1)
     remove(world.remote, "sst2")
     world.seconds += 3 * GRACE
     return world
@@ -248,10 +248,10 @@ def interleave(
     turns._turn = first
 
     def pushes(remote: Remote, sleep: Callable[[float], None]) -> object:
-        return push(remote, caches["one"], "new", pace=replace(world.pace, sleep=sleep), workers=1)
+        return push(remote, caches["one"], "new", timing=replace(world.timing, sleep=sleep), workers=1)
 
     def collects(remote: Remote, sleep: Callable[[float], None]) -> object:
-        return collect(remote, delete=True, pace=replace(world.pace, sleep=sleep), workers=1)
+        return collect(remote, delete=True, timing=replace(world.timing, sleep=sleep), workers=1)
 
     return world, turns.run([pushes, collects]), turns.count
 
@@ -273,10 +273,10 @@ def check_late_delete(world: World, results: list[Any], schedule: object, caches
     A delete that is under way while its gc sleeps until a push has ended.
     """
     assert isinstance(results[1], DamageError), f"{schedule}: {results[1]!r}"
-    assert "new@1, which was pushed meanwhile, lacks 'files/" in results[1].message
+    assert "new@1, which was pushed at the same time, now lacks 'files/" in results[1].message
     broken = broken_refs(world.remote)  # none where the push still lived and took its last look afterwards
     assert len(broken) <= 1, f"{schedule}"
-    assert push(world.remote, caches["one"], "new", pace=world.pace).files_sent == len(broken)
+    assert push(world.remote, caches["one"], "new", timing=world.timing).files_sent == len(broken)
     assert broken_refs(world.remote) == []
 
 
@@ -322,7 +322,7 @@ def test_push_and_gc_suspended_beyond_their_time_to_live(caches: Caches, first: 
             late += 1
         else:
             check(world, results, (first, switches, sleeps))
-        lapsed += "fell asleep" in str(results[1])
+        lapsed += "lost its lease" in str(results[1])
     assert lapsed
     assert late < lapsed / 2
 
@@ -344,11 +344,11 @@ def test_schedules_find_a_push_that_trusts_what_it_saw_before_it_slept(
 
 def test_a_push_that_reuses_old_objects_makes_a_running_gc_wait_or_waits_itself(caches: Caches) -> None:
     start = prepared(caches)
-    with hold(start.remote, "intent", start.pace), pytest.raises(LockedError, match="a push is under way"):
-        collect(start.remote, delete=True, pace=start.pace)
-    report = push(start.remote, caches["one"], "new", pace=start.pace)
+    with hold(start.remote, "intent", start.timing), pytest.raises(LockedError, match="a push is in progress"):
+        collect(start.remote, delete=True, timing=start.timing)
+    report = push(start.remote, caches["one"], "new", timing=start.timing)
     assert report.files_sent == 1  # the manifest of a cache that was never pushed before
-    collect(start.remote, delete=True, pace=start.pace)
+    collect(start.remote, delete=True, timing=start.timing)
     assert broken_refs(start.remote) == []
 
 
@@ -365,8 +365,8 @@ def test_what_a_killed_writer_left_under_way_in_a_directory_goes_too(caches: Cac
 
 
 def test_a_fork_protects_both_its_versions(world: World, caches: Caches) -> None:
-    push(world.remote, caches["one"], "sst2", pace=world.pace)
-    push(world.remote, caches["other"], "other", pace=world.pace)
+    push(world.remote, caches["one"], "sst2", timing=world.timing)
+    push(world.remote, caches["other"], "other", timing=world.timing)
     other = history(world.remote, "other")[0]
     world.remote._conditional = False
     world.remote.objects.pop(other.key)
@@ -377,7 +377,7 @@ def test_a_fork_protects_both_its_versions(world: World, caches: Caches) -> None
     world.remote.write(layout.ref_key("sst2", 1, "0" * 16), ref_bytes(replace(twin, made=real.made), "0" * 16))
     world.seconds += 2 * GRACE
     before = objects(world)
-    assert collect(world.remote, delete=True, pace=world.pace).files == 0
+    assert collect(world.remote, delete=True, timing=world.timing).files == 0
     assert objects(world) == before
 
 
@@ -400,8 +400,8 @@ class Told(SilentProgress):
 
 def test_the_report_says_what_went_and_what_stayed(world: World, caches: Caches) -> None:
     """Counted by a plain loop over the store before and after; what is not ours is neither counted nor touched."""
-    push(world.remote, caches["one"], "kept", pace=world.pace)
-    push(world.remote, caches["other"], "dropped", pace=world.pace)
+    push(world.remote, caches["one"], "kept", timing=world.timing)
+    push(world.remote, caches["other"], "dropped", timing=world.timing)
     remove(world.remote, "dropped")
     world.seconds += 2 * GRACE
     world.remote.write(layout.file_key(hashlib.sha256(b"left by a push that died").hexdigest()), b"young")
@@ -410,7 +410,7 @@ def test_the_report_says_what_went_and_what_stayed(world: World, caches: Caches)
     for foreign in ("files/00-notes", "files/zz-notes", "intents/notes.txt", "manifests/notes"):
         world.remote.objects[foreign] = (b"not ours", START)
     before, told = dict(world.remote.objects), Told()
-    report = collect(world.remote, delete=True, pace=world.pace, progress=told)
+    report = collect(world.remote, delete=True, timing=world.timing, progress=told)
     gone = {key: len(data) for key, (data, _) in before.items() if key not in world.remote.objects}
     assert (set(report.keys), report.bytes) == (set(gone), sum(gone.values()))
     kinds = [key.partition("/")[0] for key in report.keys]
@@ -439,21 +439,21 @@ def test_a_tombstone_goes_a_run_after_what_it_dropped_and_not_before_the_grace_p
     def numbers() -> list[int]:
         return [ref.number for ref in history(world.remote, "sst2")]
 
-    push(world.remote, caches["one"], "sst2", pace=world.pace)
+    push(world.remote, caches["one"], "sst2", timing=world.timing)
     remove(world.remote, "sst2@1")
-    push(world.remote, caches["two"], "sst2", pace=world.pace)
+    push(world.remote, caches["two"], "sst2", timing=world.timing)
     world.seconds += GRACE
-    collect(world.remote, delete=True, pace=world.pace)
+    collect(world.remote, delete=True, timing=world.timing)
     assert numbers() == [1, 2, 3]  # as old as the grace period is not older
     world.seconds += 1
-    collect(world.remote, delete=True, pace=world.pace)
+    collect(world.remote, delete=True, timing=world.timing)
     assert numbers() == [2, 3]
     key = next(ref.key for ref in history(world.remote, "sst2") if ref.number == 2)
     world.remote.objects[key] = (world.remote.objects[key][0], world.seconds)
-    collect(world.remote, delete=True, pace=world.pace)
+    collect(world.remote, delete=True, timing=world.timing)
     assert numbers() == [2, 3]
     world.seconds += GRACE + 1
-    collect(world.remote, delete=True, pace=world.pace)
+    collect(world.remote, delete=True, timing=world.timing)
     assert numbers() == [3]
 
 
@@ -472,25 +472,26 @@ def test_a_delete_that_took_what_was_pushed_while_gc_slept_is_said(caches: Cache
         if method == "delete" and mine and not slept:
             slept.append(key)
             world.seconds += 130
-            push(world.remote, caches[pushed], "new", pace=world.pace, workers=1)
+            push(world.remote, caches[pushed], "new", timing=world.timing, workers=1)
 
     with pytest.raises(KdcacheError) as caught:
-        collect(cast("Remote", Watched(world.remote, hear)), delete=True, pace=world.pace, workers=1)
+        collect(cast("Remote", Watched(world.remote, hear)), delete=True, timing=world.timing, workers=1)
     if pushed == "other":
         assert (
             str(caught.value.message)
-            == f"gc on {world.remote.url} fell asleep, so a push may have begun meanwhile; nothing more is deleted"
+            == f"gc on {world.remote.url} lost its lease: was the machine suspended? A push may have begun, so gc stops here"
         )
         assert caught.value.hint == "Run it again: it continues."
         assert broken_refs(world.remote) == []
     else:
         assert isinstance(caught.value, DamageError)
         assert caught.value.message == (
-            f"gc fell asleep in the middle of a delete, and new@1, which was pushed meanwhile, lacks '{slept[0]}' now"
+            "gc lost its lease during a delete: was the machine suspended? new@1, which was pushed at the same time, "
+            f"now lacks '{slept[0]}'"
         )
-        assert caught.value.hint == "Push that cache again under the same name: what is gone is sent, and nothing else."
+        assert caught.value.hint == "Push that cache again under the same name: only the missing objects are sent."
         assert len(broken_refs(world.remote)) == 1
-        assert push(world.remote, caches[pushed], "new", pace=world.pace).files_sent == 1
+        assert push(world.remote, caches[pushed], "new", timing=world.timing).files_sent == 1
     assert len([key for key in slept if key in world.remote.objects]) == (pushed != "other")
     assert broken_refs(world.remote) == []
 
@@ -510,7 +511,7 @@ def test_a_gc_on_a_slow_store_keeps_its_mark_alive(caches: Caches) -> None:
         def __getattr__(self, method: str) -> Any:
             return getattr(world.remote, method)
 
-    report = collect(cast("Remote", Slow()), delete=True, pace=world.pace, workers=1)
+    report = collect(cast("Remote", Slow()), delete=True, timing=world.timing, workers=1)
     assert report.files > 10
     assert broken_refs(world.remote) == []
 
@@ -521,5 +522,5 @@ def test_one_worker_is_the_calling_thread(caches: Caches) -> None:
         "Remote",
         Watched(world.remote, lambda method, _: threads.add(threading.get_ident()) if method == "delete" else None),
     )
-    collect(remote, delete=True, pace=world.pace, workers=1)
+    collect(remote, delete=True, timing=world.timing, workers=1)
     assert threads == {threading.get_ident()}

@@ -293,7 +293,7 @@ def test_credentials_that_may_only_read(
     url = writer.url[: writer.url.index(" ")] if " " in writer.url else writer.url
     assert seaweedfs.reader is not None
     reader = seaweedfs.open(url, seaweedfs.reader)
-    with pytest.raises(RemoteAccessError, match="push needs the right to write to"):
+    with pytest.raises(RemoteAccessError, match="push needs write access to"):
         push(reader, cache, "other")
     assert objects(writer, "") == objects(reader, "")
     pull(reader, "sst2", tmp_path / "c")
@@ -313,7 +313,7 @@ def test_control_c_ends_at_once_and_says_how_to_go_on(tmp_path: Path, cache: Pat
     (tmp_path / "team").mkdir()
     code = (
         "import os, time, signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from kdcache.share import directory\n"
+        "from kdcache.share.stores import directory\n"
         "def write(self, key, source):\n"
         "    if key.startswith('files/'): os.write(1, b'sending\\n'); time.sleep(100_000)\n"
         "    else: real(self, key, source)\n"

@@ -49,9 +49,9 @@ def test_a_dry_run_reports_what_the_push_then_does(world: World, caches: Caches)
     for (cache, name, tag), (reference, new) in zip(pushes, expected, strict=True):
         wanted, before = sizes(caches[cache]), set(world.remote.objects)
         sent = {key: size for key, size in wanted.items() if key not in before}
-        would = push(world.remote, caches[cache], name, tag=tag, pace=world.pace, dry_run=True)
+        would = push(world.remote, caches[cache], name, tag=tag, timing=world.timing, dry_run=True)
         assert set(world.remote.objects) == before
-        did = push(world.remote, caches[cache], name, tag=tag, pace=world.pace)
+        did = push(world.remote, caches[cache], name, tag=tag, timing=world.timing)
         assert did == replace(would, dry_run=False) and would.dry_run is True
         manifest = next(key for key in wanted if layout.parse_manifest_key(key))
         assert did == PushReport(
@@ -67,7 +67,7 @@ def test_a_dry_run_reports_what_the_push_then_does(world: World, caches: Caches)
 def test_files_come_before_the_manifest_and_the_ref_comes_last(world: World, caches: Caches) -> None:
     remote, requests = watched(world)
     told = Told()
-    report = push(remote, caches["two"], "sst2", pace=world.pace, progress=told)
+    report = push(remote, caches["two"], "sst2", timing=world.timing, progress=told)
     made = [key.partition("/")[0] for method, key in requests.log if method in ("write", "create")]
     assert made == ["intents", *made[1:]] and [kind for kind in made if kind != "intents"] == (
         ["files"] * (report.files - 1) + ["manifests", "refs"]
@@ -75,7 +75,7 @@ def test_files_come_before_the_manifest_and_the_ref_comes_last(world: World, cac
     assert (told.tasks, told.done, told.bytes) == ([("push sst2", report.bytes, "bytes")], report.bytes, report.bytes)
     assert told.finished == 1
     assert requests.log[-1][0] == "delete" and requests.log[-1][1].startswith("intents/")
-    push(remote, caches["two"], "sst2", pace=world.pace, progress=(again := Told()))
+    push(remote, caches["two"], "sst2", timing=world.timing, progress=(again := Told()))
     assert again.tasks == []
 
 
@@ -87,7 +87,7 @@ def test_a_push_whose_files_take_long_keeps_its_intent_alive(world: World, cache
             written.append(key)
             world.seconds += 40.0
 
-    report = push(hearing(world, hear), caches["one"], "sst2", pace=world.pace, workers=1)
+    report = push(hearing(world, hear), caches["one"], "sst2", timing=world.timing, workers=1)
     assert len(written) == len(set(written)) == report.files_sent - 1
     assert report.reference == "sst2@1"
 
@@ -101,12 +101,12 @@ def test_a_push_that_sleeps_again_and_again_gives_up(world: World, caches: Cache
             world.seconds += 100.0
 
     with pytest.raises(RemoteError) as caught:
-        push(hearing(world, hear), caches["one"], "sst2", pace=world.pace, workers=1)
-    assert caught.value.message == "the push of 'sst2' fell asleep 5 times for longer than a gc waits"
-    assert caught.value.hint == "Run it again on a machine that stays awake: what arrived is kept."
+        push(hearing(world, hear), caches["one"], "sst2", timing=world.timing, workers=1)
+    assert caught.value.message == "the push of 'sst2' lost its lease 5 times: was the machine suspended?"
+    assert caught.value.hint == "Run it again on a machine that is not suspended meanwhile: what was sent is kept."
     assert len(looked) == 5
     assert history(world.remote, "sst2") == ()
-    assert push(world.remote, caches["one"], "sst2", pace=world.pace).files_sent == 0  # what arrived was kept
+    assert push(world.remote, caches["one"], "sst2", timing=world.timing).files_sent == 0  # what arrived was kept
 
 
 @pytest.mark.parametrize("slept", [0.0, 130.0])
@@ -126,36 +126,36 @@ def test_what_went_before_the_ref_was_made_is_sent_again(caches: Caches, slept: 
             for one in lost:
                 world.remote.objects.pop(one, None)
 
-    report = push(hearing(world, hear), caches["one"], "new", pace=world.pace, workers=1)
+    report = push(hearing(world, hear), caches["one"], "new", timing=world.timing, workers=1)
     assert (report.reference, report.new_version, report.files_sent) == ("new@1", True, 2)
     assert [ref.number for ref in history(world.remote, "new")] == [1]
     assert broken_refs(world.remote) == []
 
 
 def test_an_overtaken_push_sends_nothing(world: World, caches: Caches) -> None:
-    push(world.remote, caches["one"], "sst2", pace=world.pace)
+    push(world.remote, caches["one"], "sst2", timing=world.timing)
     first = history(world.remote, "sst2")
-    push(world.remote, caches["other"], "sst2", pace=world.pace)
+    push(world.remote, caches["other"], "sst2", timing=world.timing)
     remote, requests = watched(world)
-    with pytest.raises(OvertakenError, match=r"was to follow sst2@1, and its newest version is sst2@2"):
-        push(remote, caches["two"], "sst2", pace=world.pace, after=first)
+    with pytest.raises(OvertakenError, match=r"was made from sst2@1, but its newest version is sst2@2"):
+        push(remote, caches["two"], "sst2", timing=world.timing, after=first)
     assert requests.keys("write", "files/") == requests.keys("create") == []
-    same = push(remote, caches["other"], "sst2", pace=world.pace, after=first)
+    same = push(remote, caches["other"], "sst2", timing=world.timing, after=first)
     assert (same.reference, same.new_version) == ("sst2@2", False)  # it is there already: nothing to overtake
     newest = history(world.remote, "sst2")[-1:]
-    assert push(remote, caches["two"], "sst2", pace=world.pace, after=newest).reference == "sst2@3"
+    assert push(remote, caches["two"], "sst2", timing=world.timing, after=newest).reference == "sst2@3"
 
 
 def test_a_push_that_is_overtaken_at_the_last_moment_makes_no_version(world: World, caches: Caches) -> None:
-    push(world.remote, caches["one"], "sst2", pace=world.pace)
+    push(world.remote, caches["one"], "sst2", timing=world.timing)
     first, others = history(world.remote, "sst2"), list[str]()
 
     def hear(method: str, key: str) -> None:
         if method == "write" and key.startswith("manifests/") and not others:
-            others.append(push(world.remote, caches["other"], "sst2", pace=world.pace).reference)
+            others.append(push(world.remote, caches["other"], "sst2", timing=world.timing).reference)
 
     with pytest.raises(OvertakenError):
-        push(hearing(world, hear), caches["two"], "sst2", pace=world.pace, after=first)
+        push(hearing(world, hear), caches["two"], "sst2", timing=world.timing, after=first)
     assert [ref.number for ref in history(world.remote, "sst2")] == [1, 2]
 
 
@@ -166,14 +166,14 @@ def test_read_only_credentials_are_named(world: World, caches: Caches, hint: str
             raise RemoteAccessError("status 403", hint)
 
     with pytest.raises(RemoteAccessError) as caught:
-        push(hearing(world, hear), caches["one"], "sst2", pace=world.pace)
-    assert caught.value.message == f"push needs the right to write to {world.remote.url}: status 403"
-    assert caught.value.hint == (hint or "Use credentials that may write there; pull, ls and verify work with these.")
-    assert push(hearing(world, hear), caches["one"], "sst2", pace=world.pace, dry_run=True).dry_run
+        push(hearing(world, hear), caches["one"], "sst2", timing=world.timing)
+    assert caught.value.message == f"push needs write access to {world.remote.url}: status 403"
+    assert caught.value.hint == (hint or "Use credentials that may write there; pull, ls and verify work without.")
+    assert push(hearing(world, hear), caches["one"], "sst2", timing=world.timing, dry_run=True).dry_run
 
 
 def test_a_part_without_the_rest_is_refused_by_count_and_name(world: World, caches: Caches, tmp_path: Path) -> None:
-    push(world.remote, caches["two"], "sst2", pace=world.pace)
+    push(world.remote, caches["two"], "sst2", timing=world.timing)
     selection = Selection({"bert": (2,)})
     pull(world.remote, "sst2", tmp_path / "part", selection)
     contents = read_manifest(caches["two"]).contents
@@ -182,12 +182,11 @@ def test_a_part_without_the_rest_is_refused_by_count_and_name(world: World, cach
     elsewhere = World()
     for dry_run in (True, False):
         with pytest.raises(MismatchError) as caught:
-            push(elsewhere.remote, tmp_path / "part", "sst2", pace=elsewhere.pace, dry_run=dry_run)
+            push(elsewhere.remote, tmp_path / "part", "sst2", timing=elsewhere.timing, dry_run=dry_run)
         assert caught.value.message == (
-            f"this cache is a part of its whole: {len(absent)} files were not pulled and are not on "
-            f"{elsewhere.remote.url}, "
-            f"such as '{absent[0]}'"
+            f"only a part of this cache was pulled: {len(absent)} other files are not on "
+            f"{elsewhere.remote.url} either, such as '{absent[0]}'"
         )
-        assert caught.value.hint == "Pull the rest first, or push to the remote that it was pulled from."
+        assert caught.value.hint == "Pull the rest first, or push to the remote that it came from."
     assert not elsewhere.remote.objects
-    assert push(world.remote, tmp_path / "part", "copy", pace=world.pace).files_sent == 0
+    assert push(world.remote, tmp_path / "part", "copy", timing=world.timing).files_sent == 0

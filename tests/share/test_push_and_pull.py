@@ -29,7 +29,7 @@ Caches = dict[str, Path]
 
 
 def test_what_was_pushed_comes_back_the_same(world: World, caches: Caches, tmp_path: Path) -> None:
-    sent = push(world.remote, caches["two"], "sst2", tag="v1", pace=world.pace)
+    sent = push(world.remote, caches["two"], "sst2", tag="v1", timing=world.timing)
     assert (sent.reference, sent.new_version, sent.files_sent) == ("sst2@1", True, sent.files)
     assert sent.bytes_sent == sum(
         len(data) for key, (data, _) in world.remote.objects.items() if not key.startswith("refs/")
@@ -44,13 +44,13 @@ def test_what_was_pushed_comes_back_the_same(world: World, caches: Caches, tmp_p
 
 
 def test_only_what_is_new_travels(world: World, caches: Caches) -> None:
-    push(world.remote, caches["one"], "sst2", pace=world.pace)
+    push(world.remote, caches["one"], "sst2", timing=world.timing)
     remote, requests = watched(world)
-    again = push(remote, caches["one"], "sst2", pace=world.pace)
+    again = push(remote, caches["one"], "sst2", timing=world.timing)
     assert (again.reference, again.new_version, again.files_sent, again.bytes_sent) == ("sst2@1", False, 0, 0)
-    assert push(remote, caches["one"], "sst2-copy", pace=world.pace).bytes_sent == 0
+    assert push(remote, caches["one"], "sst2-copy", timing=world.timing).bytes_sent == 0
     requests.log.clear()
-    more = push(remote, caches["two"], "sst2", pace=world.pace)
+    more = push(remote, caches["two"], "sst2", timing=world.timing)
     assert more.reference == "sst2@2"
     news = {
         digest.sha256 for path, digest in read_manifest(caches["two"]).contents.files.items() if "/roberta/" in path
@@ -61,11 +61,11 @@ def test_only_what_is_new_travels(world: World, caches: Caches) -> None:
 
 
 def test_a_dry_run_says_what_would_travel_and_writes_nothing(world: World, caches: Caches) -> None:
-    push(world.remote, caches["one"], "sst2", pace=world.pace)
+    push(world.remote, caches["one"], "sst2", timing=world.timing)
     before = dict(world.remote.objects)
-    would = push(world.remote, caches["two"], "sst2", dry_run=True, pace=world.pace)
+    would = push(world.remote, caches["two"], "sst2", dry_run=True, timing=world.timing)
     assert world.remote.objects == before
-    did = push(world.remote, caches["two"], "sst2", pace=world.pace)
+    did = push(world.remote, caches["two"], "sst2", timing=world.timing)
     assert (would.reference, would.files_sent, would.bytes_sent) == (did.reference, did.files_sent, did.bytes_sent)
 
 
@@ -74,14 +74,14 @@ def test_a_damaged_local_file_is_never_published(world: World, caches: Caches, t
     shutil.copytree(caches["one"], tmp_path / "c")
     damage(tmp_path / "c/teachers/bert/outputs/part-00000.arrow")  # type: ignore[operator]
     with pytest.raises(DamageError, match=r"teachers/bert/outputs/part-00000\.arrow"):
-        push(world.remote, tmp_path / "c", "sst2", pace=world.pace)
+        push(world.remote, tmp_path / "c", "sst2", timing=world.timing)
     assert not any(key.startswith(("refs/", "manifests/", "intents/")) for key in world.remote.objects)
     wanted = read_manifest(tmp_path / "c").contents.files["teachers/bert/outputs/part-00000.arrow"].sha256
     assert layout.file_key(wanted) not in world.remote.objects
 
 
 def test_without_text_no_text_travels(world: World, caches: Caches, tmp_path: Path) -> None:
-    push(world.remote, caches["one"], "sst2", with_text=False, pace=world.pace)
+    push(world.remote, caches["one"], "sst2", with_text=False, timing=world.timing)
     texts = {
         digest.sha256
         for path, digest in read_manifest(caches["one"]).contents.files.items()
@@ -94,7 +94,7 @@ def test_without_text_no_text_travels(world: World, caches: Caches, tmp_path: Pa
 
 
 def test_a_part_is_pulled_and_completed_by_the_difference(world: World, caches: Caches, tmp_path: Path) -> None:
-    push(world.remote, caches["two"], "sst2", pace=world.pace)
+    push(world.remote, caches["two"], "sst2", timing=world.timing)
     some = Selection({"bert": (4,)}, text=False)
     remote, requests = watched(world)
     report = pull(remote, "sst2", tmp_path / "c", some)
@@ -116,17 +116,17 @@ def test_a_part_is_pulled_and_completed_by_the_difference(world: World, caches: 
 
 
 def test_a_part_can_be_pushed_where_the_rest_is(world: World, caches: Caches, tmp_path: Path) -> None:
-    push(world.remote, caches["two"], "sst2", pace=world.pace)
+    push(world.remote, caches["two"], "sst2", timing=world.timing)
     pull(world.remote, "sst2", tmp_path / "c", Selection({"bert": ()}))
-    assert push(world.remote, tmp_path / "c", "sst2-again", pace=world.pace).bytes_sent == 0
+    assert push(world.remote, tmp_path / "c", "sst2-again", timing=world.timing).bytes_sent == 0
     elsewhere = World()
-    with pytest.raises(MismatchError, match=r"part of its whole: \d+ files were not pulled"):
-        push(elsewhere.remote, tmp_path / "c", "sst2", pace=elsewhere.pace)
+    with pytest.raises(MismatchError, match=r"only a part of this cache was pulled: \d+ other files are not on"):
+        push(elsewhere.remote, tmp_path / "c", "sst2", timing=elsewhere.timing)
     assert elsewhere.remote.objects == {}
 
 
 def test_a_pull_repairs_what_is_damaged_and_keeps_what_is_whole(world: World, caches: Caches, tmp_path: Path) -> None:
-    push(world.remote, caches["one"], "sst2", pace=world.pace)
+    push(world.remote, caches["one"], "sst2", timing=world.timing)
     pull(world.remote, "sst2", tmp_path / "c")
     flip_bit(tmp_path / "c/text/part-00000.arrow")
     delete(tmp_path / "c/texts/part-00000.arrow")
@@ -135,8 +135,8 @@ def test_a_pull_repairs_what_is_damaged_and_keeps_what_is_whole(world: World, ca
 
 
 def test_directories_of_something_else_are_refused_untouched(world: World, caches: Caches, tmp_path: Path) -> None:
-    push(world.remote, caches["one"], "sst2", pace=world.pace)
-    push(world.remote, caches["two"], "sst2", pace=world.pace)
+    push(world.remote, caches["one"], "sst2", timing=world.timing)
+    push(world.remote, caches["two"], "sst2", timing=world.timing)
     pull(world.remote, "sst2@1", tmp_path / "cache")
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes/todo.txt").write_text("mine")
@@ -158,7 +158,7 @@ def test_directories_of_something_else_are_refused_untouched(world: World, cache
 
 
 def test_a_link_in_the_target_leads_nowhere(world: World, caches: Caches, tmp_path: Path) -> None:
-    push(world.remote, caches["one"], "sst2", pace=world.pace)
+    push(world.remote, caches["one"], "sst2", timing=world.timing)
     pull(world.remote, "sst2", tmp_path / "c")
     shutil.move(tmp_path / "c/teachers", tmp_path / "elsewhere")
     (tmp_path / "c/teachers").symlink_to(tmp_path / "elsewhere")
@@ -167,35 +167,35 @@ def test_a_link_in_the_target_leads_nowhere(world: World, caches: Caches, tmp_pa
 
 
 def test_a_push_gives_up_on_a_gc_that_does_not_end(world: World, caches: Caches) -> None:
-    with hold(world.remote, "mark", world.pace) as mark:
+    with hold(world.remote, "mark", world.timing) as mark:
 
         def sleep(seconds: float) -> None:
             world.sleep(seconds)
             mark.beat()
 
-        with pytest.raises(LockedError, match="a gc is under way"):
-            push(world.remote, caches["one"], "sst2", pace=replace(world.pace, sleep=sleep))
+        with pytest.raises(LockedError, match="a gc is in progress"):
+            push(world.remote, caches["one"], "sst2", timing=replace(world.timing, sleep=sleep))
     assert world.remote.objects == {}
 
 
 def test_push_dying_at_every_request(caches: Caches) -> None:
     """Readers see the first version or both, whole; the rerun ends, and sends what did not arrive and nothing else."""
     counted = World()
-    push(counted.remote, caches["one"], "sst2", pace=counted.pace)
+    push(counted.remote, caches["one"], "sst2", timing=counted.timing)
     remote, requests = watched(counted)
-    push(remote, caches["two"], "sst2", pace=counted.pace)
+    push(remote, caches["two"], "sst2", timing=counted.timing)
     steps, sent = len(requests.log), requests.keys("write", "files/")
     assert steps > 20
     for step in range(1, steps + 1):
         world = World()
-        push(world.remote, caches["one"], "sst2", pace=world.pace)
+        push(world.remote, caches["one"], "sst2", timing=world.timing)
         remote, first = watched(world, die_at=step)
         with pytest.raises(Died):
-            push(remote, caches["two"], "sst2", pace=world.pace, workers=1 + step % 3)
+            push(remote, caches["two"], "sst2", timing=world.timing, workers=1 + step % 3)
         assert broken_refs(world.remote) == []
         arrived = set(first.keys("write", "files/")) & world.remote.objects.keys()
         remote, second = watched(world)
-        report = push(remote, caches["two"], "sst2", pace=world.pace)
+        report = push(remote, caches["two"], "sst2", timing=world.timing)
         assert report.reference == "sst2@2", f"request {step}"
         assert sorted([*second.keys("write", "files/"), *arrived]) == sorted(sent), f"request {step}"
         assert [ref.number for ref in history(world.remote, "sst2")] == [1, 2]
@@ -204,7 +204,7 @@ def test_push_dying_at_every_request(caches: Caches) -> None:
 
 def test_pull_dying_at_every_request(caches: Caches, tmp_path: Path) -> None:
     world = World()
-    push(world.remote, caches["one"], "sst2", pace=world.pace)
+    push(world.remote, caches["one"], "sst2", timing=world.timing)
     remote, requests = watched(world)
     total = pull(remote, "sst2", tmp_path / "counted").files_fetched
     for step in range(1, len(requests.log) + 1):
@@ -226,7 +226,7 @@ def test_pull_dying_at_every_request(caches: Caches, tmp_path: Path) -> None:
 @pytest.mark.parametrize("first", [None, Selection({"bert": ()})], ids=["whole", "completing"])
 def test_pull_dying_at_every_step_of_the_disk(caches: Caches, tmp_path: Path, first: Selection | None) -> None:
     world = World()
-    push(world.remote, caches["one"], "sst2", pace=world.pace)
+    push(world.remote, caches["one"], "sst2", timing=world.timing)
     start, target = tmp_path / "start", tmp_path / "died"
     if first:
         pull(world.remote, "sst2", start, first)
@@ -252,7 +252,7 @@ def test_every_object_altered_in_turn_is_found_and_named(caches: Caches, tmp_pat
     from kdcache.share.remote_verify import verify_remote
 
     world = World()
-    push(world.remote, caches["one"], "sst2", pace=world.pace)
+    push(world.remote, caches["one"], "sst2", timing=world.timing)
     whole = dict(world.remote.objects)
     ref = resolve(world.remote, "sst2")
     assert verify_remote(world.remote, ref, share=1.0) == []
@@ -291,10 +291,10 @@ def test_every_object_altered_in_turn_is_found_and_named(caches: Caches, tmp_pat
 
 
 def test_a_push_repairs_an_object_of_another_size(world: World, caches: Caches) -> None:
-    push(world.remote, caches["one"], "sst2", pace=world.pace)
+    push(world.remote, caches["one"], "sst2", timing=world.timing)
     key = next(key for key in world.remote.objects if key.startswith("files/"))
     world.remote.objects[key] = (world.remote.objects[key][0][:-1], world.seconds)
-    assert push(world.remote, caches["one"], "sst2", pace=world.pace).files_sent == 1
+    assert push(world.remote, caches["one"], "sst2", timing=world.timing).files_sent == 1
     assert broken_refs(world.remote) == []
 
 
@@ -320,7 +320,7 @@ def test_objects_are_looked_for_in_the_fewest_requests(world: World, wanted: int
 def test_a_manifest_that_is_not_that_of_its_ref_is_refused(world: World, caches: Caches, tmp_path: Path) -> None:
     from kdcache.share.refs import publish
 
-    push(world.remote, caches["one"], "sst2", pace=world.pace)
+    push(world.remote, caches["one"], "sst2", timing=world.timing)
     ref = history(world.remote, "sst2")[0]
     publish(world.remote, "mind", ref.manifest, "0" * 64, None)
     with pytest.raises(DamageError, match="says identity 000000000000"):

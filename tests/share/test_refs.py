@@ -196,7 +196,7 @@ def test_a_version_that_is_to_follow_another_follows_it_or_is_not_made(remote: M
     first = publish(remote, "sst2", A, ONE, None)
     second = publish(remote, "sst2", B, TWO, None, after=[first])
     assert publish(remote, "sst2", B, TWO, None, after=[first]) == second  # one's own, found after a lost answer
-    with pytest.raises(OvertakenError, match=r"was to follow sst2@1, and its newest version is sst2@2") as caught:
+    with pytest.raises(OvertakenError, match=r"was made from sst2@1, but its newest version is sst2@2") as caught:
         publish(remote, "sst2", C, TWO, None, after=[first])
     assert caught.value.exit_code == 4
     tombstone(remote, "sst2", (1,))

@@ -79,7 +79,7 @@ class Sharing(RuleBasedStateMachine):
     @rule(name=NAMES, content=CONTENTS)
     def push(self, name: str, content: int) -> None:
         there = {key for key in self.world.remote.objects if key.startswith(("files/", "manifests/"))}
-        report = push(self.world.remote, self.caches[content], name, pace=self.world.pace, workers=1)
+        report = push(self.world.remote, self.caches[content], name, timing=self.world.timing, workers=1)
         versions, newest = self.model.names[name], self.model.newest(name)
         same = newest is not None and newest[1] == content and newest[0] == max(versions)
         number = max(versions, default=0) + (0 if same else 1)
@@ -122,7 +122,7 @@ class Sharing(RuleBasedStateMachine):
     def gc(self, dry: bool) -> None:
         now = self.world.seconds
         reached = self._reached(now)
-        report = collect(self.world.remote, delete=not dry, pace=self.world.pace, workers=1)
+        report = collect(self.world.remote, delete=not dry, timing=self.world.timing, workers=1)
         expected = {key for key, at in self.written.items() if key not in reached and now - at > GRACE}
         assert {key for key in report.keys if not key.startswith("refs/")} == expected
         if not dry:

@@ -14,7 +14,7 @@ from kdcache.cache.manifest import parse_manifest
 from kdcache.errors import MissingObjectError
 from kdcache.files import digest_bytes
 from kdcache.share import keys as layout
-from kdcache.share.intents import Pace
+from kdcache.share.intents import LeaseTiming
 from kdcache.share.refs import all_histories, live
 from kdcache.share.stores.base import Remote
 from kdcache.testing.faults import Died
@@ -35,8 +35,8 @@ class World:
         self.remote = MemoryRemote(clock=lambda: self.seconds)
 
     @property
-    def pace(self) -> Pace:
-        return Pace(clock=lambda: self.seconds, sleep=self.sleep, background=False)
+    def timing(self) -> LeaseTiming:
+        return LeaseTiming(clock=lambda: self.seconds, sleep=self.sleep, background=False)
 
     def sleep(self, seconds: float) -> None:
         self.seconds += seconds

@@ -14,6 +14,7 @@ import torch
 
 from kdcache import files
 from kdcache.errors import DamageError, LockedError, MismatchError, StorageError
+from kdcache.locks import attempt
 from kdcache.progress import SilentProgress
 from kdcache.recipe import Recipe, dump_toml
 from kdcache.teachers import cofinetune as cofinetune_stage
@@ -21,7 +22,6 @@ from kdcache.teachers.bundle import read_bundle
 from kdcache.teachers.cofinetune import cofinetune
 from kdcache.teachers.joint import CofinetuneTask
 from kdcache.testing.faults import failing_disk
-from kdcache.training.durable import hold_lock
 
 from .conftest import files_in
 
@@ -196,5 +196,5 @@ def test_a_damaged_checkpoint_is_found(recipe: Recipe, tmp_path: Path) -> None:
 
 
 def test_two_processes_do_not_write_the_same_teachers(recipe: Recipe, tmp_path: Path) -> None:
-    with hold_lock(tmp_path / "work", "teachers"), pytest.raises(LockedError, match="another process"):
+    with attempt(tmp_path / "work/.lock"), pytest.raises(LockedError, match="another process"):
         run(recipe, tmp_path)

@@ -1,9 +1,9 @@
-"""The seam between the sharing protocol and the place where a team keeps its caches.
+"""The seam between the sharing protocol and the store where a team keeps its caches.
 
-A remote is a flat space of named objects. It promises little: an object is written whole or not at all, and a name
-listed after a write has ended shows that object. Everything else that push, pull and gc guarantee is built on these
-calls, and on ``create``, where the store has it. A directory on a shared disk and an object store are the two
-implementations; each passes the same contract test class, ``kdcache.testing.remote_contract``.
+A remote is a flat namespace of objects. It guarantees little: a write is atomic, and a list shows every completed
+write. The guarantees of push, pull and gc are built on these calls, and on ``create`` if the store has conditional
+creates. The implementations are a directory on a shared disk and an object store; both pass the same contract tests,
+``kdcache.testing.remote_contract``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from kdcache.errors import RemoteError
 
 @dataclass(frozen=True)
 class Entry:
-    """An object that is there. ``modified``: seconds since 1970 on the store's own clock, whole seconds at worst."""
+    """An existing object. ``modified``: seconds since 1970 on the store's own clock, at least to the second."""
 
     key: str
     size: int
@@ -27,99 +27,118 @@ class Entry:
 
 
 class Remote(Protocol):
-    """Objects by key (relative POSIX paths of the layout, see ``kdcache.share.keys``).
+    """Objects by key. Keys are relative POSIX paths, see ``kdcache.share.keys``. Thread-safe.
 
-    Safe to call from several threads.
+    Implementations retry transient faults.
 
-    Every method raises RemoteError (exit code 1: unreachable, refused, timed out; message without credentials, the cure
-    in the hint) and its subclass RemoteAccessError (the credentials do not allow it). Passing faults are retried
-    inside.
+    Raises:
+        RemoteError: Any method: unreachable, refused, timed out. The message never contains credentials.
+        RemoteAccessError: Any method: the credentials do not allow it.
     """
 
     @property
     def url(self) -> str:
-        """Where it is, for messages: never with credentials."""
+        """The location, for messages; never with credentials."""
         ...
 
     @property
     def where(self) -> str:
-        """``url``, with the endpoint where it is not the provider's own. For messages."""
+        """``url``, with the endpoint unless it is the provider's; for messages."""
         ...
 
     @property
     def filesystem(self) -> str:
-        """The type of the file system, as Linux names it; empty for an object store and where it cannot be found."""
+        """The type of the file system, as Linux names it; empty for an object store or if unknown."""
         ...
 
     @property
     def conditional(self) -> bool:
-        """Whether ``create`` is decided by the store.
-
-        Where it is not, refs are written under keys that no other writer uses.
-        """
+        """Whether ``create`` is atomic; if not, refs get keys that no other writer uses."""
         ...
 
     def list(self, prefix: str) -> Iterator[Entry]:
-        """Every object whose key starts with ``prefix``, in the order of keys."""
+        """The objects whose keys start with ``prefix``, sorted by key.
+
+        Args:
+            prefix: Empty, a key, or a key and a slash.
+
+        Returns:
+            An iterator that shows every write that ended before the call.
+        """
         ...
 
     def head(self, key: str) -> Entry | None:
-        """The object of that key; None where there is none."""
+        """The entry of an object, or None."""
         ...
 
     def read(self, key: str, *, start: int = 0, length: int | None = None) -> Iterator[bytes]:
-        """The bytes, in blocks of at most a few MiB; MissingObjectError where there is no such object.
+        """Read an object in blocks of at most a few MiB.
 
-        May end early without a word where a connection breaks: the caller knows size and digest.
+        The iterator may end early without an error if a connection breaks: the caller checks size and digest.
+
+        Args:
+            key: The object.
+            start: Offset of the first byte.
+            length: Number of bytes; None: to the end.
+
+        Raises:
+            MissingObjectError: There is no such object.
         """
         ...
 
     def read_bytes(self, key: str, limit: int) -> bytes:
-        """All bytes of a small object; MissingObjectError, or DamageError where it has more than ``limit``."""
+        """The bytes of a small object. Raises MissingObjectError, DamageError (more than ``limit`` bytes)."""
         ...
 
     def write(self, key: str, source: Path | bytes) -> None:
-        """Put an object in place whole; an existing one is replaced. Memory does not grow with the size of a file."""
+        """Write an object atomically, replacing an existing one; streams a file in constant memory."""
         ...
 
     def create(self, key: str, data: bytes) -> bool:
-        """Put a small object in place if there is none of that key: True where it was made by this call, False where
-        another was there.
+        """Create a small object unless one exists.
 
-        A response that was lost is recognised: where the object that is there has exactly ``data``, it is one's own. So
-        ``data`` must be unique to the caller (a random token in it). Without ``conditional`` this is check-then-write.
+        If a response is lost, an existing object with exactly ``data`` counts as created by this call. Unless
+        ``conditional``, this is a check followed by a write.
+
+        Args:
+            key: The object.
+            data: Its bytes; must be unique to the caller, for example by a random token.
+
+        Returns:
+            True if this call created the object, False if another one existed.
         """
         ...
 
     def delete(self, key: str) -> None:
-        """Remove an object; nothing happens where there is none."""
+        """Delete an object if it exists."""
         ...
 
     def now(self) -> float:
-        """Seconds since 1970 on the store's own clock: that of ``Entry.modified``, not of this machine."""
+        """Seconds since 1970 on the store's clock, that of ``Entry.modified``."""
         ...
 
     def compares_and_swaps(self) -> bool | None:
-        """Whether an object can be replaced on condition that it has not changed; None where there is no such call.
-
-        kdcache does not need it; ``kdcache remote check`` reports it.
-        """
+        """Whether the store has compare-and-swap; None if it has no such call. Only ``kdcache remote check`` asks."""
         ...
 
     def remove_leftovers(self, age: float) -> int:
-        """Remove unfinished writes that were last touched more than ``age`` seconds ago, on the store's own clock.
+        """Remove temporary files of interrupted writes.
 
-        Returns their number: 0 on an object store, which never shows them.
+        Args:
+            age: Seconds since their last change, on the store's clock.
+
+        Returns:
+            Their number; 0 on an object store, which never shows them.
         """
         ...
 
     def remove_empty_folders(self, prefix: str) -> None:
-        """Remove the folders at and below ``prefix`` that hold nothing. An object store has no folders."""
+        """Remove empty folders at and below ``prefix``; an object store has none."""
         ...
 
 
-LONGEST_KEY = 512  # characters; S3 ends at 1,024 bytes and a prefix of the team comes on top
-_PART = r"[a-z0-9_-][a-z0-9._-]{0,199}"  # file systems end at 255 bytes, of which a name under way takes some
+LONGEST_KEY = 512  # characters; S3 allows 1,024 bytes including the team's prefix
+_PART = r"[a-z0-9_-][a-z0-9._-]{0,199}"  # file systems allow 255 bytes, and temporary names are longer
 _KEY = re.compile(rf"{_PART}(/{_PART})*")
 
 
@@ -129,7 +148,7 @@ def is_key(key: str) -> bool:
 
 
 def check_key(key: str) -> str:
-    """``key`` as it is; RemoteError where it cannot name an object of a remote."""
+    """Returns ``key``. Raises RemoteError if it cannot name an object of a remote."""
     if not is_key(key):
         shown = repr(key) if len(key) <= 80 else f"{key[:80]!r}... ({len(key)} characters)"
         raise RemoteError(
@@ -141,7 +160,7 @@ def check_key(key: str) -> str:
 
 
 def check_prefix(prefix: str) -> str:
-    """``prefix`` as it is: empty, a key, a key with a slash behind it; RemoteError for all else."""
+    """Returns ``prefix``. Raises RemoteError unless it is empty, a key, or a key and a slash."""
     if prefix:
         check_key(prefix.removesuffix("/"))
     return prefix

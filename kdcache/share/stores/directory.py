@@ -1,11 +1,11 @@
 """A directory as a remote: a shared disk, or a folder of this machine.
 
 Objects are files under their keys. Each is written under a temporary name, fsynced, and renamed (for ``create``:
-linked, which fails where the name is taken, in one step of the file system), then its directory is fsynced: all through
-``kdcache.files``, so that faults can be put in. Names with a leading dot are files under way and no objects. The clock
-is that of the file system: the modification time of a probe file.
+hard-linked, which is atomic and fails if the name exists), then its directory is fsynced. All of it goes through
+``kdcache.files``, so tests can inject faults. Names with a leading dot are temporary files and no objects. The clock is
+that of the file system: the modification time of a probe file.
 
-What is read is trusted to nobody: a symbolic link, a pipe or a device in the place of an object is refused.
+The directory is not trusted: a symbolic link, a pipe or a device in the place of an object is refused.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 class DirectoryRemote:
-    """Objects under ``root``, which must be there: a shared disk that is not mounted is no empty remote."""
+    """Objects under ``root``, which must exist: an unmounted shared disk must not look like an empty remote."""
 
     def __init__(self, root: Path) -> None:
         self._root = root.absolute()
@@ -51,7 +51,7 @@ class DirectoryRemote:
 
     @cached_property
     def conditional(self) -> bool:
-        """Whether the file system has hard links, which a create is made of; tried once."""
+        """Whether the file system has hard links, which ``create`` needs; tried once."""
         probe = f".probe-{secrets.token_hex(8)}{TEMPORARY}"
         one, other = self._root / probe, self._root / f".{probe}"
         with self._explained("create"):
@@ -80,7 +80,7 @@ class DirectoryRemote:
                 status = path.lstat()
             except (FileNotFoundError, NotADirectoryError):
                 return None
-        if stat.S_ISDIR(status.st_mode):  # keys begin with it, and none is it
+        if stat.S_ISDIR(status.st_mode):  # a folder of keys, no object
             return None
         self._need_file(key, status)
         return Entry(key, status.st_size, status.st_mtime)
@@ -159,7 +159,7 @@ class DirectoryRemote:
                 Path(folder).rmdir()
 
     def _walk(self, folder: str, prefix: str) -> Iterator[Entry]:
-        """In the order of keys: a folder stands where its name with a slash stands."""
+        """In the order of keys: a folder sorts as its name with a slash."""
         with self._explained("list", folder):
             try:
                 found = list(os.scandir(self._root / folder))
@@ -201,7 +201,7 @@ class DirectoryRemote:
                     yield block
 
     def _path(self, key: str) -> Path:
-        """Where an object lies; RemoteError where the way there leads through a link."""
+        """The file of an object. Raises RemoteError if its path contains a symbolic link."""
         check_key(key)
         self._need_root()
         path = self._root
@@ -225,7 +225,7 @@ class DirectoryRemote:
 
     @contextlib.contextmanager
     def _explained(self, action: str, key: str = "") -> Iterator[None]:
-        """Errors of the file system as those of a remote."""
+        """Raise errors of the file system as RemoteError."""
         what = f"cannot {action} '{key}' on {self.url}" if key else f"cannot {action} {self.url}"
         try:
             yield
@@ -244,7 +244,7 @@ class DirectoryRemote:
     def _denied(self, what: str, error: OSError) -> RemoteAccessError:
         return RemoteAccessError(
             f"{what}: {error.strerror}",
-            "Ask for leave to write there; what may only be read can be pulled from, not pushed to.",
+            "Ask for write access there; without it, pull works and push does not.",
         )
 
 
@@ -255,7 +255,7 @@ def _file_blocks(path: Path) -> Iterator[bytes]:
 
 
 def filesystem(path: Path) -> str:
-    """The type of the file system that ``path`` lies on, as Linux names it; empty where that cannot be found."""
+    """The type of the file system of ``path``, as Linux names it; empty if unknown."""
     best, kind = "", ""
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines():

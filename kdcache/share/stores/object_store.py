@@ -1,11 +1,11 @@
-"""Object stores as remotes: S3 and what speaks its language, Google Cloud Storage, Azure; all through obstore.
+"""Object stores as remotes, through obstore: S3 and compatible stores, Google Cloud Storage, Azure.
 
-obstore signs, retries and streams in Rust, outside the interpreter's lock. Here is what it leaves open: whether a store
-decides creates at all (found by a real probe, because some take the condition and ignore it), an answer that was lost
-on the way (found by reading back), an order of keys (some list by folder), and errors that a person can act on.
+obstore signs, retries and streams in Rust, without the GIL. This module adds what it leaves open: whether a store has
+conditional creates (found by a probe, because some accept the condition and ignore it), whether a request whose answer
+was lost succeeded (found by reading back), the order of keys (some list by folder), and readable errors.
 
-Its runtime does not survive a fork: a child process has no worker threads and would wait for ever. So workers are
-spawned; a forked child gets an error at its first call.
+obstore's runtime does not survive a fork: the child has no worker threads and would hang. So worker processes are
+spawned, and a forked child gets an error at its first call.
 """
 
 from __future__ import annotations
@@ -20,8 +20,15 @@ from typing import TYPE_CHECKING, Any
 
 from kdcache.errors import DamageError, MissingObjectError, RemoteError
 from kdcache.share.stores.base import Entry, check_key, check_prefix, is_key
-from kdcache.share.stores.store_access import obstore, open_store
-from kdcache.share.stores.store_errors import Place, explain, is_lost, is_whole, out_of_range
+from kdcache.share.stores.store_client import (
+    Place,
+    explain,
+    is_lost,
+    is_whole,
+    obstore,
+    open_store,
+    out_of_range,
+)
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
@@ -34,7 +41,7 @@ PARTS_AT_ONCE = 3  # of one file on their way, while one more is read
 IN_FLIGHT = 64 << 20  # bytes of all uploads together
 PROBES = "probes"  # the folder of keys that are made to learn about a store
 _CLOCK = f"{PROBES}/clock"  # one object, written again and again
-_decides: dict[tuple[str, str, str], bool] = {}  # (scheme, endpoint, bucket): what the probe of this process found
+_decides: dict[tuple[str, str, str], bool] = {}  # (scheme, endpoint, bucket) -> result of the probe in this process
 _probing = threading.Lock()
 
 
@@ -62,10 +69,7 @@ class ObjectStoreRemote:
 
     @property
     def conditional(self) -> bool:
-        """Google and Azure decide creates by their specification.
-
-        Of an S3 store this is found out once per process and bucket.
-        """
+        """True for Google and Azure by specification; an S3 store is probed once per process and bucket."""
         if self._place.scheme != "s3":
             return True
         known = (self._place.scheme, self._place.endpoint, self._place.bucket)
@@ -139,7 +143,7 @@ class ObjectStoreRemote:
             raise explain(error, self._place, "delete", key) from None
 
     def now(self) -> float:
-        """The time at which the store says that it wrote a probe; whole seconds, cut off. Needs leave to write."""
+        """The modification time of a probe object, in whole seconds. Needs write access."""
         self.write(_CLOCK, secrets.token_bytes(4))
         found = self.head(_CLOCK)
         if found is None:
@@ -158,14 +162,14 @@ class ObjectStoreRemote:
         pass
 
     def _listed(self, prefix: str) -> Iterator[Entry]:
-        """All of them, sorted: some stores list folder by folder. Keys that are none of kdcache's are passed over."""
+        """Sorted, since some stores list folder by folder; keys that cannot be kdcache's are skipped."""
         folder = prefix.rpartition("/")[0] or None  # obstore matches whole parts of a path only
         try:
             found = [
-                _entry(one["path"], one)
+                _entry(item["path"], item)
                 for chunk in obstore().list(self._store, folder, chunk_size=1000)
-                for one in chunk
-                if one["path"].startswith(prefix) and is_key(one["path"])
+                for item in chunk
+                if item["path"].startswith(prefix) and is_key(item["path"])
             ]
         except Exception as error:
             raise explain(error, self._place, "list") from None
@@ -181,7 +185,9 @@ class ObjectStoreRemote:
             self._need_bucket(error, "read", key)
             raise self._missing(key) from None
         except Exception as error:
-            if is_whole(error):  # some answer a range that covers all with the whole, which obstore does not take
+            if is_whole(
+                error
+            ):  # some answer a range that covers the whole object with status 200, which obstore refuses
                 yield from _cut(self._blocks(key, 0, None), start, length)
             elif not out_of_range(error):
                 raise explain(error, self._place, "read", key) from None
@@ -190,10 +196,10 @@ class ObjectStoreRemote:
         yield from map(bytes, obstore().get(self._store, key, options=options).stream(min_chunk_size=BLOCK))
 
     def _create(self, key: str, data: bytes) -> bool:
-        """Made here, or not: that is for the object to say that is there.
+        """Whether this call created the object, judged by the bytes that are there afterwards.
 
-        A 412 may answer one's own request, sent again after its answer was lost; a 409 says only that somebody else was
-        at work.
+        A 412 may answer this call's own request, repeated after its answer was lost; a 409 only says that another
+        request was in progress.
         """
         for _ in range(4):
             failure: RemoteError | None = None
@@ -214,12 +220,12 @@ class ObjectStoreRemote:
             if failure:
                 raise failure
         raise RemoteError(
-            f"cannot create '{key}' on {self._place.at}: the store says that it is there and does not show it",
+            f"cannot create '{key}' on {self._place.at}: the store reports that it exists and does not return it",
             "Run the same command again; look at the store with: kdcache remote check",
         )
 
     def _there(self, key: str, data: bytes) -> bool | None:
-        """Whether the object that is there is exactly ``data``; None where there is none."""
+        """Whether the object has exactly the bytes ``data``; None if there is none."""
         try:
             return self.read_bytes(key, len(data)) == data
         except MissingObjectError:
@@ -246,22 +252,21 @@ class ObjectStoreRemote:
 
 
 def open_object_store(url: str, environment: Mapping[str, str] | None = None) -> ObjectStoreRemote:
-    """The place in a bucket that ``url`` (s3://, gs:// or az://, then BUCKET[/PREFIX]) names; nothing is asked of the
-    store yet.
+    """The remote of a URL: s3://, gs:// or az://, then BUCKET[/PREFIX]. Sends no request yet.
 
-    Credentials and endpoint come from the variables that the tools of the providers use, in ``environment`` or, where
-    that is None, in this process. Raises RecipeError where they do not fit together.
+    Credentials and endpoint come from the providers' usual variables in ``environment`` (None: this process). Raises
+    RecipeError if they do not fit together.
     """
     return ObjectStoreRemote(*open_store(url, environment))
 
 
 def _entry(key: str, found: Any) -> Entry:
-    """Whole seconds: some lists know more than the head of the same object."""
+    """In whole seconds: some stores list finer times than they give for a head."""
     return Entry(key, found["size"], float(int(found["last_modified"].timestamp())))
 
 
 def _cut(blocks: Iterator[bytes], start: int, length: int | None) -> Iterator[bytes]:
-    """The bytes from ``start`` on, ``length`` of them, out of all."""
+    """``length`` bytes from ``start`` on."""
     at, end = 0, None if length is None else start + length
     for block in blocks:
         piece = block[max(start - at, 0) : None if end is None else max(end - at, 0)]
@@ -273,22 +278,17 @@ def _cut(blocks: Iterator[bytes], start: int, length: int | None) -> Iterator[by
 
 
 class ByteBudget:
-    """At most ``limit`` bytes at once.
-
-    What needs more than that is let through alone. Safe to use from several threads.
-    """
+    """Limits the bytes in flight to ``limit``; a larger request runs alone. Thread-safe."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self._taken = 0
-        self._turn = (
-            threading.Lock()
-        )  # held by whoever waits for room, so that small ones do not pass a large one for ever
+        self._turn = threading.Lock()  # held while waiting, so that small requests cannot starve a large one
         self._freed = threading.Condition()
 
     @contextmanager
     def hold(self, count: int) -> Iterator[None]:
-        """Take ``count`` bytes of the budget while the block runs; waits for them."""
+        """Wait for ``count`` bytes of the budget and hold them while the block runs."""
         with self._turn, self._freed:
             while self._taken and self._taken + count > self.limit:
                 self._freed.wait()
@@ -301,14 +301,11 @@ class ByteBudget:
                 self._freed.notify_all()
 
 
-_RACERS = 2  # more tell more, and some stores let racers wait for seconds; ``kdcache remote check`` has eight
+_RACERS = 2  # some stores make writers wait for seconds; ``kdcache remote check`` uses eight
 
 
 def create_holds(store: ObjectStore, place: Place) -> bool:
-    """Two writers create one object at once.
-
-    Exactly one may win, and one that comes later may not. Raises RemoteError.
-    """
+    """Whether of two simultaneous creates exactly one succeeds, and a later one fails. Raises RemoteError."""
     with _probe(store, "create") as key:
 
         def create(number: int) -> bool:
@@ -320,7 +317,7 @@ def create_holds(store: ObjectStore, place: Place) -> bool:
 
 
 def swap_holds(store: ObjectStore, place: Place) -> bool:
-    """An object is replaced by who names its version, and not by who names an older one. Raises RemoteError."""
+    """Whether a replacement succeeds with the current version tag only. Raises RemoteError."""
     with _probe(store, "swap") as key:
         try:
             first = obstore().put(store, key, b"first", use_multipart=False)["e_tag"]
@@ -339,12 +336,12 @@ def _probe(store: ObjectStore, name: str) -> Iterator[str]:
     try:
         yield key
     finally:
-        with suppress(Exception):  # what went wrong before is what counts
+        with suppress(Exception):  # an earlier error matters more
             obstore().delete(store, key)
 
 
 def _put(store: ObjectStore, place: Place, key: str, data: bytes, mode: Any) -> bool:
-    """Whether the store took it; False where it named the condition."""
+    """Whether the store accepted it; False if the condition failed."""
     from obstore.exceptions import AlreadyExistsError, NotSupportedError, PreconditionError
 
     try:

@@ -1,8 +1,8 @@
-"""``kdcache remote check``: what a store guarantees, found by trying, and what follows for a team.
+"""``kdcache remote check``: try what a store guarantees, and say what follows for a team.
 
-The sharing protocol asks little of a remote (docs/decisions/0010): whole objects, ranges, a list that shows every write
-that has ended. Whether creates are decided by the store makes the difference between one line of versions and forks
-that are reported. Everything is tried under ``probes/``, and removed again.
+The sharing protocol needs little (docs/decisions/0010): whole objects, ranges, and lists that show every completed
+write. With conditional creates, versions of a name form one line; without, two simultaneous pushes make a fork, which
+is reported. All probes are written under ``probes/`` and removed again.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 RACERS = 8
 FOLDER = "probes"
-SKEW = 5.0  # seconds between the clocks of two machines that nobody needs to hear of
+SKEW = 5.0  # seconds of difference between two clocks that are not reported
 _SIZE = 300_000  # bytes of the object that is read back
 _SHARED = ("nfs", "nfs4", "cifs", "smb3", "9p", "lustre", "beegfs", "gpfs", "ceph", "afs")
 _NEEDED = ("whole objects", "ranges", "list after write")
@@ -32,7 +32,7 @@ _NEEDED = ("whole objects", "ranges", "list after write")
 
 @dataclass(frozen=True)
 class Finding:
-    """One guarantee; ``holds`` is None where it could not be tried."""
+    """One guarantee; ``holds`` is None if it could not be tried."""
 
     name: str
     holds: bool | None
@@ -41,10 +41,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Report:
-    """What was found.
-
-    ``ahead``: seconds by which the store's clock is ahead of this machine's, None where it could not be read.
-    """
+    """The findings; ``ahead``: seconds by which the store's clock is ahead of this machine's, None if unknown."""
 
     where: str
     writable: bool
@@ -58,12 +55,12 @@ class Report:
 
     @property
     def usable(self) -> bool:
-        """Whether caches can at least be pulled from here safely."""
+        """Whether caches can safely be pulled from here."""
         return all(self.holds(name) is not False for name in _NEEDED)
 
     @property
     def verdict(self) -> str:
-        """What it comes to, in one or two sentences."""
+        """The conclusion, in one or two sentences."""
         if not self.usable:
             return (
                 "This store cannot hold caches: "
@@ -73,17 +70,16 @@ class Report:
         if not self.writable:
             return "These credentials may read and not write: cache pull and ls work, push, rm and gc do not."
         if self.holds("decided creates"):
-            return "Any number of people may push to one name at once: every version gets a number of its own, and none is lost."
+            return "Any number of people may push to one name at once: each version gets its own number, none is lost."
         return (
             "Caches are safe here, and no version is lost; but the store does not decide who was first. Two pushes to "
-            "one name at the "
-            "same time become a fork, which every reader reports until the next push: let one person at a time push to "
-            "a name."
+            "one name at the same time become a fork, which every reader reports until the next push: let one person "
+            "at a time push to a name."
         )
 
 
 def check(remote: Remote) -> Report:
-    """Try everything. Raises RemoteError where the store cannot be reached or read at all."""
+    """Try every guarantee. Raises RemoteError if the store cannot be reached or read."""
     list(remote.list(f"{FOLDER}/"))
     folder = f"{FOLDER}/check-{secrets.token_hex(8)}"
     findings: list[Finding] = []
@@ -132,7 +128,7 @@ def _list_after_write(remote: Remote, folder: str) -> tuple[bool, str]:
     for number in range(5):
         remote.write(f"{folder}/list/{number}", b"x")
         if len(list(remote.list(f"{folder}/list/"))) != number + 1:
-            return False, "a list may lack what was just written: a gc could miss a push that is under way"
+            return False, "a list may lack what was just written: a gc could miss a push in progress"
     return True, "a list shows every write that has ended, so a gc sees every push"
 
 
@@ -144,7 +140,7 @@ def _delete(remote: Remote, folder: str) -> tuple[bool, str]:
 
 
 def _creates(remote: Remote, folder: str) -> tuple[bool, str]:
-    """``conditional`` was found with few racers; here are more, let go together."""
+    """``conditional`` was found with two writers; this tries more, released by a barrier."""
     if not remote.conditional:
         return False, "a condition on a write is ignored: of writers at the same time all believe that they were first"
     gate = threading.Barrier(RACERS)
@@ -189,7 +185,7 @@ def _clock(ahead: float) -> Finding:
 
 
 def _of_directory(remote: Remote) -> list[Finding]:
-    """What cannot be tried from one machine, and follows from the kind of file system."""
+    """What cannot be tried from one machine and follows from the type of the file system."""
     kind = remote.filesystem
     if not kind:
         return []
@@ -210,7 +206,7 @@ def _of_directory(remote: Remote) -> list[Finding]:
 
 @contextmanager
 def _removed(remote: Remote, folder: str, leftovers: list[str]) -> Iterator[None]:
-    """Whatever lies in ``folder`` afterwards is deleted, and the probe of the clock; what cannot be is named."""
+    """Delete the objects of ``folder`` and the clock probe afterwards; collects keys that could not be deleted."""
     try:
         yield
     finally:

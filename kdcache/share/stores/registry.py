@@ -1,7 +1,4 @@
-"""From a URL, or from the environment, to a remote.
-
-What is wrong with either is said before anything is asked of a store.
-"""
+"""Opens the remote that a URL or the variable KDCACHE_REMOTE names; checks the URL before any request is sent."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
 from kdcache.errors import RecipeError
-from kdcache.share.stores.redaction import redact
+from kdcache.share.stores.store_client import redact
 
 if TYPE_CHECKING:
     from kdcache.share.stores.base import Remote
@@ -26,7 +23,7 @@ _PREFIX = re.compile(r"[A-Za-z0-9._=+-]+(/[A-Za-z0-9._=+-]+)*")
 
 
 def default_remote() -> Remote:
-    """The team's remote, named by KDCACHE_REMOTE; RecipeError where the variable is not set or does not name one."""
+    """The team's remote, named by KDCACHE_REMOTE. Raises RecipeError if the variable is unset or invalid."""
     url = os.environ.get(VARIABLE, "").strip()
     if not url:
         raise RecipeError(f"{VARIABLE} is not set", f"Name the team's remote: export {VARIABLE}=URL with {KINDS}.")
@@ -36,7 +33,7 @@ def default_remote() -> Remote:
 def open_remote(url: str) -> Remote:
     """The remote at a directory path, file://, s3://, gs:// or az:// URL.
 
-    Raises RecipeError where the URL cannot name one, or names a directory that is not there.
+    Raises RecipeError if the URL is invalid, or the directory does not exist.
     """
     scheme, separator, rest = url.strip().partition("://")
     if not separator:

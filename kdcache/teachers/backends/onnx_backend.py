@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 from kdcache.data.encoding import encode, pad, padding_id
 from kdcache.errors import ModelError, NonFiniteError
+from kdcache.files import publish_directory, sync_tree
 from kdcache.teachers.backends.base import TeacherOutput
-from kdcache.training.durable import publish_directory, sync_tree
 
 if TYPE_CHECKING:
     from kdcache.teachers.teacher import Teacher, TeacherModel

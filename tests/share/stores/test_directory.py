@@ -158,7 +158,7 @@ def test_what_may_not_be_written_is_said(root: Path) -> None:
         for call in (lambda: remote.write("one", b"x"), lambda: remote.create("one", b"x"), remote.now):
             with pytest.raises(RemoteAccessError, match="Read-only file system") as caught:
                 call()
-            assert "pulled from" in caught.value.hint
+            assert "pull works and push does not" in caught.value.hint
 
 
 def test_what_vanishes_while_it_is_read_is_missing(root: Path) -> None:

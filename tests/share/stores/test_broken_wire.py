@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from kdcache.errors import RemoteError
-from kdcache.share.stores import store_access
+from kdcache.share.stores import store_client
 from kdcache.share.stores.object_store import ObjectStoreRemote, open_object_store
 from kdcache.testing.broken_wire import Wire, broken_wire
 from kdcache.testing.s3_server import S3Server
@@ -69,7 +69,7 @@ def test_a_body_that_breaks_off_is_continued(remote: ObjectStoreRemote, wire: Wi
 def test_a_wire_that_stays_broken_is_said(
     remote: ObjectStoreRemote, wire: Wire, seaweedfs: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(store_access._RETRIES, "max_retries", 1)
+    monkeypatch.setitem(store_client._RETRIES, "max_retries", 1)
     remote = open_object_store(remote.url, seaweedfs.environment() | {"AWS_ENDPOINT_URL": wire.endpoint})
     remote.write("one", DATA)
     wire.cut(1000, 20)

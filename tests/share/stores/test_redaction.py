@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kdcache.share.stores.redaction import redact
+from kdcache.share.stores.store_client import redact
 
 SECRET = "wJalrXUtnFEMI/K7MDENG+bPxRfiCYEXAMPLEKEY"
 TEXTS = [

@@ -256,7 +256,11 @@ def test_room_is_made_by_whole_caches_the_least_recently_used_first(remote: Gate
     tight = LocalStore(store.root, store.used_bytes() + 4000)
     third = fill(remote, refs[2], tight)
     assert [place.exists() for place in (*places, third)] == [True, False, True], "b was used before a"
-    with tight.use(refs[0].identity), tight.use(refs[2].identity), pytest.raises(Exception, match="may take") as caught:
+    with (
+        tight.use(refs[0].identity),
+        tight.use(refs[2].identity),
+        pytest.raises(Exception, match="is limited to") as caught,
+    ):
         fill(remote, refs[1], tight)
     assert "KDCACHE_STORE_BYTES" in caught.value.hint  # type: ignore[attr-defined]
     assert verify(places[0]) == [] and verify(third) == []

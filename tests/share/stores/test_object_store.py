@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from kdcache.errors import RemoteAccessError, RemoteError
-from kdcache.share.stores import store_access
+from kdcache.share.stores import store_client
 from kdcache.share.stores.object_store import ObjectStoreRemote, open_object_store
 from kdcache.testing.s3_server import S3Server, User
 
@@ -79,7 +79,7 @@ def test_a_bucket_that_is_not_there_is_named(rclone_store: S3Server) -> None:
 
 
 def test_a_server_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(store_access._RETRIES, "max_retries", 1)
+    monkeypatch.setitem(store_client._RETRIES, "max_retries", 1)
     keys = {
         "AWS_ACCESS_KEY_ID": "somebody",
         "AWS_SECRET_ACCESS_KEY": "something",

@@ -24,7 +24,7 @@ from kdcache.share.refs import resolve
 from kdcache.share.stores.directory import DirectoryRemote
 from kdcache.testing.faulty_remote import FaultyRemote
 from kdcache.testing.s3_server import S3Server
-from tests.share.store.test_reading_through import read_teacher
+from tests.share.test_reading_through import read_teacher
 
 
 class Deadly(DirectoryRemote):
