@@ -1,9 +1,9 @@
-"""A training loop of one's own over a kdcache cache: no kdcache trainer, no teacher, about forty lines.
+"""A plain PyTorch training loop over a kdcache cache: no kdcache trainer, no teacher, about forty lines.
 
     python docs/examples/plain_loop.py CACHE MODEL OUTPUT
 
-CACHE is what ``kdcache dump-teachers`` wrote, MODEL a Hugging Face directory or hub name, OUTPUT a directory for the
-student.
+CACHE is a directory from ``kdcache dump-teachers``. MODEL is a Hugging Face directory or hub name. OUTPUT is the
+directory where the student is saved.
 """
 
 import sys
@@ -15,7 +15,7 @@ import kdcache
 
 
 def main(cache_path: str, model_name: str, output: str, epochs: int = 1, batch_size: int = 16) -> float:
-    """Train with the task loss, the soft labels and the hidden states of all teachers; the last loss."""
+    """Train with the task loss, soft labels and hidden states of all teachers. Returns the last loss."""
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     cache = kdcache.open_cache(cache_path)
@@ -41,7 +41,7 @@ def main(cache_path: str, model_name: str, output: str, epochs: int = 1, batch_s
     loss = torch.zeros(())
     for epoch in range(epochs):
         for batch in batches.batches(epoch):
-            batch = batch.to(device)  # targets stay quantised until they are here
+            batch = batch.to(device)  # targets are sent quantised and decoded on the device
             outputs = student(**batch.inputs, output_hidden_states=True)
             sides = projections(outputs.hidden_states, batch.targets.hidden)
             errors = {pair: kdcache.losses.mean_squared_error(*side) for pair, side in sides.items()}

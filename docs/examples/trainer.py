@@ -1,8 +1,8 @@
-"""``transformers.Trainer`` with cached soft labels: kdcache brings the batches, Trainer does the rest.
+"""``transformers.Trainer`` with cached soft labels: kdcache provides the batches, Trainer trains.
 
     python docs/examples/trainer.py CACHE MODEL OUTPUT
 
-Trainer wants a DataLoader; the loader's batches are wrapped as an iterable data set whose items are ready batches.
+Trainer needs a DataLoader. So an iterable data set wraps the loader; its items are complete batches.
 """
 
 import sys
@@ -16,7 +16,7 @@ import kdcache
 
 
 class CachedEpochs(IterableDataset):
-    """Each pass over it is the next epoch of the loader; an item is a whole batch."""
+    """Each pass is the next epoch of the loader. An item is a complete batch."""
 
     def __init__(self, batches) -> None:
         self.batches, self.epoch = batches, 0
@@ -31,7 +31,7 @@ class CachedEpochs(IterableDataset):
 
 
 class DistillationTrainer(Trainer):
-    """Task loss plus soft labels; ``teacher_logits`` [teachers, batch, classes] come with the batch."""
+    """Task loss plus soft labels. ``teacher_logits`` [teachers, batch, classes] are part of the batch."""
 
     def __init__(self, *args, batches, temperature: float = 1.0, **kwargs) -> None:
         super().__init__(*args, **kwargs)
@@ -40,7 +40,7 @@ class DistillationTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         return DataLoader(CachedEpochs(self.batches), batch_size=None)
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):  # noqa: ARG002 - Trainer gives it
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):  # noqa: ARG002 - by Trainer
         labels, teacher_logits = inputs.pop("labels"), inputs.pop("teacher_logits")
         outputs = model(**inputs)
         loss = kdcache.losses.task_loss(outputs.logits, labels) + self.soft(outputs.logits, teacher_logits, labels)
@@ -48,7 +48,7 @@ class DistillationTrainer(Trainer):
 
 
 def main(cache_path: str, model_name: str, output: str, epochs: int = 1, batch_size: int = 16) -> float:
-    """Train; the mean training loss."""
+    """Train. Returns the mean training loss."""
     cache = kdcache.open_cache(cache_path)
     tokenizer = AutoTokenizer.from_pretrained(model_name)
     names = cache.task.label_names
