@@ -56,7 +56,6 @@ class PushReport:
 class _Object:
     """Something that must be on the remote: a local file, or the manifest's own bytes."""
 
-    key: str
     digest: FileDigest
     path: Path | None  # None: not here (not pulled), or the manifest
     data: bytes | None = None
@@ -135,12 +134,12 @@ def _prepare(
         needed = path in here and (local is None or local.complete)
         if needed or (root / path).exists():  # what was added to a part of a cache need not belong to its selection
             files.check_present(path)
-            objects[layout.file_key(digest.sha256)] = _Object(layout.file_key(digest.sha256), digest, root / path)
+            objects[layout.file_key(digest.sha256)] = _Object(digest, root / path)
         else:
-            objects.setdefault(layout.file_key(digest.sha256), _Object(layout.file_key(digest.sha256), digest, None))
+            objects.setdefault(layout.file_key(digest.sha256), _Object(digest, None))
     sha = hashlib.sha256(data).hexdigest()
     key = layout.manifest_key(sha)
-    objects[key] = _Object(key, FileDigest(len(data), sha), None, data)
+    objects[key] = _Object(FileDigest(len(data), sha), None, data)
     return _Job(remote, name, tag, manifest, sha, objects, pace, progress, workers, after)
 
 
