@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kdcache.cache.files import use_disk
-from kdcache.errors import LockedError, NonFiniteError
+from kdcache.errors import LockedError, MismatchError, NonFiniteError
 from kdcache.progress import SilentProgress
 from kdcache.recipe import DistillSection
 from kdcache.testing.faults import UnsyncedDisk
@@ -180,3 +180,18 @@ def test_every_term_that_is_not_finite_is_named_with_a_way_out(tmp_path: Path) -
 def test_models_run_on_cuda_where_it_is(there: bool, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
     assert default_device() == torch.device(name)
+
+
+def test_a_training_of_other_length_does_not_go_on(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(Regression(die_at=7), tmp_path)
+    with pytest.raises(MismatchError, match="steps_per_epoch: 5 then, 4 now"):
+        run(Regression(steps_per_epoch=4), tmp_path)
+
+
+def test_parameters_with_a_rate_of_their_own_learn_at_it(tmp_path: Path) -> None:
+    trainee = Regression()
+    before = {name: parameter.detach().clone() for name, parameter in trainee.model.named_parameters()}
+    run(trainee, tmp_path, settings=LoopSettings(**{**vars(SETTINGS), "own_rates": {"0.": 1e-9}}))
+    moved = {name: float((parameter.detach() - before[name]).abs().max()) for name, parameter in trainee.model.named_parameters()}
+    assert max(moved["0.weight"], moved["0.bias"]) < 1e-6 < 1e-2 < min(moved["2.weight"], moved["2.bias"])
