@@ -59,7 +59,6 @@ class PushReport:
 class _Object:
     """An object that must be on the remote: a local file, or the manifest."""
 
-    key: str
     digest: FileDigest
     path: Path | None  # None: the manifest, or a file that was not pulled
     data: bytes | None = None
@@ -158,12 +157,12 @@ def _prepare(
         needed = path in here and (local is None or local.complete)
         if needed or (root / path).exists():  # files added to a partly pulled cache need not be in its selection
             files.check_present(path)
-            objects[layout.file_key(digest.sha256)] = _Object(layout.file_key(digest.sha256), digest, root / path)
+            objects[layout.file_key(digest.sha256)] = _Object(digest, root / path)
         else:
-            objects.setdefault(layout.file_key(digest.sha256), _Object(layout.file_key(digest.sha256), digest, None))
+            objects.setdefault(layout.file_key(digest.sha256), _Object(digest, None))
     sha = hashlib.sha256(data).hexdigest()
     key = layout.manifest_key(sha)
-    objects[key] = _Object(key, FileDigest(len(data), sha), None, data)
+    objects[key] = _Object(FileDigest(len(data), sha), None, data)
     return _Job(remote, name, tag, manifest, sha, objects, timing, progress, workers, after)
 
 

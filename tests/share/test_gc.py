@@ -496,9 +496,14 @@ def test_a_delete_that_took_what_was_pushed_while_gc_slept_is_said(caches: Cache
     assert broken_refs(world.remote) == []
 
 
-def test_a_gc_on_a_slow_store_keeps_its_mark_alive(caches: Caches) -> None:
-    """Each listed object takes seconds, all of them take far longer than a mark lives."""
+@pytest.mark.parametrize(
+    ("method", "slow"), [("list", "refs/"), ("list", "manifests/"), ("list", "files/"), ("read_bytes", "manifests/")]
+)
+def test_a_gc_on_a_slow_store_keeps_its_mark_alive(caches: Caches, method: str, slow: str) -> None:
+    """Each object takes less than a renewal may wait, all of them take longer than a mark lives."""
     world = prepared(caches)
+    for name in caches:
+        push(world.remote, caches[name], f"{name}-kept", timing=world.timing)
 
     class Slow:
         url, conditional = world.remote.url, True
@@ -506,14 +511,50 @@ def test_a_gc_on_a_slow_store_keeps_its_mark_alive(caches: Caches) -> None:
         def list(self, prefix: str) -> Iterator[Any]:
             for entry in world.remote.list(prefix):
                 yield entry
-                world.seconds += 20.0
+                world.seconds += 50.0 * (method == "list" and prefix == slow)
 
-        def __getattr__(self, method: str) -> Any:
-            return getattr(world.remote, method)
+        def read(self, key: str, **options: Any) -> Any:
+            return self.read_bytes(key, 1 << 30) if not options else world.remote.read(key, **options)
 
-    report = collect(cast("Remote", Slow()), delete=True, timing=world.timing, workers=1)
-    assert report.files > 10
+        def read_bytes(self, key: str, limit: int) -> bytes:
+            world.seconds += 50.0 * (method == "read_bytes" and key.startswith(slow))
+            return world.remote.read_bytes(key, limit)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(world.remote, name)
+
+    lapsed = world.seconds
+    collect(cast("Remote", Slow()), delete=True, timing=world.timing, workers=1)
+    assert world.seconds - lapsed > world.timing.ttl
     assert broken_refs(world.remote) == []
+
+
+def test_a_dropped_version_that_is_damaged_takes_nothing_from_the_others(world: World, caches: Caches) -> None:
+    push(world.remote, caches["one"], "aaa", timing=world.timing)
+    push(world.remote, caches["other"], "zzz", timing=world.timing)
+    world.seconds += 2 * GRACE
+    world.remote.objects[layout.manifest_key(history(world.remote, "aaa")[0].manifest)] = (b"{}", world.seconds)
+    with pytest.raises(DamageError) as caught:
+        collect(world.remote, delete=True, timing=world.timing)
+    assert caught.value.message.endswith("; so nobody knows which files aaa@1 reaches, and nothing is deleted")
+    assert caught.value.hint == "Push that cache again, or drop it with: kdcache cache rm aaa@1"
+    remove(world.remote, "aaa@1")
+    files = read_manifest(caches["other"]).contents.files
+    report = collect(world.remote, delete=True, timing=world.timing)
+    assert (report.refs, report.kept_files) == (0, len({one.sha256 for one in files.values()}))
+    assert broken_refs(world.remote) == []
+
+
+def test_each_name_keeps_its_own_newest_number(world: World, caches: Caches) -> None:
+    for cache in ("one", "two", "other", "one"):
+        push(world.remote, caches[cache], "long", timing=world.timing)
+    push(world.remote, caches["one"], "short", timing=world.timing)
+    remove(world.remote, "short")
+    for _ in range(3):
+        world.seconds += 2 * GRACE
+        collect(world.remote, delete=True, timing=world.timing)
+    assert [ref.number for ref in history(world.remote, "short")] == [2]
+    assert [ref.number for ref in history(world.remote, "long")] == [1, 2, 3, 4]
 
 
 def test_one_worker_is_the_calling_thread(caches: Caches) -> None:

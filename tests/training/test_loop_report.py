@@ -1,0 +1,207 @@
+"""What the loop takes from a recipe, what it tells, and which epoch it keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from kdcache.cache.files import use_disk
+from kdcache.training.durable import hold_lock
+
+from kdcache.errors import LockedError, MismatchError, NonFiniteError
+from kdcache.progress import SilentProgress
+from kdcache.recipe import DistillSection
+from kdcache.testing.faults import UnsyncedDisk
+from kdcache.training.loop import LoopSettings, Outcome, default_device, train
+from tests.training.test_loop import Regression
+
+SETTINGS = LoopSettings(epochs=3, learning_rate=0.05, checkpoint_steps=2, log_steps=2, seed=3)
+NAN = float("nan")
+
+
+@pytest.fixture(autouse=True)
+def _fast_disk() -> object:
+    with use_disk(UnsyncedDisk()):
+        yield
+
+
+class Told(SilentProgress):
+    """What a bar would show."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+        self.notes: list[str] = []
+
+    def start(self, title: str, total: int, unit: str) -> None:
+        self.calls.append(("start", title, total, unit))
+
+    def advance(self, count: int, *, bytes_done: int = 0, **values: float) -> None:  # noqa: ARG002
+        self.calls.append(("advance", count, *values))
+
+    def note(self, message: str) -> None:
+        self.notes.append(message)
+
+    def finish(self) -> None:
+        self.calls.append(("finish",))
+
+
+class Keeping(Regression):
+    """With the metrics of the epochs that were kept; a score of None is absent."""
+
+    def __init__(self, *scores: float | None, **options: Any) -> None:
+        super().__init__(**options)
+        self.said, self.metrics = scores, list[tuple[int, dict[str, float]]]()
+
+    def evaluate(self, epoch: int) -> dict[str, float]:
+        score = self.said[epoch]
+        return {"validation": float(epoch)} | ({} if score is None else {"score": score})
+
+    def keep_best(self, epoch: int, metrics: Mapping[str, float]) -> None:
+        self.metrics.append((epoch, dict(metrics)))
+
+
+def run(
+    trainee: Regression, place: Path, told: Told | None = None, settings: LoopSettings = SETTINGS
+) -> tuple[Outcome, list[Any]]:
+    lines: list[Any] = []
+    outcome = train(trainee, settings, checkpoints=place, progress=told or SilentProgress(), on_metrics=lines.append)
+    return outcome, lines
+
+
+def test_settings_are_those_of_the_section() -> None:
+    given = {
+        "epochs": 7, "learning_rate": 0.25, "warmup": 0.375, "weight_decay": 0.125, "max_grad_norm": 2.5, "precision": "bf16",
+        "checkpoint_steps": 11, "seed": 13,
+    }  # fmt: skip
+    settings = LoopSettings.from_section(DistillSection.model_validate(given), {"data": "a"})
+    assert {name: value for name, value in vars(settings).items() if name in given} == given
+    assert settings.identity == {"data": "a"}
+
+
+def test_the_identity_names_all_that_the_weights_depend_on_and_nothing_else() -> None:
+    known = SETTINGS.full_identity(5)
+    settings = {name for name in vars(SETTINGS) if name not in ("checkpoint_steps", "identity")}
+    assert known.keys() == settings | {"steps_per_epoch"}
+    assert known["steps_per_epoch"] == 5
+    other = LoopSettings(epochs=3, learning_rate=0.05, identity={"data": "a", "model": "b"}).full_identity(5)
+    assert other.items() >= {"data": "a", "model": "b", "epochs": 3, "learning_rate": 0.05}.items()
+
+
+@pytest.mark.parametrize(
+    ("scores", "kept", "notes"),
+    [
+        ((0.5, 0.9, 0.7), [0, 1], [", score 0.5000 (best so far: epoch 1)", ", score 0.9000 (best so far: epoch 2)",
+                                   ", score 0.7000 (best so far: epoch 2)"]),
+        ((0.5, 0.5, 0.4), [0], [", score 0.5000 (best so far: epoch 1)"] * 1 + [", score 0.5000 (best so far: epoch 1)",
+                                                                              ", score 0.4000 (best so far: epoch 1)"]),
+        ((-2.0, -1.0, -3.0), [0, 1], None),
+        ((None, None, None), [0, 1, 2], ["", "", ""]),
+        ((NAN, 0.1, 0.2), [0, 1, 2], None),
+        ((0.5, NAN, 0.1), [0, 1, 2], None),
+        ((float("-inf"), float("-inf"), 0.0), [0, 2], None),
+    ],
+)  # fmt: skip
+def test_the_best_epoch_is_kept_with_its_metrics(
+    scores: tuple[float | None, ...], kept: list[int], notes: list[str] | None, tmp_path: Path
+) -> None:
+    trainee, told = Keeping(*scores), Told()
+    outcome, lines = run(trainee, tmp_path, told)
+    assert [epoch for epoch, _ in trainee.metrics] == kept
+    assert outcome == Outcome(best_epoch=kept[-1], steps=15)
+    epochs = [line for line in lines if line["event"] == "epoch"]
+    assert [(line["epoch"], line["step"], line["validation"]) for line in epochs] == [
+        (1, 5, 0.0),
+        (2, 10, 1.0),
+        (3, 15, 2.0),
+    ]
+    for epoch, metrics in trainee.metrics:
+        assert metrics["validation"] == epoch and ("score" in metrics) == (scores[epoch] is not None)
+    if notes is not None:
+        assert told.notes == [f"epoch {epoch + 1} of 3 done{note}" for epoch, note in enumerate(notes)]
+
+
+def test_progress_and_lines_go_on_where_the_training_stopped(tmp_path: Path) -> None:
+    first, second = Told(), Told()
+    with pytest.raises(KeyboardInterrupt):
+        run(Regression(die_at=8), tmp_path, first)
+    _, lines = run(Regression(), tmp_path, second)
+    assert first.calls == [("start", "train", 15, "steps"), ("advance", 0), *[("advance", 1, "loss")] * 8]
+    assert second.calls == [("start", "train", 15, "steps"), ("advance", 8), *[("advance", 1, "loss")] * 7, ("finish",)]
+    assert second.notes[0] == "resumed at step 8 (epoch 2)"
+    assert lines[0] == {"event": "start", "step": 8, "epoch": 2}
+    steps = [line for line in lines if line["event"] == "steps"]
+    assert [(line["step"], line["epoch"], line["steps"]) for line in steps] == [
+        (9, 2, 2),
+        (10, 2, 1),
+        (12, 3, 2),
+        (14, 3, 2),
+        (15, 3, 1),
+    ]
+
+
+def test_a_line_holds_the_means_of_its_steps(tmp_path: Path) -> None:
+    """Against a line for each step; the learning rate is that of the last one."""
+    _, coarse = run(Regression(), tmp_path / "coarse", settings=LoopSettings(**{**vars(SETTINGS), "log_steps": 3}))
+    _, fine = run(Regression(), tmp_path / "fine", settings=LoopSettings(**{**vars(SETTINGS), "log_steps": 1}))
+    single = {line["step"]: line for line in fine if line["event"] == "steps"}
+    assert sorted(single) == list(range(1, 16))
+    done = 0
+    for line in (line for line in coarse if line["event"] == "steps"):
+        mine = [single[step] for step in range(done + 1, line["step"] + 1)]
+        assert line["steps"] == len(mine)
+        for name in ("loss", "squares", "one", "grad_norm"):
+            assert line[name] == pytest.approx(sum(one[name] for one in mine) / len(mine))
+        assert line["learning_rate"] == mine[-1]["learning_rate"]
+        done = line["step"]
+    assert done == 15
+
+
+def test_a_second_training_in_one_place_is_refused(tmp_path: Path) -> None:
+    with (
+        hold_lock(tmp_path, "training"),
+        pytest.raises(LockedError, match="another process is at work on the training in "),
+    ):
+        run(Regression(), tmp_path)
+
+
+def test_a_trainee_with_too_few_batches_is_told_so(tmp_path: Path) -> None:
+    class Short(Regression):
+        def batches(self, epoch: int, first_step: int) -> Any:
+            return list(super().batches(epoch, first_step))[:-1]
+
+    with pytest.raises(RuntimeError, match=r"^the trainee gave 4 batches, not 5$"):
+        run(Short(), tmp_path)
+
+
+def test_every_term_that_is_not_finite_is_named_with_a_way_out(tmp_path: Path) -> None:
+    with pytest.raises(NonFiniteError) as caught:
+        run(Regression(poison_at=6), tmp_path)
+    assert caught.value.message == "training is not finite at step 7 (epoch 2): squares = nan"
+    assert caught.value.hint == "Lower learning_rate, raise warmup, or use precision bf16 or float32 instead of fp16."
+
+
+@pytest.mark.parametrize(("there", "name"), [(True, "cuda"), (False, "cpu")])
+def test_models_run_on_cuda_where_it_is(there: bool, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    assert default_device() == torch.device(name)
+
+
+def test_a_training_of_other_length_does_not_go_on(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(Regression(die_at=7), tmp_path)
+    with pytest.raises(MismatchError, match="steps_per_epoch: 5 then, 4 now"):
+        run(Regression(steps_per_epoch=4), tmp_path)
+
+
+def test_parameters_with_a_rate_of_their_own_learn_at_it(tmp_path: Path) -> None:
+    trainee = Regression()
+    before = {name: parameter.detach().clone() for name, parameter in trainee.model.named_parameters()}
+    run(trainee, tmp_path, settings=LoopSettings(**{**vars(SETTINGS), "own_rates": {"0.": 1e-9}}))
+    moved = {
+        name: float((parameter.detach() - before[name]).abs().max())
+        for name, parameter in trainee.model.named_parameters()
+    }
+    assert max(moved["0.weight"], moved["0.bias"]) < 1e-6 < 1e-2 < min(moved["2.weight"], moved["2.bias"])
