@@ -30,7 +30,7 @@ from kdcache.share.reading_through import read_through
 from kdcache.share.refs import resolve
 from kdcache.share.stores.registry import open_remote
 from kdcache.testing.memory_remote import MemoryRemote
-from tests.distill.conftest import TinyRun
+from tests.conftest import TinyRun
 
 WINDOW = 1
 

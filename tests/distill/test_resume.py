@@ -22,7 +22,7 @@ from kdcache.errors import DamageError, MismatchError
 from kdcache.progress import SilentProgress
 from kdcache.recipe import Recipe
 from kdcache.testing.tiny import wordpiece_tokenizer
-from tests.distill.conftest import TinyRun
+from tests.conftest import TinyRun
 
 OVERRIDES = [
     "distill.epochs=2",

@@ -22,7 +22,7 @@ from kdcache.progress import SilentProgress
 from kdcache.recipe import Recipe
 from kdcache.testing.teachers import make_teachers
 from kdcache.testing.tiny import make_model, reviews, write_reviews
-from tests.distill.conftest import TinyRun
+from tests.conftest import TinyRun
 
 Copy = Callable[[Path], Path]
 

@@ -21,7 +21,7 @@ from kdcache.progress import SilentProgress
 from kdcache.recipe import Recipe
 from kdcache.share.push import without_text
 from kdcache.testing.tiny import reviews, write_reviews
-from tests.distill.conftest import TinyRun
+from tests.conftest import TinyRun
 
 
 class Listening(SilentProgress):

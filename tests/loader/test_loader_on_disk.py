@@ -27,7 +27,7 @@ from kdcache.loader.live import LiveBatches
 from kdcache.loader.prefetch import READ_AHEAD
 from kdcache.teachers.bundle import load_teacher
 from kdcache.testing import tiny
-from tests.distill.conftest import TinyRun
+from tests.conftest import TinyRun
 from tests.distill.test_textfree import Listening
 
 
