@@ -327,7 +327,7 @@ def load_arrays(path: Path, required: set[str]) -> Arrays | None:
 
 
 def _dtype(name: str) -> np.dtype[Any]:
-    """A number of one, two, four or eight bytes; numpy's own names may be programs of their own."""
-    if not re.fullmatch(r"[<|][iuf][1248]", name):
+    """A number of one, two, four or eight bytes, or a bool; nothing else that numpy would take as a dtype."""
+    if not re.fullmatch(r"[<|][iuf][1248]|\|b1", name):
         raise ValueError(name)
     return np.dtype(name)
