@@ -12,15 +12,20 @@ a dump may be continued where they are not (docs/decisions/0017).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from kdcache.errors import MismatchError
+from kdcache.progress import listed, listed_apart
 
 if TYPE_CHECKING:
     from kdcache.codecs.base import LayerSpec
 
 Scope = Literal["full", "logits"]
 HeadKind = Literal["shared", "own"]
+_INTEGER = re.compile(r"-?[0-9]+")
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,59 @@ class TaskSpec:
 
     text_columns: tuple[str, ...]
     label_names: tuple[str, ...]
+
+
+class LabelledTask(Protocol):
+    """What a task is compared by: a ``TaskSpec``, data files or trained teachers have it."""
+
+    @property
+    def text_columns(self) -> tuple[str, ...]: ...
+
+    @property
+    def label_names(self) -> tuple[str, ...]: ...
+
+
+def check_same_task(
+    ours: LabelledTask, theirs: LabelledTask, subjects: tuple[str, str], cure: str, *, same_column_names: bool = True
+) -> None:
+    """Raise MismatchError where two tasks differ in their labels, their class order or their text columns.
+
+    Args:
+        ours: what is given now, usually the data.
+        theirs: what exists already, such as a cache or trained teachers.
+        subjects: how the message names the two, such as ``("the data", "cache 'x'")``.
+        cure: the hint of the error.
+        same_column_names: False where only the number of text columns matters.
+    """
+    if ours.label_names != theirs.label_names:
+        shown = listed_apart(ours.label_names, theirs.label_names)
+        raise MismatchError(
+            f"the labels of {subjects[0]} are {shown[0]}; those of {subjects[1]} are {shown[1]}",
+            mismatch_cure(ours.label_names, theirs.label_names, cure),
+        )
+    if same_column_names and ours.text_columns != theirs.text_columns:
+        columns = listed(ours.text_columns), listed(theirs.text_columns)
+        raise MismatchError(
+            f"the text columns of {subjects[0]} are {columns[0]}; those of {subjects[1]} are {columns[1]}", cure
+        )
+    if len(ours.text_columns) != len(theirs.text_columns):
+        raise MismatchError(
+            f"{subjects[0]} has {len(ours.text_columns)} text columns, {subjects[1]} has {len(theirs.text_columns)}",
+            cure,
+        )
+
+
+def mismatch_cure(given: Sequence[str], wanted: Sequence[str], cure: str) -> str:
+    """``cure``, or another one where the given labels are integers and the wanted ones are names.
+
+    Setting data.labels then fixes what each integer means, so the user must know that meaning first.
+    """
+    if all(_INTEGER.fullmatch(name) for name in given) and not any(_INTEGER.fullmatch(name) for name in wanted):
+        return (
+            "The data number their classes: set data.labels to these names where 0 is the first of them, 1 the second "
+            "and so on; else write the names into the data."
+        )
+    return cure
 
 
 @dataclass(frozen=True)
@@ -47,6 +105,12 @@ class Fingerprints:
     config: str
     head: str
     tokenizer: str
+
+
+def differing(stored: Fingerprints, found: Fingerprints) -> str:
+    """Name the fingerprints that differ, for a message: ``weights 1a2b… instead of 3c4d…``; empty if none does."""
+    pairs = ((item.name, getattr(stored, item.name), getattr(found, item.name)) for item in fields(stored))
+    return ", ".join(f"{name} {new[:12]} instead of {old[:12]}" for name, old, new in pairs if old != new)
 
 
 def needs_tokens(layers: Mapping[int, LayerSpec]) -> bool:

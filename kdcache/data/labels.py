@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
+from kdcache.cache.spec import mismatch_cure as mismatch_cure  # for dump and teachers, until they call check_same_task
 from kdcache.errors import DataError
 from kdcache.progress import listed
 
@@ -277,21 +278,6 @@ def label_warnings(order: ClassOrder, labels: np.ndarray) -> list[str]:
                 "learned as a class of its own"
             )
     return warnings
-
-
-def mismatch_cure(of_data: Sequence[str], wanted: Sequence[str], cure: str) -> str:
-    """``cure``, for labels of the data that are not ``wanted``; another one where the one are integers and the other
-    names.
-
-    Then data.labels would be believed to say what the integers mean, whatever they mean in the file.
-    """
-    if all(_INTEGER.fullmatch(name) for name in of_data) and not any(_INTEGER.fullmatch(name) for name in wanted):
-        return (
-            "The data number their classes: set data.labels to these names where 0 is the first of them, 1 the second "
-            "and so on; else "
-            "write the names into the data."
-        )
-    return cure
 
 
 def _cell(rows: Rows, row: int, column: str) -> str:

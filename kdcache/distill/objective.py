@@ -23,7 +23,7 @@ from kdcache.methods.registry import find_method
 if TYPE_CHECKING:
     from kdcache.loader.targets import Batch
     from kdcache.recipe import DistillSection
-    from kdcache.students.build import StudentModel
+    from kdcache.students.model import StudentModel
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,10 @@ from kdcache.report.metrics import scores
 if TYPE_CHECKING:
     from kdcache.cache.reader import Cache
     from kdcache.distill.setup import Training
-    from kdcache.distill.target_source import Speed, TeacherFacts
+    from kdcache.distill.teachers_at_hand import TeacherFacts
     from kdcache.loader.data import StudentData
     from kdcache.loader.targets import TargetSource
+    from kdcache.students.speed import Speed
 
 STAGE = "distill"  # in metrics.jsonl
 SCORED = ("validation", "test")

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from kdcache.data.encoding import tokenizer_fingerprint
 from kdcache.distill.objective import DistillationModel, ObjectiveSettings, objective_settings
-from kdcache.distill.target_source import open_source, teachers_beside
+from kdcache.distill.target_source import open_source
+from kdcache.distill.teachers_at_hand import teachers_beside
 from kdcache.loader.cached import CachedBatches
 from kdcache.loader.data import SplitJoin, StudentData, join_counts, student_data
 from kdcache.progress import format_bytes
-from kdcache.students.build import Student, build_student
+from kdcache.students.build import build_student
 from kdcache.teachers.fingerprints import fingerprint_tensors, lasting_config
 
 if TYPE_CHECKING:
@@ -23,13 +24,14 @@ if TYPE_CHECKING:
     from kdcache.methods.base import Pair
     from kdcache.progress import Progress
     from kdcache.recipe import Recipe
+    from kdcache.students.model import Student
 
 
 # Keys of ``Training.identity`` that kdcache 0.1.0 did not record; its checkpoints are compared on the others.
 NEWER_KEYS = frozenset(
     (
-        "student.tokenizer", "student.token_types", "student.padding", "student.config", "student.network", "student.head", "labels",
-        "distill.layer_map",
+        "student.tokenizer", "student.token_types", "student.padding", "student.config", "student.network",
+        "student.head", "labels", "distill.layer_map",
     )
 )  # fmt: skip
 

@@ -22,7 +22,7 @@ from kdcache.cache.memory import keep_freed_blocks
 from kdcache.data.encoding import truncation_note
 from kdcache.distill.results import SCORED, STAGE, Measured, build_results, teacher_scores
 from kdcache.distill.setup import NEWER_KEYS, Training, prepare
-from kdcache.distill.target_source import check_teachers, measure_speed
+from kdcache.distill.teachers_at_hand import check_teachers
 from kdcache.files import write_file
 from kdcache.methods.base import Moment
 from kdcache.methods.parts.projections import PROJECTIONS, rate_factor
@@ -30,6 +30,7 @@ from kdcache.report.cards import model_card
 from kdcache.runs import RunDirectory
 from kdcache.students.save import save_student, student_record
 from kdcache.students.score import EncodedSplit, encode_split, selection_score, split_scores
+from kdcache.students.speed import measure_speed
 from kdcache.training.best_epoch import BestEpoch
 from kdcache.training.durable import remove_directory
 from kdcache.training.loop import LoopSettings, default_device, train

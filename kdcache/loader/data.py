@@ -11,29 +11,18 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kdcache.cache.ids import IdIndex, id_list
-from kdcache.data.labels import mismatch_cure
-from kdcache.data.task import Examples, load_task
+from kdcache.cache.ids import Examples, IdIndex, id_list
+from kdcache.cache.spec import check_same_task
+from kdcache.data.task import load_task
 from kdcache.errors import DataError, MismatchError
-from kdcache.progress import listed_apart
 
 if TYPE_CHECKING:
     from kdcache.cache.reader import Cache
     from kdcache.recipe import DataSection
-
-
-class ExamplesOf(Protocol):
-    """Examples of the data files and those of a cache look alike."""
-
-    @property
-    def text_ids(self) -> np.ndarray: ...
-
-    @property
-    def labels(self) -> np.ndarray: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,13 +33,21 @@ class StudentData:
     """
 
     texts: Mapping[bytes, tuple[str, ...]]
-    splits: Mapping[str, ExamplesOf]
+    splits: Mapping[str, Examples]
     label_names: tuple[str, ...]
     text_columns: tuple[str, ...]
     origin: str  # "recipe" or "cache"
     labels_declared: bool = True  # by a recipe or a data set; else the class order is that of the sorted names
     empty_rows: Mapping[str, int] = field(default_factory=dict)  # per split, left out because they have no text
     notes: tuple[str, ...] = ()  # what is odd about the data, for people
+
+    def examples(self, split: str) -> Examples:
+        """The rows of ``split``, as ``Cache.examples`` gives those of a cache. MismatchError where there is none."""
+        if split not in self.splits:
+            raise MismatchError(
+                f"the data has no split '{split}'; it has: {', '.join(self.splits)}", "Name its file in [data]."
+            )
+        return self.splits[split]
 
     def texts_of(self, split: str) -> list[tuple[str, ...]]:
         """The text of every example of ``split``, in its order."""
@@ -61,7 +58,7 @@ class StudentData:
         digest = hashlib.sha256()
         for name in sorted(self.splits):
             split = self.splits[name]
-            digest.update(name.encode() + split.text_ids.tobytes() + np.asarray(split.labels, np.int64).tobytes())
+            digest.update(name.encode() + split.text_ids.tobytes() + split.labels.astype(np.int64).tobytes())
         return digest.hexdigest()
 
 
@@ -88,7 +85,8 @@ def student_data(section: DataSection, cache: Cache | None) -> StudentData:
         task.texts, dict(task.splits), task.label_names, task.text_columns, "recipe", task.labels_declared, empty, notes
     )
     if cache is not None:
-        _check_same_task(data, cache)
+        cure = "Set data.labels and data.text to those of the cache, or dump the teachers of this task."
+        check_same_task(data, cache.task, ("the data", f"cache '{cache.path}'"), cure, same_column_names=False)
     return data
 
 
@@ -102,48 +100,6 @@ def _data_of(cache: Cache) -> StudentData:
     names = tuple(cache.task.label_names)
     declared = names != tuple(sorted(names))  # a sorted order may have been declared as well; then that is not known
     return StudentData(texts, splits, names, tuple(cache.task.text_columns), "cache", declared)
-
-
-def _check_same_task(data: StudentData, cache: Cache) -> None:
-    if data.label_names != tuple(cache.task.label_names):
-        ours, theirs = listed_apart(data.label_names, cache.task.label_names)
-        cure = "Set data.labels to the cache's labels in their order, or dump the teachers of this task: kdcache dump-teachers"
-        raise MismatchError(
-            f"the labels of the data are {ours}; those of cache '{cache.path}' are {theirs}",
-            mismatch_cure(data.label_names, cache.task.label_names, cure),
-        )
-    if len(data.text_columns) != len(cache.task.text_columns):
-        raise MismatchError(
-            f"the data has {len(data.text_columns)} text columns, cache '{cache.path}' has "
-            f"{len(cache.task.text_columns)}",
-            "Set data.text to the columns that were dumped.",
-        )
-
-
-class CacheWithData:
-    """A cache that answers with the examples of ``data`` and with everything else of its own."""
-
-    def __init__(self, cache: Cache, data: StudentData) -> None:
-        self._cache = cache
-        self._data = data
-        self.splits = tuple(data.splits)
-
-    def examples(self, split: str) -> Any:
-        """The examples of the data, not those that the cache was dumped with."""
-        if split not in self._data.splits:
-            raise MismatchError(
-                f"the data has no split '{split}'; it has: {', '.join(self.splits)}", "Name its file in [data]."
-            )
-        found = self._data.splits[split]
-        return Examples(found.text_ids, np.asarray(found.labels, np.int64), None)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._cache, name)
-
-
-def with_data(cache: Cache, data: StudentData) -> Cache:
-    """``cache`` with the examples of ``data`` in the place of its own."""
-    return cast("Cache", CacheWithData(cache, data)) if data.origin == "recipe" else cache
 
 
 @dataclass(frozen=True)

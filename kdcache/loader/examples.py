@@ -8,12 +8,13 @@ with their number, so ids are read again from the part where they are asked for.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from kdcache.cache.ids import ID_BYTES
+from kdcache.cache.ids import ID_BYTES, Examples
 from kdcache.cache.memory import give_back_freed
 from kdcache.errors import MismatchError
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from kdcache.cache.reader import Cache
 
 
+ExamplesOf = Callable[[str], Examples]  # split -> its rows: ``Cache.examples``, or those of data files
 _AT_HAND = 64  # parts whose ids stay in memory, 64 KB each by default: no window is as wide
 
 
@@ -77,20 +79,32 @@ class StoredIds:
 
 
 def join_examples(
-    cache: Cache, splits: tuple[str, ...], *, missing: Literal["error", "skip"] = "error", hidden: bool = False
+    cache: Cache,
+    examples: ExamplesOf,
+    splits: Sequence[str],
+    *,
+    missing: Literal["error", "skip"] = "error",
+    hidden: bool = False,
 ) -> JoinedExamples:
-    """The examples of ``splits``, one split after the other, with the place of their texts.
+    """The ``examples`` of ``splits``, one split after the other, with the place of their texts in ``cache``.
 
     Raises MismatchError where a text is not in the cache, or only with logits where ``hidden`` states are wanted,
     unless ``missing`` is 'skip'; and where no example is left.
     """
-    joined = _join(cache, splits, missing, hidden=hidden)
+    joined = _join(cache, *_concatenated(examples, splits), _names(splits), missing, hidden=hidden)
     give_back_freed()
     return joined
 
 
-def _join(cache: Cache, splits: tuple[str, ...], missing: Literal["error", "skip"], *, hidden: bool) -> JoinedExamples:
-    text_ids, labels = _examples(cache, splits)
+def _join(
+    cache: Cache,
+    text_ids: np.ndarray,
+    labels: np.ndarray,
+    names: str,
+    missing: Literal["error", "skip"],
+    *,
+    hidden: bool,
+) -> JoinedExamples:
     parts, rows = cache.locate(text_ids)
     usable = parts >= 0
     if hidden:
@@ -98,10 +112,10 @@ def _join(cache: Cache, splits: tuple[str, ...], missing: Literal["error", "skip
         usable &= full[parts]  # -1 meets the False at the end
     lacking = np.flatnonzero(~usable)
     if len(lacking) and missing == "error":
-        raise _lacking(cache, splits, text_ids, parts, lacking)
+        raise _lacking(cache, names, text_ids, parts, lacking)
     if not usable.any():
         raise MismatchError(
-            f"cache '{cache.path}' holds the text of none of the {len(labels)} examples of {_names(splits)}",
+            f"cache '{cache.path}' holds the text of none of the {len(labels)} examples of {names}",
             "Check that cache and recipe belong together: kdcache cache info",
         )
     if len(lacking):
@@ -110,24 +124,22 @@ def _join(cache: Cache, splits: tuple[str, ...], missing: Literal["error", "skip
     return JoinedExamples(StoredIds(cache, parts, places), Integers(labels), parts, places, len(lacking))
 
 
-def _examples(cache: Cache, splits: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
+def _concatenated(examples: ExamplesOf, splits: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """Ids uint8[n, 16] and labels int64[n] of all ``splits``, these not a view of a file: they outlive the join."""
-    tables = [cache.examples(split) for split in splits]
+    tables = [examples(split) for split in splits]
     labels = np.concatenate([table.labels for table in tables], dtype=np.int64)
     return (tables[0].text_ids if len(tables) == 1 else np.concatenate([table.text_ids for table in tables])), labels
 
 
-def _lacking(
-    cache: Cache, splits: tuple[str, ...], text_ids: np.ndarray, parts: np.ndarray, lacking: np.ndarray
-) -> MismatchError:
+def _lacking(cache: Cache, names: str, text_ids: np.ndarray, parts: np.ndarray, lacking: np.ndarray) -> MismatchError:
     first = text_ids[lacking[0]].tobytes().hex()
     what = "is not in the cache" if parts[lacking[0]] < 0 else "is there with logits only, without hidden states"
     return MismatchError(
-        f"cache '{cache.path}' lacks {len(lacking)} of the {len(text_ids)} texts of {_names(splits)}; the first, "
+        f"cache '{cache.path}' lacks {len(lacking)} of the {len(text_ids)} texts of {names}; the first, "
         f"{first}, {what}",
         'Dump the new rows with kdcache dump-teachers, or leave them out with distill.missing = "skip".',
     )
 
 
-def _names(splits: tuple[str, ...]) -> str:
+def _names(splits: Sequence[str]) -> str:
     return " and ".join(f"'{split}'" for split in splits)

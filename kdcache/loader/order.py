@@ -24,8 +24,6 @@ from kdcache.errors import RecipeError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from kdcache.loader.examples import JoinedExamples
-
 
 Window = int | Literal["all"]  # in parts
 
@@ -75,14 +73,25 @@ def _uniform(seed: int, epoch: int, count: int, purpose: int = 0) -> NDArray[np.
 _MANY = 1 << 18  # examples, from which on ordering them takes arrays of megabytes for a moment
 
 
-@dataclass(frozen=True, eq=False)
-class Epochs:
-    """The order of all epochs over joined examples, and one process's share of it."""
+@dataclass(frozen=True)
+class BatchSettings:
+    """How rows become batches, whatever their targets. Raises RecipeError for values that no epoch can have.
 
-    examples: JoinedExamples
+    Attributes:
+        batch_size: rows of a step over all processes.
+        max_length: tokens that the student reads of a text.
+        seed: of the order.
+        window: from how many parts rows are drawn; ``"all"`` is a uniform shuffle, for which all parts are read first.
+        missing: ``"skip"`` leaves out examples whose text the cache lacks.
+        rank: this process, which takes its share of every step.
+        world: how many processes there are.
+    """
+
     batch_size: int
-    seed: int
-    window: Window
+    max_length: int
+    seed: int = 0
+    window: Window = 8
+    missing: Literal["error", "skip"] = "error"
     rank: int = 0
     world: int = 1
 
@@ -98,30 +107,40 @@ class Epochs:
                 "Each process needs at least one row: raise distill.batch_size.",
             )
 
+
+@dataclass(frozen=True, eq=False)
+class Epochs:
+    """The order of all epochs over examples whose texts lie in ``parts`` [n], and one process's share of it."""
+
+    parts: NDArray[np.integer]
+    settings: BatchSettings
+
     @property
     def steps(self) -> int:
         """Steps of an epoch."""
-        return step_count(len(self.examples), self.batch_size, self.world)
+        return step_count(len(self.parts), self.settings.batch_size, self.settings.world)
 
     def order(self, epoch: int) -> np.ndarray:
         """All examples in the order of ``epoch``."""
-        order = epoch_order(self.examples.parts, seed=self.seed, epoch=epoch, window=self.window)
+        order = epoch_order(self.parts, seed=self.settings.seed, epoch=epoch, window=self.settings.window)
         if len(order) > _MANY:
             give_back_freed()
         return order
 
     def rows(self, order: np.ndarray, step: int) -> np.ndarray:
         """The share of process ``rank`` of a step, as positions in ``examples``."""
-        return step_rows(order, step, self.batch_size, rank=self.rank, world=self.world)
+        settings = self.settings
+        return step_rows(order, step, settings.batch_size, rank=settings.rank, world=settings.world)
 
     def shares(self, order: np.ndarray, first_step: int) -> tuple[np.ndarray, np.ndarray]:
         """All of this process's examples from ``first_step`` on, and the step of each."""
-        end = min(len(order), self.steps * self.batch_size)
-        place = np.arange(first_step * self.batch_size, end, dtype=order.dtype)
-        step = place // self.batch_size
-        if self.world == 1:
-            return order[first_step * self.batch_size : end], step
-        size = np.minimum(len(order) - step * self.batch_size, self.batch_size)
-        within = place - step * self.batch_size
-        mine = (within >= self.rank * size // self.world) & (within < (self.rank + 1) * size // self.world)
+        rank, world, batch_size = self.settings.rank, self.settings.world, self.settings.batch_size
+        end = min(len(order), self.steps * batch_size)
+        place = np.arange(first_step * batch_size, end, dtype=order.dtype)
+        step = place // batch_size
+        if world == 1:
+            return order[first_step * batch_size : end], step
+        size = np.minimum(len(order) - step * batch_size, batch_size)
+        within = place - step * batch_size
+        mine = (within >= rank * size // world) & (within < (rank + 1) * size // world)
         return order[place[mine]], step[mine]

@@ -38,7 +38,7 @@ class Sized(Protocol):
 S = TypeVar("S", bound=Sized)
 
 
-class Shelf(Generic[S]):
+class PartCache(Generic[S]):
     """Decoded parts kept between epochs, least recently used out first, within ``limit`` bytes. Thread-safe."""
 
     def __init__(self, limit: int) -> None:
@@ -66,7 +66,7 @@ class Shelf(Generic[S]):
 
 
 @dataclass(frozen=True)
-class Timetable:
+class PartLifetimes:
     """Which parts an epoch needs from which step to which.
 
     ``order`` by first use, ``first`` and ``last`` step per part.
@@ -77,7 +77,7 @@ class Timetable:
     last: Mapping[int, int]
 
     @classmethod
-    def of(cls, parts: np.ndarray, steps: np.ndarray) -> Timetable:
+    def of(cls, parts: np.ndarray, steps: np.ndarray) -> PartLifetimes:
         """From the part and the step of every row of an epoch, steps ascending."""
         first, last = np.full(int(parts.max(initial=-1)) + 1, -1), np.empty(int(parts.max(initial=-1)) + 1, np.int64)
         first[parts[::-1]], last[parts] = steps[::-1], steps  # of equal places numpy keeps what is written last
@@ -93,18 +93,18 @@ class Timetable:
 class PartWindow(Generic[S]):
     """The parts in hand while one epoch is walked through; used by one thread, which lets ``READERS`` others decode."""
 
-    def __init__(self, decode: Callable[[int], S], shelf: Shelf[S], timetable: Timetable) -> None:
+    def __init__(self, decode: Callable[[int], S], part_cache: PartCache[S], lifetimes: PartLifetimes) -> None:
         self._decode = decode
-        self._shelf = shelf
-        self._timetable = timetable
-        self._next = 0  # into timetable.order
+        self._part_cache = part_cache
+        self._lifetimes = lifetimes
+        self._next = 0  # into lifetimes.order
         self._reading: dict[int, Future[S]] = {}
         self._in_hand: dict[int, S] = {}
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="kdcache-read")
 
     def parts(self, steps: range, needed: Sequence[int]) -> list[S]:
         """The decoded parts of ``needed`` in ``steps``, which must not go backwards."""
-        for part in [part for part in self._in_hand if self._timetable.last[part] < steps[0]]:
+        for part in [part for part in self._in_hand if self._lifetimes.last[part] < steps[0]]:
             del self._in_hand[part]
         self._read_ahead(steps[-1])
         for part in self._reading.keys() & set(needed):
@@ -115,16 +115,18 @@ class PartWindow(Generic[S]):
         self._readers.shutdown(wait=True, cancel_futures=True)
 
     def _read_ahead(self, step: int) -> None:
-        order, first = self._timetable.order, self._timetable.first
+        order, first = self._lifetimes.order, self._lifetimes.first
         while self._next < len(order):
             beyond = sum(first[part] > step for part in (*self._in_hand, *self._reading))
-            if first[order[self._next]] > step and (beyond >= READ_AHEAD or (beyond and not self._shelf.has_room())):
+            if first[order[self._next]] > step and (
+                beyond >= READ_AHEAD or (beyond and not self._part_cache.has_room())
+            ):
                 return
             self._take_up(order[self._next])
             self._next += 1
 
     def _take_up(self, index: int) -> None:
-        kept = self._shelf.get(index)
+        kept = self._part_cache.get(index)
         if kept is None:
             self._reading[index] = self._readers.submit(self._read, index)
         else:
@@ -132,7 +134,7 @@ class PartWindow(Generic[S]):
 
     def _read(self, index: int) -> S:
         part = self._decode(index)
-        self._shelf.put(index, part)
+        self._part_cache.put(index, part)
         return part
 
 

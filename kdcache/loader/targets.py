@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -77,9 +77,27 @@ class Hidden:
         return torch.nn.functional.embedding_bag(self.src, values, self.first, mode="sum", per_sample_weights=weight)
 
 
+class AlignmentIndices(NamedTuple):
+    """The alignment of one batch with one teacher: the fields of ``Hidden`` without the values."""
+
+    positions: Tensor
+    src: Tensor | None = None
+    first: Tensor | None = None
+    weight: Tensor | None = None
+    bags: Tensor | None = None
+
+    def to(self, device: torch.device) -> AlignmentIndices:
+        """The same alignment on ``device``."""
+        return AlignmentIndices(*(None if tensor is None else tensor.to(device) for tensor in self))  # type: ignore[arg-type]
+
+    def target(self, values: Tensor, scales: Tensor | None, decoder: Decoder | None) -> Hidden:
+        """The targets that ``values`` are for this alignment."""
+        return Hidden(values, scales, self.src, self.first, self.weight, self.positions, decoder, self.bags)
+
+
 @dataclass(frozen=True, eq=False)
 class Targets:
-    """What N teachers say about one batch.
+    """The outputs of N teachers for one batch.
 
     ``logits`` is [N, B, C] float32 in the order of ``teachers``, with C = 0 where the source was asked for none;
     ``hidden`` is keyed by (teacher index, student layer 1..K) and empty where the source was asked for none.
@@ -109,7 +127,7 @@ class Batch:
     def nbytes(self) -> int:
         """Bytes of the hidden states, which are nearly all."""
         hidden = self.targets.hidden.values() if self.targets is not None else ()
-        return sum(one.values.nbytes for one in hidden)
+        return sum(states.values.nbytes for states in hidden)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
         """The same batch on ``device``; a tensor that several layers share travels once."""
@@ -124,10 +142,8 @@ class Batch:
             return None if tensor is None else move(tensor)
 
         def move_hidden(h: Hidden) -> Hidden:
-            return Hidden(
-                move(h.values), move_if(h.scales), move_if(h.src), move_if(h.first), move_if(h.weight), move(h.positions),
-                h.decoder, move_if(h.bags),
-            )  # fmt: skip
+            alignment = AlignmentIndices(move(h.positions), *map(move_if, (h.src, h.first, h.weight, h.bags)))
+            return alignment.target(move(h.values), move_if(h.scales), h.decoder)
 
         targets = self.targets
         if targets is not None:
@@ -167,30 +183,7 @@ class Batch:
         )
 
 
-@dataclass(frozen=True, eq=False)
-class _Piece:
-    """The part of an alignment that belongs to some rows: teacher tokens as a slice, the rest as in ``Hidden``."""
-
-    tokens: slice
-    positions: Tensor
-    src: Tensor | None = None
-    first: Tensor | None = None
-    weight: Tensor | None = None
-    bags: Tensor | None = None
-
-    def of(self, whole: Hidden) -> Hidden:
-        """The same part of the targets."""
-        scales = None if whole.scales is None else whole.scales[self.tokens]
-        return Hidden(
-            whole.values[self.tokens],
-            scales,
-            self.src,
-            self.first,
-            self.weight,
-            self.positions,
-            whole.decoder,
-            self.bags,
-        )
+_Piece = tuple[slice, AlignmentIndices]  # of some rows of a batch: their teacher tokens, and their alignment
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,15 +199,16 @@ class _Cuts:
     length: int
 
     def targets(self, whole: Targets) -> list[Targets]:
-        pieces: dict[int, list[_Piece]] = {}  # by alignment, which layers share
+        alignments: dict[int, list[_Piece]] = {}  # by the alignment, which layers share
         hidden: list[dict[tuple[int, int], Hidden]] = [{} for _ in self.longest]
         for key, value in whole.hidden.items():
-            if id(value.positions) not in pieces:
-                pieces[id(value.positions)] = self._alignment(value)
-            for found, piece in zip(hidden, pieces[id(value.positions)], strict=True):
-                found[key] = piece.of(value)
+            if id(value.positions) not in alignments:
+                alignments[id(value.positions)] = self._alignment(value)
+            for own, (tokens, indices) in zip(hidden, alignments[id(value.positions)], strict=True):
+                scales = None if value.scales is None else value.scales[tokens]
+                own[key] = indices.target(value.values[tokens], scales, value.decoder)
         logits = whole.logits.split(np.diff(self.borders).tolist(), dim=1)
-        return [Targets(whole.teachers, mine, found) for mine, found in zip(logits, hidden, strict=True)]
+        return [Targets(whole.teachers, *own) for own in zip(logits, hidden, strict=True)]
 
     def _alignment(self, hidden: Hidden) -> list[_Piece]:
         device = hidden.positions.device  # that of live teachers may be a GPU
@@ -227,9 +221,9 @@ class _Cuts:
         if hidden.bags is not None:
             begins = hidden.bags.cpu().numpy() - np.repeat(places[:-1], np.diff(self.borders))
             columns = (_spans(self.borders), positions, _slices(begins, self.borders, device))
-            return [_Piece(span, own, bags=bags) for span, own, bags in zip(*columns, strict=True)]
+            return [(span, AlignmentIndices(own, bags=bags)) for span, own, bags in zip(*columns, strict=True)]
         if hidden.src is None or hidden.first is None or hidden.weight is None:
-            return [_Piece(span, own) for span, own in zip(_spans(places), positions, strict=True)]
+            return [(span, AlignmentIndices(own)) for span, own in zip(_spans(places), positions, strict=True)]
         return self._entries(hidden.src, hidden.first, hidden.weight, places, positions)
 
     def _entries(
@@ -246,9 +240,8 @@ class _Cuts:
         tokens = [slice(*span) for span in zip(low.tolist(), high.tolist(), strict=True)]
         moved = _slices(source - np.repeat(low, sizes), bounds, device)
         starts = _slices(begins - np.repeat(bounds[:-1], np.diff(places)), places, device)
-        return [
-            _Piece(*one) for one in zip(tokens, positions, moved, starts, weight.split(sizes.tolist()), strict=True)
-        ]
+        columns = (positions, moved, starts, weight.split(sizes.tolist()))
+        return [(span, AlignmentIndices(*own)) for span, *own in zip(tokens, *columns, strict=True)]
 
 
 def _slices(array: np.ndarray, bounds: np.ndarray, device: torch.device) -> tuple[Tensor, ...]:

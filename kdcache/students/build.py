@@ -1,28 +1,22 @@
-"""The student: an encoder, or a causal decoder, cut to size, with one of two heads.
-
-``standard`` is a ``AutoModelForSequenceClassification`` and loads with transformers alone. ``shared`` is the paper's:
-the pooling and prediction layer that the teachers share (MT-BERT, section 3.1), copied from them, behind an adapter
-where the widths differ. Both look the same to training: inputs in, logits and hidden states out.
-"""
+"""Building a student from a recipe: load or initialise the model, cut it to size, add the head, check that it runs."""
 
 from __future__ import annotations
 
 import inspect
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from kdcache.data.custom_code import code_not_run, wants_code
 from kdcache.data.encoding import encode, load_tokenizer, pad
 from kdcache.errors import ModelError, RecipeError
 from kdcache.students.cut import blocks_to_keep, keep_blocks, set_dropout
+from kdcache.students.model import Student, StudentModel
 from kdcache.students.padding import is_causal, require_pad_token, settle_padding
-from kdcache.teachers.network import accepted_inputs, run_network
 from kdcache.teachers.teacher import be_quiet, position_limit
 
 if TYPE_CHECKING:
@@ -31,86 +25,15 @@ if TYPE_CHECKING:
     from kdcache.recipe import Recipe, StudentSection
     from kdcache.teachers.head import SharedHead
 
-HeadKind = Literal["standard", "shared"]
 TEACHER_PREFIX = "teacher:"
-_FAMILIES = "Choose an encoder, e.g. BERT, RoBERTa, DistilBERT, MPNet, ELECTRA or DeBERTa, or a decoder, e.g. GPT-2, Llama or Qwen."
+_FAMILIES = (
+    "Choose an encoder, e.g. BERT, RoBERTa, DistilBERT, MPNet, ELECTRA or DeBERTa, or a decoder, e.g. GPT-2, Llama or "
+    "Qwen."
+)
 _PROBE = (("a good film",), ("the plot is rather weak , and the music of it hardly better",))
 _BATCH_TOLERANCE = (
     0.02  # of the largest logit: rounding is a hundred times less, a padding that is read is many times more
 )
-
-
-@dataclass(frozen=True)
-class StudentOutput:
-    """``logits`` float32 [batch, classes]; ``hidden_states`` [batch, tokens, width] by layer, 0 = embeddings."""
-
-    logits: Tensor
-    hidden_states: tuple[Tensor, ...]
-
-
-class StudentModel(nn.Module):
-    """A model with a head.
-
-    ``network`` is the classifier of transformers, or the model without head where the head is shared.
-    """
-
-    def __init__(
-        self, network: PreTrainedModel, head: SharedHead | None = None, adapter: nn.Linear | None = None
-    ) -> None:
-        super().__init__()
-        self.network = network
-        self.head = head
-        self.adapter = adapter
-        self.accepted = accepted_inputs(network)
-
-    @property
-    def head_kind(self) -> HeadKind:
-        return "standard" if self.head is None else "shared"
-
-    @property
-    def config(self) -> PretrainedConfig:
-        return self.network.config
-
-    @property
-    def width(self) -> int:
-        """Dimensions of a hidden state."""
-        return int(self.config.hidden_size)
-
-    @property
-    def depth(self) -> int:
-        """Number of blocks; ``hidden_states[depth]`` is the output of the last."""
-        return int(self.config.num_hidden_layers)
-
-    def forward(self, inputs: Mapping[str, Tensor], *, hidden_states: bool = False) -> StudentOutput:
-        """``inputs``.
-
-        Input_ids, attention_mask [batch, tokens], padded on the right, and what else the tokenizer gives.
-        """
-        output = run_network(self.network, inputs, hidden_states=hidden_states)
-        if self.head is None:
-            assert output.logits is not None
-            return StudentOutput(output.logits.float(), output.hidden_states)
-        assert output.last is not None
-        last = output.last if self.adapter is None else self.adapter(output.last)
-        logits, _ = self.head(last, inputs["attention_mask"])
-        return StudentOutput(logits.float(), output.hidden_states)
-
-
-@dataclass(frozen=True)
-class Student:
-    """A student with what it takes to use it; ``source`` says where its weights came from."""
-
-    model: StudentModel
-    tokenizer: PreTrainedTokenizerBase
-    label_names: tuple[str, ...]
-    max_length: int  # tokens
-    source: str
-    own_code: bool = False  # Python code of its own was run to load it
-
-    @property
-    def parameters(self) -> int:
-        """Trainable parameters, embeddings included."""
-        return sum(parameter.numel() for parameter in self.model.parameters())
 
 
 def build_student(
@@ -198,7 +121,7 @@ def check_student(recipe: Recipe, teachers_dir: Path | None = None) -> None:
 
 
 def check_pooling(network: PreTrainedModel, pooling: str, source: str) -> None:
-    """ModelError where the shared head reads the first token, which in a causal decoder has seen nothing of the text."""
+    """Raise ModelError where the shared head would read the first token of a causal decoder, which sees no text."""
     if pooling == "cls" and is_causal(network):
         raise ModelError(
             f"'{source}' is a causal decoder ({network.config.model_type}): its first token sees nothing of the text, "

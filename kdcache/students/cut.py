@@ -32,14 +32,16 @@ _PLACES = (
     "decoder.layers",  # OPT
 )
 _PER_LAYER = (  # lists of the config that have one entry per block
-    "layer_types", "block_types", "layers_block_type", "mlp_layer_types", "attention_layers", "attention_window", "no_rope_layers",
+    "layer_types", "block_types", "layers_block_type", "mlp_layer_types", "attention_layers", "attention_window",
+    "no_rope_layers",
 )  # fmt: skip
 _INDEX = {"layer_idx", "layer_id", "layer_number"}  # where a block keeps its own place, for the cache of a decoder
 _OF_NO_MATTER = {"training", "name_or_path"}
 _DROPOUTS = (
     "hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout", "seq_classif_dropout",
     "classifier_dropout", "cls_dropout", "pooler_dropout", "embedding_dropout", "mlp_dropout", "activation_dropout",
-    "classifier_dropout_prob", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "summary_first_dropout", "summary_last_dropout",
+    "classifier_dropout_prob", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "summary_first_dropout",
+    "summary_last_dropout",
 )  # fmt: skip
 
 

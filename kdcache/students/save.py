@@ -26,7 +26,8 @@ from kdcache.data.custom_code import code_not_run, wants_code
 from kdcache.data.encoding import encode, load_tokenizer, pad
 from kdcache.errors import DamageError, ModelError, RecipeError
 from kdcache.files import make_directory
-from kdcache.students.build import Student, StudentModel, runs_own_code, without_pooler
+from kdcache.students.build import runs_own_code, without_pooler
+from kdcache.students.model import Student, StudentModel
 from kdcache.students.padding import require_pad_token, settle_padding
 from kdcache.teachers.teacher import be_quiet
 from kdcache.training.durable import publish_directory, sync_tree

@@ -17,7 +17,7 @@ from kdcache.data.task import read_examples
 from kdcache.errors import RecipeError
 from kdcache.progress import listed_apart
 from kdcache.report.metrics import scores
-from kdcache.students.build import Student, StudentModel
+from kdcache.students.model import Student, StudentModel
 from kdcache.students.save import load_student, read_record
 from kdcache.training.loop import default_device
 
@@ -83,20 +83,24 @@ def evaluate_model(
     classifier from elsewhere has no record, so the columns must be named. Both heads load.
 
     Args:
-        model_dir: a student of kdcache, or a directory that ``AutoModelForSequenceClassification`` loads. source: a
-        file, or the name of a hub data set. text: one column, or two for pairs. label: the label column. max_length:
-        tokens that are read of a text. batch: rows of 128 tokens in one forward pass. trust_remote_code: whether the
-        model may run Python code that lies in its directory. labels: class names by the numbers that the file has for
-        labels, where it has numbers and the model's order is another.
+        model_dir: a student of kdcache, or a directory that ``AutoModelForSequenceClassification`` loads.
+        source: a file, or the name of a hub data set.
+        text: one column, or two for pairs.
+        label: the label column.
+        max_length: tokens that are read of a text.
+        batch: rows of 128 tokens in one forward pass.
+        labels: class names by the numbers that the file has for labels, where the model's order is another.
+        trust_remote_code: whether the model may run Python code that lies in its directory.
 
     Returns:
-        The scores and ``rows``, how many were scored; where there are any, ``left_out``, rows that have no text, and
-        ``truncated``, rows that have more than max_length tokens.
+        ``accuracy``, ``macro_f1``, ``matthews``, ``loss`` and ``rows``, how many were scored. Where there are any, also
+        ``left_out``, rows without text, and ``truncated``, rows of more than max_length tokens.
 
     Raises:
-        RecipeError: where columns are not known, or ``labels`` are not the model's.
-        DataError: for the file.
-        ModelError, DamageError: for the model.
+        RecipeError: the columns are not known, or ``labels`` are not the model's.
+        DataError: the file cannot be read.
+        ModelError: the model cannot be loaded.
+        DamageError: the model's files are damaged.
     """
     directory = Path(model_dir)
     record = read_record(directory)

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from kdcache.errors import ModelError
 from kdcache.recipe import StudentSection
-from kdcache.students.build import Student, build_student
+from kdcache.students.build import build_student
+from kdcache.students.model import Student
 from kdcache.students.save import load_student, save_student, student_record
 from kdcache.students.score import encode_split, predict
 from kdcache.teachers import network

@@ -12,7 +12,8 @@ import torch
 
 from kdcache.errors import DamageError, ModelError, RecipeError
 from kdcache.recipe import StudentSection
-from kdcache.students.build import Student, build_student
+from kdcache.students.build import build_student
+from kdcache.students.model import Student
 from kdcache.students.save import load_student, read_record, save_student, student_record
 from kdcache.teachers.bundle import load_teacher
 from kdcache.testing.teachers import make_teachers
