@@ -22,7 +22,7 @@ import torch
 from small import first_rows
 
 from kdcache.distill.setup import prepare
-from kdcache.distill.stage import DistillTrainee
+from kdcache.distill.stage import DistillTask
 from kdcache.dump.stage import dump_teachers
 from kdcache.progress import RichProgress, SilentProgress
 from kdcache.recipe import Recipe, load_recipe
@@ -73,7 +73,7 @@ def losses(recipe: Recipe, cache: Path, live: Path | None, place: Path) -> Itera
     """Every loss term of every step, with a step of plain SGD after each."""
     training = prepare(recipe, cache, place, live, SilentProgress())
     model = training.model().train()
-    trainee = DistillTrainee(model, training.source, None, BestEpoch(place, place, {}), epochs=1)
+    trainee = DistillTask(model, training.source, None, BestEpoch(place, place, {}), epochs=1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     for batch in trainee.batches(0, 0):
         for loss, terms in trainee.losses(batch):

@@ -1,9 +1,9 @@
-"""Batches with cached targets: what a student's training step needs, without a teacher in sight.
+"""Batches with targets from a cache; no teacher runs.
 
-Whole parts are read and decoded in the background, a few beyond the window from which batches are drawn; batches are
-put together in one more thread and wait in a short queue. The order is that of ``kdcache.loader.order``, so the state
-of an epoch is three integers and any machine continues it. Every file's digest is checked by the reader before its rows
-are used.
+Two threads read and decode whole parts, a few beyond the window from which batches are drawn. One more thread puts
+batches together and holds a short queue of them. The order of rows is that of ``kdcache.loader.order``, so three
+integers (seed, epoch, step) are the state of an epoch, and any machine can resume it. The reader checks a file's digest
+before its rows are used.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class CachedBatches:
         self._formats = stored_formats(cache, choice.used)
         self._part_cache: PartCache[DecodedPart] = PartCache(memory_bytes)
         self._covered: dict[int, list[tuple[int, int]]] = {}  # part -> per teacher: covered and all student tokens
-        self._truncated: dict[int, tuple[int, int]] = {}  # part -> texts that the student reads cut, and all of them
+        self._truncated: dict[int, tuple[int, int]] = {}  # part -> texts cut to max_length, and all texts
 
     @property
     def steps_per_epoch(self) -> int:
@@ -118,10 +118,7 @@ class CachedBatches:
 
     @property
     def window_bytes(self) -> int:
-        """Bytes of hidden states that are decoded at once.
-
-        Of the largest parts, as many as the window and reading ahead hold.
-        """
+        """An upper bound on decoded hidden states: window and read-ahead, full of the largest parts."""
         used = [(name, layer) for name, layers in self._choice.used.items() for layer in layers]
         specs = {key: self.cache.teachers[key[0]].layers[key[1]] for key in used}
         row_bytes = {key: format_of(spec).row_bytes(spec) for key, spec in specs.items()}
@@ -147,10 +144,7 @@ class CachedBatches:
 
     @property
     def truncated(self) -> float | None:
-        """Share of the texts that the student reads cut to ``max_length``, over the parts read so far.
-
-        None before any.
-        """
+        """Share of the texts that are cut to ``max_length``, over the parts read so far; None before any."""
         cut, texts = np.array([(0, 0), *list(self._truncated.values())]).sum(axis=0).tolist()
         return cut / texts if texts else None
 

@@ -84,7 +84,7 @@ class _Stored:
     encode: Encoder | None
 
     def __call__(self, hidden: torch.Tensor, lengths: np.ndarray) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Values and scales [rows, ...]; tensors that autograd may keep, which those of inference mode are not."""
+        """Values and scales [rows, ...], never tensors of inference mode: autograd cannot save those."""
         selected = select_tokens(hidden, lengths, self.format.tokens)
         projected = selected if self.project is None else self.project(selected)
         if self.encode is None:
@@ -137,7 +137,7 @@ class LiveBatches:
         self._running = [self._ready(teacher, (backends or {}).get(teacher.name)) for teacher in teachers]
         self._part_texts: dict[int, Sequence[tuple[str, ...]]] = {}
         self._covered = np.zeros((len(teachers), 2), np.int64)
-        self._truncated = np.zeros(2, np.int64)  # rows that the student reads cut, and all of them
+        self._truncated = np.zeros(2, np.int64)  # rows cut to max_length, and all rows
 
     @property
     def steps_per_epoch(self) -> int:
@@ -152,7 +152,7 @@ class LiveBatches:
 
     @property
     def truncated(self) -> float | None:
-        """Share of the rows that the student reads cut to ``max_length``, over the batches so far; None before any."""
+        """Share of the rows that are cut to ``max_length``, over the batches so far; None before any."""
         cut, rows = self._truncated.tolist()
         return cut / rows if rows else None
 

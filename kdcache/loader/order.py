@@ -1,14 +1,15 @@
 """The order of an epoch: a pure function of (seed, epoch, window) and of which part each example's text lies in.
 
-Parts are put in a seeded order; an example of the p-th part gets the key p + W * u with u uniform in [0, 1), and the
-examples are taken by ascending key. At key x only parts p with x - W < p <= x have examples, so a window of W parts
-slides over the cache: the first batches need the first part alone, a part is read once, and it can go once its last
-example is out. With the window 'all' the key is u alone: a uniform permutation, whose first batches need nearly all
-parts. The steps of an epoch are consecutive slices of this order and a process takes its slice of every step, so a run
-continues in the middle of an epoch, with another number of processes too, from three integers: seed, epoch, step.
+Parts are put in a seeded order. An example of the p-th part gets the key p + W * u with u uniform in [0, 1), and
+examples are sorted by key. At key x only parts p with x - W < p <= x have examples, so a window of W parts slides over
+the cache: the first batches need one part only, each part is read once, and it can be freed after its last example.
+With the window 'all' the key is u alone: a uniform permutation, whose first batches need nearly all parts.
 
-Only raw outputs of the bit generator are used: numpy keeps those streams for ever, those of its distributions not (NEP
-19).
+The steps of an epoch are consecutive slices of this order, and a process takes its slice of every step. Three integers
+(seed, epoch, step) are therefore enough to resume in the middle of an epoch, also with another number of processes.
+
+Only raw outputs of the bit generator are used: numpy guarantees those streams for ever, but not those of its
+distributions (NEP 19).
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ Window = int | Literal["all"]  # in parts
 
 
 def epoch_order(parts: NDArray[np.integer], *, seed: int, epoch: int, window: Window) -> NDArray[np.integer]:
-    """Positions of all examples in the order of ``epoch``, int32 where that is enough.
+    """Positions of all examples in the order of ``epoch``, int32 if that is wide enough.
 
-    ``parts`` [n] is the part of each one's text.
+    ``parts`` [n] is the part of each example's text.
     """
     key = _uniform(seed, epoch, len(parts))
     if window != "all":
@@ -54,10 +55,7 @@ def step_count(examples: int, batch_size: int, world: int = 1) -> int:
 def step_rows(
     order: NDArray[np.integer], step: int, batch_size: int, *, rank: int = 0, world: int = 1
 ) -> NDArray[np.integer]:
-    """What process ``rank`` of ``world`` takes of step ``step``.
-
-    Near-equal, consecutive shares, in the order of the epoch.
-    """
+    """The share of process ``rank`` of ``world`` in a step: near-equal, consecutive slices in the epoch's order."""
     rows = order[step * batch_size : (step + 1) * batch_size]
     return rows[rank * len(rows) // world : (rank + 1) * len(rows) // world]
 
@@ -70,7 +68,7 @@ def _uniform(seed: int, epoch: int, count: int, purpose: int = 0) -> NDArray[np.
     return uniform
 
 
-_MANY = 1 << 18  # examples, from which on ordering them takes arrays of megabytes for a moment
+_MANY = 1 << 18  # examples; ordering more allocates temporary arrays of megabytes
 
 
 @dataclass(frozen=True)
@@ -128,7 +126,7 @@ class Epochs:
         return order
 
     def rows(self, order: np.ndarray, step: int) -> np.ndarray:
-        """The share of process ``rank`` of a step, as positions in ``examples``."""
+        """The share of this process in a step, as positions in the examples."""
         settings = self.settings
         return step_rows(order, step, settings.batch_size, rank=settings.rank, world=settings.world)
 

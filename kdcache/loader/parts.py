@@ -1,6 +1,8 @@
 """One part of a cache, decoded for one student: its tokens, and per teacher logits, hidden states and alignment.
 
-Hidden states stay as they were stored (int8 stays int8); only what the student's method uses is read.
+Hidden states stay in their stored dtype, and only what the student's method uses is read. All layers of a teacher are
+interleaved: one record per token holds the values and scales of every layer, so that the loader gathers the rows of a
+batch once and not once per layer.
 """
 
 from __future__ import annotations

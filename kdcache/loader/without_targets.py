@@ -1,6 +1,6 @@
-"""Batches without targets and without a cache: the ``fine-tune`` baseline from data files alone.
+"""Batches without targets and without a cache, for the ``fine-tune`` baseline.
 
-A ``TargetSource`` like the others, with no teachers in it, so that the trainer knows no special case.
+The trainer needs no special case: this is a ``TargetSource`` without teachers.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class PlainBatches:
-    """The labelled and unlabelled rows of ``train``, shuffled anew in every epoch."""
+    """The labelled and unlabelled rows of ``train``, in another order in every epoch."""
 
     def __init__(self, data: StudentData, tokenizer: PreTrainedTokenizerBase, settings: BatchSettings) -> None:
         self.teachers: tuple[str, ...] = ()
@@ -42,7 +42,7 @@ class PlainBatches:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps of an epoch; the last may be short of rows."""
+        """Steps of an epoch; the last may have fewer rows."""
         return self._epochs.steps
 
     @property

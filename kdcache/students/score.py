@@ -26,7 +26,7 @@ _TOKENS_PER_ROW = 128  # a batch of n rows is n x 128 padded tokens
 
 @dataclass(frozen=True, eq=False)
 class EncodedSplit:
-    """A split as the student sees it: each row once per example; ``labels`` int64[n], -1 = none."""
+    """A split in the student's tokens, one row per example; ``labels`` int64[n], -1 = none."""
 
     encoded: EncodedTexts
     labels: np.ndarray
@@ -41,17 +41,17 @@ def encode_split(student: Student, texts: Sequence[tuple[str, ...]], labels: np.
 
 
 def predict(model: StudentModel, split: EncodedSplit, batch: int = 32) -> np.ndarray:
-    """Logits float32[n, C] in the order of the rows, with dropout off; the model's mode is put back."""
+    """Logits float32[n, C] in the order of the rows, with dropout off; the model's mode is restored."""
     device, training = next(model.parameters()).device, model.training
     model.eval()
     logits: np.ndarray | None = None
     with torch.no_grad():
         for rows in token_budget_batches(split.encoded.lengths, batch * _TOKENS_PER_ROW):
             inputs = {name: tensor.to(device) for name, tensor in pad(split.encoded, rows, split.pad_token_id).items()}
-            found = model(inputs).logits.float().cpu().numpy()
+            own = model(inputs).logits.float().cpu().numpy()
             if logits is None:
-                logits = np.empty((len(split.labels), found.shape[1]), np.float32)
-            logits[rows] = found
+                logits = np.empty((len(split.labels), own.shape[1]), np.float32)
+            logits[rows] = own
     model.train(training)
     return np.empty((0, 0), np.float32) if logits is None else logits
 
@@ -62,7 +62,7 @@ def split_scores(model: StudentModel, split: EncodedSplit, batch: int = 32) -> d
 
 
 def selection_score(metrics: Mapping[str, float], select_by: str) -> float:
-    """The number whose maximum is the best epoch: the metric itself, or the loss with its sign turned."""
+    """The number whose maximum marks the best epoch: the metric, or the negative loss."""
     return -metrics["loss"] if select_by == "loss" else metrics[select_by]
 
 

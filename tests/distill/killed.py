@@ -12,7 +12,7 @@ import json
 import sys
 from pathlib import Path
 
-from kdcache.distill.stage import DistillTrainee, distill
+from kdcache.distill.stage import DistillTask, distill
 from kdcache.progress import SilentProgress
 from kdcache.recipe import load_recipe
 from kdcache.testing.killing import run_child
@@ -41,7 +41,7 @@ def main(recipe_file: str, cache: str, overrides: str, attempts: str) -> None:
     recipe = load_recipe(recipe_file, json.loads(overrides))
 
     def status(root: Path, point: str) -> int:
-        return run_child(lambda: distill(recipe, Path(cache), root, progress=SilentProgress()), DistillTrainee, point)
+        return run_child(lambda: distill(recipe, Path(cache), root, progress=SilentProgress()), DistillTask, point)
 
     print(
         json.dumps(

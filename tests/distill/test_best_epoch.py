@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from kdcache import files
-from kdcache.distill.stage import DistillTrainee
+from kdcache.distill.stage import DistillTask
 from kdcache.files import Disk
 from kdcache.progress import SilentProgress
 from kdcache.testing.faults import Died, FaultyDisk, UnsyncedDisk
@@ -40,7 +40,7 @@ class Distillation(nn.Module):
         self.projections = nn.Linear(2, 2)
 
 
-class Scored(DistillTrainee):
+class Scored(DistillTask):
     """Keeps and loads the best epoch as every distillation does; batches, losses and scores are made up."""
 
     def __init__(self, place: Path, scores: Scores, history: History) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kdcache.distill.setup import prepare
-from kdcache.distill.stage import DistillTrainee, distill
+from kdcache.distill.stage import DistillTask, distill
 from kdcache.dump.stage import dump_teachers
 from kdcache.methods.base import Moment
 from kdcache.methods.registry import method_names
@@ -32,7 +32,7 @@ def losses(recipe: Recipe, run: TinyRun, cache: Path, live: bool, place: Path) -
     """Every loss term of every step of one epoch, with plain SGD updates in between."""
     training = prepare(recipe, cache, place, run.teachers if live else None, progress=SilentProgress())
     model = training.model().train()
-    trainee = DistillTrainee(
+    trainee = DistillTask(
         model, training.source, None, BestEpoch(place, place, {}), epochs=1, accumulation=recipe.distill.accumulation
     )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from kdcache.distill.setup import Training
-from kdcache.distill.stage import DistillResult, DistillTrainee, distill
+from kdcache.distill.stage import DistillResult, DistillTask, distill
 from kdcache.dump.stage import dump_teachers
 from kdcache.errors import DamageError, KdcacheError, MismatchError, ModelError, RecipeError
 from kdcache.methods.base import Feature, Method
@@ -177,15 +177,27 @@ def test_layers_of_the_recipe_override_even_ones(tiny_run: TinyRun, tmp_path: Pa
 
 
 REFUSED: dict[str, tuple[list[str], type[KdcacheError], str]] = {
-    "layer that is not stored": (["distill.teacher_layers={bert = [1, 4]}"], MismatchError, "no hidden states of layer 1 .* it has layers: 2, 4"),
+    "layer that is not stored": (
+        ["distill.teacher_layers={bert = [1, 4]}"],
+        MismatchError,
+        "no hidden states of layer 1 .* it has layers: 2, 4",
+    ),
     "even layers that are not stored": (["student.layers=4"], MismatchError, "no hidden states of layer 1, 3"),
     "wrong number of layers": (["distill.teacher_layers={bert = [4]}"], RecipeError, "gives 1 layers .* student has 2"),
-    "layers of a teacher not used": (["distill.teacher_layers={xlm = [2, 4]}", 'distill.teachers=["bert"]'], RecipeError, "which is not used"),
-    "teacher that is not there": (['distill.teachers=["gpt"]'], MismatchError, "no teacher 'gpt'; it has: bert, roberta, xlm"),
+    "layers of a teacher not used": (
+        ["distill.teacher_layers={xlm = [2, 4]}", 'distill.teachers=["bert"]'],
+        RecipeError,
+        "which is not used",
+    ),
+    "teacher that is not there": (
+        ['distill.teachers=["gpt"]'],
+        MismatchError,
+        "no teacher 'gpt'; it has: bert, roberta, xlm",
+    ),
     "method that is not there": (["distill.method=mtbert"], RecipeError, "no distillation method 'mtbert'"),
     "more layers than there are": (["student.layers=9"], ModelError, "asks for 9 layers, but .* has 4"),
     "other labels": (['data.labels=["1", "0"]'], MismatchError, "the labels of the data are 1, 0"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", list(REFUSED))
@@ -316,17 +328,17 @@ def test_the_best_epoch_is_what_is_saved_and_scored(
     tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of three epochs the second one: neither the first nor the last."""
-    evaluate = DistillTrainee.evaluate
+    evaluate = DistillTask.evaluate
     weights_of: list[dict[str, torch.Tensor]] = []
     losses: list[float] = []
 
-    def scored(self: DistillTrainee, epoch: int) -> dict[str, float]:
+    def scored(self: DistillTask, epoch: int) -> dict[str, float]:
         found = evaluate(self, epoch)
         weights_of.append({name: tensor.clone() for name, tensor in self._student.network.state_dict().items()})
         losses.append(found["validation/loss"])
         return {**found, "score": (0.2, 0.9, 0.5)[epoch]}
 
-    monkeypatch.setattr(DistillTrainee, "evaluate", scored)
+    monkeypatch.setattr(DistillTask, "evaluate", scored)
     result = run(tiny_run.recipe("distill.epochs=3"), tiny_run.cache, tmp_path)
     assert result.results["best_epoch"] == 2
     saved = weights(result)
@@ -360,7 +372,8 @@ def test_pairs_of_texts(tiny_run: TinyRun, tmp_path: Path) -> None:
     (tmp_path / "pairs.tsv").write_text("\n".join(lines_of) + "\n")
     student = make_model(tmp_path / "model", "bert", depth=1)
     recipe = tiny_run.recipe(
-        "distill.method=fine-tune", f'student.init_from="{student}"', "student.layers=1", "data.transfer=[]", 'data.text=["first", "second"]',
+        "distill.method=fine-tune", f'student.init_from="{student}"', "student.layers=1", "data.transfer=[]",
+        'data.text=["first", "second"]',
         *(f'data.{split}="{tmp_path / "pairs.tsv"}"' for split in ("train", "validation", "test")),
     )  # fmt: skip
     result = run(recipe, None, tmp_path / "run")

@@ -350,7 +350,7 @@ def test_texts_that_the_cache_lacks(tokenizers: dict[str, Any]) -> None:
 
 def test_texts_that_are_there_with_logits_only(tokenizers: dict[str, Any]) -> None:
     cache = cache_of(tokenizers, scopes=["full"] * 7 + ["logits"])
-    with pytest.raises(MismatchError, match="with logits only, without hidden states"):
+    with pytest.raises(MismatchError, match="stored with logits only, without hidden states"):
         batches_of(cache, tokenizers)
     assert batches_of(cache, tokenizers, layer_map={}).skipped == 0
     assert batches_of(cache, tokenizers, missing="skip").skipped == 4

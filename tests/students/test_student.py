@@ -21,7 +21,8 @@ from kdcache.testing.tiny import Family, make_model
 
 LABELS = ("negative", "positive")
 TINY: dict[str, Any] = {
-    "hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 32, "max_position_embeddings": 80,
+    "hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 32,
+    "max_position_embeddings": 80,
 }  # fmt: skip
 
 
