@@ -1,6 +1,6 @@
-"""Where a student's batches come from: which teachers, which of their layers, cached or live or none.
+"""The choice of a student's target source: which teachers and layers, cached, live or none.
 
-Everything that the recipe chooses is checked against the cache here, before a model is trained on it.
+Everything that the recipe chooses is checked against the cache here, before training starts.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def open_source(
     live_teachers: Path | None,
     trusted: Collection[str] = (),
 ) -> TargetSource:
-    """The source that the recipe asks for. Methods without teachers take no transfer texts: these carry no label.
+    """The source that the recipe asks for. Methods without teachers take no transfer texts, which have no labels.
 
     ``trusted``: names of the teachers whose own Python code may be run. Raises RecipeError where a method needs
     teachers and there is no cache; MismatchError where the cache lacks something.
@@ -112,7 +112,7 @@ def _chosen_lists(section: DistillSection, names: Sequence[str], student_layers:
         if name not in names:
             raise RecipeError(
                 f"distill.teacher_layers names teacher '{name}', which is not used; used are: {', '.join(names)}",
-                "Take it out there, or add it to distill.teachers.",
+                "Remove it there, or add it to distill.teachers.",
             )
         if len(layers) != student_layers:
             raise RecipeError(

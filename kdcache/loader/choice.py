@@ -89,12 +89,7 @@ def largest_max_length(cache: Cache) -> int:
 
 
 def files_used(
-    cache: Cache,
-    parts: Sequence[int],
-    teachers: Sequence[str],
-    layers: Mapping[str, tuple[int, ...]],
-    *,
-    logits: bool,
+    cache: Cache, parts: Sequence[int], teachers: Sequence[str], layers: Mapping[str, tuple[int, ...]], *, logits: bool
 ) -> list[str]:
     """The files that batches from ``parts`` read, part by part, by their names in the manifest."""
     files: list[str] = []

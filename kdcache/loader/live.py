@@ -28,14 +28,7 @@ from kdcache.data.encoding import (
 )
 from kdcache.errors import MismatchError
 from kdcache.loader.alignment import StudentTokens, align, student_tokens
-from kdcache.loader.assembly import (
-    PaddedBatches,
-    StepRows,
-    longest_first,
-    student_inputs,
-    text_indices,
-    token_indices,
-)
+from kdcache.loader.assembly import PaddedBatches, StepRows, longest_first, student_inputs, text_indices, token_indices
 from kdcache.loader.choice import StoredFormat, target_dim
 from kdcache.loader.examples import JoinedExamples, join_examples
 from kdcache.loader.order import Epochs
