@@ -142,7 +142,7 @@ class PartDecoder:
     def __call__(self, index: int) -> DecodedPart:
         name = self.cache.parts[index].name
         text_ids = self.cache.text_ids(name)
-        keep = self.texts is None or all(one in self.texts for one in id_list(text_ids))
+        keep = self.texts is None or all(text_id in self.texts for text_id in id_list(text_ids))
         student = self.student.encoded(text_ids, lambda: texts_of(self.cache, name, self.texts), keep=keep)
         teachers = (self._teacher(teacher, name, text_ids, student, keep) for teacher in self.teachers)
         return DecodedPart(student, tuple(teachers), text_ids)
