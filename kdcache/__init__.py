@@ -1,12 +1,12 @@
 """kdcache: multi-teacher distillation from a cache; the teachers run only once.
 
-From Python, for a training loop of one's own (docs/examples)::
+In your own training loop (docs/examples)::
 
     cache = kdcache.open_cache("runs/sst2/cache")
     batches = kdcache.loader(cache, tokenizer, batch_size=32, max_length=128)
     soft = kdcache.losses.DistillationLoss(temperature=2.0)
 
-Everything is imported on first use: ``import kdcache`` and the cache commands import no torch.
+Attributes are imported on first use: ``import kdcache`` and the cache commands import no torch.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["__version__", "loader", "losses", "open_cache"]
 
-_PLACES = {
+_LAZY = {
     "open_cache": ("kdcache.cache.reader", "open_cache"),
     "loader": ("kdcache.loader.cached", "loader"),
     "losses": ("kdcache.methods.losses", None),
@@ -30,11 +30,11 @@ _PLACES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _PLACES:
+    if name not in _LAZY:
         raise AttributeError(f"module 'kdcache' has no attribute '{name}'; it has: {', '.join(__all__)}")
-    module, attribute = _PLACES[name]
-    found = importlib.import_module(module)
-    value = found if attribute is None else getattr(found, attribute)
+    module, attribute = _LAZY[name]
+    imported = importlib.import_module(module)
+    value = imported if attribute is None else getattr(imported, attribute)
     globals()[name] = value
     return value
 

@@ -8,12 +8,25 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from kdcache.errors import DataError
 
 ID_BYTES = 16
+
+
+@dataclass(frozen=True)
+class Examples:
+    """The rows of a split, in the order of its data. Many may share a text."""
+
+    text_ids: np.ndarray  # uint8[n, 16]
+    labels: np.ndarray  # int64[n], -1 = none
+    groups: tuple[str, ...] | None
+
+    def __len__(self) -> int:
+        return len(self.labels)
 
 
 def text_id(columns: Sequence[str]) -> bytes:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +22,7 @@ from kdcache.cache import layout, tables
 from kdcache.cache.bases import decode_basis
 from kdcache.cache.digests import CheckedFiles
 from kdcache.cache.hidden import decode_layer
-from kdcache.cache.ids import ID_BYTES, IdIndex
+from kdcache.cache.ids import ID_BYTES, Examples, IdIndex
 from kdcache.cache.manifest import Manifest, read_manifest
 from kdcache.cache.selection import local_selection
 from kdcache.cache.tokens import OTHER, Tokens
@@ -38,15 +37,6 @@ if TYPE_CHECKING:
     from kdcache.codecs.base import Basis, HiddenBlock, LayerSpec
 
 _KEPT = 1 << 18  # texts up to which the index is cached (5 MB); a larger one is rebuilt: a second per two million
-
-
-@dataclass(frozen=True)
-class ExamplesTable:
-    """The examples of a split, in the order of its data; several may share a text."""
-
-    text_ids: np.ndarray  # uint8[n, 16]
-    labels: np.ndarray  # int64[n], -1 = no label
-    groups: tuple[str, ...] | None
 
 
 def open_cache(path: str | Path, *, arrivals: Arrivals | None = None, incomplete: bool = False) -> Cache:
@@ -139,13 +129,13 @@ class Cache:
         """Whether the texts are stored and in the part that was pulled."""
         return self.has_text and (self.local is None or self.local.selection.text)
 
-    def examples(self, split: str) -> ExamplesTable:
+    def examples(self, split: str) -> Examples:
         """The examples of a split. Raises MismatchError if there is no such split, DamageError."""
         if split not in self._contents.splits:
             raise self._no("split", split, self._contents.splits)
         info = self._contents.splits[split]
         classes = len(self.task.label_names)
-        return ExamplesTable(
+        return Examples(
             *self._files.decode(info.file, lambda data: tables.decode_examples(data, info.examples, classes))
         )
 

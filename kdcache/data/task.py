@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kdcache.cache.ids import id_array, text_id
+from kdcache.cache.ids import Examples, id_array, text_id
 from kdcache.data.counts import DataCounts, count_rows
 from kdcache.data.labels import NO_LABEL, ClassOrder, class_order, label_cells, label_numbers, label_warnings
 from kdcache.data.reading import Rows, read_rows
@@ -34,18 +34,6 @@ from kdcache.errors import DataError
 if TYPE_CHECKING:
     from kdcache.data.reading import Rows
     from kdcache.recipe import DataSection
-
-
-@dataclass(frozen=True)
-class Examples:
-    """The rows of a split. Many may share a text."""
-
-    text_ids: np.ndarray  # uint8[n, 16]
-    labels: np.ndarray  # int64[n], -1 = none
-    groups: tuple[str, ...] | None
-
-    def __len__(self) -> int:
-        return len(self.labels)
 
 
 @dataclass(frozen=True)

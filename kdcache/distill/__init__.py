@@ -1,1 +1,1 @@
-"""Distillation: alignment across tokenizers, the loader of cached targets, losses, and the training of students."""
+"""The distill stage: it brings loader, method and student together, trains, and writes the results."""

@@ -1,8 +1,8 @@
-"""The total loss of a step: the terms of a method, each with its weight, as one module with the student.
+"""The total loss of a step: the weighted sum of a method's terms.
 
-The student and what terms own (the matrices W) live in one module whose ``forward`` ends in the loss, because several
-processes (accelerate) only see parameters that ``forward`` touches, and because one checkpoint must hold them all.
-Terms are looked at through the seam of ``kdcache.methods.base`` alone: no method and no term is known here by name.
+The student and the modules of the terms (the matrices W) are in one module whose ``forward`` returns the loss. Several
+processes (accelerate) only synchronize parameters that ``forward`` uses, and one checkpoint holds all of them. Terms
+are used through ``kdcache.methods.base`` only; no method or term is known here by name.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from kdcache.methods.registry import find_method
 if TYPE_CHECKING:
     from kdcache.loader.targets import Batch
     from kdcache.recipe import DistillSection
-    from kdcache.students.build import StudentModel
+    from kdcache.students.model import StudentModel
 
 
 @dataclass(frozen=True)
 class ObjectiveSettings:
-    """What a total loss depends on besides the data; plain values."""
+    """The settings of the total loss, as plain values."""
 
     method: Method
     temperature: float = 1.0
@@ -37,17 +37,17 @@ class ObjectiveSettings:
     soft: float = 1.0
     hidden: float = 0.1
     direction: Direction = "student-to-teacher"
-    paper: bool = False  # plain sums over teachers and layers, not balanced means
+    paper: bool = False  # plain sums over teachers and layers instead of balanced means
     layer_map: LayerMapping = EVEN
 
     def weight(self, term: Term) -> float:
-        """The factor of a term that the recipe chooses."""
+        """The weight of a term, from the recipe."""
         weights: dict[Weight, float] = {"task": self.task, "soft": self.soft, "hidden": self.hidden}
         return weights[term.weight]
 
     @property
     def terms(self) -> tuple[Term, ...]:
-        """Those that are computed: what a term of weight 0 needs of teachers is not read."""
+        """The terms that are computed; teacher outputs for a term of weight 0 are not even read."""
         return tuple(term for term in self.method.terms if self.weight(term) > 0 or not term.needs.teachers)
 
     @property
@@ -75,21 +75,13 @@ def objective_settings(section: DistillSection) -> ObjectiveSettings:
         )
     else:
         task, soft, hidden = section.weights.task, section.weights.soft, section.weights.hidden
-        settings = ObjectiveSettings(
-            method,
-            section.temperature,
-            section.t_squared,
-            task,
-            soft,
-            hidden,
-            section.hidden_direction,
-            layer_map=layer_map,
-        )
+        scale, direction = (section.temperature, section.t_squared), section.hidden_direction
+        settings = ObjectiveSettings(method, *scale, task, soft, hidden, direction, layer_map=layer_map)
     across = [term.name for term in settings.terms if term.scope == "batch"]
     if across and section.accumulation > 1:
         raise RecipeError(
             f"the term '{across[0]}' of method '{method.name}' compares the rows of a batch with each other, "
-            f"and distill.accumulation = {section.accumulation} cuts batches into pieces",
+            f"and distill.accumulation = {section.accumulation} cuts batches into micro-batches",
             "Set distill.accumulation = 1, with a smaller distill.batch_size where memory is short.",
         )
     return settings
@@ -108,10 +100,10 @@ def _layer_map(section: DistillSection, method: Method) -> LayerMapping:
 
 
 class DistillationModel(nn.Module):
-    """Student, what terms own, and objective; ``forward`` gives the loss of a micro-batch and its terms.
+    """Student and terms; ``forward`` gives the loss of a micro-batch and its terms.
 
-    ``teachers``, ``dims`` and ``variances`` follow the order of the target source: (teacher index, student layer) ->
-    value; ``variances`` for each epoch, since a layer map may change from one to the next.
+    ``dims`` and ``variances`` map (teacher index, student layer) to a value, where indices follow ``teachers``.
+    ``variances`` are given per epoch, since a layer map may change between epochs.
     """
 
     def __init__(
@@ -147,7 +139,7 @@ class DistillationModel(nn.Module):
             self.add_module(name, owned.module)
 
     def counts(self, batches: Sequence[Batch]) -> StepCounts:
-        """Counts over the micro-batches of one optimizer step; meant for the host, before they are on the device."""
+        """Counts over the micro-batches of an optimizer step. Call it before they are moved to the device."""
         vectors: dict[str, dict[Pair, int]] = {}
         for term, bound in self._terms:
             totals = vectors.setdefault(term.name, {})
@@ -160,7 +152,7 @@ class DistillationModel(nn.Module):
     def forward(
         self, batch: Batch, counts: StepCounts, moment: Moment | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """(loss, terms before their weights). Over the micro-batches of a step both add up to those of the step."""
+        """(loss, unweighted terms). Both add up over the micro-batches of a step."""
         moment, method = moment or Moment(), self.settings.method
         output = self.student(batch.inputs, hidden_states=self.settings.needs_hidden)
         log: dict[str, Tensor] = {}
@@ -184,7 +176,7 @@ class DistillationModel(nn.Module):
         moment: Moment,
         log: dict[str, Tensor],
     ) -> View:
-        """What the terms see; the means of the weights are logged, since weights near 1 everywhere say little."""
+        """The input of the terms. The mean weight of each teacher is logged."""
         targets, teachers = batch.targets, len(self.teachers)
         factors = self.settings.method.teachers(moment, teachers)
         weights = logits.new_ones(teachers, len(batch.labels))

@@ -20,9 +20,10 @@ from kdcache.report.metrics import scores
 if TYPE_CHECKING:
     from kdcache.cache.reader import Cache
     from kdcache.distill.setup import Training
-    from kdcache.distill.target_source import Speed, TeacherFacts
+    from kdcache.distill.teachers_at_hand import TeacherFacts
     from kdcache.loader.data import StudentData
     from kdcache.loader.targets import TargetSource
+    from kdcache.students.speed import Speed
 
 STAGE = "distill"  # in metrics.jsonl
 SCORED = ("validation", "test")
@@ -31,17 +32,14 @@ _PACKAGES = ("torch", "transformers", "tokenizers", "numpy")
 
 @dataclass(frozen=True)
 class TeacherScores:
-    """Per teacher, and of the mean of their probabilities, the scores on each split that the cache has logits of."""
+    """The scores of each teacher, and of their mean probabilities, on each split that has logits."""
 
     each: Mapping[str, Mapping[str, Mapping[str, float]]]  # teacher -> split -> metric
     mean: Mapping[str, Mapping[str, float]]  # split -> metric
 
 
 def teacher_scores(source: TargetSource, data: StudentData, *, missing: str) -> TeacherScores:
-    """From the logits of the cache.
-
-    No teacher runs. With ``missing = "skip"`` a split that the cache lacks is left out.
-    """
+    """The teachers' scores, from the logits of the source; ``missing = "skip"`` leaves out splits that it lacks."""
     each: dict[str, dict[str, Mapping[str, float]]] = {name: {} for name in source.teachers}
     mean: dict[str, Mapping[str, float]] = {}
     for split in SCORED if source.teachers else ():
@@ -63,18 +61,16 @@ def teacher_scores(source: TargetSource, data: StudentData, *, missing: str) -> 
 
 @dataclass(frozen=True)
 class Measured:
-    """What came out of a training. Times and speeds differ from run to run; ``best_epoch`` counts from 0."""
+    """The outcome of a training. Times and speeds differ from run to run; ``best_epoch`` counts from 0."""
 
     scores: Mapping[str, Mapping[str, float]]  # of the student: split -> metric
     teachers: TeacherScores
-    facts: Mapping[str, TeacherFacts]  # of the teachers that were at hand
+    facts: Mapping[str, TeacherFacts]  # of the teachers whose files are there
     speed: Speed  # of the student
     best_epoch: int
     training_seconds: float  # of this process: a resumed training took longer
     seconds: float
-    truncated: Mapping[str, float] = field(
-        default_factory=dict
-    )  # split -> share of the texts that the student read cut
+    truncated: Mapping[str, float] = field(default_factory=dict)  # split -> share of the texts cut to max_length
 
 
 def build_results(training: Training, measured: Measured, metrics: Path) -> dict[str, Any]:
@@ -90,7 +86,7 @@ def build_results(training: Training, measured: Measured, metrics: Path) -> dict
         "method_source": method.source,
         "seed": recipe.distill.seed,
         "scores": {split: dict(values) for split, values in measured.scores.items()},
-        "teachers": {name: _teacher(found, measured.facts.get(name)) for name, found in measured.teachers.each.items()},
+        "teachers": {name: _teacher(own, measured.facts.get(name)) for name, own in measured.teachers.each.items()},
         "teachers_mean": {"scores": dict(measured.teachers.mean)},
         "student": _student(training, measured.speed),
         **_data(training),
@@ -136,7 +132,7 @@ def _data(training: Training) -> dict[str, Any]:
     }
 
 
-def _teacher(found: Mapping[str, Mapping[str, float]], facts: TeacherFacts | None) -> dict[str, Any]:
+def _teacher(by_split: Mapping[str, Mapping[str, float]], facts: TeacherFacts | None) -> dict[str, Any]:
     measured: dict[str, Any] = {"parameters": None, "latency_ms": None, "texts_per_second": None}
     if facts is not None:
         speed = facts.speed
@@ -145,32 +141,26 @@ def _teacher(found: Mapping[str, Mapping[str, float]], facts: TeacherFacts | Non
             "latency_ms": speed.latency_ms,
             "texts_per_second": speed.texts_per_second,
         }
-    return {**measured, "scores": {split: dict(values) for split, values in found.items()}}
+    return {**measured, "scores": {split: dict(values) for split, values in by_split.items()}}
 
 
 def _truncated_by_teachers(cache: Cache | None, names: Sequence[str]) -> dict[str, float]:
-    """The share of the texts that each teacher read cut, as far as the provenance of the cache says.
-
-    That of 0.1.0 does not.
-    """
+    """Per teacher, the share of the texts cut to its max_length. Caches of kdcache 0.1.0 do not record it."""
     if cache is None:
         return {}
     records = cache.manifest.provenance.get("teachers")
-    found = {}
+    shares = {}
     for name in names:
         record = records.get(name) if isinstance(records, Mapping) else None
-        cut, texts = (
-            (record.get(key) for key in ("texts_truncated", "texts_run"))
-            if isinstance(record, Mapping)
-            else (None, None)
-        )
+        record = record if isinstance(record, Mapping) else {}
+        cut, texts = record.get("texts_truncated"), record.get("texts_run")
         if isinstance(cut, int) and isinstance(texts, int) and 0 <= cut <= texts and texts:
-            found[name] = cut / texts
-    return found
+            shares[name] = cut / texts
+    return shares
 
 
 def machine(device: str) -> dict[str, Any]:
-    """Where the numbers were measured."""
+    """The device, system and versions that the numbers were measured with."""
     name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
     return {
         "device": device,

@@ -1,4 +1,4 @@
-"""What is trained on what: everything that a recipe chooses, opened and checked, before the first step."""
+"""Preparation of a training: data, cache, student, teachers and layers, opened and checked before the first step."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from kdcache.data.encoding import tokenizer_fingerprint
 from kdcache.distill.objective import DistillationModel, ObjectiveSettings, objective_settings
-from kdcache.distill.target_source import open_source, teachers_beside
+from kdcache.distill.target_source import open_source
+from kdcache.distill.teachers_at_hand import teachers_beside
 from kdcache.loader.cached import CachedBatches
 from kdcache.loader.data import SplitJoin, StudentData, join_counts, student_data
 from kdcache.progress import format_bytes
-from kdcache.students.build import Student, build_student
+from kdcache.students.build import build_student
 from kdcache.teachers.fingerprints import fingerprint_tensors, lasting_config
 
 if TYPE_CHECKING:
@@ -23,20 +24,21 @@ if TYPE_CHECKING:
     from kdcache.methods.base import Pair
     from kdcache.progress import Progress
     from kdcache.recipe import Recipe
+    from kdcache.students.model import Student
 
 
-# Keys of ``Training.identity`` that kdcache 0.1.0 did not record; its checkpoints are compared on the others.
+# Keys of ``Training.identity`` that kdcache 0.1.0 did not record: its checkpoints are compared on the others.
 NEWER_KEYS = frozenset(
     (
-        "student.tokenizer", "student.token_types", "student.padding", "student.config", "student.network", "student.head", "labels",
-        "distill.layer_map",
+        "student.tokenizer", "student.token_types", "student.padding", "student.config", "student.network",
+        "student.head", "labels", "distill.layer_map",
     )
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Training:
-    """A training that is ready to start; the student still has its initial weights."""
+    """A training that is ready to start; the student has its initial weights."""
 
     recipe: Recipe
     settings: ObjectiveSettings
@@ -45,11 +47,11 @@ class Training:
     source: TargetSource
     cache: Cache | None
     targets: Literal["cache", "live", "none"]
-    teachers_dir: Path | None  # the teachers that are at hand
-    joins: tuple[SplitJoin, ...] = ()  # of the data with the cache, per split
+    teachers_dir: Path | None  # of teachers whose files are there
+    joins: tuple[SplitJoin, ...] = ()  # how the data join the cache, per split
 
     def model(self) -> DistillationModel:
-        """The student with the projections and the loss that the recipe chooses."""
+        """The student with the terms of the recipe's method."""
         source = self.source
 
         def pairs(epoch: int) -> dict[Pair, tuple[str, int]]:
@@ -75,10 +77,10 @@ class Training:
         )
 
     def identity(self, model: DistillationModel) -> dict[str, Any]:
-        """All that the weights depend on; the loop refuses to go on from a checkpoint of another training.
+        """Everything that the weights depend on; the loop refuses a checkpoint with another identity.
 
-        Of the loader: batches follow from data, cache, batch size, seed, window and ``missing``, which are here. Not
-        here are the device and the versions of libraries, which change rounding only: a training may go on elsewhere.
+        Batches follow from data, cache, batch size, seed, window and ``missing``, which are part of it. The device and
+        the versions of libraries are not, since they change only rounding: a training may resume on another machine.
         """
         section = self.recipe.distill.model_dump(mode="json", exclude={"checkpoint_steps"})
         return {f"distill.{key}": value for key, value in section.items()} | {
@@ -94,7 +96,7 @@ class Training:
         }
 
     def _student_identity(self) -> dict[str, Any]:
-        """``NEWER_KEYS``: what is no tensor of the student and changes what it reads or computes."""
+        """``NEWER_KEYS``: settings of the student that are no tensors and change what it reads or computes."""
         model, tokenizer = self.student.model, self.student.tokenizer
         head = model.head
         shared = {} if head is None else {"pooling": head.pooling_name, "dropout": head.dropout.p}
@@ -109,7 +111,7 @@ class Training:
         }
 
     def some_texts(self) -> list[tuple[str, ...]]:
-        """What speed is measured on: the first texts of the test split, or of what there is."""
+        """The texts for measuring speed: the first of the test split, else of validation or train."""
         return self.data.texts_of(next(name for name in ("test", "validation", "train") if name in self.data.splits))[
             :96
         ]
@@ -144,16 +146,12 @@ def prepare(
 
 
 def _note_memory(needed: int, progress: Progress) -> None:
-    """Say before the first step that a window will not fit, where parts are large.
-
-    The system would only kill the run.
-    """
+    """Warn before the first step if the window may not fit into memory: the system would kill the run."""
     installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > installed / 2:
         progress.note(
             f"the window holds up to {format_bytes(needed)} of hidden states at once, of {format_bytes(installed)} of "
-            "memory in all: "
-            "a smaller distill.window needs less"
+            "memory in all: a smaller distill.window needs less"
         )
 
 

@@ -4,7 +4,7 @@
 
     data and cache -> student -> source of batches -> training -> best epoch -> scores -> student/, results.json
 
-No teacher is on the device while the student trains. Killed at any moment, the same command goes on from the last
+No teacher is on the device while the student trains. If the command is killed, the same command resumes from the last
 checkpoint and ends with the same weights (CPU, float32). ``results.json`` is written last: a run that has it is
 complete.
 """
@@ -22,7 +22,7 @@ from kdcache.cache.memory import keep_freed_blocks
 from kdcache.data.encoding import truncation_note
 from kdcache.distill.results import SCORED, STAGE, Measured, build_results, teacher_scores
 from kdcache.distill.setup import NEWER_KEYS, Training, prepare
-from kdcache.distill.target_source import check_teachers, measure_speed
+from kdcache.distill.teachers_at_hand import check_teachers
 from kdcache.files import remove_directory, write_file
 from kdcache.methods.base import Moment
 from kdcache.methods.parts.projections import PROJECTIONS, rate_factor
@@ -30,6 +30,7 @@ from kdcache.report.cards import model_card
 from kdcache.runs import RunDirectory
 from kdcache.students.save import save_student, student_record
 from kdcache.students.score import EncodedSplit, encode_split, selection_score, split_scores
+from kdcache.students.speed import measure_speed
 from kdcache.training.best_epoch import BestEpoch
 from kdcache.training.loop import LoopSettings, default_device, train
 from kdcache.training.metrics_log import MetricsLog
@@ -54,8 +55,8 @@ class DistillResult:
     @property
     def scores(self) -> Mapping[str, Mapping[str, float]]:
         """Of the student: split -> metric -> value."""
-        found: Mapping[str, Mapping[str, float]] = self.results["scores"]
-        return found
+        scores: Mapping[str, Mapping[str, float]] = self.results["scores"]
+        return scores
 
 
 def distill(
@@ -63,22 +64,52 @@ def distill(
 ) -> DistillResult:
     """Train the recipe's student and write ``student/``, ``results.json`` and ``metrics.jsonl`` under ``run_root``.
 
-    ``cache`` is a directory, or an open cache that is read through from elsewhere; None for methods without teachers.
-    With ``live_teachers``, a teachers directory, targets come from the teachers themselves; the cache still says which
-    texts, layers and projections. Raises RecipeError, DataError, ModelError, MismatchError (exit 4), DamageError (exit
-    3), NonFiniteError, StorageError.
+    Args:
+        recipe: what to train, on which data, with which method.
+        cache: a directory, or an open cache that is read through from elsewhere; None for methods without teachers.
+        run_root: the directory of the run; a training that was killed there goes on.
+        live_teachers: a teachers directory. Targets then come from forward passes of these teachers; the cache still
+            gives texts, layers and projections.
+        progress: is told what happens.
+
+    Raises:
+        RecipeError: the recipe asks for something that is not possible.
+        DataError: the data files are not usable.
+        ModelError: the student cannot be built.
+        MismatchError: data, cache and teachers do not belong together.
+        DamageError: the cache or a checkpoint is damaged.
+        NonFiniteError: the loss is not finite.
+        StorageError: a file cannot be written.
     """
     run, started = RunDirectory(run_root), time.perf_counter()
     training = prepare(recipe, cache, run_root, live_teachers, progress)
-    source, student, data = training.source, training.student, training.data
-    facts = check_teachers(
-        training.teachers_dir, training.cache, source.teachers, training.some_texts(), recipe.trusted()
-    )
-    said = teacher_scores(
-        source, data, missing=recipe.distill.missing
-    )  # before training: a cache that lacks texts says so now
+    source, student, texts = training.source, training.student, training.some_texts()
+    facts = check_teachers(training.teachers_dir, training.cache, source.teachers, texts, recipe.trusted())
+    of_teachers = teacher_scores(source, training.data, missing=recipe.distill.missing)  # fails early on missing texts
     if source.skipped:
         progress.note(f"{source.skipped} rows are left out: the cache lacks their texts")
+    splits = _encoded_splits(training, progress)
+
+    if default_device().type == "cpu":
+        keep_freed_blocks()
+    training_started = time.perf_counter()
+    best_epoch = _train(training, splits.get("validation"), run, progress)
+    training_seconds = time.perf_counter() - training_started
+
+    of_student = {name: split_scores(student.model, split) for name, split in splits.items()}
+    speed = measure_speed(student.model, student.tokenizer, student.max_length, texts)
+    seconds = time.perf_counter() - started
+    measured = Measured(
+        of_student, of_teachers, facts, speed, best_epoch, training_seconds, seconds, _truncated(source, splits)
+    )
+    results = build_results(training, measured, run.metrics)
+    _save(training, results, run, progress)
+    return DistillResult(run.student, results)
+
+
+def _encoded_splits(training: Training, progress: Progress) -> dict[str, EncodedSplit]:
+    """The splits that are scored, as the student reads them."""
+    student, data = training.student, training.data
     splits = {
         name: encode_split(student, data.texts_of(name), data.splits[name].labels)
         for name in SCORED
@@ -88,22 +119,14 @@ def distill(
         cut, rows = split.encoded.truncated_count, len(split.encoded)
         for line in truncation_note(f"student, {name}", cut, rows, student.max_length):
             progress.note(line)
-    if default_device().type == "cpu":
-        keep_freed_blocks()
-    trained = time.perf_counter()
-    best = _train(training, splits.get("validation"), run, progress)
-    seconds = time.perf_counter() - trained
-    scores = {name: split_scores(student.model, split) for name, split in splits.items()}
-    speed = measure_speed(student.model, student.tokenizer, student.max_length, training.some_texts())
-    truncated = {} if source.truncated is None else {"train": source.truncated}
-    truncated |= {
-        name: split.encoded.truncated_count / len(split.encoded) for name, split in splits.items() if len(split.encoded)
-    }
-    taken = time.perf_counter() - started
-    measured = Measured(scores, said, facts, speed, best, seconds, taken, truncated)
-    results = build_results(training, measured, run.metrics)
-    _save(training, results, run, progress)
-    return DistillResult(run.student, results)
+    return splits
+
+
+def _truncated(source: TargetSource, splits: Mapping[str, EncodedSplit]) -> dict[str, float]:
+    """Per split, the share of the texts that the student reads cut."""
+    train = {} if source.truncated is None else {"train": source.truncated}
+    encoded = {name: split.encoded for name, split in splits.items() if len(split.encoded)}
+    return train | {name: texts.truncated_count / len(texts) for name, texts in encoded.items()}
 
 
 def _train(training: Training, validation: EncodedSplit | None, run: RunDirectory, progress: Progress) -> int:
@@ -120,20 +143,17 @@ def _train(training: Training, validation: EncodedSplit | None, run: RunDirector
         accumulation=section.accumulation,
         select_by=section.select_by,
     )
-    loop = replace(
-        LoopSettings.from_section(section, identity, NEWER_KEYS),
-        log_steps=1,
-        lr_by_prefix=_lr_by_prefix(section, model),
-    )
-    outcome = train(task, loop, checkpoints=place, progress=progress, on_metrics=MetricsLog(run.metrics, STAGE))
+    settings = LoopSettings.from_section(section, identity, NEWER_KEYS)
+    settings = replace(settings, log_steps=1, lr_by_prefix=_lr_by_prefix(section, model))
+    outcome = train(task, settings, checkpoints=place, progress=progress, on_metrics=MetricsLog(run.metrics, STAGE))
     task.load_best(outcome.best_epoch)
     return outcome.best_epoch
 
 
 def _lr_by_prefix(section: DistillSection, model: DistillationModel) -> dict[str, float]:
-    """Learning rates of what terms own, by the start of the parameters' names.
+    """Learning rates of the modules that terms own, by the prefix of the parameters' names.
 
-    That of the projections is the recipe's to choose, and in the settings of every run: checkpoints are compared on it.
+    That of the projections is always there, even without projections: checkpoints are compared on it.
     """
     rates = {f"{name}.": section.learning_rate * owned.rate_factor for name, owned in model.owned.items()}
     projections = section.projection_learning_rate or section.learning_rate * rate_factor(section.paper)
@@ -150,12 +170,12 @@ def _save(training: Training, results: dict[str, Any], run: RunDirectory, progre
         label_column=recipe.data.label,
         labels_declared=training.data.labels_declared,
     )
-    lacking = save_student(run.student, training.student, record, model_card(results))
-    if lacking:
-        progress.note(f"student/ has no model.onnx: {lacking}")
+    no_onnx = save_student(run.student, training.student, record, model_card(results))
+    if no_onnx:
+        progress.note(f"student/ has no model.onnx: {no_onnx}")
     write_file(run.results, (json.dumps(results, indent=2, ensure_ascii=False) + "\n").encode())
-    if (run.checkpoints / STAGE).exists():  # the student is safe: nothing is left to continue
-        remove_directory(run.checkpoints / STAGE)  # at once: half a checkpoint would be damage to the next command
+    if (run.checkpoints / STAGE).exists():  # the student is saved: nothing is left to continue
+        remove_directory(run.checkpoints / STAGE)  # atomically: the next command would refuse half a checkpoint
 
 
 @dataclass(frozen=True)
@@ -167,7 +187,7 @@ class Step:
 
 
 class DistillTask:
-    """``distillation`` holds student and projections; ``best`` keeps the best epoch's student."""
+    """What the training loop runs: ``distillation`` holds student and projections, ``best`` keeps the best student."""
 
     def __init__(
         self,
@@ -193,7 +213,7 @@ class DistillTask:
         self._select_by = select_by
 
     def batches(self, epoch: int, first_step: int) -> Iterator[Step]:
-        """One per optimizer step."""
+        """One ``Step`` per optimizer step."""
         before = epoch * self.steps_per_epoch
         for step, batch in enumerate(self._source.batches(epoch, first_step), start=before + first_step):
             yield Step(batch, Moment(step, self._total_steps, epoch, self._seed))
@@ -210,18 +230,16 @@ class DistillTask:
         """Scores on validation; nothing without one, which makes the last epoch the best."""
         if self._validation is None:
             return {}
-        found = split_scores(self._student, self._validation)
-        return {
-            "score": selection_score(found, self._select_by),
-            **{f"validation/{name}": value for name, value in found.items()},
-        }
+        scores = split_scores(self._student, self._validation)
+        named = {f"validation/{name}": value for name, value in scores.items()}
+        return {"score": selection_score(scores, self._select_by), **named}
 
     def keep_best(self, epoch: int, metrics: dict[str, float]) -> None:  # noqa: ARG002 - of the protocol
-        """Keep the student's weights durably; the projections have served."""
+        """Keep the student's weights durably; the projections are needed for training only."""
         self._best.keep(epoch, {"student": self._student.state_dict()})
 
     def settle_best(self, epoch: int) -> None:
-        """Only ``epoch`` is needed from here on."""
+        """Remove the weights kept of epochs other than ``epoch``."""
         self._best.settle(epoch)
 
     def load_best(self, epoch: int) -> None:

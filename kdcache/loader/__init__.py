@@ -1,4 +1,1 @@
-"""Batches for a student.
-
-Targets cached or live, aligned to its tokens, in an order that is a pure function of the seed.
-"""
+"""Batches for a student: targets, cached or live, aligned to its tokens, in an order that the seed determines."""

@@ -1,12 +1,16 @@
 """Alignment of a student's tokens with a teacher's: which teacher tokens make up the target of which student token.
 
-A loss between tokens of two vocabularies is undefined without it. Student token t takes the mean of the teacher tokens
-that overlap its character span, weighted by the overlap; [CLS] or <s>, separators and the last [SEP] or </s> meet by
-role; what nothing overlaps (zero-width tokens, padding-like specials, text that the teacher truncated) has no target
-and is masked.
+A loss between tokens of two vocabularies is undefined without it. The target of a student token is the mean of the
+teacher tokens that overlap its character span, weighted by the overlap. Special tokens are paired by role: first
+([CLS], <s>), separator, last ([SEP], </s>). A student token without any overlap (zero width, other special tokens, text
+that the teacher truncated) has no target and is masked.
 
-All texts of a part are aligned at once: (text, segment) and characters go on one number line, where candidates are
-found by binary search. Nothing is assumed of the spans: they may be unsorted, equal (byte fallback), nested or empty.
+All texts of a part are aligned at once. (text, segment, character) becomes one number, and overlapping tokens are found
+by binary search. Spans may be unsorted, equal (byte fallback), nested or empty.
+
+Tokens and alignments of a part are kept on disk (``StudentTokens``), under a hash of all that they depend on: the next
+run with the same student reads them instead of tokenizing again. They are a cache: a damaged or missing file is made
+again, and a disk that takes no files is logged once.
 """
 
 from __future__ import annotations
@@ -44,20 +48,11 @@ Pairs = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]  # stud
 
 
 @dataclass(frozen=True, eq=False)
-class Alignment:
-    """Entries of a sparse matrix, rows = student tokens, columns = teacher tokens; ``dst`` ascends."""
-
-    src: NDArray[np.int64]
-    dst: NDArray[np.int64]
-    weight: NDArray[np.float32]
-
-
-@dataclass(frozen=True, eq=False)
 class PartAlignment:
-    """Alignment of n texts as compressed rows, one for each student token.
+    """The alignment of a part's n texts, in CSR layout: one row for each of S student tokens.
 
-    ``first`` int64[S + 1] bounds the entries of a token; ``src`` int32 counts teacher tokens from the start of their
-    text, so that texts can be picked freely; the ``weight`` float32 of a token sum to one. The identity holds no
+    ``first`` int64[S + 1] bounds the entries of each token. ``src`` int32 is a teacher token, counted from the first of
+    its text, so that texts can be picked freely. The ``weight`` float32 of a token sum to one. The identity has no
     arrays.
     """
 
@@ -76,9 +71,10 @@ class PartAlignment:
         return np.ones(self.tokens, np.bool_) if self.first is None else self.first[1:] > self.first[:-1]
 
     def simplified(self, student: NDArray[np.int64], teacher: NDArray[np.int64]) -> PartAlignment:
-        """The identity where the alignment turns out to be that: two tokenizers may differ in words that no text has.
+        """The identity without arrays, if the alignment is the identity; else itself.
 
-        ``student`` and ``teacher`` are the offsets of the texts' tokens.
+        Two tokenizers may differ only in words that no text of the part has. ``student`` and ``teacher`` are the
+        offsets of the texts' tokens.
         """
         if self.first is None or self.src is None or self.weight is None or not np.array_equal(student, teacher):
             return self
@@ -92,7 +88,7 @@ class PartAlignment:
 
 
 def align(student: Tokens, teacher: Tokens, identical: bool = False) -> PartAlignment:
-    """Align the same n texts as two tokenizers cut them. ``identical`` says that the cuts are known to be the same.
+    """Align the tokens of two tokenizers for the same n texts. ``identical``: the tokens are known to be the same.
 
     Raises ValueError where the two do not hold the same number of texts.
     """
@@ -154,8 +150,7 @@ def _overlaps(
     teacher_at, teacher_start, teacher_end = on_the_line(teacher, teacher_text)
     by_start = np.argsort(teacher_start, kind="stable")
     teacher_at, teacher_start, teacher_end = teacher_at[by_start], teacher_start[by_start], teacher_end[by_start]
-    # every teacher token before `low` ends by the student token's start, every one from `high` on starts at its end or
-    # later
+    # teacher tokens before `low` end at the student token's start or earlier, those from `high` on begin at its end
     low = np.searchsorted(np.maximum.accumulate(teacher_end), student_start, side="right")
     high = np.searchsorted(teacher_start, student_end, side="left")
     found: list[Pairs] = []
@@ -171,8 +166,8 @@ def _overlaps(
         pairs += int(real.sum())
         if pairs > most:
             raise DamageError(
-                f"the tokens of a teacher overlap those of the student {pairs:,} times and more: no tokenizer cuts "
-                "texts so",
+                f"the tokens of a teacher overlap those of the student at least {pairs:,} times: no tokenizer gives "
+                "such spans",
                 "Find out what is damaged with: kdcache cache verify",
             )
         found.append((student_at[row[real]], teacher_at[column[real]], overlap[real].astype(np.float64)))
@@ -204,13 +199,13 @@ def _pieces(counts: NDArray[np.int64]) -> list[slice]:
     return [slice(int(a), int(b)) for a, b in itertools.pairwise(edges)]
 
 
-_FORMAT = 1  # to be raised whenever encode or align would give something else for the same input
+_FORMAT = 1  # raise it when encode or align gives another result for the same input
 Arrays = dict[str, np.ndarray]
 log = logging.getLogger(__name__)
 
 
 class StudentTokens:
-    """The tokens of one student: a tokenizer, a max_length, and what was already made with them."""
+    """The tokens of one student, by its tokenizer and max_length; made once and kept on disk."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int, *, directory: Path | None = None) -> None:
         self.tokenizer = tokenizer
@@ -220,16 +215,16 @@ class StudentTokens:
         self._directory = (directory or home()) / "student" / f"{self.fingerprint[:16]}-{max_length}"
 
     def agrees_with(self, fingerprint: str, max_length: int, truncation: str) -> bool:
-        """Whether a teacher's tokens are the student's tokens."""
+        """Whether a teacher with these settings has the same tokens as the student."""
         return (fingerprint, max_length, truncation) == (self.fingerprint, self.max_length, TRUNCATION)
 
     def encoded(
         self, text_ids: np.ndarray, texts: Callable[[], Sequence[tuple[str, ...]]], *, keep: bool = True
     ) -> EncodedTexts:
-        """The texts of a part, whose ids are ``text_ids`` uint8[n, 16]; ``texts`` is called only where they are not
-        kept.
+        """The tokens of a part's texts, whose ids are ``text_ids`` uint8[n, 16], read from disk if they were kept.
 
-        ``keep=False`` where some of the texts are stand-ins: then nothing is written under their ids.
+        ``texts`` is called only if they were not. ``keep=False``: some texts are placeholders, so nothing is written
+        under their ids.
         """
         path = self._path("tokens", text_ids.tobytes(), json.dumps(self._types), _tokenizers_version())
         kept = load_arrays(path, {"input_ids", "offsets", "starts", "ends", "segments", "roles", "truncated"})
@@ -243,7 +238,7 @@ class StudentTokens:
     def aligned(
         self, text_ids: np.ndarray, student: EncodedTexts, teacher: Tokens, *, keep: bool = True
     ) -> PartAlignment:
-        """The alignment of a part's texts with a teacher that cuts them otherwise; ``keep`` as above."""
+        """The alignment of a part's texts with a teacher of another tokenizer; ``keep`` as in ``encoded``."""
         if not keep:
             return align(student_tokens(student), teacher)
         parts = (teacher.offsets, teacher.starts, teacher.ends, teacher.segments, teacher.roles)
@@ -281,7 +276,7 @@ def student_tokens(encoded: EncodedTexts) -> Tokens:
 
 
 def save_arrays(path: Path, arrays: Arrays) -> None:
-    """Write 1-D arrays; a disk that does not take them is logged once per process and otherwise ignored."""
+    """Write 1-D arrays; a failure to write is logged once per process and otherwise ignored."""
     body = b"".join(np.ascontiguousarray(array).tobytes() for array in arrays.values())
     fields = {name: [array.dtype.str, len(array)] for name, array in arrays.items()}
     header = json.dumps({"sha256": hashlib.sha256(body).hexdigest(), "arrays": fields})
@@ -296,7 +291,9 @@ def save_arrays(path: Path, arrays: Arrays) -> None:
         if not _told:
             _told.append(str(error))
             log.warning(
-                "student tokens and alignments cannot be kept under %s and will be made again: %s", home(), error
+                "student tokens and alignments cannot be kept under %s and are made anew in every run: %s",
+                home(),
+                error,
             )
 
 
@@ -304,7 +301,7 @@ _told: list[str] = []
 
 
 def load_arrays(path: Path, required: set[str]) -> Arrays | None:
-    """What ``save_arrays`` wrote, or None where it is absent, damaged or lacks one of ``required``."""
+    """The arrays that ``save_arrays`` wrote; None if the file is absent, damaged or lacks one of ``required``."""
     try:
         head, _, body = path.read_bytes().partition(b"\n")
     except OSError:
@@ -327,7 +324,7 @@ def load_arrays(path: Path, required: set[str]) -> Arrays | None:
 
 
 def _dtype(name: str) -> np.dtype[Any]:
-    """A number of one, two, four or eight bytes, or a flag. Other dtype names of numpy can run code."""
+    """A number of one, two, four or eight bytes, or a bool; nothing else that numpy would take as a dtype."""
     if not re.fullmatch(r"[<|][iuf][1248]|\|b1", name):
         raise ValueError(name)
     return np.dtype(name)

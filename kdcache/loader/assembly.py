@@ -1,36 +1,38 @@
-"""Where the rows of a run of steps lie: in which parts, where in their packed arrays, and where in the padded tables of
-their steps.
+"""From decoded parts to batches: where rows lie in the packed arrays of parts, and where in the padded batches.
 
-All of it is index arithmetic in numpy, done once for a run of steps, because it costs nearly the same for one step as
-for thirty.
+    DecodedPart -> StepRows -> PaddedBatches, AlignmentIndices -> Batch (Targets, Hidden)
+
+All of it is index arithmetic in numpy. It is done for a run of consecutive steps at once, because it costs nearly the
+same for one step as for thirty.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from kdcache.loader.alignment import ranges
-from kdcache.loader.parts import fields_of, joined, layers_of
-from kdcache.loader.targets import Hidden, Targets
+from kdcache.loader.parts import fields_of, gather_spans, layers_of
+from kdcache.loader.targets import AlignmentIndices, Targets
 
 if TYPE_CHECKING:
-    from kdcache.codecs.base import Decoder, TokenSelection
-    from kdcache.loader.choice import Forms
+    from kdcache.codecs.base import TokenSelection
+    from kdcache.loader.choice import StoredFormats
     from kdcache.loader.parts import DecodedPart
+    from kdcache.loader.targets import Hidden
+    from kdcache.methods.parts.layer_map import LayerMap
 
 
-class Rows:
-    """The rows of consecutive steps: row r is text ``texts[r]`` of ``parts[part_of[r]]``, step s has rows ``edges[s]``
-    to ``edges[s + 1]``.
+class StepRows:
+    """The rows of consecutive steps.
 
-    ``cards`` [rows] are those of the texts, with the fields of ``DecodedPart.cards``.
+    Row r is text ``texts[r]`` of ``parts[part_of[r]]``; step s has the rows from ``edges[s]`` to ``edges[s + 1]``.
+    ``text_records`` [rows] has the fields of ``DecodedPart.text_records``.
     """
 
     def __init__(
@@ -39,11 +41,11 @@ class Rows:
         part_of: np.ndarray,
         texts: np.ndarray,
         edges: np.ndarray,  # int64[steps + 1]
-        cards: np.ndarray | None = None,  # as bytes
+        records: np.ndarray | None = None,  # as bytes
     ) -> None:
         self.parts, self.part_of, self.texts, self.edges = parts, part_of, texts, edges
-        self._cards = self.per_text([part.cards.rows for part in parts]) if cards is None else cards
-        self.cards = fields_of(self._cards, parts[0].cards.dtype)
+        self._records = self.per_text([part.text_records.rows for part in parts]) if records is None else records
+        self.text_records = fields_of(self._records, parts[0].text_records.dtype)
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -54,14 +56,16 @@ class Rows:
         return np.diff(self.edges)
 
     def longest_first(self) -> np.ndarray:
-        """The rows of every step by falling length, so that micro-batches are of like length and hold little padding."""
-        spans = self.cards["tokens"]
+        """The rows of every step by falling length: rows of like length share a micro-batch, with little padding."""
+        spans = self.text_records["tokens"]
         lengths, step = spans[:, 1] - spans[:, 0], np.repeat(np.arange(len(self.counts)), self.counts)
         return np.argsort(step * (int(lengths.max(initial=0)) + 1) - lengths, kind="stable")
 
-    def take(self, order: np.ndarray) -> Rows:
+    def take(self, order: np.ndarray) -> StepRows:
         """The same steps with rows in another order."""
-        return Rows(self.parts, self.part_of[order], self.texts[order], self.edges, self._cards.take(order, axis=0))
+        return StepRows(
+            self.parts, self.part_of[order], self.texts[order], self.edges, self._records.take(order, axis=0)
+        )
 
     def per_text(self, arrays: Sequence[np.ndarray], beyond: int = 0) -> np.ndarray:
         """Entry ``texts[r] + beyond`` of an array per part, for every row r."""
@@ -85,20 +89,20 @@ def longest_first(lengths: np.ndarray) -> np.ndarray:
     return np.argsort(-lengths, kind="stable")
 
 
-class Ragged:
-    """Where tokens of ``rows`` lie in the packed arrays of their parts: from ``starts`` to ``ends``."""
+class TokenSpans:
+    """The tokens of each row, as a span of the packed arrays of its part: from ``starts`` to ``ends``."""
 
-    def __init__(self, rows: Rows, starts: np.ndarray, ends: np.ndarray) -> None:
+    def __init__(self, rows: StepRows, starts: np.ndarray, ends: np.ndarray) -> None:
         self.rows, self._starts, self._ends = rows, starts, ends
         self.lengths = ends - starts
 
     @classmethod
-    def listed(cls, rows: Rows, field: str) -> Ragged:
-        """As the cards of the texts say under ``field``."""
-        return cls(rows, *np.ascontiguousarray(rows.cards[field].T))
+    def listed(cls, rows: StepRows, field: str) -> TokenSpans:
+        """By ``field`` of the rows' text records."""
+        return cls(rows, *np.ascontiguousarray(rows.text_records[field].T))
 
     @classmethod
-    def of(cls, rows: Rows, offsets: Sequence[np.ndarray]) -> Ragged:
+    def of(cls, rows: StepRows, offsets: Sequence[np.ndarray]) -> TokenSpans:
         """By one offsets array [texts + 1] per part."""
         return cls(rows, rows.per_text(offsets), rows.per_text(offsets, 1))
 
@@ -108,15 +112,12 @@ class Ragged:
         return np.concatenate([[0], np.cumsum(self.lengths)]).astype(np.int64)
 
     def spans(self, size: int) -> list[tuple[int, int, int]]:
-        """Of each row its part, and from which to which byte it lies there, a token taking ``size`` bytes."""
-        starts, ends = (np.multiply(one, size, dtype=np.int64).tolist() for one in (self._starts, self._ends))
+        """(part, first byte, last byte + 1) of each row, where a token takes ``size`` bytes."""
+        starts, ends = (np.multiply(places, size, dtype=np.int64).tolist() for places in (self._starts, self._ends))
         return list(zip(self.rows.part_of.tolist(), starts, ends, strict=True))
 
     def pick(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
-        """The packed values of all rows, in row order, from one packed array per part.
-
-        Token by token, since a token has a few bytes only.
-        """
+        """The packed values of all rows, in row order, from one packed array per part; for values of a few bytes."""
         by_part, borders = self.rows.by_part
         lengths = self.lengths[by_part]
         upto, places = np.concatenate([[0], np.cumsum(lengths)]), ranges(self._starts[by_part], lengths)
@@ -129,11 +130,11 @@ class Ragged:
         return found
 
 
-class Sheets:
-    """The student's tokens as padded tables [B, L], one for each step, which lie one after the other in flat arrays."""
+class PaddedBatches:
+    """The student's tokens of each step as a padded batch [B, L]; flat arrays hold the batches one after the other."""
 
-    def __init__(self, rows: Rows) -> None:
-        tokens = Ragged.listed(rows, "tokens")
+    def __init__(self, rows: StepRows) -> None:
+        tokens = TokenSpans.listed(rows, "tokens")
         longest = np.maximum.reduceat(tokens.lengths, rows.edges[:-1])  # no step is empty
         self.rows, self.tokens = rows, tokens
         self.shapes = list(zip(rows.counts.tolist(), longest.tolist(), strict=True))
@@ -147,7 +148,7 @@ class Sheets:
         if all(part.plain for part in rows.parts):
             self.ids, self.types, self.counts = tokens.pick([part.student.input_ids for part in rows.parts]), None, None
         else:
-            records = tokens.pick([part.records for part in rows.parts])
+            records = tokens.pick([part.token_records for part in rows.parts])
             self.ids, self.types, self.counts = records[:, 0], records[:, 1], records[:, 2:]
 
     def padded(self, values: np.ndarray | int, filler: int) -> list[torch.Tensor]:
@@ -160,7 +161,7 @@ class Sheets:
         ]
 
     def zeros(self) -> list[torch.Tensor]:
-        """0 everywhere, one for all."""
+        """int64 [B, L] of zeros for each step, which share memory."""
         zero = np.zeros(max(last - first for first, last in self._spans), np.int64)
         return [
             torch.from_numpy(zero[: last - first].reshape(shape))
@@ -168,25 +169,25 @@ class Sheets:
         ]
 
     def per_token(self, array: np.ndarray) -> list[torch.Tensor]:
-        """What an array of one entry per token holds for each step."""
+        """An array of one entry per token, cut into steps."""
         return cut(array, self._borders)
 
     def per_row(self, array: np.ndarray) -> list[torch.Tensor]:
-        """What an array of one entry per row holds for each step."""
+        """An array of one entry per row, cut into steps."""
         return cut(array, self.rows.edges)
 
     def starts(self, offsets: np.ndarray) -> np.ndarray:
-        """Per row, where its tokens begin among those of its step. ``offsets`` [rows + 1] counts through all steps."""
+        """Where the tokens of each row begin within its step; ``offsets`` [rows + 1] run through all steps."""
         begins: np.ndarray = offsets[:-1] - np.repeat(offsets[self.rows.edges[:-1]], self.rows.counts)
         return begins
 
 
-def numbered(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The distinct ones of small non-negative ``values``, ascending, and which of them each value is."""
-    distinct = np.flatnonzero(np.bincount(values))
-    place = np.empty(int(distinct[-1]) + 1, np.int64)
-    place[distinct] = np.arange(len(distinct))
-    return distinct, place[values]
+def distinct(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The distinct values, ascending, and the index of each value among them; for small non-negative integers."""
+    numbers = np.flatnonzero(np.bincount(values))
+    place = np.empty(int(numbers[-1]) + 1, np.int64)
+    place[numbers] = np.arange(len(numbers))
+    return numbers, place[values]
 
 
 def cut(array: np.ndarray, borders: np.ndarray, axis: int = 0) -> list[torch.Tensor]:
@@ -194,86 +195,61 @@ def cut(array: np.ndarray, borders: np.ndarray, axis: int = 0) -> list[torch.Ten
     return list(torch.from_numpy(array).split(np.diff(borders).tolist(), dim=axis))
 
 
-def student_inputs(sheets: Sheets, pad_token_id: int) -> list[dict[str, torch.Tensor]]:
-    """Per step ``input_ids``, ``attention_mask`` and, where the student takes them, ``token_type_ids``.
-
-    Int64 [B, L], padded right.
-    """
-    inputs = {"input_ids": sheets.padded(sheets.ids, pad_token_id), "attention_mask": sheets.padded(1, 0)}
-    if all(part.student.token_type_ids is not None for part in sheets.rows.parts):
-        inputs["token_type_ids"] = sheets.zeros() if sheets.types is None else sheets.padded(sheets.types, 0)
+def student_inputs(padded: PaddedBatches, pad_token_id: int) -> list[dict[str, torch.Tensor]]:
+    """Per step ``input_ids``, ``attention_mask`` and, if the student takes them, ``token_type_ids``: int64 [B, L]."""
+    inputs = {"input_ids": padded.padded(padded.ids, pad_token_id), "attention_mask": padded.padded(1, 0)}
+    if all(part.student.token_type_ids is not None for part in padded.rows.parts):
+        inputs["token_type_ids"] = padded.zeros() if padded.types is None else padded.padded(padded.types, 0)
     return [dict(zip(inputs, tables, strict=True)) for tables in zip(*inputs.values(), strict=True)]
 
 
-class Pieces(NamedTuple):
-    """The alignment of a batch, as ``Hidden`` wants it, without the values."""
-
-    positions: torch.Tensor
-    src: torch.Tensor | None = None
-    first: torch.Tensor | None = None
-    weight: torch.Tensor | None = None
-    bags: torch.Tensor | None = None
-
-    def to(self, device: torch.device) -> Pieces:
-        return Pieces(*(None if one is None else one.to(device) for one in self))  # type: ignore[arg-type]
-
-    def target(self, values: torch.Tensor, scales: torch.Tensor | None, decoder: Decoder | None) -> Hidden:
-        """The targets that ``values`` of this alignment are."""
-        return Hidden(values, scales, self.src, self.first, self.weight, self.positions, decoder, self.bags)
-
-
-def alignment_pieces(sheets: Sheets, teacher: int) -> tuple[Ragged, list[Pieces]]:
-    """Where a teacher's tokens lie, and its alignment of whole parts cut down to the rows of each step."""
-    rows, said = sheets.rows, [part.teachers[teacher] for part in sheets.rows.parts]
-    if sheets.counts is None or all(one.alignment is not None and one.alignment.identical for one in said):
-        return sheets.tokens, [Pieces(positions) for positions in sheets.per_token(sheets.positions)]
-    parts = [part.explicit[teacher] for part in rows.parts]
-    tokens = Ragged.listed(rows, f"tokens {teacher}")
-    entries = Ragged.of(rows, [part.texts for part in parts])
-    found, counts = entries.pick([part.entries for part in parts]), sheets.counts[:, teacher]
-    src = found[:, 0] + np.repeat(sheets.starts(tokens.offsets), entries.lengths)
-    weight = found.view(np.float32)[:, 1].copy()
+def token_indices(padded: PaddedBatches, teacher: int) -> tuple[TokenSpans, list[AlignmentIndices]]:
+    """Where a teacher's tokens lie, and its alignment with the student's tokens for each step."""
+    rows, alignments = padded.rows, [part.teachers[teacher].alignment for part in padded.rows.parts]
+    if padded.counts is None or all(alignment is not None and alignment.identical for alignment in alignments):
+        return padded.tokens, [AlignmentIndices(positions) for positions in padded.per_token(padded.positions)]
+    parts = [part.csr[teacher] for part in rows.parts]
+    tokens = TokenSpans.listed(rows, f"tokens {teacher}")
+    entries = TokenSpans.of(rows, [part.texts for part in parts])
+    picked, counts = entries.pick([part.entries for part in parts]), padded.counts[:, teacher]
+    src = picked[:, 0] + np.repeat(padded.starts(tokens.offsets), entries.lengths)
+    weight = picked.view(np.float32)[:, 1].copy()
     covered, upto = np.flatnonzero(counts), np.cumsum(counts)
     of_entries = entries.offsets[rows.edges]
-    of_tokens = np.searchsorted(covered, sheets.tokens.offsets[rows.edges])
+    of_tokens = np.searchsorted(covered, padded.tokens.offsets[rows.edges])
     first = (upto - counts)[covered] - np.repeat(of_entries[:-1], np.diff(of_tokens))
     columns = (
-        cut(sheets.positions[covered], of_tokens),
+        cut(padded.positions[covered], of_tokens),
         cut(src, of_entries),
         cut(first, of_tokens),
         cut(weight, of_entries),
     )
-    return tokens, [Pieces(*one) for one in zip(*columns, strict=True)]
+    return tokens, [AlignmentIndices(*own) for own in zip(*columns, strict=True)]
 
 
-def text_pieces(tokens: TokenSelection, sheets: Sheets) -> list[Pieces]:
-    """The same for targets per text, which need no alignment.
-
-    The student's first tokens, or all of them in a bag per row.
-    """
+def text_indices(tokens: TokenSelection, padded: PaddedBatches) -> list[AlignmentIndices]:
+    """For targets per text, which need no alignment: the student's first tokens, or all of a row as a bag."""
     if tokens == "pooled":
-        bags = sheets.per_row(sheets.starts(sheets.tokens.offsets))
-        return [
-            Pieces(positions, bags=bag) for positions, bag in zip(sheets.per_token(sheets.positions), bags, strict=True)
-        ]
-    return [Pieces(positions) for positions in sheets.per_row(sheets.first_tokens)]
+        bags = padded.per_row(padded.starts(padded.tokens.offsets))
+        positions = padded.per_token(padded.positions)
+        return [AlignmentIndices(own, bags=bag) for own, bag in zip(positions, bags, strict=True)]
+    return [AlignmentIndices(positions) for positions in padded.per_row(padded.first_tokens)]
 
 
 def cached_targets(
-    sheets: Sheets, teachers: tuple[str, ...], layer_map: Mapping[str, tuple[int | None, ...]], forms: Forms
+    padded: PaddedBatches, teachers: tuple[str, ...], layer_map: LayerMap, formats: StoredFormats
 ) -> Iterator[Targets]:
     """The targets of every step out of decoded parts; values stay in the dtype in which they were stored."""
-    cards = sheets.rows.cards
-    logits = (
-        cards["logits"]
-        if "logits" in (cards.dtype.names or ())
-        else np.empty((len(cards), len(teachers), 0), np.float32)
-    )
-    by_step = cut(np.ascontiguousarray(logits.swapaxes(0, 1)), sheets.rows.edges, axis=1)
+    rows, records = padded.rows, padded.rows.text_records
+    if "logits" in (records.dtype.names or ()):
+        logits = records["logits"]
+    else:
+        logits = np.empty((len(records), len(teachers), 0), np.float32)
+    logits_of_steps = cut(np.ascontiguousarray(logits.swapaxes(0, 1)), rows.edges, axis=1)
     groups = [
-        _Layers.of(sheets, index, name, tokens, forms)
+        _layer_group(padded, index, name, tokens, formats)
         for index, name in enumerate(teachers)
-        for tokens in sheets.rows.parts[0].teachers[index].hidden
+        for tokens in rows.parts[0].teachers[index].hidden
     ]
     wanted = {
         (index, student_layer): (name, layer)
@@ -281,42 +257,32 @@ def cached_targets(
         for student_layer, layer in enumerate(layer_map.get(name, ()), start=1)
         if layer is not None
     }
-    for step, (first, last) in enumerate(itertools.pairwise(sheets.rows.edges.tolist())):
-        made: dict[tuple[str, int], Hidden] = {}
+    for step, (first, last) in enumerate(itertools.pairwise(rows.edges.tolist())):
+        hidden: dict[tuple[str, int], Hidden] = {}
         for group in groups:
-            made |= group.targets(step, first, last)
-        yield Targets(teachers, by_step[step], {key: made[stored] for key, stored in wanted.items()})
+            hidden |= group(step, first, last)
+        yield Targets(teachers, logits_of_steps[step], {key: hidden[stored] for key, stored in wanted.items()})
 
 
-@dataclass(frozen=True, eq=False)
-class _Layers:
-    """Those of a teacher's layers that are stored for the same tokens, for the rows of a run."""
+def _layer_group(
+    padded: PaddedBatches, index: int, teacher: str, selected: TokenSelection, formats: StoredFormats
+) -> Callable[[int, int, int], dict[tuple[str, int], Hidden]]:
+    """(step, first row, last row + 1) -> targets of the layers that a teacher stores for the ``selected`` tokens."""
+    rows = padded.rows
+    layers = [part.teachers[index].hidden[selected] for part in rows.parts]
+    if selected == "all":
+        tokens, indices = token_indices(padded, index)
+    else:  # a text has one vector
+        tokens, indices = TokenSpans(rows, rows.texts, rows.texts + 1), text_indices(selected, padded)
+    counts = np.diff(tokens.offsets[rows.edges]).tolist()
+    dtype, parts = layers[0].dtype, [part.bytes for part in layers]
+    spans = tokens.spans(dtype.itemsize)
 
-    teacher: str
-    spans: list[tuple[int, int, int]]
-    counts: list[int]
-    pieces: list[Pieces]
-    parts: list[memoryview]
-    dtype: np.dtype
-    forms: Forms
-
-    @classmethod
-    def of(cls, sheets: Sheets, index: int, teacher: str, selected: TokenSelection, forms: Forms) -> _Layers:
-        parts = [part.teachers[index].hidden[selected] for part in sheets.rows.parts]
-        if selected == "all":
-            tokens, pieces = alignment_pieces(sheets, index)
-        else:  # a text has one row
-            texts = sheets.rows.texts
-            tokens, pieces = Ragged(sheets.rows, texts, texts + 1), text_pieces(selected, sheets)
-        counts = np.diff(tokens.offsets[sheets.rows.edges]).tolist()
-        dtype = parts[0].dtype
-        return cls(teacher, tokens.spans(dtype.itemsize), counts, pieces, [part.bytes for part in parts], dtype, forms)
-
-    def targets(self, step: int, first: int, last: int) -> dict[tuple[str, int], Hidden]:
-        """By teacher and layer, for the rows from ``first`` to ``last``, which are those of ``step``."""
-        rows = joined(self.parts, self.spans[first:last], self.counts[step], self.dtype.itemsize)
-        piece = self.pieces[step]
+    def targets(step: int, first: int, last: int) -> dict[tuple[str, int], Hidden]:
+        gathered = gather_spans(parts, spans[first:last], counts[step], dtype.itemsize)
         return {
-            (self.teacher, layer): piece.target(values, scales, self.forms[self.teacher, layer].decoder)
-            for layer, (values, scales) in layers_of(rows, self.dtype).items()
+            (teacher, layer): indices[step].target(values, scales, formats[teacher, layer].decoder)
+            for layer, (values, scales) in layers_of(gathered, dtype).items()
         }
+
+    return targets

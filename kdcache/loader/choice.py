@@ -3,41 +3,71 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from kdcache.cache import layout
 from kdcache.cache.spec import needs_tokens
 from kdcache.codecs.registry import format_of
 from kdcache.errors import MismatchError, RecipeError
-from kdcache.methods.parts.layer_map import LayerMap, even_layers, layers_read
+from kdcache.methods.parts.layer_map import LayerMap, LayersOfEpoch, even_layers, layers_read
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from kdcache.cache.reader import Cache
     from kdcache.codecs.base import Basis, Decoder, TokenSelection
 
 
-def splits_of(cache: Cache, split: str, with_transfer: bool) -> tuple[str, ...]:
-    """``split``, and 'transfer' behind it where it is wanted and there."""
-    extra = ("transfer",) if with_transfer and split != "transfer" and "transfer" in cache.splits else ()
-    return (split, *extra)
+@dataclass(frozen=True)
+class TargetChoice:
+    """Which outputs of which teachers a student learns from.
 
-
-def chosen_teachers(
-    cache: Cache,
-    teachers: Sequence[str] | None,
-    layer_map: Mapping[str, tuple[int | None, ...]] | None,
-    *,
-    taking_turns: bool = False,
-) -> tuple[tuple[str, ...], LayerMap]:
-    """The teachers to use, and the layer map of those that have one.
-
-    Raises MismatchError where the cache lacks a teacher or layer, RecipeError where layer maps differ in length, which
-    those may whose layers take turns.
+    Attributes:
+        teachers: names, in the order that batches have.
+        layer_map: per teacher one of its layers for each student layer 1..K, None for a student layer without partner;
+            empty where no hidden states are read. With ``layers_at`` it names all layers that any epoch uses.
+        layers_at: epoch -> layer map, where the map changes from epoch to epoch.
+        logits: whether logits are read.
     """
-    names = tuple(cache.teachers) if teachers is None else tuple(teachers)
+
+    teachers: tuple[str, ...]
+    layer_map: LayerMap = field(default_factory=dict)
+    layers_at: LayersOfEpoch | None = None
+    logits: bool = True
+
+    @property
+    def used(self) -> dict[str, tuple[int, ...]]:
+        """The layers of each teacher that are read, ascending."""
+        return {name: layers_read(self.layer_map[name]) for name in self.teachers if name in self.layer_map}
+
+    @property
+    def has_targets(self) -> bool:
+        """Whether anything of a teacher is read."""
+        return bool(self.teachers) and (self.logits or bool(self.layer_map))
+
+    def at_epoch(self, epoch: int) -> LayerMap:
+        """The layer map of an epoch."""
+        return self.layer_map if self.layers_at is None else self.layers_at(epoch)
+
+    def check(self, cache: Cache) -> None:
+        """Check teachers and layers against ``cache``.
+
+        Raises MismatchError where the cache lacks a teacher or a layer, RecipeError where layer maps differ in length,
+        which they may only with ``layers_at``.
+        """
+        check_teacher_names(cache, self.teachers)
+        lengths = {name: len(layers) for name, layers in self.layer_map.items()}
+        if len(set(lengths.values())) > 1 and self.layers_at is None:
+            given = ", ".join(f"{name}: {length}" for name, length in lengths.items())
+            raise RecipeError(
+                f"the layer map must give one teacher layer per student layer for every teacher; it gives {given}",
+                "Make the lists in distill.teacher_layers equally long.",
+            )
+        for name, layers in self.used.items():
+            _check_layers(cache, name, layers)
+
+
+def check_teacher_names(cache: Cache, names: Sequence[str]) -> None:
+    """Raise MismatchError where the cache lacks a teacher."""
     for name in names:
         if name not in cache.teachers:
             known = ", ".join(cache.teachers) or "none"
@@ -45,45 +75,26 @@ def chosen_teachers(
                 f"cache '{cache.path}' has no teacher '{name}'; it has: {known}",
                 "Choose among these with distill.teachers, or add the teacher: kdcache dump-teachers",
             )
-    chosen = {name: tuple(layer_map[name]) for name in names if layer_map and name in layer_map}
-    lengths = {name: len(layers) for name, layers in chosen.items()}
-    if len(set(lengths.values())) > 1 and not taking_turns:
-        told = ", ".join(f"{name}: {length}" for name, length in lengths.items())
-        raise RecipeError(
-            f"the layer map must give one teacher layer per student layer for every teacher; it gives {told}",
-            "Make the lists in distill.teacher_layers equally long.",
-        )
-    for name, layers in chosen.items():
-        _check_layers(cache, name, layers_read(layers))
-    return names, chosen
 
 
-def even_layer_map(cache: Cache, teachers: Sequence[str] | None, student_layers: int) -> LayerMap:
-    """The teacher layer g(j) = round(j * depth / K) for each student layer j = 1..K, for every teacher (MT-BERT,
-    section 3.2).
-    """
-    names, _ = chosen_teachers(cache, teachers, None)
-    return {name: even_layers(cache.teachers[name].depth, student_layers) for name in names}
+def even_layer_map(cache: Cache, teachers: Sequence[str], student_layers: int) -> LayerMap:
+    """Every teacher's layer g(j) = round(j * depth / K) for student layers j = 1..K (MT-BERT, section 3.2)."""
+    check_teacher_names(cache, teachers)
+    return {name: even_layers(cache.teachers[name].depth, student_layers) for name in teachers}
 
 
 def largest_max_length(cache: Cache) -> int:
-    """The longest that any teacher of the cache was given, in tokens."""
+    """The largest ``max_length`` of the cache's teachers, in tokens; 128 without teachers."""
     return max((spec.max_length for spec in cache.teachers.values()), default=128)
 
 
 def files_used(
-    cache: Cache,
-    parts: Sequence[int],
-    teachers: Sequence[str],
-    layers: Mapping[str, tuple[int, ...]],
-    *,
-    logits: bool,
-    texts: bool = False,
+    cache: Cache, parts: Sequence[int], teachers: Sequence[str], layers: Mapping[str, tuple[int, ...]], *, logits: bool
 ) -> list[str]:
-    """The files that batches from ``parts`` are made of, part by part, by their names in the manifest."""
+    """The files that batches from ``parts`` read, part by part, by their names in the manifest."""
     files: list[str] = []
     for part in (cache.parts[index].name for index in parts):
-        files += [layout.ids_file(part), *([layout.text_file(part)] if texts else [])]
+        files.append(layout.ids_file(part))
         for teacher in teachers:
             if logits:
                 files.append(layout.outputs_file(teacher, part))
@@ -108,24 +119,24 @@ def _check_layers(cache: Cache, name: str, layers: Sequence[int]) -> None:
 
 
 @dataclass(frozen=True, eq=False)
-class Form:
-    """How the targets of one layer come: which tokens, and what decodes their values where these are no numbers yet."""
+class StoredFormat:
+    """How one layer's targets come: for which tokens, and the decoder of values that are codes, not numbers."""
 
     tokens: TokenSelection = "all"
     decoder: Decoder | None = None
 
 
-Forms = dict[tuple[str, int], Form]  # (teacher, its layer)
+StoredFormats = dict[tuple[str, int], StoredFormat]  # by teacher and its layer
 
 
-def stored_forms(cache: Cache, layer_map: Mapping[str, tuple[int, ...]]) -> Forms:
-    """The forms of the layers that are used; reads the bases of those that cannot be decoded without."""
-    forms: Forms = {}
-    for teacher, layers in layer_map.items():
-        for layer in sorted(set(layers)):
-            spec = cache.teachers[teacher].layers[layer]
-            forms[teacher, layer] = Form(spec.tokens, format_of(spec).decoder(_basis(cache, teacher, layer)))
-    return forms
+def stored_formats(cache: Cache, layers: Mapping[str, tuple[int, ...]]) -> StoredFormats:
+    """The formats of the ``layers`` of each teacher; reads a layer's basis where its decoder needs one."""
+    return {
+        (teacher, layer): StoredFormat(spec.tokens, format_of(spec).decoder(_basis(cache, teacher, layer)))
+        for teacher, own in layers.items()
+        for layer in own
+        for spec in [cache.teachers[teacher].layers[layer]]
+    }
 
 
 def target_dim(cache: Cache, teacher: str, layer: int) -> int:

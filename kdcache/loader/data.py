@@ -1,8 +1,7 @@
-"""What a student learns from and is scored on, and how that joins a cache.
+"""The examples and texts that a student is trained and scored on, and how they join a cache.
 
-The recipe's data files decide on examples, labels and splits, so that corrected labels need no new dump; where the
-files are not at hand (a cache that a colleague made), the cache's own examples do. Either way a row meets its targets
-by text id.
+They come from the recipe's data files, so corrected labels need no new dump. Without the files (a cache that a
+colleague made) the cache's own examples are used. Either way rows join their targets by text id.
 """
 
 from __future__ import annotations
@@ -11,65 +10,59 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kdcache.cache.ids import IdIndex, id_list
-from kdcache.data.labels import mismatch_cure
-from kdcache.data.task import Examples, load_task
+from kdcache.cache.ids import Examples, IdIndex, id_list
+from kdcache.cache.spec import check_same_task
+from kdcache.data.task import load_task
 from kdcache.errors import DataError, MismatchError
-from kdcache.progress import listed_apart
 
 if TYPE_CHECKING:
     from kdcache.cache.reader import Cache
     from kdcache.recipe import DataSection
 
 
-class ExamplesOf(Protocol):
-    """Examples of the data files and those of a cache look alike."""
-
-    @property
-    def text_ids(self) -> np.ndarray: ...
-
-    @property
-    def labels(self) -> np.ndarray: ...
-
-
 @dataclass(frozen=True, eq=False)
 class StudentData:
-    """``texts`` by id.
-
-    ``splits`` of train, validation, test and transfer, those that there are; ``origin`` for the record.
-    """
+    """``texts`` by id, and the examples of each split: train, validation, test and transfer, as far as they exist."""
 
     texts: Mapping[bytes, tuple[str, ...]]
-    splits: Mapping[str, ExamplesOf]
+    splits: Mapping[str, Examples]
     label_names: tuple[str, ...]
     text_columns: tuple[str, ...]
     origin: str  # "recipe" or "cache"
-    labels_declared: bool = True  # by a recipe or a data set; else the class order is that of the sorted names
-    empty_rows: Mapping[str, int] = field(default_factory=dict)  # per split, left out because they have no text
-    notes: tuple[str, ...] = ()  # what is odd about the data, for people
+    labels_declared: bool = True  # False: the class order is that of the sorted names
+    empty_rows: Mapping[str, int] = field(default_factory=dict)  # per split, rows without text, which are left out
+    notes: tuple[str, ...] = ()  # warnings about the data
+
+    def examples(self, split: str) -> Examples:
+        """The rows of ``split``, as ``Cache.examples`` gives those of a cache. MismatchError where there is none."""
+        if split not in self.splits:
+            raise MismatchError(
+                f"the data has no split '{split}'; it has: {', '.join(self.splits)}", "Name its file in [data]."
+            )
+        return self.splits[split]
 
     def texts_of(self, split: str) -> list[tuple[str, ...]]:
         """The text of every example of ``split``, in its order."""
         return [self.texts[identity] for identity in id_list(self.splits[split].text_ids)]
 
     def digest(self) -> str:
-        """sha256 over ids and labels of every split: what a resumed training must agree on."""
+        """sha256 over ids and labels of every split; a resumed training must have the same."""
         digest = hashlib.sha256()
         for name in sorted(self.splits):
             split = self.splits[name]
-            digest.update(name.encode() + split.text_ids.tobytes() + np.asarray(split.labels, np.int64).tobytes())
+            digest.update(name.encode() + split.text_ids.tobytes() + split.labels.astype(np.int64).tobytes())
         return digest.hexdigest()
 
 
 def student_data(section: DataSection, cache: Cache | None) -> StudentData:
-    """The recipe's data, or that of the cache where the recipe's training file is not there.
+    """The recipe's data, or the cache's own where the recipe's training file does not exist.
 
-    Raises DataError for files that are there and not usable, or not there and no cache to stand in; MismatchError where
-    label names or text columns are not those of the cache.
+    Raises DataError for unusable files, and for missing files without a cache that has texts; MismatchError where
+    labels or text columns are not those of the cache.
     """
     try:
         task = load_task(section)
@@ -78,8 +71,8 @@ def student_data(section: DataSection, cache: Cache | None) -> StudentData:
             raise
         if not cache.has_text:
             raise DataError(
-                f"cache '{cache.path}' came without its texts, and the data are not here either: {error.message}",
-                "Name the data that it was made from in [data]: rows join by their text.",
+                f"cache '{cache.path}' came without its texts, and the data files are missing too: {error.message}",
+                "Name the data that the cache was made from in [data]: rows join by their text.",
             ) from error
         return _data_of(cache)
     empty = task.counts.empty
@@ -88,7 +81,8 @@ def student_data(section: DataSection, cache: Cache | None) -> StudentData:
         task.texts, dict(task.splits), task.label_names, task.text_columns, "recipe", task.labels_declared, empty, notes
     )
     if cache is not None:
-        _check_same_task(data, cache)
+        cure = "Set data.labels and data.text to those of the cache, or dump the teachers of this task."
+        check_same_task(data, cache.task, ("the data", f"cache '{cache.path}'"), cure, same_column_names=False)
     return data
 
 
@@ -100,57 +94,15 @@ def _data_of(cache: Cache) -> StudentData:
     }
     splits = {name: cache.examples(name) for name in cache.splits}
     names = tuple(cache.task.label_names)
-    declared = names != tuple(sorted(names))  # a sorted order may have been declared as well; then that is not known
+    declared = names != tuple(sorted(names))  # a sorted order may be declared too; that is not stored
     return StudentData(texts, splits, names, tuple(cache.task.text_columns), "cache", declared)
-
-
-def _check_same_task(data: StudentData, cache: Cache) -> None:
-    if data.label_names != tuple(cache.task.label_names):
-        ours, theirs = listed_apart(data.label_names, cache.task.label_names)
-        cure = "Set data.labels to the cache's labels in their order, or dump the teachers of this task: kdcache dump-teachers"
-        raise MismatchError(
-            f"the labels of the data are {ours}; those of cache '{cache.path}' are {theirs}",
-            mismatch_cure(data.label_names, cache.task.label_names, cure),
-        )
-    if len(data.text_columns) != len(cache.task.text_columns):
-        raise MismatchError(
-            f"the data has {len(data.text_columns)} text columns, cache '{cache.path}' has "
-            f"{len(cache.task.text_columns)}",
-            "Set data.text to the columns that were dumped.",
-        )
-
-
-class CacheWithData:
-    """A cache that answers with the examples of ``data`` and with everything else of its own."""
-
-    def __init__(self, cache: Cache, data: StudentData) -> None:
-        self._cache = cache
-        self._data = data
-        self.splits = tuple(data.splits)
-
-    def examples(self, split: str) -> Any:
-        """The examples of the data, not those that the cache was dumped with."""
-        if split not in self._data.splits:
-            raise MismatchError(
-                f"the data has no split '{split}'; it has: {', '.join(self.splits)}", "Name its file in [data]."
-            )
-        found = self._data.splits[split]
-        return Examples(found.text_ids, np.asarray(found.labels, np.int64), None)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._cache, name)
-
-
-def with_data(cache: Cache, data: StudentData) -> Cache:
-    """``cache`` with the examples of ``data`` in the place of its own."""
-    return cast("Cache", CacheWithData(cache, data)) if data.origin == "recipe" else cache
 
 
 @dataclass(frozen=True)
 class SplitJoin:
-    """A split of the data.
+    """How a split of the data joins the cache.
 
-    ``missing`` of its ``rows`` have a text that the cache lacks, ``extra`` texts of the cache it lacks.
+    ``missing``: rows of the data whose text the cache lacks. ``extra``: texts of the cache that the data lack.
     """
 
     split: str
@@ -161,11 +113,11 @@ class SplitJoin:
     first_extra: str = ""  # text id
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-able, without what is empty."""
+        """For JSON, without empty values."""
         return {name: value for name, value in vars(self).items() if name != "split" and value != ""}
 
     def lines(self) -> list[str]:
-        """For people; nothing where everything joins."""
+        """Lines for the user; none where everything joins."""
         lines = []
         if self.missing:
             lines.append(
@@ -181,7 +133,7 @@ class SplitJoin:
 
 
 def join_counts(data: StudentData, cache: Cache | None) -> tuple[SplitJoin, ...]:
-    """Per split of the recipe's data, what joins the cache; empty where the cache gives the data itself."""
+    """How each split of the recipe's data joins the cache; empty where the data are the cache's own."""
     if cache is None or data.origin != "recipe":
         return ()
     return tuple(_join(data, cache, split) for split in data.splits)
@@ -194,8 +146,8 @@ def _join(data: StudentData, cache: Cache, split: str) -> SplitJoin:
     extra = np.flatnonzero(IdIndex(ids).find(stored) < 0)
     first = ""
     if len(missing):
-        one = ids[missing[0]].tobytes()
-        first = f"{one.hex()} {' | '.join(data.texts[one])[:60]!r}"
+        text_id = ids[missing[0]].tobytes()
+        first = f"{text_id.hex()} {' | '.join(data.texts[text_id])[:60]!r}"
     return SplitJoin(
         split, len(ids), len(missing), len(extra), first, stored[extra[0]].tobytes().hex() if len(extra) else ""
     )

@@ -1,19 +1,20 @@
-"""The examples that a student learns from, joined to a cache by text id: never by position, never by file.
+"""The examples that a student learns from, joined to a cache by text id, never by position.
 
-Joining needs the manifest, the examples of the split and the ids of the texts, not the targets: an epoch starts without
-a scan of the cache. What stays in memory of an example is its label and the place of its text: memory must hardly grow
-with their number, so ids are read again from the part where they are asked for.
+The join reads the manifest, the examples of the splits and the ids of the texts, not the targets, so an epoch starts
+without a scan of the cache. Of each example only its label and the place of its text stay in memory, a few bytes; its
+id is read again from the part when it is asked for.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from kdcache.cache.ids import ID_BYTES
+from kdcache.cache.ids import ID_BYTES, Examples
 from kdcache.cache.memory import give_back_freed
 from kdcache.errors import MismatchError
 
@@ -21,20 +22,21 @@ if TYPE_CHECKING:
     from kdcache.cache.reader import Cache
 
 
-_AT_HAND = 64  # parts whose ids stay in memory, 64 KB each by default: no window is as wide
+ExamplesOf = Callable[[str], Examples]  # split -> its rows: ``Cache.examples``, or those of data files
+_AT_HAND = 64  # parts whose ids stay in memory, 64 KB each by default: more than a window has
 
 
 @dataclass(frozen=True, eq=False)
 class JoinedExamples:
-    """``n`` examples and where their texts lie.
+    """``n`` examples and the places of their texts: row ``rows[i]`` of ``cache.parts[parts[i]]``.
 
-    ``parts`` int32[n] (index into ``cache.parts``) and ``rows``, int64 where indexed.
+    ``text_ids``, ``labels`` and ``rows`` are compact; indexing them gives numpy arrays.
     """
 
-    text_ids: np.ndarray | StoredIds  # uint8[m, 16] where indexed
-    labels: np.ndarray | Integers  # int64[m] where indexed, -1 = none
-    parts: np.ndarray
-    rows: np.ndarray | Integers
+    text_ids: np.ndarray | StoredIds  # indexed: uint8[m, 16]
+    labels: np.ndarray | Integers  # indexed: int64[m], -1 = none
+    parts: np.ndarray  # int32[n]
+    rows: np.ndarray | Integers  # indexed: int64[m]
     skipped: int  # examples left out because the cache lacks their text
 
     def __len__(self) -> int:
@@ -42,11 +44,11 @@ class JoinedExamples:
 
 
 class Integers:
-    """Integers in as few bytes as hold them all; int64 for whoever takes some."""
+    """Integers stored in the smallest dtype that fits; indexing gives int64."""
 
     def __init__(self, values: np.ndarray) -> None:
-        ends = (np.min_scalar_type(values.min(initial=0)), np.min_scalar_type(values.max(initial=0)))
-        self._values = values.astype(np.result_type(*ends))
+        dtypes = np.min_scalar_type(values.min(initial=0)), np.min_scalar_type(values.max(initial=0))
+        self._values = values.astype(np.result_type(*dtypes))
 
     def __len__(self) -> int:
         return len(self._values)
@@ -56,7 +58,7 @@ class Integers:
 
 
 class StoredIds:
-    """Text ids by the places of texts in a cache, read where they are asked for."""
+    """The ids of texts in a cache, read from their parts when indexed."""
 
     def __init__(self, cache: Cache, parts: np.ndarray, rows: Integers) -> None:
         names = [part.name for part in cache.parts]
@@ -69,39 +71,51 @@ class StoredIds:
     def __getitem__(self, which: np.ndarray | slice) -> np.ndarray:
         """uint8 [m, 16]."""
         parts, rows = self._parts[which], self._rows[which]
-        found = np.empty((len(rows), ID_BYTES), np.uint8)
+        ids = np.empty((len(rows), ID_BYTES), np.uint8)
         for part in np.unique(parts).tolist():
             mine = parts == part
-            found[mine] = self._ids(part)[rows[mine]]
-        return found
+            ids[mine] = self._ids(part)[rows[mine]]
+        return ids
 
 
 def join_examples(
-    cache: Cache, splits: tuple[str, ...], *, missing: Literal["error", "skip"] = "error", hidden: bool = False
+    cache: Cache,
+    examples: ExamplesOf,
+    splits: Sequence[str],
+    *,
+    missing: Literal["error", "skip"] = "error",
+    hidden: bool = False,
 ) -> JoinedExamples:
-    """The examples of ``splits``, one split after the other, with the place of their texts.
+    """The ``examples`` of ``splits``, one split after the other, with the place of their texts in ``cache``.
 
     Raises MismatchError where a text is not in the cache, or only with logits where ``hidden`` states are wanted,
     unless ``missing`` is 'skip'; and where no example is left.
     """
-    joined = _join(cache, splits, missing, hidden=hidden)
+    joined = _join(cache, *_concatenated(examples, splits), _names(splits), missing, hidden=hidden)
     give_back_freed()
     return joined
 
 
-def _join(cache: Cache, splits: tuple[str, ...], missing: Literal["error", "skip"], *, hidden: bool) -> JoinedExamples:
-    text_ids, labels = _examples(cache, splits)
+def _join(
+    cache: Cache,
+    text_ids: np.ndarray,
+    labels: np.ndarray,
+    names: str,
+    missing: Literal["error", "skip"],
+    *,
+    hidden: bool,
+) -> JoinedExamples:
     parts, rows = cache.locate(text_ids)
     usable = parts >= 0
     if hidden:
         full = np.array([part.scope == "full" for part in cache.parts] + [False])
-        usable &= full[parts]  # -1 meets the False at the end
+        usable &= full[parts]  # -1 indexes the False at the end
     lacking = np.flatnonzero(~usable)
     if len(lacking) and missing == "error":
-        raise _lacking(cache, splits, text_ids, parts, lacking)
+        raise _lacking(cache, names, text_ids, parts, lacking)
     if not usable.any():
         raise MismatchError(
-            f"cache '{cache.path}' holds the text of none of the {len(labels)} examples of {_names(splits)}",
+            f"cache '{cache.path}' holds the text of none of the {len(labels)} examples of {names}",
             "Check that cache and recipe belong together: kdcache cache info",
         )
     if len(lacking):
@@ -110,24 +124,22 @@ def _join(cache: Cache, splits: tuple[str, ...], missing: Literal["error", "skip
     return JoinedExamples(StoredIds(cache, parts, places), Integers(labels), parts, places, len(lacking))
 
 
-def _examples(cache: Cache, splits: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Ids uint8[n, 16] and labels int64[n] of all ``splits``, these not a view of a file: they outlive the join."""
-    tables = [cache.examples(split) for split in splits]
+def _concatenated(examples: ExamplesOf, splits: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Ids uint8[n, 16] and labels int64[n] of all ``splits``."""
+    tables = [examples(split) for split in splits]
     labels = np.concatenate([table.labels for table in tables], dtype=np.int64)
     return (tables[0].text_ids if len(tables) == 1 else np.concatenate([table.text_ids for table in tables])), labels
 
 
-def _lacking(
-    cache: Cache, splits: tuple[str, ...], text_ids: np.ndarray, parts: np.ndarray, lacking: np.ndarray
-) -> MismatchError:
+def _lacking(cache: Cache, names: str, text_ids: np.ndarray, parts: np.ndarray, lacking: np.ndarray) -> MismatchError:
     first = text_ids[lacking[0]].tobytes().hex()
-    what = "is not in the cache" if parts[lacking[0]] < 0 else "is there with logits only, without hidden states"
+    what = "is not in the cache" if parts[lacking[0]] < 0 else "is stored with logits only, without hidden states"
     return MismatchError(
-        f"cache '{cache.path}' lacks {len(lacking)} of the {len(text_ids)} texts of {_names(splits)}; the first, "
+        f"cache '{cache.path}' lacks {len(lacking)} of the {len(text_ids)} texts of {names}; the first, "
         f"{first}, {what}",
         'Dump the new rows with kdcache dump-teachers, or leave them out with distill.missing = "skip".',
     )
 
 
-def _names(splits: tuple[str, ...]) -> str:
+def _names(splits: Sequence[str]) -> str:
     return " and ".join(f"'{split}'" for split in splits)

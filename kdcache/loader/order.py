@@ -1,14 +1,15 @@
 """The order of an epoch: a pure function of (seed, epoch, window) and of which part each example's text lies in.
 
-Parts are put in a seeded order; an example of the p-th part gets the key p + W * u with u uniform in [0, 1), and the
-examples are taken by ascending key. At key x only parts p with x - W < p <= x have examples, so a window of W parts
-slides over the cache: the first batches need the first part alone, a part is read once, and it can go once its last
-example is out. With the window 'all' the key is u alone: a uniform permutation, whose first batches need nearly all
-parts. The steps of an epoch are consecutive slices of this order and a process takes its slice of every step, so a run
-continues in the middle of an epoch, with another number of processes too, from three integers: seed, epoch, step.
+Parts are put in a seeded order. An example of the p-th part gets the key p + W * u with u uniform in [0, 1), and
+examples are sorted by key. At key x only parts p with x - W < p <= x have examples, so a window of W parts slides over
+the cache: the first batches need one part only, each part is read once, and it can be freed after its last example.
+With the window 'all' the key is u alone: a uniform permutation, whose first batches need nearly all parts.
 
-Only raw outputs of the bit generator are used: numpy keeps those streams for ever, those of its distributions not (NEP
-19).
+The steps of an epoch are consecutive slices of this order, and a process takes its slice of every step. Three integers
+(seed, epoch, step) are therefore enough to resume in the middle of an epoch, also with another number of processes.
+
+Only raw outputs of the bit generator are used: numpy guarantees those streams for ever, but not those of its
+distributions (NEP 19).
 """
 
 from __future__ import annotations
@@ -24,16 +25,14 @@ from kdcache.errors import RecipeError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from kdcache.loader.examples import JoinedExamples
-
 
 Window = int | Literal["all"]  # in parts
 
 
 def epoch_order(parts: NDArray[np.integer], *, seed: int, epoch: int, window: Window) -> NDArray[np.integer]:
-    """Positions of all examples in the order of ``epoch``, int32 where that is enough.
+    """Positions of all examples in the order of ``epoch``, int32 if that is wide enough.
 
-    ``parts`` [n] is the part of each one's text.
+    ``parts`` [n] is the part of each example's text.
     """
     key = _uniform(seed, epoch, len(parts))
     if window != "all":
@@ -56,10 +55,7 @@ def step_count(examples: int, batch_size: int, world: int = 1) -> int:
 def step_rows(
     order: NDArray[np.integer], step: int, batch_size: int, *, rank: int = 0, world: int = 1
 ) -> NDArray[np.integer]:
-    """What process ``rank`` of ``world`` takes of step ``step``.
-
-    Near-equal, consecutive shares, in the order of the epoch.
-    """
+    """The share of process ``rank`` of ``world`` in a step: near-equal, consecutive slices in the epoch's order."""
     rows = order[step * batch_size : (step + 1) * batch_size]
     return rows[rank * len(rows) // world : (rank + 1) * len(rows) // world]
 
@@ -72,17 +68,28 @@ def _uniform(seed: int, epoch: int, count: int, purpose: int = 0) -> NDArray[np.
     return uniform
 
 
-_MANY = 1 << 18  # examples, from which on ordering them takes arrays of megabytes for a moment
+_MANY = 1 << 18  # examples; ordering more allocates temporary arrays of megabytes
 
 
-@dataclass(frozen=True, eq=False)
-class Epochs:
-    """The order of all epochs over joined examples, and one process's share of it."""
+@dataclass(frozen=True)
+class BatchSettings:
+    """How rows become batches, whatever their targets. Raises RecipeError for values that no epoch can have.
 
-    examples: JoinedExamples
+    Attributes:
+        batch_size: rows of a step over all processes.
+        max_length: tokens that the student reads of a text.
+        seed: of the order.
+        window: from how many parts rows are drawn; ``"all"`` is a uniform shuffle, for which all parts are read first.
+        missing: ``"skip"`` leaves out examples whose text the cache lacks.
+        rank: this process, which takes its share of every step.
+        world: how many processes there are.
+    """
+
     batch_size: int
-    seed: int
-    window: Window
+    max_length: int
+    seed: int = 0
+    window: Window = 8
+    missing: Literal["error", "skip"] = "error"
     rank: int = 0
     world: int = 1
 
@@ -98,30 +105,40 @@ class Epochs:
                 "Each process needs at least one row: raise distill.batch_size.",
             )
 
+
+@dataclass(frozen=True, eq=False)
+class Epochs:
+    """The order of all epochs over examples whose texts lie in ``parts`` [n], and one process's share of it."""
+
+    parts: NDArray[np.integer]
+    settings: BatchSettings
+
     @property
     def steps(self) -> int:
         """Steps of an epoch."""
-        return step_count(len(self.examples), self.batch_size, self.world)
+        return step_count(len(self.parts), self.settings.batch_size, self.settings.world)
 
     def order(self, epoch: int) -> np.ndarray:
         """All examples in the order of ``epoch``."""
-        order = epoch_order(self.examples.parts, seed=self.seed, epoch=epoch, window=self.window)
+        order = epoch_order(self.parts, seed=self.settings.seed, epoch=epoch, window=self.settings.window)
         if len(order) > _MANY:
             give_back_freed()
         return order
 
     def rows(self, order: np.ndarray, step: int) -> np.ndarray:
-        """The share of process ``rank`` of a step, as positions in ``examples``."""
-        return step_rows(order, step, self.batch_size, rank=self.rank, world=self.world)
+        """The share of this process in a step, as positions in the examples."""
+        settings = self.settings
+        return step_rows(order, step, settings.batch_size, rank=settings.rank, world=settings.world)
 
     def shares(self, order: np.ndarray, first_step: int) -> tuple[np.ndarray, np.ndarray]:
         """All of this process's examples from ``first_step`` on, and the step of each."""
-        end = min(len(order), self.steps * self.batch_size)
-        place = np.arange(first_step * self.batch_size, end, dtype=order.dtype)
-        step = place // self.batch_size
-        if self.world == 1:
-            return order[first_step * self.batch_size : end], step
-        size = np.minimum(len(order) - step * self.batch_size, self.batch_size)
-        within = place - step * self.batch_size
-        mine = (within >= self.rank * size // self.world) & (within < (self.rank + 1) * size // self.world)
+        rank, world, batch_size = self.settings.rank, self.settings.world, self.settings.batch_size
+        end = min(len(order), self.steps * batch_size)
+        place = np.arange(first_step * batch_size, end, dtype=order.dtype)
+        step = place // batch_size
+        if world == 1:
+            return order[first_step * batch_size : end], step
+        size = np.minimum(len(order) - step * batch_size, batch_size)
+        within = place - step * batch_size
+        mine = (within >= rank * size // world) & (within < (rank + 1) * size // world)
         return order[place[mine]], step[mine]

@@ -1,6 +1,8 @@
 """One part of a cache, decoded for one student: its tokens, and per teacher logits, hidden states and alignment.
 
-Hidden states stay as they were stored (int8 stays int8); only what the student's method uses is read.
+Hidden states stay in their stored dtype, and only what the student's method uses is read. All layers of a teacher are
+interleaved: one record per token holds the values and scales of every layer, so that the loader gathers the rows of a
+batch once and not once per layer.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ Texts = Mapping[bytes, tuple[str, ...]]
 
 @dataclass(frozen=True, eq=False)
 class TeacherPart:
-    """What one teacher says of the n texts of a part; ``hidden`` by which tokens the layers are stored for."""
+    """One teacher's outputs for the n texts of a part; ``hidden`` by the tokens that its layers are stored for."""
 
     logits: np.ndarray | None  # float32[n, C]
     offsets: np.ndarray | None  # int64[n + 1], of the teacher's tokens
@@ -40,20 +42,18 @@ class TeacherPart:
 
 
 @dataclass(frozen=True, eq=False)
-class Explicit:
-    """An alignment entry by entry.
+class CsrAlignment:
+    """An alignment packed for looking up the rows of a batch; the identity is written out too.
 
-    ``texts`` bounds those of each text, ``counts`` says how many each student token has.
+    An entry is int32: the teacher token, counted from the first of its text, and the bits of the float32 weight.
     """
 
-    texts: np.ndarray  # int64[n + 1]
-    counts: np.ndarray  # int32[S]
-    entries: (
-        np.ndarray
-    )  # int32[E, 2]: src, counted from the teacher's first token of the text, and the bits of the weight
+    texts: np.ndarray  # int64[n + 1], bounds the entries of each text
+    counts: np.ndarray  # int32[S], entries of each student token
+    entries: np.ndarray  # int32[E, 2]
 
     @classmethod
-    def of(cls, alignment: PartAlignment, offsets: np.ndarray) -> Explicit:
+    def of(cls, alignment: PartAlignment, offsets: np.ndarray) -> CsrAlignment:
         """``offsets`` [n + 1] are those of the student's tokens."""
         bounds = np.arange(alignment.tokens + 1) if alignment.first is None else alignment.first
         entries = np.empty((int(bounds[-1]), 2), np.int32)
@@ -72,24 +72,22 @@ class DecodedPart:
 
     @functools.cached_property
     def plain(self) -> bool:
-        """Whether ids are all there is to look up per student token.
-
-        Single texts, tokens that are the teachers' own.
-        """
+        """Whether a student token needs no lookup but its id: single texts, and the teachers have the same tokens."""
         types = self.student.token_type_ids
         alignments = [teacher.alignment for teacher in self.teachers]
-        return (types is None or not types.any()) and all(one is None or one.identical for one in alignments)
+        return (types is None or not types.any()) and all(
+            alignment is None or alignment.identical for alignment in alignments
+        )
 
     @functools.cached_property
-    def cards(self) -> Interleaved:
-        """What is known per text, side by side: where its tokens are, the student's (``tokens``) and each teacher's,
-        ``id`` and ``logits``.
+    def text_records(self) -> Interleaved:
+        """One record per text: the span of the student's ``tokens`` and of each teacher's, ``id`` and ``logits``.
 
-        Looking one array up costs a batch a microsecond per part that it is drawn from, whatever the array holds.
+        A lookup in one array costs a batch a microsecond per part that it is drawn from, whatever the record holds.
         """
-        offsets = {f"tokens {index}": one.offsets for index, one in enumerate(self.teachers) if one.offsets is not None}
+        offsets = {f"tokens {index}": t.offsets for index, t in enumerate(self.teachers) if t.offsets is not None}
         offsets["tokens"] = self.student.offsets
-        columns = {name: np.stack([one[:-1], one[1:]], axis=1) for name, one in offsets.items()}
+        columns = {name: np.stack([bounds[:-1], bounds[1:]], axis=1) for name, bounds in offsets.items()}
         if self.text_ids is not None:
             columns["id"] = self.text_ids
         logits = [teacher.logits for teacher in self.teachers if teacher.logits is not None]
@@ -98,24 +96,21 @@ class DecodedPart:
         return Interleaved.of(columns)
 
     @functools.cached_property
-    def records(self) -> np.ndarray:
-        """What is known per student token, side by side.
-
-        Id, type, and per teacher the count of entries; int32[S, 2 + N].
-        """
+    def token_records(self) -> np.ndarray:
+        """One record per student token, int32[S, 2 + N]: id, type, and per teacher the count of alignment entries."""
         records = np.zeros((len(self.student.input_ids), 2 + len(self.teachers)), np.int32)
         records[:, 0] = self.student.input_ids
         if self.student.token_type_ids is not None:
             records[:, 1] = self.student.token_type_ids
-        for index, explicit in self.explicit.items():
-            records[:, 2 + index] = explicit.counts
+        for index, alignment in self.csr.items():
+            records[:, 2 + index] = alignment.counts
         return records
 
     @functools.cached_property
-    def explicit(self) -> dict[int, Explicit]:
-        """Per teacher (by its place) that is aligned, its alignment entry by entry, that of the identity too."""
+    def csr(self) -> dict[int, CsrAlignment]:
+        """The alignment of each teacher that has one, by the teacher's index."""
         alignments = ((index, teacher.alignment) for index, teacher in enumerate(self.teachers))
-        return {index: Explicit.of(one, self.student.offsets) for index, one in alignments if one is not None}
+        return {index: CsrAlignment.of(a, self.student.offsets) for index, a in alignments if a is not None}
 
     @property
     def nbytes(self) -> int:
@@ -123,9 +118,9 @@ class DecodedPart:
         for teacher in self.teachers:
             arrays += [array for array in (teacher.logits, teacher.offsets) if array is not None]
             arrays += [layers.rows for layers in teacher.hidden.values()]
-        arrays.append(self.cards.rows)
+        arrays.append(self.text_records.rows)
         if not self.plain:
-            arrays += [self.records, *(array for one in self.explicit.values() for array in vars(one).values())]
+            arrays += [self.token_records, *(array for csr in self.csr.values() for array in vars(csr).values())]
         aligned = sum(teacher.alignment.nbytes for teacher in self.teachers if teacher.alignment is not None)
         return aligned + sum(int(array.nbytes) for array in arrays)
 
@@ -147,7 +142,7 @@ class PartDecoder:
     def __call__(self, index: int) -> DecodedPart:
         name = self.cache.parts[index].name
         text_ids = self.cache.text_ids(name)
-        keep = self.texts is None or all(one in self.texts for one in id_list(text_ids))
+        keep = self.texts is None or all(text_id in self.texts for text_id in id_list(text_ids))
         student = self.student.encoded(text_ids, lambda: texts_of(self.cache, name, self.texts), keep=keep)
         teachers = (self._teacher(teacher, name, text_ids, student, keep) for teacher in self.teachers)
         return DecodedPart(student, tuple(teachers), text_ids)
@@ -197,13 +192,13 @@ class PartDecoder:
 
 
 def check_texts(cache: Cache, texts: Texts | None, examples: JoinedExamples) -> None:
-    """MismatchError where a text that will be learned from is neither in the cache nor among those given."""
+    """Raise MismatchError where the text of an example is neither in the cache nor in ``texts``."""
     if texts is None and not cache.has_text:
         raise MismatchError(
             f"cache '{cache.path}' came without its texts, which the student's tokenizer needs",
             "Give them as texts={text id: columns}, or pull the cache with its texts.",
         )
-    lacking = [] if texts is None else [one for one in id_list(examples.text_ids[:]) if one not in texts]
+    lacking = [] if texts is None else [text_id for text_id in id_list(examples.text_ids[:]) if text_id not in texts]
     if lacking:
         raise MismatchError(
             f"{len(lacking)} of the {len(examples)} examples have a text that is not among the texts given; the first "
@@ -213,14 +208,11 @@ def check_texts(cache: Cache, texts: Texts | None, examples: JoinedExamples) -> 
 
 
 def texts_of(cache: Cache, part: str, texts: Texts | None) -> Sequence[tuple[str, ...]]:
-    """The texts of a part from the cache, or from ``texts`` by id where given.
-
-    Empty ones stand in for those not given.
-    """
+    """The texts of a part: the cache's, or those of ``texts`` by id, where a missing one becomes an empty text."""
     if texts is None:
         return cache.texts(part)
     empty = ("",) * len(cache.task.text_columns)
-    return [texts.get(one, empty) for one in id_list(cache.text_ids(part))]
+    return [texts.get(text_id, empty) for text_id in id_list(cache.text_ids(part))]
 
 
 @dataclass(frozen=True, eq=False)
@@ -250,23 +242,23 @@ class Interleaved:
 
     @property
     def bytes(self) -> memoryview:
-        """All of it as one piece of memory."""
+        """All records as one buffer."""
         return self.rows.reshape(-1).data
 
 
-JOINED_BYTES = 1 << 20  # of a batch; about 80 us of copying
+GATHERED_AS_BYTES = 1 << 20  # of a batch; copying them takes about 80 us
 
 
-def joined(parts: Sequence[memoryview], spans: Sequence[tuple[int, int, int]], count: int, size: int) -> np.ndarray:
-    """Records uint8 [count, size] out of several parts, one span after the other: ``spans`` are (part, first byte, last
-    byte + 1).
+def gather_spans(
+    parts: Sequence[memoryview], spans: Sequence[tuple[int, int, int]], count: int, size: int
+) -> np.ndarray:
+    """Records uint8 [count, size] of several parts, span by span; a span is (part, first byte, last byte + 1).
 
-    For short spans joining bytes is cheaper than joining arrays; but it keeps the interpreter to itself, so what takes
-    long enough to copy for another thread to run meanwhile (more than ``JOINED_BYTES``) is joined as arrays, which let
-    go of it.
+    Joining bytes is faster than ``np.concatenate`` for short spans, but it holds the GIL. More than
+    ``GATHERED_AS_BYTES`` are therefore joined as arrays, which releases it.
     """
     pieces = [parts[part][start:end] for part, start, end in spans]
-    if count * size > JOINED_BYTES:
+    if count * size > GATHERED_AS_BYTES:
         return np.concatenate([np.asarray(piece) for piece in pieces]).reshape(count, size)
     return np.frombuffer(bytearray().join(pieces), np.uint8).reshape(count, size)
 

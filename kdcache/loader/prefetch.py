@@ -1,9 +1,7 @@
-"""Reading ahead: parts are decoded by a few threads, batches are put together by one more, the consumer only takes
-them.
+"""Read-ahead: a few threads decode parts, one more puts batches together, the consumer takes them from a queue.
 
-What comes out does not depend on how the threads are scheduled: one thread makes the batches, in order. An error in any
-of them reaches the consumer as it was raised, and when the consumer stops, for whatever reason, the threads end with
-it.
+The result does not depend on thread scheduling: one thread makes the batches, in order. An error in a thread is raised
+unchanged in the consumer. When the consumer stops, for whatever reason, the threads end.
 """
 
 from __future__ import annotations
@@ -22,14 +20,14 @@ import numpy as np
 READERS = 2  # threads that read and decode parts
 READ_AHEAD = 2  # parts beyond those that the current batch needs
 BUNDLES_AHEAD = 2
-BUNDLE_BYTES, BUNDLE_STEPS = 2 << 20, 8  # of what is handed over at once: a hand-over costs as much as a small batch
+BUNDLE_BYTES, BUNDLE_STEPS = 2 << 20, 8  # at most per queue item: passing one costs as much as a small batch
 STEPS_TOGETHER = 32  # steps whose rows are looked up at once
 
 T = TypeVar("T")
 
 
 class Sized(Protocol):
-    """What counts towards a bound on memory."""
+    """An object that counts towards a bound on memory."""
 
     @property
     def nbytes(self) -> int: ...
@@ -38,8 +36,8 @@ class Sized(Protocol):
 S = TypeVar("S", bound=Sized)
 
 
-class Shelf(Generic[S]):
-    """Decoded parts kept between epochs, least recently used out first, within ``limit`` bytes. Thread-safe."""
+class PartCache(Generic[S]):
+    """An LRU cache of decoded parts, bounded by ``limit`` bytes, kept between epochs. Thread-safe."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -66,21 +64,18 @@ class Shelf(Generic[S]):
 
 
 @dataclass(frozen=True)
-class Timetable:
-    """Which parts an epoch needs from which step to which.
-
-    ``order`` by first use, ``first`` and ``last`` step per part.
-    """
+class PartLifetimes:
+    """First and last step that need each part of an epoch; ``order`` lists the parts by first use."""
 
     order: tuple[int, ...]
     first: Mapping[int, int]
     last: Mapping[int, int]
 
     @classmethod
-    def of(cls, parts: np.ndarray, steps: np.ndarray) -> Timetable:
-        """From the part and the step of every row of an epoch, steps ascending."""
+    def of(cls, parts: np.ndarray, steps: np.ndarray) -> PartLifetimes:
+        """From the part and the step of every row of an epoch; steps ascend."""
         first, last = np.full(int(parts.max(initial=-1)) + 1, -1), np.empty(int(parts.max(initial=-1)) + 1, np.int64)
-        first[parts[::-1]], last[parts] = steps[::-1], steps  # of equal places numpy keeps what is written last
+        first[parts[::-1]], last[parts] = steps[::-1], steps  # for repeated indices numpy keeps the last value
         numbers = np.flatnonzero(first >= 0)
         order = numbers[np.argsort(first[numbers], kind="stable")].tolist()
         return cls(
@@ -91,53 +86,55 @@ class Timetable:
 
 
 class PartWindow(Generic[S]):
-    """The parts in hand while one epoch is walked through; used by one thread, which lets ``READERS`` others decode."""
+    """The decoded parts that the current steps of an epoch need; one thread uses it, ``READERS`` others decode."""
 
-    def __init__(self, decode: Callable[[int], S], shelf: Shelf[S], timetable: Timetable) -> None:
+    def __init__(self, decode: Callable[[int], S], part_cache: PartCache[S], lifetimes: PartLifetimes) -> None:
         self._decode = decode
-        self._shelf = shelf
-        self._timetable = timetable
-        self._next = 0  # into timetable.order
+        self._part_cache = part_cache
+        self._lifetimes = lifetimes
+        self._next = 0  # into lifetimes.order
         self._reading: dict[int, Future[S]] = {}
-        self._in_hand: dict[int, S] = {}
+        self._decoded: dict[int, S] = {}
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="kdcache-read")
 
     def parts(self, steps: range, needed: Sequence[int]) -> list[S]:
         """The decoded parts of ``needed`` in ``steps``, which must not go backwards."""
-        for part in [part for part in self._in_hand if self._timetable.last[part] < steps[0]]:
-            del self._in_hand[part]
+        for part in [part for part in self._decoded if self._lifetimes.last[part] < steps[0]]:
+            del self._decoded[part]
         self._read_ahead(steps[-1])
         for part in self._reading.keys() & set(needed):
-            self._in_hand[part] = self._reading.pop(part).result()
-        return [self._in_hand[part] for part in needed]
+            self._decoded[part] = self._reading.pop(part).result()
+        return [self._decoded[part] for part in needed]
 
     def close(self) -> None:
         self._readers.shutdown(wait=True, cancel_futures=True)
 
     def _read_ahead(self, step: int) -> None:
-        order, first = self._timetable.order, self._timetable.first
+        order, first = self._lifetimes.order, self._lifetimes.first
         while self._next < len(order):
-            beyond = sum(first[part] > step for part in (*self._in_hand, *self._reading))
-            if first[order[self._next]] > step and (beyond >= READ_AHEAD or (beyond and not self._shelf.has_room())):
+            beyond = sum(first[part] > step for part in (*self._decoded, *self._reading))
+            if first[order[self._next]] > step and (
+                beyond >= READ_AHEAD or (beyond and not self._part_cache.has_room())
+            ):
                 return
-            self._take_up(order[self._next])
+            self._start(order[self._next])
             self._next += 1
 
-    def _take_up(self, index: int) -> None:
-        kept = self._shelf.get(index)
+    def _start(self, index: int) -> None:
+        kept = self._part_cache.get(index)
         if kept is None:
             self._reading[index] = self._readers.submit(self._read, index)
         else:
-            self._in_hand[index] = kept
+            self._decoded[index] = kept
 
     def _read(self, index: int) -> S:
         part = self._decode(index)
-        self._shelf.put(index, part)
+        self._part_cache.put(index, part)
         return part
 
 
 def runs_of_steps(first: int, end: int) -> Iterator[range]:
-    """Runs of consecutive steps, short at first so that the first batch is not kept waiting: 1, 2, 4 ... 32, 32 ..."""
+    """Runs of consecutive steps: 1, 2, 4 ... 32, 32 ...; short at first, so that the first batch comes early."""
     length = 1
     while first < end:
         yield range(first, min(first + length, end))
@@ -154,21 +151,19 @@ class _End:
 
 
 def bundled(items: Iterator[S]) -> Iterator[list[S]]:
-    """Consecutive items, several at a time where they are small, as the first of them shows."""
+    """Consecutive items in lists of bounded size; the size of the first item stands for all of its list."""
     for first in items:
         count = min(BUNDLE_STEPS, BUNDLE_BYTES // (first.nbytes + 1) + 1)
         yield [first, *itertools.islice(items, count - 1)]
 
 
 def in_background(items: Callable[[], Iterator[T]], ahead: int = BUNDLES_AHEAD) -> Generator[T]:
-    """Run an iterator in a thread, at most ``ahead`` items before the consumer.
+    """Run an iterator in a thread, at most ``ahead`` items ahead of the consumer.
 
-    What it raises is raised here. Closing this generator (a ``break``, an exception, Ctrl-C) ends the thread and closes
-    ``items`` before it returns.
+    Errors of the iterator are raised here. Closing this generator (a ``break``, an exception, Ctrl-C) ends the thread
+    and closes the iterator before it returns.
     """
-    made: queue.SimpleQueue[T | _Failed | _End] = (
-        queue.SimpleQueue()
-    )  # simple queues hand over without Python's own locks
+    made: queue.SimpleQueue[T | _Failed | _End] = queue.SimpleQueue()  # it needs no lock in Python
     room: queue.SimpleQueue[None] = queue.SimpleQueue()  # one entry for each item that may still be made
     for _ in range(ahead):
         room.put(None)
@@ -206,5 +201,5 @@ def _produce(
             if close is not None:
                 close()
         made.put(_End())
-    except BaseException as error:  # whatever it is belongs to the consumer
+    except BaseException as error:  # raised again in the consumer
         made.put(_Failed(error))

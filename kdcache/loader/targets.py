@@ -1,8 +1,8 @@
 """The seam between where teacher targets come from and who learns from them.
 
-A trainer sees batches of a ``TargetSource`` and cannot tell whether the teachers ran months ago (``CachedBatches``) or
-run now (``LiveBatches``). That is also how the two are tested to be equal. Targets are packed, never padded, and stay
-quantised until they are on the device: what travels is what was stored.
+A trainer takes batches from a ``TargetSource``. Targets read from a cache (``CachedBatches``) and targets of teachers
+that run on every batch (``LiveBatches``) look the same, so tests can compare the two. Targets are packed, never padded,
+and stay in their stored dtype until they are on the device.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -25,17 +25,23 @@ if TYPE_CHECKING:
 class Hidden:
     """Hidden states of one teacher layer for the student tokens of one batch.
 
-    ``values`` are the teacher's tokens as they are stored, [S, ...]: numbers, or what ``decoder`` turns into numbers
-    [S, dim]. With ``scales`` [S] a target is a number times its scale. Student token p (of P covered ones) is the sum
-    of weight[n] * values[src[n]] over its entries n: those from ``first[p]`` to ``first[p + 1]``, of the last token all
-    that remain, at least one each. ``src is None`` means the identity: S = P, token p is values[p]. ``positions`` [P],
-    ascending, are flat places b * L + t in the student's [B, L]; tokens that no teacher token overlaps are not among
-    them. Layers of a teacher that are stored for the same tokens share the same ``src``, ``first``, ``weight`` and
-    ``positions`` objects.
+    Layers of a teacher that are stored for the same tokens share the index tensors, as the same objects.
 
-    Targets per text need no alignment: S = P = B. For that of the first token ``positions`` are the students' first
-    tokens. For the mean of the tokens ``positions`` are all tokens of the batch and ``bags`` [B] says where those of
-    each row begin.
+    Attributes:
+        values: One row per teacher token, in the stored dtype: [S, dim], or codes [S, ...] for ``decoder``.
+        scales: [S]; a target is its value times its scale. None: no scales.
+        src: The target of covered student token p (of P) is the sum of weight[n] * values[src[n]] over its entries n,
+            which run from first[p] to first[p + 1], for the last token to the end. Every token has at least one entry.
+            None means the identity: S = P, and the target of token p is values[p].
+        first: [P], see ``src``.
+        weight: float32, see ``src``.
+        positions: [P], ascending: flat indices b * L + t of the covered tokens in the student's [B, L]. Tokens that no
+            teacher token overlaps are not among them.
+        decoder: Decodes ``values`` to [S, dim]; None where they are numbers.
+        bags: [B], for targets that are the mean of a text's tokens: where the positions of each row begin.
+
+    Targets per text need no alignment: S = P = B. For the first token ``positions`` are the first tokens of the
+    student; for the mean they are all tokens of the batch.
     """
 
     values: Tensor
@@ -49,7 +55,7 @@ class Hidden:
 
     @property
     def count(self) -> int:
-        """P, the student vectors that have a target."""
+        """P, the number of student vectors with a target."""
         return len(self.positions) if self.bags is None else len(self.bags)
 
     def rows(self, length: int) -> Tensor:
@@ -57,7 +63,7 @@ class Hidden:
         return self.positions // length if self.bags is None else torch.arange(self.count, device=self.bags.device)
 
     def of_student(self, states: Tensor) -> Tensor:
-        """[P, width]: what of the student's ``states`` [B * L, width] the targets are for."""
+        """The student vectors that the targets are for: [P, width] out of ``states`` [B * L, width]."""
         if self.bags is None:
             return states.index_select(0, self.positions)
         return torch.nn.functional.embedding_bag(self.positions, states.float(), self.bags, mode="mean")
@@ -77,9 +83,27 @@ class Hidden:
         return torch.nn.functional.embedding_bag(self.src, values, self.first, mode="sum", per_sample_weights=weight)
 
 
+class AlignmentIndices(NamedTuple):
+    """The alignment of one batch with one teacher: the fields of ``Hidden`` without the values."""
+
+    positions: Tensor
+    src: Tensor | None = None
+    first: Tensor | None = None
+    weight: Tensor | None = None
+    bags: Tensor | None = None
+
+    def to(self, device: torch.device) -> AlignmentIndices:
+        """The same alignment on ``device``."""
+        return AlignmentIndices(*(None if tensor is None else tensor.to(device) for tensor in self))  # type: ignore[arg-type]
+
+    def target(self, values: Tensor, scales: Tensor | None, decoder: Decoder | None) -> Hidden:
+        """The targets that ``values`` are for this alignment."""
+        return Hidden(values, scales, self.src, self.first, self.weight, self.positions, decoder, self.bags)
+
+
 @dataclass(frozen=True, eq=False)
 class Targets:
-    """What N teachers say about one batch.
+    """The outputs of N teachers for one batch.
 
     ``logits`` is [N, B, C] float32 in the order of ``teachers``, with C = 0 where the source was asked for none;
     ``hidden`` is keyed by (teacher index, student layer 1..K) and empty where the source was asked for none.
@@ -107,12 +131,12 @@ class Batch:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the hidden states, which are nearly all."""
+        """Bytes of the hidden states, nearly all of a batch."""
         hidden = self.targets.hidden.values() if self.targets is not None else ()
-        return sum(one.values.nbytes for one in hidden)
+        return sum(states.values.nbytes for states in hidden)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
-        """The same batch on ``device``; a tensor that several layers share travels once."""
+        """The same batch on ``device``; a tensor that several layers share is copied once."""
         moved: dict[int, Tensor] = {}
 
         def move(tensor: Tensor) -> Tensor:
@@ -124,10 +148,8 @@ class Batch:
             return None if tensor is None else move(tensor)
 
         def move_hidden(h: Hidden) -> Hidden:
-            return Hidden(
-                move(h.values), move_if(h.scales), move_if(h.src), move_if(h.first), move_if(h.weight), move(h.positions),
-                h.decoder, move_if(h.bags),
-            )  # fmt: skip
+            alignment = AlignmentIndices(move(h.positions), *map(move_if, (h.src, h.first, h.weight, h.bags)))
+            return alignment.target(move(h.values), move_if(h.scales), h.decoder)
 
         targets = self.targets
         if targets is not None:
@@ -139,22 +161,18 @@ class Batch:
     def split(self, pieces: int) -> tuple[Batch, ...]:
         """At most ``pieces`` micro-batches of near-equal row counts, in row order, each padded to its own longest row.
 
-        Meant for the host, before ``to``: it looks at values, which on a GPU would wait for the device.
+        Call it on the host, before ``to``: it reads values, which on a GPU would wait for the device.
         """
         pieces = min(pieces, len(self))
         if pieces <= 1:
             return (self,)
         borders = np.linspace(0, len(self), pieces + 1).round().astype(int)
         mask = self.inputs["attention_mask"]
-        ends = (mask.numpy() * np.arange(1, mask.shape[1] + 1)).max(
-            axis=1
-        )  # of each row, where padding begins for good
+        ends = (mask.numpy() * np.arange(1, mask.shape[1] + 1)).max(axis=1)  # last token + 1 of each row
         longest = np.maximum.reduceat(ends.astype(np.int64), borders[:-1])  # no piece is empty
-        targets = (
-            _Cuts(borders, longest, mask.shape[1]).targets(self.targets)
-            if self.targets is not None
-            else [None] * pieces
-        )
+        targets: Sequence[Targets | None] = [None] * pieces
+        if self.targets is not None:
+            targets = _Cuts(borders, longest, mask.shape[1]).targets(self.targets)
         spans = zip(itertools.pairwise(borders.tolist()), longest.tolist(), targets, strict=True)
         return tuple(
             Batch(
@@ -167,37 +185,14 @@ class Batch:
         )
 
 
-@dataclass(frozen=True, eq=False)
-class _Piece:
-    """The part of an alignment that belongs to some rows: teacher tokens as a slice, the rest as in ``Hidden``."""
-
-    tokens: slice
-    positions: Tensor
-    src: Tensor | None = None
-    first: Tensor | None = None
-    weight: Tensor | None = None
-    bags: Tensor | None = None
-
-    def of(self, whole: Hidden) -> Hidden:
-        """The same part of the targets."""
-        scales = None if whole.scales is None else whole.scales[self.tokens]
-        return Hidden(
-            whole.values[self.tokens],
-            scales,
-            self.src,
-            self.first,
-            self.weight,
-            self.positions,
-            whole.decoder,
-            self.bags,
-        )
+_Piece = tuple[slice, AlignmentIndices]  # of some rows of a batch: their teacher tokens, and their alignment
 
 
 @dataclass(frozen=True, eq=False)
 class _Cuts:
     """A batch cut at rows ``borders`` [n + 1] into pieces padded to ``longest`` [n]; it was padded to ``length``.
 
-    Everything is worked out for all pieces at once in numpy and then sliced: a slice costs a microsecond, a small torch
+    Indices of all pieces are computed at once in numpy and then sliced: a slice costs a microsecond, a small torch
     operation several.
     """
 
@@ -206,18 +201,19 @@ class _Cuts:
     length: int
 
     def targets(self, whole: Targets) -> list[Targets]:
-        pieces: dict[int, list[_Piece]] = {}  # by alignment, which layers share
+        alignments: dict[int, list[_Piece]] = {}  # by the alignment, which layers share
         hidden: list[dict[tuple[int, int], Hidden]] = [{} for _ in self.longest]
         for key, value in whole.hidden.items():
-            if id(value.positions) not in pieces:
-                pieces[id(value.positions)] = self._alignment(value)
-            for found, piece in zip(hidden, pieces[id(value.positions)], strict=True):
-                found[key] = piece.of(value)
+            if id(value.positions) not in alignments:
+                alignments[id(value.positions)] = self._alignment(value)
+            for own, (tokens, indices) in zip(hidden, alignments[id(value.positions)], strict=True):
+                scales = None if value.scales is None else value.scales[tokens]
+                own[key] = indices.target(value.values[tokens], scales, value.decoder)
         logits = whole.logits.split(np.diff(self.borders).tolist(), dim=1)
-        return [Targets(whole.teachers, mine, found) for mine, found in zip(logits, hidden, strict=True)]
+        return [Targets(whole.teachers, *own) for own in zip(logits, hidden, strict=True)]
 
     def _alignment(self, hidden: Hidden) -> list[_Piece]:
-        device = hidden.positions.device  # that of live teachers may be a GPU
+        device = hidden.positions.device  # live teachers may run on a GPU
         flat = hidden.positions.cpu().numpy()
         places = np.searchsorted(flat, self.borders * self.length)  # of each piece among the student tokens
         piece = np.repeat(np.arange(len(self.longest)), np.diff(places))
@@ -227,9 +223,9 @@ class _Cuts:
         if hidden.bags is not None:
             begins = hidden.bags.cpu().numpy() - np.repeat(places[:-1], np.diff(self.borders))
             columns = (_spans(self.borders), positions, _slices(begins, self.borders, device))
-            return [_Piece(span, own, bags=bags) for span, own, bags in zip(*columns, strict=True)]
+            return [(span, AlignmentIndices(own, bags=bags)) for span, own, bags in zip(*columns, strict=True)]
         if hidden.src is None or hidden.first is None or hidden.weight is None:
-            return [_Piece(span, own) for span, own in zip(_spans(places), positions, strict=True)]
+            return [(span, AlignmentIndices(own)) for span, own in zip(_spans(places), positions, strict=True)]
         return self._entries(hidden.src, hidden.first, hidden.weight, places, positions)
 
     def _entries(
@@ -246,9 +242,8 @@ class _Cuts:
         tokens = [slice(*span) for span in zip(low.tolist(), high.tolist(), strict=True)]
         moved = _slices(source - np.repeat(low, sizes), bounds, device)
         starts = _slices(begins - np.repeat(bounds[:-1], np.diff(places)), places, device)
-        return [
-            _Piece(*one) for one in zip(tokens, positions, moved, starts, weight.split(sizes.tolist()), strict=True)
-        ]
+        columns = (positions, moved, starts, weight.split(sizes.tolist()))
+        return [(span, AlignmentIndices(*own)) for span, *own in zip(tokens, *columns, strict=True)]
 
 
 def _slices(array: np.ndarray, bounds: np.ndarray, device: torch.device) -> tuple[Tensor, ...]:
@@ -261,13 +256,16 @@ def _spans(bounds: np.ndarray) -> list[slice]:
 
 
 class TargetSource(Protocol):
-    """Where batches come from. ``layer`` below is the teacher's own layer number, as in ``layer_map``.
+    """A source of batches. ``layer`` below is the teacher's own layer number, as in ``layer_map``.
 
-    ``layer_map`` gives, per teacher, one teacher layer for each student layer 1..K, or None for one without partner;
-    where the map changes from epoch to epoch, all layers that it draws from. It is empty where no hidden states are
-    asked for. ``coverage`` is, per teacher, the share of student tokens that have a target, over what was read so far;
-    ``truncated`` is the share of the texts read so far that the student reads cut to its max_length, None before any is
-    read; ``skipped`` counts the rows left out because the cache lacks them.
+    Attributes:
+        teachers: Names, in the order of ``Targets.logits``.
+        layer_map: Per teacher one teacher layer for each student layer 1..K, or None for one without partner. If the
+            map changes from epoch to epoch: all layers that it draws from. Empty without hidden states.
+        skipped: Rows left out because the cache lacks their text.
+        steps_per_epoch: Steps of an epoch, the same in every process.
+        coverage: Per teacher, the share of student tokens with a target, over what was read so far.
+        truncated: The share of the texts read so far that are cut to the student's max_length; None before any.
     """
 
     teachers: tuple[str, ...]

@@ -1,11 +1,12 @@
-"""Batches without targets and without a cache: the ``fine-tune`` baseline from data files alone.
+"""Batches without targets and without a cache, for the ``fine-tune`` baseline.
 
-A ``TargetSource`` like the others, with no teachers in it, so that the trainer knows no special case.
+The trainer needs no special case: this is a ``TargetSource`` without teachers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,7 +15,6 @@ from torch import Tensor
 
 from kdcache.data.encoding import encode, pad
 from kdcache.loader.assembly import longest_first
-from kdcache.loader.examples import JoinedExamples
 from kdcache.loader.order import Epochs
 from kdcache.loader.targets import Batch
 
@@ -22,31 +22,27 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from kdcache.loader.data import StudentData
+    from kdcache.loader.order import BatchSettings
     from kdcache.methods.parts.layer_map import LayerMap
 
 
 class PlainBatches:
-    """The labelled and unlabelled rows of ``train``, shuffled anew in every epoch."""
+    """The labelled and unlabelled rows of ``train``, in another order in every epoch."""
 
-    def __init__(
-        self, data: StudentData, tokenizer: PreTrainedTokenizerBase, *, batch_size: int, max_length: int, seed: int
-    ) -> None:
+    def __init__(self, data: StudentData, tokenizer: PreTrainedTokenizerBase, settings: BatchSettings) -> None:
         self.teachers: tuple[str, ...] = ()
         self.layer_map: LayerMap = {}
         self.skipped = 0
         self.coverage: dict[str, float] = {}
-        train = data.splits["train"]
-        count = len(train.labels)
-        joined = JoinedExamples(
-            train.text_ids, np.asarray(train.labels, np.int64), np.zeros(count, np.int32), np.arange(count), 0
-        )
-        self._epochs = Epochs(joined, batch_size, seed, window=1)
-        self._encoded = encode(tokenizer, data.texts_of("train"), max_length)
+        self._train = data.examples("train")
+        one_part = np.zeros(len(self._train), np.int32)
+        self._epochs = Epochs(one_part, replace(settings, window=1))
+        self._encoded = encode(tokenizer, data.texts_of("train"), settings.max_length)
         self._pad_token_id = int(tokenizer.pad_token_id or 0)
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps of an epoch; the last may be short of rows."""
+        """Steps of an epoch; the last may have fewer rows."""
         return self._epochs.steps
 
     @property
@@ -56,12 +52,12 @@ class PlainBatches:
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """The batches of ``epoch`` from ``first_step`` on."""
-        order, joined = self._epochs.order(epoch), self._epochs.examples
+        order, train = self._epochs.order(epoch), self._train
         for step in range(first_step, self.steps_per_epoch):
             rows = self._epochs.rows(order, step)
             rows = rows[longest_first(self._encoded.lengths[rows])]
             inputs = pad(self._encoded, rows, self._pad_token_id)
-            yield Batch(inputs, torch.from_numpy(joined.labels[rows]), joined.text_ids[rows], None)
+            yield Batch(inputs, torch.from_numpy(train.labels[rows]), train.text_ids[rows], None)
 
     def layers_at(self, epoch: int) -> LayerMap:  # noqa: ARG002 - of the protocol
         """There are no teachers."""

@@ -1,11 +1,11 @@
-"""What a distillation method is: a declaration of its terms, their weights, and when each of them counts.
+"""A distillation method: a declaration of its terms, their weights and their schedule.
 
     L = sum over terms of a(t) * term,    w_i(x) * s_i(t) = weight of teacher i on row x at step t
 
-    Method      the declaration: one choice for each slot, and where it was published
-    Term        a part of the loss; says what it needs and binds itself to a student and its targets
-    BoundTerm   the same, ready: owns its parameters, maps a micro-batch to a number
-    View        what a bound term sees of a micro-batch
+    Method      the declaration: one choice for each slot, and its publication
+    Term        a part of the loss; states what it needs and binds to a student and its targets
+    BoundTerm   a term with its parameters; maps a micro-batch to a scalar
+    View        the input of a bound term: a micro-batch with student outputs and targets
 
 The objective (``kdcache.distill.objective``) sums bound terms. It knows no method and no term by name.
 """
@@ -40,8 +40,8 @@ class Needs:
     Attributes:
         logits: The teachers' logits, ``[teachers, batch, classes]``.
         hidden: Which vectors of the hidden states: ``tokens``, the ``first`` token of a text, their ``mean``, or
-            whatever the cache holds (``stored``). None: no hidden states.
-        labels: Gold labels. Rows without one have the label -1; every term has a form for them.
+            the vectors that the cache holds (``stored``). None: no hidden states.
+        labels: Gold labels. Rows without one have the label -1, which every term must handle.
     """
 
     logits: bool = False
@@ -56,7 +56,7 @@ class Needs:
 
 @dataclass(frozen=True)
 class Moment:
-    """A place in the training. What changes over time is a pure function of it, so resume is exact.
+    """A point in the training. Schedules are pure functions of it, so resume is exact.
 
     Attributes:
         step: Optimizer steps done before this one.
@@ -72,18 +72,18 @@ class Moment:
 
     @property
     def share(self) -> float:
-        """The part of the training that is done, from 0 to below 1."""
+        """The completed share of the training, in [0, 1)."""
         return self.step / self.total_steps
 
 
 @dataclass(frozen=True)
 class StepCounts:
-    """What the means of a step divide by, over all its micro-batches.
+    """The divisors of a step's means, counted over all its micro-batches.
 
     Attributes:
         rows: Rows of the step.
         labelled: Rows with a gold label.
-        vectors: By name of the term: how many vectors of each layer pair have a target.
+        vectors: Term name -> per layer pair, the number of vectors with a target.
     """
 
     rows: int
@@ -93,16 +93,16 @@ class StepCounts:
 
 @dataclass(frozen=True)
 class Setup:
-    """What a term binds to: student, targets, and the choices that the method leaves to the recipe.
+    """What a term is bound to: student, targets, and the choices that the method leaves to the recipe.
 
     Attributes:
         teachers: Their names, in the order of their indices.
         student_width: Dimensions of the student's hidden states.
-        dims: Of each layer pair, the dimensions of the target.
-        variances: Epoch -> of each layer pair, the mean variance of the target over its dimensions.
+        dims: Per layer pair, the dimensions of the target.
+        variances: Epoch -> per layer pair, the variance of the target, averaged over its dimensions.
         temperature: T of the soft labels.
         t_squared: Whether the soft loss is multiplied by T².
-        direction: On which side of a layer pair the learnable W stands.
+        direction: The side of a layer pair that the learnable W is applied to.
         paper: Plain sums over teachers and layers instead of balanced means.
         seed: Of the initial values of W.
     """
@@ -120,7 +120,7 @@ class Setup:
 
 @dataclass(frozen=True, eq=False)
 class View:
-    """What a term sees of a micro-batch: B rows padded to L tokens, N teachers, C classes. Tensors lie on one device.
+    """The input of a term: a micro-batch of B rows padded to L tokens, N teachers, C classes, on one device.
 
     Attributes:
         student_logits: ``[B, C]``.
@@ -131,9 +131,9 @@ class View:
         teacher_logits: float32 ``[N, B, C]``; C = 0 where no term needs them.
         hidden_targets: By layer pair; empty where no term needs hidden states.
         weights: w_i(x) * s_i(t), ``[N, B]``. Constants: no gradient flows through them.
-        factors: s_i(t) alone, ``[N]``: 0 for a teacher that sits this step out.
-        counts: Of the whole step. Sums divided by them add up to the step's mean over its micro-batches.
-        moment: The place in the training.
+        factors: s_i(t) alone, ``[N]``; 0 leaves a teacher out of the step.
+        counts: Of the whole step. Sums divided by them add up, over the micro-batches, to the step's mean.
+        moment: The point in the training.
     """
 
     student_logits: Tensor
@@ -150,41 +150,41 @@ class View:
 
 
 class Owned(NamedTuple):
-    """A module that a term trains at ``rate_factor`` times the student's learning rate. Thrown away after training."""
+    """A module that a term trains at ``rate_factor`` times the student's learning rate; discarded after training."""
 
     module: nn.Module
     rate_factor: float = 1.0
 
 
 class BoundTerm(Protocol):
-    """A term that is ready for training.
+    """A term with its parameters, ready for training.
 
     Attributes:
-        owned: The term's modules by the name that their parameters have in a checkpoint.
+        owned: The term's modules by the prefix of their parameters in a checkpoint.
     """
 
     @property
     def owned(self) -> Mapping[str, Owned]: ...
 
     def count(self, batch: Batch, /) -> Mapping[Pair, int]:
-        """How many vectors of each layer pair have a target in ``batch``. Called before the batch is on the device."""
+        """Per layer pair, the vectors of ``batch`` with a target. Called before the batch is moved to the device."""
         ...
 
     def __call__(self, view: View, log: dict[str, Tensor], /) -> Tensor:
-        """The loss of a micro-batch before its weight, a scalar with a gradient. Details to log go into ``log``."""
+        """The unweighted loss of a micro-batch, a scalar with a gradient. Adds details to ``log``."""
         ...
 
 
 class Term(Protocol):
-    """A part of the loss, declared. Implementations are frozen dataclasses.
+    """A part of the loss, as a declaration. Implementations are frozen dataclasses.
 
     Attributes:
-        name: In the metrics, and in schedules.
+        name: Its name in metrics and schedules.
         weight: The key of ``distill.weights`` that multiplies it.
         needs: What it reads.
         scope: ``row``: a sum over rows, so a step may be cut into micro-batches. ``batch``: it compares rows with each
             other and must see all rows of a step at once.
-        weighted: Whether it uses the teachers' weights on the rows.
+        weighted: Whether it uses ``View.weights``.
     """
 
     @property
@@ -199,24 +199,24 @@ class Term(Protocol):
     def weighted(self) -> bool: ...
 
     def bind(self, setup: Setup, /) -> BoundTerm:
-        """The term for this student and these targets. RecipeError where they do not fit."""
+        """The term for this student and these targets. Raises RecipeError where they do not fit."""
         ...
 
 
 @dataclass(frozen=True)
 class Method:
-    """A distillation method: what its publication fixes. Temperature, weights and direction are left to the recipe.
+    """What the publication of a method fixes. Temperature, weights and direction are left to the recipe.
 
     Attributes:
         name: As in ``distill.method``; the file is called the same, with _ for -.
-        title: What a results table calls it.
+        title: Its name in results tables.
         source: Where it was published: paper, section, equation.
         terms: The parts of its loss.
-        weighting: How much a teacher counts on a row.
+        weighting: The weight of each teacher on each row.
         schedule: How the weight of a term changes over the training.
         teachers: Which teachers count in a step.
         layer_map: Which layers are paired; None leaves it to the recipe.
-        note: A line for ``kdcache methods``.
+        note: One line for ``kdcache methods``.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Knowledge distillation with the mean of the teachers as its teacher."""
+"""Knowledge distillation from the mean of the teachers."""
 
 from __future__ import annotations
 

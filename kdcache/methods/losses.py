@@ -1,14 +1,12 @@
-"""``kdcache.losses``: the losses as plain functions and modules, for a training loop of one's own.
+"""``kdcache.losses``: the losses as plain functions and modules, for your own training loop.
 
-They know neither recipes nor caches: tensors and numbers in, tensors out. ``kdcache distill`` computes with the same
-code::
+They take and return tensors and numbers, and need neither recipe nor cache. ``kdcache distill`` uses the same code::
 
     soft = losses.DistillationLoss(temperature=2.0)
     loss = losses.task_loss(logits, labels) + soft(logits, teacher_logits, labels)
 
-Every loss is a sum over rows or tokens divided by a count. The count defaults to that of the given batch. Where a
-step is cut into micro-batches, give the count of the whole step: then the micro-batches' losses add up to that of the
-step.
+Every loss is a sum over rows or tokens divided by a count, by default that of the given batch. For a step of several
+micro-batches, give the count of the whole step: their losses then add up to the loss of the step.
 """
 
 from __future__ import annotations

@@ -4,8 +4,7 @@
 
 The map is PKD-Skip: every (depth/K)-th layer, and the last student layer has no partner. The weights α and β are
 those of ``distill.weights``. Of several teachers the soft labels are averaged, as in ``kd``. In the paper student and
-teacher are equally wide and there is no W (``paper = true``); where they are not, the recipe's W stands on the chosen
-side.
+teacher have the same width and there is no W (``paper = true``). For other widths the recipe chooses the side of W.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Methods by name.
+"""Methods by name: each module of this package declares one, except those in ``_OTHERS``.
 
-Each module here that ``_OTHERS`` does not list declares one. Imports no torch until one is loaded.
+No torch is imported until a method is loaded.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ _OTHERS = ("base", "losses", "registry", "parts")
 
 def method_names() -> tuple[str, ...]:
     """The names of all methods, from the names of their files."""
-    found = (module.name for module in pkgutil.iter_modules(kdcache.methods.__path__))
-    return tuple(name.replace("_", "-") for name in found if name not in _OTHERS)
+    modules = (module.name for module in pkgutil.iter_modules(kdcache.methods.__path__))
+    return tuple(name.replace("_", "-") for name in modules if name not in _OTHERS)
 
 
 def find_method(name: str) -> Method:
     """The method of that name.
 
     Raises:
-        RecipeError: There is none; names those there are, and the nearest.
+        RecipeError: There is no such method. The message lists all methods, the hint the most similar name.
     """
     check_method(name)
     method: Method = importlib.import_module(f"kdcache.methods.{name.replace('-', '_')}").METHOD
@@ -39,7 +39,7 @@ def find_method(name: str) -> Method:
 
 
 def check_method(name: str) -> None:
-    """RecipeError where there is no method of that name."""
+    """Raise RecipeError where there is no method of that name."""
     names = method_names()
     if name not in names:
         near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)

@@ -1,9 +1,9 @@
-"""Relational knowledge distillation: distances and angles among the rows of a batch, as the teacher sees them.
+"""Relational knowledge distillation: match the teacher's distances and angles among the rows of a batch.
 
     L = L_task + 25 L_distance + 50 L_angle    (section 3.2; the factors are those for classification, section 4.2)
 
-A text's vector is the mean of the last layer's states. Relations are compared, never coordinates, so there is no W.
-Factors of 1 and 2, the paper's for metric learning, are ``weights.hidden = 0.04``. Of several teachers the losses are
+A text's vector is the mean of the last layer's states. Relations are compared, not coordinates, so there is no W.
+For factors 1 and 2, the paper's for metric learning, set ``weights.hidden = 0.04``. Of several teachers the losses are
 averaged, or summed with ``paper = true``.
 """
 

@@ -1,18 +1,12 @@
-"""The student: an encoder, or a causal decoder, cut to size, with one of two heads.
-
-``standard`` is a ``AutoModelForSequenceClassification`` and loads with transformers alone. ``shared`` is the paper's:
-the pooling and prediction layer that the teachers share (MT-BERT, section 3.1), copied from them, behind an adapter
-where the widths differ. Both look the same to training: inputs in, logits and hidden states out.
-"""
+"""Building a student from a recipe: load or initialise the model, cut it to size, add the head, check that it runs."""
 
 from __future__ import annotations
 
 import inspect
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +15,8 @@ from kdcache.data.custom_code import code_not_run, wants_code
 from kdcache.data.encoding import load_tokenizer
 from kdcache.errors import ModelError, RecipeError
 from kdcache.students.cut import blocks_to_keep, keep_blocks, set_dropout
+from kdcache.students.model import Student, StudentModel, StudentOutput
 from kdcache.students.padding import declares_causal_attention, require_pad_token, settle_padding
-from kdcache.teachers.network import accepted_inputs, run_network
 from kdcache.teachers.teacher import be_quiet, position_limit
 from kdcache.teachers.trial import try_model
 
@@ -32,82 +26,11 @@ if TYPE_CHECKING:
     from kdcache.recipe import Recipe, StudentSection
     from kdcache.teachers.head import SharedHead
 
-HeadKind = Literal["standard", "shared"]
 TEACHER_PREFIX = "teacher:"
-_FAMILIES = "Choose an encoder, e.g. BERT, RoBERTa, DistilBERT, MPNet, ELECTRA or DeBERTa, or a decoder, e.g. GPT-2, Llama or Qwen."
-
-
-@dataclass(frozen=True)
-class StudentOutput:
-    """``logits`` float32 [batch, classes]; ``hidden_states`` [batch, tokens, width] by layer, 0 = embeddings."""
-
-    logits: Tensor
-    hidden_states: tuple[Tensor, ...]
-
-
-class StudentModel(nn.Module):
-    """A model with a head.
-
-    ``network`` is the classifier of transformers, or the model without head where the head is shared.
-    """
-
-    def __init__(
-        self, network: PreTrainedModel, head: SharedHead | None = None, adapter: nn.Linear | None = None
-    ) -> None:
-        super().__init__()
-        self.network = network
-        self.head = head
-        self.adapter = adapter
-        self.accepted = accepted_inputs(network)
-
-    @property
-    def head_kind(self) -> HeadKind:
-        return "standard" if self.head is None else "shared"
-
-    @property
-    def config(self) -> PretrainedConfig:
-        return self.network.config
-
-    @property
-    def width(self) -> int:
-        """Dimensions of a hidden state."""
-        return int(self.config.hidden_size)
-
-    @property
-    def depth(self) -> int:
-        """Number of blocks; ``hidden_states[depth]`` is the output of the last."""
-        return int(self.config.num_hidden_layers)
-
-    def forward(self, inputs: Mapping[str, Tensor], *, hidden_states: bool = False) -> StudentOutput:
-        """``inputs``.
-
-        Input_ids, attention_mask [batch, tokens], padded on the right, and what else the tokenizer gives.
-        """
-        output = run_network(self.network, inputs, hidden_states=hidden_states)
-        if self.head is None:
-            assert output.logits is not None
-            return StudentOutput(output.logits.float(), output.hidden_states)
-        assert output.last is not None
-        last = output.last if self.adapter is None else self.adapter(output.last)
-        logits, _ = self.head(last, inputs["attention_mask"])
-        return StudentOutput(logits.float(), output.hidden_states)
-
-
-@dataclass(frozen=True)
-class Student:
-    """A student with what it takes to use it; ``source`` says where its weights came from."""
-
-    model: StudentModel
-    tokenizer: PreTrainedTokenizerBase
-    label_names: tuple[str, ...]
-    max_length: int  # tokens
-    source: str
-    own_code: bool = False  # Python code of its own was run to load it
-
-    @property
-    def parameters(self) -> int:
-        """Trainable parameters, embeddings included."""
-        return sum(parameter.numel() for parameter in self.model.parameters())
+_FAMILIES = (
+    "Choose an encoder, e.g. BERT, RoBERTa, DistilBERT, MPNet, ELECTRA or DeBERTa, or a decoder, e.g. GPT-2, Llama or "
+    "Qwen."
+)
 
 
 def build_student(
@@ -121,11 +44,9 @@ def build_student(
 ) -> Student:
     """The untrained student of a recipe, on the CPU in float32.
 
-    Weights that no checkpoint gives are drawn from ``seed``.
-
-    ``max_length`` is that of the data, where the section has none of its own. ``teachers_dir`` is needed for
-    ``init_from = "teacher:NAME"`` and for the shared head. Raises ModelError and RecipeError, also for a model that
-    answers otherwise in a batch than alone.
+    Weights that no checkpoint gives are drawn from ``seed``. ``max_length`` is that of the data, for a section without
+    its own. ``teachers_dir`` is needed for ``init_from = "teacher:NAME"`` and for the shared head. Raises ModelError
+    and RecipeError, also for a model whose outputs depend on the other rows of a batch.
     """
     source = _source(section, teachers_dir)
     config = _config(section, source)
@@ -162,16 +83,15 @@ def build_student(
 
 
 def runs_own_code(*loaded: object) -> bool:
-    """Whether one of these, models or tokenizers, is of a class that came with it."""
+    """Whether the class of one of these models or tokenizers came with it and not with transformers."""
     return any(type(each).__module__.startswith("transformers_modules.") for each in loaded)
 
 
 def check_student(recipe: Recipe, teachers_dir: Path | None = None) -> None:
-    """Refuse a recipe whose model cannot become a student, from its config alone: for the start of a run, hours before
-    the student.
+    """Refuse a recipe whose model cannot become a student, from its config alone, at the start of a run.
 
-    Where ``teachers_dir`` does not hold the teacher that the student starts from yet, the model that it will be made
-    from is looked at. Raises ModelError and RecipeError as ``build_student`` does.
+    If the teacher that the student starts from is not in ``teachers_dir`` yet, the model that this teacher will be made
+    from is checked. Raises ModelError and RecipeError as ``build_student`` does.
     """
     section, revision = recipe.require_student(), None
     origin, pooling = section.init_from or "", recipe.cofinetune.pooling
@@ -184,7 +104,7 @@ def check_student(recipe: Recipe, teachers_dir: Path | None = None) -> None:
         source = _source(section, teachers_dir)
     config = _config(section, source, revision)
     if _own_code(section, config):
-        return  # what it is can be known only by loading it
+        return  # only loading it would show what it is
     model_class = _model_class(section, config, source)
     with torch.device("meta"):
         network = model_class(config, **({} if section.head == "standard" else without_pooler(model_class)))
@@ -195,18 +115,17 @@ def check_student(recipe: Recipe, teachers_dir: Path | None = None) -> None:
 
 
 def check_pooling(network: PreTrainedModel, pooling: str, source: str) -> None:
-    """ModelError where the shared head reads the first token, which in a causal decoder has seen nothing of the text."""
+    """Raise ModelError where the shared head would read the first token of a causal decoder, which sees no text."""
     if pooling == "cls" and declares_causal_attention(network):
         raise ModelError(
             f"'{source}' is a causal decoder ({network.config.model_type}): its first token sees nothing of the text, "
-            "and the "
-            "shared head with pooling 'cls' reads just that one",
+            "and the shared head with pooling 'cls' reads only that token",
             "Set student.head = 'standard', or co-finetune with cofinetune.pooling = 'attention'.",
         )
 
 
 def _source(section: StudentSection, teachers_dir: Path | None) -> str:
-    """A hub name or directory; for a config its model type, which names it in messages."""
+    """A hub name or directory; for a config a description by its model type, for messages."""
     if section.config is not None:
         return f"config of type {section.config.get('model_type')}"
     assert section.init_from is not None
@@ -214,11 +133,8 @@ def _source(section: StudentSection, teachers_dir: Path | None) -> str:
         return section.init_from
     name = section.init_from.removeprefix(TEACHER_PREFIX)
     if teachers_dir is None or not teachers_dir.is_dir():
-        where = (
-            "no directory of co-finetuned teachers is known"
-            if teachers_dir is None
-            else f"there is no directory '{teachers_dir}'"
-        )
+        unknown = "no directory of co-finetuned teachers is known"
+        where = unknown if teachers_dir is None else f"there is no directory '{teachers_dir}'"
         raise ModelError(
             f"student.init_from is '{section.init_from}', but {where}",
             "Run kdcache cofinetune first, keep teachers/ beside the cache, or set student.init_from to a hub name or "
@@ -242,12 +158,10 @@ def _config(section: StudentSection, source: str, revision: str | None = None) -
     be_quiet()
     if section.config is None:
         try:
-            found = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=section.trust_remote_code)
-        except (
-            Exception
-        ) as error:  # transformers raises OSError, ValueError, KeyError … for a missing or foreign directory
+            config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=section.trust_remote_code)
+        except Exception as error:  # transformers raises OSError, ValueError, KeyError … for a missing directory
             raise _not_loadable(source, error) from error
-        return _usable(cast("PretrainedConfig", found), source)
+        return _usable(cast("PretrainedConfig", config), source)
     values = dict(section.config)
     model_type = values.pop("model_type", None)
     if not isinstance(model_type, str):
@@ -255,16 +169,16 @@ def _config(section: StudentSection, source: str, revision: str | None = None) -
             "student.config has no model_type", 'Example: config = { model_type = "bert", num_hidden_layers = 4 }'
         )
     try:
-        found = AutoConfig.for_model(model_type, **values)
+        config = AutoConfig.for_model(model_type, **values)
     except Exception as error:  # unknown type, or a value of the wrong kind
         raise RecipeError(
             f"student.config is not usable: {_first_line(error)}", "Check model_type and the keys of that config."
         ) from error
-    return _usable(found, source)
+    return _usable(config, source)
 
 
 def _usable(config: PretrainedConfig, source: str) -> PretrainedConfig:
-    """ModelError for models whose hidden states are not one vector per token and layer."""
+    """Raise ModelError for models whose hidden states are not one vector per token and layer."""
     reason = ""
     if getattr(config, "is_encoder_decoder", False):
         reason = "it is an encoder-decoder, which has two stacks of layers"
@@ -278,10 +192,7 @@ def _usable(config: PretrainedConfig, source: str) -> PretrainedConfig:
 
 
 def _network(section: StudentSection, source: str, config: PretrainedConfig) -> PreTrainedModel:
-    """The classifier, or for the shared head the bare model without pooler.
-
-    Freshly initialised where no weights are given.
-    """
+    """The classifier, or the bare model without pooler for the shared head; new weights where none are given."""
     standard = section.head == "standard"
     model_class = _model_class(section, config, source)
     options: dict[str, bool] = {} if standard else without_pooler(model_class)
@@ -305,14 +216,14 @@ def _network(section: StudentSection, source: str, config: PretrainedConfig) -> 
 
 
 def _model_class(section: StudentSection, config: PretrainedConfig, source: str) -> Any:
-    """The class that loads the model: that of transformers, or the auto class that finds the model's own code."""
+    """The class of transformers that loads the model, or the auto class that finds the model's own code."""
     import transformers
 
     standard = section.head == "standard"
     if _own_code(section, config):
         return transformers.AutoModelForSequenceClassification if standard else transformers.AutoModel
     known: Any = transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING if standard else transformers.MODEL_MAPPING
-    if type(config) not in known or runs_own_code(config):  # registered where another model's code was run before
+    if type(config) not in known or runs_own_code(config):  # code of another model may have registered it
         raise ModelError(
             f"'{source}' is a model of type '{config.model_type}', which transformers cannot make a student of",
             _FAMILIES,
@@ -327,13 +238,13 @@ def _own_code(section: StudentSection, config: PretrainedConfig) -> bool:
 
 
 def without_pooler(model_class: Any) -> dict[str, bool]:
-    """The option that leaves out a pooler, for encoder classes that know it: the shared head pools itself."""
+    """The option that leaves out the pooler, for classes that have it: the shared head pools itself."""
     takes = inspect.signature(model_class.__init__).parameters
     return {"add_pooling_layer": False} if "add_pooling_layer" in takes else {}
 
 
 def _check_complete(model: PreTrainedModel, report: Mapping[str, Any], source: str) -> None:
-    """Only heads and poolers may be new: random blocks inside a pretrained encoder are a mistake, not a student."""
+    """Raise ModelError where weights other than those of heads and poolers are missing."""
     prefix = "" if model.base_model is model else model.base_model_prefix + "."
     absent = [
         *report["missing_keys"],
@@ -400,7 +311,7 @@ def _try_student(student: Student) -> None:
 
 
 def _check_code_is_saved(network: PreTrainedModel, source: str) -> None:
-    """ModelError where the saved student would lack the code that it needs: known now, and not after the training."""
+    """Raise ModelError, before the training, where the saved student would lack code that it needs."""
     from transformers.dynamic_module_utils import custom_object_save
 
     references = dict(getattr(network.config, "auto_map", None) or {})
@@ -435,5 +346,5 @@ def _not_loadable(source: str, error: Exception) -> ModelError:
 
 
 def _first_line(error: Exception) -> str:
-    """What an error of another library says, on one line."""
+    """The first line of an error of another library."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,10 +1,8 @@
-"""Cutting a model down to some of its blocks, whatever its family.
+"""Cutting a model of any family down to some of its blocks.
 
-Models differ in where they keep their blocks, not in how: a ``ModuleList`` that is run in order. Where that is not so
-(ALBERT runs one block many times), cutting would give a model that does not load again, so it is refused. Blocks may
-differ from each other by what the config lists per layer (sliding or full attention): these lists are cut too. Whether
-the cut model is the one that its config describes is checked against a model that is built from the config as it will
-be saved.
+Nearly all families keep their blocks in a ``ModuleList`` that runs in order, under different names. Others (ALBERT runs
+one block many times) are refused, since the cut model would not load again. Lists of the config with one entry per
+block (sliding or full attention) are cut too. The result is compared with a model that is built from the saved config.
 """
 
 from __future__ import annotations
@@ -31,30 +29,27 @@ _PLACES = (
     "h",  # GPT-2, GPT-J, GPT-Neo, BLOOM, Falcon
     "decoder.layers",  # OPT
 )
-_PER_LAYER = (  # lists of the config that have one entry per block
-    "layer_types", "block_types", "layers_block_type", "mlp_layer_types", "attention_layers", "attention_window", "no_rope_layers",
+_PER_LAYER = (  # config lists with one entry per block
+    "layer_types", "block_types", "layers_block_type", "mlp_layer_types", "attention_layers", "attention_window",
+    "no_rope_layers",
 )  # fmt: skip
-_INDEX = {"layer_idx", "layer_id", "layer_number"}  # where a block keeps its own place, for the cache of a decoder
-_OF_NO_MATTER = {"training", "name_or_path"}
+_INDEX = {"layer_idx", "layer_id", "layer_number"}  # a block's own index, for the KV cache of a decoder
+_IGNORED = {"training", "name_or_path"}
 _DROPOUTS = (
     "hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout", "seq_classif_dropout",
     "classifier_dropout", "cls_dropout", "pooler_dropout", "embedding_dropout", "mlp_dropout", "activation_dropout",
-    "classifier_dropout_prob", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "summary_first_dropout", "summary_last_dropout",
+    "classifier_dropout_prob", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "summary_first_dropout",
+    "summary_last_dropout",
 )  # fmt: skip
 
 
 def blocks_to_keep(layers: int | Sequence[int] | None, depth: int, source: str) -> tuple[int, ...]:
     """The blocks (1-based) that a student of a source with ``depth`` blocks keeps: the first K, those listed, or all.
 
-    Raises ModelError where there are fewer, or where the list repeats or disorders them.
+    Raises ModelError for blocks that the source lacks, and for a list that is not ascending.
     """
-    chosen = (
-        tuple(range(1, depth + 1))
-        if layers is None
-        else tuple(range(1, layers + 1))
-        if isinstance(layers, int)
-        else tuple(layers)
-    )
+    last = depth if layers is None else layers
+    chosen = tuple(range(1, last + 1)) if isinstance(last, int) else tuple(last)
     if isinstance(layers, int) and layers > depth:
         raise ModelError(
             f"student.layers asks for {layers} layers, but '{source}' has {depth}",
@@ -75,7 +70,7 @@ def blocks_to_keep(layers: int | Sequence[int] | None, depth: int, source: str) 
 
 
 def keep_blocks(encoder: PreTrainedModel, chosen: Sequence[int], source: str) -> None:
-    """Drop all other blocks, in place, and say so in the config; ModelError for families whose blocks cannot be cut."""
+    """Remove all other blocks in place and adapt the config; ModelError for families whose blocks cannot be cut."""
     depth = encoder.config.num_hidden_layers
     if tuple(chosen) == tuple(range(1, depth + 1)):
         return
@@ -103,15 +98,14 @@ def _block_list(encoder: PreTrainedModel, depth: int, source: str) -> tuple[nn.M
             return cast("nn.Module", parent), name
     raise ModelError(
         f"layers of '{source}' cannot be chosen: models of type '{encoder.config.model_type}' keep their {depth} "
-        "layers "
-        f"in none of the places kdcache knows ({', '.join(_PLACES)}), or share weights between them",
+        f"layers in none of the places kdcache knows ({', '.join(_PLACES)}), or share weights between them",
         "Leave out student.layers, or take a student of another family, e.g. BERT, RoBERTa, DistilBERT, MPNet, ELECTRA "
         "or DeBERTa.",
     )
 
 
 def _as_it_will_load(encoder: PreTrainedModel, source: str) -> PreTrainedModel:
-    """The model, without weights, that transformers makes of the config once it is saved."""
+    """The model, without weights, that transformers builds from the saved config."""
     try:
         config = type(encoder.config).from_dict(json.loads(encoder.config.to_json_string()))
         with torch.device("meta"):
@@ -122,7 +116,7 @@ def _as_it_will_load(encoder: PreTrainedModel, source: str) -> PreTrainedModel:
 
 
 def _renumber(encoder: PreTrainedModel, rebuilt: PreTrainedModel, depth: int) -> None:
-    """The places of blocks, and their number, become what they will be after loading."""
+    """Set the indices of blocks, and their number, to the values that they have after loading."""
     theirs = dict(rebuilt.named_modules())
     for path, module in encoder.named_modules():
         for name, value in _plain_values(module).items():
@@ -161,11 +155,11 @@ def _not_to_be_cut(encoder: PreTrainedModel, source: str, reason: str) -> ModelE
 
 
 def _plain_values(module: nn.Module) -> dict[str, Any]:
-    """Numbers, words and switches that a module keeps beside its tensors: they decide what it computes."""
+    """The numbers, strings and flags of a module; together with its tensors they decide what it computes."""
     return {
         name: value
         for name, value in vars(module).items()
-        if name not in _OF_NO_MATTER and not name.startswith("_") and isinstance(value, bool | int | float | str | None)
+        if name not in _IGNORED and not name.startswith("_") and isinstance(value, bool | int | float | str | None)
     }
 
 
@@ -174,7 +168,7 @@ def _shape(state: dict[str, torch.Tensor], name: str) -> tuple[int, ...] | None:
 
 
 def set_dropout(config: PretrainedConfig, dropout: float | None) -> None:
-    """Every dropout probability that the config knows becomes ``dropout``; None leaves them."""
+    """Set every dropout probability of the config; None leaves them."""
     for name in _DROPOUTS if dropout is not None else ():
         if hasattr(config, name):
             setattr(config, name, dropout)

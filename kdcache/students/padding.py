@@ -1,9 +1,8 @@
-"""Which token pads a student's texts, and on which side: what is saved with it, so that transformers alone reads it the
-same way.
+"""The padding token and padding side that are saved with a student, so that transformers alone reads texts correctly.
 
-kdcache itself pads on the right and turns the batch where a model wants that (``kdcache.teachers.network``). Whoever
-loads the student without kdcache has only the tokenizer's side and the padding token of tokenizer and config: decoders
-find the last token of a text by the latter, and XLNet reads the last position.
+kdcache pads on the right and moves the padding for models that need it on the left (``kdcache.teachers.network``).
+Without kdcache, only the tokenizer's side and the padding token of tokenizer and config count: decoders find the last
+token of a text by the padding token, and XLNet reads the last position.
 """
 
 from __future__ import annotations
@@ -21,22 +20,22 @@ if TYPE_CHECKING:
 
 
 def declares_causal_attention(network: nn.Module) -> bool:
-    """Whether a token sees only those before it; nothing is run, so that it may be asked of a model without weights."""
+    """Whether a token attends only to those before it. Works for a model without weights: nothing is run."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
     if any(getattr(module, "is_causal", False) is True for module in network.modules()):
         return True
-    kind = type(getattr(network, "config", None))  # BLOOM and its like do not mark their attention
+    kind = type(getattr(network, "config", None))  # families such as BLOOM do not set is_causal
     known = kind in MODEL_FOR_CAUSAL_LM_MAPPING and kind not in MODEL_FOR_MASKED_LM_MAPPING
     return known and "use_cache" in inspect.signature(network.forward).parameters
 
 
 def require_pad_token(tokenizer: PreTrainedTokenizerBase, config_id: int | None) -> int:
-    """Id of the tokenizer's padding token; where it has none, the token that is chosen becomes it.
+    """Id of the tokenizer's padding token; a tokenizer without one is given one.
 
-    That is the one of the config, ``config_id``; else the one that ends a text; and where the tokenizer itself ends
-    every text with that one, a decoder would look for the last token before it: then an unknown or a first token.
-    Raises ModelError where there is none.
+    The choice is the token of the config (``config_id``), else the end-of-text token. Where the tokenizer ends every
+    text with that token, a decoder would mistake it for padding, so the unknown or first token is taken instead. Raises
+    ModelError where there is no candidate.
     """
     if tokenizer.pad_token_id is None:
         if config_id is not None and 0 <= config_id < len(tokenizer):
@@ -62,11 +61,11 @@ def _stand_in(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 
 def settle_padding(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Give ``tokenizer`` the side that the model needs, and a causal model's config the tokenizer's padding token."""
+    """Set the tokenizer's padding side to what the model needs, and a causal model's padding id to the tokenizer's."""
     tokenizer.padding_side = "left" if reads_last_position(network) else "right"
     if not declares_causal_attention(network) or network.config.pad_token_id == tokenizer.pad_token_id:
         return
     network.config.pad_token_id = tokenizer.pad_token_id
     embeddings = network.get_input_embeddings()
     if isinstance(embeddings, nn.Embedding) and embeddings.padding_idx is not None:
-        embeddings.padding_idx = tokenizer.pad_token_id  # as in the model that will be loaded from that config
+        embeddings.padding_idx = tokenizer.pad_token_id  # as in a model loaded from that config

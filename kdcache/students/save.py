@@ -1,12 +1,12 @@
-"""A student directory: what distillation leaves behind, whole or not at all.
+"""The student directory, written atomically, and reading it back.
 
 student/
   config.json, model.safetensors, tokenizer*   save_pretrained; with the standard head transformers alone loads it
-  kdcache.json                                 what transformers has no place for: columns, max_length, method, head
-  README.md                                    the model card shared_head.safetensors                      with the
-  shared head only: pooling, dense layer and adapter model.onnx                                   with the shared head
-  only: input_ids, attention_mask … -> logits; absent where torch
-                                               cannot export the model (XLNet, Longformer)
+  kdcache.json                                 what transformers does not store: columns, max_length, method, head
+  README.md                                    the model card
+  shared_head.safetensors                      shared head only: pooling, dense layer and adapter
+  model.onnx                                   shared head only: input_ids, attention_mask … -> logits; absent if
+                                               torch cannot export the model (XLNet, Longformer)
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from kdcache.data.custom_code import code_not_run, wants_code
 from kdcache.data.encoding import encode, load_tokenizer, pad
 from kdcache.errors import DamageError, ModelError, RecipeError
 from kdcache.files import make_directory, publish_directory, sync_tree
-from kdcache.students.build import Student, StudentModel, runs_own_code, without_pooler
+from kdcache.students.build import runs_own_code, without_pooler
+from kdcache.students.model import Student, StudentModel
 from kdcache.students.padding import require_pad_token, settle_padding
 from kdcache.teachers.teacher import be_quiet
 
@@ -42,10 +43,7 @@ _COLOUR = re.compile(r"\x1b\[[0-9;]*m")  # of the exporter's messages
 
 @dataclass(frozen=True)
 class SharedHeadRecord:
-    """Sizes of a student's shared head.
-
-    ``adapter`` says whether a linear map from the student's width comes before it.
-    """
+    """Sizes of a student's shared head; ``adapter``: a linear map from the student's width comes before it."""
 
     width: int
     pooling: str
@@ -55,7 +53,7 @@ class SharedHeadRecord:
 
 @dataclass(frozen=True)
 class StudentRecord:
-    """kdcache.json of a student: how to feed it, and where it came from."""
+    """kdcache.json of a student: how to use it, and where it came from."""
 
     name: str
     method: str
@@ -105,12 +103,9 @@ def student_record(
 
 
 def save_student(directory: Path, student: Student, record: StudentRecord, card: str) -> str:
-    """Write the directory under a temporary name, sync it, and put it in the place of an older one.
+    """Write the directory under a temporary name, fsync it, and replace an older one. Raises StorageError.
 
-    Raises StorageError.
-
-    Returns why there is no model.onnx, where torch could not export it: a trained student is not lost for that. Else
-    "".
+    Returns the reason why there is no model.onnx where torch cannot export it, which does not fail the save; else "".
     """
     temporary = directory.with_name(f".{directory.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -121,20 +116,20 @@ def save_student(directory: Path, student: Student, record: StudentRecord, card:
     student.tokenizer.save_pretrained(temporary)
     document = {"format": FORMAT, "kind": "student", **asdict(record)}
     if not record.trust_remote_code:
-        del document["trust_remote_code"]  # as it always was
+        del document["trust_remote_code"]  # records without own code keep their format
     (temporary / RECORD_FILE).write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    lacking = ""
+    reason = ""
     if model.head is not None:
         _save_shared_head(model, temporary / HEAD_FILE)
         try:
             export_onnx(student, len(record.text_columns), temporary / ONNX_FILE)
         except ModelError as error:
-            lacking, card = error.message, f"{card}\nThere is no `{ONNX_FILE}`: {error.message}.\n"
+            reason, card = error.message, f"{card}\nThere is no `{ONNX_FILE}`: {error.message}.\n"
             (temporary / ONNX_FILE).unlink(missing_ok=True)
     (temporary / "README.md").write_text(card, encoding="utf-8")
     sync_tree(temporary)
     publish_directory(temporary, directory)
-    return lacking
+    return reason
 
 
 def _save_shared_head(model: StudentModel, path: Path) -> None:
@@ -145,9 +140,9 @@ def _save_shared_head(model: StudentModel, path: Path) -> None:
 
 
 def read_record(directory: Path) -> StudentRecord | None:
-    """The record of a model directory; None where it has none (a model that kdcache did not make).
+    """The record of a model directory; None for a model that kdcache did not make.
 
-    Raises RecipeError where there is no such directory, DamageError where the record is not readable.
+    Raises RecipeError for a missing directory, DamageError for an unreadable record.
     """
     if not directory.is_dir():
         raise RecipeError(
@@ -175,8 +170,7 @@ def read_record(directory: Path) -> StudentRecord | None:
 def load_student(directory: Path, *, trust_remote_code: bool = False) -> Student:
     """A saved student, in eval mode, float32, on the CPU; also any sequence classifier that transformers loads.
 
-    ``trust_remote_code`` allows it to run Python code that lies in the directory. Raises ModelError, RecipeError and
-    DamageError.
+    ``trust_remote_code`` allows it to run Python code of the directory. Raises ModelError, RecipeError and DamageError.
     """
     record = read_record(directory)
     network = _load_network(
@@ -246,7 +240,7 @@ def _with_shared_head(network: PreTrainedModel, record: StudentRecord, directory
 
 
 class _LogitsOnly(nn.Module):
-    """Tensors in, logits out: what an ONNX graph can be."""
+    """Tensors in, logits out, as an ONNX graph needs it."""
 
     def __init__(self, model: StudentModel, names: list[str]) -> None:
         super().__init__()
@@ -266,14 +260,14 @@ def export_onnx(student: Student, columns: int, path: Path) -> None:
     wrapper = _LogitsOnly(student.model, names).eval()
     try:
         with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what the exporter says about itself
+            warnings.simplefilter("ignore")  # of the exporter about itself
             program = torch.onnx.export(
                 wrapper, tuple(inputs[name] for name in names), input_names=names, output_names=["logits"],
                 dynamo=True, dynamic_shapes=(tuple(dict(dynamic) for _ in names),), verbose=False,
             )  # fmt: skip
             assert program is not None
             program.save(str(path), external_data=False)
-    except Exception as error:  # the exporter raises what its many passes raise
+    except Exception as error:  # the exporter passes on errors of any type
         reason = (_COLOUR.sub("", str(error)).strip().splitlines() or [""])[0]
         raise ModelError(
             f"the student cannot be exported to ONNX: {type(error).__name__}: {reason}",

@@ -15,7 +15,7 @@ from kdcache.data.task import read_examples
 from kdcache.errors import RecipeError
 from kdcache.progress import listed_apart
 from kdcache.report.metrics import scores
-from kdcache.students.build import Student, StudentModel
+from kdcache.students.model import Student, StudentModel
 from kdcache.students.save import load_student, read_record
 from kdcache.training.loop import default_device
 from kdcache.training.predict import predict
@@ -28,7 +28,7 @@ _TOKENS_PER_ROW = 128  # a batch of n rows is n x 128 padded tokens
 
 @dataclass(frozen=True, eq=False)
 class EncodedSplit:
-    """A split as the student sees it: each row once per example; ``labels`` int64[n], -1 = none."""
+    """A split in the student's tokens, one row per example; ``labels`` int64[n], -1 = none."""
 
     encoded: EncodedTexts
     labels: np.ndarray
@@ -53,7 +53,7 @@ def split_scores(model: StudentModel, split: EncodedSplit, batch: int = 32) -> d
 
 
 def selection_score(metrics: Mapping[str, float], select_by: str) -> float:
-    """The number whose maximum is the best epoch: the metric itself, or the loss with its sign turned."""
+    """The number whose maximum marks the best epoch: the metric, or the negative loss."""
     return -metrics["loss"] if select_by == "loss" else metrics[select_by]
 
 
@@ -80,18 +80,18 @@ def evaluate_model(
         label: the label column.
         max_length: tokens that are read of a text.
         batch: rows of 128 tokens in one forward pass.
+        labels: class names by the numbers that the file has for labels, where the model's order is another.
         trust_remote_code: whether the model may run Python code that lies in its directory.
-        labels: class names by the numbers that the file has for labels, where it has numbers and the model's order is
-            another.
 
     Returns:
-        The scores and ``rows``, how many were scored; where there are any, ``left_out``, rows that have no text, and
-        ``truncated``, rows that have more than max_length tokens.
+        ``accuracy``, ``macro_f1``, ``matthews``, ``loss`` and ``rows``, how many were scored. Where there are any, also
+        ``left_out``, rows without text, and ``truncated``, rows of more than max_length tokens.
 
     Raises:
-        RecipeError: where columns are not known, or ``labels`` are not the model's.
-        DataError: for the file.
-        ModelError, DamageError: for the model.
+        RecipeError: the columns are not known, or ``labels`` are not the model's.
+        DataError: the file cannot be read.
+        ModelError: the model cannot be loaded.
+        DamageError: the model's files are damaged.
     """
     directory = Path(model_dir)
     record = read_record(directory)

@@ -26,7 +26,8 @@ from kdcache.training.predict import predict
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from kdcache.data.task import Examples, TaskData
+    from kdcache.cache.ids import Examples
+    from kdcache.data.task import TaskData
     from kdcache.progress import Progress
     from kdcache.recipe import CofinetuneSection, Recipe
     from kdcache.teachers.sources import Source

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from kdcache.distill.objective import DistillationModel, ObjectiveSettings
 from kdcache.loader.targets import Batch, Hidden, Targets
-from kdcache.students.build import StudentOutput
+from kdcache.students.model import StudentOutput
 
 if TYPE_CHECKING:
     from kdcache.methods.base import Moment, Pair
-    from kdcache.students.build import StudentModel
+    from kdcache.students.model import StudentModel
 
 ROWS, LENGTH, CLASSES, WIDTH = 6, 5, 3, 4
 TEACHERS = ("a", "b")

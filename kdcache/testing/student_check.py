@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from kdcache.students.build import Student
+    from kdcache.students.model import Student
 
 LABELS = ("negative", "positive")
 TEXTS = (

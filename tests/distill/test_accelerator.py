@@ -17,7 +17,7 @@ from kdcache.dump.stage import dump_teachers
 from kdcache.progress import SilentProgress
 from kdcache.students.score import evaluate_model
 from kdcache.testing.accelerator import fake_accelerator
-from tests.distill.conftest import TinyRun
+from tests.conftest import TinyRun
 
 CASES = {
     "mt-bert, in pieces": ["distill.accumulation=2"],

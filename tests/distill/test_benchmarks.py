@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distill.conftest import TinyRun
+from tests.conftest import TinyRun
 
 ALL = Path(__file__).parents[2] / "benchmarks" / "all.py"
 

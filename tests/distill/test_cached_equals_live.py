@@ -16,7 +16,7 @@ from kdcache.methods.registry import method_names
 from kdcache.progress import SilentProgress
 from kdcache.recipe import Recipe
 from kdcache.training.best_epoch import BestEpoch
-from tests.distill.conftest import TinyRun
+from tests.conftest import TinyRun
 
 CASES = [
     *(([f"distill.method={name}"]) for name in method_names()),

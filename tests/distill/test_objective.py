@@ -19,7 +19,8 @@ from kdcache.methods.parts.soft_labels import SoftLabels
 from kdcache.methods.parts.task_loss import TaskLoss
 from kdcache.methods.parts.weighting import teacher_cross_entropy
 from kdcache.recipe import DistillSection, StudentSection, WeightsSection
-from kdcache.students.build import Student, StudentModel, build_student
+from kdcache.students.build import build_student
+from kdcache.students.model import Student, StudentModel
 from kdcache.testing.steps import LoopStudent
 from kdcache.testing.tiny import make_model
 

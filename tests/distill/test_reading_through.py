@@ -30,7 +30,7 @@ from kdcache.share.reading_through import read_through
 from kdcache.share.refs import resolve
 from kdcache.share.stores.registry import open_remote
 from kdcache.testing.memory_remote import MemoryRemote
-from tests.distill.conftest import TinyRun
+from tests.conftest import TinyRun
 
 WINDOW = 1
 
@@ -107,7 +107,7 @@ def same(one: DistillResult, other: DistillResult) -> bool:
 
 def last_part_of_the_epoch(cache: Cache) -> set[str]:
     """Digests of hidden states that the first step does not need."""
-    parts = join_examples(cache, ("train", "transfer")).parts
+    parts = join_examples(cache, cache.examples, ("train", "transfer")).parts
     last = cache.parts[parts[epoch_order(parts, seed=0, epoch=0, window=WINDOW)[-1]]].name
     files = cache.manifest.contents.files
     paths = layer_files("bert", last, 4, cache.teachers["bert"].layers[4], cache.token_count("bert", last))

@@ -22,7 +22,7 @@ from kdcache.errors import DamageError, MismatchError
 from kdcache.progress import SilentProgress
 from kdcache.recipe import Recipe
 from kdcache.testing.tiny import wordpiece_tokenizer
-from tests.distill.conftest import TinyRun
+from tests.conftest import TinyRun
 
 OVERRIDES = [
     "distill.epochs=2",
@@ -152,8 +152,9 @@ class Interrupting(SilentProgress):
 
 # What a checkpoint of kdcache 0.1.0 says of its training besides the keys of [distill].
 OLD_KEYS = {
-    "epochs", "learning_rate", "warmup", "weight_decay", "max_grad_norm", "precision", "log_steps", "seed", "own_rates", "steps_per_epoch",
-    "initial weights", "data", "text columns", "max_length", "cache", "targets", "teachers", "layers",
+    "epochs", "learning_rate", "warmup", "weight_decay", "max_grad_norm", "precision", "log_steps", "seed",
+    "own_rates", "steps_per_epoch", "initial weights", "data", "text columns",
+    "max_length", "cache", "targets", "teachers", "layers",
 }  # fmt: skip
 
 
@@ -167,7 +168,8 @@ class Begun:
     caches: dict[str, Path]
 
     def recipe(self, *overrides: str) -> Recipe:
-        config = 'student={config={model_type="bert",hidden_size=16,num_hidden_layers=2,num_attention_heads=2,intermediate_size=32'
+        config = 'student={config={model_type="bert",hidden_size=16,num_hidden_layers=2,num_attention_heads=2'
+        config += ",intermediate_size=32"
         config += f',max_position_embeddings=80}},tokenizer="{self.tokenizer}"}}'
         return self.run.recipe(*OVERRIDES, config, *overrides)
 

@@ -18,7 +18,7 @@ from kdcache import open_cache
 from kdcache.cache.reader import Cache
 from kdcache.dump.stage import dump_teachers
 from kdcache.progress import SilentProgress
-from tests.distill.conftest import TinyRun
+from tests.conftest import TinyRun
 
 SIZE = Path(__file__).parents[2] / "benchmarks" / "size.py"
 FORMS = ("float16", "trellis-8th", "product-8th")

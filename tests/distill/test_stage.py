@@ -22,7 +22,7 @@ from kdcache.progress import SilentProgress
 from kdcache.recipe import Recipe
 from kdcache.testing.teachers import make_teachers
 from kdcache.testing.tiny import make_model, reviews, write_reviews
-from tests.distill.conftest import TinyRun
+from tests.conftest import TinyRun
 
 Copy = Callable[[Path], Path]
 
@@ -177,15 +177,27 @@ def test_layers_of_the_recipe_override_even_ones(tiny_run: TinyRun, tmp_path: Pa
 
 
 REFUSED: dict[str, tuple[list[str], type[KdcacheError], str]] = {
-    "layer that is not stored": (["distill.teacher_layers={bert = [1, 4]}"], MismatchError, "no hidden states of layer 1 .* it has layers: 2, 4"),
+    "layer that is not stored": (
+        ["distill.teacher_layers={bert = [1, 4]}"],
+        MismatchError,
+        "no hidden states of layer 1 .* it has layers: 2, 4",
+    ),
     "even layers that are not stored": (["student.layers=4"], MismatchError, "no hidden states of layer 1, 3"),
     "wrong number of layers": (["distill.teacher_layers={bert = [4]}"], RecipeError, "gives 1 layers .* student has 2"),
-    "layers of a teacher not used": (["distill.teacher_layers={xlm = [2, 4]}", 'distill.teachers=["bert"]'], RecipeError, "which is not used"),
-    "teacher that is not there": (['distill.teachers=["gpt"]'], MismatchError, "no teacher 'gpt'; it has: bert, roberta, xlm"),
+    "layers of a teacher not used": (
+        ["distill.teacher_layers={xlm = [2, 4]}", 'distill.teachers=["bert"]'],
+        RecipeError,
+        "which is not used",
+    ),
+    "teacher that is not there": (
+        ['distill.teachers=["gpt"]'],
+        MismatchError,
+        "no teacher 'gpt'; it has: bert, roberta, xlm",
+    ),
     "method that is not there": (["distill.method=mtbert"], RecipeError, "no distillation method 'mtbert'"),
     "more layers than there are": (["student.layers=9"], ModelError, "asks for 9 layers, but .* has 4"),
     "other labels": (['data.labels=["1", "0"]'], MismatchError, "the labels of the data are 1, 0"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", list(REFUSED))
@@ -360,7 +372,8 @@ def test_pairs_of_texts(tiny_run: TinyRun, tmp_path: Path) -> None:
     (tmp_path / "pairs.tsv").write_text("\n".join(lines_of) + "\n")
     student = make_model(tmp_path / "model", "bert", depth=1)
     recipe = tiny_run.recipe(
-        "distill.method=fine-tune", f'student.init_from="{student}"', "student.layers=1", "data.transfer=[]", 'data.text=["first", "second"]',
+        "distill.method=fine-tune", f'student.init_from="{student}"', "student.layers=1", "data.transfer=[]",
+        'data.text=["first", "second"]',
         *(f'data.{split}="{tmp_path / "pairs.tsv"}"' for split in ("train", "validation", "test")),
     )  # fmt: skip
     result = run(recipe, None, tmp_path / "run")

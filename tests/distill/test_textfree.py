@@ -21,7 +21,7 @@ from kdcache.progress import SilentProgress
 from kdcache.recipe import Recipe
 from kdcache.share.push import without_text
 from kdcache.testing.tiny import reviews, write_reviews
-from tests.distill.conftest import TinyRun
+from tests.conftest import TinyRun
 
 
 class Listening(SilentProgress):
@@ -96,7 +96,7 @@ def test_rows_that_do_not_join_are_counted_and_named(tiny_run: TinyRun, bare: Pa
 def test_without_the_data_it_is_said_that_they_are_needed(tiny_run: TinyRun, bare: Path, tmp_path: Path) -> None:
     gone = [f'data.{split}="/nowhere/{split}.tsv"' for split in ("train", "validation", "test")]
     recipe = tiny_run.recipe(*gone, "data.transfer=[]", f'student.init_from="{tiny_run.teachers / "bert"}"')
-    with pytest.raises(DataError, match="came without its texts, and the data are not here either") as caught:
+    with pytest.raises(DataError, match="came without its texts, and the data files are missing too") as caught:
         train(recipe, bare, tmp_path / "run")
     assert "rows join by their text" in caught.value.hint
 

@@ -1,1 +1,1 @@
-"""What methods choose from: one file for each slot of the loss."""
+"""The parts of methods: one file for each slot of the loss."""

@@ -26,8 +26,8 @@ FITS: Mapping[Feature, tuple[TokenSelection, ...]] = {  # what a cache may hold 
 class Vectors(NamedTuple):
     """The two sides of a layer pair: n vectors each, and the row of the batch that each belongs to.
 
-    ``valid`` [n] is 0 for vectors without a target, which lie there so that shapes depend on no values; None: all
-    have one.
+    ``valid`` [n] is 0 for vectors without a target; they stay, so that shapes do not depend on values. None: all have
+    a target.
     """
 
     student: Tensor  # [n, width]
@@ -43,11 +43,12 @@ def select_vectors(target: Hidden, states: Tensor, mask: Tensor, feature: Featur
         target: Of one layer pair.
         states: The student's, ``[batch, tokens, width]``.
         mask: Attention mask, ``[batch, tokens]``; padding may be on either side.
-        feature: Which vectors. The first token is the first that is no padding. The mean is over the tokens that have a
-            target; of targets that are stored as a mean, over all.
+        feature: Which vectors. The first token is the first that is not padding. The mean is over the tokens with a
+            target; for targets that are stored as a mean, over all tokens.
 
     Returns:
-        For ``stored`` and ``tokens`` one vector for each target; else one for each row. No value is read on the host.
+        For ``stored`` and ``tokens`` one vector per target, else one per row. No value is copied to the host, which
+        would wait for the device.
     """
     flat = states.flatten(0, 1)
     if feature in ("stored", "tokens"):
@@ -59,10 +60,10 @@ def select_vectors(target: Hidden, states: Tensor, mask: Tensor, feature: Featur
 
 
 def _first(target: Hidden, flat: Tensor, first: Tensor) -> Vectors:
-    student, found = flat.index_select(0, first), len(target.positions)
-    if not found:
+    student, covered = flat.index_select(0, first), len(target.positions)
+    if not covered:
         return _nothing(student, target)
-    place = torch.searchsorted(target.positions, first).clamp(max=found - 1)
+    place = torch.searchsorted(target.positions, first).clamp(max=covered - 1)
     valid = target.positions[place] == first
     if target.src is None:  # decode only what is used
         scales = None if target.scales is None else target.scales[place]
@@ -73,12 +74,12 @@ def _first(target: Hidden, flat: Tensor, first: Tensor) -> Vectors:
 
 
 def _mean(target: Hidden, flat: Tensor, begins: Tensor) -> Vectors:
-    found = len(target.positions)
-    if not found:
+    covered = len(target.positions)
+    if not covered:
         return _nothing(flat.index_select(0, begins), target)
     offsets = torch.searchsorted(target.positions, begins)
-    counts = torch.diff(offsets, append=offsets.new_tensor([found]))
-    teacher = F.embedding_bag(torch.arange(found, device=offsets.device), target.aligned(), offsets, mode="mean")
+    counts = torch.diff(offsets, append=offsets.new_tensor([covered]))
+    teacher = F.embedding_bag(torch.arange(covered, device=offsets.device), target.aligned(), offsets, mode="mean")
     return Vectors(
         F.embedding_bag(target.positions, at_least_float32(flat), offsets, mode="mean"), teacher, None, counts > 0
     )
@@ -90,7 +91,7 @@ def _nothing(student: Tensor, target: Hidden) -> Vectors:
 
 
 def count_vectors(target: Hidden, mask: Tensor, feature: Feature) -> int:
-    """How many vectors of a feature have a target; on the host, with the attention mask ``[batch, tokens]``."""
+    """How many vectors of a feature have a target; computed on the host. ``mask``: ``[batch, tokens]``."""
     if feature in ("stored", "tokens") or target.bags is not None:
         return target.count
     positions, length = target.positions.cpu(), mask.shape[1]
@@ -101,5 +102,5 @@ def count_vectors(target: Hidden, mask: Tensor, feature: Feature) -> int:
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
-    """In float32 at least."""
+    """float64 stays; other dtypes become float32."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()

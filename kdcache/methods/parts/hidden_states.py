@@ -24,7 +24,7 @@ from kdcache.methods.parts.projections import PROJECTIONS, HiddenProjections, ra
 if TYPE_CHECKING:
     from kdcache.loader.targets import Batch, Hidden
 
-_TINY_VARIANCE = 1e-8  # a constant target has nothing to teach; it must not divide by zero either
+_TINY_VARIANCE = 1e-8  # a constant target must not divide by zero
 
 
 class VectorLoss(Protocol):
@@ -37,7 +37,7 @@ class VectorLoss(Protocol):
 
 @dataclass(frozen=True)
 class Distance:
-    """R. ``scale_free``: it looks at directions alone, so a W of zeros has no gradient that means anything."""
+    """R. ``scale_free``: it depends on directions only, so W = 0 has no useful gradient."""
 
     loss: VectorLoss
     scale_free: bool = False
@@ -52,7 +52,7 @@ def mean_squared_error(
         student: ``[tokens, dim]``.
         teacher: ``[tokens, dim]``.
         token_weights: ``[tokens]``, multiply each token's error.
-        count: Covered tokens of the whole step; those given here where it is not given.
+        count: Covered tokens of the whole step; by default those given.
 
     Returns:
         A scalar; 0, with a gradient of 0, where no token is covered.
@@ -93,12 +93,12 @@ COSINE = Distance(cosine_distance, scale_free=True)
 
 
 def share_of_variance(losses: Mapping[Pair, Tensor], variances: Mapping[Pair, float]) -> dict[Pair, Tensor]:
-    """Each pair's MSE divided by the variance of its target: about 1 for a student that knows nothing about it."""
+    """Each pair's MSE divided by the variance of its target; about 1 for an untrained student."""
     return {pair: loss / max(variances[pair], _TINY_VARIANCE) for pair, loss in losses.items()}
 
 
 def plain_sum(losses: Mapping[Pair, Tensor]) -> Tensor:
-    """MT-BERT's reduction, L_hid = sum_i sum_j MSE: grows with teachers and layers."""
+    """MT-BERT's reduction, L_hid = sum_i sum_j MSE; it grows with teachers and layers."""
     return torch.stack(list(losses.values())).sum()
 
 
@@ -115,8 +115,8 @@ class HiddenStates:
         feature: Φ, which vectors.
         normalised: Φ scales them to length 1, before W.
         distance: R.
-        direction: W; None leaves it to the recipe.
-        paper_direction: W with ``paper = true``.
+        direction: The side of W; None leaves it to the recipe.
+        paper_direction: The side of W with ``paper = true``.
         weighted: The teachers' weights on the rows multiply the errors.
     """
 
@@ -133,11 +133,11 @@ class HiddenStates:
 
     @property
     def needs(self) -> Needs:
-        """Weights are made from logits."""
+        """Logits too if weighted: weights are computed from them."""
         return Needs(logits=self.weighted, hidden=self.feature)
 
     def bind(self, setup: Setup, /) -> BoundHiddenStates:
-        """With a W for every pair; RecipeError where there is none to be and widths differ."""
+        """With a W for every pair. Raises RecipeError without W where widths differ."""
         direction = self.direction or (self.paper_direction if setup.paper else setup.direction)
         if direction == "none":
             _check_widths(setup)
@@ -145,7 +145,7 @@ class HiddenStates:
 
 
 class BoundHiddenStates:
-    """Ready to use; owns the matrices W. Logs the loss of each pair."""
+    """The bound term; owns the matrices W. Logs the loss of each pair."""
 
     def __init__(self, term: HiddenStates, setup: Setup, direction: Direction) -> None:
         self._term, self._setup = term, setup
@@ -156,7 +156,7 @@ class BoundHiddenStates:
 
     @property
     def owned(self) -> Mapping[str, Owned]:
-        """W, where there is one."""
+        """W, unless the direction is ``none``."""
         factor = rate_factor(self._setup.paper)
         return {self._term.module: Owned(self.projections, factor)} if len(self.projections.matrices) else {}
 
@@ -173,7 +173,9 @@ class BoundHiddenStates:
 
     def _sides(self, view: View) -> Iterator[tuple[Pair, Tensor, Tensor, Tensor | None]]:
         targets = _active(view)
-        if self._term.feature in ("stored", "tokens") and not self._term.normalised:  # one product for all
+        if (
+            self._term.feature in ("stored", "tokens") and not self._term.normalised
+        ):  # one matrix product for all teachers
             length = view.attention_mask.shape[1]
             for pair, (student, teacher) in self.projections(view.student_hidden, targets).items():
                 yield (
@@ -202,7 +204,7 @@ class BoundHiddenStates:
 
 
 class Relation(Protocol):
-    """R over the rows of a batch: how far the student's relations differ from the teacher's."""
+    """R over the rows of a batch: the difference between the student's relations and the teacher's."""
 
     def __call__(self, student: Tensor, teacher: Tensor, valid: Tensor, /) -> Tensor:
         """A scalar. Shapes: student ``[rows, width]``, teacher ``[rows, dim]``, valid ``[rows]``, 0 = leave out."""
@@ -241,7 +243,7 @@ class HiddenRelations:
 
 
 class BoundHiddenRelations:
-    """Ready to use; owns no parameters. Logs the loss of each pair."""
+    """The bound term, without parameters. Logs the loss of each pair."""
 
     owned: Mapping[str, Owned] = {}
 
@@ -259,7 +261,7 @@ class BoundHiddenRelations:
             if self._term.normalised:
                 student, teacher = F.normalize(student, dim=-1), F.normalize(teacher, dim=-1)
             valid = torch.ones_like(teacher[:, 0]) if vectors.valid is None else vectors.valid.to(teacher.dtype)
-            with torch.autocast(student.device.type, enabled=False):  # differences of near vectors want all bits
+            with torch.autocast(student.device.type, enabled=False):  # differences of close vectors need float32
                 parts = [factor * relation(student, teacher, valid) for factor, relation in self._term.relations]
             losses[pair] = torch.stack(parts).sum()
         return _reduced(losses, self._term.name, self._setup, view, log)
@@ -276,12 +278,12 @@ def _check_widths(setup: Setup) -> None:
 
 
 def _active(view: View) -> dict[Pair, Hidden]:
-    """The targets of the teachers that count in this step."""
+    """The targets of the teachers that take part in this step."""
     return {pair: target for pair, target in view.hidden_targets.items() if view.factors[pair[0]] > 0}
 
 
 def _counts(batch: Batch, feature: Feature) -> dict[Pair, int]:
-    """Per pair; pairs that share an alignment are counted once."""
+    """Vectors with a target, per pair; pairs that share an alignment are counted once."""
     mask, known = batch.inputs["attention_mask"], dict[int, int]()
     targets = batch.targets.hidden if batch.targets is not None else {}
     for target in targets.values():
@@ -291,7 +293,7 @@ def _counts(batch: Batch, feature: Feature) -> dict[Pair, int]:
 
 
 def _reduced(losses: Mapping[Pair, Tensor], name: str, setup: Setup, view: View, log: dict[str, Tensor]) -> Tensor:
-    """Over teachers and layers; a teacher's factor multiplies what it adds."""
+    """The reduction over teachers and layers, with each teacher's factor."""
     log |= {f"{name}/{setup.teachers[teacher]}/{layer}": loss for (teacher, layer), loss in sorted(losses.items())}
     if any(factor not in (0.0, 1.0) for factor in view.factors):
         losses = {pair: view.factors[pair[0]] * loss for pair, loss in losses.items()}

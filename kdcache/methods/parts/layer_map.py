@@ -1,4 +1,4 @@
-"""The slot G: which teacher layer a student layer learns from. The dump takes the even map from here too. No torch.
+"""The slot G: which teacher layer a student layer learns from. Dumps use the even map too. Imports no torch.
 
 A layer map gives, per teacher, one teacher layer for each student layer 1..K, or None for a student layer without
 partner.
@@ -19,15 +19,15 @@ LayersOfEpoch = Callable[[int], LayerMap]  # epoch from 0 -> the map of that epo
 def even_layers(depth: int, student_layers: int) -> tuple[int, ...]:
     """The teacher layer g(j) = round(j·depth/K) for each student layer j = 1..K (MT-BERT, section 3.2).
 
-    The last student layer always meets the last teacher layer. A student deeper than the teacher meets some layers
-    twice.
+    The last student layer is always paired with the last teacher layer. A student that is deeper than the teacher is
+    paired with some layers twice.
     """
     return tuple(round(j * depth / student_layers) for j in range(1, student_layers + 1))
 
 
 @dataclass(frozen=True)
 class TeacherLayers:
-    """The layers of a teacher: how many it has, and the numbers of those that the cache holds (0 = embeddings)."""
+    """A teacher's number of layers, and the numbers of those that the cache holds (0 = embeddings)."""
 
     depth: int
     stored: tuple[int, ...]
@@ -44,7 +44,7 @@ class LayerRule(Protocol):
 
 @dataclass(frozen=True)
 class LayerMapping:
-    """A rule with its name; ``per_epoch``: it draws anew in every epoch."""
+    """A rule with its name; ``per_epoch``: it draws another map in every epoch."""
 
     name: str
     rule: LayerRule
@@ -54,10 +54,11 @@ class LayerMapping:
         self, teachers: Mapping[str, TeacherLayers], student_layers: int, *, seed: int = 0, epoch: int = 0
     ) -> LayerMap:
         """The map of an epoch for all teachers, a pure function of the arguments."""
-        found: LayerMap = {}
-        for index, (name, teacher) in enumerate(teachers.items()):
-            found[name] = self.rule(teacher, student_layers, _Draw(seed, epoch if self.per_epoch else 0, index))
-        return found
+        epoch = epoch if self.per_epoch else 0
+        return {
+            name: self.rule(teacher, student_layers, _Draw(seed, epoch, index))
+            for index, (name, teacher) in enumerate(teachers.items())
+        }
 
 
 def layers_read(layers: Sequence[int | None]) -> tuple[int, ...]:

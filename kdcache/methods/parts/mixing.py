@@ -1,7 +1,7 @@
-"""The slot M: how the teachers' soft labels come together, from all teachers' logits to those that the student learns.
+"""The slot M: how the soft labels of all teachers become the targets of the student.
 
-What comes out are logits again (softmax(m/T) is the mixture), so that every soft-label loss takes the same input,
-whether it works on probabilities or on logits.
+The result is logits again (softmax(m/T) is the mixture), so every soft-label loss takes the same input, whether it
+works on probabilities or on logits.
 """
 
 from __future__ import annotations
@@ -14,29 +14,26 @@ from torch import Tensor
 
 
 class Mixing(Protocol):
-    """From N teachers to M targets: (logits [M, batch, classes], weights [M, batch])."""
+    """From N teachers to M targets: (logits ``[M, batch, classes]``, weights ``[M, batch]``)."""
 
     def __call__(self, teacher_logits: Tensor, weights: Tensor, temperature: float, /) -> tuple[Tensor, Tensor]:
-        """Shapes: teacher_logits [teachers, batch, classes], weights [teachers, batch]."""
+        """Shapes: teacher_logits ``[teachers, batch, classes]``, weights ``[teachers, batch]``."""
         ...
 
 
 def each_teacher(teacher_logits: Tensor, weights: Tensor, _temperature: float, /) -> tuple[Tensor, Tensor]:
-    """Sum of losses: every teacher is a target of its own, with its own weight."""
+    """M = N: every teacher is a target with its own weight, so the losses are summed."""
     return teacher_logits, weights
 
 
 def mean_probability(teacher_logits: Tensor, weights: Tensor, temperature: float, /) -> tuple[Tensor, Tensor]:
-    """One target.
-
-    The mean of the teachers' softened probabilities, each teacher with its share of the weights on the row.
-    """
+    """M = 1: the mean of the teachers' softened probabilities, by their shares of the weights on the row."""
     shares = (weights / weights.sum(dim=0)).unsqueeze(-1)
     log_mean = torch.logsumexp(F.log_softmax(teacher_logits / temperature, dim=-1) + shares.log(), dim=0, keepdim=True)
     return temperature * log_mean, torch.ones_like(weights[:1])
 
 
 def mean_logit(teacher_logits: Tensor, weights: Tensor, _temperature: float, /) -> tuple[Tensor, Tensor]:
-    """One target: the mean of the teachers' logits, each teacher with its share of the weights on the row."""
+    """M = 1: the mean of the teachers' logits, by their shares of the weights on the row."""
     shares = (weights / weights.sum(dim=0)).unsqueeze(-1)
     return (shares * teacher_logits).sum(dim=0, keepdim=True), torch.ones_like(weights[:1])

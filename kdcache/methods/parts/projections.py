@@ -13,28 +13,27 @@ if TYPE_CHECKING:
     from kdcache.loader.targets import Hidden
     from kdcache.methods.base import Direction, Pair
 
-PROJECTIONS = "projections"  # what W is called in checkpoints
+PROJECTIONS = "projections"  # name of W in checkpoints
 
 
 class HiddenProjections(nn.Module):
-    """W_ij, one learnable matrix per teacher and student layer, thrown away after training (MT-BERT, section 3.2).
+    """W_ij, one learnable matrix per teacher and student layer, discarded after training (MT-BERT, section 3.2).
 
     student-to-teacher keeps the teachers' matrices of one student layer as blocks of a single [sum of dims, width]
     matrix: one product instead of N. teacher-to-student keeps one [width, dim] matrix per pair. ``both`` has one
     matrix on each side, into the smaller of the two widths. ``none`` has no matrix. No bias, as in the paper.
 
-    On the student's side W starts at zero: the student's side is 0, the loss starts at the variance of its target,
-    and W learns before the student is pulled. Started at random it predicts noise, which costs many times that
-    variance, and the student pays for it (docs/results.md). Where the teacher's side is projected, zero is the
-    collapse itself, so W starts at random, by ``seed``; so it does for losses that are free of scale, which have no
-    gradient at zero.
+    On the student's side W is initialised to zero: the loss starts at the variance of the target, and W learns before
+    gradients reach the student. A random W predicts noise, which costs many times that variance and harms the student
+    (docs/results.md). On the teacher's side zero would be a collapsed solution, and scale-free losses have no gradient
+    at zero; there W is random, by ``seed``.
 
     Args:
         dims: (teacher index, student layer) -> dimensions of the stored target.
         width: Hidden size of the student.
-        direction: On which side W stands.
-        seed: Of random initial values.
-        scale_free: The loss looks at directions alone.
+        direction: The side that W is applied to.
+        seed: For random initial values.
+        scale_free: The loss depends on directions only.
     """
 
     def __init__(
@@ -68,7 +67,7 @@ class HiddenProjections(nn.Module):
     def forward(
         self, student_hidden: Sequence[Tensor], targets: Mapping[Pair, Hidden]
     ) -> dict[Pair, tuple[Tensor, Tensor]]:
-        """Both sides of every pair, for targets as they are stored.
+        """Both sides of every pair, for the stored targets.
 
         Args:
             student_hidden: ``[batch, tokens, width]`` by layer, 0 = embeddings.
@@ -125,5 +124,5 @@ def _on_teacher(teacher: Tensor, matrix: Tensor) -> Tensor:
 
 
 def rate_factor(paper: bool) -> int:
-    """The learning rate of W over that of the student: at the student's own rate W hardly moves (docs/method.md)."""
+    """Learning rate of W divided by the student's: at the student's rate W hardly changes (docs/method.md)."""
     return 1 if paper else 10

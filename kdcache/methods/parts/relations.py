@@ -1,9 +1,8 @@
 """Relations among the rows of a batch, for the slot R: distances, angles and cosines (RKD, arXiv 1904.05068).
 
-Each compares a matrix of the student's vectors with that of the teacher's, so the two may differ in width. All take
-rows in the dimension before the last, and may have more dimensions before it. Rows with ``valid`` = 0 are left out of
-everything, without that a value is read on the host. The result is a mean over the relations that are left; 0 where
-there are none.
+Each compares relations among the student's vectors with those among the teacher's, so widths may differ. Rows are the
+dimension before the last; more dimensions may precede it. Rows with ``valid`` = 0 are masked, without a copy to the
+host. The result is the mean over the remaining relations, 0 if there are none.
 """
 
 from __future__ import annotations
@@ -27,25 +26,25 @@ def distance_relation(student: Tensor, teacher: Tensor, valid: Tensor, /) -> Ten
         A scalar: the mean over pairs of different rows.
     """
     pairs = _pairs(valid)
-    mine, theirs = (_scaled_distances(side, pairs) for side in (student, teacher))
-    return _mean(F.smooth_l1_loss(mine, theirs, reduction="none"), pairs)
+    of_student, of_teacher = (_scaled_distances(side, pairs) for side in (student, teacher))
+    return _mean(F.smooth_l1_loss(of_student, of_teacher, reduction="none"), pairs)
 
 
 def angle_relation(student: Tensor, teacher: Tensor, valid: Tensor, /) -> Tensor:
-    """Huber loss between the cosines of the angles that two rows have as seen from a third (RKD, section 3.2.2).
+    """Huber loss between the cosines of the angles that two rows form at a third (RKD, section 3.2.2).
 
     Arguments as in ``distance_relation``. The mean is over triples of different rows.
     """
     pairs = _pairs(valid)  # [..., vertex, other row]
     triples = pairs[..., :, :, None] * pairs[..., :, None, :] * pairs[..., None, :, :]
-    mine, theirs = (_angles(side, pairs) for side in (student, teacher))
-    return _mean(F.smooth_l1_loss(mine, theirs, reduction="none"), triples)
+    of_student, of_teacher = (_angles(side, pairs) for side in (student, teacher))
+    return _mean(F.smooth_l1_loss(of_student, of_teacher, reduction="none"), triples)
 
 
 def cosine_relation(student: Tensor, teacher: Tensor, valid: Tensor, /) -> Tensor:
     """Mean squared error between the cosines of two rows. Arguments as in ``distance_relation``."""
-    mine, theirs = (_cosines(F.normalize(side, dim=-1)) for side in (student, teacher))
-    return _mean((mine - theirs).square(), _pairs(valid))
+    of_student, of_teacher = (_cosines(F.normalize(side, dim=-1)) for side in (student, teacher))
+    return _mean((of_student - of_teacher).square(), _pairs(valid))
 
 
 def _pairs(valid: Tensor) -> Tensor:
@@ -73,7 +72,7 @@ def _scaled_distances(rows: Tensor, pairs: Tensor) -> Tensor:
 def _angles(rows: Tensor, pairs: Tensor) -> Tensor:
     differences = _differences(rows)
     lengths = torch.linalg.vector_norm(differences, dim=-1, keepdim=True)
-    lengths = torch.where(lengths > _TINY, lengths, 1.0)  # equal rows have no direction, and no gradient without bound
+    lengths = torch.where(lengths > _TINY, lengths, 1.0)  # equal rows have no direction; avoids infinite gradients
     return _cosines(differences / lengths * pairs[..., None])
 
 

@@ -1,7 +1,7 @@
-"""The slot S: how the weights of terms change over the training, and which teachers count in a step.
+"""The slot S: how the weights of terms change over the training, and which teachers take part in a step.
 
-All of it is a pure function of ``Moment`` (step, total steps, epoch, seed), so a resumed training repeats it. Only raw
-outputs of numpy's bit generators are used: numpy keeps those streams for ever (NEP 19).
+Schedules are pure functions of ``Moment`` (step, total steps, epoch, seed), so a resumed training repeats them. Only
+raw outputs of numpy's bit generators are used: numpy guarantees those streams for ever (NEP 19).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class TeacherChoice(Protocol):
 
 
 def constant(_term: str, _moment: Moment, /) -> float:
-    """All terms, all the time."""
+    """Factor 1 for all terms at all times."""
     return 1.0
 
 
@@ -40,7 +40,7 @@ class Stages:
 
     Attributes:
         stages: (end, terms): the share of the training at which the stage ends, ascending to 1, and the names of the
-            terms that are on in it.
+            terms that are active in it.
     """
 
     stages: tuple[tuple[float, tuple[str, ...]], ...]
@@ -59,7 +59,7 @@ class Annealed:
     """Factors that change linearly over the training.
 
     Attributes:
-        terms: By term: its factor at the first step, and the one that it approaches at the end. Other terms stay at 1.
+        terms: Term -> (factor at the first step, factor at the end). Other terms stay at 1.
     """
 
     terms: Mapping[str, tuple[float, float]]
@@ -76,7 +76,7 @@ def every_teacher(_moment: Moment, count: int, /) -> tuple[float, ...]:
 
 @dataclass(frozen=True)
 class SampledTeacher:
-    """One teacher per step, drawn by ``probabilities``; all alike where none are given (SKDBERT, arXiv 2211.14466)."""
+    """One teacher per step, drawn by ``probabilities``; uniform by default (SKDBERT, arXiv 2211.14466)."""
 
     probabilities: tuple[float, ...] | None = None
 
@@ -91,7 +91,7 @@ class SampledTeacher:
 
 @dataclass(frozen=True)
 class DroppedTeachers:
-    """Each teacher is left out of a step with probability ``rate``; where all would be, all stay."""
+    """Each teacher is left out of a step with probability ``rate``; if all would be, all stay."""
 
     rate: float
 
@@ -101,7 +101,7 @@ class DroppedTeachers:
 
 
 def _uniform(moment: Moment, count: int) -> np.ndarray:
-    """Numbers in [0, 1) that depend on seed and step alone."""
+    """Numbers in [0, 1) that depend on seed and step only."""
     raw = np.asarray(
         np.random.PCG64(np.random.SeedSequence([moment.seed, moment.step, 2])).random_raw(count), np.uint64
     )

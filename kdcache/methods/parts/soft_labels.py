@@ -1,4 +1,4 @@
-"""The slot D: losses between the student's and the teachers' soft labels, and the term that sums them."""
+"""The slot D: losses between the soft labels of student and teachers, and the term that sums them."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def kl_divergence(
 def logit_squared_error(
     student_logits: Tensor, target_logits: Tensor, _temperature: float, _labels: Tensor | None = None, /
 ) -> Tensor:
-    """Mean over the classes of (z_s - z_i)²; the temperature plays no part. Shapes as in ``soft_cross_entropy``."""
+    """Mean over the classes of (z_s - z_i)²; the temperature is not used. Shapes as in ``soft_cross_entropy``."""
     return (student_logits - target_logits).square().mean(dim=-1)
 
 
@@ -83,10 +83,10 @@ def soft_losses(
         weights: ``[teachers, batch]``, constants.
         temperature: T, above 0.
         t_squared: Multiply by T².
-        mixing: How the teachers' soft labels come together.
+        mixing: How the teachers' soft labels become targets.
         soft_loss: The loss between a target and the student.
         labels: ``[batch]``, -1 = none; for losses that use them.
-        count: Rows of the whole step; those of the batch where not given.
+        count: Rows of the whole step; by default those of the batch.
 
     Returns:
         ``[targets]``: sums over the rows divided by ``count``.
@@ -100,13 +100,13 @@ def soft_losses(
 class DistillationLoss(nn.Module):
     """L_dis = sum_i CE(softmax(z_i/T), softmax(z_s/T)) / (1 + CE(y, softmax(z_i))), the mean over the rows.
 
-    MT-BERT (arXiv 2106.01023), section 3.2. Rows without a gold label weigh 1. The weights are constants: no gradient
-    flows through ``weighting``. ``kdcache distill`` computes its soft term with the same functions.
+    MT-BERT (arXiv 2106.01023), section 3.2. Rows without a gold label have weight 1. The weights are constants: no
+    gradient flows through ``weighting``. ``kdcache distill`` computes its soft term with the same functions.
 
     Args:
         temperature: T, above 0.
         t_squared: Multiply by T²; the paper does not.
-        weighting: How much a teacher counts on a row.
+        weighting: The weight of each teacher on each row.
     """
 
     def __init__(
@@ -137,7 +137,7 @@ class DistillationLoss(nn.Module):
 
 @dataclass(frozen=True)
 class SoftLabels:
-    """The term: soft labels of the teachers, mixed and weighted; temperature and T² are those of the recipe."""
+    """The term: the teachers' soft labels, mixed and weighted; temperature and T² come from the recipe."""
 
     loss: SoftLoss = soft_cross_entropy
     mixing: Mixing = each_teacher
@@ -156,7 +156,7 @@ class SoftLabels:
 
 
 class BoundSoftLabels:
-    """Ready to use; owns no parameters. Logs the loss of each teacher where every teacher is a target."""
+    """The bound term, without parameters. Logs the loss of each teacher if every teacher is a target."""
 
     owned: Mapping[str, Owned] = {}
 

@@ -21,7 +21,7 @@ def task_loss(student_logits: Tensor, labels: Tensor, count: int | None = None) 
     Args:
         student_logits: ``[batch, classes]``.
         labels: ``[batch]``, -1 = none.
-        count: Labelled rows of the whole step; those of ``labels`` where not given.
+        count: Labelled rows of the whole step; by default those of ``labels``.
 
     Returns:
         A scalar; 0, with a gradient of 0, where no row has a label.
@@ -45,12 +45,12 @@ class TaskLoss:
         return Needs(labels=True)
 
     def bind(self, _setup: Setup, /) -> BoundTaskLoss:
-        """Nothing depends on the setup."""
+        """Independent of the setup."""
         return BoundTaskLoss()
 
 
 class BoundTaskLoss:
-    """Ready to use; owns no parameters."""
+    """The bound term, without parameters."""
 
     owned: Mapping[str, Owned] = {}
 

@@ -1,7 +1,7 @@
-"""The slot w: how much a teacher counts on a row, a pure function of student logits, teacher logits and labels.
+"""The slot w: the weight of a teacher on a row, a pure function of student logits, teacher logits and labels.
 
-All three are at hand whether the teachers are live or cached, so a weighting never needs a new dump. Each has a form
-for rows without a label.
+All three are available with live and with cached teachers, so a new weighting never needs a new dump. Every weighting
+handles rows without a label.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ class Weighting(Protocol):
     """Weights [teachers, batch] of the teachers' terms; ``teacher_weights`` makes constants of them."""
 
     def __call__(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, /) -> Tensor:
-        """Shapes.
+        """Weights ``[teachers, batch]``.
 
-        Student_logits [batch, classes], teacher_logits [teachers, batch, classes], labels [batch], -1 = none.
+        Shapes: student_logits ``[batch, classes]``, teacher_logits ``[teachers, batch, classes]``, labels ``[batch]``,
+        -1 = none.
         """
         ...
 
 
 def teacher_weights(weighting: Weighting, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
-    """w_i(x) as constants: no gradient flows through them, even where a weighting looks at the student.
+    """w_i(x) as constants: no gradient flows through them, even if a weighting uses the student's logits.
 
     Args:
         weighting: The function to apply.
@@ -41,14 +42,14 @@ def teacher_weights(weighting: Weighting, student_logits: Tensor, teacher_logits
 
 
 def one(_student_logits: Tensor, teacher_logits: Tensor, _labels: Tensor, /) -> Tensor:
-    """Every teacher counts alike on every row."""
+    """Weight 1 for every teacher on every row."""
     return torch.ones(teacher_logits.shape[:2], dtype=teacher_logits.dtype, device=teacher_logits.device)
 
 
 def inverse_cross_entropy(_student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, /) -> Tensor:
-    """1 / (1 + CE(y, softmax(z_i))): a teacher that is wrong on a row teaches less there (MT-BERT, section 3.2, eq. 2).
+    """1 / (1 + CE(y, softmax(z_i))): less weight where the teacher is wrong (MT-BERT, section 3.2, eq. 2).
 
-    Rows without a label weigh 1: nothing says that the teacher is wrong.
+    Rows without a label have weight 1, since the teacher's error is unknown.
     """
     return 1.0 / (1.0 + teacher_cross_entropy(teacher_logits, labels))
 

@@ -17,7 +17,8 @@ import torch
 from kdcache.data.encoding import load_tokenizer
 from kdcache.errors import CustomCodeError, KdcacheError, ModelError
 from kdcache.recipe import StudentSection
-from kdcache.students.build import Student, build_student
+from kdcache.students.build import build_student
+from kdcache.students.model import Student
 from kdcache.students.save import load_student, read_record, save_student, student_record
 from kdcache.teachers.fingerprints import fingerprint_teacher
 from kdcache.teachers.teacher import TeacherModel, load_classifier, load_encoder

@@ -23,11 +23,13 @@ from kdcache.distill.setup import prepare
 from kdcache.errors import DamageError, MismatchError
 from kdcache.loader.alignment import align, student_tokens
 from kdcache.loader.cached import CachedBatches, loader
+from kdcache.loader.choice import TargetChoice
 from kdcache.loader.live import LiveBatches
+from kdcache.loader.order import BatchSettings
 from kdcache.loader.prefetch import READ_AHEAD
 from kdcache.teachers.bundle import load_teacher
 from kdcache.testing import tiny
-from tests.distill.conftest import TinyRun
+from tests.conftest import TinyRun
 from tests.distill.test_textfree import Listening
 
 
@@ -73,11 +75,10 @@ def test_targets_equal_a_direct_forward_of_each_row(tiny_run: TinyRun) -> None:
 def test_live_batches_are_the_cached_ones(tiny_run: TinyRun, kind: str, tokenizer: Callable[[], Any]) -> None:
     cache = open_cache(getattr(tiny_run, kind))
     teachers = [load_teacher(tiny_run.teachers, name) for name in ("xlm", "bert")]
-    options: dict[str, Any] = {
-        "batch_size": 7, "max_length": 20, "layer_map": {"bert": (2, 4), "xlm": (4, 2)}, "hidden": True, "window": 2,
-    }  # fmt: skip
-    cached = CachedBatches(cache, tokenizer(), teachers=["xlm", "bert"], rank=1, world=2, **options)
-    live = LiveBatches(cache, tokenizer(), teachers=teachers, rank=1, world=2, **options)
+    settings = BatchSettings(batch_size=7, max_length=20, window=2, rank=1, world=2)
+    choice = TargetChoice(("xlm", "bert"), {"bert": (2, 4), "xlm": (4, 2)})
+    cached = CachedBatches(cache, tokenizer(), settings, choice, splits=("train", "transfer"))
+    live = LiveBatches(cache, tokenizer(), settings, choice, teachers, splits=("train", "transfer"))
     assert (cached.teachers, cached.layer_map, cached.steps_per_epoch) == (
         live.teachers,
         live.layer_map,
@@ -107,9 +108,12 @@ def layer_of(source: LiveBatches, key: tuple[int, int]) -> tuple[str, int]:
 def test_live_targets_may_be_saved_for_backward(tiny_run: TinyRun) -> None:
     """The teacher's side of W may be the target itself, and autograd keeps no tensors of inference mode."""
     source = LiveBatches(
-        open_cache(tiny_run.exact), tiny.wordpiece_tokenizer(), teachers=[load_teacher(tiny_run.teachers, "bert")],
-        batch_size=4, max_length=32, layer_map={"bert": (2, 4)}, hidden=True,
-    )  # fmt: skip
+        open_cache(tiny_run.exact),
+        tiny.wordpiece_tokenizer(),
+        BatchSettings(4, 32),
+        TargetChoice(("bert",), {"bert": (2, 4)}),
+        [load_teacher(tiny_run.teachers, "bert")],
+    )
     targets = next(source.batches(0)).targets
     assert targets is not None
     matrix = torch.zeros(3, 16, requires_grad=True)
@@ -124,7 +128,11 @@ def test_other_teachers_are_refused_live(tiny_run: TinyRun) -> None:
     teacher.fingerprints = load_teacher(tiny_run.teachers, "roberta").fingerprints
     with pytest.raises(MismatchError, match=r"'bert' is not the one of cache .* weights"):
         LiveBatches(
-            open_cache(tiny_run.exact), tiny.wordpiece_tokenizer(), teachers=[teacher], batch_size=4, max_length=32
+            open_cache(tiny_run.exact),
+            tiny.wordpiece_tokenizer(),
+            BatchSettings(4, 32),
+            TargetChoice(("bert",)),
+            [teacher],
         )
 
 
@@ -177,7 +185,7 @@ def test_a_window_that_will_not_fit_is_told_of(
 ) -> None:
     cache = open_cache(tiny_run.cache)
     source = loader(cache, tiny.wordpiece_tokenizer(), student_layers=2, window=window)
-    parts = np.unique(source.epochs.examples.parts).tolist()
+    parts = np.unique(source.epochs.parts).tolist()
     stored = [
         sum(
             block.values.nbytes + (0 if block.scales is None else block.scales.nbytes)

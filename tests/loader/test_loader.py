@@ -16,8 +16,11 @@ from kdcache.cache.ids import text_id
 from kdcache.data.encoding import encode, pad
 from kdcache.errors import DamageError, MismatchError, RecipeError
 from kdcache.loader.alignment import align, student_tokens
-from kdcache.loader.assembly import Rows, Sheets, student_inputs
+from kdcache.loader.assembly import PaddedBatches, StepRows, student_inputs
 from kdcache.loader.cached import CachedBatches, cached_logits, loader
+from kdcache.loader.choice import TargetChoice
+from kdcache.loader.examples import join_examples
+from kdcache.loader.order import BatchSettings
 from kdcache.loader.parts import DecodedPart
 from kdcache.testing import tiny
 from kdcache.testing.memory_cache import MemoryCache, MemoryTeacher, Text, truth, truth_logits
@@ -64,8 +67,15 @@ def cache_of(
 
 
 def batches_of(cache: MemoryCache, tokenizers: dict[str, Any], **options: Any) -> CachedBatches:
-    options = {"batch_size": 7, "max_length": 64, "layer_map": MAP, "hidden": True, "window": 3, "seed": 5, **options}
-    return CachedBatches(cache, tokenizers["student"], **options)  # type: ignore[arg-type]
+    names = tuple(options.pop("teachers", cache.teachers))
+    layer_map = options.pop("layer_map", MAP)
+    choice = TargetChoice(
+        names, {name: layer_map[name] for name in names if name in layer_map}, logits=options.pop("logits", True)
+    )
+    kept = {name: options.pop(name) for name in ("memory_bytes", "background", "texts") if name in options}
+    splits = ("train", "transfer") if options.pop("with_transfer", True) and "transfer" in cache.splits else ("train",)
+    settings = BatchSettings(**{"batch_size": 7, "max_length": 64, "window": 3, "seed": 5, **options})
+    return CachedBatches(cache, tokenizers["student"], settings, choice, splits=splits, **kept)  # type: ignore[arg-type]
 
 
 def expected_row(
@@ -183,8 +193,8 @@ def test_rows_of_a_batch_come_longest_first(tokenizers: dict[str, Any]) -> None:
 def test_pairs_of_texts_keep_their_token_types(tokenizers: dict[str, Any]) -> None:
     encoded = encode(tokenizers["student"], [("a good film", "bad"), ("x", "a film " * 9), ("one", "two three")], 64)
     part = DecodedPart(encoded, ())
-    rows = Rows([part, part], np.array([1, 0, 1]), np.array([2, 0, 1]), np.array([0, 2, 3]))
-    inputs = student_inputs(Sheets(rows), 0)
+    rows = StepRows([part, part], np.array([1, 0, 1]), np.array([2, 0, 1]), np.array([0, 2, 3]))
+    inputs = student_inputs(PaddedBatches(rows), 0)
     for found, wanted in zip(inputs, (pad(encoded, np.array([2, 0]), 0), pad(encoded, np.array([1]), 0)), strict=True):
         assert found.keys() == wanted.keys()
         assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
@@ -215,7 +225,7 @@ def test_a_last_step_too_short_for_all_processes_is_left_out(tokenizers: dict[st
 
 def test_only_what_is_asked_for_is_read(tokenizers: dict[str, Any]) -> None:
     cache = cache_of(tokenizers)
-    batch, *_ = batches_of(cache, tokenizers, teachers=["xlm", "bert"], hidden=False).batches(0)
+    batch, *_ = batches_of(cache, tokenizers, teachers=["xlm", "bert"], layer_map={}).batches(0)
     assert batch.targets is not None and batch.targets.teachers == ("xlm", "bert") and not batch.targets.hidden
     assert {what for what, _ in cache.reads} == {"texts", "outputs xlm", "outputs bert"}
     cache.reads.clear()
@@ -225,7 +235,7 @@ def test_only_what_is_asked_for_is_read(tokenizers: dict[str, Any]) -> None:
         "texts are encoded once and kept"
     )
     cache.reads.clear()
-    assert all(batch.targets is None for batch in batches_of(cache, tokenizers, teachers=[], hidden=False).batches(0))
+    assert all(batch.targets is None for batch in batches_of(cache, tokenizers, teachers=[], layer_map={}).batches(0))
     assert not cache.reads
 
 
@@ -242,7 +252,7 @@ def test_start_up_and_the_first_batch_touch_one_part(tokenizers: dict[str, Any])
     cache = cache_of(tokenizers, count=200, part_size=50, on_read=on_read)
     source = batches_of(cache, tokenizers, window=2)
     assert not touched, "nothing is scanned at start"
-    first += {int(source.epochs.examples.parts[row]) for row in source.epochs.rows(source.epochs.order(0), 0)}
+    first += {int(source.epochs.parts[row]) for row in source.epochs.rows(source.epochs.order(0), 0)}
     assert len(first) == 1
     batches = source.batches(0)
     next(batches)
@@ -340,9 +350,9 @@ def test_texts_that_the_cache_lacks(tokenizers: dict[str, Any]) -> None:
 
 def test_texts_that_are_there_with_logits_only(tokenizers: dict[str, Any]) -> None:
     cache = cache_of(tokenizers, scopes=["full"] * 7 + ["logits"])
-    with pytest.raises(MismatchError, match="with logits only, without hidden states"):
+    with pytest.raises(MismatchError, match="stored with logits only, without hidden states"):
         batches_of(cache, tokenizers)
-    assert batches_of(cache, tokenizers, hidden=False).skipped == 0
+    assert batches_of(cache, tokenizers, layer_map={}).skipped == 0
     assert batches_of(cache, tokenizers, missing="skip").skipped == 4
 
 
@@ -387,7 +397,7 @@ def test_logits_of_a_split_come_in_its_order(tokenizers: dict[str, Any]) -> None
     rows = cache.split_rows["train"]
     for index, teacher in enumerate(("xlm", "bert")):
         assert np.array_equal(table[index].numpy(), np.stack([truth_logits(teacher, text, 2) for text, _ in rows]))
-    assert cached_logits(cache, (), "train").shape == (0, len(rows), 2)  # type: ignore[arg-type]
+    assert cached_logits(cache, (), join_examples(cache, cache.examples, ("train",))).shape == (0, len(rows), 2)  # type: ignore[arg-type]
 
 
 def test_the_public_helper_chooses_what_is_usual(tokenizers: dict[str, Any]) -> None:

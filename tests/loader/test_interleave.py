@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from kdcache.codecs.base import HiddenBlock
 from kdcache.loader import parts as interleave
-from kdcache.loader.parts import Interleaved, joined, layers_of
+from kdcache.loader.parts import Interleaved, gather_spans, layers_of
 
 WIDTHS = st.lists(
     st.tuples(st.sampled_from(["float32", "float16", "int8", "uint8"]), st.integers(1, 9)), min_size=1, max_size=4
@@ -45,7 +45,7 @@ def test_a_layer_alone_is_not_copied() -> None:
 @given(
     sizes=st.lists(st.integers(0, 6), min_size=1, max_size=4),
     choices=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 6), st.integers(0, 6)), max_size=8),
-    limit=st.sampled_from([0, interleave.JOINED_BYTES]),
+    limit=st.sampled_from([0, interleave.GATHERED_AS_BYTES]),
 )
 def test_rows_of_several_parts_are_joined_span_by_span(
     sizes: list[int], choices: list[tuple[int, int, int]], limit: int
@@ -60,8 +60,8 @@ def test_rows_of_several_parts_are_joined_span_by_span(
     wanted = [parts[part].rows[row].tolist() for part, first, last in picked for row in range(first, last)]
     width = parts[0].dtype.itemsize
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(interleave, "JOINED_BYTES", limit)
+        patch.setattr(interleave, "GATHERED_AS_BYTES", limit)
         spans = [(part, first * width, last * width) for part, first, last in picked]
-        found = joined([part.bytes for part in parts], spans, len(wanted), width)
+        found = gather_spans([part.bytes for part in parts], spans, len(wanted), width)
     assert found.tolist() == wanted
     assert found.flags.writeable, "torch takes no other"

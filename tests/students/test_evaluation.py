@@ -11,7 +11,8 @@ import torch
 from kdcache.errors import DataError, ModelError, RecipeError
 from kdcache.recipe import StudentSection
 from kdcache.report.metrics import scores
-from kdcache.students.build import Student, build_student
+from kdcache.students.build import build_student
+from kdcache.students.model import Student
 from kdcache.students.save import save_student, student_record
 from kdcache.students.score import encode_split, evaluate_model, selection_score, split_logits
 from kdcache.testing.tiny import make_model, reviews, write_reviews

@@ -12,7 +12,8 @@ import torch
 
 from kdcache.errors import DamageError, ModelError, RecipeError
 from kdcache.recipe import StudentSection
-from kdcache.students.build import Student, build_student
+from kdcache.students.build import build_student
+from kdcache.students.model import Student
 from kdcache.students.save import load_student, read_record, save_student, student_record
 from kdcache.teachers.bundle import load_teacher
 from kdcache.testing.teachers import make_teachers
@@ -20,7 +21,8 @@ from kdcache.testing.tiny import Family, make_model
 
 LABELS = ("negative", "positive")
 TINY: dict[str, Any] = {
-    "hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 32, "max_position_embeddings": 80,
+    "hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 32,
+    "max_position_embeddings": 80,
 }  # fmt: skip
 
 

@@ -21,7 +21,7 @@ def cache() -> MemoryCache:
 
 
 def test_ids_and_labels_are_those_of_the_split(cache: MemoryCache) -> None:
-    joined, table = join_examples(cache, ("train",)), cache.examples("train")
+    joined, table = join_examples(cache, cache.examples, ("train",)), cache.examples("train")
     some = np.array([5, 5, 0, 359, 17])
     assert (joined.text_ids[:] == table.text_ids).all() and (joined.text_ids[some] == table.text_ids[some]).all()
     assert (joined.labels[some] == table.labels[some]).all() and joined.labels[some].dtype == np.int64
@@ -30,7 +30,7 @@ def test_ids_and_labels_are_those_of_the_split(cache: MemoryCache) -> None:
 
 
 def test_what_stays_of_an_example_is_a_few_bytes(cache: MemoryCache) -> None:
-    joined = join_examples(cache, ("train",))
+    joined = join_examples(cache, cache.examples, ("train",))
     kept = [joined.parts, vars(joined.rows)["_values"], vars(joined.labels)["_values"]]
     assert all(array.base is None for array in kept), "a view keeps the bytes of a whole file"
     assert sum(array.nbytes for array in kept) <= 8 * len(joined)

@@ -1,6 +1,6 @@
 """Students of every architecture of the table.
 
-They work, or are refused in one line. None answers otherwise in a batch.
+They work, or are refused in one line. None gives other logits in a batch than alone.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from kdcache.errors import ModelError
 from kdcache.recipe import StudentSection
-from kdcache.students.build import Student, build_student
+from kdcache.students.build import build_student
+from kdcache.students.model import Student
 from kdcache.students.save import load_student, save_student, student_record
 from kdcache.students.score import encode_split, split_logits
 from kdcache.teachers import network
@@ -55,7 +56,8 @@ def test_the_table_has_an_answer_for_every_student() -> None:
 
 DECODERS = [name for name, entry in ARCHITECTURES.items() if entry.kind == "decoder"]
 SETTINGS: list[dict[str, Any]] = [
-    {"padding_side": "left"}, {"padding_side": "right"}, {"pad_token_id": None}, {"pad_token_id": -1}, {"pad_token_id": 5},
+    {"padding_side": "left"}, {"padding_side": "right"},
+    {"pad_token_id": None}, {"pad_token_id": -1}, {"pad_token_id": 5},
 ]  # fmt: skip
 
 
@@ -114,8 +116,10 @@ def test_hidden_states_lie_where_their_tokens_do(tmp_path: Path) -> None:
 
 
 PER_LAYER: list[tuple[str, dict[str, Any], str, list[Any]]] = [
-    ("Qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}, "layer_types", ["full_attention", "sliding_attention"]),
-    ("Qwen3", {"layer_types": ["sliding_attention", "full_attention", "full_attention"], "use_sliding_window": True, "sliding_window": 4},
+    ("Qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+     "layer_types", ["full_attention", "sliding_attention"]),
+    ("Qwen3", {"layer_types": ["sliding_attention", "full_attention", "full_attention"],
+               "use_sliding_window": True, "sliding_window": 4},
      "layer_types", ["sliding_attention", "full_attention"]),
     ("ModernBERT", {"global_attn_every_n_layers": 2}, "layer_types", ["full_attention", "full_attention"]),
     ("Longformer", {"attention_window": [4, 4, 8]}, "attention_window", [4, 8]),

@@ -1,4 +1,4 @@
-"""Alignment against a plain loop, on made-up spans of any kind and on what real tokenizer types make of difficult text."""
+"""Alignment against a plain loop, on made-up spans of any kind and on difficult text with real tokenizer types."""
 
 from __future__ import annotations
 

@@ -1,0 +1,66 @@
+"""The teachers whose files are beside the cache or the run: checked against the cache, counted and timed.
+
+A student can be distilled without them. Where they are there, they must be the ones that the cache was dumped from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kdcache.cache.spec import differing
+from kdcache.errors import MismatchError
+from kdcache.students.speed import Speed, measure_speed
+
+if TYPE_CHECKING:
+    from kdcache.cache.reader import Cache
+
+
+@dataclass(frozen=True)
+class TeacherFacts:
+    """Size and speed of a teacher."""
+
+    parameters: int
+    speed: Speed
+
+
+def teachers_beside(cache: Path | None, run_root: Path) -> Path | None:
+    """The directory of co-finetuned teachers: that of the run, or the one beside the cache; None without either."""
+    from kdcache.teachers.bundle import is_bundle
+
+    candidates = [run_root / "teachers", *([cache.parent / "teachers"] if cache is not None else [])]
+    return next((directory for directory in candidates if is_bundle(directory)), None)
+
+
+def check_teachers(
+    directory: Path | None,
+    cache: Cache | None,
+    names: Sequence[str],
+    texts: Sequence[tuple[str, ...]],
+    trusted: Collection[str] = (),
+) -> dict[str, TeacherFacts]:
+    """Compare the teachers in ``directory`` with those of the cache and measure them, one in memory at a time.
+
+    ``texts`` are what speed is measured on; ``trusted`` teachers may run their own Python code. Raises MismatchError
+    where one is another teacher: the cache would then hold targets that these teachers do not give.
+    """
+    from kdcache.teachers.bundle import load_teacher, teacher_names
+
+    if directory is None or cache is None or not names:
+        return {}
+    known, facts = teacher_names(directory), {}
+    for name in [name for name in names if name in known]:
+        teacher = load_teacher(directory, name, trust_remote_code=name in trusted)
+        changed = differing(cache.teachers[name].fingerprints, teacher.fingerprints)
+        if changed:
+            raise MismatchError(
+                f"teacher '{name}' in '{directory}' is not the one of cache '{cache.path}'; they differ in {changed}",
+                "Dump again with kdcache dump-teachers, or move those teachers away from beside the cache.",
+            )
+        parameters = sum(parameter.numel() for parameter in teacher.model.parameters())
+        facts[name] = TeacherFacts(
+            parameters, measure_speed(teacher.model, teacher.tokenizer, teacher.max_length, texts)
+        )
+    return facts
