@@ -18,6 +18,7 @@ from tests.cli.commands import kdcache
 from tests.cli.conftest import FinishedRun
 
 HEAVY = ("torch", "transformers", "accelerate", "onnxruntime", "datasets", "pyarrow", "zarr", "pydantic", "rich.table")
+QUICK = 0.5  # seconds
 COMMANDS = [
     *(
         ("cofinetune",),
