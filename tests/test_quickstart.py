@@ -41,8 +41,12 @@ def make_pack(seed: int = 0) -> tuple[bytes, dict[str, np.ndarray]]:
     rng = np.random.default_rng(seed)
     width, wide = 8, 16
     shapes: dict[str, tuple[int, ...]] = {
-        "word_emb": (400, width), "pos_emb": (34, width), "type_emb": (2, width), "emb_ln.w": (width,), "emb_ln.b": (width,),
-    }  # fmt: skip
+        "word_emb": (400, width),
+        "pos_emb": (34, width),
+        "type_emb": (2, width),
+        "emb_ln.w": (width,),
+        "emb_ln.b": (width,),
+    }
     for layer in range(2):
         sizes = {"qkv": (3 * width, width), "ao": (width, width), "f1": (wide, width), "f2": (width, wide)}
         for name, shape in sizes.items():
@@ -190,8 +194,13 @@ def test_prepare_fills_the_directory_once(tmp_path: Path, monkeypatch: pytest.Mo
     target = tmp_path / "quickstart"
     prepare.prepare(target, "name = 'x'\n", progress=SilentProgress())
     assert sorted(path.relative_to(target).as_posix() for path in target.glob("*/*")) == [
-        "data/test.tsv", "data/train.tsv", "data/transfer.tsv", "data/validation.tsv", "weights/granite-roberta", "weights/minilm-l6",
-    ]  # fmt: skip
+        "data/test.tsv",
+        "data/train.tsv",
+        "data/transfer.tsv",
+        "data/validation.tsv",
+        "weights/granite-roberta",
+        "weights/minilm-l6",
+    ]
     assert (target / "data" / "train.tsv").read_text().count("\n") == SPLITS["train"] + 1
     (target / "quickstart.toml").write_text("mine")
     prepare.prepare(target, "name = 'x'\n", progress=SilentProgress())

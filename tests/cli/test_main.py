@@ -39,7 +39,7 @@ COMMANDS = [
 
 
 def cost(*arguments: object) -> tuple[float, set[str]]:
-    """Processor seconds of a ``kdcache`` process, which other load does not change, and the heavy modules it imported."""
+    """CPU seconds of a ``kdcache`` process, and the heavy modules it imported."""
     code = f"""\
 import sys
 from kdcache.cli.main import main
@@ -145,7 +145,10 @@ def test_ctrl_c_leaves_with_130_and_says_how_to_continue(tmp_path: Path) -> None
     recipe = tmp_path / "recipe.toml"
     os.mkfifo(recipe)  # reading it waits for a writer
     # a suite that runs in the background ignores SIGINT, and children inherit that
-    start = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from kdcache.cli.main import main; main()"
+    start = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from kdcache.cli.main import main; main()"
+    )
     command = [sys.executable, "-c", start, "pipelines", "validate", str(recipe)]
     child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
