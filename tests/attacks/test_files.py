@@ -415,7 +415,7 @@ def test_nothing_is_written_or_removed_behind_a_link(victim: Path, name: str) ->
     (outside / "precious.json").write_text("{}")
     (victim / name).symlink_to(outside)
     before = {path: path.stat().st_mtime_ns for path in outside.rglob("*")}
-    with pytest.raises(DamageError, match="is a link"):
+    with pytest.raises(DamageError, match="is a symbolic link"):
         dump(victim, made_plan(6, 3, ("bert", "roberta")))
     assert {path: path.stat().st_mtime_ns for path in outside.rglob("*")} == before
 
