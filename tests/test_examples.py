@@ -54,7 +54,10 @@ def test_the_plain_loop_is_short() -> None:
 
 
 def test_importing_kdcache_imports_no_torch() -> None:
-    code = "import sys, kdcache; kdcache.open_cache, kdcache.__version__; assert not {'torch', 'transformers'} & set(sys.modules)"
+    code = (
+        "import sys, kdcache; kdcache.open_cache, kdcache.__version__; "
+        "assert not {'torch', 'transformers'} & set(sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
     with pytest.raises(AttributeError, match="it has: __version__, loader, losses, open_cache"):
         _ = kdcache.opencache

@@ -205,21 +205,40 @@ documents = st.fixed_dictionaries(
     {
         "name": names,
         "data": st.fixed_dictionaries(
-            {"train": st.just("acme/train"), "text": st.just(["one", "two"]), "label": words.filter(lambda word: word not in ("one", "two"))},
-            optional={"labels": st.lists(words, min_size=2, max_size=4, unique=True), "licence": words, "seed": st.integers(0, 2**32 - 1)},
+            {
+                "train": st.just("acme/train"),
+                "text": st.just(["one", "two"]),
+                "label": words.filter(lambda word: word not in ("one", "two")),
+            },
+            optional={
+                "labels": st.lists(words, min_size=2, max_size=4, unique=True),
+                "licence": words,
+                "seed": st.integers(0, 2**32 - 1),
+            },
         ),
     },
     optional={
-        "teachers": st.lists(names, max_size=3, unique_by=str.lower).map(lambda found: [{"name": name, "model": "m"} for name in found]),
-        "dump": st.fixed_dictionaries({}, optional={"layers": st.lists(st.integers(0, 40), min_size=1, unique=True) | st.just("last")}),
+        "teachers": st.lists(names, max_size=3, unique_by=str.lower).map(
+            lambda found: [{"name": name, "model": "m"} for name in found]
+        ),
+        "dump": st.fixed_dictionaries(
+            {}, optional={"layers": st.lists(st.integers(0, 40), min_size=1, unique=True) | st.just("last")}
+        ),
         "student": st.fixed_dictionaries(
-            {"tokenizer": st.just("t"), "config": st.dictionaries(words, st.integers(-9, 9) | words | st.booleans() | rates, max_size=4)}
+            {
+                "tokenizer": st.just("t"),
+                "config": st.dictionaries(words, st.integers(-9, 9) | words | st.booleans() | rates, max_size=4),
+            }
         ),
         "distill": st.fixed_dictionaries(
-            {}, optional={"learning_rate": rates, "teacher_layers": st.dictionaries(names, st.lists(st.integers(0, 9)), max_size=2)}
+            {},
+            optional={
+                "learning_rate": rates,
+                "teacher_layers": st.dictionaries(names, st.lists(st.integers(0, 9)), max_size=2),
+            },
         ),
     },
-)  # fmt: skip
+)
 
 
 @given(documents)
@@ -253,20 +272,36 @@ WRONG: list[tuple[str, str, str]] = [
     ("distill.warmup=1", "distill.warmup is 1; less than 1 was expected", ""),
     ("distill.paper=1", "distill.paper is 1; true or false was expected", ""),
     ("distill.accumulation=64", "distill: accumulation 64 cuts a batch of 32 into more pieces than it has rows", ""),
-    ("dump.dtype=int4", "dump.dtype is \"int4\"; '", "Did you mean 'int8'?"),
-    ("dump.dtype=coded", "dump: dtype = \"trellis\" needs bytes: how many a token takes in a layer, for example bytes = 96", ""),
-    ("dump.bytes=96", "dump: bytes = 96 goes with dtype = \"trellis\"; with \"int8\" set dim", ""),
-    ("dump.per_layer={4={dtype=\"coded\"}}", "dump: per_layer.4: dtype = \"trellis\" needs bytes", ""),
+    ("dump.dtype=int4", 'dump.dtype is "int4"; \'', "Did you mean 'int8'?"),
+    (
+        "dump.dtype=coded",
+        'dump: dtype = "trellis" needs bytes: how many a token takes in a layer, for example bytes = 96',
+        "",
+    ),
+    ("dump.bytes=96", 'dump: bytes = 96 goes with dtype = "trellis"; with "int8" set dim', ""),
+    ('dump.per_layer={4={dtype="coded"}}', 'dump: per_layer.4: dtype = "trellis" needs bytes', ""),
     ("dump.per_layer={4={byte=3}}", "unknown key 'dump.per_layer.4.byte'", "Did you mean 'bytes'?"),
-    ("dump.per_layer={four={dim=3}}", "dump.per_layer.four: 'four' is no layer: give its number, \"last\" or \"all\"", ""),
+    (
+        "dump.per_layer={four={dim=3}}",
+        'dump.per_layer.four: \'four\' is no layer: give its number, "last" or "all"',
+        "",
+    ),
     ("dump.per_layer={last={dim=0}}", "dump.per_layer.last.dim is 0; 1 or more was expected", ""),
-    ("dump.layers=evn", "dump.layers is \"evn\"; 'even', 'all', 'last' or 'none', or a list, in brackets, was expected", "Did you mean 'even'?"),
+    (
+        "dump.layers=evn",
+        "dump.layers is \"evn\"; 'even', 'all', 'last' or 'none', or a list, in brackets, was expected",
+        "Did you mean 'even'?",
+    ),
     ("dump.layers=[1, -2]", "dump.layers is [1, -2]; 0 or more was expected", ""),
     ("dump.layers=[]", "dump.layers is []; a list of at least 1 was expected", ""),
     ("dump.layers=[2, 2]", "dump.layers: each may be named once, but these are named more often: [2, 2]", ""),
     ("student.layers=0", "student.layers is 0; 1 or more was expected", ""),
     ("student.config={a = 1}", "student: give either init_from or config", ""),
-    ("student.init_from=teacher:rob", "student.init_from is 'teacher:rob', but the teachers are: bert, roberta-v1.5", ""),
+    (
+        "student.init_from=teacher:rob",
+        "student.init_from is 'teacher:rob', but the teachers are: bert, roberta-v1.5",
+        "",
+    ),
     ("student.init_from=", 'student.init_from is ""; a string that is not empty was expected', ""),
     ("data=3", "data is 3; a section was expected", ""),
     ("data.label=1", "data.label is 1; a string, in quotation marks, was expected", 'Write "1"'),
@@ -276,19 +311,31 @@ WRONG: list[tuple[str, str, str]] = [
     ("data.text=['a', 'a']", "data.text: each may be named once", ""),
     ("data.labels=['a']", 'data.labels is ["a"]; a list of at least 2 was expected', ""),
     ("data.validation_fraction=0.1", "data: give validation or validation_fraction, not both", ""),
-    ("name=a/b", "name is \"a/b\"; up to 64 letters, digits, '.', '_' and '-', the first a letter or digit, was expected", ""),
+    (
+        "name=a/b",
+        "name is \"a/b\"; up to 64 letters, digits, '.', '_' and '-', the first a letter or digit, was expected",
+        "",
+    ),
     ("name=../x", 'name is "../x"', ""),
     ('name="a\\n"', "name is", ""),
     ("teachers=x", 'teachers is "x"; a list, in brackets, was expected', ""),
     ("teachers={name = 'x'}", "teachers is", "Write [[teachers]], in double brackets"),
-    ("teachers.bert.name=Roberta-V1.5", "two teachers are called 'roberta-v1.5'; names must differ, and not by case alone", ""),
-    ("teachers.gpt.model=x", "there is no teacher 'gpt'; there are: bert, roberta-v1.5", "Teachers are added in the recipe."),
+    (
+        "teachers.bert.name=Roberta-V1.5",
+        "two teachers are called 'roberta-v1.5'; names must differ, and not by case alone",
+        "",
+    ),
+    (
+        "teachers.gpt.model=x",
+        "there is no teacher 'gpt'; there are: bert, roberta-v1.5",
+        "Teachers are added in the recipe.",
+    ),
     ("teachers.model=x", "does not say which teacher; there are: bert, roberta-v1.5", "--set teachers.NAME.model=DIR"),
     ("name.x=3", "'name' is a value, not a section", "Set the value itself."),
     ("seed", "override 'seed' is not of the form section.key=value", "Example: --set distill.seed=1"),
     ("=1", "is not of the form section.key=value", "Example"),
     ("a..b=1", "is not of the form section.key=value", "Example"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("override", "message", "hint"), WRONG, ids=[override for override, _, _ in WRONG])
@@ -348,6 +395,9 @@ def test_recipes_are_read_without_torch() -> None:
     import subprocess
     import sys
 
-    code = "import sys, kdcache.recipe, kdcache.progress, kdcache.data.task; print(sorted({'torch', 'transformers', 'pyarrow', 'rich'} & set(sys.modules)))"
+    code = (
+        "import sys, kdcache.recipe, kdcache.progress, kdcache.data.task; "
+        "print(sorted({'torch', 'transformers', 'pyarrow', 'rich'} & set(sys.modules)))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"

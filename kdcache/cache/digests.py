@@ -181,7 +181,7 @@ class CheckedFiles:
         except OSError as error:
             raise DamageError(f"'{place}' cannot be read: {error.strerror}", REPAIR_HINT) from error
         if stat.S_ISLNK(found.st_mode):
-            raise DamageError(f"'{place}' is a link; a cache holds plain files only", REPAIR_HINT)
+            raise DamageError(f"'{place}' is a symbolic link; a cache holds plain files only", REPAIR_HINT)
         return found
 
     def _missing(self, path: str) -> KdcacheError:

@@ -234,7 +234,8 @@ def _is_there(target: Path, path: str, digest: FileDigest) -> bool:
     for place in _steps(target, path):
         if place.is_symlink():
             raise DamageError(
-                f"'{place}' is a link; a cache holds plain files only", "Remove it, or pull into another directory."
+                f"'{place}' is a symbolic link; a cache holds plain files only",
+                "Remove it, or pull into another directory.",
             )
     place = target / path
     if not place.is_file() or place.stat().st_size != digest.size:

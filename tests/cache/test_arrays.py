@@ -50,9 +50,15 @@ def test_bytes_are_those_of_zarr(shape: tuple[int, ...], dtype: str) -> None:
     rows, count = chunk_rows(shape, values.itemsize), chunk_count(shape, values.itemsize)
     stored: dict = {}
     array = zarr.create_array(
-        MemoryStore(stored), shape=shape, dtype=dtype, chunks=(rows, *shape[1:]), shards=(rows * count, *shape[1:]),
-        compressors=[Crc32cCodec()], fill_value=-128 if dtype == "int8" else np.nan, dimension_names=["token", "dim"][: len(shape)],
-    )  # fmt: skip
+        MemoryStore(stored),
+        shape=shape,
+        dtype=dtype,
+        chunks=(rows, *shape[1:]),
+        shards=(rows * count, *shape[1:]),
+        compressors=[Crc32cCodec()],
+        fill_value=-128 if dtype == "int8" else np.nan,
+        dimension_names=["token", "dim"][: len(shape)],
+    )
     array[...] = values
     data = encoded(values)
     assert data == stored[arrays.shard_name(len(shape))].to_bytes()

@@ -64,10 +64,23 @@ def test_what_has_no_canonical_form_is_refused(value: object) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        '{"a":1,"a":2}', "1.0", "1e3", "NaN", "-Infinity", "null", "true", "9007199254740992", "1" * 5000, '"\\ud800"', "{",
-        "[" * 100000, "[" * 40 + "]" * 40, "-0", '{"a":1} x',
+        '{"a":1,"a":2}',
+        "1.0",
+        "1e3",
+        "NaN",
+        "-Infinity",
+        "null",
+        "true",
+        "9007199254740992",
+        "1" * 5000,
+        '"\\ud800"',
+        "{",
+        "[" * 100000,
+        "[" * 40 + "]" * 40,
+        "-0",
+        '{"a":1} x',
     ],
-)  # fmt: skip
+)
 def test_json_of_anything_else_is_refused(text: str) -> None:
     with pytest.raises(NotCanonicalError):
         canonical_json(parse_json(text.encode()))

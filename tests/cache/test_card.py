@@ -13,10 +13,21 @@ from kdcache.cache.reader import open_cache
 from kdcache.testing.caches import CODED, LAYERS, PER_TEXT, dump, made_plan, made_teacher
 
 PROVENANCE = {
-    "recipe": "reviews", "licence": "CC-BY-4.0", "data_licence": "MIT", "published": "2026-11-20T08:00:00Z", "text_ids": "ab" * 32,
-    "versions": {"kdcache": "9.9"}, "mean_scores": {"accuracy": "0.91"},
-    "teachers": {"bert": {"source": "google-bert/bert-base-uncased", "licence": "Apache-2.0", "scores": {"accuracy": "0.9012345"}}},
-}  # fmt: skip
+    "recipe": "reviews",
+    "licence": "CC-BY-4.0",
+    "data_licence": "MIT",
+    "published": "2026-11-20T08:00:00Z",
+    "text_ids": "ab" * 32,
+    "versions": {"kdcache": "9.9"},
+    "mean_scores": {"accuracy": "0.91"},
+    "teachers": {
+        "bert": {
+            "source": "google-bert/bert-base-uncased",
+            "licence": "Apache-2.0",
+            "scores": {"accuracy": "0.9012345"},
+        }
+    },
+}
 
 
 def test_a_card_says_what_a_colleague_needs(tmp_path: Path) -> None:
@@ -25,11 +36,23 @@ def test_a_card_says_what_a_colleague_needs(tmp_path: Path) -> None:
     card = cache_card(again, name="reviews-2t")
     assert card == cache_card(manifest, name="reviews-2t")
     for expected in (
-        "# reviews: a cache", "2 fine-tuned teachers", "8 texts", "| labels | `bad`, `good` |", "| data fingerprint | abababab",
-        f"| identity | {manifest.identity} |", "| train | 6 |", "accuracy 0.9012", "2 (pca 3 int8); 4 (none 6 float32)",
-        "kdcache distill RECIPE --cache reviews-2t", "- teacher bert: Apache-2.0", "- teacher roberta: not stated", "- data: MIT",
-        "made | 2026-11-20T08:00:00Z, kdcache 9.9", "Mean of the co-finetuned", "hidden states of 68 tokens",
-    ):  # fmt: skip
+        "# reviews: a cache",
+        "2 fine-tuned teachers",
+        "8 texts",
+        "| labels | `bad`, `good` |",
+        "| data fingerprint | abababab",
+        f"| identity | {manifest.identity} |",
+        "| train | 6 |",
+        "accuracy 0.9012",
+        "2 (pca 3 int8); 4 (none 6 float32)",
+        "kdcache distill RECIPE --cache reviews-2t",
+        "- teacher bert: Apache-2.0",
+        "- teacher roberta: not stated",
+        "- data: MIT",
+        "made | 2026-11-20T08:00:00Z, kdcache 9.9",
+        "Mean of the co-finetuned",
+        "hidden states of 68 tokens",
+    ):
         assert expected in card, expected
     assert "kdcache cache verify PATH" in cache_card(manifest)
 

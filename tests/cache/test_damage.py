@@ -105,9 +105,9 @@ def test_links_are_refused(pristine: Path, copy_of: Copy, tmp_path: Path) -> Non
     directory.rename(tmp_path / "roberta")
     directory.symlink_to(tmp_path / "roberta")
     found = {damage.file: damage.reason for damage in verify(path)}
-    assert "is a link" in found["texts/part-00000.arrow"]
-    assert "is a link" in found["teachers/roberta/outputs/part-00000.arrow"]
-    with pytest.raises(DamageError, match="is a link"):
+    assert "is a symbolic link" in found["texts/part-00000.arrow"]
+    assert "is a symbolic link" in found["teachers/roberta/outputs/part-00000.arrow"]
+    with pytest.raises(DamageError, match="is a symbolic link"):
         open_cache(path).text_ids("part-00000")
 
 

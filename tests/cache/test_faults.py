@@ -91,7 +91,10 @@ def test_two_deaths_in_a_row(tmp_path: Path) -> None:
 def test_a_process_that_is_killed_at_any_moment(tmp_path: Path) -> None:
     plan = made_plan(120, 40)
     expected = dump(tmp_path / "whole", plan).identity
-    code = "import sys; from pathlib import Path; from kdcache.testing.caches import *; print('on', flush=True); dump(Path(sys.argv[1]), made_plan(120, 40))"
+    code = (
+        "import sys; from pathlib import Path; from kdcache.testing.caches import *; print('on', flush=True); "
+        "dump(Path(sys.argv[1]), made_plan(120, 40))"
+    )
     for moment in (0.002, 0.05, 0.15):
         command = [sys.executable, "-c", code, str(tmp_path / "killed")]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:

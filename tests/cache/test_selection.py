@@ -60,14 +60,34 @@ def test_everything_that_a_selection_needs_comes_along(pristine: Path, tmp_path:
 @pytest.mark.parametrize(
     ("selection", "read", "what", "flags"),
     [
-        (LAYER, lambda cache: cache.hidden("bert", "part-00000", 4), "layer 4 of teacher 'bert'", "--teachers bert --layers 4 --to"),
+        (
+            LAYER,
+            lambda cache: cache.hidden("bert", "part-00000", 4),
+            "layer 4 of teacher 'bert'",
+            "--teachers bert --layers 4 --to",
+        ),
         (LAYER, lambda cache: cache.basis("bert", 4), "layer 4 of teacher 'bert'", "--teachers bert --layers 4 --to"),
-        (LAYER, lambda cache: cache.outputs("roberta", "part-00004"), "teacher 'roberta'", "--teachers roberta --no-hidden --to"),
-        (LOGITS, lambda cache: cache.tokens("bert", "part-00000"), "the hidden states of teacher 'bert'", "--teachers bert --no-text --to"),
+        (
+            LAYER,
+            lambda cache: cache.outputs("roberta", "part-00004"),
+            "teacher 'roberta'",
+            "--teachers roberta --no-hidden --to",
+        ),
+        (
+            LOGITS,
+            lambda cache: cache.tokens("bert", "part-00000"),
+            "the hidden states of teacher 'bert'",
+            "--teachers bert --no-text --to",
+        ),
         (LOGITS, lambda cache: cache.texts("part-00000"), "the texts", "--teachers bert --no-hidden --to"),
-        (LOGITS, lambda cache: cache.check_present(["text/part-00000.arrow"]), "the texts", "--teachers bert --no-hidden --to"),
+        (
+            LOGITS,
+            lambda cache: cache.check_present(["text/part-00000.arrow"]),
+            "the texts",
+            "--teachers bert --no-hidden --to",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_was_not_pulled_is_refused_with_the_command_that_pulls_it(
     pristine: Path, tmp_path: Path, selection: Selection, read: Callable[..., object], what: str, flags: str
 ) -> None:
@@ -141,7 +161,8 @@ def test_choosing_by_flags(pristine: Path) -> None:
         b'{"format":"kdcache-selection","version":1,"teachers":{"bert":[3]},"text":"yes","complete":"yes"}',
         b'{"format":"kdcache-selection","version":1,"teachers":{"bert":[2.0]},"text":"yes","complete":"yes"}',
         b'{"format":"kdcache-selection","version":1,"teachers":"all","text":true,"complete":"yes"}',
-        b'{"format":"kdcache-selection","version":1,"teachers":"all","text":"yes","complete":"yes","origin":"x; rm -rf /"}',
+        b'{"format":"kdcache-selection","version":1,"teachers":"all","text":"yes","complete":"yes",'
+        b'"origin":"x; rm -rf /"}',
         b'{"format":"kdcache-selection","version":1,"teachers":"all","teachers":"all","text":"yes","complete":"yes"}',
         b"[" * 100_000,
         b" " * ((8 << 20) + 1),

@@ -82,16 +82,28 @@ DATA = [
     pytest.param(None, (), "there is no data file", "", id="missing file"),
     pytest.param(_write("text\tlabel\na\t0\n"), (), "'text', 'label'", "", id="wrong text column"),
     pytest.param(_write("sentence\tclass\na\t0\n"), (), "'sentence', 'class'", "", id="wrong label column"),
-    pytest.param(_write("sentence\tlabel\n \t1\n\t0\n"), (), "no text in any row of 'sentence'", "data.text", id="no text at all"),
+    pytest.param(
+        _write("sentence\tlabel\n \t1\n\t0\n"), (), "no text in any row of 'sentence'", "data.text", id="no text at all"
+    ),
     pytest.param(_write(TRAIN.encode() + b"caf\xe9\t1\n"), (), "bad.tsv", "", id="not UTF-8"),
     pytest.param(_write(TRAIN + "one\ttwo\tthree\n"), (), "26", "", id="too many fields"),
     pytest.param(_write(TRAIN + "a film\t3.8\n"), (), "column 'label': 3.8 is no class", "data.labels", id="score"),
-    pytest.param(_write(TRAIN + "a film\t-1\n"), (), "column 'label': the label -1", "data.labels", id="label that is withheld"),
+    pytest.param(
+        _write(TRAIN + "a film\t-1\n"), (), "column 'label': the label -1", "data.labels", id="label that is withheld"
+    ),
     pytest.param(_write(TRAIN + "a film\t0|1\n"), (), "'0|1' is several labels", "data.labels", id="several labels"),
-    pytest.param(_write(NAMED), (), "dev.tsv, line 2, column 'label': the label is", "data.labels", id="names and numbers"),
-    pytest.param(_write(NAMED + "a film\t0\n"), (), "bad.tsv, line 26, column 'label': the label is '0'", "data.labels", id="both in a file"),
-    pytest.param(_write(TRAIN), ("data.labels=[\"0\", \"2\"]",), "'1'", "", id="label that is not in data.labels"),
-]  # fmt: skip
+    pytest.param(
+        _write(NAMED), (), "dev.tsv, line 2, column 'label': the label is", "data.labels", id="names and numbers"
+    ),
+    pytest.param(
+        _write(NAMED + "a film\t0\n"),
+        (),
+        "bad.tsv, line 26, column 'label': the label is '0'",
+        "data.labels",
+        id="both in a file",
+    ),
+    pytest.param(_write(TRAIN), ('data.labels=["0", "2"]',), "'1'", "", id="label that is not in data.labels"),
+]
 
 
 @pytest.mark.parametrize(("make", "settings", "named", "cure"), DATA)
@@ -135,20 +147,28 @@ def test_a_label_that_training_never_saw(review_recipe: Path, tmp_path: Path) ->
 
 
 COMMANDS = [
-    pytest.param("cofinetune", ("--set", "teachers.bert.model=/nowhere/bert"), 1, "/nowhere/bert", id="no such teacher"),
+    pytest.param(
+        "cofinetune", ("--set", "teachers.bert.model=/nowhere/bert"), 1, "/nowhere/bert", id="no such teacher"
+    ),
     pytest.param("cofinetune", ("--add", "nobody"), 2, "nobody", id="add a teacher that the recipe lacks"),
     pytest.param("cofinetune", ("--set", "teachers=[]"), 2, "no teachers", id="no teachers"),
     pytest.param("dump-teachers", ("--set", "dump.layers=[9]"), 1, "9", id="layer that does not exist"),
-    pytest.param("dump-teachers", ("--set", "dump.dim=64", "--cache", "new"), 1, "64", id="more dimensions than the teacher has"),
+    pytest.param(
+        "dump-teachers", ("--set", "dump.dim=64", "--cache", "new"), 1, "64", id="more dimensions than the teacher has"
+    ),
     pytest.param("dump-teachers", ("--teachers", "nowhere"), 1, "nowhere", id="no teachers directory"),
     pytest.param("dump-teachers", ("--set", "data.max_length=4"), 4, "max_length", id="stale max_length"),
     pytest.param("distill", ("--cache", "nowhere"), 2, "nowhere", id="no such cache"),
     pytest.param("distill", ("--replace", "--set", "student.layers=9"), 1, "9", id="student deeper than its source"),
     pytest.param("distill", ("--replace", "--set", "distill.method=magic"), 2, "mt-bert", id="unknown method"),
-    pytest.param("distill", ("--replace", "--set", 'distill.teachers=["nobody"]'), 4, "nobody", id="teacher that the cache lacks"),
+    pytest.param(
+        "distill", ("--replace", "--set", 'distill.teachers=["nobody"]'), 4, "nobody", id="teacher that the cache lacks"
+    ),
     pytest.param("distill", ("--replace", "--set", 'data.labels=["1","0"]'), 4, "labels", id="another label set"),
-    pytest.param("distill", ("--replace", "--set", 'student.init_from="teacher:nobody"'), 2, "nobody", id="student of no teacher"),
-]  # fmt: skip
+    pytest.param(
+        "distill", ("--replace", "--set", 'student.init_from="teacher:nobody"'), 2, "nobody", id="student of no teacher"
+    ),
+]
 
 
 @pytest.mark.parametrize(("command", "arguments", "code", "named"), COMMANDS)
@@ -294,14 +314,26 @@ MODELS = [
     pytest.param("Funnel", "own", {}, (), "shorten the text", "BERT", id="Funnel, own head"),
     pytest.param("Funnel", "shared", {}, (), "shorten the text", "BERT", id="Funnel, shared head"),
     pytest.param(
-        "BERT", "own", {"problem_type": "multi_label_classification"}, (), "multi_label_classification", "single-label", id="multi-label"
+        "BERT",
+        "own",
+        {"problem_type": "multi_label_classification"},
+        (),
+        "multi_label_classification",
+        "single-label",
+        id="multi-label",
     ),
     pytest.param("BERT", "own", {"problem_type": "regression"}, (), "regression", "single-label", id="regression"),
     pytest.param("BERT", "own", {"classes": 1}, (), "one output", "single-label", id="one output"),
     pytest.param(
-        "Qwen2", "shared", {}, ("cofinetune.pooling=cls",), "causal decoder", 'cofinetune.pooling = "last"', id="decoder, first token"
+        "Qwen2",
+        "shared",
+        {},
+        ("cofinetune.pooling=cls",),
+        "causal decoder",
+        'cofinetune.pooling = "last"',
+        id="decoder, first token",
     ),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("architecture", "head", "changes", "settings", "named", "cure"), MODELS)

@@ -157,7 +157,10 @@ def test_ctrl_c_leaves_with_130_and_says_how_to_continue(tmp_path: Path) -> None
     recipe = tmp_path / "recipe.toml"
     os.mkfifo(recipe)  # reading it waits for a writer
     # a suite that runs in the background ignores SIGINT, and children inherit that
-    start = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from kdcache.cli.main import main; main()"
+    start = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from kdcache.cli.main import main; main()"
+    )
     command = [sys.executable, "-c", start, "pipelines", "validate", str(recipe)]
     child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:

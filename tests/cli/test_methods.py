@@ -47,5 +47,8 @@ def test_an_unknown_method_is_refused_with_the_nearest(
 
 
 def test_names_are_found_without_torch() -> None:
-    code = "import sys; from kdcache.methods.registry import check_method; check_method('kd'); assert 'torch' not in sys.modules"
+    code = (
+        "import sys; from kdcache.methods.registry import check_method; check_method('kd'); "
+        "assert 'torch' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -20,8 +20,8 @@ def test_a_human_sees_text_and_no_json(capsys: pytest.CaptureFixture[str]) -> No
     out.error("it\nbroke", "mend it")
     captured = capsys.readouterr()
     assert (
-        captured.out
-        == "line\nname  x\nmore\n  rows  3\n  list  1, 2\nname        score\n---------  ------\nx          0.5000\nlong name\n"
+        captured.out == "line\nname  x\nmore\n  rows  3\n  list  1, 2\n"
+        "name        score\n---------  ------\nx          0.5000\nlong name\n"
     )
     assert captured.err == "by the way\nhint: do this\nerror: it broke\nhint: mend it\n"
 

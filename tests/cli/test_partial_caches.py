@@ -63,7 +63,10 @@ def test_names_from_somebody_else_do_not_steer_the_terminal(tmp_path: Path) -> N
 
 
 def test_folders_of_the_machine_of_the_dump_are_left_out_for_people(tmp_path: Path) -> None:
-    command = "kdcache run /home/ada/films/sst2.toml --set 'data.train=\"/data/in/train.tsv\"' --remote s3://team/kd/x -o runs/a"
+    command = (
+        "kdcache run /home/ada/films/sst2.toml --set 'data.train=\"/data/in/train.tsv\"' "
+        "--remote s3://team/kd/x -o runs/a"
+    )
     dump(tmp_path / "c", made_plan(3, 1, ("bert",)), provenance={"command": command})
     shown = "kdcache run …/sst2.toml --set 'data.train=\"…/train.tsv\"' --remote s3://team/kd/x -o runs/a"
     assert shown in kdcache("cache", "info", tmp_path / "c").out

@@ -204,9 +204,18 @@ def test_a_recipe_without_teachers_trains_the_student_alone(
     review_recipe: Path, tiny_models: dict[str, Path], tmp_path: Path
 ) -> None:
     said = kdcache(
-        "run", review_recipe, "--output-dir", tmp_path, "--json",
-        "--set", "teachers=[]", "--set", "distill.method=fine-tune", "--set", f'student.init_from="{tiny_models["bert"]}"',
-    )  # fmt: skip
+        "run",
+        review_recipe,
+        "--output-dir",
+        tmp_path,
+        "--json",
+        "--set",
+        "teachers=[]",
+        "--set",
+        "distill.method=fine-tune",
+        "--set",
+        f'student.init_from="{tiny_models["bert"]}"',
+    )
     assert said.code == 0, said.err
     assert said.document["results"]["method"] == "fine-tune"
     assert said.document["baseline"] is None

@@ -478,8 +478,8 @@ def test_a_delete_that_took_what_was_pushed_while_gc_slept_is_said(caches: Cache
         collect(cast("Remote", Watched(world.remote, hear)), delete=True, timing=world.timing, workers=1)
     if pushed == "other":
         assert (
-            str(caught.value.message)
-            == f"gc on {world.remote.url} lost its lease: was the machine suspended? A push may have begun, so gc stops here"
+            str(caught.value.message) == f"gc on {world.remote.url} lost its lease: was the machine suspended? "
+            "A push may have begun, so gc stops here"
         )
         assert caught.value.hint == "Run it again: it continues."
         assert broken_refs(world.remote) == []

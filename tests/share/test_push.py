@@ -55,13 +55,25 @@ def test_a_dry_run_reports_what_the_push_then_does(world: World, caches: Caches)
         assert did == replace(would, dry_run=False) and would.dry_run is True
         manifest = next(key for key in wanted if layout.parse_manifest_key(key))
         assert did == PushReport(
-            reference, read_manifest(caches[cache]).identity, str(layout.parse_manifest_key(manifest)), tag, new, len(wanted),
-            sum(wanted.values()), len(sent), sum(sent.values()), False,
-        )  # fmt: skip
+            reference,
+            read_manifest(caches[cache]).identity,
+            str(layout.parse_manifest_key(manifest)),
+            tag,
+            new,
+            len(wanted),
+            sum(wanted.values()),
+            len(sent),
+            sum(sent.values()),
+            False,
+        )
         ref = next(ref for ref in history(world.remote, name) if ref.pinned == reference)
         assert (ref.manifest, ref.identity, ref.tag, ref.size, ref.files) == (
-            did.manifest, did.identity, tag or ref.tag, did.bytes, did.files - 1,
-        )  # fmt: skip
+            did.manifest,
+            did.identity,
+            tag or ref.tag,
+            did.bytes,
+            did.files - 1,
+        )
 
 
 def test_files_come_before_the_manifest_and_the_ref_comes_last(world: World, caches: Caches) -> None:

@@ -107,8 +107,14 @@ def test_no_link_is_followed(root: Path, tmp_path: Path) -> None:
     (root / "one").symlink_to(outside / "secret")
     assert list(remote.list("")) == []
     for key in ("files/ab/secret", "one"):
-        for call in (remote.head, remote.delete, lambda key: list(remote.read(key)), lambda key: remote.write(key, b"x"),
-                     lambda key: remote.create(key, b"x"), lambda key: remote.read_bytes(key, 10)):  # fmt: skip
+        for call in (
+            remote.head,
+            remote.delete,
+            lambda key: list(remote.read(key)),
+            lambda key: remote.write(key, b"x"),
+            lambda key: remote.create(key, b"x"),
+            lambda key: remote.read_bytes(key, 10),
+        ):
             with pytest.raises(RemoteError, match="leads through the link"):
                 call(key)
     assert (outside / "secret").read_bytes() == b"secret"

@@ -36,9 +36,18 @@ def test_access_key_ids_are_taken_out() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID", "AWS_SESSION_TOKEN", "AZURE_STORAGE_ACCOUNT_KEY", "AZURE_STORAGE_SAS_TOKEN",
-             "AZURE_CLIENT_SECRET", "GOOGLE_SERVICE_ACCOUNT_KEY", "GOOGLE_BEARER_TOKEN"],
-)  # fmt: skip
+    "name",
+    [
+        "AWS_SECRET_ACCESS_KEY",
+        "AWS_ACCESS_KEY_ID",
+        "AWS_SESSION_TOKEN",
+        "AZURE_STORAGE_ACCOUNT_KEY",
+        "AZURE_STORAGE_SAS_TOKEN",
+        "AZURE_CLIENT_SECRET",
+        "GOOGLE_SERVICE_ACCOUNT_KEY",
+        "GOOGLE_BEARER_TOKEN",
+    ],
+)
 def test_values_of_the_environment_are_taken_out_wherever_they_are(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert SECRET not in redact(f"gibberish({SECRET})", {name: SECRET})
     monkeypatch.setenv(name, SECRET)
@@ -47,8 +56,14 @@ def test_values_of_the_environment_are_taken_out_wherever_they_are(name: str, mo
 
 @pytest.mark.parametrize(
     "text",
-    ["s3://team-bucket/kdcache", "cannot read 'refs/sst2/3.json' on s3://team/kd at http://127.0.0.1:8333: status 500, InternalError",
-     "/mnt/team/caches", "https://acc.blob.core.windows.net/container/prefix", "tokens/part-00000.arrow has 12 bytes", "nothing to hide"],
-)  # fmt: skip
+    [
+        "s3://team-bucket/kdcache",
+        "cannot read 'refs/sst2/3.json' on s3://team/kd at http://127.0.0.1:8333: status 500, InternalError",
+        "/mnt/team/caches",
+        "https://acc.blob.core.windows.net/container/prefix",
+        "tokens/part-00000.arrow has 12 bytes",
+        "nothing to hide",
+    ],
+)
 def test_what_is_no_secret_stays(text: str) -> None:
     assert redact(text, {"AWS_REGION": "us-east-1", "AWS_PROFILE": "team", "HOME": "/root"}) == text
