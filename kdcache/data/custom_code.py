@@ -1,8 +1,8 @@
 """Models that come with Python code of their own: it runs only if the user allows it, per model.
 
 transformers runs such code with ``trust_remote_code=True``, and asks on the terminal if the argument is missing.
-kdcache always passes it: True if the recipe's table of that model or a flag says so, else False. A cache, a teachers directory
-or a student from somebody else can never allow it.
+kdcache always passes it: True if the recipe's table of that model or a flag says so, else False. A cache, a teachers
+directory or a student from somebody else can never allow it.
 """
 
 from __future__ import annotations

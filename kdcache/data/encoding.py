@@ -133,8 +133,8 @@ def require_fast(tokenizer: PreTrainedTokenizerBase) -> Any:
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[tuple[str, ...]], max_length: int) -> EncodedTexts:
     """Tokens of texts of one or two columns each, truncated to ``max_length`` tokens with special ones.
 
-    Pairs lose tokens of the longer column first, from the right. A column may be empty. If the tokenizer gives no token for a
-    text, it becomes one special token. Raises ModelError if ``max_length`` leaves no room for text.
+    Pairs lose tokens of the longer column first, from the right. A column may be empty. A text for which the tokenizer
+    gives no token becomes one special token. Raises ModelError if ``max_length`` leaves no room for text.
     """
     backend = require_fast(tokenizer)
     columns = len(texts[0]) if texts else 1

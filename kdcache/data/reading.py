@@ -1,8 +1,8 @@
 """Data files and hub data sets to columns of strings and numbers, with the line of every row.
 
 The readers are strict, because a row that is silently dropped, shifted or truncated is a wrong label in every student.
-A wrong number of fields, a bad byte or a NUL is an error with file and line. TSV has no quoting, as in GLUE; CSV has the
-quoting of spreadsheets; JSON lines have one object per line; pyarrow reads Parquet. Hub data sets need the extra
+A wrong number of fields, a bad byte or a NUL is an error with file and line. TSV has no quoting, as in GLUE; CSV has
+the quoting of spreadsheets; JSON lines have one object per line; pyarrow reads Parquet. Hub data sets need the extra
 ``kdcache[hub]``.
 """
 
