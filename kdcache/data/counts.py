@@ -1,4 +1,4 @@
-"""What was found in the data: numbers for the user to look at before hours are spent on it."""
+"""Statistics of the data, for the user to check before a long run."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DataCounts:
-    """Rows and oddities per split. ``as_dict`` is JSON; ``lines`` is for people."""
+    """Rows and irregularities per split. ``as_dict`` is the JSON document; ``lines`` is for the terminal."""
 
-    rows: dict[str, int]  # per split; of transfer, the texts that are used
-    unlabelled: dict[str, int]  # rows without a label, where there are any
+    rows: dict[str, int]  # per split; for transfer, the used texts
+    unlabelled: dict[str, int]  # rows without a label
     labels: dict[str, dict[str, int]]  # rows per split and label name
-    duplicates: dict[str, int]  # rows whose text an earlier row of the split has
-    conflicts: dict[str, int]  # texts that have different labels within a split
+    duplicates: dict[str, int]  # rows with the text of an earlier row of the split
+    conflicts: dict[str, int]  # texts with different labels within a split
     shared: dict[str, int]  # distinct texts that two splits share: 'train and test' -> 12
     transfer_dropped: dict[str, int]  # rows of transfer files that are not used, by reason
-    empty: dict[str, int] = field(default_factory=dict)  # rows left out because they have no text, where there are any
-    warnings: list[str] = field(default_factory=list)  # what is odd about the labels
+    empty: dict[str, int] = field(default_factory=dict)  # skipped rows without text
+    warnings: list[str] = field(default_factory=list)  # about the labels
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     def lines(self) -> list[str]:
-        """One line per split, then one per oddity that was found."""
+        """One line per split, then one per irregularity."""
         lines = []
         for split, count in self.rows.items():
             per_label = listed((f"{name}: {number:,}" for name, number in self.labels.get(split, {}).items()))
@@ -45,7 +45,7 @@ class DataCounts:
         return lines + self.notes()
 
     def notes(self) -> list[str]:
-        """What a stage says before it starts, whoever runs it: rows that are left out, labels that may be none."""
+        """Notes that every stage shows before it starts: skipped rows and suspicious labels."""
         empty = [f"{split}: {count:,} rows have no text and are left out" for split, count in self.empty.items()]
         return empty + list(self.warnings)
 
@@ -59,11 +59,8 @@ def count_rows(
     empty: Mapping[str, int],
     warnings: Sequence[str],
 ) -> DataCounts:
-    """Counts over the labelled splits (``ids``, ``labels`` per split) and the transfer texts.
-
-    Zero oddities are left out.
-    """
-    rows = {split: len(found) for split, found in ids.items()}
+    """Counts over the labelled splits (``ids``, ``labels`` per split) and the transfer texts, without zeros."""
+    rows = {split: len(texts) for split, texts in ids.items()}
     if transfer:
         rows["transfer"] = transfer
     shared = {f"{a} and {b}": len(set(ids[a]) & set(ids[b])) for a, b in combinations(ids, 2)}
@@ -71,8 +68,8 @@ def count_rows(
         rows=rows,
         unlabelled=_nonzero({split: int((labels[split] < 0).sum()) for split in ids}),
         labels={split: _per_label(labels[split], label_names) for split in ids},
-        duplicates=_nonzero({split: len(found) - len(set(found)) for split, found in ids.items()}),
-        conflicts=_nonzero({split: _conflicts(found, labels[split]) for split, found in ids.items()}),
+        duplicates=_nonzero({split: len(texts) - len(set(texts)) for split, texts in ids.items()}),
+        conflicts=_nonzero({split: _conflicts(texts, labels[split]) for split, texts in ids.items()}),
         shared=_nonzero(shared),
         transfer_dropped=_nonzero(dropped),
         empty=_nonzero(empty),
@@ -85,8 +82,8 @@ def _nonzero(counts: Mapping[str, int]) -> dict[str, int]:
 
 
 def _per_label(labels: np.ndarray, names: Sequence[str]) -> dict[str, int]:
-    found = Counter(labels.tolist())
-    return {name: found[number] for number, name in enumerate(names)}
+    counts = Counter(labels.tolist())
+    return {name: counts[number] for number, name in enumerate(names)}
 
 
 def _conflicts(ids: Sequence[bytes], labels: np.ndarray) -> int:
@@ -94,4 +91,4 @@ def _conflicts(ids: Sequence[bytes], labels: np.ndarray) -> int:
     for identity, label in zip(ids, labels.tolist(), strict=True):
         if label >= 0:
             seen[identity].add(label)
-    return sum(len(found) > 1 for found in seen.values())
+    return sum(len(numbers) > 1 for numbers in seen.values())

@@ -1,9 +1,9 @@
-"""Texts to tokens with their character spans and roles, and tokens to padded batches.
+"""Texts to tokens with character spans and roles, and tokens to padded batches.
 
-Teachers and students go through the same ``encode``, so that a cached teacher saw exactly what a live one would see,
-and so that the spans of two tokenizers can be aligned later. Only fast tokenizers will do: the slow ones know no spans.
-The tokenizers library is called directly, because the dictionaries that transformers builds on top of it cost more than
-the tokenisation itself. Nothing is padded before ``pad``: a batch is as long as its longest text.
+Teachers and students use the same ``encode``: a cached teacher gets the same inputs as a live one, and the spans of two
+tokenizers can be aligned. Only fast tokenizers work, because slow ones give no spans. The tokenizers library is called
+directly: the dictionaries that transformers builds cost more than the tokenisation. Padding happens only in ``pad``, so
+a batch is as long as its longest text.
 """
 
 from __future__ import annotations
@@ -29,20 +29,18 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-TRUNCATION = "longest_first"  # and from the right: recorded with every teacher, because the cached bytes depend on it
-_CHUNK = 4096  # texts whose Encoding objects are alive at once
-_truncating = (
-    threading.Lock()
-)  # a tokenizer's truncation is state of the object: set, used and put back under this lock
+TRUNCATION = "longest_first"  # from the right; part of a cache's identity
+_CHUNK = 4096  # texts whose Encoding objects exist at once
+_truncating = threading.Lock()  # truncation is state of a tokenizer: set, used and restored under this lock
 
 
 @dataclass(frozen=True)
 class EncodedTexts:
-    """``n`` texts as ``T`` tokens in a row, without padding; row ``i`` is ``offsets[i]:offsets[i + 1]``.
+    """``n`` texts as ``T`` packed tokens, without padding; text ``i`` is ``offsets[i]:offsets[i + 1]``.
 
-    ``starts`` and ``ends`` are the span of a token in code points of its own column, exactly as the tokenizer says: 0:0
-    for special tokens, and of width zero for the lone spaces of byte-level BPE. ``segments`` is the column (0 or 1), -1
-    for special tokens. ``token_type_ids`` is None where the model takes none.
+    ``starts`` and ``ends`` are the span of a token in code points of its column, as the tokenizer gives it: 0:0 for
+    special tokens, of width zero for single spaces of byte-level BPE. ``segments`` is the column (0 or 1), -1 for
+    special tokens. ``token_type_ids`` is None if the model takes none.
     """
 
     input_ids: np.ndarray  # int32[T]
@@ -52,14 +50,14 @@ class EncodedTexts:
     segments: np.ndarray  # int8[T]
     roles: np.ndarray  # int8[T], of kdcache.cache.tokens
     token_type_ids: np.ndarray | None  # int8[T]
-    truncated: np.ndarray | None = None  # bool[n]: the text had more tokens; None where that is not known
+    truncated: np.ndarray | None = None  # bool[n]; None if unknown
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
     @property
     def tokens(self) -> Tokens:
-        """What the cache remembers of them, and what alignment needs."""
+        """The spans and roles that a cache stores and alignment needs."""
         return Tokens(self.offsets, self.starts, self.ends, self.segments, self.roles)
 
     @property
@@ -69,7 +67,7 @@ class EncodedTexts:
 
     @property
     def truncated_count(self) -> int:
-        """Texts that were cut; 0 where that is not known."""
+        """Number of truncated texts; 0 if unknown."""
         return 0 if self.truncated is None else int(self.truncated.sum())
 
     def select(self, rows: Sequence[int] | np.ndarray) -> EncodedTexts:
@@ -85,7 +83,7 @@ class EncodedTexts:
         return EncodedTexts(self.input_ids[places], offsets, starts, ends, segments, roles, types, truncated)
 
     def _places(self, rows: np.ndarray) -> np.ndarray:
-        """Where the tokens of ``rows`` lie: int64, row after row."""
+        """Places int64 of the tokens of ``rows``, row after row."""
         lengths = self.lengths[rows]
         shifts = self.offsets[rows] - np.concatenate([[0], np.cumsum(lengths)[:-1]])
         places: np.ndarray = np.arange(lengths.sum()) + np.repeat(shifts, lengths)
@@ -97,8 +95,7 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """The fast tokenizer of a model directory or hub name.
 
-    Raises RecipeError where there is none to be had, ModelError where it is a slow one, or needs code of its own that
-    ``trust_remote_code`` does not allow.
+    Raises RecipeError if there is none, ModelError if it is a slow one or needs code that may not run.
     """
     from transformers import AutoTokenizer
     from transformers.utils import logging
@@ -109,26 +106,24 @@ def load_tokenizer(
     hint = "Give a directory with tokenizer.json, or a hub name that is in reach or already downloaded."
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
-    except (
-        Exception
-    ) as error:  # the loaders of transformers raise OSError, ValueError, KeyError, TypeError, JSON errors …
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError, TypeError, JSON errors …
         if wants_code(error):
             raise code_not_run(model) from error
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise RecipeError(f"no tokenizer could be loaded from {where}: {reason}", hint) from error
     words = set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)
-    if len(words) < 2:  # transformers 5 makes an empty tokenizer where it finds a config alone; T5's has one word
+    if len(words) < 2:  # transformers 5 makes an empty tokenizer of a config alone; T5's has one word
         raise RecipeError(f"no tokenizer could be loaded from {where}: it holds a model, but no tokenizer files", hint)
     require_fast(tokenizer)
     return tokenizer
 
 
 def require_fast(tokenizer: PreTrainedTokenizerBase) -> Any:
-    """The ``tokenizers.Tokenizer`` behind it; ModelError where there is none."""
+    """The ``tokenizers.Tokenizer`` of a fast tokenizer; ModelError for a slow one."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise ModelError(
-            f"tokenizer {type(tokenizer).__name__} of '{tokenizer.name_or_path}' is a slow one: it knows no character "
+            f"tokenizer {type(tokenizer).__name__} of '{tokenizer.name_or_path}' is a slow one: it gives no character "
             "spans",
             "Convert it to tokenizer.json once, with transformers.convert_slow_tokenizer.",
         )
@@ -136,11 +131,10 @@ def require_fast(tokenizer: PreTrainedTokenizerBase) -> Any:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[tuple[str, ...]], max_length: int) -> EncodedTexts:
-    """Tokens of texts of one or two columns each, cut to ``max_length`` tokens (special ones included).
+    """Tokens of texts of one or two columns each, truncated to ``max_length`` tokens with special ones.
 
-    Pairs lose tokens of the longer column first, from the right. A column may be empty. A text of which nothing is
-    left, because the tokenizer drops all of its characters and adds no special token, becomes one special token: a
-    model needs something to read. Raises ModelError where ``max_length`` leaves no room for text.
+    Pairs lose tokens of the longer column first, from the right. A column may be empty. A text for which the tokenizer
+    gives no token becomes one special token. Raises ModelError if ``max_length`` leaves no room for text.
     """
     backend = require_fast(tokenizer)
     columns = len(texts[0]) if texts else 1
@@ -149,24 +143,23 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[tuple[str, ...]],
     _check_max_length(tokenizer, backend, max_length, pair=columns == 2)
     with_types = "token_type_ids" in tokenizer.model_input_names
     chunks = []
-    with _truncated(backend, max_length):  # also for the probe: some tokenizers are saved with padding switched on
+    with _truncated(backend, max_length):  # also for the probe: some tokenizers are saved with padding enabled
         roles = _special_roles(backend, pair=columns == 2)
         for first in range(0, len(texts), _CHUNK):
             chunk = texts[first : first + _CHUNK]
             encodings = backend.encode_batch([text[0] for text in chunk] if columns == 1 else list(chunk))
-            truncated = np.array(
-                [len(one) == max_length and bool(one.overflowing) for one in encodings], dtype=np.bool_
-            )
-            if any(not len(one) for one in encodings):
+            cut = [len(encoding) == max_length and bool(encoding.overflowing) for encoding in encodings]
+            truncated = np.array(cut, dtype=np.bool_)
+            if not all(len(encoding) for encoding in encodings):
                 stand_in = _stand_in(tokenizer)
-                encodings = [one if len(one) else stand_in for one in encodings]
+                encodings = [encoding if len(encoding) else stand_in for encoding in encodings]
             chunks.append(_pack(encodings, roles, truncated, with_types=with_types))
     return _joined(chunks, with_types=with_types)
 
 
 @dataclass(frozen=True)
 class _StandIn:
-    """One special token in the place of nothing, with the fields of the library's Encoding that are read."""
+    """One special token for a text without tokens, with the fields of the library's Encoding."""
 
     ids: list[int]
     offsets: tuple[tuple[int, int], ...] = ((0, 0),)
@@ -180,16 +173,15 @@ def _stand_in(tokenizer: PreTrainedTokenizerBase) -> _StandIn:
         if token is not None:
             return _StandIn([int(token)])
     raise ModelError(
-        f"tokenizer '{tokenizer.name_or_path}' makes no token at all of a text, and has no special token to stand in "
-        "for it",
-        "Remove the rows that show no character, or set eos_token in its tokenizer_config.json.",
+        f"tokenizer '{tokenizer.name_or_path}' gives no token for a text, and has no special token to use instead",
+        "Remove rows without visible characters, or set eos_token in its tokenizer_config.json.",
     )
 
 
 def truncation_note(reader: str, truncated: int, texts: int, max_length: int) -> list[str]:
-    """One line where some of ``texts`` were cut.
+    """One line if some of ``texts`` are truncated, else none.
 
-    ``teacher 'bert': 31.4% of 6,920 texts have more than 128 tokens and are cut``.
+    ``teacher 'bert': 31.4% of 6,920 texts have more than 128 tokens and are cut (max_length)``
     """
     if not truncated:
         return []
@@ -205,8 +197,7 @@ def _check_max_length(tokenizer: PreTrainedTokenizerBase, backend: Any, max_leng
     if not least <= max_length < 2**31:
         raise ModelError(
             f"max_length {max_length} does not fit tokenizer '{tokenizer.name_or_path}': it adds {special} special "
-            "tokens, "
-            f"so at least {least} are needed, and no more than {2**31 - 1} are possible",
+            f"tokens, so at least {least} are needed, and no more than {2**31 - 1} are possible",
             "Set max_length in [data], or in the section of that model, to what the model can take, e.g. 128.",
         )
 
@@ -229,16 +220,16 @@ def _truncated(backend: Any, max_length: int) -> Iterator[None]:
 
 
 def _special_roles(backend: Any, *, pair: bool) -> np.ndarray:
-    """Roles of the special tokens of one text, in order: they are the same for every text, so one probe tells them.
+    """Roles of the special tokens of a text, in order; they are the same for every text, so one probe is enough.
 
-    The first token is FIRST where it precedes the text; what stands between the columns is MIDDLE; the first one after
-    the text is LAST; the rest is OTHER (language codes, or the [CLS] that XLNet puts last).
+    A first token before the text is FIRST, tokens between the columns are MIDDLE, the first token after the text is
+    LAST. Others are OTHER (language codes, or the final [CLS] of XLNet).
     """
     probe = backend.encode("a", "a" if pair else None)
     sequence = [-1 if segment is None else segment for segment in probe.sequence_ids]
     text = [place for place, segment in enumerate(sequence) if segment >= 0]
     special = [place for place, segment in enumerate(sequence) if segment < 0]
-    if len(set(sequence) - {-1}) < (2 if pair else 1):  # the tokenizer knows no "a": judge by order alone
+    if len(set(sequence) - {-1}) < (2 if pair else 1):  # "a" is unknown to the tokenizer: use the order alone
         order = len(special)
         return np.array([FIRST, *[MIDDLE] * (order - 2), LAST][:order], dtype=np.int8)
     after = [place for place in special if place > text[-1]]
@@ -302,25 +293,19 @@ def _joined(chunks: Sequence[EncodedTexts], *, with_types: bool) -> EncodedTexts
 
 
 def tokenizer_json(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Its ``tokenizer.json`` in one canonical form, with truncation and padding nulled.
-
-    They are state, not the tokenizer.
-    """
+    """The canonical ``tokenizer.json``, without truncation and padding, which are state."""
     document = json.loads(require_fast(tokenizer).to_str())
     document["truncation"] = document["padding"] = None
     return json.dumps(document, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """sha256, in hex, of ``tokenizer_json``: two tokenizers that agree in it give the same tokens for every text."""
+    """Hex sha256 of ``tokenizer_json``: tokenizers with the same one give the same tokens for every text."""
     return hashlib.sha256(tokenizer_json(tokenizer).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token id that fills up a batch.
-
-    That of the padding token, else of the end of text, else 0; never attended to.
-    """
+    """The token id for padding, which is never attended to: the padding token, else the end of text, else 0."""
     for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if isinstance(token, int):
             return token
@@ -328,11 +313,10 @@ def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def pad(encoded: EncodedTexts, rows: Sequence[int] | np.ndarray, pad_token_id: int) -> dict[str, torch.Tensor]:
-    """The texts at ``rows`` as model inputs: int64 [batch, longest of rows], padded on the right, whatever the
-    tokenizer's side.
+    """The texts at ``rows`` as model inputs int64 [batch, longest of rows], always padded on the right.
 
-    What a model makes of the side of its padding is the business of ``kdcache.teachers.network``.
-    Keys: ``input_ids``, ``attention_mask`` and, where the model takes them, ``token_type_ids`` (padded with 0).
+    ``kdcache.teachers.network`` moves the padding for models that need it on the left. Keys: ``input_ids``,
+    ``attention_mask`` and, if the tokenizer gives them, ``token_type_ids`` (padded with 0).
     """
     import torch
 
@@ -356,11 +340,9 @@ def pad(encoded: EncodedTexts, rows: Sequence[int] | np.ndarray, pad_token_id: i
 
 
 def token_budget_batches(lengths: np.ndarray, tokens_per_batch: int) -> list[np.ndarray]:
-    """Rows cut into batches whose padded size (rows x longest) stays within ``tokens_per_batch``; at least one row
-    each.
+    """Batches of rows with at most ``tokens_per_batch`` padded tokens (rows x longest), or of one row.
 
-    Rows are sorted by length (stable), the longest first: what does not fit into memory fails in the first batch, not
-    in the last.
+    Rows are sorted by length (stable), longest first: a batch that does not fit into memory fails at the start.
     """
     order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")
     batches, first = [], 0

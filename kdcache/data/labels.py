@@ -1,20 +1,20 @@
-"""Labels: cells of a file to class numbers, with the names kept.
+"""Labels: cells of a file to class numbers and class names.
 
 Names are strings; an integer label ``1`` is the name ``"1"``. The class order is that of ``data.labels``, else that of
-the data set where it names its classes, else sorted, integers by their value, so that it does not depend on the order
-of the rows.
+the data set if it names its classes, else sorted, integers by value. It does not depend on the order of the rows.
 
-A column that holds no classes can look like one: scores, several labels in a cell, class numbers of another order,
-GLUE's -1 for a label that is withheld. Each is refused by name, unless ``data.labels`` says that these are the classes:
+A column without classes can look like one: scores, several labels in a cell, class numbers of another order, GLUE's -1
+for a withheld label. Each is refused, unless ``data.labels`` declares these classes:
 
     3.8, -0.5       numbers that are not integers, in a file of any type
     -1              beside two or more other classes, none of them negative: a class, or no label
     ["a", "b"]      a list; also ``a|b`` where ``a`` and ``b`` are classes of their own
-    0, 1, 2         where the classes are names, and nothing but their alphabetical order says which is number 0
+    0, 1, 2         if the classes are names, and only their alphabetical order says which is number 0
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -41,10 +41,7 @@ _FEW_ROWS, _MANY_CLASSES = 8, 10
 
 @dataclass(frozen=True)
 class ClassOrder:
-    """The classes in their order, and what ``declared`` it.
-
-    A recipe key, a data set, a model. Empty: sorted as found.
-    """
+    """The classes in their order; ``declared`` by a recipe key, a data set or a model, empty if only sorted."""
 
     names: tuple[str, ...]
     declared: str = ""
@@ -52,10 +49,9 @@ class ClassOrder:
 
     @property
     def numbered(self) -> bool:
-        """Whether an integer can stand for the class of that number: the order was declared, and no name is an integer
-        itself.
+        """Whether an integer can be a class number: the order is declared, and no name is an integer.
 
-        False and true are in one order everywhere.
+        The order of false and true is always known.
         """
         if tuple(name.lower() for name in self.names) == ("false", "true"):
             return True
@@ -63,10 +59,7 @@ class ClassOrder:
 
 
 def numbers_known(names: Sequence[str], *, declared: bool) -> bool:
-    """Whether it is known which class a bare number means.
-
-    The names are numbers themselves, or their order was declared.
-    """
+    """Whether an integer label has a known class: names are integers, or their order is declared."""
     return (
         all(_INTEGER.fullmatch(name) for name in names)
         or ClassOrder(tuple(names), "declared" if declared else "").numbered
@@ -74,9 +67,9 @@ def numbers_known(names: Sequence[str], *, declared: bool) -> bool:
 
 
 def label_cells(rows: Rows, column: str, known: Iterable[str] = ()) -> list[str | None]:
-    """The label column as names; None where the cell is empty or null. Raises DataError for values that name no class.
+    """The label column as names, None for empty cells and nulls. Raises DataError for values that are no class.
 
-    ``known`` are names that are classes whatever they look like.
+    ``known``: names that are always accepted as classes.
     """
     names = frozenset(known)
     return [_name(value, rows, row, column, names) for row, value in enumerate(rows.column(column, "label"))]
@@ -92,7 +85,7 @@ def _name(value: Any, rows: Rows, row: int, column: str, known: frozenset[str]) 
     if isinstance(value, bool | int):
         return str(value).lower()
     if isinstance(value, float):
-        if value != value:  # NaN is how some writers of Parquet say null
+        if value != value:  # some writers of Parquet store null as NaN
             return None
         if value.is_integer():
             return str(int(value))
@@ -111,10 +104,7 @@ def _name(value: Any, rows: Rows, row: int, column: str, known: frozenset[str]) 
 
 
 def _is_whole(number: float) -> bool:
-    return number.is_integer() or number in (
-        float("inf"),
-        -float("inf"),
-    )  # digits too many for a float are an integer's
+    return number.is_integer() or math.isinf(number)  # an integer with too many digits for a float becomes infinite
 
 
 def _refuse_number(rows: Rows, row: int, column: str, value: object) -> NoReturn:
@@ -128,10 +118,9 @@ def _refuse_number(rows: Rows, row: int, column: str, value: object) -> NoReturn
 def class_order(
     rows: Rows, labels: Sequence[str | None], column: str, given: Sequence[str] | None = None
 ) -> ClassOrder:
-    """The classes that ``labels``, the cells of ``column``, are of: ``given`` (data.labels), those of the data set, or
-    sorted.
+    """The classes of ``labels``, the cells of ``column``: ``given`` (data.labels), the data set's, or sorted.
 
-    Raises DataError where none is given and what was found cannot be told for classes, or their order not known.
+    Raises DataError if none are given and the labels may not be classes, or their order is unknown.
     """
     if given:
         return ClassOrder(tuple(given), "data.labels")
@@ -149,10 +138,7 @@ def class_order(
 
 
 def _refuse_withheld(rows: Rows, labels: Sequence[str | None], column: str, found: set[str]) -> None:
-    """-1 beside 0 and 1 may be a class, or a label that is withheld.
-
-    Among negative numbers, or beside one class, it is a class.
-    """
+    """Refuse -1 beside 0 and 1, which may be a withheld label; with other negative numbers it is a class."""
     others = found - {_WITHHELD}
     if (
         _WITHHELD not in found
@@ -176,14 +162,13 @@ def _refuse_several(rows: Rows, labels: Sequence[str | None], column: str, found
 def _refuse_multilabel(rows: Rows, row: int, column: str, name: str, parts: Sequence[str]) -> NoReturn:
     raise DataError(
         f"{_cell(rows, row, column)}: '{listed([name])}' is several labels, {listed(parts, quoted=True)}, each a class "
-        "of its own: "
-        "multi-label data are not supported",
+        "of its own: multi-label data are not supported",
         f"Give one label per row; where the combination is a class, {_DECLARE}.",
     )
 
 
 def _compounds(names: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
-    """Names that a separator cuts into two or more parts, with the parts."""
+    """Names that a separator splits into two or more parts, with the parts."""
     for name in sorted(names):
         for separator in _SEPARATORS:
             parts = [part.strip() for part in name.split(separator)]
@@ -203,12 +188,10 @@ def _refuse_mixed(rows: Rows, row: int, column: str, label: str, names: Sequence
 def label_numbers(
     rows: Rows, labels: Sequence[str | None], order: ClassOrder, column: str, *, scored: bool
 ) -> np.ndarray:
-    """int64[n] class numbers, -1 = none.
+    """Class numbers int64[n], -1 = none.
 
-    Raises DataError for a label that is not among the names, and for none where ``scored``.
-
-    Where the class order is declared and no name is an integer, integers are taken as class numbers: files with 0 and 1
-    go with names given in the recipe, or by a data set.
+    Raises DataError for an unknown label and, if ``scored``, for a missing one. If the class order is declared and no
+    name is an integer, integers are class numbers: a file with 0 and 1 fits names from the recipe or a data set.
     """
     numbers: dict[str | None, int] = {name: number for number, name in enumerate(order.names)}
     if order.numbered and not _other_integers(rows.class_names.get(column, ())):
@@ -222,7 +205,7 @@ def label_numbers(
 
 
 def _other_integers(class_names: Sequence[str]) -> bool:
-    """Whether a data set calls its classes by integers that are not their numbers: those are names then."""
+    """Whether the class names of a data set are integers other than their numbers."""
     return any(_INTEGER.fullmatch(name) and name != str(number) for number, name in enumerate(class_names))
 
 
@@ -255,18 +238,14 @@ def _refuse_unknown(rows: Rows, row: int, label: str | None, order: ClassOrder, 
 
 
 def label_warnings(order: ClassOrder, labels: np.ndarray) -> list[str]:
-    """What is allowed and still odd about the classes of a training split, ``labels`` int64[n].
-
-    Many with few rows, and ``a|b``.
-    """
+    """Warnings about suspicious classes of ``labels`` int64[n]: many with few rows, and names like ``a|b``."""
     warnings = []
     counts = np.bincount(labels[labels >= 0], minlength=len(order.names))
     few = int((counts < _FEW_ROWS).sum())
     if len(order.names) >= _MANY_CLASSES and 2 * few > len(order.names):
         warnings.append(
             f"{few:,} of the {len(order.names):,} classes have fewer than {_FEW_ROWS} rows of train: is the label "
-            "column the right one, "
-            "and does it hold classes?"
+            "column the right one, and does it hold classes?"
         )
     if not order.declared:
         times = Counter(part for _, parts in _compounds(order.names) for part in set(parts))
@@ -274,8 +253,7 @@ def label_warnings(order: ClassOrder, labels: np.ndarray) -> list[str]:
         if shared:
             warnings.append(
                 f"{len(set(shared)):,} classes look like several labels in one, such as '{listed(shared[:1])}': each "
-                "combination is "
-                "learned as a class of its own"
+                "combination is learned as a class of its own"
             )
     return warnings
 

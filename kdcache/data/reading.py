@@ -1,9 +1,9 @@
-"""Data files to columns of strings and numbers, with the line that every row came from.
+"""Data files and hub data sets to columns of strings and numbers, with the line of every row.
 
-The readers are strict, because a row that is silently dropped, shifted or cut is a wrong label in every student: a
-wrong number of fields, a bad byte or a NUL is an error that names file and line. TSV has no quoting (as in GLUE: a
-quotation mark is an ordinary character), CSV quotes as spreadsheets do, JSON lines hold one object per line, Parquet is
-read by pyarrow.
+The readers are strict, because a row that is silently dropped, shifted or truncated is a wrong label in every student.
+A wrong number of fields, a bad byte or a NUL is an error with file and line. TSV has no quoting, as in GLUE; CSV has
+the quoting of spreadsheets; JSON lines have one object per line; pyarrow reads Parquet. Hub data sets need the extra
+``kdcache[hub]``.
 """
 
 from __future__ import annotations
@@ -22,20 +22,18 @@ from kdcache.errors import DataError
 from kdcache.progress import listed
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.-]*(/[\w.-]+)?)?")
-_LONGEST_CSV_FIELD = 2**30  # characters; the csv module's own limit of 131,072 is shorter than long documents
+_LONGEST_CSV_FIELD = 2**30  # characters; the default of the csv module, 131,072, is too small for long documents
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Columns of equal length. ``lines[i]`` is where row ``i`` begins: a line of a text file, else the row, from 1."""
+    """Columns of equal length. ``lines[i]`` is the first line of row ``i`` in a text file, else the row, from 1."""
 
     source: str
     columns: dict[str, Sequence[Any]]
     lines: Sequence[int]
-    unit: str = "line"  # or "row", where there are no lines
-    class_names: dict[str, tuple[str, ...]] = field(
-        default_factory=dict
-    )  # of integer columns whose data set names the classes
+    unit: str = "line"  # or "row", for files without lines
+    class_names: dict[str, tuple[str, ...]] = field(default_factory=dict)  # by integer column, from the data set
 
     def __len__(self) -> int:
         return len(self.lines)
@@ -52,7 +50,7 @@ class Rows:
         return replace(self, columns=columns, lines=list(compress(self.lines, keep)))
 
     def column(self, name: str, key: str) -> Sequence[Any]:
-        """A column by name; DataError names those there are and the recipe's ``key`` that asked for it."""
+        """A column by name; DataError names the existing ones and the recipe's ``key``."""
         if name not in self.columns:
             known = listed(self.columns, quoted=True)
             flag = f"; for kdcache evaluate: --{key}" if key in ("text", "label") else ""
@@ -63,10 +61,9 @@ class Rows:
 
 
 def read_rows(source: str, split: str = "train") -> Rows:
-    """All rows of a file, or of a hub data set ``name``, ``name:config`` or ``name:config/split`` (``split`` where none
-    is named).
+    """All rows of a file, or of a hub data set ``name``, ``name:config`` or ``name:config/split``.
 
-    Raises DataError with file, line and cure.
+    ``split`` is the default of hub data sets. Raises DataError with file, line and hint.
     """
     path = Path(source).expanduser()
     if path.is_file():
@@ -141,7 +138,7 @@ def _read_csv(path: Path) -> Rows:
     table, numbers, line = [], [], 1
     try:
         for values in reader:
-            if values:  # a blank line is none of the rows
+            if values:  # blank lines are skipped
                 table.append(values)
                 numbers.append(line)
             line = reader.line_num + 1
@@ -234,10 +231,7 @@ def parse_spec(spec: str, split: str) -> tuple[str, str | None, str]:
 
 
 def read_hub(spec: str, split: str) -> Rows:
-    """One split of a hub data set.
-
-    Raises DataError where the extra is missing, the hub out of reach, or the name unknown.
-    """
+    """One split of a hub data set; DataError if the extra is missing, the hub unreachable or the name unknown."""
     name, config, split = parse_spec(spec, split)
     no_file = f"there is no data file '{Path(spec).absolute()}'"
     try:
@@ -250,7 +244,7 @@ def read_hub(spec: str, split: str) -> Rows:
     datasets.disable_progress_bars()
     try:
         table = datasets.load_dataset(name, config, split=split)
-    except Exception as error:  # datasets and huggingface_hub raise a dozen unrelated kinds, requests' own among them
+    except Exception as error:  # datasets and huggingface_hub raise many unrelated classes
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise DataError(
             f"{no_file}, and the hub data set '{name}' (config {config or 'default'}, split '{split}') "
@@ -261,10 +255,7 @@ def read_hub(spec: str, split: str) -> Rows:
 
 
 def rows_of(table: Any, source: str) -> Rows:
-    """A ``datasets.Dataset`` as rows.
-
-    Classes of ``ClassLabel`` columns keep their names, and -1 means no label, as there.
-    """
+    """A ``datasets.Dataset`` as rows. ``ClassLabel`` columns become class names; -1 means no label there."""
     columns: dict[str, Sequence[Any]] = {name: list(table[name]) for name in table.column_names}
     class_names = {}
     for name, feature in table.features.items():

@@ -1,18 +1,15 @@
-"""A task: the examples of every split and each distinct text once, under an id that depends on nothing but the text.
+"""A task: the examples of every split, and each distinct text once under an id that depends only on the text.
 
-    Rows (files.py, hub.py)  ->  texts, labels, groups of a split  ->  Examples by text id + texts  ->  TaskData
+    Rows (reading.py)  ->  texts, labels, groups of a split  ->  Examples by text id + texts  ->  TaskData
 
-Examples keep their duplicates and the order of their file; texts are stored and run once. Which texts go to validation
-or are taken from the transfer files is decided by a seeded hash of the text id, so it depends neither on the order of
-the rows nor on the version of any library. What is odd in the data but no error is counted in ``DataCounts`` and shown
-to the user: duplicates, conflicting labels, texts that train and test share, transfer texts that would leak the
-evaluation.
+Examples keep duplicates and the order of their file; a text is stored and run once. A seeded hash of text ids selects
+validation and transfer texts, so the choice depends neither on row order nor on a library's version. ``DataCounts``
+reports irregularities that are no errors: duplicates, conflicting labels, texts that train and test share, transfer
+texts that would leak the evaluation.
 
-Rows of train may lack a label (an empty cell, or null): they count as label -1 and are distilled like transfer texts.
-Rows of validation and test may not, because they are scored.
-
-A row without any text is left out and counted, in every split: no model can answer it, and one such row must not end a
-run. A pair with one empty column is a text like others.
+Rows of train may lack a label (an empty cell, or null): they get label -1 and are distilled like transfer texts. Rows
+of validation and test need one, because they are scored. A row without any text is skipped and counted. A pair with one
+empty column is a valid text.
 """
 
 from __future__ import annotations
@@ -38,25 +35,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TaskData:
-    """All that a recipe's data section names, read and checked."""
+    """The data of a recipe, read and checked."""
 
-    texts: dict[bytes, tuple[str, ...]]  # each distinct text once, in order of first use
-    splits: dict[str, Examples]  # of 'train', 'validation', 'test', 'transfer': those that exist
+    texts: dict[bytes, tuple[str, ...]]  # each distinct text by its id, in order of first use
+    splits: dict[str, Examples]  # those of 'train', 'validation', 'test', 'transfer' that exist
     label_names: tuple[str, ...]  # in class order
     text_columns: tuple[str, ...]
     counts: DataCounts
-    labels_declared: bool = False  # by data.labels or by the data set; else sorted as found
+    labels_declared: bool = False  # by data.labels or by the data set; else sorted
 
 
 @dataclass(frozen=True)
 class LabelledTexts:
-    """The rows of one file, in its order: what ``evaluate`` needs."""
+    """The rows of one file in its order, for ``evaluate``."""
 
     texts: tuple[tuple[str, ...], ...]
     text_ids: np.ndarray  # uint8[n, 16]
     labels: np.ndarray  # int64[n], -1 = none
     label_names: tuple[str, ...]
-    empty: int = 0  # rows left out because they have no text
+    empty: int = 0  # skipped rows without text
 
 
 @dataclass(frozen=True)
@@ -66,7 +63,7 @@ class _Split:
     ids: list[bytes]
     labels: list[str | None]
     groups: tuple[str, ...] | None
-    empty: int = 0  # rows without text, left out
+    empty: int = 0  # skipped rows without text
 
     def take(self, keep: Sequence[bool]) -> _Split:
         """The rows where ``keep`` is true."""
@@ -81,7 +78,7 @@ class _Split:
 
 
 def load_task(section: DataSection) -> TaskData:
-    """Read every file that the section names. Raises DataError (exit 2) with file, line and cure."""
+    """Read every file of the section. Raises DataError (exit 2) with file, line and hint."""
     splits = {"train": _read_split(section, section.train, "train")}
     order = _class_order(section, splits["train"])
     names = order.names
@@ -115,14 +112,11 @@ def read_examples(
     labels_declared: bool = True,
     numbered_as: Sequence[str] | None = None,
 ) -> LabelledTexts:
-    """The rows of one file or hub data set, in order; labels all -1 where ``label`` is None.
+    """The rows with text of one file or hub data set, in order; all labels are -1 if ``label`` is None.
 
-    Rows without text are left out.
-
-    ``label_names`` gives the class order and what is known; sorted as found where None. Integers are class numbers of
-    it only where it was declared (``labels_declared``) and not sorted, or of ``numbered_as`` where given. Raises
-    DataError as ``load_task`` does, also for rows without a label where a label column is named: they could not be
-    scored.
+    ``label_names`` is the class order; None sorts the labels. Integers are class numbers in ``numbered_as`` if given,
+    else in ``label_names`` if that order was declared (``labels_declared``). Raises DataError as ``load_task``, and,
+    if a label column is named, for rows without a label, which cannot be scored.
     """
     rows, texts, empty = rows_with_text(read_rows(source, split), text)
     ids = ids_of(rows, texts)
@@ -169,7 +163,7 @@ def _examples(name: str, split: _Split, order: ClassOrder, column: str) -> Examp
 
 
 def _split_off(train: _Split, fraction: float, seed: int) -> tuple[_Split, _Split]:
-    """Train and validation: all rows of a text go to one side; texts with an unlabelled row stay in train."""
+    """Split off validation by text, so that no text is in both; texts with an unlabelled row stay in train."""
     unlabelled = {identity for identity, label in zip(train.ids, train.labels, strict=True) if label is None}
     keys = seeded_keys(train.ids, seed, "validation")
     chosen = [
@@ -186,7 +180,7 @@ def _split_off(train: _Split, fraction: float, seed: int) -> tuple[_Split, _Spli
 
 
 def _transfer(section: DataSection, splits: dict[str, _Split]) -> tuple[dict[bytes, tuple[str, ...]], dict[str, int]]:
-    """The transfer texts that are used, in seeded order, and how many rows were dropped for which reason."""
+    """The used transfer texts in seeded order, and the number of dropped rows by reason."""
     evaluation = {identity for name, split in splits.items() if name != "train" for identity in split.ids}
     train = set(splits["train"].ids)
     found: dict[bytes, tuple[str, ...]] = {}
@@ -219,10 +213,10 @@ def _transfer(section: DataSection, splits: dict[str, _Split]) -> tuple[dict[byt
 
 
 def column_texts(rows: Rows, names: Sequence[str]) -> list[tuple[str, ...]]:
-    """One tuple of ``names``' values per row, exactly as in the file: it is what tokenizers are given and ids are made
-    of.
+    """One tuple of the columns ``names`` per row, unchanged: the input of tokenizers and of text ids.
 
-    A null is the empty string. Raises DataError for a missing column, and for a text that is no string, or holds a NUL.
+    A null becomes the empty string. Raises DataError for a missing column, and for texts that are no strings or hold a
+    NUL.
     """
     columns = []
     for name in names:
@@ -235,18 +229,18 @@ def column_texts(rows: Rows, names: Sequence[str]) -> list[tuple[str, ...]]:
 
 
 def has_text(text: tuple[str, ...]) -> bool:
-    """Whether a column has anything but white space. Where none has, a model would read special tokens alone.
+    """Whether a column has more than white space, as Python defines it.
 
-    A pair with one empty column is a text. White space is what Python takes for it; of other characters that show
-    nothing, such as U+200B, some tokenizers make tokens and others do not, so they count as text.
+    A pair with one empty column has text. Other invisible characters, such as U+200B, count as text, because some
+    tokenizers make tokens of them.
     """
     return any(column.strip() for column in text)
 
 
 def rows_with_text(rows: Rows, names: Sequence[str]) -> tuple[Rows, list[tuple[str, ...]], int]:
-    """The rows that have text in one of the columns ``names``, their texts, and how many rows have none.
+    """The rows with text in a column of ``names``, their texts, and the number of other rows.
 
-    Raises DataError where no row has, and as ``column_texts``.
+    Raises DataError if no row has text, and as ``column_texts``.
     """
     texts = column_texts(rows, names)
     keep = [has_text(text) for text in texts]
@@ -272,10 +266,7 @@ def _unusable(rows: Rows, row: int, name: str, value: object) -> DataError:
 
 
 def ids_of(rows: Rows, texts: Sequence[tuple[str, ...]]) -> list[bytes]:
-    """Text ids.
-
-    Raises DataError with the line for a text that is no Unicode (half of a surrogate pair out of a JSON escape).
-    """
+    """Text ids; DataError with the line for invalid Unicode (a lone surrogate from a JSON escape)."""
     ids = []
     for row, text in enumerate(texts):
         try:
@@ -286,7 +277,7 @@ def ids_of(rows: Rows, texts: Sequence[tuple[str, ...]]) -> list[bytes]:
 
 
 def seeded_keys(ids: Sequence[bytes], seed: int, purpose: str) -> list[int]:
-    """A number in 0 .. 2^64 - 1 per text, evenly spread: a pure function of text, seed and purpose."""
+    """A uniform number in 0 .. 2^64 - 1 per text: a pure function of text, seed and purpose."""
     key, person = seed.to_bytes(8, "little"), purpose.encode()
     return [
         int.from_bytes(blake2b(identity, digest_size=8, key=key, person=person).digest(), "little") for identity in ids

@@ -11,7 +11,7 @@ from kdcache.report.table import markdown, result_rows, table
 
 _IDENTIFIER = re.compile(
     r"[A-Za-z0-9][A-Za-z0-9.+-]*"
-)  # of an SPDX licence; anything longer is prose, which YAML would misread
+)  # an SPDX identifier; longer licences are prose, which YAML would misread
 _LOAD = """\
 ## Use
 

@@ -35,7 +35,7 @@ def read_curves(metrics: Path, event: str) -> list[Curve]:
     for line in metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []:
         try:
             entry = json.loads(line)
-        except json.JSONDecodeError:  # the line being written when the run was killed
+        except json.JSONDecodeError:  # a partial line of a killed run
             continue
         if entry.get("event") != event:
             continue

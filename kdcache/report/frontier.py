@@ -1,4 +1,4 @@
-"""What forms of stored hidden states cost and keep, as inline SVG.
+"""Bytes and kept variance of storage formats, as inline SVG.
 
 One chart per teacher, from the document of a storage plan.
 """

@@ -34,7 +34,7 @@ def scores(labels: np.ndarray, logits: np.ndarray) -> dict[str, float]:
 
 
 def accuracy(labels: np.ndarray, predictions: np.ndarray) -> float:
-    """Share of rows predicted right; nan where there are none."""
+    """Share of correctly predicted rows; nan without rows."""
     return float(np.mean(labels == predictions)) if len(labels) else math.nan
 
 

@@ -1,4 +1,4 @@
-"""The page of a run: one HTML file that needs nothing else, for a browser or an attachment."""
+"""The page of a run: one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ th, td, h2 { border-color: #303841; } svg text { fill: #9aa7b4; } svg polyline {
 
 
 def write_page(run: RunDirectory) -> Path:
-    """Write ``report.html`` from what the run directory holds; RecipeError where it holds no results."""
+    """Write ``report.html`` of a run directory; RecipeError if it has no results."""
     results, baseline = read_results(run), None
     if run.baseline.results.exists():
         baseline = read_results(run.baseline)
@@ -39,7 +39,7 @@ def write_page(run: RunDirectory) -> Path:
 
 
 def read_results(run: RunDirectory) -> dict[str, Any]:
-    """``results.json`` of a run; RecipeError where there is none, DamageError where it is not readable."""
+    """``results.json`` of a run; RecipeError if it is missing, DamageError if it is unreadable."""
     try:
         document = json.loads(run.results.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -73,7 +73,7 @@ def page(run: RunDirectory, results: Mapping[str, Any], baseline: Mapping[str, A
 
 
 def html_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A table with its cells escaped."""
+    """An HTML table with escaped cells."""
     head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
     body = "".join("<tr>" + "".join(f"<td>{_cell(value)}</td>" for value in row) + "</tr>" for row in rows)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
@@ -94,7 +94,7 @@ def _loss_sections(metrics: Path, suffix: str) -> list[str]:
 
 
 def _storage_section(run: RunDirectory) -> list[str]:
-    """What ``kdcache plan`` measured, where it was asked."""
+    """The measurements of ``kdcache plan``, if there are any."""
     if not run.plan.exists():
         return []
     try:

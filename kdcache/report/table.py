@@ -47,7 +47,7 @@ def _row(model: str, entry: Mapping[str, Any], scores: Mapping[str, Mapping[str,
 
 
 def table(rows: Sequence[ResultRow]) -> tuple[list[str], list[list[Any]]]:
-    """(columns, rows): every metric of the test split, else of validation, and the validation accuracy beside it."""
+    """(columns, rows): metrics of the test split, else of validation, and the validation accuracy."""
     splits = [split for split in ("test", "validation") if any(split in row.scores for row in rows)]
     columns = ["model", "parameters", "ms/text"]
     wanted: list[tuple[str, str]] = []
@@ -88,7 +88,7 @@ def learned_nothing(scores: Mapping[str, float], rows: int) -> bool:
 
 
 def remarks(results: Mapping[str, Any], baseline: Mapping[str, Any] | None = None) -> list[str]:
-    """One sentence for each model of the table that learned nothing: its accuracy alone does not show that."""
+    """One sentence for each model that learned nothing, which its accuracy alone does not show."""
     split = "test" if "test" in results.get("scores", {}) else "validation"
     rows = int(results.get("labelled_rows", results.get("rows", {})).get(split, 0))
     return [
@@ -101,7 +101,7 @@ def remarks(results: Mapping[str, Any], baseline: Mapping[str, Any] | None = Non
 
 
 def data_notes(results: Mapping[str, Any]) -> list[str]:
-    """What happened to the data on the way to these scores: texts that were cut, rows that were left out."""
+    """Notes on the data of these scores: truncated texts and skipped rows."""
     length = results.get("max_length")
     cut = {name: share for name, share in results.get("truncated", {}).get("student", {}).items() if share}
     lines = [f"The student: {_shares(cut)} of the texts are cut at its max_length of {length} tokens."] if cut else []

@@ -1,7 +1,7 @@
 """A teacher: an encoder or decoder of AutoModel, an adapter if its width differs, and a shared or own head.
 
-Encoders are loaded without their pooler: the shared head pools, and a pooler that the checkpoint lacks would have random
-weights. For the same reason, any other missing weight is an error.
+Encoders are loaded without their pooler: the shared head pools, and a pooler that the checkpoint lacks would be random.
+For the same reason, any other missing weight is an error.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ _UNFIT = {"funnel": "its blocks shorten the text, so that hidden states and toke
 class TeacherForward:
     """Outputs of a teacher.
 
-    ``logits`` [batch, classes] are in the task's class order. ``pooled`` [batch, width] is the shared head's, or the last
-    hidden state of the token that an own head reads: the first one, or the last one of decoders and XLNet.
+    ``logits`` [batch, classes] are in the task's class order. ``pooled`` [batch, width] is the shared head's, or the
+    last hidden state of the token that an own head reads: the first one, or the last one of decoders and XLNet.
     ``hidden_states`` are as in transformers: index 0 is the embeddings, k after block k, each [batch, tokens, width].
     """
 
@@ -117,8 +117,8 @@ def load_encoder(model: str, revision: str | None = None, *, trust_remote_code: 
     except KeyError as error:
         if seq2seq:
             raise ModelError(
-                f"'{model}' is an encoder-decoder ({config.model_type}) whose encoder transformers does not load alone; "
-                "a teacher is an encoder or a decoder",
+                f"'{model}' is an encoder-decoder ({config.model_type}) whose encoder transformers cannot load "
+                "alone; a teacher is an encoder or a decoder",
                 "Choose an encoder, e.g. BERT, a decoder, e.g. Qwen, or a T5.",
             ) from error
         raise ModelError(
@@ -129,7 +129,7 @@ def load_encoder(model: str, revision: str | None = None, *, trust_remote_code: 
 
 
 def load_classifier(model: str, revision: str | None = None, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """A fine-tuned sequence classifier in float32. ModelError if it cannot be loaded or has no classification head.
+    """A fine-tuned sequence classifier in float32. ModelError if it cannot be loaded or has no such head.
 
     ``trust_remote_code`` as in ``load_encoder``.
     """

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from kdcache.cache.diff import _show
+from kdcache.cache.spec import check_same_task
 from kdcache.cache.stale import check_task as check_cache
 from kdcache.data.task import load_task
-from kdcache.dump.additions import _check_task as check_addition
 from kdcache.dump.specs import check_task as check_teachers
 from kdcache.errors import KdcacheError
 from kdcache.loader.data import student_data
@@ -21,7 +21,6 @@ from kdcache.progress import listed_apart
 from kdcache.recipe import DataSection
 from kdcache.report.cards import model_card
 from kdcache.runs import differences
-from kdcache.teachers.cofinetune import _check_same_task as check_bundle
 from kdcache.teachers.teacher import class_order_of
 from kdcache.testing.caches import SETTINGS, TASK, dump, made_plan
 from tests.cli.commands import kdcache
@@ -37,8 +36,9 @@ def _task(names: tuple[str, ...]) -> Any:
 
 CHECKS: dict[str, Callable[[], object]] = {
     "dump against teachers": lambda: check_teachers(_task(OTHERS), _task(NAMES), Path("teachers")),
-    "co-finetuning against teachers": lambda: check_bundle(Path("teachers"), _task(NAMES), _task(OTHERS)),
-    "teacher to be added": lambda: check_addition(SimpleNamespace(name="bert", bundle=_task(OTHERS)), _task(NAMES)),  # type: ignore[arg-type]
+    "teacher to be added": lambda: check_same_task(
+        _task(OTHERS), _task(NAMES), ("teacher 'bert'", "the cache"), "", same_column_names=False
+    ),
     "classifier": lambda: class_order_of("bert", dict(enumerate(OTHERS)), NAMES),
     "cache": lambda: check_cache(
         Path("cache"),

@@ -118,7 +118,7 @@ def test_a_plan_says_how_many_texts_each_teacher_and_the_student_cut_and_the_dum
 def test_a_student_whose_tokenizer_is_out_of_reach_stops_no_dry_run(bench: Workbench) -> None:
     plan = _dry_run(bench, 'student.init_from="nobody/nothing"', "student.layers=2")
     assert plan.student is not None and "nobody/nothing" in plan.student.reason
-    assert any(line.startswith("student: how many texts it cuts is not known") for line in plan.lines())
+    assert any(line.startswith("student: how many texts it truncates is not known") for line in plan.lines())
     assert plan.as_dict()["student"]["texts_truncated"] is None
 
 

@@ -16,7 +16,7 @@ import pytest
 from kdcache.cache.reader import open_cache
 from kdcache.dump.audit import audit
 from kdcache.dump.stage import dump_teachers
-from kdcache.dump.tolerance import most_noise, tolerance
+from kdcache.dump.tolerance import max_noise, tolerance
 from kdcache.errors import ModelError
 from kdcache.progress import SilentProgress
 from kdcache.recipe import Recipe, load_recipe
@@ -99,6 +99,6 @@ def test_the_audit_finds_a_teacher_whose_outputs_depend_on_padding(
 
 @pytest.mark.parametrize("precision", ["float32", "bf16", "fp16"])
 def test_noise_widens_the_tolerance_only_up_to_its_bound(precision: str) -> None:
-    most = most_noise(precision)
+    most = max_noise(precision)
     assert tolerance(precision, 0.0, 0.0).hidden < tolerance(precision, most / 2, most / 2).hidden
     assert tolerance(precision, 1e3, 1e3) == tolerance(precision, most, most)

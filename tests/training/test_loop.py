@@ -151,7 +151,7 @@ def test_other_settings_are_refused_and_named(tmp_path: Path) -> None:
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(MismatchError, match=r"data: \"a\" then, \"b\" now") as caught:
         run(Regression(), tmp_path, replace(SETTINGS, identity={"data": "b"}))
-    assert "start afresh" in caught.value.hint
+    assert "start again" in caught.value.hint
     with pytest.raises(MismatchError, match=r"learning_rate: 0\.05 then, 0\.1 now"):
         run(Regression(), tmp_path, replace(SETTINGS, learning_rate=0.1))
     assert sorted(tmp_path.rglob("*")) == before
