@@ -48,7 +48,7 @@ def processor_seconds(code: str) -> tuple[float, str]:
 
 
 def is_quick(seconds: float) -> bool:
-    """Under half a second; on a machine whose cores are shared, at most three times what its libraries take to import."""
+    """Under half a second, or on a busy machine at most three times what its libraries take to import."""
     return seconds < 0.5 or seconds < 3 * processor_seconds("import numpy, pydantic, rich, typer")[0]
 
 

@@ -73,7 +73,8 @@ def run(
 
 def test_settings_are_those_of_the_section() -> None:
     given = {
-        "epochs": 7, "learning_rate": 0.25, "warmup": 0.375, "weight_decay": 0.125, "max_grad_norm": 2.5, "precision": "bf16",
+        "epochs": 7, "learning_rate": 0.25, "warmup": 0.375, "weight_decay": 0.125, "max_grad_norm": 2.5,
+        "precision": "bf16",
         "checkpoint_steps": 11, "seed": 13,
     }  # fmt: skip
     settings = LoopSettings.from_section(DistillSection.model_validate(given), {"data": "a"})
