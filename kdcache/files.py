@@ -96,6 +96,13 @@ def write_file(path: Path, data: Buffer | Iterable[Buffer]) -> FileDigest:
     return FileDigest(sum(len(buffer) for buffer in buffers), digest.hexdigest())
 
 
+def replace_file(path: Path, data: bytes) -> None:
+    """Like ``write_file``, for a file with one writer: the next call replaces a temporary file that a crash left."""
+    temporary = path.parent / f".{path.name}{TEMPORARY}"
+    remove_file(temporary)
+    _put(path, [data], lambda: None, temporary=temporary)
+
+
 def write_stream(path: Path, blocks: Iterable[Buffer], check: Callable[[], None]) -> None:
     """Like ``write_file``, block by block; ``check`` runs after the last block and may raise to discard the file."""
     _put(path, blocks, check)
@@ -201,9 +208,13 @@ def _temporary(path: Path) -> Path:
 
 
 def _put(
-    path: Path, blocks: Iterable[Buffer], check: Callable[[], None], publish: Callable[[Path], None] | None = None
+    path: Path,
+    blocks: Iterable[Buffer],
+    check: Callable[[], None],
+    publish: Callable[[Path], None] | None = None,
+    temporary: Path | None = None,
 ) -> None:
-    temporary = _temporary(path)
+    temporary = temporary or _temporary(path)
     make_directory(path.parent)
     try:
         _step(path, lambda: disk.write(temporary, blocks))

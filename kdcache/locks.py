@@ -53,8 +53,8 @@ def exclusive(path: Path, *, busy: Callable[[], str]) -> Iterator[None]:
 
 
 def _open(path: Path) -> int:
+    make_directory(path.parent)
     try:
-        make_directory(path.parent)
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     except OSError as error:
         hint = f"Make '{path.parent}' writable. For files that kdcache keeps for reuse, set KDCACHE_HOME instead."

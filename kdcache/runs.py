@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from kdcache.errors import DamageError, StorageError
-from kdcache.files import make_directory, write_file
+from kdcache.files import make_directory, replace_file
 
 if TYPE_CHECKING:
     from kdcache.recipe import Recipe
@@ -209,7 +209,7 @@ def home() -> Path:
 
 
 def _update(run: RunDirectory, stages: dict[str, Any]) -> None:
-    write_file(run.record, (json.dumps({"format": 1, "stages": stages}, indent=1, sort_keys=True) + "\n").encode())
+    replace_file(run.record, (json.dumps({"format": 1, "stages": stages}, indent=1, sort_keys=True) + "\n").encode())
 
 
 def _layers(document: dict[str, Any]) -> dict[str, Any]:

@@ -24,12 +24,13 @@ from kdcache.files import (
     make_directory,
     remove_file,
     remove_temporaries,
+    replace_file,
     share_file,
     use_disk,
     write_file,
     write_stream,
 )
-from kdcache.testing.faults import FaultyDisk, counting_disk, failing_disk
+from kdcache.testing.faults import Died, FaultyDisk, counting_disk, dying_disk, failing_disk
 from kdcache.testing.power_cut import watched
 
 FULL = "Free some space and run the same command again: what is written is kept."
@@ -162,6 +163,20 @@ def test_a_link_is_shared_as_a_link_and_not_followed(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "source")
     Disk().link(tmp_path / "link", tmp_path / "other")
     assert (tmp_path / "other").is_symlink()
+
+
+def test_a_replaced_file_leaves_one_temporary_file_at_most(tmp_path: Path) -> None:
+    path = tmp_path / "run/run.json"
+    replace_file(path, b"old")
+    with use_disk(disk := counting_disk()):
+        replace_file(path, b"new")
+    for step in range(1, len(disk.steps) + 1):
+        with use_disk(dying_disk(step)), pytest.raises(Died):
+            replace_file(path, b"newer")
+        assert path.read_bytes() in (b"new", b"newer")
+        assert len([entry for entry in path.parent.iterdir() if entry != path]) <= 1
+    replace_file(path, b"newest")
+    assert [entry.name for entry in path.parent.iterdir()] == ["run.json"] and path.read_bytes() == b"newest"
 
 
 def test_directories_are_made_once_from_the_top(tmp_path: Path) -> None:

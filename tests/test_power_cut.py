@@ -21,6 +21,7 @@ from kdcache.files import (
     DurableFile,
     create_file,
     publish_directory,
+    replace_file,
     share_file,
     sync_tree,
     use_disk,
@@ -172,7 +173,7 @@ def test_a_run_directory(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "runs/reviews")
     with watched(tmp_path, unsafe=LOCKS) as watch:
         run.create()
-        write_file(run.recipe_file, b'name = "reviews"\n')
+        replace_file(run.recipe_file, b'name = "reviews"\n')
         assert watch.lost() == []
         line, log = Line(), MetricsLog(run.metrics, "toy")
         line.keep_best = lambda epoch, _: save(run.checkpoints / "best", line.model.state_dict(), step=epoch)  # type: ignore[method-assign,assignment]

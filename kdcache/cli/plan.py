@@ -44,11 +44,11 @@ def plan(
     limit = None if budget is None else size_of(budget)
     job = open_job(recipe, settings, output_dir, teachers=teachers)
     from kdcache.dump.plan import plan_storage
-    from kdcache.files import write_file
+    from kdcache.files import replace_file
 
     made = plan_storage(job.recipe, job.teachers, budget=limit, unseen=texts, progress=job.progress)
     job.run.create()
-    write_file(job.run.plan, (jsons.dumps(made.as_dict(), indent=1) + "\n").encode())
+    replace_file(job.run.plan, (jsons.dumps(made.as_dict(), indent=1) + "\n").encode())
     out.document(made.as_dict())
     _show(made)
     if made.recommendation is None:

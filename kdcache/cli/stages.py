@@ -87,16 +87,16 @@ def baseline(job: Job, *, replace: bool = False) -> DistillResult:
 @contextmanager
 def _recorded(job: Job, place: RunDirectory, stage: Stage, inputs: Inputs) -> Iterator[None]:
     """Make the run directory before a stage; write recipe, inputs and duration when it is complete."""
-    from kdcache.files import write_file
+    from kdcache.files import replace_file
     from kdcache.recipe import dump_toml
     from kdcache.runs import mark_finished
 
     started = time.perf_counter()
     place.create()
     if not place.recipe_file.exists():
-        write_file(place.recipe_file, dump_toml(job.recipe).encode())
+        replace_file(place.recipe_file, dump_toml(job.recipe).encode())
     yield
-    write_file(place.recipe_file, dump_toml(job.recipe).encode())
+    replace_file(place.recipe_file, dump_toml(job.recipe).encode())
     mark_finished(job.run, stage, inputs, time.perf_counter() - started)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from kdcache import files
-from kdcache.files import make_directory, write_file
+from kdcache.files import make_directory, replace_file
 
 
 class MetricsLog:
@@ -43,7 +43,7 @@ class MetricsLog:
         text = self._path.read_text(encoding="utf-8")
         kept = "".join(f"{line}\n" for line in text.splitlines() if self._stays(line, step))
         if kept != text:
-            write_file(self._path, kept.encode())
+            replace_file(self._path, kept.encode())
 
     def _stays(self, line: str, step: int) -> bool:
         try:
