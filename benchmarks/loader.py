@@ -82,7 +82,7 @@ def _write_cache(path: Path, tokenizers: list[Any], options: argparse.Namespace)
     from kdcache.cache.writer import open_writer
     from kdcache.codecs.base import Basis, HiddenBlock, LayerSpec
     from kdcache.data.encoding import TRUNCATION, encode, tokenizer_fingerprint, tokenizer_json
-    from kdcache.loader.alignment import student_tokens
+    from kdcache.loading.alignment import student_tokens
 
     texts = _texts(options.parts * options.part_size, options.words)
     layers = {
@@ -125,7 +125,7 @@ def _block(rng: np.random.Generator, tokens: int, options: argparse.Namespace, b
 
 def _measure(path: Path, tokenizers: list[Any], options: argparse.Namespace) -> dict[str, Any]:
     from kdcache.cache.reader import open_cache
-    from kdcache.loader.cached import loader
+    from kdcache.loading.cached import loader
 
     with _timed() as opening:
         memory = round(options.memory_gb * 2**30)

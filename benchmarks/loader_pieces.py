@@ -22,8 +22,8 @@ import numpy as np
 import torch
 
 from kdcache.codecs.base import HiddenBlock
-from kdcache.loader.cached import loader
-from kdcache.loader.parts import Interleaved, layers_of
+from kdcache.loading.cached import loader
+from kdcache.loading.parts import Interleaved, layers_of
 from kdcache.testing import tiny
 
 TOKENS, TEACHER_TOKENS, PARTS = 1100, 1000, 8  # of a batch of 32 texts
@@ -137,7 +137,7 @@ def _batches() -> dict[str, int]:
     """
     import rivals
 
-    from kdcache.loader import prefetch
+    from kdcache.loading import prefetch
 
     options = argparse.Namespace(rows=16384, dim=256, dtype="float16", tokens=24)
     taken: dict[str, list[float]] = {}
@@ -164,7 +164,7 @@ def _batches() -> dict[str, int]:
 def _part() -> dict[str, float]:
     """Student tokens and an alignment of a part, made anew."""
     from kdcache.data.encoding import encode
-    from kdcache.loader.alignment import align, student_tokens
+    from kdcache.loading.alignment import align, student_tokens
 
     texts = [(" ".join(text for text, _ in tiny.reviews(3, seed=seed)),) for seed in range(4096)]
     student = encode(tiny.wordpiece_tokenizer(), texts, 128)

@@ -43,10 +43,10 @@ CONTENDERS = ("kdcache", HERE, "memory map", "safetensors", "datasets", "streami
 IMPORTS = {  # what a program has loaded before it opens its data
     **dict.fromkeys(
         ("kdcache", HERE),
-        ("kdcache.loader.cached", "kdcache.cache.reader", "kdcache.testing.tiny", "transformers", "zarr"),
+        ("kdcache.loading.cached", "kdcache.cache.reader", "kdcache.testing.tiny", "transformers", "zarr"),
     ),
     "memory map": (),
-    "safetensors": ("safetensors.numpy", "kdcache.loader.order"),
+    "safetensors": ("safetensors.numpy", "kdcache.loading.order"),
     "datasets": ("datasets",),
     "streaming": ("streaming",),
     "litdata": ("litdata",),
@@ -211,7 +211,7 @@ def write_kdcache(folder: Path, values: np.ndarray, offsets: np.ndarray) -> None
     from kdcache.codecs.base import Basis, HiddenBlock, LayerSpec
     from kdcache.data.encoding import TRUNCATION, encode, tokenizer_fingerprint, tokenizer_json
     from kdcache.files import use_disk
-    from kdcache.loader.alignment import student_tokens
+    from kdcache.loading.alignment import student_tokens
     from kdcache.testing import tiny
     from kdcache.testing.faults import UnsyncedDisk
 
@@ -252,7 +252,7 @@ def digits(row: int, length: int) -> tuple[str, ...]:
 
 
 def read_kdcache(folder: Path, arguments: argparse.Namespace) -> Callable[[], Batches]:
-    from kdcache.loader.cached import loader
+    from kdcache.loading.cached import loader
     from kdcache.testing import tiny
 
     whole = arguments.regime == "memory"
@@ -321,7 +321,7 @@ def write_safetensors(folder: Path, values: np.ndarray, offsets: np.ndarray) -> 
 def read_safetensors(folder: Path, arguments: argparse.Namespace) -> Callable[[], Batches]:
     from safetensors.numpy import load_file
 
-    from kdcache.loader.order import epoch_order
+    from kdcache.loading.order import epoch_order
 
     bounds, whole = part_bounds(arguments.rows), arguments.regime == "memory"
     part_of = np.repeat(np.arange(PARTS), [end - start for start, end in bounds])

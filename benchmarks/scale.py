@@ -29,8 +29,8 @@ from measure import in_a_process, machine, peak_memory_mb, resident_mb
 if TYPE_CHECKING:
     from kdcache.cache.spec import TeacherSpec
     from kdcache.cache.writer import CacheWriter
-    from kdcache.loader.cached import CachedBatches
-    from kdcache.loader.targets import Batch
+    from kdcache.loading.cached import CachedBatches
+    from kdcache.loading.targets import Batch
 
 TEACHERS, LAYERS, DIM, WORDS, PART, WINDOW = 3, 3, 8, 5, 4096, 2
 MAX_LENGTH = 32
@@ -146,7 +146,7 @@ def read(path: Path, steps: int) -> dict[str, float]:
     """Open, first batch, and memory once the window is full, over ``steps`` batches."""
     import torch
 
-    from kdcache.loader.cached import loader
+    from kdcache.loading.cached import loader
     from kdcache.testing import tiny
 
     torch.set_num_threads(1)

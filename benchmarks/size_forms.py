@@ -26,7 +26,7 @@ from kdcache.data.encoding import encode
 from kdcache.dump.fidelity import measure, through
 from kdcache.dump.specs import PreparedTeacher, prepare_teachers, scopes
 from kdcache.dump.stage import dump_teachers
-from kdcache.loader.choice import target_dim
+from kdcache.loading.choice import target_dim
 from kdcache.progress import RichProgress
 from kdcache.teachers.backends import TeacherBackend, TeacherOutput
 from kdcache.teachers.bundle import read_bundle

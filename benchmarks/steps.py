@@ -38,7 +38,7 @@ from kdcache.training.optim import adamw
 
 if TYPE_CHECKING:
     from kdcache.distill.objective import DistillationModel
-    from kdcache.loader.targets import Batch
+    from kdcache.loading.targets import Batch
 
 CONTENDERS = ("fine-tune", "cached", "memory", "logits only", "live")
 METHODS = {"fine-tune": ["distill.method=fine-tune"], "logits only": ["distill.weights.hidden=0.0"]}

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kdcache.cache.reader import open_cache
-    from kdcache.loader.cached import loader
+    from kdcache.loading.cached import loader
     from kdcache.methods import losses
 
 __version__ = "0.1.0"
@@ -24,7 +24,7 @@ __all__ = ["__version__", "loader", "losses", "open_cache"]
 
 _LAZY = {
     "open_cache": ("kdcache.cache.reader", "open_cache"),
-    "loader": ("kdcache.loader.cached", "loader"),
+    "loader": ("kdcache.loading.cached", "loader"),
     "losses": ("kdcache.methods.losses", None),
 }
 

@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
-from kdcache.cache.spec import mismatch_cure as mismatch_cure  # for dump and teachers, until they call check_same_task
 from kdcache.errors import DataError
 from kdcache.progress import listed
 

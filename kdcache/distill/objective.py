@@ -21,7 +21,7 @@ from kdcache.methods.parts.weighting import teacher_weights
 from kdcache.methods.registry import find_method
 
 if TYPE_CHECKING:
-    from kdcache.loader.targets import Batch
+    from kdcache.loading.targets import Batch
     from kdcache.recipe import DistillSection
     from kdcache.students.model import StudentModel
 

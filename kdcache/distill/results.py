@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from kdcache.cache.reader import Cache
     from kdcache.distill.setup import Training
     from kdcache.distill.teachers_at_hand import TeacherFacts
-    from kdcache.loader.data import StudentData
-    from kdcache.loader.targets import TargetSource
+    from kdcache.loading.data import StudentData
+    from kdcache.loading.targets import TargetSource
     from kdcache.students.speed import Speed
 
 STAGE = "distill"  # in metrics.jsonl

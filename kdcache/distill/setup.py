@@ -12,15 +12,15 @@ from kdcache.data.encoding import tokenizer_fingerprint
 from kdcache.distill.objective import DistillationModel, ObjectiveSettings, objective_settings
 from kdcache.distill.target_source import open_source
 from kdcache.distill.teachers_at_hand import teachers_beside
-from kdcache.loader.cached import CachedBatches
-from kdcache.loader.data import SplitJoin, StudentData, join_counts, student_data
+from kdcache.loading.cached import CachedBatches
+from kdcache.loading.data import SplitJoin, StudentData, join_counts, student_data
 from kdcache.progress import format_bytes
 from kdcache.students.build import build_student
 from kdcache.teachers.fingerprints import fingerprint_tensors, lasting_config
 
 if TYPE_CHECKING:
     from kdcache.cache.reader import Cache
-    from kdcache.loader.targets import TargetSource
+    from kdcache.loading.targets import TargetSource
     from kdcache.methods.base import Pair
     from kdcache.progress import Progress
     from kdcache.recipe import Recipe

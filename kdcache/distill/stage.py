@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
     from kdcache.cache.reader import Cache
     from kdcache.distill.objective import DistillationModel
-    from kdcache.loader.targets import Batch, TargetSource
+    from kdcache.loading.targets import Batch, TargetSource
     from kdcache.progress import Progress
     from kdcache.recipe import DistillSection, Recipe
 

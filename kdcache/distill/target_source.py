@@ -12,18 +12,18 @@ from typing import TYPE_CHECKING
 
 from kdcache.cache.selection import Selection
 from kdcache.errors import MismatchError, RecipeError
-from kdcache.loader.cached import CachedBatches
-from kdcache.loader.choice import TargetChoice, check_teacher_names, target_dim
-from kdcache.loader.order import BatchSettings
-from kdcache.loader.without_targets import PlainBatches
+from kdcache.loading.cached import CachedBatches
+from kdcache.loading.choice import TargetChoice, check_teacher_names, target_dim
+from kdcache.loading.order import BatchSettings
+from kdcache.loading.without_targets import PlainBatches
 from kdcache.methods.parts.features import FITS
 from kdcache.methods.parts.layer_map import TeacherLayers
 
 if TYPE_CHECKING:
     from kdcache.cache.reader import Cache
     from kdcache.distill.objective import ObjectiveSettings
-    from kdcache.loader.data import StudentData
-    from kdcache.loader.targets import TargetSource
+    from kdcache.loading.data import StudentData
+    from kdcache.loading.targets import TargetSource
     from kdcache.methods.parts.layer_map import LayerMap
     from kdcache.recipe import DistillSection
     from kdcache.students.model import Student
@@ -60,7 +60,7 @@ def open_source(
         return CachedBatches(
             cache, student.tokenizer, batches, choice, splits=splits, examples=data.examples, texts=texts
         )
-    from kdcache.loader.live import LiveBatches
+    from kdcache.loading.live import LiveBatches
     from kdcache.teachers.bundle import load_teacher
 
     teachers = [load_teacher(live_teachers, name, trust_remote_code=name in trusted) for name in choice.teachers]

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor, nn
 
-    from kdcache.loader.targets import Batch, Hidden
+    from kdcache.loading.targets import Batch, Hidden
     from kdcache.methods.parts.layer_map import LayerMapping
 
 Pair = tuple[int, int]  # (teacher index, student layer 1..K), as in Targets.hidden

@@ -302,7 +302,7 @@ def listing(place: Path) -> Target:
 
 def student(place: Path) -> Target:
     """Kept tokens and alignments of a student, with the digest in their first line made right again."""
-    from kdcache.loader.alignment import load_arrays, save_arrays
+    from kdcache.loading.alignment import load_arrays, save_arrays
 
     path = place / "kept.bin"
     arrays: dict[str, np.ndarray] = {
@@ -330,7 +330,7 @@ def student(place: Path) -> Target:
 
 def tokens(place: Path) -> Target:
     """Token files whose every value may be anything, read, and aligned with the tokens of a student."""
-    from kdcache.loader.alignment import align
+    from kdcache.loading.alignment import align
 
     cache = _victim(place)
     held = _HeldFiles(cache.path, cache.manifest.contents.files)

@@ -20,7 +20,7 @@ from kdcache.cache.tokens import Outputs
 from kdcache.codecs.base import Basis, HiddenBlock, LayerSpec
 from kdcache.codecs.registry import format_of
 from kdcache.data.encoding import TRUNCATION, EncodedTexts, encode, tokenizer_fingerprint
-from kdcache.loader.alignment import student_tokens
+from kdcache.loading.alignment import student_tokens
 
 if TYPE_CHECKING:
     from kdcache.cache.tokens import Tokens

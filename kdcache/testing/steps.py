@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kdcache.distill.objective import DistillationModel, ObjectiveSettings
-from kdcache.loader.targets import Batch, Hidden, Targets
+from kdcache.loading.targets import Batch, Hidden, Targets
 from kdcache.students.model import StudentOutput
 
 if TYPE_CHECKING:

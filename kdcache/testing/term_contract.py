@@ -19,7 +19,7 @@ from kdcache.methods.base import Method
 from kdcache.testing.steps import LABELS, ROWS, TEACHERS, loop_model, step_batch, step_loss
 
 if TYPE_CHECKING:
-    from kdcache.loader.targets import Targets
+    from kdcache.loading.targets import Targets
     from kdcache.methods.base import Term
 
 

@@ -435,11 +435,11 @@ def test_a_hard_link_to_a_file_outside_is_never_written_through(victim: Path) ->
 
 def test_a_student_does_not_align_with_spans_that_all_overlap() -> None:
     """A token file of a few megabytes would make pairs without number."""
-    from kdcache.loader.alignment import align
+    from kdcache.loading.alignment import align
 
     def covering(count: int, end: int) -> Tokens:
         whole = np.zeros(count, np.int32)
         return Tokens(np.array([0, count]), whole, whole + end, whole.astype(np.int8), whole.astype(np.int8))
 
-    with pytest.raises(DamageError, match="no tokenizer cuts texts so"):
+    with pytest.raises(DamageError, match="no tokenizer gives such spans"):
         align(covering(500, 10), covering(200_000, 2**31 - 2))

@@ -16,7 +16,7 @@ from kdcache.cache.stale import check_task as check_cache
 from kdcache.data.task import load_task
 from kdcache.dump.specs import check_task as check_teachers
 from kdcache.errors import KdcacheError
-from kdcache.loader.data import student_data
+from kdcache.loading.data import student_data
 from kdcache.progress import listed_apart
 from kdcache.recipe import DataSection
 from kdcache.report.cards import model_card

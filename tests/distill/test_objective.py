@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kdcache.distill.objective import DistillationModel, ObjectiveSettings, objective_settings
-from kdcache.loader.targets import Batch, Hidden, Targets
+from kdcache.loading.targets import Batch, Hidden, Targets
 from kdcache.methods.base import Method
 from kdcache.methods.parts.hidden_states import HiddenStates
 from kdcache.methods.parts.soft_labels import SoftLabels

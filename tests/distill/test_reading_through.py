@@ -19,8 +19,8 @@ from kdcache.cache.reader import Cache, open_cache
 from kdcache.cache.verify import to_come, verify
 from kdcache.distill.stage import DistillResult, distill
 from kdcache.errors import RemoteError
-from kdcache.loader.examples import join_examples
-from kdcache.loader.order import epoch_order
+from kdcache.loading.examples import join_examples
+from kdcache.loading.order import epoch_order
 from kdcache.progress import SilentProgress
 from kdcache.recipe import Recipe
 from kdcache.share.keys import parse_file_key
@@ -187,7 +187,8 @@ def test_the_command_takes_a_name(
     ]
     monkeypatch.delenv("KDCACHE_REMOTE", raising=False)
     said = kdcache(*call, "--cache", "reviews-3t")
-    assert said.code == 2 and "no directory 'reviews-3t', and KDCACHE_REMOTE names no remote" in said.err
+    assert said.code == 2
+    assert "no directory 'reviews-3t', and KDCACHE_REMOTE is not set to look for a cache of that name" in said.err
     (tmp_path / "remote").mkdir()
     monkeypatch.setenv("KDCACHE_REMOTE", str(tmp_path / "remote"))
     said = kdcache(*call, "--cache", "reviews-3t")

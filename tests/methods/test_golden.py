@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kdcache.distill.objective import DistillationModel, objective_settings
-from kdcache.loader.targets import Batch, Hidden, Targets
+from kdcache.loading.targets import Batch, Hidden, Targets
 from kdcache.methods.base import Pair
 from kdcache.recipe import DistillSection, StudentSection
 from kdcache.students.build import build_student

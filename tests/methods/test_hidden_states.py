@@ -12,7 +12,7 @@ import torch
 
 from kdcache.distill.objective import DistillationModel, ObjectiveSettings
 from kdcache.errors import RecipeError
-from kdcache.loader.targets import Batch, Hidden
+from kdcache.loading.targets import Batch, Hidden
 from kdcache.methods.base import Direction, Feature, Method, Pair
 from kdcache.methods.parts.features import select_vectors
 from kdcache.methods.parts.hidden_states import (

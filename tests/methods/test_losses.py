@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kdcache.loader.targets import Hidden
+from kdcache.loading.targets import Hidden
 from kdcache.methods.losses import (
     DistillationLoss,
     HiddenProjections,

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from kdcache.cache.files import use_disk
 from kdcache.training.durable import hold_lock
 
 from kdcache.errors import LockedError, MismatchError, NonFiniteError
+from kdcache.files import use_disk
 from kdcache.progress import SilentProgress
 from kdcache.recipe import DistillSection
 from kdcache.testing.faults import UnsyncedDisk

@@ -12,7 +12,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from kdcache.codecs.base import TokenSelection
-    from kdcache.loader.targets import Hidden
+    from kdcache.loading.targets import Hidden
     from kdcache.methods.base import Feature
 
 FITS: Mapping[Feature, tuple[TokenSelection, ...]] = {  # what a cache may hold (dump.tokens) for a feature

@@ -22,7 +22,7 @@ from kdcache.methods.parts.features import at_least_float32, count_vectors, sele
 from kdcache.methods.parts.projections import PROJECTIONS, HiddenProjections, rate_factor
 
 if TYPE_CHECKING:
-    from kdcache.loader.targets import Batch, Hidden
+    from kdcache.loading.targets import Batch, Hidden
 
 _TINY_VARIANCE = 1e-8  # a constant target must not divide by zero
 

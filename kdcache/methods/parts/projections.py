@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from kdcache.loader.targets import Hidden
+    from kdcache.loading.targets import Hidden
     from kdcache.methods.base import Direction, Pair
 
 PROJECTIONS = "projections"  # name of W in checkpoints

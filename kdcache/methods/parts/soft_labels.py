@@ -14,7 +14,7 @@ from kdcache.methods.parts.mixing import Mixing, each_teacher
 from kdcache.methods.parts.weighting import Weighting, inverse_cross_entropy, teacher_weights
 
 if TYPE_CHECKING:
-    from kdcache.loader.targets import Batch
+    from kdcache.loading.targets import Batch
 
 
 class SoftLoss(Protocol):

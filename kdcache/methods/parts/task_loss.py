@@ -12,7 +12,7 @@ from torch import Tensor
 from kdcache.methods.base import Needs, Owned, Pair, Scope, Setup, View, Weight
 
 if TYPE_CHECKING:
-    from kdcache.loader.targets import Batch
+    from kdcache.loading.targets import Batch
 
 
 def task_loss(student_logits: Tensor, labels: Tensor, count: int | None = None) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from kdcache.loader.examples import join_examples
+from kdcache.loading.examples import join_examples
 from kdcache.testing import tiny
 from kdcache.testing.memory_cache import MemoryCache
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from kdcache.cache.tokens import FIRST, LAST, MIDDLE, OTHER, TEXT, Tokens
 from kdcache.data.encoding import EncodedTexts, encode
-from kdcache.loader import alignment
-from kdcache.loader.alignment import PartAlignment, align
+from kdcache.loading import alignment
+from kdcache.loading.alignment import PartAlignment, align
 from kdcache.testing import tiny
 
 Rows = list[dict[int, float]]  # per student token: teacher token (within its text) -> weight

@@ -27,13 +27,13 @@ from kdcache.data.encoding import (
     tokenizer_fingerprint,
 )
 from kdcache.errors import MismatchError
-from kdcache.loader.alignment import StudentTokens, align, student_tokens
-from kdcache.loader.assembly import PaddedBatches, StepRows, longest_first, student_inputs, text_indices, token_indices
-from kdcache.loader.choice import StoredFormat, target_dim
-from kdcache.loader.examples import JoinedExamples, join_examples
-from kdcache.loader.order import Epochs
-from kdcache.loader.parts import DecodedPart, TeacherPart, Texts, check_texts, texts_of
-from kdcache.loader.targets import AlignmentIndices, Batch, Hidden, Targets
+from kdcache.loading.alignment import StudentTokens, align, student_tokens
+from kdcache.loading.assembly import PaddedBatches, StepRows, longest_first, student_inputs, text_indices, token_indices
+from kdcache.loading.choice import StoredFormat, target_dim
+from kdcache.loading.examples import JoinedExamples, join_examples
+from kdcache.loading.order import Epochs
+from kdcache.loading.parts import DecodedPart, TeacherPart, Texts, check_texts, texts_of
+from kdcache.loading.targets import AlignmentIndices, Batch, Hidden, Targets
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,9 +41,9 @@ if TYPE_CHECKING:
     from kdcache.cache.reader import Cache
     from kdcache.cache.tokens import Tokens
     from kdcache.codecs.base import Encoder, TokenSelection
-    from kdcache.loader.choice import TargetChoice
-    from kdcache.loader.examples import ExamplesOf
-    from kdcache.loader.order import BatchSettings
+    from kdcache.loading.choice import TargetChoice
+    from kdcache.loading.examples import ExamplesOf
+    from kdcache.loading.order import BatchSettings
     from kdcache.methods.parts.layer_map import LayerMap
     from kdcache.teachers.backends import TeacherBackend, TeacherOutput
     from kdcache.teachers.teacher import Teacher

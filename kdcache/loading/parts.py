@@ -17,15 +17,15 @@ import torch
 
 from kdcache.cache.ids import id_list
 from kdcache.errors import DamageError, MismatchError
-from kdcache.loader.alignment import PartAlignment, local_places
+from kdcache.loading.alignment import PartAlignment, local_places
 
 if TYPE_CHECKING:
     from kdcache.cache.reader import Cache
     from kdcache.cache.tokens import Tokens
     from kdcache.codecs.base import HiddenBlock, TokenSelection
     from kdcache.data.encoding import EncodedTexts
-    from kdcache.loader.alignment import StudentTokens
-    from kdcache.loader.examples import JoinedExamples
+    from kdcache.loading.alignment import StudentTokens
+    from kdcache.loading.examples import JoinedExamples
 
 
 Texts = Mapping[bytes, tuple[str, ...]]

@@ -15,18 +15,18 @@ import torch
 from kdcache.cache.ids import text_id
 from kdcache.data.encoding import encode, pad
 from kdcache.errors import DamageError, MismatchError, RecipeError
-from kdcache.loader.alignment import align, student_tokens
-from kdcache.loader.assembly import PaddedBatches, StepRows, student_inputs
-from kdcache.loader.cached import CachedBatches, cached_logits, loader
-from kdcache.loader.choice import TargetChoice
-from kdcache.loader.examples import join_examples
-from kdcache.loader.order import BatchSettings
-from kdcache.loader.parts import DecodedPart
+from kdcache.loading.alignment import align, student_tokens
+from kdcache.loading.assembly import PaddedBatches, StepRows, student_inputs
+from kdcache.loading.cached import CachedBatches, cached_logits, loader
+from kdcache.loading.choice import TargetChoice
+from kdcache.loading.examples import join_examples
+from kdcache.loading.order import BatchSettings
+from kdcache.loading.parts import DecodedPart
 from kdcache.testing import tiny
 from kdcache.testing.memory_cache import MemoryCache, MemoryTeacher, Text, truth, truth_logits
 
 if TYPE_CHECKING:
-    from kdcache.loader.targets import Batch
+    from kdcache.loading.targets import Batch
 
 MAP = {"bert": (2, 4), "roberta": (4, 4), "xlm": (2, 4)}
 
@@ -315,7 +315,7 @@ def test_a_process_that_ends_with_an_open_iterator_does_not_hang() -> None:
     import sys
 
     code = (
-        "from kdcache.loader.prefetch import in_background; import itertools\n"
+        "from kdcache.loading.prefetch import in_background; import itertools\n"
         "held = in_background(lambda: itertools.count())\nprint(next(held))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kdcache.codecs.base import HiddenBlock
-from kdcache.loader import parts as interleave
-from kdcache.loader.parts import Interleaved, gather_spans, layers_of
+from kdcache.loading import parts as interleave
+from kdcache.loading.parts import Interleaved, gather_spans, layers_of
 
 WIDTHS = st.lists(
     st.tuples(st.sampled_from(["float32", "float16", "int8", "uint8"]), st.integers(1, 9)), min_size=1, max_size=4

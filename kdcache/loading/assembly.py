@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from kdcache.loader.alignment import ranges
-from kdcache.loader.parts import fields_of, gather_spans, layers_of
-from kdcache.loader.targets import AlignmentIndices, Targets
+from kdcache.loading.alignment import ranges
+from kdcache.loading.parts import fields_of, gather_spans, layers_of
+from kdcache.loading.targets import AlignmentIndices, Targets
 
 if TYPE_CHECKING:
     from kdcache.codecs.base import TokenSelection
-    from kdcache.loader.choice import StoredFormats
-    from kdcache.loader.parts import DecodedPart
-    from kdcache.loader.targets import Hidden
+    from kdcache.loading.choice import StoredFormats
+    from kdcache.loading.parts import DecodedPart
+    from kdcache.loading.targets import Hidden
     from kdcache.methods.parts.layer_map import LayerMap
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kdcache.loader.targets import Batch, Hidden, Targets
+from kdcache.loading.targets import Batch, Hidden, Targets
 
 
 def ragged(lengths: list[int]) -> tuple[Tensor, Tensor]:

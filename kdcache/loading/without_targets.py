@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 
 from kdcache.data.encoding import encode, pad
-from kdcache.loader.assembly import longest_first
-from kdcache.loader.order import Epochs
-from kdcache.loader.targets import Batch
+from kdcache.loading.assembly import longest_first
+from kdcache.loading.order import Epochs
+from kdcache.loading.targets import Batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from kdcache.loader.data import StudentData
-    from kdcache.loader.order import BatchSettings
+    from kdcache.loading.data import StudentData
+    from kdcache.loading.order import BatchSettings
     from kdcache.methods.parts.layer_map import LayerMap
 
 

@@ -21,12 +21,12 @@ from kdcache.cache.reader import open_cache
 from kdcache.data.encoding import encode, pad
 from kdcache.distill.setup import prepare
 from kdcache.errors import DamageError, MismatchError
-from kdcache.loader.alignment import align, student_tokens
-from kdcache.loader.cached import CachedBatches, loader
-from kdcache.loader.choice import TargetChoice
-from kdcache.loader.live import LiveBatches
-from kdcache.loader.order import BatchSettings
-from kdcache.loader.prefetch import READ_AHEAD
+from kdcache.loading.alignment import align, student_tokens
+from kdcache.loading.cached import CachedBatches, loader
+from kdcache.loading.choice import TargetChoice
+from kdcache.loading.live import LiveBatches
+from kdcache.loading.order import BatchSettings
+from kdcache.loading.prefetch import READ_AHEAD
 from kdcache.teachers.bundle import load_teacher
 from kdcache.testing import tiny
 from tests.conftest import TinyRun

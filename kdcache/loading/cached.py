@@ -1,7 +1,7 @@
 """Batches with targets from a cache; no teacher runs.
 
 Two threads read and decode whole parts, a few beyond the window from which batches are drawn. One more thread puts
-batches together and holds a short queue of them. The order of rows is that of ``kdcache.loader.order``, so three
+batches together and holds a short queue of them. The order of rows is that of ``kdcache.loading.order``, so three
 integers (seed, epoch, step) are the state of an epoch, and any machine can resume it. The reader checks a file's digest
 before its rows are used.
 """
@@ -19,9 +19,9 @@ import torch
 
 from kdcache.cache import layout
 from kdcache.codecs.registry import format_of
-from kdcache.loader.alignment import StudentTokens
-from kdcache.loader.assembly import PaddedBatches, StepRows, cached_targets, distinct, student_inputs
-from kdcache.loader.choice import (
+from kdcache.loading.alignment import StudentTokens
+from kdcache.loading.assembly import PaddedBatches, StepRows, cached_targets, distinct, student_inputs
+from kdcache.loading.choice import (
     TargetChoice,
     even_layer_map,
     files_used,
@@ -29,10 +29,10 @@ from kdcache.loader.choice import (
     stored_formats,
     target_dim,
 )
-from kdcache.loader.examples import join_examples
-from kdcache.loader.order import BatchSettings, Epochs
-from kdcache.loader.parts import DecodedPart, PartDecoder, Texts, check_texts
-from kdcache.loader.prefetch import (
+from kdcache.loading.examples import join_examples
+from kdcache.loading.order import BatchSettings, Epochs
+from kdcache.loading.parts import DecodedPart, PartDecoder, Texts, check_texts
+from kdcache.loading.prefetch import (
     READ_AHEAD,
     PartCache,
     PartLifetimes,
@@ -41,15 +41,15 @@ from kdcache.loader.prefetch import (
     in_background,
     runs_of_steps,
 )
-from kdcache.loader.targets import Batch
+from kdcache.loading.targets import Batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from kdcache.cache.reader import Cache
-    from kdcache.loader.examples import ExamplesOf, JoinedExamples
-    from kdcache.loader.order import Window
-    from kdcache.loader.targets import Targets
+    from kdcache.loading.examples import ExamplesOf, JoinedExamples
+    from kdcache.loading.order import Window
+    from kdcache.loading.targets import Targets
     from kdcache.methods.parts.layer_map import LayerMap
 
 MEMORY_BYTES = 2 << 30

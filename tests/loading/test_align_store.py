@@ -13,8 +13,8 @@ import pytest
 
 from kdcache.cache.ids import id_array, text_id
 from kdcache.data.encoding import encode
-from kdcache.loader import alignment as align_store
-from kdcache.loader.alignment import StudentTokens, load_arrays, save_arrays, student_tokens
+from kdcache.loading import alignment as align_store
+from kdcache.loading.alignment import StudentTokens, load_arrays, save_arrays, student_tokens
 from kdcache.runs import home
 from kdcache.testing import tiny
 

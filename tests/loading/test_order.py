@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdcache.loader.order import epoch_order, step_count, step_rows
+from kdcache.loading.order import epoch_order, step_count, step_rows
 
 
 def parts_of(texts: int, part_size: int, seed: int = 0) -> np.ndarray:
@@ -88,7 +88,7 @@ GOLDEN = [14, 10, 11, 12, 8, 6, 5, 7, 13, 4, 0, 9, 1, 3, 2, 18, 15, 17, 19, 16]
 
 def test_another_process_finds_the_same_order() -> None:
     code = (
-        "import numpy as np; from kdcache.loader.order import epoch_order;"
+        "import numpy as np; from kdcache.loading.order import epoch_order;"
         "print(epoch_order(np.arange(300) // 50, seed=11, epoch=4, window=3).tolist())"
     )
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
