@@ -15,6 +15,9 @@ from kdcache.methods.losses import (
     balanced_mean,
     each_teacher,
     inverse_cross_entropy,
+    kl_divergence,
+    logit_squared_error,
+    mean_logit,
     mean_probability,
     mean_squared_error,
     one,
@@ -133,6 +136,51 @@ def test_mean_probability_of_unequal_weights(teachers: Tensor) -> None:
     mixed, _ = mean_probability(teachers, weights, 1.0)
     probabilities = teachers.softmax(dim=-1)
     assert torch.allclose(mixed.softmax(dim=-1)[0], 0.25 * probabilities[0] + 0.75 * probabilities[1])
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_soft_losses_of_every_target_and_row(student: Tensor, teachers: Tensor, temperature: float) -> None:
+    entropy = soft_cross_entropy(student, teachers, temperature)
+    divergence = kl_divergence(student, teachers, temperature)
+    squares = logit_squared_error(student, teachers, temperature)
+    for row in range(ROWS):
+        z = student[row].tolist()
+        q = softmax([value / temperature for value in z])
+        for teacher in range(TEACHERS):
+            target = teachers[teacher, row].tolist()
+            p = softmax([value / temperature for value in target])
+            assert entropy[teacher, row].item() == pytest.approx(cross_entropy(p, q), rel=1e-12)
+            expected = sum(a * (math.log(a) - math.log(b)) for a, b in zip(p, q, strict=True))
+            assert divergence[teacher, row].item() == pytest.approx(expected, rel=1e-9)
+            mean = sum((a - b) ** 2 for a, b in zip(z, target, strict=True)) / CLASSES
+            assert squares[teacher, row].item() == pytest.approx(mean, rel=1e-12)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_means_of_teachers_are_by_shares_of_the_weights(teachers: Tensor, temperature: float) -> None:
+    """Weights differ from row to row and do not sum to one; a teacher counts by its share of them on the row."""
+    weights = torch.rand(TEACHERS, ROWS, generator=torch.Generator().manual_seed(2), dtype=torch.float64) * 5 + 0.1
+    probability, of_probability = mean_probability(teachers, weights, temperature)
+    logit, of_logit = mean_logit(teachers, weights, temperature)
+    assert probability.shape == logit.shape == (1, ROWS, CLASSES)
+    assert torch.equal(of_probability, torch.ones(1, ROWS, dtype=torch.float64))
+    assert torch.equal(of_logit, torch.ones(1, ROWS, dtype=torch.float64))
+    for row in range(ROWS):
+        total = sum(weights[teacher, row].item() for teacher in range(TEACHERS))
+        shares = [weights[teacher, row].item() / total for teacher in range(TEACHERS)]
+        softened = [softmax([z / temperature for z in teachers[teacher, row].tolist()]) for teacher in range(TEACHERS)]
+        found = softmax([z / temperature for z in probability[0, row].tolist()])
+        for c in range(CLASSES):
+            assert found[c] == pytest.approx(sum(s * p[c] for s, p in zip(shares, softened, strict=True)), rel=1e-12)
+            mean = sum(share * teachers[teacher, row, c].item() for teacher, share in enumerate(shares))
+            assert logit[0, row, c].item() == pytest.approx(mean, rel=1e-12)
+
+
+def test_equal_weights_are_ones_of_the_logits_dtype(student: Tensor, teachers: Tensor) -> None:
+    for dtype in (torch.float32, torch.float64):
+        weights = one(student.to(dtype), teachers.to(dtype), LABELS)
+        assert torch.equal(weights, torch.ones(TEACHERS, ROWS, dtype=dtype))
+        assert weights.dtype == dtype
 
 
 def test_each_teacher_leaves_logits_and_weights_alone(student: Tensor, teachers: Tensor) -> None:
