@@ -6,6 +6,7 @@ Transformers runs it only where that is allowed.
 from __future__ import annotations
 
 import json
+import secrets
 from pathlib import Path
 
 RAN = "KDCACHE_TESTING_CODE_RAN"  # an environment variable: the file that the model's code makes whenever it is run
@@ -104,7 +105,8 @@ def make_custom_model(directory: Path, *, classifier: bool = False, seed: int = 
     tokenizer = wordpiece_tokenizer()
     tokenizer.save_pretrained(directory)
     (directory / "tiny_layers.py").write_text(_LAYERS)
-    (directory / "tiny_modeling.py").write_text(_MODELING)
+    mark = f"# {secrets.token_hex(8)}\n"  # transformers runs a file of the same bytes once per process
+    (directory / "tiny_modeling.py").write_text(mark + _MODELING)
     labels = {"id2label": {"0": "0", "1": "1"}, "label2id": {"0": 0, "1": 1}}
     config = {
         "model_type": "kdcache-tiny",
