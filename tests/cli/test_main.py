@@ -39,21 +39,11 @@ COMMANDS = [
 ]
 
 
-def processor_seconds(code: str) -> tuple[float, str]:
-    """Of a Python process that runs ``code``, and what it printed on stderr."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, done.stderr
-
-
-def is_quick(seconds: float) -> bool:
-    """Under half a second, or on a busy machine at most three times what its libraries take to import."""
-    return seconds < 0.5 or seconds < 3 * processor_seconds("import numpy, pydantic, rich, typer")[0]
-
-
 def cost(*arguments: object) -> tuple[float, set[str]]:
-    """Processor seconds of a ``kdcache`` process, and the heavy modules it imported."""
+    """Processor seconds of a ``kdcache`` process, the least of at most eight, and the heavy modules it imported.
+
+    Other work on the same cores makes a process take more processor time, never less.
+    """
     code = f"""\
 import sys
 from kdcache.cli.main import main
@@ -61,20 +51,27 @@ try:
     main({[str(argument) for argument in arguments]!r})
 finally:
     print(*[name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)"""
-    seconds, printed = processor_seconds(code)
-    return seconds, set(printed.split())
+    least = float("inf")
+    for _ in range(8):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        least = min(least, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+        if least < 0.5:
+            break
+    return least, set(done.stderr.split())
 
 
 def test_help_is_quick_and_imports_nothing_heavy() -> None:
     seconds, imported = cost("--help")
     assert imported == set()
-    assert is_quick(seconds)
+    assert seconds < 0.5
 
 
 def test_cache_info_is_quick_and_imports_neither_torch_nor_the_readers_of_data(finished: FinishedRun) -> None:
     seconds, imported = cost("cache", "info", finished.root / "cache")
     assert imported <= {"pydantic"}
-    assert is_quick(seconds)
+    assert seconds < 0.5
 
 
 def test_help_lists_every_command() -> None:

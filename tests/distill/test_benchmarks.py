@@ -14,6 +14,7 @@ import pytest
 
 from tests.conftest import TinyRun
 
+pytestmark = pytest.mark.timeout(900)  # a chain of processes: minutes on a busy machine
 ALL = Path(__file__).parents[2] / "benchmarks" / "all.py"
 
 

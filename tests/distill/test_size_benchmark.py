@@ -20,6 +20,7 @@ from kdcache.dump.stage import dump_teachers
 from kdcache.progress import SilentProgress
 from tests.conftest import TinyRun
 
+pytestmark = pytest.mark.timeout(900)  # a chain of processes: minutes on a busy machine
 SIZE = Path(__file__).parents[2] / "benchmarks" / "size.py"
 FORMS = ("float16", "trellis-8th", "product-8th")
 STUDENTS = (*(f"reviews-size-{form}-0" for form in FORMS), "reviews-kd-0")
