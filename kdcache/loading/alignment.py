@@ -226,7 +226,8 @@ class StudentTokens:
         ``texts`` is called only if they were not. ``keep=False``: some texts are placeholders, so nothing is written
         under their ids.
         """
-        path = self._path("tokens", text_ids.tobytes(), json.dumps(self._types), _tokenizers_version())
+        # 0.1.0 keeps its tokens under "tokens-": it fails on files with `truncated`, and both may share a directory
+        path = self._path("texts", text_ids.tobytes(), json.dumps(self._types), _tokenizers_version())
         kept = load_arrays(path, {"input_ids", "offsets", "starts", "ends", "segments", "roles", "truncated"})
         if kept is None:
             encoded = encode(self.tokenizer, texts(), self.max_length)

@@ -53,6 +53,12 @@ def test_what_was_made_is_found_again() -> None:
     assert aligned.tokens == repeated.tokens
 
 
+def test_0_1_0_finds_nothing_that_it_cannot_read() -> None:
+    """Both versions may share a directory; 0.1.0 reads every ``tokens-`` file and fails on arrays it does not know."""
+    StudentTokens(tiny.wordpiece_tokenizer(), 16).encoded(IDS, lambda: TEXTS)
+    assert [path.name.split("-")[0] for path in kept()] == ["texts"]
+
+
 def test_a_tokenizer_without_types_is_kept_without_them() -> None:
     student = StudentTokens(tiny.bytelevel_tokenizer(), 16)
     assert student.encoded(IDS, lambda: TEXTS).token_type_ids is None
