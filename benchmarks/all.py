@@ -53,8 +53,12 @@ MEASUREMENTS: Mapping[str, Measurement] = {
         ("recipe", "teachers", "cache"),
     ),
     "scale": Measurement("scale.py", "--rows 10000 100000 1000000", "--rows 200 400 --steps 4 --repeats 1"),
-    "loader-float16": Measurement("rivals.py", "--dtype float16", "--dtype float16 --rows 256 --rounds 1 --workers 0"),
-    "loader-int8": Measurement("rivals.py", "--dtype int8", "--dtype int8 --rows 256 --rounds 1 --workers 0"),
+    "loader-float16": Measurement(
+        "rivals.py", "--dtype float16", "--dtype float16 --rows 256 --rounds 1 --workers 0 --seconds 0.01"
+    ),
+    "loader-int8": Measurement(
+        "rivals.py", "--dtype int8", "--dtype int8 --rows 256 --rounds 1 --workers 0 --seconds 0.01"
+    ),
 }
 
 

@@ -36,7 +36,6 @@ import numpy as np
 from measure import in_a_process, machine, ratio, resident_mb, summary
 
 PARTS, BATCH = 32, 32
-LONG_ENOUGH = 0.5  # seconds that a rate in memory is measured for: an epoch of the fastest takes 0.04
 NEEDS = {"datasets": "datasets", "streaming": "streaming", "litdata": "litdata"}
 HERE = "kdcache, caller's thread"
 CONTENDERS = ("kdcache", HERE, "memory map", "safetensors", "datasets", "streaming", "litdata")
@@ -93,6 +92,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=24, help="mean tokens of a row")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--workers", type=int, nargs="*", default=[0, 2])
+    parser.add_argument("--seconds", type=float, default=0.5, help="least time that a rate in memory is measured for")
     parser.add_argument("--alone", choices=CONTENDERS, help=argparse.SUPPRESS)
     parser.add_argument("--rivals-python", default=sys.executable, help="interpreter that has the other libraries")
     parser.add_argument("--regime", choices=("memory", "window", "write"), help=argparse.SUPPRESS)
@@ -127,7 +127,8 @@ def there(name: str, python: str) -> bool:
 def alone(arguments: argparse.Namespace, name: str, regime: str, workers: int = 0) -> dict[str, Any]:
     """One contender in a process of its own."""
     options = ["--rows", str(arguments.rows), "--dim", str(arguments.dim), "--dtype", arguments.dtype]
-    options += ["--tokens", str(arguments.tokens), "--alone", name, "--regime", regime, "--workers", str(workers)]
+    options += ["--seconds", str(arguments.seconds), "--tokens", str(arguments.tokens)]
+    options += ["--alone", name, "--regime", regime, "--workers", str(workers)]
     python = arguments.rivals_python if name in NEEDS else sys.executable
     return in_a_process("rivals.py", [*options, "--folder", str(arguments.folder)], python=python)
 
@@ -154,7 +155,7 @@ def turn(arguments: argparse.Namespace) -> dict[str, Any]:
             pass
         began = time.perf_counter()
     first, count, size, taken = 0.0, 0, 0, 0.0
-    while not taken or (arguments.regime == "memory" and taken < LONG_ENOUGH):
+    while not taken or (arguments.regime == "memory" and taken < arguments.seconds):
         served = []
         for rows, values in epochs():
             first = first or time.perf_counter() - began

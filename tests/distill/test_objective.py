@@ -12,16 +12,19 @@ import torch
 from torch import Tensor
 
 from kdcache.distill.objective import DistillationModel, ObjectiveSettings, objective_settings
+from kdcache.errors import RecipeError
 from kdcache.loading.targets import Batch, Hidden, Targets
-from kdcache.methods.base import Method
+from kdcache.methods.base import Method, Moment
 from kdcache.methods.parts.hidden_states import HiddenStates
+from kdcache.methods.parts.layer_map import EVEN, LAST, RANDOM
+from kdcache.methods.parts.schedule import Stages
 from kdcache.methods.parts.soft_labels import SoftLabels
 from kdcache.methods.parts.task_loss import TaskLoss
 from kdcache.methods.parts.weighting import teacher_cross_entropy
 from kdcache.recipe import DistillSection, StudentSection, WeightsSection
 from kdcache.students.build import build_student
 from kdcache.students.model import Student, StudentModel
-from kdcache.testing.steps import LoopStudent
+from kdcache.testing.steps import LoopStudent, loop_model, step_batch, step_loss
 from kdcache.testing.tiny import make_model
 
 ROWS, LENGTH, CLASSES = 6, 5, 2
@@ -156,9 +159,10 @@ def mt_bert_in_loops(model: DistillationModel, batch: Batch) -> tuple[Tensor, di
     [
         DistillSection(),
         DistillSection(paper=True),
+        DistillSection(hidden_direction="teacher-to-student"),
         DistillSection(temperature=2.0, t_squared=True, weights=WeightsSection(task=0.5, soft=2.0, hidden=0.0)),
     ],
-    ids=["default", "paper", "no hidden"],
+    ids=["default", "paper", "teachers projected", "no hidden"],
 )
 def test_the_module_trains_on_the_loss_of_mt_bert(batch: Batch, section: DistillSection, pieces: int) -> None:
     """Loss, terms and gradients of a step, through forward and backward of its micro-batches, some rows of it without a
@@ -285,3 +289,79 @@ def test_saved_state_holds_student_and_projections(student: Student) -> None:
     names = model_of(student, objective_settings(DistillSection())).state_dict()
     assert any(name.startswith("student.network.") for name in names)
     assert any(name.startswith("projections.matrices.layer1") for name in names)
+
+
+@pytest.mark.parametrize("paper", [False, True])
+def test_the_recipe_chooses_the_layer_map_and_the_side_of_w(paper: bool) -> None:
+    assert objective_settings(DistillSection(paper=paper)).layer_map is EVEN
+    for name, mapping in (("even", EVEN), ("last", LAST), ("random", RANDOM)):
+        assert objective_settings(DistillSection(paper=paper, layer_map=name)).layer_map is mapping
+    section = DistillSection(paper=paper, hidden_direction="both")
+    assert objective_settings(section).direction == ("teacher-to-student" if paper else "both")
+
+
+@pytest.mark.parametrize("accumulation", [2, 3])
+def test_micro_batches_are_for_methods_that_take_rows_alone(accumulation: int) -> None:
+    assert objective_settings(DistillSection(accumulation=accumulation)).method.name == "mt-bert"
+    assert objective_settings(DistillSection(method="rkd", accumulation=1)).method.name == "rkd"
+    with pytest.raises(RecipeError, match=rf"distill\.accumulation = {accumulation} cuts batches") as caught:
+        objective_settings(DistillSection(method="rkd", accumulation=accumulation))
+    assert caught.value.hint == "Set distill.accumulation = 1, with a smaller distill.batch_size where memory is short."
+
+
+def test_a_layer_map_beside_that_of_the_method_is_refused_with_a_hint() -> None:
+    assert objective_settings(DistillSection(method="rkd", layer_map="last")).layer_map is LAST
+    with pytest.raises(RecipeError, match=r"is 'random', but method 'rkd' has its own: last") as caught:
+        objective_settings(DistillSection(method="rkd", layer_map="random"))
+    assert caught.value.hint == "Leave distill.layer_map out, or choose layers with distill.teacher_layers."
+
+
+def test_the_seed_decides_the_first_values_of_w() -> None:
+    settings = objective_settings(DistillSection(hidden_direction="teacher-to-student"))
+
+    def first(**seed: int) -> Tensor:
+        student = cast("StudentModel", LoopStudent(CLASSES))
+        model = DistillationModel(student, settings, TEACHERS, dims=DIMS, variances=lambda _epoch: VARIANCES, **seed)
+        return torch.cat([matrix.detach().flatten() for matrix in model.projections.parameters()])
+
+    assert torch.equal(first(seed=3), first(seed=3))
+    assert torch.equal(first(), first(seed=0))
+    assert not torch.equal(first(seed=0), first(seed=3))
+    assert not torch.equal(first(seed=0), first(seed=1))
+
+
+def test_the_modules_of_all_terms_are_trained() -> None:
+    terms = (HiddenStates(), HiddenStates("first", name="first", module="of-the-first"))
+    model = loop_model(ObjectiveSettings(Method("two", "", "", terms)))
+    assert set(model.owned) == {"projections", "of-the-first"}
+    _, _, gradients = step_loss(model, step_batch())
+    assert {name.split(".")[0] for name in gradients} == {"student", "projections", "of-the-first"}
+
+
+def test_counts_of_a_step_are_those_of_its_micro_batches_together() -> None:
+    model, batch = loop_model(objective_settings(DistillSection())), step_batch()
+    assert batch.targets is not None
+    pieces = batch.split(3)
+    expected = {pair: len(target.positions) for pair, target in batch.targets.hidden.items()}
+    assert len({*expected.values()}) == 2  # another number for every teacher
+    for counts in (model.counts([batch]), model.counts(pieces)):
+        assert (counts.rows, counts.labelled) == (6, 4)
+        assert counts.vectors["hidden"] == expected
+
+
+def test_terms_without_targets_are_left_out_and_those_after_them_are_not() -> None:
+    method = Method("soft-first", "", "", (SoftLabels(), TaskLoss()))
+    loss, terms, _ = step_loss(loop_model(ObjectiveSettings(method)), replace(step_batch(), targets=None))
+    assert set(terms) == {"task"}
+    assert loss == terms["task"] > 0
+
+
+def test_a_step_without_any_term_has_no_loss_and_no_gradient() -> None:
+    stages = Stages(((0.5, ("hidden",)), (1.0, ("soft",))))
+    method = Method("stages", "", "", (SoftLabels(),), schedule=stages)
+    for batch, moment in ((step_batch(), Moment(0, 10)), (replace(step_batch(), targets=None), Moment(9, 10))):
+        loss, terms, gradients = step_loss(loop_model(ObjectiveSettings(method)), batch, moment=moment)
+        assert loss == 0.0
+        assert "soft" not in terms
+        assert gradients
+        assert all(not gradient.any() for gradient in gradients.values())

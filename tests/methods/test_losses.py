@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from kdcache.distill.objective import ObjectiveSettings
 from kdcache.loading.targets import Hidden
+from kdcache.methods.base import Method
 from kdcache.methods.losses import (
     DistillationLoss,
     HiddenProjections,
@@ -24,9 +26,12 @@ from kdcache.methods.losses import (
     plain_sum,
     share_of_variance,
     soft_cross_entropy,
+    soft_losses,
     task_loss,
     teacher_cross_entropy,
 )
+from kdcache.methods.parts.soft_labels import SoftLabels, SoftLoss
+from kdcache.testing.steps import loop_model, step_batch, step_loss
 
 TEACHERS, ROWS, CLASSES = 3, 5, 4
 
@@ -154,6 +159,54 @@ def test_soft_losses_of_every_target_and_row(student: Tensor, teachers: Tensor, 
             assert divergence[teacher, row].item() == pytest.approx(expected, rel=1e-9)
             mean = sum((a - b) ** 2 for a, b in zip(z, target, strict=True)) / CLASSES
             assert squares[teacher, row].item() == pytest.approx(mean, rel=1e-12)
+
+
+def labels_count(student: Tensor, targets: Tensor, temperature: float, labels: Tensor | None = None, /) -> Tensor:
+    """A soft loss that uses the labels: the soft cross-entropy times label + 2."""
+    assert labels is not None
+    return soft_cross_entropy(student, targets, temperature) * (labels + 2)
+
+
+def test_soft_losses_by_default_are_cross_entropies_at_temperature_one(student: Tensor, teachers: Tensor) -> None:
+    weights = inverse_cross_entropy(student, teachers, LABELS)
+    found = soft_losses(student, teachers, weights)
+    warm = soft_losses(student, teachers, weights, temperature=2.0)
+    squared = soft_losses(student, teachers, weights, temperature=2.0, t_squared=True)
+    labelled = soft_losses(student, teachers, weights, soft_loss=labels_count, labels=LABELS, count=2 * ROWS)
+    for teacher in range(TEACHERS):
+        losses = [
+            weights[teacher, row].item()
+            * cross_entropy(softmax(teachers[teacher, row].tolist()), softmax(student[row].tolist()))
+            for row in range(ROWS)
+        ]
+        assert found[teacher].item() == pytest.approx(sum(losses) / ROWS, rel=1e-12)
+        known = sum((int(label) + 2) * loss for label, loss in zip(LABELS, losses, strict=True))
+        assert labelled[teacher].item() == pytest.approx(known / (2 * ROWS), rel=1e-12)
+    assert torch.allclose(squared, 4 * warm, rtol=1e-12)
+    assert torch.equal(DistillationLoss()(student, teachers, LABELS), found.sum())
+    assert torch.equal(DistillationLoss(2.0)(student, teachers, LABELS), warm.sum())
+
+
+def test_soft_losses_of_no_row_are_zero_and_of_one_row_are_its_own(student: Tensor, teachers: Tensor) -> None:
+    weights = torch.ones(TEACHERS, ROWS, dtype=torch.float64)
+    for count in (None, 0):
+        nothing = soft_losses(student[:0], teachers[:, :0], weights[:, :0], count=count)
+        assert torch.equal(nothing, torch.zeros(TEACHERS, dtype=torch.float64))
+    for count in (None, 1):
+        alone = soft_losses(student[:1], teachers[:, :1], weights[:, :1], count=count)
+        assert torch.equal(alone, soft_cross_entropy(student[:1], teachers[:, :1], 1.0)[:, 0])
+
+
+@pytest.mark.parametrize("loss", [soft_cross_entropy, kl_divergence, logit_squared_error, labels_count])
+def test_a_term_has_a_loss_of_its_own(loss: SoftLoss) -> None:
+    """Through the module: the sum over the teachers of their mean losses, with the labels of the batch."""
+    batch = step_batch()
+    assert batch.targets is not None
+    model = loop_model(ObjectiveSettings(Method("soft", "", "", (SoftLabels(loss),)), temperature=2.0))
+    total, terms, _ = step_loss(model, batch)
+    expected = loss(model.student(batch.inputs).logits, batch.targets.logits, 2.0, batch.labels).mean(dim=1)
+    assert [terms["soft/a"], terms["soft/b"]] == pytest.approx(expected.tolist(), rel=1e-12)
+    assert total == pytest.approx(expected.sum().item(), rel=1e-12)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 3.0])

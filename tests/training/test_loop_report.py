@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from kdcache.errors import LockedError, MismatchError, NonFiniteError
+from kdcache.errors import LockedError, MismatchError, NonFiniteError, RecipeError
 from kdcache.files import use_disk
 from kdcache.locks import exclusive
 from kdcache.progress import SilentProgress
 from kdcache.recipe import DistillSection
 from kdcache.testing.faults import UnsyncedDisk
-from kdcache.training.loop import LoopSettings, Outcome, default_device, train
+from kdcache.training.loop import LoopSettings, Outcome, check_precision, default_device, make_accelerator, train
 from tests.training.test_loop import Regression
 
 SETTINGS = LoopSettings(epochs=3, learning_rate=0.05, checkpoint_steps=2, log_steps=2, seed=3)
@@ -77,9 +78,12 @@ def test_settings_are_those_of_the_section() -> None:
         "precision": "bf16",
         "checkpoint_steps": 11, "seed": 13,
     }  # fmt: skip
-    settings = LoopSettings.from_section(DistillSection.model_validate(given), {"data": "a"})
+    section = DistillSection.model_validate(given)
+    settings = LoopSettings.from_section(section, {"data": "a"})
     assert {name: value for name, value in vars(settings).items() if name in given} == given
     assert settings.identity == {"data": "a"}
+    assert settings.newer_keys == frozenset()
+    assert LoopSettings.from_section(section, {"data": "a"}, ["data"]).newer_keys == frozenset({"data"})
 
 
 def test_the_identity_names_all_that_the_weights_depend_on_and_nothing_else() -> None:
@@ -146,8 +150,8 @@ def test_progress_and_lines_go_on_where_the_training_stopped(tmp_path: Path) -> 
 
 def test_a_line_holds_the_means_of_its_steps(tmp_path: Path) -> None:
     """Against a line for each step; the learning rate is that of the last one."""
-    _, coarse = run(Regression(), tmp_path / "coarse", settings=LoopSettings(**{**vars(SETTINGS), "log_steps": 3}))
-    _, fine = run(Regression(), tmp_path / "fine", settings=LoopSettings(**{**vars(SETTINGS), "log_steps": 1}))
+    _, coarse = run(Regression(), tmp_path / "coarse", settings=replace(SETTINGS, log_steps=3))
+    _, fine = run(Regression(), tmp_path / "fine", settings=replace(SETTINGS, log_steps=1))
     single = {line["step"]: line for line in fine if line["event"] == "steps"}
     assert sorted(single) == list(range(1, 16))
     done = 0
@@ -198,12 +202,46 @@ def test_a_training_of_other_length_does_not_go_on(tmp_path: Path) -> None:
         run(Regression(steps_per_epoch=4), tmp_path)
 
 
+def test_a_checkpoint_may_lack_a_newer_key_and_no_other(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(Regression(die_at=7), tmp_path)
+    more = replace(SETTINGS, identity={"data": "a"})
+    with pytest.raises(MismatchError, match='data: null then, "a" now'):
+        run(Regression(), tmp_path, settings=more)
+    with pytest.raises(MismatchError, match='data: null then, "a" now'):
+        run(Regression(), tmp_path, settings=replace(more, newer_keys=frozenset({"model"})))
+    resumed = Regression()
+    run(resumed, tmp_path, settings=replace(more, newer_keys=frozenset({"data"})))
+    assert resumed.seen == 9  # from the checkpoint at step 6
+
+
 def test_parameters_with_a_rate_of_their_own_learn_at_it(tmp_path: Path) -> None:
     trainee = Regression()
     before = {name: parameter.detach().clone() for name, parameter in trainee.model.named_parameters()}
-    run(trainee, tmp_path, settings=LoopSettings(**{**vars(SETTINGS), "lr_by_prefix": {"0.": 1e-9}}))
+    run(trainee, tmp_path, settings=replace(SETTINGS, lr_by_prefix={"0.": 1e-9}))
     moved = {
         name: float((parameter.detach() - before[name]).abs().max())
         for name, parameter in trainee.model.named_parameters()
     }
     assert max(moved["0.weight"], moved["0.bias"]) < 1e-6 < 1e-2 < min(moved["2.weight"], moved["2.bias"])
+
+
+def test_two_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("accelerate.Accelerator.num_processes", 2)
+    with pytest.raises(RecipeError) as caught:
+        make_accelerator("float32")
+    assert caught.value.message == "kdcache trains in one process; it was started in 2"
+    assert caught.value.hint == "Start it with python, not accelerate launch."
+
+
+def test_a_precision_that_the_device_lacks_is_refused_with_others() -> None:
+    with pytest.raises(RecipeError) as caught:
+        check_precision("fp16", torch.device("cpu"))
+    assert caught.value.message == "precision 'fp16' needs a GPU; this machine trains on the CPU"
+    assert caught.value.hint == "Use float32, or bf16."
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16", "float32"])
+def test_each_training_has_its_own_precision(precision: str) -> None:
+    mixed = {"float32": "no", "bf16": "bf16"}[precision]
+    assert make_accelerator(precision).mixed_precision == mixed

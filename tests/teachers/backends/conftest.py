@@ -9,5 +9,5 @@ from kdcache.testing.teachers import make_teachers
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     families = {"bert": "bert", "roberta": "roberta", "distil": "distilbert", "own": "xlm-roberta"}
     return make_teachers(
-        tmp_path_factory.mktemp("teachers"), families, widths={"roberta": 12}, own_heads=["own"], depth=3
+        tmp_path_factory.mktemp("teachers"), families, widths={"roberta": 12}, own_heads=["own"], depth=2
     )  # type: ignore[arg-type]
