@@ -39,7 +39,11 @@ _COMPARES = {"row": "each row", "batch": "rows of a batch"}
 
 
 def _described(method: Method) -> dict[str, Any]:
-    """A method as data; ``hidden_states`` lists what its terms take: stored, tokens, first or mean."""
+    """A method as data.
+
+    ``hidden_states`` lists what its terms take: stored, tokens, first or mean. ``teacher_facts`` lists what its choice
+    or weights of teachers depend on besides the batch.
+    """
     needs = [term.needs for term in method.terms]
     hidden = sorted({need.hidden for need in needs if need.hidden is not None})
     return {
@@ -50,6 +54,7 @@ def _described(method: Method) -> dict[str, Any]:
         "logits": any(need.logits for need in needs),
         "hidden_states": hidden,
         "labels": any(need.labels for need in needs),
+        "teacher_facts": list(method.reads),
         "scope": method.scope,
     }
 
@@ -57,4 +62,4 @@ def _described(method: Method) -> dict[str, Any]:
 def _needs(described: dict[str, Any]) -> str:
     names = [name for name in ("labels", "logits") if described[name]]
     hidden = [f"hidden states ({_VECTORS[kind]})" for kind in described["hidden_states"]]
-    return ", ".join([*names, *hidden])
+    return ", ".join([*names, *hidden, *described["teacher_facts"]])
