@@ -75,7 +75,7 @@ class MethodContract:
         assert method.name == name
         assert method.title
         assert method.note
-        assert "arXiv" in method.source or name == "fine-tune"
+        assert "arXiv" in method.source or "doi" in method.source or name == "fine-tune"
 
     @pytest.mark.parametrize("moment", [START, LATE], ids=["start", "late"])
     def test_micro_batches_add_up_or_are_refused_by_name(self, name: str, moment: Moment) -> None:
@@ -220,7 +220,9 @@ class PlainStep:
         return found
 
     def projected(self, pair: Pair, mine: Vector, theirs: Vector) -> tuple[Vector, Vector]:
-        """Both sides after W: the student's side is projected, with ``paper`` the teacher's."""
+        """Both sides after W, which is on one side or on none."""
+        if PROJECTIONS not in self.model.owned:
+            return mine, theirs
         projections = self.model.owned[PROJECTIONS].module
         assert isinstance(projections, HiddenProjections)
         if projections.direction == "teacher-to-student":

@@ -49,7 +49,9 @@ def losses(recipe: Recipe, run: TinyRun, cache: Path, live: bool, place: Path) -
 
 @pytest.mark.parametrize("overrides", CASES, ids=[" ".join(case) for case in CASES])
 def test_loss_terms_agree_in_every_step(tiny_run: TinyRun, tmp_path: Path, overrides: list[str]) -> None:
-    recipe = tiny_run.recipe(*overrides, "distill.dropout=0.0")
+    recipe = tiny_run.recipe(
+        *overrides, "distill.dropout=0.0", "distill.student_scores={bert=0.8, roberta=0.7, xlm=0.75}"
+    )
     cached = list(losses(recipe, tiny_run, tiny_run.exact, False, tmp_path))
     live = list(losses(recipe, tiny_run, tiny_run.exact, True, tmp_path))
     assert len(cached) == (6 if "distill.method=fine-tune" in overrides else 8)
