@@ -89,7 +89,7 @@ class Annealed:
 
 @dataclass(frozen=True)
 class Staircase:
-    """A factor that rises to 1 in equal steps: 1/steps, 2/steps, …, 1 (Annealing-KD, section 3.1).
+    """A factor that rises to 1 in equal steps: 1/steps, 2/steps, …, 1 (Annealing-KD, arXiv 2104.07163).
 
     Attributes:
         steps: How many values it takes, each for an equal share of the time until ``end``.

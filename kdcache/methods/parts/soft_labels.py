@@ -77,7 +77,7 @@ def hard_cross_entropy(
 
 @dataclass(frozen=True)
 class Decoupled:
-    """alpha * TCKD + beta * NCKD (decoupled KD, arXiv 2203.08679, section 3, equations 7 and 8).
+    """alpha * TCKD + beta * NCKD (decoupled KD, arXiv 2203.08679, section 3).
 
     TCKD is the KL divergence between the probabilities of the target class and of all others together. NCKD is the KL
     divergence within the other classes. KL = TCKD + (1 - p) * NCKD, where p is the target's probability of its class.

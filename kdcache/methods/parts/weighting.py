@@ -80,7 +80,7 @@ def inverse_cross_entropy(_student_logits: Tensor, teacher_logits: Tensor, label
 
 
 def softmax_of_errors(_student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, /) -> Tensor:
-    """Softmax over the teachers of -CE(y, softmax(z_i)) (Tiny-NewsRec, section 3.3).
+    """Softmax over the teachers of -CE(y, softmax(z_i)) (Tiny-NewsRec, arXiv 2112.00944).
 
     The weights of a row sum to 1. Rows without a label have 1/N, since the errors are unknown.
     """
@@ -88,7 +88,7 @@ def softmax_of_errors(_student_logits: Tensor, teacher_logits: Tensor, labels: T
 
 
 def confidence(_student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, /) -> Tensor:
-    """(1 - exp(CE_i) / sum_j exp(CE_j)) / (N - 1) (CA-MKD, arXiv 2201.00007, section 2.1).
+    """(1 - exp(CE_i) / sum_j exp(CE_j)) / (N - 1) (CA-MKD, arXiv 2201.00007).
 
     The weights of a row sum to 1, and none exceeds 1/(N - 1). Rows without a label have 1/N; a single teacher has 1.
     """
@@ -112,7 +112,7 @@ class ByStudentUncertainty:
 
     u in [0, 1] is the entropy of the student on the row, divided by its maximum log C. r_i is the rank of the teacher's
     validation score, scaled to [0, 1]. For two teachers the weights are 1 - u for the better one and u for the weaker
-    one (dynamic KD, arXiv 2109.11295, section 3.1). It needs no label. A single teacher has weight 1.
+    one (dynamic KD, arXiv 2109.11295). It needs no label. A single teacher has weight 1.
     """
 
     reads: str = "validation scores"
@@ -126,11 +126,17 @@ class ByStudentUncertainty:
         def weigh(student_logits: Tensor, teacher_logits: Tensor, _labels: Tensor, /) -> Tensor:
             if count == 1:
                 return torch.ones_like(teacher_logits[..., 0])
-            rank = torch.tensor(ranks, dtype=teacher_logits.dtype).to(teacher_logits.device)[:, None]
-            uncertainty = entropy(student_logits.to(teacher_logits.dtype)) / math.log(student_logits.shape[-1])
-            return ((1 - uncertainty) * rank + uncertainty * (1 - rank)) * 2 / count
+            logits = finest(student_logits)  # 1 - u of a new student is near 0
+            uncertainty = entropy(logits) / math.log(logits.shape[-1])
+            rank = torch.tensor(ranks, dtype=logits.dtype).to(logits.device)[:, None]
+            return (((1 - uncertainty) * rank + uncertainty * (1 - rank)) * 2 / count).to(teacher_logits.dtype)
 
         return weigh
+
+
+def finest(logits: Tensor) -> Tensor:
+    """In float64, for small differences of probabilities; in float32 on a device that has no float64 (Apple's)."""
+    return logits.float() if logits.device.type == "mps" else logits.double()
 
 
 def entropy(logits: Tensor) -> Tensor:
