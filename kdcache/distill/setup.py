@@ -23,7 +23,7 @@ from kdcache.students.score import selection_score
 from kdcache.teachers.fingerprints import fingerprint_tensors, lasting_config
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
     import torch
     from torch import Tensor
@@ -83,11 +83,11 @@ class Training:
             dims={pair: source.target_dim(*layer) for pair, layer in pairs(0).items()},
             variances=variances,
             seed=self.recipe.distill.seed,
-            scores=self._validation_scores,
-            unproject=self._unproject(pairs(0)),
+            scores=self.validation_scores,
+            unproject=self.unproject,
         )
 
-    def _validation_scores(self) -> tuple[float, ...]:
+    def validation_scores(self) -> tuple[float, ...]:
         """Of each teacher, from its logits, by ``distill.select_by``.
 
         Raises RecipeError where there is no labelled validation text, MismatchError where the cache lacks their logits.
@@ -103,13 +103,24 @@ class Training:
         select_by = self.recipe.distill.select_by
         return tuple(selection_score(scores(split.labels, own.numpy()), select_by) for own in logits)
 
-    def _unproject(self, pairs: Mapping[Pair, tuple[str, int]]) -> Callable[[Pair, Tensor], Tensor]:
+    def unproject(self, pair: Pair, stored: Tensor) -> Tensor:
+        """Targets ``[n, dim]`` of a layer pair as hidden states ``[n, width]``, by the basis of the teacher's layer.
+
+        For layer maps that do not change from epoch to epoch.
+        """
+        return self._projector(pair, stored.device).back(stored)
+
+    @functools.cached_property
+    def _projector(self) -> Callable[[Pair, torch.device], Projector]:
         @functools.cache
         def projector(pair: Pair, device: torch.device) -> Projector:
+            name = self.source.teachers[pair[0]]
+            layer = self.source.layer_map[name][pair[1] - 1]
             assert self.cache is not None
-            return Projector(leading(self.cache.basis(*pairs[pair]), self.source.target_dim(*pairs[pair])), device)
+            assert layer is not None
+            return Projector(leading(self.cache.basis(name, layer), self.source.target_dim(name, layer)), device)
 
-        return lambda pair, stored: projector(pair, stored.device).back(stored)
+        return projector
 
     def identity(self, model: DistillationModel) -> dict[str, Any]:
         """Everything that the weights depend on; the loop refuses a checkpoint with another identity.

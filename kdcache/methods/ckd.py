@@ -28,6 +28,7 @@ from torch import Tensor
 from kdcache.methods.base import Method, Needs, Owned, Pair, Scope, Setup, View, Weight
 from kdcache.methods.parts.features import at_least_float32, count_vectors
 from kdcache.methods.parts.hidden_states import active_targets, reduced
+from kdcache.methods.parts.layer_map import EVEN
 from kdcache.methods.parts.mixing import mean_probability
 from kdcache.methods.parts.soft_labels import SoftLabels
 from kdcache.methods.parts.task_loss import TaskLoss
@@ -202,5 +203,6 @@ METHOD = Method(
     "CKD (relations of words and layers)",
     "Park, Kim, Yang, EMNLP 2021, arXiv 2109.08359, section 3",
     terms=(TaskLoss(), SoftLabels(mixing=mean_probability), ContextualRelations()),
+    layer_map=EVEN,
     note="soft labels, and distances and angles between the words of a text and between the layers of a word",
 )

@@ -5,15 +5,19 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+from kdcache.distill.setup import prepare
 from kdcache.loading.targets import Hidden
 from kdcache.methods.base import Moment, StepCounts, View
 from kdcache.methods.ckd import ContextualRelations, relations
+from kdcache.progress import SilentProgress
 from kdcache.testing.method_contract import GoldenMethod, PlainStep, Vector, huber, mean, plain_setup, settings_of
 from kdcache.testing.steps import ROWS, loop_model, step_batch, step_loss
+from tests.conftest import TinyRun
 
 Group = dict[int, tuple[Vector, Vector]]  # place -> (student, teacher)
 
@@ -110,3 +114,20 @@ def test_equal_words_have_a_finite_gradient() -> None:
     batch.inputs["input_ids"][:] = 7
     _, _, gradients = step_loss(loop_model(settings_of("ckd")), batch)
     assert all(bool(gradient.isfinite().all()) and bool(gradient.abs().max() < 100) for gradient in gradients.values())
+
+
+def test_states_of_a_cache_are_mapped_back_by_the_basis_of_their_layer(tiny_run: TinyRun, tmp_path: Path) -> None:
+    recipe = tiny_run.recipe("distill.method=ckd", "distill.dropout=0.0")
+    training = prepare(recipe, tiny_run.cache, tmp_path, None, progress=SilentProgress())
+    assert training.cache is not None
+    for index, name in enumerate(training.source.teachers):
+        for student_layer, layer in enumerate(training.source.layer_map[name], start=1):
+            assert layer is not None
+            basis = training.cache.basis(name, layer)
+            assert basis.components is not None
+            assert basis.mean is not None
+            stored = torch.randn(3, len(basis.components))
+            expected = stored @ torch.from_numpy(basis.components) + torch.from_numpy(basis.mean)
+            assert torch.allclose(training.unproject((index, student_layer), stored), expected, atol=1e-5)
+    model, batch = training.model(), next(iter(training.source.batches(0)))
+    assert torch.isfinite(model(batch, model.counts([batch]))[0])
