@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from kdcache.cli.options import Json
 from kdcache.cli.output import out
@@ -18,21 +20,51 @@ _VECTORS = {  # of hidden states, by what a term needs
 }
 
 
-def methods(json: Json = False) -> None:  # noqa: ARG001  (its callback switches the output)
-    """List the distillation methods, where they come from, and what each needs of a cache.
+Name = Annotated[
+    str | None, typer.Argument(help="Show this method with its formula; all where not given.", show_default=False)
+]
+
+
+def methods(name: Name = None, json: Json = False) -> None:  # noqa: ARG001  (its callback switches the output)
+    """List the distillation methods, where they come from, and what each needs of a cache; or show one.
 
     Example: kdcache methods
 
+    Example: kdcache methods ca-mkd
+
     Example: kdcache methods --json
     """
-    from kdcache.methods.registry import all_methods
+    from kdcache.methods.registry import all_methods, find_method, method_text
 
+    if name is not None:
+        one, text = _described(find_method(name)), method_text(name)
+        out.document(one | {"text": text})
+        out.text(f"{one['title']} ({one['source']})")
+        out.text(f"Needs: {_needs(one)}. Compares: {_COMPARES[one['scope']]}.")
+        out.text()
+        for line in text.splitlines():
+            out.text(line)
+        return
     found = [_described(method) for method in all_methods()]
     out.document(found)
     columns = ("method", "title", "needs", "compares", "source")
     rows = [(each["name"], each["title"], _needs(each), _COMPARES[each["scope"]], each["source"]) for each in found]
     out.table(columns, rows)
-    out.hint("Choose one with: kdcache distill RECIPE --set distill.method=NAME")
+    out.hint("Show one with: kdcache methods NAME. Choose one with: kdcache distill RECIPE --set distill.method=NAME")
+
+
+def as_markdown() -> str:
+    """All methods for the documentation: a table, and each method's own text."""
+    from kdcache.methods.registry import all_methods, method_text
+
+    lines = ["| `distill.method` | in short | needs | compares | source |", "|---|---|---|---|---|"]
+    texts = []
+    for method in all_methods():
+        one = _described(method)
+        cells = (f"`{one['name']}`", one["note"], _needs(one), _COMPARES[one["scope"]], one["source"])
+        lines.append(f"| {' | '.join(cells)} |")
+        texts.append(f"#### {method.name}\n\n```text\n{method_text(method.name)}\n```\n")
+    return "\n".join([*lines, "", *texts])
 
 
 _COMPARES = {"row": "each row", "batch": "rows of a batch"}

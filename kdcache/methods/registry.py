@@ -63,6 +63,12 @@ def find_method(name: str) -> Method:
     return method
 
 
+def method_text(name: str) -> str:
+    """What the method's file says about it: its formula, and what differs from the publication."""
+    find_method(name)
+    return (importlib.import_module(f"kdcache.methods.{name.replace('-', '_')}").__doc__ or "").strip()
+
+
 def check_method(name: str) -> None:
     """Raise RecipeError where there is no method of that name, with the reason if a cache rules it out."""
     names = method_names()
