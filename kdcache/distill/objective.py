@@ -8,14 +8,27 @@ are used through ``kdcache.methods.base`` only; no method or term is known here 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from kdcache.errors import RecipeError
-from kdcache.methods.base import Direction, Method, Moment, Owned, Pair, Setup, StepCounts, Term, View, Weight
+from kdcache.methods.base import (
+    Direction,
+    Method,
+    Moment,
+    Owned,
+    Pair,
+    Setup,
+    StepCounts,
+    Term,
+    View,
+    Weight,
+    as_stored,
+    no_scores,
+)
 from kdcache.methods.parts.layer_map import EVEN, LAYER_MAPPINGS, LayerMapping
 from kdcache.methods.parts.weighting import teacher_weights
 from kdcache.methods.registry import find_method
@@ -39,6 +52,7 @@ class ObjectiveSettings:
     direction: Direction = "student-to-teacher"
     paper: bool = False  # plain sums over teachers and layers instead of balanced means
     layer_map: LayerMapping = EVEN
+    student_scores: Mapping[str, float] = field(default_factory=dict)  # teacher -> score of a student of it alone
 
     def weight(self, term: Term) -> float:
         """The weight of a term, from the recipe."""
@@ -77,6 +91,7 @@ def objective_settings(section: DistillSection) -> ObjectiveSettings:
         task, soft, hidden = section.weights.task, section.weights.soft, section.weights.hidden
         scale, direction = (section.temperature, section.t_squared), section.hidden_direction
         settings = ObjectiveSettings(method, *scale, task, soft, hidden, direction, layer_map=layer_map)
+    settings = replace(settings, student_scores=section.student_scores or {})
     across = [term.name for term in settings.terms if term.scope == "batch"]
     if across and section.accumulation > 1:
         raise RecipeError(
@@ -103,7 +118,8 @@ class DistillationModel(nn.Module):
     """Student and terms; ``forward`` gives the loss of a micro-batch and its terms.
 
     ``dims`` and ``variances`` map (teacher index, student layer) to a value, where indices follow ``teachers``.
-    ``variances`` are given per epoch, since a layer map may change between epochs.
+    ``variances`` are given per epoch, since a layer map may change between epochs. ``scores`` and
+    ``unproject`` are fields of ``Setup``.
     """
 
     def __init__(
@@ -115,6 +131,8 @@ class DistillationModel(nn.Module):
         dims: Mapping[Pair, int],
         variances: Callable[[int], Mapping[Pair, float]],
         seed: int = 0,
+        scores: Callable[[], tuple[float, ...]] = no_scores,
+        unproject: Callable[[Pair, Tensor], Tensor] = as_stored,
     ) -> None:
         super().__init__()
         self.student = student
@@ -130,7 +148,11 @@ class DistillationModel(nn.Module):
             direction=settings.direction,
             paper=settings.paper,
             seed=seed,
+            student_scores=settings.student_scores,
+            validation_scores=scores,
+            unproject=unproject,
         )
+        self._weighting, self._choice = settings.method.bound_weighting(setup), settings.method.bound_teachers(setup)
         self._terms = [(term, term.bind(setup)) for term in settings.terms]
         self.owned: dict[str, Owned] = {}
         for _, bound in self._terms:
@@ -178,10 +200,10 @@ class DistillationModel(nn.Module):
     ) -> View:
         """The input of the terms. The mean weight of each teacher is logged."""
         targets, teachers = batch.targets, len(self.teachers)
-        factors = self.settings.method.teachers(moment, teachers)
+        factors = self._choice(moment, teachers)
         weights = logits.new_ones(teachers, len(batch.labels))
         if targets is not None and any(term.weighted for term, _ in self._terms):
-            weights = teacher_weights(self.settings.method.weighting, logits, targets.logits, batch.labels)
+            weights = teacher_weights(self._weighting, logits, targets.logits, batch.labels)
             if any(factor != 1.0 for factor in factors):
                 weights = weights * torch.tensor(factors, dtype=weights.dtype).to(weights.device)[:, None]
             log |= {f"weight/{name}": row.sum() / counts.rows for name, row in zip(self.teachers, weights, strict=True)}

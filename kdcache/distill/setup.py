@@ -8,17 +8,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from kdcache.codecs.projection import Projector, leading
 from kdcache.data.encoding import tokenizer_fingerprint
 from kdcache.distill.objective import DistillationModel, ObjectiveSettings, objective_settings
 from kdcache.distill.target_source import open_source
 from kdcache.distill.teachers_at_hand import teachers_beside
+from kdcache.errors import RecipeError
 from kdcache.loading.cached import CachedBatches
 from kdcache.loading.data import SplitJoin, StudentData, join_counts, student_data
 from kdcache.progress import format_bytes
+from kdcache.report.metrics import scores
 from kdcache.students.build import build_student
+from kdcache.students.score import selection_score
 from kdcache.teachers.fingerprints import fingerprint_tensors, lasting_config
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import torch
+    from torch import Tensor
+
     from kdcache.cache.reader import Cache
     from kdcache.loading.targets import TargetSource
     from kdcache.methods.base import Pair
@@ -31,7 +40,7 @@ if TYPE_CHECKING:
 NEWER_KEYS = frozenset(
     (
         "student.tokenizer", "student.token_types", "student.padding", "student.config", "student.network",
-        "student.head", "labels", "distill.layer_map",
+        "student.head", "labels", "distill.layer_map", "distill.student_scores",
     )
 )  # fmt: skip
 
@@ -74,7 +83,44 @@ class Training:
             dims={pair: source.target_dim(*layer) for pair, layer in pairs(0).items()},
             variances=variances,
             seed=self.recipe.distill.seed,
+            scores=self.validation_scores,
+            unproject=self.unproject,
         )
+
+    def validation_scores(self) -> tuple[float, ...]:
+        """Of each teacher, from its logits, by ``distill.select_by``.
+
+        Raises RecipeError where there is no labelled validation text, MismatchError where the cache lacks their logits.
+        """
+        method, split = self.settings.method.name, self.data.splits.get("validation")
+        if split is None or not (split.labels >= 0).any():
+            raise RecipeError(
+                f"method '{method}' needs the teachers' validation scores, and the data have no labelled validation "
+                "texts",
+                "Give data.validation or data.validation_fraction, and dump its texts with kdcache dump-teachers.",
+            )
+        logits = self.source.logits_for("validation")
+        select_by = self.recipe.distill.select_by
+        return tuple(selection_score(scores(split.labels, own.numpy()), select_by) for own in logits)
+
+    def unproject(self, pair: Pair, stored: Tensor) -> Tensor:
+        """Targets ``[n, dim]`` of a layer pair as hidden states ``[n, width]``, by the basis of the teacher's layer.
+
+        For layer maps that do not change from epoch to epoch.
+        """
+        return self._projector(pair, stored.device).back(stored)
+
+    @functools.cached_property
+    def _projector(self) -> Callable[[Pair, torch.device], Projector]:
+        @functools.cache
+        def projector(pair: Pair, device: torch.device) -> Projector:
+            name = self.source.teachers[pair[0]]
+            layer = self.source.layer_map[name][pair[1] - 1]
+            assert self.cache is not None
+            assert layer is not None
+            return Projector(leading(self.cache.basis(name, layer), self.source.target_dim(name, layer)), device)
+
+        return projector
 
     def identity(self, model: DistillationModel) -> dict[str, Any]:
         """Everything that the weights depend on; the loop refuses a checkpoint with another identity.

@@ -16,8 +16,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
-from kdcache.methods.parts.schedule import Schedule, TeacherChoice, constant, every_teacher
-from kdcache.methods.parts.weighting import Weighting, one
+from kdcache.errors import RecipeError
+from kdcache.methods.parts.schedule import Schedule, TeacherChoice, TeacherRule, constant, every_teacher
+from kdcache.methods.parts.weighting import Weighting, WeightingRule, one
 
 if TYPE_CHECKING:
     import numpy as np
@@ -91,6 +92,19 @@ class StepCounts:
     vectors: Mapping[str, Mapping[Pair, int]] = field(default_factory=dict)
 
 
+def no_scores() -> tuple[float, ...]:
+    """In place of the teachers' validation scores where there are none."""
+    raise RecipeError(
+        "the method needs the teachers' validation scores, and there are none",
+        "Give data.validation, and dump its texts with kdcache dump-teachers.",
+    )
+
+
+def as_stored(_pair: Pair, stored: Tensor, /) -> Tensor:
+    """In place of a projection back to hidden states where nothing is projected."""
+    return stored
+
+
 @dataclass(frozen=True)
 class Setup:
     """What a term is bound to: student, targets, and the choices that the method leaves to the recipe.
@@ -105,6 +119,11 @@ class Setup:
         direction: The side of a layer pair that the learnable W is applied to.
         paper: Plain sums over teachers and layers instead of balanced means.
         seed: Of the initial values of W.
+        validation_scores: The score of each teacher on the validation texts, from its logits; higher is better. Raises
+            RecipeError or MismatchError where there is none. Computed when called.
+        student_scores: ``distill.student_scores``: teacher -> score of a student that was distilled from it alone.
+        unproject: Maps targets ``[n, dim]`` of a layer pair back to hidden states ``[n, width]`` of the teacher, as far
+            as the stored projection kept them.
     """
 
     teachers: tuple[str, ...]
@@ -116,6 +135,9 @@ class Setup:
     direction: Direction = "student-to-teacher"
     paper: bool = False
     seed: int = 0
+    validation_scores: Callable[[], tuple[float, ...]] = no_scores
+    student_scores: Mapping[str, float] = field(default_factory=dict)
+    unproject: Callable[[Pair, Tensor], Tensor] = as_stored
 
 
 @dataclass(frozen=True, eq=False)
@@ -212,9 +234,9 @@ class Method:
         title: Its name in results tables.
         source: Where it was published: paper, section, equation.
         terms: The parts of its loss.
-        weighting: The weight of each teacher on each row.
+        weighting: The weight of each teacher on each row; a rule is bound to the setup first.
         schedule: How the weight of a term changes over the training.
-        teachers: Which teachers count in a step.
+        teachers: Which teachers count in a step; a rule is bound to the setup first.
         layer_map: Which layers are paired; None leaves it to the recipe.
         note: One line for ``kdcache methods``.
     """
@@ -223,9 +245,9 @@ class Method:
     title: str
     source: str
     terms: tuple[Term, ...]
-    weighting: Weighting = one
+    weighting: Weighting | WeightingRule = one
     schedule: Schedule = constant
-    teachers: TeacherChoice = every_teacher
+    teachers: TeacherChoice | TeacherRule = every_teacher
     layer_map: LayerMapping | None = None
     note: str = ""
 
@@ -233,6 +255,20 @@ class Method:
     def uses_teachers(self) -> bool:
         """Whether any term needs a teacher."""
         return any(term.needs.teachers for term in self.terms)
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The facts about the teachers that its rules read, such as ``validation scores``."""
+        rules = [rule for rule in (self.weighting, self.teachers) if isinstance(rule, WeightingRule | TeacherRule)]
+        return tuple(dict.fromkeys(rule.reads for rule in rules))
+
+    def bound_weighting(self, setup: Setup) -> Weighting:
+        """The weighting for these teachers."""
+        return self.weighting.bind(setup) if isinstance(self.weighting, WeightingRule) else self.weighting
+
+    def bound_teachers(self, setup: Setup) -> TeacherChoice:
+        """The choice among these teachers."""
+        return self.teachers.bind(setup) if isinstance(self.teachers, TeacherRule) else self.teachers
 
     @property
     def scope(self) -> Scope:

@@ -20,12 +20,14 @@ from kdcache.methods.parts.hidden_states import (
     share_of_variance,
     squared_distance,
 )
-from kdcache.methods.parts.mixing import Mixing, each_teacher, mean_logit, mean_probability
+from kdcache.methods.parts.mixing import Mixing, each_teacher, majority_vote, mean_logit, mean_loss, mean_probability
 from kdcache.methods.parts.projections import HiddenProjections
 from kdcache.methods.parts.relations import angle_relation, cosine_relation, distance_relation
 from kdcache.methods.parts.soft_labels import (
+    Decoupled,
     DistillationLoss,
     SoftLoss,
+    hard_cross_entropy,
     kl_divergence,
     logit_squared_error,
     soft_cross_entropy,
@@ -34,13 +36,17 @@ from kdcache.methods.parts.soft_labels import (
 from kdcache.methods.parts.task_loss import task_loss
 from kdcache.methods.parts.weighting import (
     Weighting,
+    confidence,
     inverse_cross_entropy,
+    low_entropy,
     one,
+    softmax_of_errors,
     teacher_cross_entropy,
     teacher_weights,
 )
 
 __all__ = [
+    "Decoupled",
     "Direction",
     "DistillationLoss",
     "HiddenProjections",
@@ -50,14 +56,19 @@ __all__ = [
     "Weighting",
     "angle_relation",
     "balanced_mean",
+    "confidence",
     "cosine_distance",
     "cosine_relation",
     "distance_relation",
     "each_teacher",
+    "hard_cross_entropy",
     "inverse_cross_entropy",
     "kl_divergence",
     "logit_squared_error",
+    "low_entropy",
+    "majority_vote",
     "mean_logit",
+    "mean_loss",
     "mean_probability",
     "mean_squared_error",
     "one",
@@ -65,6 +76,7 @@ __all__ = [
     "share_of_variance",
     "soft_cross_entropy",
     "soft_losses",
+    "softmax_of_errors",
     "squared_distance",
     "task_loss",
     "teacher_cross_entropy",

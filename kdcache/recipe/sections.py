@@ -264,6 +264,9 @@ class DistillSection(OptimSection):
     teacher_layers: dict[str, list[Annotated[int, Field(ge=0)]]] | None = (
         None  # per teacher, one for each student layer; else even
     )
+    student_scores: dict[str, Annotated[float, Field(allow_inf_nan=False)]] | None = (
+        None  # teacher -> validation score of a student distilled from it alone; for methods that weigh teachers by it
+    )
     missing: Literal["error", "skip"] = "error"  # train rows whose text the cache lacks
     window: Positive | Literal["all"] = (
         8  # parts from which a batch is drawn; all: a uniform shuffle, starts when all are read

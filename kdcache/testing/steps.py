@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 ROWS, LENGTH, CLASSES, WIDTH = 6, 5, 3, 4
 TEACHERS = ("a", "b")
+SCORES = (0.8, 0.9)  # of the teachers, on validation
+STUDENT_SCORES = {"a": 0.7, "b": 0.6}  # of a student of each teacher alone
 PAIRS: dict[Pair, int] = {
     (0, 1): 4,
     (0, 2): 4,
@@ -77,15 +80,26 @@ def step_batch(pairs: Mapping[Pair, int] = PAIRS) -> Batch:
     return Batch(inputs, torch.tensor(LABELS), ids, Targets(TEACHERS, logits, hidden))
 
 
-def loop_model(settings: ObjectiveSettings, pairs: Mapping[Pair, int] = PAIRS) -> DistillationModel:
+def alone(batch: Batch) -> Batch:
+    """The same rows with the first teacher only."""
+    assert batch.targets is not None
+    hidden = {pair: target for pair, target in batch.targets.hidden.items() if pair[0] == 0}
+    return replace(batch, targets=Targets(TEACHERS[:1], batch.targets.logits[:1], hidden))
+
+
+def loop_model(
+    settings: ObjectiveSettings, pairs: Mapping[Pair, int] = PAIRS, *, teachers: Sequence[str] = TEACHERS
+) -> DistillationModel:
     """A ``LoopStudent`` with everything that the terms own in float64; random matrices where they start at zero."""
     student = cast("StudentModel", LoopStudent())
+    pairs = {pair: dim for pair, dim in pairs.items() if pair[0] < len(teachers)}
     model = DistillationModel(
         student,
         settings,
-        TEACHERS,
+        teachers,
         dims=pairs if settings.needs_hidden else {},
         variances=lambda _epoch: VARIANCES,
+        scores=lambda: SCORES[: len(teachers)],
     )
     generator = torch.Generator().manual_seed(6)
     for owned in model.owned.values():

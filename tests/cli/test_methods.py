@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from kdcache.cli.main import main
+from kdcache.cli.methods import as_markdown
 from kdcache.methods.registry import method_names
 
 
@@ -33,6 +34,33 @@ def test_methods_are_listed_with_what_they_need(capsys: pytest.CaptureFixture[st
     said = capsys.readouterr().out
     assert "labels, logits, hidden states (as stored)" in said
     assert "arXiv 2106.01023" in said
+
+
+def test_one_method_is_shown_with_its_formula(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("methods", "best-teacher") == 0
+    said = capsys.readouterr().out
+    assert "Needs: labels, logits, validation scores." in said
+    assert "L = L_task + CE(softmax(z_b/T), softmax(z_s/T))" in said
+    assert call("methods", "ca-mkd", "--json") == 0
+    document = json.loads(capsys.readouterr().out)
+    assert (document["name"], document["hidden_states"], document["teacher_facts"]) == ("ca-mkd", ["stored"], [])
+    assert call("methods", "ca-mdk") == 2
+    assert "'ca-mkd'" in capsys.readouterr().err
+
+
+def test_the_page_of_methods_has_every_method_once() -> None:
+    page = as_markdown()
+    for name in method_names():
+        assert page.count(f"| `{name}` |") == page.count(f"#### {name}\n") == 1
+    rows = [line for line in page.splitlines() if line.startswith("|")]
+    assert all(line.count(" | ") == 4 for line in rows if "---" not in line)
+
+
+def test_what_cannot_be_cached_is_a_mistake_of_the_recipe(
+    review_recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call("pipelines", "validate", str(review_recipe), "--set", "distill.method=theseus") == 2
+    assert "method 'theseus' cannot learn from a cache: it runs the student's blocks" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", [("pipelines", "validate"), ("distill",), ("run",)])

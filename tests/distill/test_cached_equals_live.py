@@ -18,8 +18,10 @@ from kdcache.recipe import Recipe
 from kdcache.training.best_epoch import BestEpoch
 from tests.conftest import TinyRun
 
+# Correlations with the outputs of a new student, which hardly vary from row to row, amplify rounding from step to step.
+AMPLIFIES_ROUNDING = ("dist",)
 CASES = [
-    *(([f"distill.method={name}"]) for name in method_names()),
+    *([f"distill.method={name}"] for name in method_names() if name not in AMPLIFIES_ROUNDING),
     ["distill.paper=true"],
     ["distill.temperature=2.0", 'distill.teachers=["xlm", "roberta"]'],
     ["distill.accumulation=2"],
@@ -49,12 +51,36 @@ def losses(recipe: Recipe, run: TinyRun, cache: Path, live: bool, place: Path) -
 
 @pytest.mark.parametrize("overrides", CASES, ids=[" ".join(case) for case in CASES])
 def test_loss_terms_agree_in_every_step(tiny_run: TinyRun, tmp_path: Path, overrides: list[str]) -> None:
-    recipe = tiny_run.recipe(*overrides, "distill.dropout=0.0")
+    recipe = tiny_run.recipe(
+        *overrides, "distill.dropout=0.0", "distill.student_scores={bert=0.8, roberta=0.7, xlm=0.75}"
+    )
     cached = list(losses(recipe, tiny_run, tiny_run.exact, False, tmp_path))
     live = list(losses(recipe, tiny_run, tiny_run.exact, True, tmp_path))
     assert len(cached) == (6 if "distill.method=fine-tune" in overrides else 8)
     for step, (ours, theirs) in enumerate(zip(cached, live, strict=True)):
         assert ours == pytest.approx(theirs, rel=1e-5), step
+
+
+@pytest.mark.parametrize("name", AMPLIFIES_ROUNDING)
+def test_loss_terms_and_gradients_agree_at_equal_weights(tiny_run: TinyRun, tmp_path: Path, name: str) -> None:
+    recipe = tiny_run.recipe(f"distill.method={name}", "distill.dropout=0.0")
+    cached = prepare(recipe, tiny_run.exact, tmp_path, None, progress=SilentProgress())
+    live = prepare(recipe, tiny_run.exact, tmp_path, tiny_run.teachers, progress=SilentProgress())
+    model, steps = cached.model().train(), 0
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    for step, batches in enumerate(zip(cached.source.batches(0), live.source.batches(0), strict=True)):
+        found = []
+        for batch in batches:
+            model.zero_grad()
+            loss, terms = model(batch, model.counts([batch]), Moment(step, 8))
+            loss.backward()
+            gradients = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+            found.append(({"loss": loss.item()} | {key: value.item() for key, value in terms.items()}, gradients))
+        assert found[0][0] == pytest.approx(found[1][0], rel=1e-5), step
+        assert (found[0][1] - found[1][1]).norm() <= 1e-3 * found[1][1].norm()
+        optimizer.step()
+        steps += 1
+    assert steps == 8
 
 
 def test_projected_and_quantised_targets_stay_close(tiny_run: TinyRun, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from kdcache.distill.objective import objective_settings
 from kdcache.errors import RecipeError
-from kdcache.methods.registry import all_methods, find_method, method_names
+from kdcache.methods.registry import _NOT_CACHED, all_methods, find_method, method_names
 from kdcache.recipe import DistillSection, WeightsSection
 
 
@@ -19,7 +19,7 @@ def test_known_methods_are_found_by_name() -> None:
 
 def test_unknown_method_names_the_known_ones() -> None:
     with pytest.raises(
-        RecipeError, match=r"no distillation method 'mt_bert'; there are: .*fine-tune, kd, mt-bert"
+        RecipeError, match=f"no distillation method 'mt_bert'; there are: {', '.join(method_names())}$"
     ) as caught:
         find_method("mt_bert")
     assert "'mt-bert'" in caught.value.hint
@@ -56,3 +56,25 @@ def test_default_is_balanced_with_the_weights_of_the_recipe() -> None:
 def test_only_what_has_a_weight_is_read(method: str, weights: dict[str, float], logits: bool, hidden: bool) -> None:
     settings = objective_settings(DistillSection(method=method, weights=WeightsSection(**weights)))
     assert (settings.needs_logits, settings.needs_hidden) == (logits, hidden)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("theseus", "runs the student's blocks between the teacher's"),
+        ("gkd", "texts that the student generates"),
+        ("dml", "trained together with the student"),
+        ("metadistil", "trains the teacher on the student's progress"),
+        ("minilm", "attention"),
+    ],
+)
+def test_what_cannot_be_cached_is_refused_with_the_reason(name: str, reason: str) -> None:
+    with pytest.raises(RecipeError, match=f"method '{name}' cannot learn from a cache: .*{reason}") as caught:
+        find_method(name)
+    assert caught.value.exit_code == 2
+    assert "mt-bert" in caught.value.hint
+    assert "\n" not in str(caught.value)
+
+
+def test_no_method_is_refused_and_registered_at_once() -> None:
+    assert not set(_NOT_CACHED) & set(method_names())

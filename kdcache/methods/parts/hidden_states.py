@@ -169,10 +169,10 @@ class BoundHiddenStates:
             losses[pair] = self._term.distance.loss(student, teacher, token_weights=weights, count=counts[pair])
         if self._by_variance:
             losses = share_of_variance(losses, self._setup.variances(view.moment.epoch))
-        return _reduced(losses, self._term.name, self._setup, view, log)
+        return reduced(losses, self._term.name, self._setup, view, log)
 
     def _sides(self, view: View) -> Iterator[tuple[Pair, Tensor, Tensor, Tensor | None]]:
-        targets = _active(view)
+        targets = active_targets(view)
         if (
             self._term.feature in ("stored", "tokens") and not self._term.normalised
         ):  # one matrix product for all teachers
@@ -255,7 +255,7 @@ class BoundHiddenRelations:
 
     def __call__(self, view: View, log: dict[str, Tensor], /) -> Tensor:
         losses: dict[Pair, Tensor] = {}
-        for pair, target in _active(view).items():
+        for pair, target in active_targets(view).items():
             vectors = select_vectors(target, view.student_hidden[pair[1]], view.attention_mask, self._term.feature)
             student, teacher = (at_least_float32(side) for side in vectors[:2])
             if self._term.normalised:
@@ -264,7 +264,7 @@ class BoundHiddenRelations:
             with torch.autocast(student.device.type, enabled=False):  # differences of close vectors need float32
                 parts = [factor * relation(student, teacher, valid) for factor, relation in self._term.relations]
             losses[pair] = torch.stack(parts).sum()
-        return _reduced(losses, self._term.name, self._setup, view, log)
+        return reduced(losses, self._term.name, self._setup, view, log)
 
 
 def _check_widths(setup: Setup) -> None:
@@ -277,7 +277,7 @@ def _check_widths(setup: Setup) -> None:
             )
 
 
-def _active(view: View) -> dict[Pair, Hidden]:
+def active_targets(view: View) -> dict[Pair, Hidden]:
     """The targets of the teachers that take part in this step."""
     return {pair: target for pair, target in view.hidden_targets.items() if view.factors[pair[0]] > 0}
 
@@ -292,7 +292,7 @@ def _counts(batch: Batch, feature: Feature) -> dict[Pair, int]:
     return {pair: known[id(target.positions)] for pair, target in targets.items()}
 
 
-def _reduced(losses: Mapping[Pair, Tensor], name: str, setup: Setup, view: View, log: dict[str, Tensor]) -> Tensor:
+def reduced(losses: Mapping[Pair, Tensor], name: str, setup: Setup, view: View, log: dict[str, Tensor]) -> Tensor:
     """The reduction over teachers and layers, with each teacher's factor."""
     log |= {f"{name}/{setup.teachers[teacher]}/{layer}": loss for (teacher, layer), loss in sorted(losses.items())}
     if any(factor not in (0.0, 1.0) for factor in view.factors):

@@ -7,14 +7,16 @@ raw outputs of numpy's bit generators are used: numpy guarantees those streams f
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 
+from kdcache.errors import RecipeError
+
 if TYPE_CHECKING:
-    from kdcache.methods.base import Moment
+    from kdcache.methods.base import Moment, Setup
 
 
 class Schedule(Protocol):
@@ -27,6 +29,22 @@ class TeacherChoice(Protocol):
     """s_i(t): the factors of ``count`` teachers in a step; 0 leaves a teacher out. At least one is above 0."""
 
     def __call__(self, moment: Moment, count: int, /) -> tuple[float, ...]: ...
+
+
+@runtime_checkable
+class TeacherRule(Protocol):
+    """A choice of teachers that depends on facts about them; bound once, before the first step.
+
+    Attributes:
+        reads: The facts, for ``kdcache methods``.
+    """
+
+    @property
+    def reads(self) -> str: ...
+
+    def bind(self, setup: Setup, /) -> TeacherChoice:
+        """The choice among the teachers of ``setup``. Raises RecipeError where a fact is missing."""
+        ...
 
 
 def constant(_term: str, _moment: Moment, /) -> float:
@@ -69,6 +87,22 @@ class Annealed:
         return first + (last - first) * moment.share
 
 
+@dataclass(frozen=True)
+class Staircase:
+    """A factor that rises to 1 in equal steps: 1/steps, 2/steps, …, 1 (Annealing-KD, arXiv 2104.07163).
+
+    Attributes:
+        steps: How many values it takes, each for an equal share of the time until ``end``.
+        end: The share of the training after which it stays at 1.
+    """
+
+    steps: int
+    end: float = 1.0
+
+    def __call__(self, moment: Moment, /) -> float:
+        return min(int(moment.share / self.end * self.steps) + 1, self.steps) / self.steps
+
+
 def every_teacher(_moment: Moment, count: int, /) -> tuple[float, ...]:
     """All teachers in every step."""
     return (1.0,) * count
@@ -98,6 +132,59 @@ class DroppedTeachers:
     def __call__(self, moment: Moment, count: int, /) -> tuple[float, ...]:
         kept = _uniform(moment, count) >= self.rate
         return tuple(kept.astype(float).tolist()) if kept.any() else (1.0,) * count
+
+
+@dataclass(frozen=True)
+class BestTeacher:
+    """The teacher with the best validation score, in every step. Of equal ones it is the first."""
+
+    reads: str = "validation scores"
+
+    def bind(self, setup: Setup, /) -> TeacherChoice:
+        """Fixed for the training."""
+        scores = setup.validation_scores()
+        best = tuple(float(index == int(np.argmax(scores))) for index in range(len(scores)))
+        return lambda _moment, _count: best
+
+
+@dataclass(frozen=True)
+class SampledByTeacherRank:
+    """One teacher per step; its probability is the rank of its validation score (SKDBERT, teacher-rank)."""
+
+    reads: str = "validation scores"
+
+    def bind(self, setup: Setup, /) -> TeacherChoice:
+        """With probabilities of the ranks."""
+        return SampledTeacher(rank_shares(setup.validation_scores()))
+
+
+@dataclass(frozen=True)
+class SampledByStudentRank:
+    """One teacher per step; its probability is the rank of ``distill.student_scores`` (SKDBERT, student-rank)."""
+
+    reads: str = "distill.student_scores"
+
+    def bind(self, setup: Setup, /) -> TeacherChoice:
+        """With probabilities of the ranks. Raises RecipeError where a teacher has no score."""
+        missing = [name for name in setup.teachers if name not in setup.student_scores]
+        if missing:
+            raise RecipeError(
+                f"distill.student_scores has no score for teacher '{missing[0]}'; the method needs one for each of: "
+                f"{', '.join(setup.teachers)}",
+                "Distil one student from each teacher alone (distill.teachers = [NAME]), and give their validation "
+                "scores as distill.student_scores = {NAME = 0.87, ...}.",
+            )
+        return SampledTeacher(rank_shares([setup.student_scores[name] for name in setup.teachers]))
+
+
+def rank_shares(scores: Sequence[float]) -> tuple[float, ...]:
+    """Shares that sum to 1 and are proportional to the ranks of the scores: 1 for the lowest, N for the highest.
+
+    Equal scores share the mean of their ranks, so the order of the teachers does not matter.
+    """
+    values = np.asarray(scores, np.float64)
+    ranks = [float(np.mean([np.sum(values < value) + 1, np.sum(values <= value)])) for value in values]
+    return tuple(rank / sum(ranks) for rank in ranks)
 
 
 def _uniform(moment: Moment, count: int) -> np.ndarray:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdcache.methods.base import Needs, Owned, Pair, Scope, Setup, View, Weight
+from kdcache.methods.base import Moment, Needs, Owned, Pair, Scope, Setup, View, Weight
 from kdcache.methods.parts.mixing import Mixing, each_teacher
 from kdcache.methods.parts.weighting import Weighting, inverse_cross_entropy, teacher_weights
 
@@ -61,6 +62,61 @@ def logit_squared_error(
 ) -> Tensor:
     """Mean over the classes of (z_s - z_i)²; the temperature is not used. Shapes as in ``soft_cross_entropy``."""
     return (student_logits - target_logits).square().mean(dim=-1)
+
+
+def hard_cross_entropy(
+    student_logits: Tensor, target_logits: Tensor, _temperature: float, _labels: Tensor | None = None, /
+) -> Tensor:
+    """CE(argmax z_i, z_s): the target's most probable class as a label; the temperature is not used."""
+    targets, classes = target_logits.argmax(dim=-1), student_logits.shape[-1]
+    losses = F.cross_entropy(
+        student_logits.expand(len(targets), -1, -1).reshape(-1, classes), targets.flatten(), reduction="none"
+    )
+    return losses.reshape(targets.shape)
+
+
+@dataclass(frozen=True)
+class Decoupled:
+    """alpha * TCKD + beta * NCKD (decoupled KD, arXiv 2203.08679, section 3).
+
+    TCKD is the KL divergence between the probabilities of the target class and of all others together. NCKD is the KL
+    divergence within the other classes. KL = TCKD + (1 - p) * NCKD, where p is the target's probability of its class.
+
+    The target class is the gold label; on rows without one it is the target's most probable class. With two classes
+    there is only one other class, and NCKD is 0.
+    """
+
+    alpha: float = 1.0
+    beta: float = 8.0
+
+    def __call__(
+        self, student_logits: Tensor, target_logits: Tensor, temperature: float, labels: Tensor | None = None, /
+    ) -> Tensor:
+        """A loss ``[targets, batch]``; shapes as in ``soft_cross_entropy``."""
+        predicted = target_logits.argmax(dim=-1)
+        classes = predicted if labels is None else torch.where(labels >= 0, labels, predicted)
+        is_target = F.one_hot(classes, target_logits.shape[-1]).bool()
+        teacher = F.log_softmax(target_logits / temperature, dim=-1)
+        student = F.log_softmax(student_logits / temperature, dim=-1).expand_as(teacher)
+        binary = _divergence(_two_way(teacher, is_target), _two_way(student, is_target))
+        others = _divergence(_among_others(teacher, is_target), _among_others(student, is_target))
+        return self.alpha * binary + self.beta * others
+
+
+def _two_way(log_probabilities: Tensor, is_target: Tensor) -> Tensor:
+    """Logs of (probability of the target class, probability of all others), ``[..., 2]``."""
+    sides = (log_probabilities.masked_fill(~chosen, -torch.inf).logsumexp(dim=-1) for chosen in (is_target, ~is_target))
+    return torch.stack(list(sides), dim=-1)
+
+
+def _among_others(log_probabilities: Tensor, is_target: Tensor) -> Tensor:
+    """Logs of the probabilities within the other classes; 0 for the target class, which adds 0 to a divergence."""
+    return F.log_softmax(log_probabilities.masked_fill(is_target, -torch.inf), dim=-1).masked_fill(is_target, 0.0)
+
+
+def _divergence(target: Tensor, student: Tensor) -> Tensor:
+    """KL of log-probabilities."""
+    return (target.exp() * (target - student)).sum(dim=-1)
 
 
 def soft_losses(
@@ -137,10 +193,19 @@ class DistillationLoss(nn.Module):
 
 @dataclass(frozen=True)
 class SoftLabels:
-    """The term: the teachers' soft labels, mixed and weighted; temperature and T² come from the recipe."""
+    """The term: the teachers' soft labels, mixed and weighted; temperature and T² come from the recipe.
+
+    Attributes:
+        loss: D.
+        mixing: M.
+        target_scale: The teachers' logits are multiplied by it; None leaves them as they are.
+        reads_labels: Whether ``loss`` uses gold labels.
+    """
 
     loss: SoftLoss = soft_cross_entropy
     mixing: Mixing = each_teacher
+    target_scale: Callable[[Moment], float] | None = None
+    reads_labels: bool = False
     name: str = "soft"
     weight: Weight = "soft"
     scope: Scope = "row"
@@ -148,7 +213,7 @@ class SoftLabels:
 
     @property
     def needs(self) -> Needs:
-        return Needs(logits=True)
+        return Needs(logits=True, labels=self.reads_labels)
 
     def bind(self, setup: Setup, /) -> BoundSoftLabels:
         """With temperature and T² of the setup."""
@@ -167,9 +232,10 @@ class BoundSoftLabels:
         return {}
 
     def __call__(self, view: View, log: dict[str, Tensor], /) -> Tensor:
+        scale = self._term.target_scale
         losses = soft_losses(
             view.student_logits,
-            view.teacher_logits,
+            view.teacher_logits if scale is None else scale(view.moment) * view.teacher_logits,
             view.weights,
             temperature=self._setup.temperature,
             t_squared=self._setup.t_squared,
