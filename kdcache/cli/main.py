@@ -25,6 +25,7 @@ from kdcache.cli import (
     report,
     run,
     share,
+    sweep,
 )
 from kdcache.cli.guard import guarded
 from kdcache.cli.output import out
@@ -56,6 +57,7 @@ _add(app, "plan", plan.plan)
 _add(app, "dump-teachers", dump.dump_teachers)
 _add(app, "audit", audit.audit)
 _add(app, "distill", distill.distill)
+_add(app, "sweep", sweep.sweep)
 _add(app, "run", run.run)
 _add(app, "evaluate", evaluate.evaluate)
 _add(app, "report", report.report)
