@@ -11,7 +11,7 @@ from pydantic_core import PydanticCustomError
 
 from kdcache.errors import MismatchError, RecipeError
 from kdcache.progress import listed
-from kdcache.recipe.sweep import SweepSection
+from kdcache.recipe.sweep import SweepSection  # noqa: TC001 - pydantic reads annotations at run time
 
 DATA_FILE_ENDINGS = (".tsv", ".csv", ".jsonl", ".ndjson", ".parquet")
 

@@ -101,7 +101,7 @@ def _across(values: Sequence[Any]) -> tuple[list[float], dict[float, str]]:
 
 
 def _axes(title: str, low: float, high: float, ticks: Mapping[float, str]) -> str:
-    texts = [
+    texts: list[tuple[float, float, str, str]] = [
         (_LEFT, 16, "start", title),
         (_LEFT - 4, _up(high, low, high) + 4, "end", f"{high:.4f}"),
         (_LEFT - 4, _up(low, low, high) + 4, "end", f"{low:.4f}"),

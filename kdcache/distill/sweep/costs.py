@@ -62,7 +62,7 @@ def cost_document(
 
 
 def texts_read(metrics: Path, batch_size: int) -> int:
-    """Texts that a training read, from the number of its last logged step; a smaller last batch counts as a full one."""
+    """Texts that a training read, by the number of its last logged step. A smaller last batch counts as a full one."""
     try:
         with metrics.open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL))
