@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -264,17 +265,19 @@ def sleep_and_write(path: Path) -> None:
     time.sleep(60)
 
 
+def two_sleepers(places: list[Path]) -> None:
+    run_all(places, Worker(sleep_and_write, explain), jobs=2, threads=1, done=lambda *_: None)
+
+
 def test_processes_end_with_the_one_that_started_them(tmp_path: Path) -> None:
     places = [tmp_path / "a", tmp_path / "b"]
-    parent = os.fork()
-    if parent == 0:
-        run_all(places, Worker(sleep_and_write, explain), jobs=2, threads=1, done=lambda *_: None)
-        os._exit(0)
+    parent = multiprocessing.get_context("spawn").Process(target=two_sleepers, args=(places,))
+    parent.start()
     deadline = time.monotonic() + 60
     while not all(place.exists() and place.read_text() for place in places) and time.monotonic() < deadline:
         time.sleep(0.02)
-    os.kill(parent, signal.SIGKILL)
-    os.waitpid(parent, 0)
+    parent.kill()
+    parent.join()
     for place in places:
         while Path(f"/proc/{place.read_text()}").exists() and time.monotonic() < deadline:
             time.sleep(0.02)

@@ -29,6 +29,7 @@ from kdcache.distill.sweep.search import Trial, check_sampler, propose, score_of
 from kdcache.errors import DamageError, RecipeError
 from kdcache.files import make_directory, remove_file, replace_file
 from kdcache.locks import exclusive
+from kdcache.methods.registry import check_method
 from kdcache.report.page import read_results
 from kdcache.report.sweep import CellResults, sweep_document
 from kdcache.report.sweep_page import sweep_page
@@ -93,9 +94,14 @@ def sweep(job: SweepJob, *, train: bool = True) -> dict[str, Any]:
             f"a sweep chooses on validation, and recipe '{job.recipe.name}' has none",
             "Set data.validation, or data.validation_fraction = 0.1.",
         )
+    cells = resolve_cells(section.settings(), job.load, job.identity)
+    methods = [cell.recipe.distill.method for cell in cells]
     if section.search is not None:
         check_sampler(section.search)
-    cells = resolve_cells(section.settings(), job.load, job.identity)
+        proposed = section.search.space.get("distill.method", [])
+        methods += proposed if isinstance(proposed, list) else []
+    for method in dict.fromkeys(methods):
+        check_method(method)
     if not train:
         return _compared(job, *_all_cells(job, cells, lambda _: None))
     make_directory(job.run.sweep)
