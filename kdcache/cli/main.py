@@ -10,6 +10,7 @@ import typer
 from kdcache import __version__
 from kdcache.cli import (
     audit,
+    augment,
     cache,
     cofinetune,
     diff,
@@ -53,6 +54,7 @@ def _add(group: typer.Typer, name: str, command: Callable[..., None]) -> None:
 
 
 _add(app, "cofinetune", cofinetune.cofinetune)
+_add(app, "augment", augment.augment)
 _add(app, "plan", plan.plan)
 _add(app, "dump-teachers", dump.dump_teachers)
 _add(app, "audit", audit.audit)
