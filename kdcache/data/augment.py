@@ -1,8 +1,8 @@
 """More texts without labels, made by rules from the texts of a task: masking, n-gram sampling, joining, and replacement
 of words by a masked language model.
 
-The rules are those of Tang et al. (arXiv 1903.12136, section 3.4) and of TinyBERT (arXiv 1909.10351, appendix A). The
-teachers label the new texts, so a rule need not keep the label. A new text is a function of the seed, of its parent and
+The rules are those of Tang et al. (arXiv 1903.12136, data augmentation) and of TinyBERT (arXiv 1909.10351, appendix A).
+The teachers label the new texts, so a rule need not keep the label. A new text is a function of the seed, of its parent and
 of the number of the pass over the parents: asking for more rows gives the same rows and then more.
 
 A text of validation or test is never a parent, and a new text never equals one, nor one of train: texts are compared
