@@ -2,8 +2,8 @@
 of words by a masked language model.
 
 The rules are those of Tang et al. (arXiv 1903.12136, data augmentation) and of TinyBERT (arXiv 1909.10351, appendix A).
-The teachers label the new texts, so a rule need not keep the label. A new text is a function of the seed, of its parent and
-of the number of the pass over the parents: asking for more rows gives the same rows and then more.
+The teachers label the new texts, so a rule need not keep the label. A new text is a function of the seed, of its parent
+and of the number of the pass over the parents: asking for more rows gives the same rows and then more.
 
 A text of validation or test is never a parent, and a new text never equals one, nor one of train: texts are compared
 without case and white space.

@@ -42,7 +42,7 @@ def main() -> int:
     import_all()
     recipe, cache = (options.recipe, options.cache) if options.recipe else tiny_task(options.output / "task")
     settings = [f'sweep.grid={{"distill.learning_rate"={RATES[: options.cells]}}}']
-    settings += [f"sweep.seeds={list(range(options.seeds))}", "distill.checkpoint_steps=3"]
+    settings += [f"sweep.seeds={list(range(options.seeds))}", "sweep.select_by=loss", "distill.checkpoint_steps=3"]
     whole, cut = options.output / "whole", options.output / "killed"
     statuses = [run(recipe, cache, whole, settings, "end")]
     students = options.cells * options.seeds
