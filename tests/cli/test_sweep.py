@@ -123,6 +123,23 @@ def test_cells_with_caches_of_their_own(tiny_run: TinyRun, tmp_path: Path) -> No
     assert "there is no directory 'not/there'" in missing.err
 
 
+def test_a_cache_on_the_remote_is_one_version_during_the_whole_sweep(
+    tiny_run: TinyRun, swept: tuple[Path, Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "remote").mkdir()
+    monkeypatch.setenv("KDCACHE_REMOTE", str(tmp_path / "remote"))
+    pushed = kdcache("cache", "push", tiny_run.cache, "--name", "reviews-3t")
+    assert pushed.code == 0, pushed.err
+    (tmp_path / "runs" / "reviews").mkdir(parents=True)
+    (tmp_path / "runs" / "reviews" / "teachers").symlink_to(tiny_run.teachers)
+    said = call(tiny_run, tmp_path / "runs", "sweep.cells=[{}]", "sweep.seeds=[0]", flags=("--cache", "reviews-3t"))
+    assert said.code == 0, said.err
+    (cell,) = said.document["cells"]
+    same = next(other for other in swept[1].document["cells"] if other["cell"] == cell["cell"])
+    assert cell["scores"]["0"] == same["scores"]["0"]
+    assert said.document["cost"]["teacher_rates"].keys() == {"bert", "roberta", "xlm"}
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
