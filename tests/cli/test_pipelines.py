@@ -48,6 +48,19 @@ def test_the_ablations_are_those_of_the_paper_on_the_recipe_of_sst2() -> None:
     assert f"# Costs:  {len(cells) * len(recipe.sweep.seeds)} students" in path.read_text()
 
 
+@pytest.mark.parametrize(
+    ("grid", "message"),
+    [
+        ('{"distill.methods"=["kd"]}', "unknown key 'distill.methods'"),
+        ('{"distill.method"=["kd", "nd"]}', "no distillation method 'nd'"),
+    ],
+)
+def test_validate_checks_the_cells_of_a_sweep(grid: str, message: str) -> None:
+    said = kdcache("pipelines", "validate", pipelines.folder() / "sst2.toml", "--set", f"sweep.grid={grid}")
+    assert said.code == 2
+    assert message in said.err
+
+
 def test_cp_and_validate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert kdcache("pipelines", "cp", "sst2").out == "sst2.toml\n"
