@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -77,7 +78,10 @@ def augment(
     )
     words = {"words": mlm_words, "candidates": mlm_candidates}
     made = make_file(job.recipe.data, chosen, target, mlm=mlm, mlm_words=words, replace=replace, progress=job.progress)
-    report = made.report()
+    _show(made.report(), rows, target)
+
+
+def _show(report: Mapping[str, Any], rows: int, target: Path) -> None:
     out.document(report)
     out.text(str(target))
     shown = ", ".join(f"{count:,} {reason}" for reason, count in report["rejected"].items()) or "none rejected"

@@ -68,7 +68,6 @@ def sweep(
     from kdcache.distill.sweep.stage import SweepJob
     from kdcache.distill.sweep.stage import sweep as run_sweep
     from kdcache.recipe import load_recipe
-    from kdcache.report.sweep import sweep_lines, sweep_table
 
     job = open_job(recipe, settings, output_dir)
     job.recipe.require_student()
@@ -86,14 +85,20 @@ def sweep(
         threads=threads,
     )
     document = run_sweep(work, train=not show)
+    _show(document)
+    if not show:
+        out.note(f"page: {job.run.sweep / 'sweep.html'}")
+    _end(document, show=show)
+
+
+def _show(document: Mapping[str, Any]) -> None:
+    from kdcache.report.sweep import sweep_lines, sweep_table
+
     out.document(document)
     out.table(*sweep_table(document))
     out.text()
     for line in sweep_lines(document):
         out.text(line)
-    if not show:
-        out.note(f"page: {job.run.sweep / 'sweep.html'}")
-    _end(document, show=show)
 
 
 @dataclass(frozen=True)
