@@ -6,6 +6,7 @@
       metrics.jsonl   every logged loss          student/     the student, loadable by transformers
       results.json    scores                     baseline/    the same student without teachers (a run directory itself)
       report.html     the page of the run        checkpoints/ from which an interrupted stage continues
+      sweep/          the students of a sweep, each a run directory itself; sweep.json, sweep.html
 
 A stage record is written when the stage is finished. It holds, by key, everything the result depends on: the values of
 recipe keys and the sha256 of every local file they name. If the record equals the current inputs, the stage is skipped;
@@ -17,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
 
 Stage = Literal["teachers", "cache", "student", "baseline"]
 _LONGEST_VALUE = 200  # characters of a value in a message
+_SWEEP = "sweep"
+_OF_A_SWEEP = re.compile(r"[0-9a-f]{12}-s[0-9]+")  # the directory of a student: digest of its settings, seed
 Inputs = dict[str, str]  # recipe key or file path -> JSON value or sha256
 
 
@@ -63,6 +67,20 @@ class RunDirectory:
     @property
     def baseline(self) -> RunDirectory:
         return RunDirectory(self.root / "baseline")
+
+    @property
+    def sweep(self) -> Path:
+        return self.root / _SWEEP
+
+    def of_sweep(self, digest: str, seed: int) -> RunDirectory:
+        """The directory of one student of the sweep; ``digest`` as ``student_digest`` gives it."""
+        return RunDirectory(self.sweep / f"{digest[:12]}-s{seed}")
+
+    @property
+    def whole(self) -> RunDirectory:
+        """The run that this one belongs to: for a student of a sweep that of the recipe, else the run itself."""
+        in_sweep = self.root.parent.name == _SWEEP and _OF_A_SWEEP.fullmatch(self.root.name)
+        return RunDirectory(self.root.parent.parent) if in_sweep else self
 
     @property
     def checkpoints(self) -> Path:
@@ -192,6 +210,16 @@ def stage_inputs(recipe: Recipe, stage: Stage, *, upstream: str = "") -> Inputs:
         "baseline": {"data": labelled, "student": document["student"], "distill": optimisation},
     }
     return dict(_flatten(parts[stage])) | ({"upstream": upstream} if upstream else {})
+
+
+def student_digest(recipe: Recipe, *, upstream: str = "") -> str:
+    """Hex sha256 of what a student depends on, whatever its seed.
+
+    As ``stage_inputs``, without keys that have their default: a key that a later version adds changes no digest.
+    """
+    document = recipe.model_dump(mode="json", exclude_defaults=True, include={"data", "student", "distill"})
+    document.get("distill", {}).pop("seed", None)
+    return digest(dict(_flatten(document)) | {"upstream": upstream})
 
 
 def file_identity(path: Path) -> str:

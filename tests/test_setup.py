@@ -53,7 +53,8 @@ def test_every_dependency_is_pinned_and_within_its_bounds() -> None:
         if line and not line.startswith("#"):
             name, version = line.split("==")
             pins[_plain(name)] = version
-    named = [*project["project"]["dependencies"], *project["project"]["optional-dependencies"]["hub"]]
+    extras = project["project"]["optional-dependencies"].values()
+    named = [*project["project"]["dependencies"], *(entry for extra in extras for entry in extra)]
     named += [entry for group in project["dependency-groups"].values() for entry in group]
     for requirement in named:
         match = re.match(r"([A-Za-z0-9-]+)(>=|==)([\d.]+)", requirement)

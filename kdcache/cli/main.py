@@ -10,6 +10,7 @@ import typer
 from kdcache import __version__
 from kdcache.cli import (
     audit,
+    augment,
     cache,
     cofinetune,
     diff,
@@ -25,6 +26,7 @@ from kdcache.cli import (
     report,
     run,
     share,
+    sweep,
 )
 from kdcache.cli.guard import guarded
 from kdcache.cli.output import out
@@ -52,10 +54,12 @@ def _add(group: typer.Typer, name: str, command: Callable[..., None]) -> None:
 
 
 _add(app, "cofinetune", cofinetune.cofinetune)
+_add(app, "augment", augment.augment)
 _add(app, "plan", plan.plan)
 _add(app, "dump-teachers", dump.dump_teachers)
 _add(app, "audit", audit.audit)
 _add(app, "distill", distill.distill)
+_add(app, "sweep", sweep.sweep)
 _add(app, "run", run.run)
 _add(app, "evaluate", evaluate.evaluate)
 _add(app, "report", report.report)

@@ -56,15 +56,19 @@ def cp(
 
 
 def validate(recipe: RecipeFile, settings: Settings = None, json: Json = False) -> None:  # noqa: ARG001
-    """Check a pipeline file: every key, every value, every override, the name of the method.
+    """Check a pipeline file: every key, every value, every override, the name of the method, the cells of a sweep.
 
     Example: kdcache pipelines validate sst2.toml --set distill.seed=1
     """
     from kdcache.methods.registry import check_method
     from kdcache.recipe import load_recipe
+    from kdcache.recipe.sweep import CACHE
 
     loaded = load_recipe(recipe, settings)
     check_method(loaded.distill.method)
+    for cell in loaded.sweep.settings() if loaded.sweep else ():
+        changed = {key: value for key, value in cell.items() if key != CACHE}
+        check_method(load_recipe(recipe, settings, changed).distill.method)
     teachers = [teacher.name for teacher in loaded.teachers]
     out.document({"valid": True, "name": loaded.name, "teachers": teachers, "recipe": loaded.model_dump(mode="json")})
     out.text(

@@ -1,6 +1,7 @@
 """The pipeline file: TOML read into strict pydantic models.
 
     sections.py   the sections and keys, their types and defaults
+    sweep.py      the section of a sweep, and the keys that may vary in one
     loading.py    file and ``--set`` overrides to a Recipe with absolute paths, back to TOML, and error messages
 
 Unknown keys are errors that name the nearest key. Paths in a recipe are relative to its file; they are made absolute
@@ -24,6 +25,7 @@ from kdcache.recipe.sections import (
     TeacherSection,
     WeightsSection,
 )
+from kdcache.recipe.sweep import SearchSection, SweepSection
 
 __all__ = [
     "DATA_FILE_ENDINGS",
@@ -36,8 +38,10 @@ __all__ = [
     "Precision",
     "Projection",
     "Recipe",
+    "SearchSection",
     "StoredDtype",
     "StudentSection",
+    "SweepSection",
     "TeacherSection",
     "WeightsSection",
     "dump_toml",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin
 
@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 S = TypeVar("S", bound=pydantic.BaseModel)
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] | None = None) -> Recipe:
+def load_recipe(
+    path: str | Path, overrides: Sequence[str] | None = None, values: Mapping[str, Any] | None = None
+) -> Recipe:
     """Read a TOML recipe, apply ``section.key=value`` overrides, check it, make paths absolute.
 
     Paths are relative to the recipe or, if nothing exists there, to the working directory (for overrides).
@@ -34,6 +36,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] | None = None) -> Rec
     Args:
         path: The recipe file.
         overrides: ``section.key=value`` each, as for ``--set``.
+        values: more overrides, applied last: dotted key to value.
 
     Returns:
         The checked recipe.
@@ -45,6 +48,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] | None = None) -> Rec
     document = _read(path)
     for override in overrides or []:
         _apply_override(document, override)
+    for key, value in (values or {}).items():
+        _set_value(document, [step.strip() for step in key.split(".")], value, f"{key}={_shown(value)}")
     try:
         recipe = Recipe.model_validate(document, strict=True)
     except pydantic.ValidationError as error:
@@ -86,11 +91,16 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _apply_override(document: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
-    *sections, last = [step.strip() for step in key.split(".")]
-    if not equals or not last or not all(sections):
+    steps = [step.strip() for step in key.split(".")]
+    if not equals or not all(steps):
         raise RecipeError(
             f"override '{override}' is not of the form section.key=value", "Example: --set distill.seed=1"
         )
+    _set_value(document, steps, _override_value(text), override)
+
+
+def _set_value(document: dict[str, Any], steps: Sequence[str], value: Any, override: str) -> None:
+    *sections, last = steps
     table = document
     while sections:
         section = sections.pop(0)
@@ -100,7 +110,7 @@ def _apply_override(document: dict[str, Any], override: str) -> None:
         table = table.setdefault(section, {})
         if not isinstance(table, dict):
             raise RecipeError(f"override '{override}': '{section}' is a value, not a section", "Set the value itself.")
-    table[last] = _override_value(text)
+    table[last] = value
 
 
 def _override_value(text: str) -> Any:

@@ -11,6 +11,7 @@ from pydantic_core import PydanticCustomError
 
 from kdcache.errors import MismatchError, RecipeError
 from kdcache.progress import listed
+from kdcache.recipe.sweep import SweepSection  # noqa: TC001 - pydantic reads annotations at run time
 
 DATA_FILE_ENDINGS = (".tsv", ".csv", ".jsonl", ".ndjson", ".parquet")
 
@@ -286,6 +287,7 @@ class Recipe(_Section):
     dump: DumpSection = DumpSection()
     student: StudentSection | None = None
     distill: DistillSection = DistillSection()
+    sweep: SweepSection | None = None
 
     @model_validator(mode="after")
     def _teachers_can_be_told_apart(self) -> Recipe:

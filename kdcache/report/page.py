@@ -67,8 +67,13 @@ def page(run: RunDirectory, results: Mapping[str, Any], baseline: Mapping[str, A
     parts += ["<h2>Stages</h2>", _stages(run)]
     if run.recipe_file.exists():
         parts += ["<h2>Recipe</h2>", f"<pre>{html.escape(run.recipe_file.read_text(encoding='utf-8'))}</pre>"]
+    return whole_page(run.root.resolve().name, parts)
+
+
+def whole_page(title: str, parts: Sequence[str]) -> str:
+    """A self-contained HTML document of these parts; the title is escaped here, the parts are HTML."""
     meta = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-    head = f"{meta}<title>{name}</title><style>{_STYLE}</style>"
+    head = f"{meta}<title>{html.escape(title)}</title><style>{_STYLE}</style>"
     return f'<!doctype html><html lang="en"><head>{head}</head><body>\n' + "\n".join(parts) + "\n</body></html>\n"
 
 

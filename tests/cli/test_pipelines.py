@@ -11,7 +11,7 @@ from kdcache.cli import pipelines
 from kdcache.recipe import load_recipe
 from tests.cli.commands import kdcache
 
-NAMES = ["mind", "quickstart", "rte", "sst2"]
+NAMES = ["mind", "quickstart", "rte", "sst2-ablations", "sst2"]
 
 
 def test_ls() -> None:
@@ -30,6 +30,35 @@ def test_every_pipeline_is_valid_and_says_what_it_does_needs_costs_and_reached(n
     comments = "\n".join(line for line in path.read_text().splitlines() if line.startswith("#")).lower()
     for word in ("does", "needs", "costs", "reached"):
         assert word in comments
+
+
+def test_the_ablations_are_those_of_the_paper_on_the_recipe_of_sst2() -> None:
+    path = pipelines.folder() / "sst2-ablations.toml"
+    recipe, plain = load_recipe(path), load_recipe(pipelines.folder() / "sst2.toml")
+    assert recipe.sweep is not None
+    same = ("data", "teachers", "cofinetune", "dump", "student", "distill")
+    assert all(getattr(recipe, section) == getattr(plain, section) for section in same)
+    cells = [load_recipe(path, [], cell).distill for cell in recipe.sweep.settings()]
+    assert [cells[0].method, cells[1]] == ["fine-tune", plain.distill]
+    losses = [(cell.weights.task, cell.weights.soft, cell.weights.hidden) for cell in cells]
+    assert losses[2:5] == [(0, 1, 0.1), (1, 0, 0.1), (1, 1, 0)]
+    teachers = [tuple(cell.teachers) for cell in cells if cell.teachers is not None]
+    assert [len(names) for names in teachers] == [1, 1, 1, 2, 2, 2]
+    assert len(set(teachers)) == 6
+    assert f"# Costs:  {len(cells) * len(recipe.sweep.seeds)} students" in path.read_text()
+
+
+@pytest.mark.parametrize(
+    ("grid", "message"),
+    [
+        ('{"distill.methods"=["kd"]}', "unknown key 'distill.methods'"),
+        ('{"distill.method"=["kd", "nd"]}', "no distillation method 'nd'"),
+    ],
+)
+def test_validate_checks_the_cells_of_a_sweep(grid: str, message: str) -> None:
+    said = kdcache("pipelines", "validate", pipelines.folder() / "sst2.toml", "--set", f"sweep.grid={grid}")
+    assert said.code == 2
+    assert message in said.err
 
 
 def test_cp_and_validate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

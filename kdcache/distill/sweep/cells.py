@@ -1,0 +1,75 @@
+"""The cells of a sweep as recipes, and the students of a cell: one per seed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kdcache.recipe import Recipe
+from kdcache.recipe.sweep import CACHE, Cell
+from kdcache.runs import RunDirectory, student_digest
+
+LoadRecipe = Callable[[Mapping[str, Any]], Recipe]  # the recipe with these keys changed
+CacheIdentity = Callable[[str | None], str]  # of a cache as a cell names it; None: the cache of the sweep
+
+
+@dataclass(frozen=True)
+class SweepCell:
+    """One choice of settings. ``recipe`` has them; its seed counts for nothing."""
+
+    digest: str
+    recipe: Recipe
+    cache: str | None  # as the cell names it; None: the cache of the sweep
+
+    @property
+    def name(self) -> str:
+        """Short, for tables; the beginning of its students' directories."""
+        return self.digest[:12]
+
+
+@dataclass(frozen=True)
+class SweepStudent:
+    """A student to train: a cell with a seed. Sent to other processes."""
+
+    recipe: Recipe
+    run: RunDirectory
+    cache: str | None
+
+    @property
+    def name(self) -> str:
+        return self.run.root.name
+
+
+def resolve_cells(settings: Iterable[Cell], load: LoadRecipe, identity: CacheIdentity) -> list[SweepCell]:
+    """The cells in their order, each once. Raises RecipeError for a key or value that no recipe may have."""
+    found: dict[str, SweepCell] = {}
+    for given in settings:
+        cache = given.get(CACHE)
+        recipe = load({key: value for key, value in given.items() if key != CACHE})
+        recipe = recipe.model_copy(update={"sweep": None})
+        digest = student_digest(recipe, upstream=identity(cache))
+        found.setdefault(digest, SweepCell(digest, recipe, cache))
+    return list(found.values())
+
+
+def students_of(cells: Sequence[SweepCell], seeds: Sequence[int], run: RunDirectory) -> list[SweepStudent]:
+    """The students of these cells, seed by seed, so that every cell has a first result early."""
+    return [student(cell, seed, run) for seed in seeds for cell in cells]
+
+
+def student(cell: SweepCell, seed: int, run: RunDirectory) -> SweepStudent:
+    """One student of a cell, in its directory under ``run``."""
+    section = cell.recipe.distill.model_copy(update={"seed": seed})
+    recipe = cell.recipe.model_copy(update={"distill": section})
+    return SweepStudent(recipe, run.of_sweep(cell.digest, seed), cell.cache)
+
+
+def value_of(cell: SweepCell, key: str) -> Any:
+    """What the cell has for a dotted key, its default included; None if it is not set."""
+    if key == CACHE:
+        return cell.cache
+    value: Any = cell.recipe.model_dump(mode="json")
+    for step in key.split("."):
+        value = value.get(step) if isinstance(value, Mapping) else None
+    return value

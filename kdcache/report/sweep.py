@@ -1,0 +1,215 @@
+"""The table of a sweep: each cell's mean and spread over seeds, and its paired difference from the baseline.
+
+Cells are compared on validation. Test scores appear for the chosen cell and the baseline alone: a reader who sees them
+for every cell would choose by them. Everything here is plain data, read from ``results.json``; times are kept apart
+from scores, because they differ from run to run.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from kdcache.progress import format_seconds
+from kdcache.report.intervals import paired_difference, spread
+
+SPLIT = "validation"
+_LONGEST = 40  # characters of a value in a table
+Results = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class CellResults:
+    """A cell, and what its students reached."""
+
+    name: str
+    settings: Mapping[str, Any]  # swept key -> value
+    results: Mapping[int, Results]  # seed -> results.json
+    failures: Mapping[int, str] = field(default_factory=dict)  # seed -> message
+    proposed: bool = False  # by a search
+
+    def scores(self, metric: str, split: str = SPLIT) -> dict[int, float]:
+        """Scores by seed."""
+        found = {seed: result["scores"].get(split, {}).get(metric) for seed, result in self.results.items()}
+        return {seed: float(score) for seed, score in sorted(found.items()) if score is not None}
+
+
+def sweep_document(
+    name: str,
+    cells: Sequence[CellResults],
+    *,
+    seeds: Sequence[int],
+    metric: str,
+    baseline: str,
+    cost: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The contents of sweep.json.
+
+    Args:
+        name: of the recipe.
+        cells: in the order of the recipe.
+        seeds: that each cell is trained with.
+        metric: what cells are chosen by, on validation.
+        baseline: name of the cell that the others are compared with.
+        cost: from ``cost_document``.
+    """
+    base = next(cell for cell in cells if cell.name == baseline)
+    whole = [cell for cell in cells if len(cell.scores(metric)) == len(seeds)]
+    sign = -1 if metric == "loss" else 1
+    best = max(whole, key=lambda cell: sign * statistics.fmean(cell.scores(metric).values()), default=None)
+    teacher = _best_teacher(cells, metric, sign)
+    shown = [cell for cell in (best, base) if cell is not None and cell.scores(metric, "test")]
+    return {
+        "format": 1,
+        "name": name,
+        "metric": metric,
+        "split": SPLIT,
+        "seeds": list(seeds),
+        "interval": "95 %, Student's t over seeds, paired by seed",
+        "baseline": baseline,
+        "chosen": None if best is None else best.name,
+        "best_teacher": teacher,
+        "cells": [
+            {
+                "cell": cell.name,
+                "settings": dict(cell.settings),
+                "proposed": cell.proposed,
+                "scores": {str(seed): score for seed, score in cell.scores(metric).items()},
+                **_compared(cell, base, teacher, metric, SPLIT),
+                "failed": {str(seed): message for seed, message in sorted(cell.failures.items())},
+            }
+            for cell in cells
+        ],
+        "test": {cell.name: _compared(cell, base, teacher, metric, "test") for cell in shown},
+        "cost": dict(cost),
+    }
+
+
+def _compared(
+    cell: CellResults, base: CellResults, teacher: Mapping[str, Any] | None, metric: str, split: str
+) -> dict[str, Any]:
+    ours, theirs = cell.scores(metric, split), base.scores(metric, split)
+    difference = None if cell is base else paired_difference(ours, theirs)
+    return {
+        "seeds": len(ours),
+        "mean": statistics.fmean(ours.values()) if ours else None,
+        "spread": spread(list(ours.values())),
+        "difference": None if difference is None else asdict(difference),
+        "gap_closed": _gap_closed(ours, theirs, base, None if teacher is None else teacher.get(split)),
+    }
+
+
+def _gap_closed(
+    ours: Mapping[int, float], theirs: Mapping[int, float], base: CellResults, teacher: float | None
+) -> float | None:
+    """(student - alone) / (best teacher - alone), where the baseline is the student alone."""
+    alone = {result["method"] for result in base.results.values()} == {"fine-tune"}
+    seeds = sorted(ours.keys() & theirs.keys())
+    if not alone or not seeds or teacher is None:
+        return None
+    start = statistics.fmean(theirs[seed] for seed in seeds)
+    return None if teacher == start else (statistics.fmean(ours[seed] for seed in seeds) - start) / (teacher - start)
+
+
+def _best_teacher(cells: Sequence[CellResults], metric: str, sign: int) -> dict[str, Any] | None:
+    """The teacher with the best validation score of all that a student of the sweep had."""
+    found: list[dict[str, Any]] = []
+    for cell in cells:
+        for result in cell.results.values():
+            for name, entry in result.get("teachers", {}).items():
+                scores = entry.get("scores", {})
+                score = {split: scores.get(split, {}).get(metric) for split in (SPLIT, "test")}
+                if score[SPLIT] is not None:
+                    found.append({"name": name, **score})
+    return max(found, key=lambda teacher: sign * float(teacher[SPLIT]), default=None)
+
+
+def sweep_table(document: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
+    """(columns, rows) of the cells; keys that do not vary are left out."""
+    cells = document["cells"]
+    keys = varying_keys(document)
+    gap = any(cell["gap_closed"] is not None for cell in cells)
+    columns = ["cell", *(key.removeprefix("distill.") for key in keys), "seeds", "mean", "spread", "difference", "95 %"]
+    rows = []
+    for cell in cells:
+        mark = "*" if cell["cell"] == document["chosen"] else ""
+        settings = [short(cell["settings"].get(key)) for key in keys]
+        numbers = [cell["seeds"], _score(cell["mean"]), _score(cell["spread"]), *_difference(cell)]
+        closed = [_score(cell["gap_closed"], 2)] if gap else []
+        rows.append([cell["cell"] + mark, *settings, *numbers, *closed])
+    return [*columns, *(["gap closed"] if gap else [])], rows
+
+
+def varying_keys(document: Mapping[str, Any]) -> list[str]:
+    """The swept keys with more than one value."""
+    keys = dict.fromkeys(key for cell in document["cells"] for key in cell["settings"])
+    return [key for key in keys if len({repr(cell["settings"].get(key)) for cell in document["cells"]}) > 1]
+
+
+def sweep_lines(document: Mapping[str, Any]) -> list[str]:
+    """What the table says: the chosen cell, its test score, failures, and the cost."""
+    cells = {cell["cell"]: cell for cell in document["cells"]}
+    lines = [
+        f"{document['metric']} on {document['split']}; difference from {document['baseline']} by seed, with a "
+        f"confidence interval over {len(document['seeds'])} seeds (t). It does not include the error of the rows."
+    ]
+    chosen = cells.get(document["chosen"] or "")
+    if chosen is not None:
+        settings = ", ".join(f"{key} = {short(chosen['settings'].get(key))}" for key in varying_keys(document))
+        lines.append(f"Chosen on {document['split']} (*): {chosen['cell']}{f' ({settings})' if settings else ''}.")
+    for name, test in document["test"].items():
+        role = "the chosen cell" if name == document["chosen"] else "the baseline"
+        difference, interval = _difference(test)
+        compared = f"; difference {difference} ({interval})" if difference else ""
+        closed = "" if test["gap_closed"] is None else f"; {test['gap_closed']:.2f} of the gap to the best teacher"
+        lines.append(f"Test {document['metric']} of {role}: {_mean(test)}{compared}{closed}.")
+    failed = [(cell, seed, text) for cell in cells.values() for seed, text in cell["failed"].items()]
+    lines += [f"Failed: {cell['cell']}, seed {seed}: {text}" for cell, seed, text in failed]
+    return [*lines, *cost_lines(document["cost"])]
+
+
+def cost_lines(cost: Mapping[str, Any]) -> list[str]:
+    """What the students took, and what they would have taken with live teachers."""
+    students = cost.get("students", 0)
+    if not students:
+        return []
+    lines = [
+        f"Cost: {students} students in {format_seconds(cost['seconds'])} of training processes, "
+        f"{format_seconds(cost['seconds'] / students)} each."
+    ]
+    if cost.get("live_seconds") is not None:
+        rates = ", ".join(f"{name} {rate:.3g}/s" for name, rate in cost["teacher_rates"].items())
+        lines.append(
+            f"Live teachers would have read {cost['live_texts']:,} texts: {format_seconds(cost['live_seconds'])} more, "
+            f"{format_seconds(cost['live_seconds'] / students)} for each student, at the rates of the dump ({rates}); "
+            f"the dump took {format_seconds(cost['dump_seconds'])} once."
+        )
+    return lines
+
+
+def short(value: Any) -> str:
+    """A value for a table; a path is its last part."""
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:g}"
+    text = value.rstrip("/").rpartition("/")[2] if isinstance(value, str) else str(value)
+    return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
+
+
+def _difference(cell: Mapping[str, Any]) -> tuple[str, str]:
+    found = cell["difference"]
+    if found is None:
+        return "", ""
+    interval = "" if found["low"] is None else f"{found['low']:+.4f} to {found['high']:+.4f}"
+    return f"{found['mean']:+.4f}", interval
+
+
+def _mean(cell: Mapping[str, Any]) -> str:
+    return _score(cell["mean"]) + ("" if cell["spread"] is None else f" ± {cell['spread']:.4f}")
+
+
+def _score(value: float | None, digits: int = 4) -> str:
+    return "" if value is None else f"{value:.{digits}f}"

@@ -1,0 +1,151 @@
+"""The table of a sweep: means, paired differences with intervals, the choice on validation, the page."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kdcache.report.intervals import paired_difference, spread, t_quantile, t_within
+from kdcache.report.sweep import CellResults, sweep_document, sweep_lines, sweep_table
+from kdcache.report.sweep_page import sweep_page
+
+
+def result(validation: float, test: float, method: str = "kd", teacher: float = 0.9) -> dict[str, Any]:
+    scores = {"validation": {"accuracy": validation, "loss": -validation}, "test": {"accuracy": test, "loss": -test}}
+    own = {"validation": {"accuracy": teacher, "loss": 1.0}, "test": {"accuracy": teacher - 0.01, "loss": 1.0}}
+    return {"scores": scores, "method": method, "teachers": {"mpnet": {"scores": own}}}
+
+
+def cell(name: str, scores: dict[int, tuple[float, float]], method: str = "kd", **settings: Any) -> CellResults:
+    return CellResults(name, settings, {seed: result(*pair, method=method) for seed, pair in scores.items()})
+
+
+ALONE = cell("alone", {0: (0.80, 0.70), 1: (0.82, 0.71)}, "fine-tune", hidden=None)
+BETTER = cell("better", {0: (0.85, 0.76), 1: (0.87, 0.75)}, hidden=0.1)
+LUCKY_ON_TEST = cell("lucky", {0: (0.84, 0.99), 1: (0.86, 0.99)}, hidden=1.0)
+
+
+def document(*cells: CellResults, metric: str = "accuracy", **changes: Any) -> dict[str, Any]:
+    values: dict[str, Any] = {"seeds": [0, 1], "baseline": cells[0].name, "cost": {}} | changes
+    return sweep_document("made-up", cells, metric=metric, **values)
+
+
+@pytest.mark.parametrize(
+    ("freedom", "expected"), [(1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (9, 2.262), (10, 2.228), (29, 2.045)]
+)
+def test_quantiles_are_those_of_the_printed_tables(freedom: int, expected: float) -> None:
+    assert round(t_quantile(0.95, freedom), 3) == expected
+
+
+@pytest.mark.parametrize("freedom", [1, 2, 3, 6, 11])
+def test_the_distribution_is_the_integral_of_its_density(freedom: int) -> None:
+    def density(t: float) -> float:
+        factor = math.gamma((freedom + 1) / 2) / (math.sqrt(freedom * math.pi) * math.gamma(freedom / 2))
+        return factor * (1 + t * t / freedom) ** (-(freedom + 1) / 2)
+
+    for t in (0.3, 1.7, 4.0):
+        steps = 4000
+        whole = sum(density(-t + (number + 0.5) * 2 * t / steps) for number in range(steps)) * 2 * t / steps
+        assert t_within(t, freedom) == pytest.approx(whole, abs=1e-6)
+
+
+SCORES = st.dictionaries(st.integers(0, 9), st.floats(0, 1), min_size=1, max_size=6)
+
+
+@given(SCORES, SCORES)
+def test_differences_are_paired_by_seed(ours: dict[int, float], theirs: dict[int, float]) -> None:
+    found = paired_difference(ours, theirs)
+    common = [seed for seed in range(10) if seed in ours and seed in theirs]
+    if not common:
+        assert found is None
+        return
+    pairs = [ours[seed] - theirs[seed] for seed in common]
+    assert found is not None
+    assert found.seeds == len(common)
+    assert found.mean == pytest.approx(sum(pairs) / len(pairs))
+    if len(common) == 1:
+        assert (found.low, found.high) == (None, None)
+        return
+    assert found.low is not None
+    assert found.high is not None
+    half = t_quantile(0.95, len(pairs) - 1) * statistics.stdev(pairs) / len(pairs) ** 0.5
+    assert (found.low, found.high) == (pytest.approx(found.mean - half), pytest.approx(found.mean + half))
+
+
+def test_a_single_value_has_no_spread() -> None:
+    assert spread([0.5]) is None
+    assert spread([0.5, 0.7]) == pytest.approx(statistics.stdev([0.5, 0.7]))
+
+
+def test_the_choice_is_made_on_validation_and_test_is_shown_for_it_and_the_baseline_alone() -> None:
+    made = document(ALONE, BETTER, LUCKY_ON_TEST)
+    assert (made["chosen"], made["baseline"]) == ("better", "alone")
+    assert set(made["test"]) == {"better", "alone"}
+    assert made["test"]["better"]["mean"] == pytest.approx(0.755)
+    everything = [*itertools.chain(*sweep_table(made)[1]), *sweep_lines(made), sweep_page(made), str(made)]
+    assert not [shown for shown in everything if "0.99" in str(shown)]
+
+
+def test_a_smaller_loss_is_the_better_one() -> None:
+    assert document(ALONE, BETTER, metric="loss")["chosen"] == "better"
+
+
+def test_a_cell_that_lacks_a_seed_is_not_chosen() -> None:
+    half = cell("half", {0: (0.99, 0.99)}, hidden=0.3)
+    made = document(ALONE, BETTER, half)
+    assert made["chosen"] == "better"
+    assert made["cells"][2]["seeds"] == 1
+    assert made["cells"][2]["difference"] == {"mean": pytest.approx(0.19), "low": None, "high": None, "seeds": 1}
+
+
+def test_the_gap_is_measured_from_the_student_alone_to_the_best_teacher() -> None:
+    made = document(ALONE, BETTER)
+    assert made["best_teacher"] == {"name": "mpnet", "validation": 0.9, "test": pytest.approx(0.89)}
+    assert made["cells"][1]["gap_closed"] == pytest.approx((0.86 - 0.81) / (0.9 - 0.81))
+    assert made["test"]["better"]["gap_closed"] == pytest.approx((0.755 - 0.705) / (0.89 - 0.705))
+    assert made["cells"][0]["gap_closed"] == 0
+    assert document(BETTER, LUCKY_ON_TEST)["cells"][1]["gap_closed"] is None  # the baseline is not the student alone
+
+
+def test_failures_are_named_and_empty_cells_have_no_score() -> None:
+    broken = CellResults("broken", {"hidden": 7}, {}, {0: "no such layer", 1: "no such layer"})
+    made = document(ALONE, broken)
+    assert made["cells"][1]["mean"] is None
+    assert made["cells"][1]["failed"] == {"0": "no such layer", "1": "no such layer"}
+    assert "Failed: broken, seed 0: no such layer" in sweep_lines(made)
+    nothing = document(broken)
+    assert (nothing["chosen"], nothing["test"], nothing["best_teacher"]) == (None, {}, None)
+    assert sweep_table(nothing)[1]
+    assert "<h1>" in sweep_page(nothing)
+
+
+def test_columns_are_the_keys_that_vary() -> None:
+    cells = [
+        cell("a", {0: (0.8, 0.7)}, **{"distill.method": "kd", "distill.epochs": 3}),
+        cell("b", {0: (0.9, 0.7)}, **{"distill.method": "mt-bert", "distill.epochs": 3}),
+    ]
+    columns, rows = sweep_table(document(*cells, seeds=[0]))
+    assert columns == ["cell", "method", "seeds", "mean", "spread", "difference", "95 %"]
+    assert rows[1] == ["b*", "mt-bert", 1, "0.9000", "", "+0.1000", ""]
+
+
+def test_the_page_holds_the_table_and_a_plot_for_each_key_and_nothing_from_outside() -> None:
+    cells = [
+        cell(f"c{number}", {0: (score, 0.7), 1: (score, 0.7)}, **{"distill.weights.hidden": hidden, "student.x": name})
+        for number, (score, hidden, name) in enumerate([(0.8, 0.001, "<a>"), (0.9, 1.0, "<a>"), (0.85, 0.1, "b&c")])
+    ]
+    page = sweep_page(document(*cells))
+    assert page.count("<svg") == 2
+    assert page.count("<circle") == 6
+    assert "&lt;a&gt;" in page
+    assert "<a>" not in page
+    assert "http" not in page
+    places = {float(piece.split('"')[0]) for piece in page.split("distill.weights.hidden</h2>")[1].split('cx="')[1:4]}
+    low, middle, high = sorted(places)
+    assert (middle - low) / (high - low) == pytest.approx(2 / 3, abs=0.01)  # 0.1 between 0.001 and 1, logarithmic
