@@ -120,9 +120,19 @@ class TeacherSection(_Section):
     revision: str | None = None
     trust_remote_code: bool = False  # run the Python code that comes with the model
     max_length: Positive | None = None  # data.max_length where not given
+    learning_rate: AboveZero | None = None  # of its co-finetuning; cofinetune.learning_rate where not given
     layers: LayerNumbers | None = None  # dump.layers where not given
     per_layer: PerLayer = {}  # wins over dump.per_layer
     licence: str = ""
+
+    @model_validator(mode="after")
+    def _own_heads_are_not_trained(self) -> TeacherSection:
+        if self.head == "own" and self.learning_rate is not None:
+            raise ValueError(
+                f"learning_rate = {self.learning_rate} has no effect on teacher '{self.name}': head = \"own\" is not "
+                "trained; remove one of them"
+            )
+        return self
 
 
 class OptimSection(_Section):
