@@ -88,15 +88,32 @@ def learned_nothing(scores: Mapping[str, float], rows: int) -> bool:
 
 
 def remarks(results: Mapping[str, Any], baseline: Mapping[str, Any] | None = None) -> list[str]:
-    """One sentence for each model that learned nothing, which its accuracy alone does not show."""
+    """One sentence for each model that learned nothing, which its accuracy alone does not show, and for each teacher
+    that is worse than the student without teachers.
+    """
     split = "test" if "test" in results.get("scores", {}) else "validation"
     rows = int(results.get("labelled_rows", results.get("rows", {})).get(split, 0))
-    return [
+    nothing = [
         f"The {row.model} learned nothing that {rows} rows of {split} show: its Matthews correlation is "
         f"{row.scores[split]['matthews']:.3f}, and one answer for every row has 0. More epochs or another learning "
         "rate may help."
         for row in result_rows(results, baseline)
         if learned_nothing(row.scores.get(split, {}), rows)
+    ]
+    return nothing if baseline is None else [*nothing, *weak_teachers(results, baseline)]
+
+
+def weak_teachers(results: Mapping[str, Any], baseline: Mapping[str, Any]) -> list[str]:
+    """One sentence for each teacher with a lower accuracy than the student without teachers, on validation if any."""
+    alone = baseline.get("scores", {})
+    split = "validation" if "validation" in alone else "test"
+    bar = alone.get(split, {}).get("accuracy", math.nan)
+    return [
+        f"Teacher {name} has a lower {split} accuracy ({score:.3f}) than the student without teachers ({bar:.3f}): it "
+        "may lower the student's score. kdcache weigh CACHE says whether it helps beside the others; a learning_rate "
+        "of its own in [[teachers]] may make it better."
+        for name, entry in results.get("teachers", {}).items()
+        if (score := entry.get("scores", {}).get(split, {}).get("accuracy", math.nan)) < bar
     ]
 
 
