@@ -25,6 +25,7 @@ from kdcache.cli import (
     report,
     run,
     share,
+    weigh,
 )
 from kdcache.cli.guard import guarded
 from kdcache.cli.output import out
@@ -55,6 +56,7 @@ _add(app, "cofinetune", cofinetune.cofinetune)
 _add(app, "plan", plan.plan)
 _add(app, "dump-teachers", dump.dump_teachers)
 _add(app, "audit", audit.audit)
+_add(app, "weigh", weigh.weigh)
 _add(app, "distill", distill.distill)
 _add(app, "run", run.run)
 _add(app, "evaluate", evaluate.evaluate)
