@@ -1,4 +1,4 @@
-"""Weights and temperatures of teachers, fitted to labelled rows: the mixture of their soft labels of highest likelihood.
+"""Weights and temperatures of teachers, fitted to labelled rows by the likelihood of the mixture of their soft labels.
 
     p(c | x) = sum over teachers i of w_i softmax(z_i / T_i)[c],    w on the simplex
 
@@ -59,7 +59,7 @@ class Mixture:
     def probabilities(self, logits: np.ndarray) -> np.ndarray:
         """p(c | x) as float64 [n, C] of ``logits`` [N, n, C]."""
         each = softmax(logits / self.temperatures[:, None, None])
-        mixed = np.einsum("i,inc->nc", self.weights, each)
+        mixed: np.ndarray = np.einsum("i,inc->nc", self.weights, each)
         if self.class_weights is None:
             return mixed
         own = self.class_weights[:, mixed.argmax(axis=1)]  # [N, n]
@@ -102,7 +102,7 @@ class Fitter:
         """``start``: a fit of the same teachers to other rows, from whose temperatures this one starts."""
         self._data, self._found = data, dict[Kind, Mixture]()
         self._kept: dict[bool, tuple[np.ndarray, np.ndarray]] = {}  # by temperatures: weights, likelihoods [N, n]
-        self._groups = _copies(data.logits) if start is None else start._groups
+        self._groups: list[list[int]] = _copies(data.logits) if start is None else start._groups
         distinct = data.logits[[group[0] for group in self._groups]]
         self._own = _Temperatures([margins(each, data.labels) for each in distinct])
         if start is not None:
@@ -178,7 +178,7 @@ class _Temperatures:
 
     def move(self, logs: np.ndarray) -> None:
         """Set the logarithms of the inverse temperatures."""
-        for index in np.flatnonzero(logs != self.logs):
+        for index in np.flatnonzero(logs != self.logs).tolist():
             self._responses[index] = _response(self._margins[index], float(np.exp(logs[index])))
             self.likelihoods[index] = np.exp(np.maximum(self._responses[index, 0], _LEAST))
         self.logs = logs.copy()
@@ -199,7 +199,7 @@ class _Temperatures:
             trial = logs.copy()
             trial[used] = np.clip(logs[used] + step, -_LARGEST_LOG, _LARGEST_LOG)
             self.move(trial)
-            gain = float(np.log(weights @ self.likelihoods).mean()) + self._prior() - before
+            gain = float(np.log(weights @ self.likelihoods).mean() + self._prior() - before)
             if gain >= 0:
                 return gain
             step = step / 2
@@ -214,7 +214,8 @@ class _Temperatures:
 
     def _prior(self) -> float:
         """Of one row's worth: temperatures near 1."""
-        return -float(self.logs @ self.logs) / (2 * self._responses.shape[2])
+        squares, rows = float(self.logs @ self.logs), self._responses.shape[2]
+        return -squares / (2 * int(rows))
 
 
 def _best_weights(state: _Temperatures, allowed: np.ndarray, temperatures: bool) -> np.ndarray:

@@ -8,7 +8,7 @@ are used through ``kdcache.methods.base`` only; no method or term is known here 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,7 +21,8 @@ from kdcache.methods.parts.weighting import teacher_weights
 from kdcache.methods.registry import find_method
 
 if TYPE_CHECKING:
-    from kdcache.loading.targets import Batch
+    from kdcache.distill.teacher_weights import WeightedTeachers
+    from kdcache.loading.targets import Batch, Targets
     from kdcache.recipe import DistillSection
     from kdcache.students.model import StudentModel
 
@@ -103,7 +104,8 @@ class DistillationModel(nn.Module):
     """Student and terms; ``forward`` gives the loss of a micro-batch and its terms.
 
     ``dims`` and ``variances`` map (teacher index, student layer) to a value, where indices follow ``teachers``.
-    ``variances`` are given per epoch, since a layer map may change between epochs.
+    ``variances`` are given per epoch, since a layer map may change between epochs. ``weighted``: weights and
+    temperatures of the teachers, equal and 1 where None.
     """
 
     def __init__(
@@ -115,11 +117,13 @@ class DistillationModel(nn.Module):
         dims: Mapping[Pair, int],
         variances: Callable[[int], Mapping[Pair, float]],
         seed: int = 0,
+        weighted: WeightedTeachers | None = None,
     ) -> None:
         super().__init__()
         self.student = student
         self.settings = settings
         self.teachers = tuple(teachers)
+        self.weighted = weighted
         setup = Setup(
             self.teachers,
             student.width,
@@ -179,10 +183,13 @@ class DistillationModel(nn.Module):
         """The input of the terms. The mean weight of each teacher is logged."""
         targets, teachers = batch.targets, len(self.teachers)
         factors = self.settings.method.teachers(moment, teachers)
+        targets, factors, rows = self._by_weight(targets, factors)
         weights = logits.new_ones(teachers, len(batch.labels))
         if targets is not None and any(term.weighted for term, _ in self._terms):
             weights = teacher_weights(self.settings.method.weighting, logits, targets.logits, batch.labels)
-            if any(factor != 1.0 for factor in factors):
+            if rows is not None:
+                weights = weights * rows
+            elif any(factor != 1.0 for factor in factors):
                 weights = weights * torch.tensor(factors, dtype=weights.dtype).to(weights.device)[:, None]
             log |= {f"weight/{name}": row.sum() / counts.rows for name, row in zip(self.teachers, weights, strict=True)}
         return View(
@@ -198,3 +205,17 @@ class DistillationModel(nn.Module):
             counts=counts,
             moment=moment,
         )
+
+    def _by_weight(
+        self, targets: Targets | None, chosen: tuple[float, ...]
+    ) -> tuple[Targets | None, tuple[float, ...], Tensor | None]:
+        """Targets at the teachers' temperatures, ``chosen`` times their weights, and the same for each row."""
+        own = self.weighted
+        if own is None or not chosen:
+            return targets, chosen, None
+        factors = tuple(factor * weight for factor, weight in zip(chosen, own.factors, strict=True))
+        if targets is None or not targets.logits.shape[-1]:
+            return targets, factors, None
+        scaled = own.scaled(targets.logits)
+        by_choice = torch.tensor(chosen, dtype=scaled.dtype).to(scaled.device)[:, None]
+        return replace(targets, logits=scaled), factors, by_choice * own.row_factors(scaled)

@@ -198,7 +198,7 @@ def _fitters(data: LabelledLogits) -> tuple[Fitter, list[Fitter]]:
 def _compared(data: LabelledLogits, folds: Sequence[Fitter]) -> tuple[Kind, dict[Kind, float], np.ndarray]:
     """The kind with the best held-out likelihood, those of all kinds, and its held-out probabilities [n, C]."""
     nlls: dict[Kind, float] = {}
-    chosen, best = KINDS[0], np.empty((0, 0))
+    chosen, best = KINDS[0], np.zeros(0)[:, None]
     for kind in KINDS if len(data.logits) > 1 else [kind for kind in KINDS if kind.weights == "equal"]:
         held_out = np.empty(data.logits.shape[1:])
         for fold, fitter in enumerate(folds):

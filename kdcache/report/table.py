@@ -32,6 +32,8 @@ def result_rows(results: Mapping[str, Any], baseline: Mapping[str, Any] | None =
     rows = [
         _row(f"teacher {name}", entry, entry.get("scores", {})) for name, entry in results.get("teachers", {}).items()
     ]
+    if "teacher_mixture" in results:
+        rows.append(_row("weighted mean of teachers", {}, results["teacher_mixture"].get("scores", {})))
     if baseline is not None:
         rows.append(_row("student without teachers", baseline.get("student", {}), baseline.get("scores", {})))
     title = (
@@ -128,9 +130,24 @@ def data_notes(results: Mapping[str, Any]) -> list[str]:
         for name, share in teachers.items()
         if share
     ]
+    lines += _weights(results.get("teacher_mixture"))
     empty = results.get("empty_rows", {})
     lines += [f"{split}: {count:,} rows without text are left out." for split, count in empty.items() if count]
     return lines
+
+
+def _weights(mixture: Mapping[str, Any] | None) -> list[str]:
+    """The weights of the teachers, where they are not equal."""
+    if mixture is None:
+        return []
+    hot = mixture["teacher_temperatures"]
+    shown = ", ".join(
+        f"{name} {weight:.4g} (temperature {hot[name]:.4g})" if weight else f"{name} 0 (not read)"
+        for name, weight in mixture["teacher_weights"].items()
+    )
+    fitted = f", fitted to {mixture['fitted_rows']} validation rows" if mixture["fitted_rows"] else ""
+    classes = "; other weights for each predicted class" if "teacher_class_weights" in mixture else ""
+    return [f"Weights of the teachers{fitted}: {shown}{classes}."]
 
 
 def _shares(cut: Mapping[str, float]) -> str:
