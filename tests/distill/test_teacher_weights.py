@@ -181,7 +181,7 @@ def test_a_recipe_with_weights_is_read_back(tiny_run: TinyRun, tmp_path: Path) -
 
 
 BAD: dict[str, tuple[list[str], type[Exception], str]] = {
-    "another word": (['distill.teacher_weights="best"'], RecipeError, r"teacher_weights is .best.; 'equal', 'fitted' or a table"),
+    "another word": (['distill.teacher_weights="best"'], RecipeError, "is .best.; 'equal', 'fitted' or a table"),
     "negative": (["distill.teacher_weights={bert=-1}"], RecipeError, r"-1.* 0 or more was expected"),
     "none": (["distill.teacher_weights={}"], RecipeError, "teacher_weights"),
     "all zero": (["distill.teacher_weights={bert=0}"], RecipeError, "gives every teacher the weight 0"),
