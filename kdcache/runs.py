@@ -184,6 +184,9 @@ _SOFT = {
     "layer_map",
     "teachers",
     "teacher_layers",
+    "teacher_weights",
+    "teacher_temperatures",
+    "teacher_class_weights",
     "missing",
     "weights",
 }

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from kdcache.cli import stages
 from kdcache.cli.options import RUNS, Json, OutputDir, RecipeFile, Settings, open_job
 from kdcache.cli.output import out
+
+if TYPE_CHECKING:
+    from kdcache.teachers.cofinetune import CofinetuneResult
 
 
 def cofinetune(
@@ -35,7 +39,14 @@ def cofinetune(
 
     job = open_job(recipe, settings, output_dir)
     result = stages.cofinetune(job, add=add)
-    out.document({"teachers_dir": str(result.teachers_dir), "scores": result.scores, "mean_scores": result.mean_scores})
+    out.document(
+        {
+            "teachers_dir": str(result.teachers_dir),
+            "scores": result.scores,
+            "mean_scores": result.mean_scores,
+            "epochs": result.epochs,
+        }
+    )
     columns = ("accuracy", "macro_f1", "matthews", "loss")
     rows = [(name, *(scores.get(column) for column in columns)) for name, scores in result.scores.items()]
     mean = [("their mean", *(result.mean_scores.get(column) for column in columns))] if result.mean_scores else []
@@ -46,4 +57,22 @@ def cofinetune(
             f"{result.scores[name]['matthews']:.3f}, "
             "no more than that of one answer for every row"
         )
+    for line in () if result.reused else _better_epochs(result, job.recipe.cofinetune.select_by, add):
+        out.note(line)
     out.hint(f"Run each once over the data: kdcache dump-teachers {recipe}")
+
+
+def _better_epochs(result: CofinetuneResult, select_by: str, added: str | None) -> Iterator[str]:
+    """A line for each trained teacher that scored better after another epoch than the one that is kept."""
+    sign = -1 if select_by == "loss" else 1
+    for name in [added] if added else result.epochs:
+        by_epoch = {scores["epoch"]: scores.get(select_by) for scores in result.epochs.get(name, ())}
+        known = {epoch: score for epoch, score in by_epoch.items() if score is not None}
+        kept = known.get(result.best_epoch or 0)
+        best = max(known, key=lambda epoch: sign * known[epoch], default=0)
+        if kept is not None and sign * known[best] > sign * kept:
+            yield (
+                f"teacher '{name}' scored best after epoch {best}: {select_by} {known[best]:.4f}. Epoch "
+                f"{result.best_epoch} is kept for all teachers, with {kept:.4f}. A learning_rate of its own in "
+                "[[teachers]] may help"
+            )

@@ -47,7 +47,7 @@ def distill(
     """
     from kdcache.methods.registry import check_method
     from kdcache.report.page import read_results
-    from kdcache.report.table import data_notes, remarks, result_rows, table
+    from kdcache.report.table import data_notes, remarks, result_rows, table, weak_teachers
 
     job = open_job(recipe, settings, output_dir, cache=None if cache is None else find_cache(cache, remote))
     job.recipe.require_student()
@@ -59,7 +59,9 @@ def distill(
     results = read_results(job.run)
     out.document(results)
     out.table(*table(result_rows(results)))
-    for line in (*remarks(results), *data_notes(results)):
+    baseline = read_results(job.run.baseline) if job.run.baseline.results.exists() else None
+    weak = [] if baseline is None else weak_teachers(results, baseline)
+    for line in (*remarks(results), *weak, *data_notes(results)):
         out.text(line)
     out.note(f"student: {job.run.student}")
     out.hint(f"Score it elsewhere with: kdcache evaluate {job.run.student} --data FILE")

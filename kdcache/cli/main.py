@@ -27,6 +27,7 @@ from kdcache.cli import (
     run,
     share,
     sweep,
+    weigh,
 )
 from kdcache.cli.guard import guarded
 from kdcache.cli.output import out
@@ -58,6 +59,7 @@ _add(app, "augment", augment.augment)
 _add(app, "plan", plan.plan)
 _add(app, "dump-teachers", dump.dump_teachers)
 _add(app, "audit", audit.audit)
+_add(app, "weigh", weigh.weigh)
 _add(app, "distill", distill.distill)
 _add(app, "sweep", sweep.sweep)
 _add(app, "run", run.run)

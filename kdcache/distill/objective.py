@@ -34,7 +34,8 @@ from kdcache.methods.parts.weighting import teacher_weights
 from kdcache.methods.registry import find_method
 
 if TYPE_CHECKING:
-    from kdcache.loading.targets import Batch
+    from kdcache.distill.teacher_weights import WeightedTeachers
+    from kdcache.loading.targets import Batch, Targets
     from kdcache.recipe import DistillSection
     from kdcache.students.model import StudentModel
 
@@ -119,7 +120,8 @@ class DistillationModel(nn.Module):
 
     ``dims`` and ``variances`` map (teacher index, student layer) to a value, where indices follow ``teachers``.
     ``variances`` are given per epoch, since a layer map may change between epochs. ``scores`` and
-    ``unproject`` are fields of ``Setup``.
+    ``unproject`` are fields of ``Setup``. ``weighted``: weights and temperatures of the teachers, equal and 1 where
+    None.
     """
 
     def __init__(
@@ -133,11 +135,13 @@ class DistillationModel(nn.Module):
         seed: int = 0,
         scores: Callable[[], tuple[float, ...]] = no_scores,
         unproject: Callable[[Pair, Tensor], Tensor] = as_stored,
+        weighted: WeightedTeachers | None = None,
     ) -> None:
         super().__init__()
         self.student = student
         self.settings = settings
         self.teachers = tuple(teachers)
+        self.weighted = weighted
         setup = Setup(
             self.teachers,
             student.width,
@@ -200,11 +204,13 @@ class DistillationModel(nn.Module):
     ) -> View:
         """The input of the terms. The mean weight of each teacher is logged."""
         targets, teachers = batch.targets, len(self.teachers)
-        factors = self._choice(moment, teachers)
+        targets, factors, rows = self._by_weight(targets, self._choice(moment, teachers))
         weights = logits.new_ones(teachers, len(batch.labels))
         if targets is not None and any(term.weighted for term, _ in self._terms):
             weights = teacher_weights(self._weighting, logits, targets.logits, batch.labels)
-            if any(factor != 1.0 for factor in factors):
+            if rows is not None:
+                weights = weights * rows
+            elif any(factor != 1.0 for factor in factors):
                 weights = weights * torch.tensor(factors, dtype=weights.dtype).to(weights.device)[:, None]
             log |= {f"weight/{name}": row.sum() / counts.rows for name, row in zip(self.teachers, weights, strict=True)}
         return View(
@@ -220,3 +226,17 @@ class DistillationModel(nn.Module):
             counts=counts,
             moment=moment,
         )
+
+    def _by_weight(
+        self, targets: Targets | None, chosen: tuple[float, ...]
+    ) -> tuple[Targets | None, tuple[float, ...], Tensor | None]:
+        """Targets at the teachers' temperatures, ``chosen`` times their weights, and the same for each row."""
+        own = self.weighted
+        if own is None or not chosen:
+            return targets, chosen, None
+        factors = tuple(factor * weight for factor, weight in zip(chosen, own.factors, strict=True))
+        if targets is None or not targets.logits.shape[-1]:
+            return targets, factors, None
+        scaled = own.scaled(targets.logits)
+        by_choice = torch.tensor(chosen, dtype=scaled.dtype).to(scaled.device)[:, None]
+        return replace(targets, logits=scaled), factors, by_choice * own.row_factors(scaled)

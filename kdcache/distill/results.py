@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from kdcache import __version__
@@ -19,6 +20,7 @@ from kdcache.report.metrics import scores
 
 if TYPE_CHECKING:
     from kdcache.cache.reader import Cache
+    from kdcache.distill.mixture import Mixture
     from kdcache.distill.setup import Training
     from kdcache.distill.teachers_at_hand import TeacherFacts
     from kdcache.loading.data import StudentData
@@ -36,12 +38,16 @@ class TeacherScores:
 
     each: Mapping[str, Mapping[str, Mapping[str, float]]]  # teacher -> split -> metric
     mean: Mapping[str, Mapping[str, float]]  # split -> metric
+    weighted: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # likewise, of their weighted mixture
 
 
-def teacher_scores(source: TargetSource, data: StudentData, *, missing: str) -> TeacherScores:
+def teacher_scores(
+    source: TargetSource, data: StudentData, mixture: Mixture | None = None, *, missing: str
+) -> TeacherScores:
     """The teachers' scores, from the logits of the source; ``missing = "skip"`` leaves out splits that it lacks."""
     each: dict[str, dict[str, Mapping[str, float]]] = {name: {} for name in source.teachers}
     mean: dict[str, Mapping[str, float]] = {}
+    weighted: dict[str, Mapping[str, float]] = {}
     for split in SCORED if source.teachers else ():
         if split not in data.splits:
             continue
@@ -56,7 +62,10 @@ def teacher_scores(source: TargetSource, data: StudentData, *, missing: str) -> 
             each[name][split] = scores(labels, values.numpy())
         mixed, _ = mean_probability(logits, torch.ones(logits.shape[:2]), 1.0)
         mean[split] = scores(labels, mixed[0].numpy())
-    return TeacherScores(each, mean)
+        if mixture is not None:
+            probabilities = mixture.probabilities(logits.numpy())
+            weighted[split] = scores(labels, np.log(np.maximum(probabilities, 1e-300)))
+    return TeacherScores(each, mean, weighted)
 
 
 @dataclass(frozen=True)
@@ -88,6 +97,7 @@ def build_results(training: Training, measured: Measured, metrics: Path) -> dict
         "scores": {split: dict(values) for split, values in measured.scores.items()},
         "teachers": {name: _teacher(own, measured.facts.get(name)) for name, own in measured.teachers.each.items()},
         "teachers_mean": {"scores": dict(measured.teachers.mean)},
+        **_weights(training, measured.teachers),
         "student": _student(training, measured.speed),
         **_data(training),
         "settings": recipe.distill.model_dump(mode="json"),
@@ -104,6 +114,14 @@ def build_results(training: Training, measured: Measured, metrics: Path) -> dict
         "seconds": round(measured.seconds, 1),
         "machine": machine(measured.speed.device),
     }
+
+
+def _weights(training: Training, teachers: TeacherScores) -> dict[str, Any]:
+    """Weights and temperatures of the teachers, and the scores of that mixture; nothing where they are equal."""
+    if training.weights is None:
+        return {}
+    scored = {split: dict(values) for split, values in teachers.weighted.items()}
+    return {"teacher_mixture": {**training.weights.record(), "scores": scored}}
 
 
 def _student(training: Training, speed: Speed) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from kdcache.codecs.projection import Projector, leading
 from kdcache.data.encoding import tokenizer_fingerprint
 from kdcache.distill.objective import DistillationModel, ObjectiveSettings, objective_settings
 from kdcache.distill.target_source import open_source
+from kdcache.distill.teacher_weights import TeacherWeights, WeightedTeachers, chosen_weights
 from kdcache.distill.teachers_at_hand import teachers_beside
 from kdcache.errors import RecipeError
 from kdcache.loading.cached import CachedBatches
@@ -44,6 +45,8 @@ NEWER_KEYS = frozenset(
     )
 )  # fmt: skip
 
+_WEIGHTS = ("teacher_weights", "teacher_temperatures", "teacher_class_weights")
+
 
 @dataclass(frozen=True)
 class Training:
@@ -58,6 +61,7 @@ class Training:
     targets: Literal["cache", "live", "none"]
     teachers_dir: Path | None  # of teachers whose files are there
     joins: tuple[SplitJoin, ...] = ()  # how the data join the cache, per split
+    weights: TeacherWeights | None = None  # of the teachers; None: equal
 
     def model(self) -> DistillationModel:
         """The student with the terms of the recipe's method."""
@@ -85,6 +89,7 @@ class Training:
             seed=self.recipe.distill.seed,
             scores=self.validation_scores,
             unproject=self.unproject,
+            weighted=None if self.weights is None else WeightedTeachers(self.weights.of_used),
         )
 
     def validation_scores(self) -> tuple[float, ...]:
@@ -129,17 +134,24 @@ class Training:
         the versions of libraries are not, since they change only rounding: a training may resume on another machine.
         """
         section = self.recipe.distill.model_dump(mode="json", exclude={"checkpoint_steps"})
-        return {f"distill.{key}": value for key, value in section.items()} | {
-            "initial weights": fingerprint_tensors(model.state_dict().items()),
-            "data": self.data.digest(),
-            "text columns": list(self.data.text_columns),
-            "max_length": self.student.max_length,
-            "cache": self.cache.identity if self.cache is not None else None,
-            "targets": self.targets,
-            "teachers": list(self.source.teachers),
-            "layers": {name: list(layers) for name, layers in self.source.layer_map.items()},
-            **self._student_identity(),
-        }
+        absent = {key for key in _WEIGHTS if section[key] is None}  # so that 0.1.0, without these keys, is the same
+        section = {key: value for key, value in section.items() if key not in absent}
+        weights = {} if self.weights is None else {"teacher mixture": self.weights.record()}
+        return (
+            weights
+            | {f"distill.{key}": value for key, value in section.items()}
+            | {
+                "initial weights": fingerprint_tensors(model.state_dict().items()),
+                "data": self.data.digest(),
+                "text columns": list(self.data.text_columns),
+                "max_length": self.student.max_length,
+                "cache": self.cache.identity if self.cache is not None else None,
+                "targets": self.targets,
+                "teachers": list(self.source.teachers),
+                "layers": {name: list(layers) for name, layers in self.source.layer_map.items()},
+                **self._student_identity(),
+            }
+        )
 
     def _student_identity(self) -> dict[str, Any]:
         """``NEWER_KEYS``: settings of the student that are no tensors and change what it reads or computes."""
@@ -167,7 +179,7 @@ def prepare(
     recipe: Recipe, cache: Path | Cache | None, run_root: Path, live_teachers: Path | None, progress: Progress
 ) -> Training:
     """Open cache and data, build the student, choose teachers and layers. Raises what ``stage.distill`` raises."""
-    settings, section = objective_settings(recipe.distill), recipe.require_student()
+    settings, wanted = objective_settings(recipe.distill), recipe.require_student()
     opened = _open(cache)
     data = student_data(recipe.data, opened)
     for note in data.notes:
@@ -177,18 +189,22 @@ def prepare(
         progress.note(line)
     teachers_dir = live_teachers or teachers_beside(None if opened is None else opened.path, run_root)
     student = build_student(
-        section,
+        wanted,
         data.label_names,
         max_length=recipe.data.max_length,
         seed=recipe.distill.seed,
         dropout=recipe.distill.dropout,
         teachers_dir=teachers_dir,
     )
-    source = open_source(recipe.distill, settings, data, student, opened, live_teachers, recipe.trusted())
+    weights = chosen_weights(recipe.distill, data, opened) if opened and settings.method.uses_teachers else None
+    if weights is not None:
+        progress.note(weights.line())
+    section = recipe.distill if weights is None else weights.section(recipe.distill)
+    source = open_source(section, settings, data, student, opened, live_teachers, recipe.trusted())
     if isinstance(source, CachedBatches):
         _note_memory(source.window_bytes, progress)
     targets: Literal["cache", "live", "none"] = "none" if not source.teachers else "live" if live_teachers else "cache"
-    return Training(recipe, settings, data, student, source, opened, targets, teachers_dir, joins)
+    return Training(recipe, settings, data, student, source, opened, targets, teachers_dir, joins, weights)
 
 
 def _note_memory(needed: int, progress: Progress) -> None:

@@ -85,7 +85,8 @@ def distill(
     training = prepare(recipe, cache, run_root, live_teachers, progress)
     source, student, texts = training.source, training.student, training.some_texts()
     facts = check_teachers(training.teachers_dir, training.cache, source.teachers, texts, recipe.trusted())
-    of_teachers = teacher_scores(source, training.data, missing=recipe.distill.missing)  # fails early on missing texts
+    mixture = None if training.weights is None else training.weights.of_used
+    of_teachers = teacher_scores(source, training.data, mixture, missing=recipe.distill.missing)  # fails early
     if source.skipped:
         progress.note(f"{source.skipped} rows are left out: the cache lacks their texts")
     splits = _encoded_splits(training, progress)

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 
-from kdcache.cache import layout
 from kdcache.codecs.registry import format_of
 from kdcache.loading.alignment import StudentTokens
 from kdcache.loading.assembly import PaddedBatches, StepRows, cached_targets, distinct, student_inputs
@@ -29,7 +28,7 @@ from kdcache.loading.choice import (
     stored_formats,
     target_dim,
 )
-from kdcache.loading.examples import join_examples
+from kdcache.loading.examples import join_examples, stored_logits
 from kdcache.loading.order import BatchSettings, Epochs
 from kdcache.loading.parts import DecodedPart, PartDecoder, Texts, check_texts
 from kdcache.loading.prefetch import (
@@ -47,7 +46,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from kdcache.cache.reader import Cache
-    from kdcache.loading.examples import ExamplesOf, JoinedExamples
+    from kdcache.loading.examples import ExamplesOf
     from kdcache.loading.order import Window
     from kdcache.loading.targets import Targets
     from kdcache.methods.parts.layer_map import LayerMap
@@ -171,7 +170,8 @@ class CachedBatches:
 
     def logits_for(self, split: str) -> torch.Tensor:
         """The teachers' logits of every example of ``split`` in its order, [N, n, C] float32."""
-        return cached_logits(self.cache, self.teachers, join_examples(self.cache, self._examples_of, (split,)))
+        examples = join_examples(self.cache, self._examples_of, (split,))
+        return torch.from_numpy(stored_logits(self.cache, self.teachers, examples))
 
     def _walk(self, epoch: int, first_step: int) -> Generator[list[Batch]]:
         order, layers = self.epochs.order(epoch), self.layers_at(epoch)
@@ -211,21 +211,6 @@ class CachedBatches:
         self._truncated[index] = (part.student.truncated_count, len(part.student))
         self._covered[index] = [(0, 0) if a is None else (int(a.covered.sum()), a.tokens) for a in alignments]
         return part
-
-
-def cached_logits(cache: Cache, teachers: Sequence[str], examples: JoinedExamples) -> torch.Tensor:
-    """The teachers' stored logits of ``examples`` in their order, [N, n, C] float32."""
-    places = [cache.parts[part].name for part in np.unique(examples.parts)]
-    cache.expect([layout.outputs_file(teacher, part) for teacher in teachers for part in places])
-    tables = []
-    for teacher in teachers:
-        table = np.empty((len(examples), len(cache.task.label_names)), np.float32)
-        for part in np.unique(examples.parts).tolist():
-            mine = examples.parts == part
-            table[mine] = cache.outputs(teacher, cache.parts[part].name).logits[examples.rows[mine]]
-        tables.append(table)
-    shape = (len(tables), len(examples), len(cache.task.label_names))
-    return torch.from_numpy(np.stack(tables)) if tables else torch.empty(shape)
 
 
 def loader(

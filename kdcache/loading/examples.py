@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from kdcache.cache import layout
 from kdcache.cache.ids import ID_BYTES, Examples
 from kdcache.cache.memory import give_back_freed
 from kdcache.errors import MismatchError
@@ -94,6 +95,18 @@ def join_examples(
     joined = _join(cache, *_concatenated(examples, splits), _names(splits), missing, hidden=hidden)
     give_back_freed()
     return joined
+
+
+def stored_logits(cache: Cache, teachers: Sequence[str], examples: JoinedExamples) -> np.ndarray:
+    """The teachers' stored logits of ``examples`` in their order, float32 [N, n, C]."""
+    places = np.unique(examples.parts).tolist()
+    cache.expect([layout.outputs_file(teacher, cache.parts[part].name) for teacher in teachers for part in places])
+    found = np.empty((len(teachers), len(examples), len(cache.task.label_names)), np.float32)
+    for index, teacher in enumerate(teachers):
+        for part in places:
+            mine = np.flatnonzero(examples.parts == part)
+            found[index, mine] = cache.outputs(teacher, cache.parts[part].name).logits[examples.rows[mine]]
+    return found
 
 
 def _join(

@@ -36,6 +36,14 @@ def _which_layer(name: str) -> str:
     return name
 
 
+def _equal_is_none(value: Any) -> Any:
+    """``equal`` is the absence of the key, so that records of recipes are those of 0.1.0."""
+    if isinstance(value, str) and value not in ("equal", "fitted"):
+        expected = "'equal', 'fitted' or a table {NAME = 0.7, ...}"
+        raise PydanticCustomError("literal_error", "{expected} was expected", {"expected": expected})
+    return None if value == "equal" else value
+
+
 def _storage_format(spelling: str) -> str:
     from kdcache.codecs.registry import storage_formats, stored_name
 
@@ -66,6 +74,7 @@ Projection = Literal["none", "pca", "random"]
 StoredDtype = Annotated[str, AfterValidator(_storage_format)]  # a name of kdcache.codecs.registry
 TokenSelection = Literal["all", "first", "pooled"]
 WhichLayer = Annotated[str, AfterValidator(_which_layer)]
+TeacherWeights = Literal["fitted"] | Annotated[dict[str, NotNegative], Field(min_length=1)]
 Head = Literal["shared", "own"]
 
 
@@ -121,9 +130,19 @@ class TeacherSection(_Section):
     revision: str | None = None
     trust_remote_code: bool = False  # run the Python code that comes with the model
     max_length: Positive | None = None  # data.max_length where not given
+    learning_rate: AboveZero | None = None  # of its co-finetuning; cofinetune.learning_rate where not given
     layers: LayerNumbers | None = None  # dump.layers where not given
     per_layer: PerLayer = {}  # wins over dump.per_layer
     licence: str = ""
+
+    @model_validator(mode="after")
+    def _own_heads_are_not_trained(self) -> TeacherSection:
+        if self.head == "own" and self.learning_rate is not None:
+            raise ValueError(
+                f"learning_rate = {self.learning_rate} has no effect on teacher '{self.name}': head = \"own\" is not "
+                "trained; remove one of them"
+            )
+        return self
 
 
 class OptimSection(_Section):
@@ -268,12 +287,35 @@ class DistillSection(OptimSection):
     student_scores: dict[str, Annotated[float, Field(allow_inf_nan=False)]] | None = (
         None  # teacher -> validation score of a student distilled from it alone; for methods that weigh teachers by it
     )
+    teacher_weights: Annotated[TeacherWeights | None, BeforeValidator(_equal_is_none)] = (
+        None  # per teacher; "fitted": to the cached validation logits; "equal" where not given
+    )
+    teacher_temperatures: Annotated[dict[str, AboveZero], Field(min_length=1)] | None = (
+        None  # per teacher: divides its logits; those fitted with "fitted", else 1
+    )
+    teacher_class_weights: Annotated[dict[str, list[NotNegative]], Field(min_length=1)] | None = (
+        None  # per teacher one for each class that the mixture by teacher_weights predicts
+    )
     missing: Literal["error", "skip"] = "error"  # train rows whose text the cache lacks
     window: Positive | Literal["all"] = (
         8  # parts from which a batch is drawn; all: a uniform shuffle, starts when all are read
     )
     dropout: Fraction | None = None  # of the student; that of its config where not given
     weights: WeightsSection = WeightsSection()
+
+    @model_validator(mode="after")
+    def _teacher_weights_fit_together(self) -> DistillSection:
+        weights = self.teacher_weights
+        if isinstance(weights, dict) and not sum(weights.values()):
+            raise ValueError("teacher_weights gives every teacher the weight 0; at least one above 0 was expected")
+        if weights == "fitted" and (self.teacher_temperatures or self.teacher_class_weights):
+            raise ValueError(
+                'teacher_weights = "fitted" fits temperatures and class weights too; give these keys only with a table '
+                "of teacher_weights"
+            )
+        if self.teacher_class_weights and not isinstance(weights, dict):
+            raise ValueError("teacher_class_weights needs teacher_weights, a table with a weight for each teacher")
+        return self
 
 
 class Recipe(_Section):

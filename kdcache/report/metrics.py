@@ -71,6 +71,20 @@ def cross_entropy(labels: np.ndarray, logits: np.ndarray) -> float:
     return float(np.mean(log_partition - shifted[np.arange(len(labels)), labels]))
 
 
+def calibration_error(labels: np.ndarray, probabilities: np.ndarray, bins: int = 15) -> float:
+    """Expected calibration error: |accuracy - confidence| of the rows in each of ``bins`` intervals of confidence.
+
+    Averaged by rows. Nan without rows. ``probabilities`` float[n, C], ``labels`` int[n] (Guo et al., arXiv 1706.04599).
+    """
+    if not len(labels):
+        return math.nan
+    confidence = probabilities.max(axis=1)
+    right = probabilities.argmax(axis=1) == labels
+    which = np.minimum((confidence * bins).astype(np.int64), bins - 1)
+    gaps = np.bincount(which, weights=right - confidence, minlength=bins)
+    return float(np.abs(gaps).sum() / len(labels))
+
+
 def confusion(labels: np.ndarray, predictions: np.ndarray) -> np.ndarray:
     """Counts int64[C, C]: row = label, column = prediction; C covers both."""
     classes = int(max(labels.max(initial=-1), predictions.max(initial=-1))) + 1

@@ -32,6 +32,8 @@ def result_rows(results: Mapping[str, Any], baseline: Mapping[str, Any] | None =
     rows = [
         _row(f"teacher {name}", entry, entry.get("scores", {})) for name, entry in results.get("teachers", {}).items()
     ]
+    if "teacher_mixture" in results:
+        rows.append(_row("weighted mean of teachers", {}, results["teacher_mixture"].get("scores", {})))
     if baseline is not None:
         rows.append(_row("student without teachers", baseline.get("student", {}), baseline.get("scores", {})))
     title = (
@@ -88,15 +90,32 @@ def learned_nothing(scores: Mapping[str, float], rows: int) -> bool:
 
 
 def remarks(results: Mapping[str, Any], baseline: Mapping[str, Any] | None = None) -> list[str]:
-    """One sentence for each model that learned nothing, which its accuracy alone does not show."""
+    """One sentence for each model that learned nothing, which its accuracy alone does not show, and for each teacher
+    that is worse than the student without teachers.
+    """
     split = "test" if "test" in results.get("scores", {}) else "validation"
     rows = int(results.get("labelled_rows", results.get("rows", {})).get(split, 0))
-    return [
+    nothing = [
         f"The {row.model} learned nothing that {rows} rows of {split} show: its Matthews correlation is "
         f"{row.scores[split]['matthews']:.3f}, and one answer for every row has 0. More epochs or another learning "
         "rate may help."
         for row in result_rows(results, baseline)
         if learned_nothing(row.scores.get(split, {}), rows)
+    ]
+    return nothing if baseline is None else [*nothing, *weak_teachers(results, baseline)]
+
+
+def weak_teachers(results: Mapping[str, Any], baseline: Mapping[str, Any]) -> list[str]:
+    """One sentence for each teacher with a lower accuracy than the student without teachers, on validation if any."""
+    alone = baseline.get("scores", {})
+    split = "validation" if "validation" in alone else "test"
+    bar = alone.get(split, {}).get("accuracy", math.nan)
+    return [
+        f"Teacher {name} has a lower {split} accuracy ({score:.3f}) than the student without teachers ({bar:.3f}): it "
+        "may lower the student's score. kdcache weigh CACHE says whether it helps beside the others; a learning_rate "
+        "of its own in [[teachers]] may make it better."
+        for name, entry in results.get("teachers", {}).items()
+        if (score := entry.get("scores", {}).get(split, {}).get("accuracy", math.nan)) < bar
     ]
 
 
@@ -111,9 +130,24 @@ def data_notes(results: Mapping[str, Any]) -> list[str]:
         for name, share in teachers.items()
         if share
     ]
+    lines += _weights(results.get("teacher_mixture"))
     empty = results.get("empty_rows", {})
     lines += [f"{split}: {count:,} rows without text are left out." for split, count in empty.items() if count]
     return lines
+
+
+def _weights(mixture: Mapping[str, Any] | None) -> list[str]:
+    """The weights of the teachers, where they are not equal."""
+    if mixture is None:
+        return []
+    hot = mixture["teacher_temperatures"]
+    shown = ", ".join(
+        f"{name} {weight:.4g} (temperature {hot[name]:.4g})" if weight else f"{name} 0 (not read)"
+        for name, weight in mixture["teacher_weights"].items()
+    )
+    fitted = f", fitted to {mixture['fitted_rows']} validation rows" if mixture["fitted_rows"] else ""
+    classes = "; other weights for each predicted class" if "teacher_class_weights" in mixture else ""
+    return [f"Weights of the teachers{fitted}: {shown}{classes}."]
 
 
 def _shares(cut: Mapping[str, float]) -> str:

@@ -41,13 +41,15 @@ if TYPE_CHECKING:
 class CofinetuneResult:
     """Scores are on validation, empty without it. ``best_epoch`` counts from 1; None if nothing was trained.
 
-    ``reused``: the teachers existed already, with the same settings and data.
+    ``epochs``: per teacher that was trained, its scores on validation after each epoch; empty for teachers made by
+    0.1.0. ``reused``: the teachers existed already, with the same settings and data.
     """
 
     teachers_dir: Path
     scores: Mapping[str, Mapping[str, float]]
     mean_scores: Mapping[str, float]
     best_epoch: int | None
+    epochs: Mapping[str, Sequence[Mapping[str, float]]]
     reused: bool
 
 
@@ -179,6 +181,8 @@ def _register(
     """Save and score the teachers, write teachers.json, then remove the checkpoints."""
     remove_leftovers(job.teachers_dir)
     bundle = save_teachers(job.teachers_dir, bundle, new_head, job.sources, models)
+    epochs = bundle.training.get("epochs", {}) | joint.scores_by_epoch(job.metrics, models)
+    bundle = replace(bundle, training={**bundle.training, "epochs": epochs})
     bundle = scored(job.teachers_dir, bundle, joint.labelled_rows(job.task, "validation"), job.recipe.trusted())
     write_bundle(job.teachers_dir, bundle)
     shutil.rmtree(job.place, ignore_errors=True)
@@ -208,4 +212,4 @@ def _reuse(job: _Job, bundle: Bundle, identity: Mapping[str, Any], existing: Map
 
 def _result(teachers_dir: Path, bundle: Bundle, best: int | None, *, reused: bool) -> CofinetuneResult:
     scores = {name: record.scores for name, record in bundle.teachers.items()}
-    return CofinetuneResult(teachers_dir, scores, bundle.mean_scores, best, reused)
+    return CofinetuneResult(teachers_dir, scores, bundle.mean_scores, best, bundle.training.get("epochs", {}), reused)

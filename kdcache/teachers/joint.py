@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -119,7 +119,11 @@ def train(
         best=BestEpoch(place / "best", place, identity),
         note=progress.note,
     )
-    loop_settings = loop.LoopSettings.from_section(settings, identity, newer_keys(identity))
+    loop_settings = replace(
+        loop.LoopSettings.from_section(settings, identity, newer_keys(identity)),
+        lr_by_prefix=_own_rates(sources, models),
+        decay_by_prefix=True,
+    )
     outcome = loop.train(
         training, loop_settings, checkpoints=place / "checkpoints", progress=progress, on_metrics=metrics
     )
@@ -134,6 +138,20 @@ def _encoded(source: Source, train_rows: LabelledRows, validation: LabelledRows 
     return TeacherTexts(
         encode(source.tokenizer, train_rows.texts, source.max_length), held_out, padding_id(source.tokenizer)
     )
+
+
+def _own_rates(sources: Mapping[str, Source], models: Mapping[str, TeacherModel]) -> dict[str, float]:
+    """The learning rates of teachers that have one of their own, by prefix of their parameters in the joint model.
+
+    The shared head keeps ``cofinetune.learning_rate``.
+    """
+    rates = {name: source.section.learning_rate for name, source in sources.items()}
+    return {
+        f"{index}.{module}.": rate
+        for index, name in enumerate(models)
+        for module in ("encoder", "adapter")
+        if (rate := rates[name]) is not None
+    }
 
 
 def _checkpoint_activations(network: PreTrainedModel) -> None:
@@ -241,6 +259,17 @@ class CofinetuneTask:
     def load_best(self, epoch: int) -> None:
         """Load the weights of ``epoch`` (from 0) into the teachers."""
         self.model.load_state_dict(self._best.load(epoch)["model"])
+
+
+def scores_by_epoch(metrics: MetricsLog, names: Iterable[str]) -> dict[str, list[dict[str, float]]]:
+    """Per teacher, its scores on validation after each epoch, with the number of the ``epoch`` (from 1)."""
+    lines = metrics.epochs()
+    found: dict[str, list[dict[str, float]]] = {}
+    for name in names:
+        prefix = f"validation.{name}."
+        own = [{key.removeprefix(prefix): line[key] for key in line if key.startswith(prefix)} for line in lines]
+        found[name] = [{"epoch": line["epoch"], **scores} for line, scores in zip(lines, own, strict=True) if scores]
+    return found
 
 
 MEAN = "mean of teachers"  # not a possible name of a teacher

@@ -52,7 +52,9 @@ class Source:
 
     def identity(self) -> dict[str, Any]:
         """The inputs of a training that belong to this teacher."""
-        return {
+        rate = self.section.learning_rate
+        own = {} if rate is None else {"learning_rate": rate}  # 0.1.0 had no such key
+        return own | {
             "head": self.section.head,
             "weights": fingerprint_tensors(self.network.state_dict().items()),
             "config": fingerprint_config(self.network.config.to_diff_dict()),

@@ -85,6 +85,7 @@ class LoopSettings:
     log_steps: int = 10
     seed: int = 0
     lr_by_prefix: Mapping[str, float] = field(default_factory=dict)  # learning rates by prefix of parameter names
+    decay_by_prefix: bool = False  # weight decay for these parameters too; fixed by the stage
     identity: Mapping[str, Any] = field(default_factory=dict)
     newer_keys: frozenset[str] = frozenset()  # of ``identity``: optional, because 0.1.0 did not write them
 
@@ -107,7 +108,7 @@ class LoopSettings:
 
     def full_identity(self, steps_per_epoch: int) -> dict[str, Any]:
         """What a checkpoint must match; ``checkpoint_steps`` may change."""
-        free = ("checkpoint_steps", "identity", "newer_keys")
+        free = ("checkpoint_steps", "identity", "newer_keys", "decay_by_prefix")
         settings = {_KEYS.get(name, name): value for name, value in vars(self).items() if name not in free}
         return {**settings, "steps_per_epoch": steps_per_epoch, **self.identity}
 
@@ -193,7 +194,11 @@ class _Run:
         self.accelerator = make_accelerator(settings.precision)
         task.model.to(self.accelerator.device)
         plain = adamw(
-            task.model.named_parameters(), settings.learning_rate, settings.weight_decay, settings.lr_by_prefix
+            task.model.named_parameters(),
+            settings.learning_rate,
+            settings.weight_decay,
+            settings.lr_by_prefix,
+            decay_by_prefix=settings.decay_by_prefix,
         )
         self.parameters = [parameter for group in plain.param_groups for parameter in group["params"]]
         self.schedule = LinearSchedule(plain, settings.epochs * task.steps_per_epoch, settings.warmup)

@@ -37,6 +37,12 @@ class MetricsLog:
         if new:
             files.disk.fsync_directory(self._path.parent)
 
+    def epochs(self) -> list[dict[str, Any]]:
+        """The lines of this stage that end an epoch, in order; empty without a file."""
+        text = self._path.read_text(encoding="utf-8") if self._path.exists() else ""
+        entries = [json.loads(line) for line in text.splitlines()]
+        return [entry for entry in entries if entry["stage"] == self._stage and entry["event"] == "epoch"]
+
     def _drop_after(self, step: int) -> None:
         if not self._path.exists():
             return

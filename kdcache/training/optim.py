@@ -7,7 +7,7 @@ teacher.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,10 +18,13 @@ def adamw(
     learning_rate: float,
     weight_decay: float,
     lr_by_prefix: Mapping[str, float] | None = None,
+    *,
+    decay_by_prefix: bool = False,
 ) -> torch.optim.AdamW:
     """AdamW (betas 0.9 and 0.999) over the parameters that require a gradient; move the model to its device first.
 
-    ``lr_by_prefix``: learning rates of parameters by prefix of their names; these get no weight decay.
+    ``lr_by_prefix``: learning rates of parameters by prefix of their names; these get no weight decay, unless
+    ``decay_by_prefix`` treats them as all others.
     """
     rates = lr_by_prefix or {}
     shared: list[torch.nn.Parameter] = []
@@ -30,14 +33,25 @@ def adamw(
         if parameter.requires_grad:
             prefix = next((prefix for prefix in rates if name.startswith(prefix)), None)
             (shared if prefix is None else apart[prefix]).append(parameter)
-    groups: list[dict[str, Any]] = [
-        {"params": [parameter for parameter in shared if parameter.ndim > 1], "weight_decay": weight_decay},
-        {"params": [parameter for parameter in shared if parameter.ndim <= 1], "weight_decay": 0.0},
-        *({"params": apart[prefix], "weight_decay": 0.0, "lr": rate} for prefix, rate in rates.items()),
-    ]
+    groups = _by_dimensions(shared, weight_decay)
+    for prefix, rate in rates.items():
+        own = _by_dimensions(apart[prefix], weight_decay) if decay_by_prefix else [_group(apart[prefix], 0.0)]
+        groups += [group | {"lr": rate} for group in own]
     groups = [group for group in groups if group["params"]]
     fused = all(parameter.device.type in ("cpu", "cuda") for group in groups for parameter in group["params"])
     return torch.optim.AdamW(groups, lr=learning_rate, fused=fused)
+
+
+def _by_dimensions(parameters: Sequence[torch.nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices with weight decay, biases and norm weights without."""
+    return [
+        _group([parameter for parameter in parameters if parameter.ndim > 1], weight_decay),
+        _group([parameter for parameter in parameters if parameter.ndim <= 1], 0.0),
+    ]
+
+
+def _group(parameters: list[torch.nn.Parameter], weight_decay: float) -> dict[str, Any]:
+    return {"params": parameters, "weight_decay": weight_decay}
 
 
 def warmup_then_decay(step: int, total_steps: int, warmup: float) -> float:

@@ -11,7 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from kdcache.distill.mixture import Mixture
 from kdcache.distill.objective import DistillationModel, ObjectiveSettings, objective_settings
+from kdcache.distill.teacher_weights import WeightedTeachers
 from kdcache.errors import RecipeError
 from kdcache.loading.targets import Batch, Hidden, Targets
 from kdcache.methods.base import Method, Moment
@@ -365,3 +367,65 @@ def test_a_step_without_any_term_has_no_loss_and_no_gradient() -> None:
         assert "soft" not in terms
         assert gradients
         assert all(not gradient.any() for gradient in gradients.values())
+
+
+def weighted(student: Student, method: str, mixture: Mixture | None) -> DistillationModel:
+    settings = objective_settings(DistillSection(method=method))
+    dims = DIMS if settings.needs_hidden else {}
+    own = None if mixture is None else WeightedTeachers(mixture)
+    variances = dict.fromkeys(DIMS, 1.0)
+    return DistillationModel(
+        student.model, settings, TEACHERS, dims=dims, variances=lambda _: variances, weighted=own
+    ).train()
+
+
+@pytest.mark.parametrize("method", ["mt-bert", "kd"])
+def test_equal_weights_change_nothing(student: Student, batch: Batch, method: str) -> None:
+    plain = total(weighted(student, method, None), batch, pieces=2)
+    assert total(weighted(student, method, Mixture(np.array([0.5, 0.5]), np.ones(2))), batch, pieces=2) == plain
+    settings = weighted(student, method, Mixture(np.array([0.5, 0.5]), np.ones(2)))
+    assert settings.state_dict().keys() == weighted(student, method, None).state_dict().keys()
+
+
+BY_CLASS = np.array([[0.9, 0.25], [0.1, 0.75]])
+
+
+@pytest.mark.parametrize("classes", [None, BY_CLASS])
+def test_weights_and_temperatures_against_loops(student: Student, batch: Batch, classes: np.ndarray | None) -> None:
+    """mt-bert: N w_i times the weight of the row; kd: the mean by w_i; on rows with a label and without."""
+    assert batch.targets is not None
+    shares, hot = np.array([0.7, 0.3]), (2.0, 0.5)
+    mixture = Mixture(shares, np.array(hot), classes)
+    model = weighted(student, "mt-bert", mixture)
+    student_logits = model.student(batch.inputs).logits.detach()
+    soft = mean = 0.0
+    for row, label in enumerate(batch.labels.tolist()):
+        each = [(batch.targets.logits[i, row] / hot[i]).softmax(0) for i in range(2)]
+        predicted = int((shares[0] * each[0] + shares[1] * each[1]).argmax())
+        own = shares if classes is None else classes[:, predicted]
+        log_student = student_logits[row].log_softmax(0)
+        for index, probabilities in enumerate(each):
+            doubt = 1.0 if label < 0 else 1 / (1 - math.log(float(probabilities[label])))
+            cross_entropy = -float((probabilities * log_student).sum())
+            soft += 2 * own[index] * doubt * cross_entropy / ROWS
+            mean += own[index] * cross_entropy / ROWS
+    _, terms = total(model, batch)
+    assert terms["soft"] == pytest.approx(soft, rel=1e-5)
+    assert total(weighted(student, "kd", mixture), batch, pieces=2)[1]["soft"] == pytest.approx(mean, rel=1e-5)
+    mse = hidden_in_loops(model, batch)
+    expected = sum(2 * shares[teacher] * loss for (teacher, _), loss in mse.items()) / 4
+    assert terms["hidden"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_hidden_loss_that_is_weighted_by_row_counts_the_weight_of_a_teacher_once(
+    student: Student, batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kdcache.distill import objective
+
+    method = Method("own", "", "", (TaskLoss(), HiddenStates(weighted=True)))
+    monkeypatch.setattr(objective, "find_method", lambda _: method)
+    model = weighted(student, "own", Mixture(np.array([0.7, 0.3]), np.ones(2)))
+    _, terms = total(model, batch)
+    mse = hidden_in_loops(model, batch)
+    expected = sum((1.4, 0.6)[teacher] * loss for (teacher, _), loss in mse.items()) / 4
+    assert terms["hidden"] == pytest.approx(expected, rel=1e-5)

@@ -17,9 +17,9 @@ from kdcache.data.encoding import encode, pad
 from kdcache.errors import DamageError, MismatchError, RecipeError
 from kdcache.loading.alignment import align, student_tokens
 from kdcache.loading.assembly import PaddedBatches, StepRows, student_inputs
-from kdcache.loading.cached import CachedBatches, cached_logits, loader
+from kdcache.loading.cached import CachedBatches, loader
 from kdcache.loading.choice import TargetChoice
-from kdcache.loading.examples import join_examples
+from kdcache.loading.examples import join_examples, stored_logits
 from kdcache.loading.order import BatchSettings
 from kdcache.loading.parts import DecodedPart
 from kdcache.testing import tiny
@@ -397,7 +397,7 @@ def test_logits_of_a_split_come_in_its_order(tokenizers: dict[str, Any]) -> None
     rows = cache.split_rows["train"]
     for index, teacher in enumerate(("xlm", "bert")):
         assert np.array_equal(table[index].numpy(), np.stack([truth_logits(teacher, text, 2) for text, _ in rows]))
-    assert cached_logits(cache, (), join_examples(cache, cache.examples, ("train",))).shape == (0, len(rows), 2)  # type: ignore[arg-type]
+    assert stored_logits(cache, (), join_examples(cache, cache.examples, ("train",))).shape == (0, len(rows), 2)  # type: ignore[arg-type]
 
 
 def test_the_public_helper_chooses_what_is_usual(tokenizers: dict[str, Any]) -> None:

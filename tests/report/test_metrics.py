@@ -9,7 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdcache.report.metrics import accuracy, confusion, cross_entropy, macro_f1, matthews, scores, standard_error
+from kdcache.report.metrics import (
+    accuracy,
+    calibration_error,
+    confusion,
+    cross_entropy,
+    macro_f1,
+    matthews,
+    scores,
+    standard_error,
+)
 
 LABELS = np.array([0, 0, 0, 1, 1, 2])
 PREDICTED = np.array([0, 0, 1, 1, 0, 2])
@@ -85,3 +94,19 @@ def test_against_plain_loops(rows: list[tuple[int, int]]) -> None:
 def _covariance(a: np.ndarray, b: np.ndarray) -> float:
     """Gorodkin's: the sum over classes of the covariance of the indicator columns."""
     return float(((a - a.mean(axis=0)) * (b - b.mean(axis=0))).sum() / len(a))
+
+
+def test_calibration_error_in_loops_and_at_its_ends() -> None:
+    random = np.random.default_rng(0)
+    probabilities = random.dirichlet(np.ones(3), size=400)
+    labels = random.integers(0, 3, 400)
+    bins: dict[int, list[tuple[float, bool]]] = {}
+    for row, label in zip(probabilities.tolist(), labels.tolist(), strict=True):
+        bins.setdefault(min(int(max(row) * 15), 14), []).append((max(row), row.index(max(row)) == label))
+    gaps = [abs(sum(right for _, right in rows) - sum(sure for sure, _ in rows)) for rows in bins.values()]
+    assert calibration_error(labels, probabilities) == pytest.approx(sum(gaps) / 400)
+    certain = np.eye(2)[[0, 0, 1, 1]]
+    assert calibration_error(np.array([0, 0, 1, 1]), certain) == 0.0
+    assert calibration_error(np.array([1, 1, 0, 0]), certain) == 1.0
+    assert calibration_error(np.array([0, 1, 0, 1]), np.full((4, 2), 0.5)) == 0.0
+    assert math.isnan(calibration_error(np.array([], int), np.empty((0, 2))))

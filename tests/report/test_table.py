@@ -95,6 +95,18 @@ def test_every_model_that_learned_nothing_is_named() -> None:
     assert remarks(results(0.84), results(0.82, "fine-tune")) == []
 
 
+def test_teachers_below_the_student_alone_are_named() -> None:
+    document, alone = results(0.84), results(0.82, "fine-tune")
+    document["teachers"] = {
+        name: {"scores": {"validation": scored(accuracy), "test": scored(0.9)}}
+        for name, accuracy in (("below", 0.79), ("equal", 0.8), ("above", 0.9))
+    }
+    (said,) = remarks(document, alone)
+    assert said.startswith("Teacher below has a lower validation accuracy (0.790) than the student without teachers")
+    assert "0.800" in said
+    assert remarks(document) == []
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_answers_that_do_not_depend_on_the_label_count_as_nothing_and_those_that_do_count(seed: int) -> None:
     random = np.random.default_rng(seed)

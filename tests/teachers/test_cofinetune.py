@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from kdcache.recipe import Recipe
 from kdcache.teachers.bundle import load_shared_head, load_teacher, read_bundle, teacher_names
 from kdcache.teachers.cofinetune import CofinetuneResult, add_teacher, cofinetune
 from kdcache.teachers.joint import CofinetuneTask
+from kdcache.teachers.teacher import load_encoder
 from kdcache.testing.tiny import make_model
 
 from .conftest import files_in
@@ -361,3 +362,55 @@ def test_inputs_that_cannot_work(recipe: Recipe, tmp_path: Path, shallow_models:
     with pytest.raises(ModelError, match="holds no teachers"):
         add_teacher(recipe, "bert", tmp_path / "teachers", tmp_path / "work", progress=SilentProgress())
     assert not (tmp_path / "teachers").exists()
+
+
+def with_rates(recipe: Recipe, **rates: float) -> Recipe:
+    teachers = [teacher.model_dump(exclude_none=True) for teacher in recipe.teachers]
+    for teacher in teachers:
+        teacher |= {"learning_rate": rates[teacher["name"]]} if teacher["name"] in rates else {}
+    return with_teachers(recipe, *teachers)
+
+
+def furthest(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]) -> float:
+    """The largest change of any weight."""
+    return max(float((after[key] - before[key]).abs().max()) for key in after)
+
+
+def test_a_teacher_is_trained_at_the_rate_of_its_own(recipe: Recipe, trained: Path, tmp_path: Path) -> None:
+    """The rate of all, said per teacher, changes nothing; a tiny one leaves that encoder as it was, and the shared head
+    and the other teacher learn on.
+    """
+    from kdcache.teachers.head import SharedHead
+    from kdcache.training.seeding import seed_everything
+
+    rate = recipe.cofinetune.learning_rate
+    run(with_rates(recipe, bert=rate, roberta=rate), tmp_path / "same")
+    run(with_rates(recipe, bert=1e-12), tmp_path / "tiny")
+    for name, moves in (("bert", False), ("roberta", True)):
+        usual, same, tiny = (
+            load_teacher(root / "teachers", name).model for root in (trained, tmp_path / "same", tmp_path / "tiny")
+        )
+        assert furthest(usual.state_dict(), same.state_dict()) == 0
+        untrained = load_encoder(recipe.teacher(name).model).state_dict()
+        assert (furthest(untrained, tiny.encoder.state_dict()) > 1e-3) == moves
+        assert furthest(untrained, usual.encoder.state_dict()) > 1e-3
+    seed_everything(recipe.cofinetune.seed)
+    head = load_shared_head(tmp_path / "tiny" / "teachers").state_dict()
+    assert furthest(SharedHead(24, 2, "attention").state_dict(), head) > 1e-3
+
+
+def test_the_rates_are_part_of_what_teachers_were_made_with(recipe: Recipe, copied: Path) -> None:
+    with pytest.raises(MismatchError, match=r"what differs: teachers\.bert\.learning_rate$"):
+        run(with_rates(recipe, bert=1e-3), copied)
+    with pytest.raises(ValueError, match=r"learning_rate = 0\.001 has no effect .*own"):
+        with_teachers(recipe, {"name": "a", "model": "b", "head": "own", "learning_rate": 1e-3})
+
+
+def test_the_scores_of_every_epoch_are_kept(recipe: Recipe, trained: Path) -> None:
+    bundle = read_bundle(trained / "teachers")
+    for name, record in bundle.teachers.items():
+        epochs = bundle.training["epochs"][name]
+        assert [scores["epoch"] for scores in epochs] == [1, 2]
+        kept = epochs[bundle.training["best_epoch"] - 1]
+        assert {key: value for key, value in kept.items() if key != "epoch"} == pytest.approx(record.scores, rel=1e-5)
+    assert run(recipe, trained).epochs == bundle.training["epochs"]

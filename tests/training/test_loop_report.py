@@ -88,7 +88,8 @@ def test_settings_are_those_of_the_section() -> None:
 
 def test_the_identity_names_all_that_the_weights_depend_on_and_nothing_else() -> None:
     known = SETTINGS.full_identity(5)
-    free = ("checkpoint_steps", "identity", "newer_keys", "lr_by_prefix")
+    free = ("checkpoint_steps", "identity", "newer_keys", "lr_by_prefix", "decay_by_prefix")
+    assert replace(SETTINGS, decay_by_prefix=True).full_identity(5) == known  # each stage always gives the same
     settings = {name for name in vars(SETTINGS) if name not in free}
     assert known.keys() == settings | {"steps_per_epoch", "own_rates"}  # the name that checkpoints of 0.1.0 have
     assert known["steps_per_epoch"] == 5

@@ -36,6 +36,14 @@ def test_parameters_named_apart_have_their_own_rate_and_follow_the_schedule() ->
     assert found[id(model["student"].weight)] == (pytest.approx(0.09), 0.01)
 
 
+def test_parameters_with_their_own_rate_decay_as_all_others_where_that_is_asked_for() -> None:
+    model = torch.nn.ModuleDict({name: torch.nn.Linear(2, 3) for name in ("a", "b")})
+    groups = adamw(model.named_parameters(), 0.1, 0.01, {"b.": 1.0}, decay_by_prefix=True).param_groups
+    found = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+    assert [found[id(p)] for p in model["a"].parameters()] == [(0.1, 0.01), (0.1, 0.0)]
+    assert [found[id(p)] for p in model["b"].parameters()] == [(1.0, 0.01), (1.0, 0.0)]
+
+
 def test_the_schedule_warms_up_and_ends_at_zero() -> None:
     factors = [warmup_then_decay(step, 10, 0.2) for step in range(11)]
     assert factors[:3] == pytest.approx([1 / 3, 2 / 3, 1.0])

@@ -169,7 +169,7 @@ class BoundHiddenStates:
             losses[pair] = self._term.distance.loss(student, teacher, token_weights=weights, count=counts[pair])
         if self._by_variance:
             losses = share_of_variance(losses, self._setup.variances(view.moment.epoch))
-        return reduced(losses, self._term.name, self._setup, view, log)
+        return reduced(losses, self._term.name, self._setup, view, log, weighted=self._term.weighted)
 
     def _sides(self, view: View) -> Iterator[tuple[Pair, Tensor, Tensor, Tensor | None]]:
         targets = active_targets(view)
@@ -292,9 +292,17 @@ def _counts(batch: Batch, feature: Feature) -> dict[Pair, int]:
     return {pair: known[id(target.positions)] for pair, target in targets.items()}
 
 
-def reduced(losses: Mapping[Pair, Tensor], name: str, setup: Setup, view: View, log: dict[str, Tensor]) -> Tensor:
-    """The reduction over teachers and layers, with each teacher's factor."""
+def reduced(
+    losses: Mapping[Pair, Tensor],
+    name: str,
+    setup: Setup,
+    view: View,
+    log: dict[str, Tensor],
+    *,
+    weighted: bool = False,
+) -> Tensor:
+    """The reduction over teachers and layers, with each teacher's factor; ``weighted`` losses have it already."""
     log |= {f"{name}/{setup.teachers[teacher]}/{layer}": loss for (teacher, layer), loss in sorted(losses.items())}
-    if any(factor not in (0.0, 1.0) for factor in view.factors):
+    if not weighted and any(factor not in (0.0, 1.0) for factor in view.factors):
         losses = {pair: view.factors[pair[0]] * loss for pair, loss in losses.items()}
     return plain_sum(losses) if setup.paper else balanced_mean(losses)
