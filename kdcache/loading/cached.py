@@ -96,11 +96,16 @@ class CachedBatches:
         self._choice, self.teachers, self.layer_map = choice, choice.teachers, choice.layer_map
         self.layers_at = choice.at_epoch
         self._examples = join_examples(
-            cache, self._examples_of, splits, missing=settings.missing, hidden=bool(choice.layer_map)
+            cache,
+            self._examples_of,
+            splits,
+            missing=settings.missing,
+            hidden=bool(choice.layer_map),
+            logits=choice.logits,
         )
         check_texts(cache, texts, self._examples)
         self.skipped = self._examples.skipped
-        self.epochs = Epochs(self._examples.parts, settings)
+        self.epochs = Epochs(self._examples.parts, settings, self._examples.logits_only)
         parts = np.unique(self._examples.parts).tolist()
         cache.check_present(files_used(cache, parts, choice.teachers, choice.used, logits=choice.logits))
         self._pad_token_id = int(student_tokenizer.pad_token_id or 0)
@@ -122,10 +127,11 @@ class CachedBatches:
         used = [(name, layer) for name, layers in self._choice.used.items() for layer in layers]
         specs = {key: self.cache.teachers[key[0]].layers[key[1]] for key in used}
         row_bytes = {key: format_of(spec).row_bytes(spec) for key, spec in specs.items()}
-        parts = [self.cache.parts[index].name for index in np.unique(self.epochs.parts).tolist()]
+        parts = [self.cache.parts[index] for index in np.unique(self.epochs.parts).tolist()]
         sizes = [
-            sum(self.cache.row_count(name, part, layer) * row_bytes[name, layer] for name, layer in used)
+            sum(self.cache.row_count(name, part.name, layer) * row_bytes[name, layer] for name, layer in used)
             for part in parts
+            if part.scope == "full"
         ]
         window = self.epochs.settings.window
         held = len(sizes) if window == "all" else window + READ_AHEAD

@@ -173,6 +173,9 @@ class DumpSection(_Section):
     tokens: TokenSelection = "all"  # a target for every token, for the first one, or for the mean of a text's tokens
     per_layer: PerLayer = {}  # what differs in some layers: per_layer = { 12 = { dtype = "trellis", bytes = 192 } }
     pooled: bool = False
+    hidden_transfer: Annotated[int, Field(ge=0)] | None = (
+        None  # transfer texts that get hidden states, chosen by text id; the others get logits only. None: all
+    )
     part_size: Positive = 4096  # texts
     sample_texts: Positive = 2048  # on which bases and variances are fitted
     tokens_per_batch: Positive = 4096  # padded tokens of one forward pass
