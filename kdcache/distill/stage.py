@@ -146,7 +146,7 @@ def _train(training: Training, validation: EncodedSplit | None, run: RunDirector
     settings = LoopSettings.from_section(section, identity, NEWER_KEYS)
     settings = replace(settings, log_steps=1, lr_by_prefix=_lr_by_prefix(section, model))
     outcome = train(task, settings, checkpoints=place, progress=progress, on_metrics=MetricsLog(run.metrics, STAGE))
-    task.load_best(outcome.best_epoch)
+    task.load_best(outcome.best_mark)
     return outcome.best_epoch
 
 
@@ -234,14 +234,14 @@ class DistillTask:
         named = {f"validation/{name}": value for name, value in scores.items()}
         return {"score": selection_score(scores, self._select_by), **named}
 
-    def keep_best(self, epoch: int, metrics: dict[str, float]) -> None:  # noqa: ARG002 - of the protocol
+    def keep_best(self, mark: int, metrics: dict[str, float]) -> None:  # noqa: ARG002 - of the protocol
         """Keep the student's weights durably; the projections are needed for training only."""
-        self._best.keep(epoch, {"student": self._student.state_dict()})
+        self._best.keep(mark, {"student": self._student.state_dict()})
 
-    def settle_best(self, epoch: int) -> None:
-        """Remove the weights kept of epochs other than ``epoch``."""
-        self._best.settle(epoch)
+    def settle_best(self, mark: int) -> None:
+        """Remove the weights kept under other marks."""
+        self._best.settle(mark)
 
-    def load_best(self, epoch: int) -> None:
-        """Put the weights of ``epoch`` (from 0) back into the student."""
-        self._student.load_state_dict(self._best.load(epoch)["student"])
+    def load_best(self, mark: int) -> None:
+        """Put the weights kept under ``mark`` back into the student."""
+        self._student.load_state_dict(self._best.load(mark)["student"])

@@ -125,19 +125,34 @@ class TeacherSection(_Section):
     licence: str = ""
 
 
+def _unless(usual: str) -> AfterValidator:
+    """Turns the default, written out, into None: the two recipes are then one, also for runs of earlier versions."""
+    return AfterValidator(lambda value: None if value == usual else value)
+
+
+Schedule = Annotated[Literal["linear", "cosine", "constant"] | None, _unless("linear")]
+
+
 class OptimSection(_Section):
-    """Keys of both trainings. The schedule is linear warm-up, then linear decay to zero."""
+    """Keys of both trainings.
+
+    After a linear warm-up the learning rate falls to zero, linearly or as a cosine, or stays constant.
+    """
 
     epochs: Positive = 3
     batch_size: Positive = 32
     learning_rate: AboveZero = 2e-5
     warmup: Fraction = 0.1  # share of all optimizer steps
+    schedule: Schedule = None  # after the warm-up: linear (default) or cosine to zero, or constant
     weight_decay: NotNegative = 0.01
     max_grad_norm: AboveZero = 1.0
     accumulation: Positive = 1  # micro-batches per optimizer step; batch_size is that of the step
     precision: Precision = "float32"
     checkpoint_steps: Positive = 200
     select_by: Literal["accuracy", "macro_f1", "matthews", "loss"] = "accuracy"
+    evaluate_steps: Positive | None = None  # evaluate on validation every so many steps too, not only after each epoch
+    patience: Positive | None = None  # stop after so many evaluations in a row without a better score
+    ema: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None  # decay of averaged weights, which are then evaluated
     seed: Seed = 0
 
     @model_validator(mode="after")

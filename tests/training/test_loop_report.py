@@ -112,7 +112,7 @@ def test_the_best_epoch_is_kept_with_its_metrics(
     trainee, told = Keeping(*scores), Told()
     outcome, lines = run(trainee, tmp_path, told)
     assert [epoch for epoch, _ in trainee.metrics] == kept
-    assert outcome == Outcome(best_epoch=kept[-1], steps=15)
+    assert outcome == Outcome(best_epoch=kept[-1], steps=15, best_mark=kept[-1], best_score=outcome.best_score)
     epochs = [line for line in lines if line["event"] == "epoch"]
     assert [(line["epoch"], line["step"], line["validation"]) for line in epochs] == [
         (1, 5, 0.0),
