@@ -64,7 +64,8 @@ def validate(recipe: RecipeFile, settings: Settings = None, json: Json = False) 
     from kdcache.recipe import load_recipe
 
     loaded = load_recipe(recipe, settings)
-    check_method(loaded.distill.method)
+    for stage in (loaded.distill, *loaded.distill.in_stages()):
+        check_method(stage.method)
     teachers = [teacher.name for teacher in loaded.teachers]
     out.document({"valid": True, "name": loaded.name, "teachers": teachers, "recipe": loaded.model_dump(mode="json")})
     out.text(

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import functools
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
 
 from kdcache.data.encoding import tokenizer_fingerprint
 from kdcache.distill.objective import DistillationModel, ObjectiveSettings, objective_settings
 from kdcache.distill.target_source import open_source
 from kdcache.distill.teachers_at_hand import teachers_beside
 from kdcache.loading.cached import CachedBatches
-from kdcache.loading.data import SplitJoin, StudentData, join_counts, student_data
+from kdcache.loading.data import SplitJoin, StudentData, join_counts, student_data, with_rows
+from kdcache.loading.examples import TRANSFER
 from kdcache.progress import format_bytes
 from kdcache.students.build import build_student
 from kdcache.teachers.fingerprints import fingerprint_tensors, lasting_config
@@ -26,6 +29,8 @@ if TYPE_CHECKING:
     from kdcache.recipe import Recipe
     from kdcache.students.model import Student
 
+
+Targets = Literal["cache", "live", "none"]
 
 # Keys of ``Training.identity`` that kdcache 0.1.0 did not record: its checkpoints are compared on the others.
 NEWER_KEYS = frozenset(
@@ -46,12 +51,21 @@ class Training:
     student: Student
     source: TargetSource
     cache: Cache | None
-    targets: Literal["cache", "live", "none"]
+    targets: Targets
     teachers_dir: Path | None  # of teachers whose files are there
     joins: tuple[SplitJoin, ...] = ()  # how the data join the cache, per split
+    later: tuple[Training, ...] = ()  # the stages after this one, with the same student
 
-    def model(self) -> DistillationModel:
-        """The student with the terms of the recipe's method."""
+    @property
+    def stages(self) -> tuple[Training, ...]:
+        """Every stage of the training, in order."""
+        return (self, *self.later)
+
+    def model(self, before: DistillationModel | None = None) -> DistillationModel:
+        """The student with the terms of the recipe's method.
+
+        ``before``: the model of the stage before, which hands on its projections if it has the same method.
+        """
         source = self.source
 
         def pairs(epoch: int) -> dict[Pair, tuple[str, int]]:
@@ -67,7 +81,7 @@ class Training:
         def variances(epoch: int) -> dict[Pair, float]:
             return {pair: source.target_variance(*layer) for pair, layer in pairs(epoch).items()}
 
-        return DistillationModel(
+        model = DistillationModel(
             self.student.model,
             self.settings,
             source.teachers,
@@ -75,6 +89,9 @@ class Training:
             variances=variances,
             seed=self.recipe.distill.seed,
         )
+        if before is not None and before.settings.method is self.settings.method:
+            model.take_over(before)
+        return model
 
     def identity(self, model: DistillationModel) -> dict[str, Any]:
         """Everything that the weights depend on; the loop refuses a checkpoint with another identity.
@@ -120,15 +137,22 @@ class Training:
 def prepare(
     recipe: Recipe, cache: Path | Cache | None, run_root: Path, live_teachers: Path | None, progress: Progress
 ) -> Training:
-    """Open cache and data, build the student, choose teachers and layers. Raises what ``stage.distill`` raises."""
-    settings, section = objective_settings(recipe.distill), recipe.require_student()
+    """Open cache and data, build the student, choose teachers and layers of every stage.
+
+    Raises what ``stage.distill`` raises.
+    """
+    stages = recipe.distill.in_stages()
+    settings, section = [objective_settings(stage) for stage in stages], recipe.require_student()
+    uses_teachers = any(own.method.uses_teachers for own in settings)
     opened = _open(cache)
     data = student_data(recipe.data, opened)
     for note in data.notes:
         progress.note(note)
-    joins = join_counts(data, opened) if settings.method.uses_teachers else ()
+    joins = join_counts(data, opened) if uses_teachers else ()
     for line in (line for join in joins for line in join.lines()):
         progress.note(line)
+    if opened is not None and uses_teachers:
+        _note_logits_only(data, opened, progress)
     teachers_dir = live_teachers or teachers_beside(None if opened is None else opened.path, run_root)
     student = build_student(
         section,
@@ -138,11 +162,28 @@ def prepare(
         dropout=recipe.distill.dropout,
         teachers_dir=teachers_dir,
     )
-    source = open_source(recipe.distill, settings, data, student, opened, live_teachers, recipe.trusted())
-    if isinstance(source, CachedBatches):
-        _note_memory(source.window_bytes, progress)
-    targets: Literal["cache", "live", "none"] = "none" if not source.teachers else "live" if live_teachers else "cache"
-    return Training(recipe, settings, data, student, source, opened, targets, teachers_dir, joins)
+    trainings = []
+    for stage, own in zip(stages, settings, strict=True):
+        rows = with_rows(data, stage.rows)
+        source = open_source(stage, own, rows, student, opened, live_teachers, recipe.trusted())
+        targets: Targets = "none" if not source.teachers else "live" if live_teachers else "cache"
+        of_stage = recipe.model_copy(update={"distill": stage})
+        trainings.append(Training(of_stage, own, data, student, source, opened, targets, teachers_dir, joins))
+    windows = [one.source.window_bytes for one in trainings if isinstance(one.source, CachedBatches)]
+    _note_memory(max(windows, default=0), progress)
+    return replace(trainings[0], later=tuple(trainings[1:]))
+
+
+def _note_logits_only(data: StudentData, cache: Cache, progress: Progress) -> None:
+    """Say how many transfer texts have no hidden states in the cache."""
+    if TRANSFER not in data.splits or not any(spec.layers for spec in cache.teachers.values()):
+        return
+    parts, _ = cache.locate(data.splits[TRANSFER].text_ids)
+    full = np.array([part.scope == "full" for part in cache.parts] + [True])[parts]
+    if not full.all():
+        progress.note(
+            f"{int((~full).sum()):,} of {len(full):,} transfer texts are stored with logits only (dump.hidden_transfer)"
+        )
 
 
 def _note_memory(needed: int, progress: Progress) -> None:

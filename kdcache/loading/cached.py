@@ -167,6 +167,10 @@ class CachedBatches:
         finally:
             bundles.close()
 
+    def forget_parts(self) -> None:
+        """Free the memory of decoded parts; they are read again when they are needed."""
+        self._part_cache = PartCache(self._part_cache.limit)
+
     def target_dim(self, teacher: str, layer: int) -> int:
         """Width of the stored targets of a teacher's layer."""
         return target_dim(self.cache, teacher, layer)

@@ -111,7 +111,7 @@ class AveragedWeights:
     def __init__(self, named_parameters: Iterable[tuple[str, torch.nn.Parameter]], decay: float) -> None:
         self._decay = decay
         trained = {name: parameter for name, parameter in named_parameters if parameter.requires_grad}
-        self._parameters = list(trained.values())
+        self._parameters: list[torch.Tensor] = list(trained.values())
         self._average = [parameter.detach().clone() for parameter in self._parameters]
         self._names = list(trained)
 

@@ -18,12 +18,11 @@ from torch import Tensor, nn
 from kdcache.errors import DamageError, MismatchError, NonFiniteError, RecipeError
 from kdcache.progress import SilentProgress
 from kdcache.recipe.sections import CofinetuneSection
+from kdcache.training.device import check_precision, make_accelerator
 from kdcache.training.loop import (
     LoopSettings,
     Outcome,
     check_evaluation,
-    check_precision,
-    make_accelerator,
     micro_batches,
     train,
 )

@@ -15,7 +15,8 @@ from kdcache.locks import exclusive
 from kdcache.progress import SilentProgress
 from kdcache.recipe import DistillSection
 from kdcache.testing.faults import UnsyncedDisk
-from kdcache.training.loop import LoopSettings, Outcome, default_device, train
+from kdcache.training.device import default_device
+from kdcache.training.loop import LoopSettings, Outcome, train
 from tests.training.test_loop import Regression
 
 SETTINGS = LoopSettings(epochs=3, learning_rate=0.05, checkpoint_steps=2, log_steps=2, seed=3)
