@@ -260,7 +260,8 @@ def loader(
 ) -> CachedBatches:
     """Batches of a cache for a student with ``tokenizer``: iterate ``loader(...).batches(epoch)``.
 
-    A batch always has logits. It has hidden states where ``student_layers`` or ``layer_map`` is given.
+    A batch always has logits. It has hidden states where ``student_layers`` or ``layer_map`` is given; rows of transfer
+    texts that are stored with logits only have none.
 
     Args:
         cache: an open cache, or its directory.
