@@ -85,7 +85,7 @@ def extract(arguments: argparse.Namespace) -> dict[str, tuple[int, ...]]:
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     task, bundle = load_task(recipe.data), read_bundle(arguments.teachers)
     arguments.states.mkdir(exist_ok=True)
-    train = list(scopes(task)[0].values())
+    train = list(scopes(task).full.values())
     test = [task.texts[bytes(row)] for row in task.splits["test"].text_ids]
     chosen = {"fit": pick(train, arguments.texts), "test": pick(test, arguments.unseen)}
     found = {}

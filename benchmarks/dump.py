@@ -64,7 +64,7 @@ def measure_backend(recipe: Recipe, arguments: argparse.Namespace) -> dict[str, 
     """Every teacher of the recipe through one backend."""
     task = load_task(recipe.data)
     bundle = read_bundle(arguments.teachers)
-    texts = dict(list(scopes(task)[0].items())[: arguments.texts])
+    texts = dict(list(scopes(task).full.items())[: arguments.texts])
     found = {}
     for teacher in prepare_teachers(recipe, bundle, arguments.teachers, len(task.label_names)):
         print(f"{recipe.dump.backend}: {teacher.name}", file=sys.stderr, flush=True)

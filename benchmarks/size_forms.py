@@ -235,7 +235,7 @@ def extract_unseen(recipe: Recipe, task: TaskData, teachers_dir: Path, texts: in
 
     Test texts, else validation.
     """
-    others = scopes(task)[1]
+    others = scopes(task).logits_only
     split = task.splits["test" if "test" in task.splits else "validation"]
     there = [bytes(row) for row in split.text_ids]
     chosen = pick([task.texts[one] for one in dict.fromkeys(there) if one in others], texts)

@@ -33,7 +33,7 @@ from kdcache.cache.reader import open_cache
 from kdcache.distill.setup import Training, prepare
 from kdcache.progress import SilentProgress
 from kdcache.recipe import load_recipe
-from kdcache.training.loop import default_device
+from kdcache.training.device import default_device
 from kdcache.training.optim import adamw
 
 if TYPE_CHECKING:

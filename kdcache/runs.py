@@ -187,6 +187,7 @@ _SOFT = {
     "teacher_weights",
     "teacher_temperatures",
     "teacher_class_weights",
+    "student_scores",
     "missing",
     "weights",
 }
@@ -198,9 +199,10 @@ def stage_inputs(recipe: Recipe, stage: Stage, *, upstream: str = "") -> Inputs:
     """Everything the stage's result depends on; ``upstream``: the identity of the previous stage's result."""
     document = recipe.model_dump(mode="json")
     data, distill = document["data"], document["distill"]
+    alone = recipe.distill.without_teachers().model_dump(mode="json") if stage == "baseline" else distill
     labelled = {key: value for key, value in data.items() if key not in _TRANSFER}
     trained = [{key: value for key, value in teacher.items() if key not in _STORED} for teacher in document["teachers"]]
-    optimisation = {key: value for key, value in distill.items() if key not in _SOFT}
+    optimisation = {key: value for key, value in alone.items() if key not in _SOFT}
     parts: dict[Stage, dict[str, Any]] = {
         "teachers": {"data": labelled, "teachers": trained, "cofinetune": document["cofinetune"]},
         "cache": {

@@ -39,6 +39,9 @@ class Difference:
         texts = self.facts["texts"]
         if texts:
             lines.append(f"texts: - {texts['only_first']:,}  + {texts['only_second']:,}  in both {texts['in_both']:,}")
+        if "with_hidden" in texts:
+            old, new = texts["with_hidden"]
+            lines.append(f"texts with hidden states: - {old:,}  + {new:,}")
         for split, counts in self.facts["splits"].items():
             shown = {
                 "only_first": "- {:,} rows",
@@ -84,18 +87,20 @@ def _settings(first: Cache, second: Cache) -> Iterator[tuple[str, list[Any]]]:
     yield from ((name, list(pair)) for name, pair in values.items() if pair[0] != pair[1])
 
 
-def _texts(first: Cache, second: Cache) -> dict[str, int]:
+def _texts(first: Cache, second: Cache) -> dict[str, Any]:
     files = [
         [cache.manifest.contents.files[layout.ids_file(part.name)] for part in cache.parts] for cache in (first, second)
     ]
-    if files[0] == files[1]:
+    full = [sum(part.texts for part in cache.parts if part.scope == "full") for cache in (first, second)]
+    with_hidden = {"with_hidden": full} if full[0] != full[1] else {}
+    if files[0] == files[1] and not with_hidden:
         return {}
     ids = [
         _distinct(np.concatenate([_none(), *(cache.text_ids(part.name) for part in cache.parts)]))
         for cache in (first, second)
     ]
     both = len(np.intersect1d(ids[0], ids[1], assume_unique=True))
-    return {"only_first": len(ids[0]) - both, "only_second": len(ids[1]) - both, "in_both": both}
+    return {"only_first": len(ids[0]) - both, "only_second": len(ids[1]) - both, "in_both": both, **with_hidden}
 
 
 def _splits(first: Cache, second: Cache) -> Iterator[tuple[str, dict[str, int]]]:

@@ -190,7 +190,8 @@ class Cache:
         if part.name not in counts:
             raise MismatchError(
                 f"cache '{self.path}' has no tokens of teacher '{teacher}' in {part.name} (scope '{part.scope}')",
-                "Hidden states and tokens are stored for train and transfer texts only.",
+                "Hidden states and tokens are stored for train texts only, and for transfer texts up to "
+                "dump.hidden_transfer.",
             )
         return counts[part.name]
 

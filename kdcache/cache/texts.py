@@ -7,7 +7,7 @@ been.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -62,14 +62,18 @@ class TextPlan:
             )
         return self._stored(part)
 
-    def add(self, full: Texts, logits_only: Texts) -> None:
-        """Put new texts into new parts: first those wanted in full, then those of which logits alone are wanted."""
-        self._given += [full, logits_only]
+    def add(self, full: Texts, *logits_only: Texts) -> None:
+        """Put new texts into new parts: first those wanted in full, then those of which logits alone are wanted.
+
+        Each group of ``logits_only`` gets parts of its own.
+        """
+        self._given += [full, *logits_only]
         self._restore(full, logits_only)
         known = self._known("full")
         self._append("full", [one for one in full if one not in known])
-        known = self._known("full") | self._known("logits")
-        self._append("logits", [one for one in logits_only if one not in known])
+        for group in logits_only:
+            known = self._known("full") | self._known("logits")
+            self._append("logits", [one for one in group if one not in known])
 
     def _stored(self, part: PartInfo) -> list[tuple[str, ...]]:
         columns = self._contents.task.text_columns
@@ -116,7 +120,7 @@ class TextPlan:
     def _known(self, scope: Scope) -> set[bytes]:
         return {one for part in self._contents.parts if part.scope == scope for one in id_list(self.ids(part))}
 
-    def _restore(self, full: Texts, logits_only: Texts) -> None:
+    def _restore(self, full: Texts, logits_only: Sequence[Texts]) -> None:
         """Write damaged text files again.
 
         What comes back must be the old file, or every target would change its text.
@@ -125,14 +129,14 @@ class TextPlan:
             if layout.ids_file(part.name) not in self._files and layout.text_file(part.name) in self._files:
                 ids = id_array(map(text_id, self._stored(part)))
                 self._restore_file(part, layout.ids_file(part.name), tables.encode_ids(ids))
-        self._restore_plan("full", full)
+        self._restore_plan("full", [full])
         self._restore_plan("logits", logits_only)
         for part in self._contents.parts:
             path = layout.text_file(part.name)
             if self._contents.has_text and path not in self._files:
                 self._restore_file(part, path, self._encode_text(id_list(self.ids(part))))
 
-    def _restore_plan(self, scope: Scope, given: Texts) -> None:
+    def _restore_plan(self, scope: Scope, groups: Sequence[Texts]) -> None:
         lost = [
             part
             for part in self._contents.parts
@@ -142,10 +146,20 @@ class TextPlan:
             return
         whole = [part for part in self._contents.parts if layout.ids_file(part.name) in self._files]
         known = {one for part in whole if part.scope in ("full", scope) for one in id_list(self.ids(part))}
-        left = seeded_order((one for one in given if one not in known), self._contents.settings.seed)
+        seed = self._contents.settings.seed
+        left = [seeded_order((one for one in group if one not in known), seed) for group in groups]
         for part in lost:
-            chunk, left = left[: part.texts], left[part.texts :]
-            self._restore_file(part, layout.ids_file(part.name), tables.encode_ids(id_array(chunk)))
+            self._restore_file(part, layout.ids_file(part.name), self._taken(part, left))
+
+    def _taken(self, part: PartInfo, left: list[list[bytes]]) -> bytes:
+        """The ids file of a lost part, whose texts are the next ones of a group; they are taken out of ``left``."""
+        path, data = layout.ids_file(part.name), b""
+        for place, ids in enumerate(left):
+            data = tables.encode_ids(id_array(ids[: part.texts]))
+            if digest_bytes(data) == self._contents.lost.get(path):
+                left[place] = ids[part.texts :]
+                break
+        return data
 
     def _restore_file(self, part: PartInfo, path: str, data: bytes) -> None:
         if digest_bytes(data) != self._contents.lost.get(path):

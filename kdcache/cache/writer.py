@@ -120,13 +120,14 @@ class CacheWriter:
         """All parts, old and new, in their order."""
         return tuple(Part(part.name, part.scope, self._texts.ids(part)) for part in self._contents.parts)
 
-    def add_texts(self, full: Texts, logits_only: Texts) -> None:
+    def add_texts(self, full: Texts, *logits_only: Texts) -> None:
         """Assign new texts to new parts, in the seeded order; known texts keep their place.
 
+        Each group of ``logits_only`` gets parts of its own: validation and test texts are then read without the others.
         A text of a 'logits' part that is now wanted in full goes into a new full part. With ``repair``, damaged text
         files are written again.
         """
-        self._texts.add(full, logits_only)
+        self._texts.add(full, *logits_only)
 
     def texts_of(self, part: Part) -> list[tuple[str, ...]]:
         """The texts of a part, in its order. Raises MismatchError if they were neither given nor stored."""
@@ -212,7 +213,7 @@ class CacheWriter:
         spec, info = self._contents.teachers[name], self._part(part.name)
         ids = self._texts.ids(info)
         if info.scope == "logits" and (hidden or tokens is not None):
-            raise ValueError(f"{info.name} gets outputs alone: it holds validation or test texts")
+            raise ValueError(f"{info.name} gets outputs alone: its scope is 'logits'")
         files: dict[str, Any] = {}
         if outputs is not None and not self._contents.has_outputs(name, info):
             check_outputs(outputs, spec, info.name, ids)

@@ -51,7 +51,8 @@ def distill(
 
     job = open_job(recipe, settings, output_dir, cache=None if cache is None else find_cache(cache, remote))
     job.recipe.require_student()
-    check_method(job.recipe.distill.method)  # before the run that is there is asked what differs
+    for stage in (job.recipe.distill, *job.recipe.distill.in_stages()):
+        check_method(stage.method)  # before the run that is there is asked what differs
     if stages.is_finished(job, "student", live=live_teachers is not None) and not replace:
         job.progress.note("student: finished already with these settings, skipped")
     else:

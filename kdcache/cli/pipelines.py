@@ -65,10 +65,11 @@ def validate(recipe: RecipeFile, settings: Settings = None, json: Json = False) 
     from kdcache.recipe.sweep import CACHE
 
     loaded = load_recipe(recipe, settings)
-    check_method(loaded.distill.method)
-    for cell in loaded.sweep.settings() if loaded.sweep else ():
-        changed = {key: value for key, value in cell.items() if key != CACHE}
-        check_method(load_recipe(recipe, settings, changed).distill.method)
+    cells = loaded.sweep.settings() if loaded.sweep else ()
+    changes = [{key: value for key, value in cell.items() if key != CACHE} for cell in cells]
+    for variant in (loaded, *(load_recipe(recipe, settings, changed) for changed in changes)):
+        for stage in (variant.distill, *variant.distill.in_stages()):
+            check_method(stage.method)
     teachers = [teacher.name for teacher in loaded.teachers]
     out.document({"valid": True, "name": loaded.name, "teachers": teachers, "recipe": loaded.model_dump(mode="json")})
     out.text(

@@ -39,7 +39,8 @@ def run(
     from kdcache.distill.objective import objective_settings
 
     job = open_job(recipe, settings, output_dir)
-    objective_settings(job.recipe.distill)  # fail before teachers are trained
+    for part in (job.recipe.distill, *job.recipe.distill.in_stages()):
+        objective_settings(part)  # fail before teachers are trained
     _check_student(job)
     todo: dict[Any, Callable[[], object]] = {
         "teachers": lambda: stages.cofinetune(job),

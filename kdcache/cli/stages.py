@@ -77,9 +77,7 @@ def baseline(job: Job, *, replace: bool = False) -> DistillResult:
 
     inputs = stage_inputs(job.recipe, "baseline")
     _keep_or_replace(job.run, "baseline", inputs, replace=replace)
-    alone = job.recipe.model_copy(
-        update={"distill": job.recipe.distill.model_copy(update={"method": "fine-tune", "paper": False})}
-    )
+    alone = job.recipe.model_copy(update={"distill": job.recipe.distill.without_teachers()})
     with _recorded(replaced(job, recipe=alone), job.run.baseline, "baseline", inputs):
         return train(alone, cache_at_hand(job), job.run.baseline.root, progress=job.progress)
 

@@ -164,6 +164,16 @@ class DistillationModel(nn.Module):
         for name, owned in self.owned.items():
             self.add_module(name, owned.module)
 
+    def take_over(self, before: DistillationModel) -> None:
+        """Take the parameters that terms own, such as projections, from a model of the same method."""
+        theirs, ours = before.state_dict(), self.state_dict()
+        same = {
+            name: theirs[name]
+            for name, tensor in ours.items()
+            if not name.startswith("student.") and name in theirs and theirs[name].shape == tensor.shape
+        }
+        self.load_state_dict(same, strict=False)
+
     def counts(self, batches: Sequence[Batch]) -> StepCounts:
         """Counts over the micro-batches of an optimizer step. Call it before they are moved to the device."""
         vectors: dict[str, dict[Pair, int]] = {}

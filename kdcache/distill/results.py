@@ -80,6 +80,7 @@ class Measured:
     training_seconds: float  # of this process: a resumed training took longer
     seconds: float
     truncated: Mapping[str, float] = field(default_factory=dict)  # split -> share of the texts cut to max_length
+    stages: Sequence[Mapping[str, Any]] = ()  # of a training in stages: settings and outcome of each
 
 
 def build_results(training: Training, measured: Measured, metrics: Path) -> dict[str, Any]:
@@ -102,6 +103,7 @@ def build_results(training: Training, measured: Measured, metrics: Path) -> dict
         **_data(training),
         "settings": recipe.distill.model_dump(mode="json"),
         "best_epoch": measured.best_epoch + 1,
+        **({"stages": list(measured.stages)} if measured.stages else {}),
         "cache_identity": cache.identity if cache is not None else None,
         "targets": training.targets,
         "layer_map": {name: list(layers) for name, layers in source.layer_map.items()},
@@ -109,7 +111,7 @@ def build_results(training: Training, measured: Measured, metrics: Path) -> dict
         "truncated": {"student": dict(measured.truncated), "teachers": _truncated_by_teachers(cache, source.teachers)},
         "skipped_rows": source.skipped,
         "joined": {join.split: join.as_dict() for join in training.joins},
-        "scales": scales([curve for curve in read_curves(metrics, "steps") if curve.stage == STAGE]),
+        "scales": scales([curve for curve in read_curves(metrics, "steps") if curve.stage.startswith(STAGE)]),
         "training_seconds": round(measured.training_seconds, 1),
         "seconds": round(measured.seconds, 1),
         "machine": machine(measured.speed.device),

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
 
 from kdcache.codecs.projection import Projector, leading
 from kdcache.data.encoding import tokenizer_fingerprint
@@ -16,7 +18,8 @@ from kdcache.distill.teacher_weights import TeacherWeights, WeightedTeachers, ch
 from kdcache.distill.teachers_at_hand import teachers_beside
 from kdcache.errors import RecipeError
 from kdcache.loading.cached import CachedBatches
-from kdcache.loading.data import SplitJoin, StudentData, join_counts, student_data
+from kdcache.loading.data import SplitJoin, StudentData, join_counts, student_data, with_rows
+from kdcache.loading.examples import TRANSFER
 from kdcache.progress import format_bytes
 from kdcache.report.metrics import scores
 from kdcache.students.build import build_student
@@ -36,6 +39,8 @@ if TYPE_CHECKING:
     from kdcache.recipe import Recipe
     from kdcache.students.model import Student
 
+
+Targets = Literal["cache", "live", "none"]
 
 # Keys of ``Training.identity`` that kdcache 0.1.0 did not record: its checkpoints are compared on the others.
 NEWER_KEYS = frozenset(
@@ -58,13 +63,22 @@ class Training:
     student: Student
     source: TargetSource
     cache: Cache | None
-    targets: Literal["cache", "live", "none"]
+    targets: Targets
     teachers_dir: Path | None  # of teachers whose files are there
     joins: tuple[SplitJoin, ...] = ()  # how the data join the cache, per split
     weights: TeacherWeights | None = None  # of the teachers; None: equal
+    later: tuple[Training, ...] = ()  # the stages after this one, with the same student
 
-    def model(self) -> DistillationModel:
-        """The student with the terms of the recipe's method."""
+    @property
+    def stages(self) -> tuple[Training, ...]:
+        """Every stage of the training, in order."""
+        return (self, *self.later)
+
+    def model(self, before: DistillationModel | None = None) -> DistillationModel:
+        """The student with the terms of the recipe's method.
+
+        ``before``: the model of the stage before, which hands on its projections if it has the same method.
+        """
         source = self.source
 
         def pairs(epoch: int) -> dict[Pair, tuple[str, int]]:
@@ -80,7 +94,7 @@ class Training:
         def variances(epoch: int) -> dict[Pair, float]:
             return {pair: source.target_variance(*layer) for pair, layer in pairs(epoch).items()}
 
-        return DistillationModel(
+        model = DistillationModel(
             self.student.model,
             self.settings,
             source.teachers,
@@ -91,6 +105,9 @@ class Training:
             unproject=self.unproject,
             weighted=None if self.weights is None else WeightedTeachers(self.weights.of_used),
         )
+        if before is not None and before.settings.method is self.settings.method:
+            model.take_over(before)
+        return model
 
     def validation_scores(self) -> tuple[float, ...]:
         """Of each teacher, from its logits, by ``distill.select_by``.
@@ -178,15 +195,22 @@ class Training:
 def prepare(
     recipe: Recipe, cache: Path | Cache | None, run_root: Path, live_teachers: Path | None, progress: Progress
 ) -> Training:
-    """Open cache and data, build the student, choose teachers and layers. Raises what ``stage.distill`` raises."""
-    settings, wanted = objective_settings(recipe.distill), recipe.require_student()
+    """Open cache and data, build the student, choose teachers and layers of every stage.
+
+    Raises what ``stage.distill`` raises.
+    """
+    stages = recipe.distill.in_stages()
+    settings, wanted = [objective_settings(stage) for stage in stages], recipe.require_student()
+    uses_teachers = any(own.method.uses_teachers for own in settings)
     opened = _open(cache)
     data = student_data(recipe.data, opened)
     for note in data.notes:
         progress.note(note)
-    joins = join_counts(data, opened) if settings.method.uses_teachers else ()
+    joins = join_counts(data, opened) if uses_teachers else ()
     for line in (line for join in joins for line in join.lines()):
         progress.note(line)
+    if opened is not None and uses_teachers:
+        _note_logits_only(data, opened, progress)
     teachers_dir = live_teachers or teachers_beside(None if opened is None else opened.path, run_root)
     student = build_student(
         wanted,
@@ -196,15 +220,32 @@ def prepare(
         dropout=recipe.distill.dropout,
         teachers_dir=teachers_dir,
     )
-    weights = chosen_weights(recipe.distill, data, opened) if opened and settings.method.uses_teachers else None
+    weights = chosen_weights(recipe.distill, data, opened) if opened and uses_teachers else None
     if weights is not None:
         progress.note(weights.line())
-    section = recipe.distill if weights is None else weights.section(recipe.distill)
-    source = open_source(section, settings, data, student, opened, live_teachers, recipe.trusted())
-    if isinstance(source, CachedBatches):
-        _note_memory(source.window_bytes, progress)
-    targets: Literal["cache", "live", "none"] = "none" if not source.teachers else "live" if live_teachers else "cache"
-    return Training(recipe, settings, data, student, source, opened, targets, teachers_dir, joins, weights)
+    trainings = []
+    for stage, own in zip(stages, settings, strict=True):
+        rows = with_rows(data, stage.rows)
+        section = stage if weights is None else weights.section(stage)
+        source = open_source(section, own, rows, student, opened, live_teachers, recipe.trusted())
+        targets: Targets = "none" if not source.teachers else "live" if live_teachers else "cache"
+        of_stage = recipe.model_copy(update={"distill": stage})
+        trainings.append(Training(of_stage, own, data, student, source, opened, targets, teachers_dir, joins, weights))
+    windows = [training.source.window_bytes for training in trainings if isinstance(training.source, CachedBatches)]
+    _note_memory(max(windows, default=0), progress)
+    return replace(trainings[0], later=tuple(trainings[1:]))
+
+
+def _note_logits_only(data: StudentData, cache: Cache, progress: Progress) -> None:
+    """Say how many transfer texts have no hidden states in the cache."""
+    if TRANSFER not in data.splits or not any(spec.layers for spec in cache.teachers.values()):
+        return
+    parts, _ = cache.locate(data.splits[TRANSFER].text_ids)
+    full = np.array([part.scope == "full" for part in cache.parts] + [True])[parts]
+    if not full.all():
+        progress.note(
+            f"{int((~full).sum()):,} of {len(full):,} transfer texts are stored with logits only (dump.hidden_transfer)"
+        )
 
 
 def _note_memory(needed: int, progress: Progress) -> None:

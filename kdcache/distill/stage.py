@@ -12,8 +12,9 @@ complete.
 from __future__ import annotations
 
 import json
+import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ from kdcache.distill.results import SCORED, STAGE, Measured, build_results, teac
 from kdcache.distill.setup import NEWER_KEYS, Training, prepare
 from kdcache.distill.teachers_at_hand import check_teachers
 from kdcache.files import remove_directory, write_file
+from kdcache.loading.cached import CachedBatches
 from kdcache.methods.base import Moment
 from kdcache.methods.parts.projections import PROJECTIONS, rate_factor
 from kdcache.report.cards import model_card
@@ -32,7 +34,8 @@ from kdcache.students.save import save_student, student_record
 from kdcache.students.score import EncodedSplit, encode_split, selection_score, split_scores
 from kdcache.students.speed import measure_speed
 from kdcache.training.best_epoch import BestEpoch
-from kdcache.training.loop import LoopSettings, default_device, train
+from kdcache.training.device import default_device
+from kdcache.training.loop import LoopSettings, Outcome, check_evaluation, train
 from kdcache.training.metrics_log import MetricsLog
 
 if TYPE_CHECKING:
@@ -82,7 +85,9 @@ def distill(
         StorageError: a file cannot be written.
     """
     run, started = RunDirectory(run_root), time.perf_counter()
-    training = prepare(recipe, cache, run_root, live_teachers, progress)
+    prepared = prepare(recipe, cache, run_root, live_teachers, progress)
+    shown = next((stage for stage in prepared.stages if stage.source.teachers), prepared)
+    training = replace(shown, recipe=recipe)  # whose teachers and layers the results name
     source, student, texts = training.source, training.student, training.some_texts()
     facts = check_teachers(training.teachers_dir, training.cache, source.teachers, texts, recipe.trusted())
     mixture = None if training.weights is None else training.weights.of_used
@@ -90,18 +95,28 @@ def distill(
     if source.skipped:
         progress.note(f"{source.skipped} rows are left out: the cache lacks their texts")
     splits = _encoded_splits(training, progress)
+    for stage in prepared.stages:
+        check_evaluation(stage.recipe.distill, "distill", validation="validation" in splits)
 
     if default_device().type == "cpu":
         keep_freed_blocks()
     training_started = time.perf_counter()
-    best_epoch = _train(training, splits.get("validation"), run, progress)
+    trained = _train(prepared.stages, splits.get("validation"), run, progress)
     training_seconds = time.perf_counter() - training_started
 
     of_student = {name: split_scores(student.model, split) for name, split in splits.items()}
     speed = measure_speed(student.model, student.tokenizer, student.max_length, texts)
     seconds = time.perf_counter() - started
     measured = Measured(
-        of_student, of_teachers, facts, speed, best_epoch, training_seconds, seconds, _truncated(source, splits)
+        of_student,
+        of_teachers,
+        facts,
+        speed,
+        trained.best_epoch,
+        training_seconds,
+        seconds,
+        _truncated(source, splits),
+        trained.stages if recipe.distill.stages else (),
     )
     results = build_results(training, measured, run.metrics)
     _save(training, results, run, progress)
@@ -130,25 +145,72 @@ def _truncated(source: TargetSource, splits: Mapping[str, EncodedSplit]) -> dict
     return train | {name: texts.truncated_count / len(texts) for name, texts in encoded.items()}
 
 
-def _train(training: Training, validation: EncodedSplit | None, run: RunDirectory, progress: Progress) -> int:
-    """Train; the student then has the weights of the best epoch (from 0), which is returned."""
-    section, place, model = training.recipe.distill, run.checkpoints / STAGE, training.model()
-    identity = training.identity(model)
-    task = DistillTask(
-        model,
-        training.source,
-        validation,
-        BestEpoch(place / "best", place, identity),
-        epochs=section.epochs,
-        seed=section.seed,
-        accumulation=section.accumulation,
-        select_by=section.select_by,
-    )
-    settings = LoopSettings.from_section(section, identity, NEWER_KEYS)
-    settings = replace(settings, log_steps=1, lr_by_prefix=_lr_by_prefix(section, model))
-    outcome = train(task, settings, checkpoints=place, progress=progress, on_metrics=MetricsLog(run.metrics, STAGE))
-    task.load_best(outcome.best_epoch)
-    return outcome.best_epoch
+@dataclass(frozen=True)
+class _Trained:
+    """``best_epoch`` counts from 0, over all stages; ``stages``: settings and outcome of each."""
+
+    best_epoch: int
+    stages: tuple[Mapping[str, Any], ...]
+
+
+def _train(
+    stages: Sequence[Training], validation: EncodedSplit | None, run: RunDirectory, progress: Progress
+) -> _Trained:
+    """Train one stage after the other; the student then has the best weights of the last one.
+
+    A stage starts with the weights that the one before ended with: its best ones if it has ``patience``, else its last
+    ones. Each stage has checkpoints of its own, so that a finished one is only read again.
+    """
+    model: DistillationModel | None = None
+    found: list[Mapping[str, Any]] = []
+    begun = epochs_before = 0
+    for number, stage in enumerate(stages, start=1):
+        section, place, log = stage.recipe.distill, run.checkpoints / STAGE, STAGE
+        if len(stages) > 1:
+            place, log = (place if number == 1 else place / f"stage-{number}"), f"{STAGE} {number}"
+            progress.note(
+                f"stage {number} of {len(stages)}: {stage.settings.method.name}, rows: {section.rows or 'all'}"
+            )
+        model = stage.model(model)
+        identity = stage.identity(model)
+        best = BestEpoch(place / "best", place, identity)
+        task = DistillTask(
+            model,
+            stage.source,
+            validation,
+            best,
+            epochs=section.epochs,
+            seed=section.seed,
+            accumulation=section.accumulation,
+            select_by=section.select_by,
+            first_epoch=begun,
+        )
+        settings = LoopSettings.from_section(section, identity, NEWER_KEYS)
+        settings = replace(settings, log_steps=1, lr_by_prefix=_lr_by_prefix(section, model))
+        outcome = train(task, settings, checkpoints=place, progress=progress, on_metrics=MetricsLog(run.metrics, log))
+        if number == len(stages) or section.patience is not None:
+            task.load_best(outcome.best_mark)
+        found.append(_stage_result(stage, outcome))
+        best_epoch = epochs_before + outcome.best_epoch
+        begun, epochs_before = begun + section.epochs, epochs_before + -(-outcome.steps // task.steps_per_epoch)
+        if isinstance(stage.source, CachedBatches):
+            stage.source.forget_parts()
+    return _Trained(best_epoch, tuple(found))
+
+
+def _stage_result(stage: Training, outcome: Outcome) -> dict[str, Any]:
+    """Settings and outcome of a stage, for results.json."""
+    section = stage.recipe.distill
+    return {
+        "method": stage.settings.method.name,
+        "rows": section.rows or "all",
+        "learning_rate": section.learning_rate,
+        "weights": section.weights.model_dump(),
+        "steps": outcome.steps,
+        "best_epoch": outcome.best_epoch + 1,
+        "best_score": outcome.best_score if math.isfinite(outcome.best_score) else None,
+        "stopped_early": outcome.stopped,
+    }
 
 
 def _lr_by_prefix(section: DistillSection, model: DistillationModel) -> dict[str, float]:
@@ -201,6 +263,7 @@ class DistillTask:
         seed: int = 0,
         accumulation: int = 1,
         select_by: str = "accuracy",
+        first_epoch: int = 0,
     ) -> None:
         self.model: nn.Module = distillation
         self._distillation = distillation
@@ -212,12 +275,13 @@ class DistillTask:
         self._total_steps, self._seed = epochs * source.steps_per_epoch, seed
         self._accumulation = accumulation
         self._select_by = select_by
+        self._first_epoch = first_epoch  # of this stage, so that no two stages have the same order of rows
 
     def batches(self, epoch: int, first_step: int) -> Iterator[Step]:
         """One ``Step`` per optimizer step."""
-        before = epoch * self.steps_per_epoch
-        for step, batch in enumerate(self._source.batches(epoch, first_step), start=before + first_step):
-            yield Step(batch, Moment(step, self._total_steps, epoch, self._seed))
+        before, number = epoch * self.steps_per_epoch, self._first_epoch + epoch
+        for step, batch in enumerate(self._source.batches(number, first_step), start=before + first_step):
+            yield Step(batch, Moment(step, self._total_steps, number, self._seed))
 
     def losses(self, step: Step) -> Iterator[tuple[Tensor, dict[str, float | Tensor]]]:
         """The loss of each micro-batch, divided by the counts of the whole step, and its terms before their weights."""
@@ -235,14 +299,14 @@ class DistillTask:
         named = {f"validation/{name}": value for name, value in scores.items()}
         return {"score": selection_score(scores, self._select_by), **named}
 
-    def keep_best(self, epoch: int, metrics: dict[str, float]) -> None:  # noqa: ARG002 - of the protocol
+    def keep_best(self, mark: int, metrics: dict[str, float]) -> None:  # noqa: ARG002 - of the protocol
         """Keep the student's weights durably; the projections are needed for training only."""
-        self._best.keep(epoch, {"student": self._student.state_dict()})
+        self._best.keep(mark, {"student": self._student.state_dict()})
 
-    def settle_best(self, epoch: int) -> None:
-        """Remove the weights kept of epochs other than ``epoch``."""
-        self._best.settle(epoch)
+    def settle_best(self, mark: int) -> None:
+        """Remove the weights kept under other marks."""
+        self._best.settle(mark)
 
-    def load_best(self, epoch: int) -> None:
-        """Put the weights of ``epoch`` (from 0) back into the student."""
-        self._student.load_state_dict(self._best.load(epoch)["student"])
+    def load_best(self, mark: int) -> None:
+        """Put the weights kept under ``mark`` back into the student."""
+        self._student.load_state_dict(self._best.load(mark)["student"])

@@ -303,8 +303,14 @@ class PartRows:
 
 
 def choose_rows(cache: Cache, rows: int, seed: int) -> list[PartRows]:
-    """Seeded choice of rows from at most ``_PARTS`` parts, in proportion to their texts."""
-    parts = [cache.parts[place] for place in np.sort(_shuffled(len(cache.parts), seed)[:_PARTS]).tolist()]
+    """Seeded choice of rows from at most ``_PARTS`` parts, in proportion to their texts.
+
+    At least half of the parts have hidden states, as far as the cache has as many.
+    """
+    order = _shuffled(len(cache.parts), seed).tolist()
+    full = [place for place in order if cache.parts[place].scope == "full"][: _PARTS // 2]
+    others = [place for place in order if place not in full][: _PARTS - len(full)]
+    parts = [cache.parts[place] for place in sorted([*full, *others])]
     total = sum(part.texts for part in parts)
     chosen = []
     for number, part in enumerate(parts, start=1):

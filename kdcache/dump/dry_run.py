@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kdcache.cache.ids import IdIndex, id_array
+from kdcache.cache.ids import IdIndex, id_array, id_list
 from kdcache.cache.layout import MANIFEST
 from kdcache.cache.reader import open_cache
 from kdcache.cache.spec import Settings, needs_tokens
@@ -164,7 +164,9 @@ def estimate_dump(recipe: Recipe, teachers_dir: Path, cache_dir: Path, *, progre
     cache = _published(cache_dir)
     if cache is not None:
         _refuse_stale(cache, recipe, task_spec(task), teachers)
-    full, logits_only = scopes(task)
+    there = () if cache is None else {one for ids in _ids(cache, "full") for one in id_list(ids)}
+    wanted = scopes(task, recipe.dump.hidden_transfer, there)
+    full, logits_only = wanted.full, wanted.logits_only
     new_full, new_logits = _unknown(cache, full, "full"), _unknown(cache, logits_only, "logits")
     counted = []
     for teacher in teachers:
@@ -172,7 +174,7 @@ def estimate_dump(recipe: Recipe, teachers_dir: Path, cache_dir: Path, *, progre
         counted.append(_count_teacher(teacher, cache, groups, teachers_dir, recipe.dump.tokens_per_batch, progress))
     existing = tuple(cache.teachers) if cache is not None else ()
     known = len(full) + len(logits_only) - len(new_full) - len(new_logits)
-    student = student_truncation(recipe, teachers_dir, teachers, list(full.values()))
+    student = student_truncation(recipe, teachers_dir, teachers, wanted.trained_on)
     counts, free = task.counts, free_bytes(cache_dir)
     return DryRun(cache_dir, counts, len(full), len(logits_only), known, existing, tuple(counted), free, student)
 
@@ -242,12 +244,17 @@ def _unknown(cache: Cache | None, texts: Mapping[bytes, Text], scope: Scope) -> 
     """The texts that the cache lacks in parts of that scope."""
     if cache is None or not texts:
         return list(texts.values())
-    parts = [part for part in cache.parts if scope == "logits" or part.scope == "full"]
-    if not parts:
+    known = _ids(cache, scope)
+    if not known:
         return list(texts.values())
-    index = IdIndex(np.concatenate([cache.text_ids(part.name) for part in parts]))
+    index = IdIndex(np.concatenate(known))
     absent = index.find(id_array(texts)) < 0
     return [text for text, new in zip(texts.values(), absent.tolist(), strict=True) if new]
+
+
+def _ids(cache: Cache, scope: Scope) -> list[np.ndarray]:
+    """Ids uint8[n, 16] per part, of texts that have at least what ``scope`` asks for."""
+    return [cache.text_ids(part.name) for part in cache.parts if scope == "logits" or part.scope == "full"]
 
 
 def _missing_groups(

@@ -24,8 +24,8 @@ from kdcache.cache.writer import open_writer
 from kdcache.dump.additions import open_additions, validation_scores
 from kdcache.dump.layers import check_layer, spec_like
 from kdcache.dump.provenance import extended_provenance, forget_runs, inherit_run
-from kdcache.dump.specs import PreparedTeacher, layer_specs, prepare, scopes, student_depth
-from kdcache.dump.stage import count_new_texts, refuse_stale, run_missing, write_examples
+from kdcache.dump.specs import PreparedTeacher, TextScopes, layer_specs, prepare, scopes, student_depth
+from kdcache.dump.stage import count_new_texts, refuse_stale, run_missing, texts_in_full, write_examples
 from kdcache.errors import DamageError, MismatchError, RecipeError
 from kdcache.methods.parts.layer_map import even_layers
 from kdcache.recipe.sections import DumpSection, TeacherSection
@@ -113,7 +113,6 @@ def extend_cache(
     old = read_manifest(cache_dir)
     contents = old.contents
     task = _data(wanted.recipe, contents, progress)
-    full, logits_only = ({}, {}) if task is None else scopes(task)
     if not wanted.teachers and task is None:
         raise RecipeError(
             "nothing to add was named", "Name a teacher with --teacher NAME=DIR, or new rows with --recipe RECIPE."
@@ -126,14 +125,15 @@ def extend_cache(
             cache_dir, contents.task, contents.settings, store_text=contents.has_text, arrivals=arrivals
         ) as writer,
     ):
-        new_texts = count_new_texts(writer, full, logits_only)
+        texts = _texts(writer, wanted.recipe, task)
+        new_texts = count_new_texts(writer, texts)
         _refuse_lacking_teachers(writer, additions, new_texts)
         _refuse_without_text(writer, task)
         teachers = [
             _prepare(addition, wanted, contents, like or contents, new_texts > 0) for addition in additions.values()
         ]
         refuse_stale(writer, teachers)
-        writer.add_texts(full, logits_only)
+        writer.add_texts(texts.full, texts.evaluation, texts.transfer)
         _take_over(writer, earlier, teachers)
         runs = _run(writer, teachers, additions, wanted, progress)
         if task is not None:
@@ -175,6 +175,13 @@ def _data(recipe: Recipe | None, contents: Contents, progress: Progress) -> Task
     for line in task.counts.notes():
         progress.note(line)
     return task
+
+
+def _texts(writer: CacheWriter, recipe: Recipe | None, task: TaskData | None) -> TextScopes:
+    """The texts of the recipe's data; none without a recipe."""
+    if recipe is None or task is None:
+        return TextScopes({}, {}, {})
+    return scopes(task, recipe.dump.hidden_transfer, texts_in_full(writer))
 
 
 def _max_length(wanted: Wanted, contents: Contents) -> int:

@@ -89,11 +89,13 @@ class StoragePlan:
     recommendation: Recommendation | None
     truncated: Mapping[str, TruncationPlan] = field(default_factory=dict)  # per teacher
     student: TruncationPlan | None = None
+    logits_texts: int = 0  # texts with logits only
 
     def as_dict(self) -> dict[str, Any]:
         """The document that ``--json`` prints and the report draws."""
         return {
             "texts": self.texts,
+            "texts_logits_only": self.logits_texts,
             "bytes_fixed": self.fixed,
             "budget": self.budget,
             "minutes": {name: round(seconds / 60, 2) for name, seconds in self.seconds.items()},
@@ -110,8 +112,8 @@ class StoragePlan:
         total = sum(self.seconds.values())
         per_teacher = ", ".join(f"{name} {format_seconds(seconds)}" for name, seconds in self.seconds.items())
         return [
-            f"{self.texts:,} texts with hidden states; logits, pooled vectors and spans take "
-            f"{format_bytes(self.fixed)} in any case",
+            f"{self.texts:,} texts with hidden states, {self.logits_texts:,} with logits only; logits, pooled vectors "
+            f"and spans take {format_bytes(self.fixed)} in any case",
             f"the dump takes about {format_seconds(total)} in any format ({per_teacher})",
             *(line for name, plan in self.truncated.items() for line in plan.lines(f"teacher '{name}'")),
             *(() if self.student is None else self.student.lines()),
@@ -137,7 +139,8 @@ def plan_storage(
         raise RecipeError(
             "the recipe stores no hidden states: there is nothing to plan", 'Set dump.layers, for example to "even".'
         )
-    full, logits_only = scopes(task)
+    wanted = scopes(task, recipe.dump.hidden_transfer)
+    full, logits_only = wanted.full, wanted.logits_only
     sample = _sample(list(full.values()), recipe.dump.sample_texts, unseen, recipe.dump.seed)
     layers: list[LayerCandidates] = []
     seconds: dict[str, float] = {}
@@ -146,7 +149,8 @@ def plan_storage(
     for teacher in teachers:
         encoded = encode(teacher.tokenizer, list(full.values()), teacher.spec.max_length)
         tokens = int(encoded.lengths.sum())
-        truncated[teacher.name] = TruncationPlan(len(full), encoded.truncated_count, teacher.spec.max_length)
+        cut = encoded.truncated_count + _truncated(teacher, list(wanted.transfer.values()))
+        truncated[teacher.name] = TruncationPlan(len(wanted.trained_on), cut, teacher.spec.max_length)
         fixed += outputs_bytes(len(full) + len(logits_only), teacher.spec)
         fixed += tokens_bytes(tokens, len(full)) if needs_tokens(teacher.spec.layers) else 0
         measured, per_text = _measured(teacher, teachers_dir, sample, recipe.dump.tokens_per_batch, progress)
@@ -155,9 +159,16 @@ def plan_storage(
             sizes = tuple(hidden_bytes(tokens, len(full), kept.spec) for kept in formats)
             asked = [place for place, kept in enumerate(formats) if kept.spec == teacher.spec.layers[layer]]
             layers.append(LayerCandidates(teacher.name, layer, tuple(formats), sizes, asked[0] if asked else -1))
-    student = student_truncation(recipe, teachers_dir, teachers, list(full.values()))
+    student = student_truncation(recipe, teachers_dir, teachers, wanted.trained_on)
     recommended = recommend(layers, None if budget is None else budget - fixed, fixed)
-    return StoragePlan(tuple(layers), len(full), fixed, seconds, budget, recommended, truncated, student)
+    return StoragePlan(
+        tuple(layers), len(full), fixed, seconds, budget, recommended, truncated, student, len(logits_only)
+    )
+
+
+def _truncated(teacher: PreparedTeacher, texts: Sequence[tuple[str, ...]]) -> int:
+    """How many of ``texts`` the teacher truncates."""
+    return encode(teacher.tokenizer, texts, teacher.spec.max_length).truncated_count if texts else 0
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ bytes are exact for a given number of texts and tokens.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,9 +34,31 @@ if TYPE_CHECKING:
 
 _CONTROL = re.compile("[\\x00-\\x1f\\x7f-\\x9f]")
 _TEACHER_PREFIX = "teacher:"
-_IN_FULL = ("train", "transfer")  # with hidden states; validation and test texts get logits only
 
 Texts = dict[bytes, tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class TextScopes:
+    """The texts of a dump by what is stored of them; each text is in one group.
+
+    ``full``: logits and hidden states. ``evaluation``: validation and test texts, logits only. ``transfer``: transfer
+    texts with logits only.
+    """
+
+    full: Texts
+    evaluation: Texts
+    transfer: Texts
+
+    @property
+    def logits_only(self) -> Texts:
+        """All texts that get logits only."""
+        return self.evaluation | self.transfer
+
+    @property
+    def trained_on(self) -> list[tuple[str, ...]]:
+        """Train and transfer texts."""
+        return [*self.full.values(), *self.transfer.values()]
 
 
 @dataclass(frozen=True)
@@ -67,16 +89,27 @@ def task_spec(task: TaskData) -> TaskSpec:
     return TaskSpec(text_columns=task.text_columns, label_names=task.label_names)
 
 
-def scopes(task: TaskData) -> tuple[Texts, Texts]:
-    """Texts that get logits and hidden states, and texts that get logits only; each text is in one of them."""
-    full: Texts = {}
-    logits_only: Texts = {}
-    for split, examples in task.splits.items():
-        into = full if split in _IN_FULL else logits_only
-        for row in examples.text_ids:
-            identity = bytes(row)
-            into[identity] = task.texts[identity]
-    return full, {identity: text for identity, text in logits_only.items() if identity not in full}
+def scopes(task: TaskData, hidden_transfer: int | None = None, in_full: Collection[bytes] = ()) -> TextScopes:
+    """What is stored of each text.
+
+    Train texts get everything, validation and test texts logits only. ``hidden_transfer`` transfer texts get
+    everything (None: all of them): those that the cache has ``in_full`` already, then the next ones in the seeded order
+    of the task. So a larger number adds texts and never exchanges any.
+    """
+    ids = {split: [bytes(row) for row in examples.text_ids] for split, examples in task.splits.items()}
+    full = {one: task.texts[one] for one in ids.get("train", ())}
+    transfer = ids.pop("transfer", [])
+    there = [one for one in transfer if one in in_full]
+    others = [one for one in transfer if one not in in_full]
+    new = others if hidden_transfer is None else others[: max(0, hidden_transfer - len(there))]
+    chosen = {*there, *new}
+    full |= {one: task.texts[one] for one in transfer if one in chosen}
+    evaluation = {one: task.texts[one] for split, own in ids.items() if split != "train" for one in own}
+    return TextScopes(
+        full,
+        {one: text for one, text in evaluation.items() if one not in full},
+        {one: task.texts[one] for one in transfer if one not in chosen},
+    )
 
 
 def check_task(task: TaskData, bundle: Bundle, teachers_dir: Path) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdcache.cache.card import cache_card
-from kdcache.cache.ids import ids_digest
+from kdcache.cache.ids import id_list, ids_digest
 from kdcache.cache.layout import MANIFEST
 from kdcache.cache.manifest import read_manifest
 from kdcache.cache.spec import Settings
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from kdcache.cache.writer import CacheWriter
     from kdcache.data.counts import DataCounts
     from kdcache.data.task import TaskData
-    from kdcache.dump.specs import PreparedTeacher, Texts
+    from kdcache.dump.specs import PreparedTeacher, TextScopes
     from kdcache.progress import Progress
     from kdcache.recipe import Recipe
 
@@ -107,19 +107,19 @@ def dump_teachers(
     settings = Settings(seed=recipe.dump.seed, part_size=recipe.dump.part_size)
     store_text = not no_text and _has_text(cache_dir)
     with open_writer(cache_dir, task_spec(task), settings, store_text=store_text, repair=repair) as writer:
-        full, logits_only = scopes(task)
+        texts = scopes(task, recipe.dump.hidden_transfer, texts_in_full(writer))
         refuse_stale(writer, teachers)
-        refuse_forgotten_teachers(writer, teachers, full, logits_only)
-        writer.add_texts(full, logits_only)
+        refuse_forgotten_teachers(writer, teachers, texts)
+        writer.add_texts(texts.full, texts.evaluation, texts.transfer)
         runs = run_missing(writer, teachers, teachers_dir, recipe.dump.tokens_per_batch, progress, opener)
         write_examples(writer, task)
         record = dump_provenance(recipe, bundle, cache_dir, provenance or {})
         record["text_ids"] = ids_digest(part.text_ids for part in writer.parts)
         identity = writer.publish(record, card=cache_card).identity
         forget_runs(cache_dir)
-        texts = sum(len(part.text_ids) for part in writer.parts)
+        count = sum(len(part.text_ids) for part in writer.parts)
         return DumpReport(
-            cache_dir, identity, texts, len(writer.parts), runs, time.perf_counter() - started, task.counts
+            cache_dir, identity, count, len(writer.parts), runs, time.perf_counter() - started, task.counts
         )
 
 
@@ -150,15 +150,20 @@ def refuse_stale(writer: CacheWriter, teachers: Sequence[PreparedTeacher]) -> No
             writer.declare_teacher(teacher.spec, teacher.tokenizer_json)
 
 
-def refuse_forgotten_teachers(
-    writer: CacheWriter, teachers: Sequence[PreparedTeacher], full: Texts, logits_only: Texts
-) -> None:
+def texts_in_full(writer: CacheWriter) -> set[bytes]:
+    """Ids of the texts of which the cache has, or will have, hidden states; none where an id file is damaged."""
+    with contextlib.suppress(DamageError):  # under repair: the ids come back with the texts
+        return {one for part in writer.parts if part.scope == "full" for one in id_list(part.text_ids)}
+    return set()
+
+
+def refuse_forgotten_teachers(writer: CacheWriter, teachers: Sequence[PreparedTeacher], texts: TextScopes) -> None:
     """MismatchError if the cache has a teacher that would lack new texts because the recipe does not name it."""
     known = writer.base.contents.teachers if writer.base is not None else {}
     forgotten = sorted(known.keys() - {teacher.name for teacher in teachers})
     if not forgotten:
         return
-    new = count_new_texts(writer, full, logits_only)
+    new = count_new_texts(writer, texts)
     if new:
         raise MismatchError(
             f"cache '{writer.root}' holds teacher '{forgotten[0]}', which the recipe does not name and which would "
@@ -167,11 +172,11 @@ def refuse_forgotten_teachers(
         )
 
 
-def count_new_texts(writer: CacheWriter, full: Texts, logits_only: Texts) -> int:
+def count_new_texts(writer: CacheWriter, texts: TextScopes) -> int:
     """How many texts the cache lacks, or has with logits only where they are wanted in full."""
-    in_full = {bytes(row) for part in writer.parts if part.scope == "full" for row in part.text_ids}
-    anywhere = in_full | {bytes(row) for part in writer.parts for row in part.text_ids}
-    return len(full.keys() - in_full) + len(logits_only.keys() - anywhere)
+    in_full = {one for part in writer.parts if part.scope == "full" for one in id_list(part.text_ids)}
+    anywhere = in_full | {one for part in writer.parts for one in id_list(part.text_ids)}
+    return len(texts.full.keys() - in_full) + len(texts.logits_only.keys() - anywhere)
 
 
 def write_examples(writer: CacheWriter, task: TaskData) -> None:

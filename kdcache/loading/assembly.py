@@ -55,6 +55,12 @@ class StepRows:
         """Rows of each step."""
         return np.diff(self.edges)
 
+    @functools.cached_property
+    def with_hidden(self) -> np.ndarray | None:
+        """Which rows have hidden states, bool[rows]; None if all have."""
+        logits_only = np.array([part.logits_only for part in self.parts])
+        return ~logits_only[self.part_of] if logits_only.any() else None
+
     def longest_first(self) -> np.ndarray:
         """The rows of every step by falling length: rows of like length share a micro-batch, with little padding."""
         spans = self.text_records["tokens"]
@@ -205,11 +211,17 @@ def student_inputs(padded: PaddedBatches, pad_token_id: int) -> list[dict[str, t
 
 def token_indices(padded: PaddedBatches, teacher: int) -> tuple[TokenSpans, list[AlignmentIndices]]:
     """Where a teacher's tokens lie, and its alignment with the student's tokens for each step."""
-    rows, alignments = padded.rows, [part.teachers[teacher].alignment for part in padded.rows.parts]
-    if padded.counts is None or all(alignment is not None and alignment.identical for alignment in alignments):
+    rows, keep = padded.rows, padded.rows.with_hidden
+    alignments = [part.teachers[teacher].alignment for part in rows.parts if not part.logits_only]
+    identical = padded.counts is None or all(one is not None and one.identical for one in alignments)
+    if identical and keep is None:
         return padded.tokens, [AlignmentIndices(positions) for positions in padded.per_token(padded.positions)]
-    parts = [part.csr[teacher] for part in rows.parts]
     tokens = TokenSpans.listed(rows, f"tokens {teacher}")
+    if identical and keep is not None:
+        positions = padded.positions[np.repeat(keep, padded.tokens.lengths)]
+        return tokens, [AlignmentIndices(own) for own in cut(positions, tokens.offsets[rows.edges])]
+    assert padded.counts is not None
+    parts = [part.csr[teacher] for part in rows.parts]
     entries = TokenSpans.of(rows, [part.texts for part in parts])
     picked, counts = entries.pick([part.entries for part in parts]), padded.counts[:, teacher]
     src = picked[:, 0] + np.repeat(padded.starts(tokens.offsets), entries.lengths)
@@ -229,11 +241,29 @@ def token_indices(padded: PaddedBatches, teacher: int) -> tuple[TokenSpans, list
 
 def text_indices(tokens: TokenSelection, padded: PaddedBatches) -> list[AlignmentIndices]:
     """For targets per text, which need no alignment: the student's first tokens, or all of a row as a bag."""
+    if padded.rows.with_hidden is not None:
+        return _indices_of_some(tokens, padded, padded.rows.with_hidden)
     if tokens == "pooled":
         bags = padded.per_row(padded.starts(padded.tokens.offsets))
         positions = padded.per_token(padded.positions)
         return [AlignmentIndices(own, bags=bag) for own, bag in zip(positions, bags, strict=True)]
     return [AlignmentIndices(positions) for positions in padded.per_row(padded.first_tokens)]
+
+
+def _indices_of_some(tokens: TokenSelection, padded: PaddedBatches, keep: np.ndarray) -> list[AlignmentIndices]:
+    """``text_indices`` for the rows where ``keep`` [rows] is true; the others have no target."""
+    rows = padded.rows
+    edges = np.concatenate([[0], np.cumsum(keep)])[rows.edges]
+    if tokens != "pooled":
+        return [AlignmentIndices(positions) for positions in cut(padded.first_tokens[keep], edges)]
+    lengths = padded.tokens.lengths
+    offsets = np.concatenate([[0], np.cumsum(lengths[keep])])
+    of_tokens = offsets[edges]
+    positions = cut(padded.positions[np.repeat(keep, lengths)], of_tokens)
+    bags = cut(offsets[:-1] - np.repeat(of_tokens[:-1], np.diff(edges)), edges)
+    places = np.arange(len(rows)) - np.repeat(rows.edges[:-1], rows.counts)
+    columns = zip(positions, bags, cut(places[keep], edges), strict=True)
+    return [AlignmentIndices(own, bags=bag, bag_rows=row) for own, bag, row in columns]
 
 
 def cached_targets(
@@ -272,8 +302,9 @@ def _layer_group(
     layers = [part.teachers[index].hidden[selected] for part in rows.parts]
     if selected == "all":
         tokens, indices = token_indices(padded, index)
-    else:  # a text has one vector
-        tokens, indices = TokenSpans(rows, rows.texts, rows.texts + 1), text_indices(selected, padded)
+    else:  # a text has one vector, or none
+        ends = rows.texts + (1 if rows.with_hidden is None else rows.with_hidden)
+        tokens, indices = TokenSpans(rows, rows.texts, ends), text_indices(selected, padded)
     counts = np.diff(tokens.offsets[rows.edges]).tolist()
     dtype, parts = layers[0].dtype, [part.bytes for part in layers]
     spans = tokens.spans(dtype.itemsize)

@@ -95,11 +95,16 @@ class CachedBatches:
         self._choice, self.teachers, self.layer_map = choice, choice.teachers, choice.layer_map
         self.layers_at = choice.at_epoch
         self._examples = join_examples(
-            cache, self._examples_of, splits, missing=settings.missing, hidden=bool(choice.layer_map)
+            cache,
+            self._examples_of,
+            splits,
+            missing=settings.missing,
+            hidden=bool(choice.layer_map),
+            logits=choice.logits,
         )
         check_texts(cache, texts, self._examples)
         self.skipped = self._examples.skipped
-        self.epochs = Epochs(self._examples.parts, settings)
+        self.epochs = Epochs(self._examples.parts, settings, self._examples.logits_only)
         parts = np.unique(self._examples.parts).tolist()
         cache.check_present(files_used(cache, parts, choice.teachers, choice.used, logits=choice.logits))
         self._pad_token_id = int(student_tokenizer.pad_token_id or 0)
@@ -121,10 +126,11 @@ class CachedBatches:
         used = [(name, layer) for name, layers in self._choice.used.items() for layer in layers]
         specs = {key: self.cache.teachers[key[0]].layers[key[1]] for key in used}
         row_bytes = {key: format_of(spec).row_bytes(spec) for key, spec in specs.items()}
-        parts = [self.cache.parts[index].name for index in np.unique(self.epochs.parts).tolist()]
+        parts = [self.cache.parts[index] for index in np.unique(self.epochs.parts).tolist()]
         sizes = [
-            sum(self.cache.row_count(name, part, layer) * row_bytes[name, layer] for name, layer in used)
+            sum(self.cache.row_count(name, part.name, layer) * row_bytes[name, layer] for name, layer in used)
             for part in parts
+            if part.scope == "full"
         ]
         window = self.epochs.settings.window
         held = len(sizes) if window == "all" else window + READ_AHEAD
@@ -159,6 +165,10 @@ class CachedBatches:
                 yield from bundle
         finally:
             bundles.close()
+
+    def forget_parts(self) -> None:
+        """Free the memory of decoded parts; they are read again when they are needed."""
+        self._part_cache = PartCache(self._part_cache.limit)
 
     def target_dim(self, teacher: str, layer: int) -> int:
         """Width of the stored targets of a teacher's layer."""
@@ -235,7 +245,8 @@ def loader(
 ) -> CachedBatches:
     """Batches of a cache for a student with ``tokenizer``: iterate ``loader(...).batches(epoch)``.
 
-    A batch always has logits. It has hidden states where ``student_layers`` or ``layer_map`` is given.
+    A batch always has logits. It has hidden states where ``student_layers`` or ``layer_map`` is given; rows of transfer
+    texts that are stored with logits only have none.
 
     Args:
         cache: an open cache, or its directory.

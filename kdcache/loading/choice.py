@@ -93,12 +93,13 @@ def files_used(
 ) -> list[str]:
     """The files that batches from ``parts`` read, part by part, by their names in the manifest."""
     files: list[str] = []
-    for part in (cache.parts[index].name for index in parts):
+    for part, scope in ((cache.parts[index].name, cache.parts[index].scope) for index in parts):
         files.append(layout.ids_file(part))
         for teacher in teachers:
             if logits:
                 files.append(layout.outputs_file(teacher, part))
-            stored = {layer: cache.teachers[teacher].layers[layer] for layer in layers.get(teacher, ())}
+            wanted = layers.get(teacher, ()) if scope == "full" else ()
+            stored = {layer: cache.teachers[teacher].layers[layer] for layer in wanted}
             files += [layout.tokens_file(teacher, part)] if needs_tokens(stored) else []
             files += [layout.group_file(teacher, part)] if stored else []
             for layer, spec in stored.items():

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from kdcache.cache.ids import Examples, IdIndex, id_list
 from kdcache.cache.spec import check_same_task
 from kdcache.data.task import load_task
 from kdcache.errors import DataError, MismatchError
+from kdcache.loading.examples import TRANSFER
 
 if TYPE_CHECKING:
     from kdcache.cache.reader import Cache
@@ -56,6 +58,19 @@ class StudentData:
             split = self.splits[name]
             digest.update(name.encode() + split.text_ids.tobytes() + split.labels.astype(np.int64).tobytes())
         return digest.hexdigest()
+
+
+def with_rows(data: StudentData, rows: str | None) -> StudentData:
+    """``data`` with the rows to learn from: all (None), ``train`` without transfer texts, or the ``labelled`` ones."""
+    if rows is None:
+        return data
+    splits = {name: split for name, split in data.splits.items() if name != TRANSFER}
+    if rows == "labelled":
+        train = splits["train"]
+        keep = train.labels >= 0
+        groups = None if train.groups is None else tuple(compress(train.groups, keep.tolist()))
+        splits["train"] = Examples(train.text_ids[keep], train.labels[keep], groups)
+    return replace(data, splits=splits)
 
 
 def student_data(section: DataSection, cache: Cache | None) -> StudentData:

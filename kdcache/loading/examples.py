@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from kdcache.cache.reader import Cache
 
 
+TRANSFER = "transfer"  # the split of texts without labels
 ExamplesOf = Callable[[str], Examples]  # split -> its rows: ``Cache.examples``, or those of data files
 _AT_HAND = 64  # parts whose ids stay in memory, 64 KB each by default: more than a window has
 
@@ -39,6 +40,7 @@ class JoinedExamples:
     parts: np.ndarray  # int32[n]
     rows: np.ndarray | Integers  # indexed: int64[m]
     skipped: int  # examples left out because the cache lacks their text
+    logits_only: np.ndarray | None = None  # bool[n]: transfer texts without hidden states; None: there are none
 
     def __len__(self) -> int:
         return len(self.parts)
@@ -86,13 +88,17 @@ def join_examples(
     *,
     missing: Literal["error", "skip"] = "error",
     hidden: bool = False,
+    logits: bool = True,
 ) -> JoinedExamples:
     """The ``examples`` of ``splits``, one split after the other, with the place of their texts in ``cache``.
 
-    Raises MismatchError where a text is not in the cache, or only with logits where ``hidden`` states are wanted,
-    unless ``missing`` is 'skip'; and where no example is left.
+    With ``hidden``, train texts need hidden states. Transfer texts may be stored with logits only; they are left out
+    where no ``logits`` are read, because nothing could be learned from them.
+
+    Raises MismatchError where a text is not in the cache, or lacks the hidden states that it needs, unless ``missing``
+    is 'skip'; and where no example is left.
     """
-    joined = _join(cache, *_concatenated(examples, splits), _names(splits), missing, hidden=hidden)
+    joined = _join(cache, _concatenated(examples, splits), _names(splits), missing, hidden=hidden, logits=logits)
     give_back_freed()
     return joined
 
@@ -109,39 +115,52 @@ def stored_logits(cache: Cache, teachers: Sequence[str], examples: JoinedExample
     return found
 
 
+@dataclass(frozen=True)
+class _Table:
+    """All examples of some splits: ids uint8[n, 16], labels int64[n], and which are transfer texts."""
+
+    text_ids: np.ndarray
+    labels: np.ndarray
+    transfer: np.ndarray  # bool[n]
+
+
 def _join(
-    cache: Cache,
-    text_ids: np.ndarray,
-    labels: np.ndarray,
-    names: str,
-    missing: Literal["error", "skip"],
-    *,
-    hidden: bool,
+    cache: Cache, table: _Table, names: str, missing: Literal["error", "skip"], *, hidden: bool, logits: bool
 ) -> JoinedExamples:
-    parts, rows = cache.locate(text_ids)
-    usable = parts >= 0
-    if hidden:
-        full = np.array([part.scope == "full" for part in cache.parts] + [False])
-        usable &= full[parts]  # -1 indexes the False at the end
+    parts, rows = cache.locate(table.text_ids)
+    in_full = np.array([part.scope == "full" for part in cache.parts] + [False])[parts]  # -1 indexes the last
+    logits_only = table.transfer & (parts >= 0) & ~in_full
+    usable = (parts >= 0) & (in_full | table.transfer) if hidden else parts >= 0
     lacking = np.flatnonzero(~usable)
     if len(lacking) and missing == "error":
-        raise _lacking(cache, names, text_ids, parts, lacking)
+        raise _lacking(cache, names, table.text_ids, parts, lacking)
+    if hidden and not logits:
+        usable &= in_full
     if not usable.any():
         raise MismatchError(
-            f"cache '{cache.path}' holds the text of none of the {len(labels)} examples of {names}",
+            f"cache '{cache.path}' holds the text of none of the {len(table.labels)} examples of {names}",
             "Check that cache and recipe belong together: kdcache cache info",
         )
-    if len(lacking):
-        labels, parts, rows = labels[usable], parts[usable], rows[usable]
+    labels = table.labels
+    if not usable.all():
+        labels, parts, rows, logits_only = labels[usable], parts[usable], rows[usable], logits_only[usable]
     places = Integers(rows)
-    return JoinedExamples(StoredIds(cache, parts, places), Integers(labels), parts, places, len(lacking))
+    return JoinedExamples(
+        StoredIds(cache, parts, places),
+        Integers(labels),
+        parts,
+        places,
+        len(lacking),
+        logits_only if logits_only.any() else None,
+    )
 
 
-def _concatenated(examples: ExamplesOf, splits: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Ids uint8[n, 16] and labels int64[n] of all ``splits``."""
+def _concatenated(examples: ExamplesOf, splits: Sequence[str]) -> _Table:
     tables = [examples(split) for split in splits]
     labels = np.concatenate([table.labels for table in tables], dtype=np.int64)
-    return (tables[0].text_ids if len(tables) == 1 else np.concatenate([table.text_ids for table in tables])), labels
+    ids = tables[0].text_ids if len(tables) == 1 else np.concatenate([table.text_ids for table in tables])
+    counts = [len(table.labels) for table in tables]
+    return _Table(ids, labels, np.repeat([split == TRANSFER for split in splits], counts))
 
 
 def _lacking(cache: Cache, names: str, text_ids: np.ndarray, parts: np.ndarray, lacking: np.ndarray) -> MismatchError:

@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from kdcache.cache.reader import Cache
-    from kdcache.cache.tokens import Tokens
     from kdcache.codecs.base import Encoder, TokenSelection
     from kdcache.loading.choice import TargetChoice
     from kdcache.loading.examples import ExamplesOf
@@ -120,11 +119,16 @@ class LiveBatches:
         self._choice, self.teachers, self.layer_map = choice, choice.teachers, choice.layer_map
         self.layers_at = choice.at_epoch
         self._examples = join_examples(
-            cache, self._examples_of, splits, missing=settings.missing, hidden=bool(choice.layer_map)
+            cache,
+            self._examples_of,
+            splits,
+            missing=settings.missing,
+            hidden=bool(choice.layer_map),
+            logits=choice.logits,
         )
         check_texts(cache, texts, self._examples)
         self.skipped = self._examples.skipped
-        self.epochs = Epochs(self._examples.parts, settings)
+        self.epochs = Epochs(self._examples.parts, settings, self._examples.logits_only)
         self._student = StudentTokens(student_tokenizer, settings.max_length)
         self._project, self._texts = project, texts
         self._running = [self._ready(teacher, (backends or {}).get(teacher.name)) for teacher in teachers]
@@ -222,11 +226,19 @@ class LiveBatches:
         self._truncated += student.truncated_count, len(student)
         order = longest_first(student.lengths)
         examples, texts, student = examples[order], [texts[place] for place in order], student.select(order)
-        targets = self._targets(texts, student, layers) if self._choice.has_targets else None
+        logits_only = None if joined.logits_only is None else joined.logits_only[examples]
+        targets = self._targets(texts, student, logits_only, layers) if self._choice.has_targets else None
         (inputs,) = student_inputs(_one_step(student), int(self._student.tokenizer.pad_token_id or 0))
         return Batch(inputs, torch.from_numpy(joined.labels[examples]), joined.text_ids[examples], targets)
 
-    def _targets(self, texts: Sequence[tuple[str, ...]], student: EncodedTexts, layers: LayerMap) -> Targets:
+    def _targets(
+        self,
+        texts: Sequence[tuple[str, ...]],
+        student: EncodedTexts,
+        logits_only: np.ndarray | None,
+        layers: LayerMap,
+    ) -> Targets:
+        """The targets of ``texts``; those where ``logits_only`` [rows] is true get no hidden states."""
         logits: list[torch.Tensor] = []
         hidden: dict[tuple[int, int], Hidden] = {}
         for index, running in enumerate(self._running):
@@ -234,7 +246,7 @@ class LiveBatches:
             output = running.run(encoded, np.arange(len(texts)), running.layers)
             logits.append(output.logits.clone())
             if running.layers:
-                made = self._hidden(index, running, student, encoded, output)
+                made = self._hidden(index, running, student, encoded, logits_only, output)
                 wanted = enumerate(layers[running.teacher.name], start=1)
                 hidden |= {(index, layer): made[own] for layer, own in wanted if own is not None}
         return Targets(
@@ -244,34 +256,69 @@ class LiveBatches:
         )
 
     def _hidden(
-        self, index: int, running: _Running, student: EncodedTexts, encoded: EncodedTexts, output: TeacherOutput
+        self,
+        index: int,
+        running: _Running,
+        student: EncodedTexts,
+        encoded: EncodedTexts,
+        logits_only: np.ndarray | None,
+        output: TeacherOutput,
     ) -> dict[int, Hidden]:
         alignments: dict[TokenSelection, AlignmentIndices] = {}
         hidden: dict[int, Hidden] = {}
+        kept = encoded if logits_only is None else encoded.select(np.flatnonzero(~logits_only))
         for layer in running.layers:
-            stored = running.stored[layer]
-            tokens, (values, scales) = stored.format.tokens, stored(output.hidden[layer], encoded.lengths)
+            stored, states = running.stored[layer], output.hidden[layer]
+            if logits_only is not None:
+                states = states[torch.from_numpy(np.repeat(~logits_only, encoded.lengths)).to(states.device)]
+            tokens, (values, scales) = stored.format.tokens, stored(states, kept.lengths)
             if tokens not in alignments:
-                indices = self._alignment(index, running, tokens, student, student_tokens(encoded))
+                indices = self._alignment(index, running, tokens, student, kept, logits_only)
                 alignments[tokens] = indices.to(values.device)
             hidden[layer] = alignments[tokens].target(values, scales, stored.format.decoder)
         return hidden
 
     def _alignment(
-        self, index: int, running: _Running, tokens: TokenSelection, student: EncodedTexts, teacher: Tokens
+        self,
+        index: int,
+        running: _Running,
+        tokens: TokenSelection,
+        student: EncodedTexts,
+        teacher: EncodedTexts,
+        logits_only: np.ndarray | None,
     ) -> AlignmentIndices:
+        """``teacher``: the teacher's tokens of the rows with hidden states."""
         if tokens != "all":
-            (indices,) = text_indices(tokens, _one_step(student))
+            (indices,) = text_indices(tokens, _one_step(student, logits_only))
             return indices
-        same = running.same_tokens and np.array_equal(student.offsets, teacher.offsets)
-        alignment = align(student_tokens(student), teacher, identical=same)
+        with_hidden = student if logits_only is None else student.select(np.flatnonzero(~logits_only))
+        same = running.same_tokens and np.array_equal(with_hidden.offsets, teacher.offsets)
+        alignment = align(student_tokens(with_hidden), student_tokens(teacher), identical=same)
         self._covered[index] += int(alignment.covered.sum()), alignment.tokens
-        _, (indices,) = token_indices(_one_step(student, TeacherPart(None, teacher.offsets, {}, alignment)), 0)
+        step = _one_step(student, logits_only, TeacherPart(None, teacher.offsets, {}, alignment))
+        _, (indices,) = token_indices(step, 0)
         return indices
 
 
-def _one_step(student: EncodedTexts, *teachers: TeacherPart) -> PaddedBatches:
-    """One step whose rows are all texts of a part, in order."""
+def _one_step(
+    student: EncodedTexts, logits_only: np.ndarray | None = None, teacher: TeacherPart | None = None
+) -> PaddedBatches:
+    """One step whose rows are the texts of ``student``, in order.
+
+    ``teacher`` has the tokens of the rows with hidden states; the others are a part of their own.
+    """
     count = len(student)
-    rows = StepRows([DecodedPart(student, teachers)], np.zeros(count, np.int64), np.arange(count), np.array([0, count]))
-    return PaddedBatches(rows)
+    edges, teachers = np.array([0, count]), () if teacher is None else (teacher,)
+    if logits_only is None:
+        part = DecodedPart(student, teachers)
+        return PaddedBatches(StepRows([part], np.zeros(count, np.int64), np.arange(count), edges))
+    rows = [np.flatnonzero(~logits_only), np.flatnonzero(logits_only)]
+    nothing = TeacherPart(None, np.zeros(len(rows[1]) + 1, np.int64), {}, None)
+    parts = [
+        DecodedPart(student.select(rows[0]), teachers),
+        DecodedPart(student.select(rows[1]), (nothing,) * len(teachers), logits_only=True),
+    ]
+    places = np.empty(count, np.int64)
+    for own in rows:
+        places[own] = np.arange(len(own))
+    return PaddedBatches(StepRows(parts, logits_only.astype(np.int64), places, edges))

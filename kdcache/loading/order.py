@@ -5,6 +5,9 @@ examples are sorted by key. At key x only parts p with x - W < p <= x have examp
 the cache: the first batches need one part only, each part is read once, and it can be freed after its last example.
 With the window 'all' the key is u alone: a uniform permutation, whose first batches need nearly all parts.
 
+Transfer texts that are stored with logits only lie in parts of their own. Their examples are ordered by themselves,
+with a window of their own, and merged with the others in proportion, so that every batch has its share of both.
+
 The steps of an epoch are consecutive slices of this order, and a process takes its slice of every step. Three integers
 (seed, epoch, step) are therefore enough to resume in the middle of an epoch, also with another number of processes.
 
@@ -29,21 +32,44 @@ if TYPE_CHECKING:
 Window = int | Literal["all"]  # in parts
 
 
-def epoch_order(parts: NDArray[np.integer], *, seed: int, epoch: int, window: Window) -> NDArray[np.integer]:
+def epoch_order(
+    parts: NDArray[np.integer],
+    *,
+    seed: int,
+    epoch: int,
+    window: Window,
+    logits_only: NDArray[np.bool_] | None = None,
+) -> NDArray[np.integer]:
     """Positions of all examples in the order of ``epoch``, int32 if that is wide enough.
 
-    ``parts`` [n] is the part of each example's text.
+    ``parts`` [n] is the part of each example's text; ``logits_only`` [n] marks those that are ordered by themselves.
     """
-    key = _uniform(seed, epoch, len(parts))
+    dtype = np.int32 if len(parts) < 2**31 else np.int64
+    if logits_only is None:
+        return _window_order(parts, seed, epoch, window, 0).astype(dtype)
+    groups = [np.flatnonzero(~logits_only), np.flatnonzero(logits_only)]
+    orders = [
+        group[_window_order(parts[group], seed, epoch, window, purpose)]
+        for group, purpose in zip(groups, (0, 4), strict=True)
+    ]
+    share = np.concatenate([(np.arange(len(order)) + 0.5) / max(len(order), 1) for order in orders])
+    return np.concatenate(orders)[np.argsort(share, kind="stable")].astype(dtype)
+
+
+def _window_order(
+    parts: NDArray[np.integer], seed: int, epoch: int, window: Window, purpose: int
+) -> NDArray[np.integer]:
+    """Positions in an order whose random numbers are those of ``purpose`` and ``purpose + 1``."""
+    key = _uniform(seed, epoch, len(parts), purpose)
     if window != "all":
         numbers = np.flatnonzero(np.bincount(parts)) if len(parts) else np.zeros(0, np.int64)
         place = np.zeros(int(numbers[-1]) + 1 if len(numbers) else 0)  # of a part in the order of parts
-        place[numbers[np.argsort(_uniform(seed, epoch, len(numbers), purpose=1), kind="stable")]] = np.arange(
+        place[numbers[np.argsort(_uniform(seed, epoch, len(numbers), purpose + 1), kind="stable")]] = np.arange(
             len(numbers)
         )
         key *= window
         key += place[parts]
-    return np.argsort(key, kind="stable").astype(np.int32 if len(parts) < 2**31 else np.int64)
+    return np.argsort(key, kind="stable")
 
 
 def step_count(examples: int, batch_size: int, world: int = 1) -> int:
@@ -60,7 +86,7 @@ def step_rows(
     return rows[rank * len(rows) // world : (rank + 1) * len(rows) // world]
 
 
-def _uniform(seed: int, epoch: int, count: int, purpose: int = 0) -> NDArray[np.float64]:
+def _uniform(seed: int, epoch: int, count: int, purpose: int) -> NDArray[np.float64]:
     raw = np.asarray(np.random.PCG64(np.random.SeedSequence([seed, epoch, purpose])).random_raw(count), np.uint64)
     raw >>= np.uint64(11)
     uniform = raw.astype(np.float64)
@@ -108,10 +134,14 @@ class BatchSettings:
 
 @dataclass(frozen=True, eq=False)
 class Epochs:
-    """The order of all epochs over examples whose texts lie in ``parts`` [n], and one process's share of it."""
+    """The order of all epochs over examples whose texts lie in ``parts`` [n], and one process's share of it.
+
+    ``logits_only`` [n]: which examples are transfer texts without hidden states; None if there are none.
+    """
 
     parts: NDArray[np.integer]
     settings: BatchSettings
+    logits_only: NDArray[np.bool_] | None = None
 
     @property
     def steps(self) -> int:
@@ -120,7 +150,8 @@ class Epochs:
 
     def order(self, epoch: int) -> np.ndarray:
         """All examples in the order of ``epoch``."""
-        order = epoch_order(self.parts, seed=self.settings.seed, epoch=epoch, window=self.settings.window)
+        seed, window = self.settings.seed, self.settings.window
+        order = epoch_order(self.parts, seed=seed, epoch=epoch, window=window, logits_only=self.logits_only)
         if len(order) > _MANY:
             give_back_freed()
         return order

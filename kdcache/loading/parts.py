@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from kdcache.cache.ids import id_list
+from kdcache.codecs.registry import format_of
 from kdcache.errors import DamageError, MismatchError
 from kdcache.loading.alignment import PartAlignment, local_places
 
@@ -64,11 +65,16 @@ class CsrAlignment:
 
 @dataclass(frozen=True, eq=False)
 class DecodedPart:
-    """A part as batches are cut from it."""
+    """A part as batches are cut from it.
+
+    A part of texts with logits only has no alignments, and ``hidden`` without rows: so its records have the same fields
+    as those of other parts.
+    """
 
     student: EncodedTexts
     teachers: tuple[TeacherPart, ...]
     text_ids: np.ndarray | None = None  # uint8[n, 16]; of what lies in a cache
+    logits_only: bool = False
 
     @functools.cached_property
     def plain(self) -> bool:
@@ -102,15 +108,23 @@ class DecodedPart:
         records[:, 0] = self.student.input_ids
         if self.student.token_type_ids is not None:
             records[:, 1] = self.student.token_type_ids
-        for index, alignment in self.csr.items():
+        for index, alignment in {} if self.logits_only else self.csr.items():
             records[:, 2 + index] = alignment.counts
         return records
 
     @functools.cached_property
     def csr(self) -> dict[int, CsrAlignment]:
-        """The alignment of each teacher that has one, by the teacher's index."""
-        alignments = ((index, teacher.alignment) for index, teacher in enumerate(self.teachers))
-        return {index: CsrAlignment.of(a, self.student.offsets) for index, a in alignments if a is not None}
+        """The alignment of each teacher that has one, by the teacher's index; without entries where texts have none."""
+        alignments = {index: teacher.alignment for index, teacher in enumerate(self.teachers)}
+        if self.logits_only:
+            nothing = PartAlignment(0)
+            csr = CsrAlignment.of(nothing, np.zeros_like(self.student.offsets))
+            return {index: csr for index, teacher in enumerate(self.teachers) if teacher.offsets is not None}
+        return {
+            index: CsrAlignment.of(alignment, self.student.offsets)
+            for index, alignment in alignments.items()
+            if alignment is not None
+        }
 
     @property
     def nbytes(self) -> int:
@@ -121,6 +135,8 @@ class DecodedPart:
         arrays.append(self.text_records.rows)
         if not self.plain:
             arrays += [self.token_records, *(array for csr in self.csr.values() for array in vars(csr).values())]
+        elif self.logits_only and any(teacher.offsets is not None for teacher in self.teachers):
+            arrays.append(np.broadcast_to(np.int32(0), (len(self.student.input_ids), 2 + len(self.teachers))))
         aligned = sum(teacher.alignment.nbytes for teacher in self.teachers if teacher.alignment is not None)
         return aligned + sum(int(array.nbytes) for array in arrays)
 
@@ -140,12 +156,25 @@ class PartDecoder:
     texts: Texts | None = None
 
     def __call__(self, index: int) -> DecodedPart:
-        name = self.cache.parts[index].name
+        name, logits_only = self.cache.parts[index].name, self.cache.parts[index].scope != "full"
         text_ids = self.cache.text_ids(name)
         keep = self.texts is None or all(text_id in self.texts for text_id in id_list(text_ids))
         student = self.student.encoded(text_ids, lambda: texts_of(self.cache, name, self.texts), keep=keep)
-        teachers = (self._teacher(teacher, name, text_ids, student, keep) for teacher in self.teachers)
-        return DecodedPart(student, tuple(teachers), text_ids)
+        if logits_only:
+            teachers = tuple(self._logits_only(teacher, name, len(student)) for teacher in self.teachers)
+        else:
+            teachers = tuple(self._teacher(teacher, name, text_ids, student, keep) for teacher in self.teachers)
+        return DecodedPart(student, teachers, text_ids, logits_only)
+
+    def _logits_only(self, teacher: str, part: str, texts: int) -> TeacherPart:
+        """The outputs of a part without hidden states: no text has a token of the teacher."""
+        logits = self.cache.outputs(teacher, part).logits if self.logits else None
+        blocks: dict[TokenSelection, dict[int, HiddenBlock]] = {}
+        for layer in sorted(set(self.layers.get(teacher, ()))):
+            spec = self.cache.teachers[teacher].layers[layer]
+            blocks.setdefault(spec.tokens, {})[layer] = format_of(spec).empty(spec, 0)
+        hidden = {tokens: Interleaved.of_layers(together) for tokens, together in blocks.items()}
+        return TeacherPart(logits, np.zeros(texts + 1, np.int64) if "all" in hidden else None, hidden, None)
 
     def _teacher(self, teacher: str, part: str, text_ids: np.ndarray, student: EncodedTexts, keep: bool) -> TeacherPart:
         logits = self.cache.outputs(teacher, part).logits if self.logits else None

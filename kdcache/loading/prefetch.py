@@ -40,7 +40,7 @@ class PartCache(Generic[S]):
     """An LRU cache of decoded parts, bounded by ``limit`` bytes, kept between epochs. Thread-safe."""
 
     def __init__(self, limit: int) -> None:
-        self._limit = limit
+        self.limit = limit
         self._parts: OrderedDict[int, S] = OrderedDict()
         self._bytes = 0
         self._lock = threading.Lock()
@@ -56,11 +56,11 @@ class PartCache(Generic[S]):
             replaced = self._parts.pop(index, None)
             self._bytes += part.nbytes - (0 if replaced is None else replaced.nbytes)
             self._parts[index] = part
-            while self._bytes > self._limit and self._parts:
+            while self._bytes > self.limit and self._parts:
                 self._bytes -= self._parts.popitem(last=False)[1].nbytes
 
     def has_room(self) -> bool:
-        return self._bytes < self._limit
+        return self._bytes < self.limit
 
 
 @dataclass(frozen=True)

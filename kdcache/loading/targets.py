@@ -38,10 +38,12 @@ class Hidden:
         positions: [P], ascending: flat indices b * L + t of the covered tokens in the student's [B, L]. Tokens that no
             teacher token overlaps are not among them.
         decoder: Decodes ``values`` to [S, dim]; None where they are numbers.
-        bags: [B], for targets that are the mean of a text's tokens: where the positions of each row begin.
+        bags: [P], for targets that are the mean of a text's tokens: where the positions of each row begin.
+        bag_rows: [P], the row of the batch that each bag is; None means that every row has one.
 
-    Targets per text need no alignment: S = P = B. For the first token ``positions`` are the first tokens of the
-    student; for the mean they are all tokens of the batch.
+    Targets per text need no alignment: S = P, the number of rows with a target. For the first token ``positions`` are
+    the first tokens of the student in these rows; for the mean they are all their tokens. Rows of texts that are stored
+    with logits only have no target, so a batch may have none at all: S = P = 0.
     """
 
     values: Tensor
@@ -52,6 +54,7 @@ class Hidden:
     positions: Tensor
     decoder: Decoder | None = None
     bags: Tensor | None = None
+    bag_rows: Tensor | None = None
 
     @property
     def count(self) -> int:
@@ -60,12 +63,16 @@ class Hidden:
 
     def rows(self, length: int) -> Tensor:
         """The row of the batch, padded to ``length``, that each of the P targets belongs to."""
-        return self.positions // length if self.bags is None else torch.arange(self.count, device=self.bags.device)
+        if self.bags is None:
+            return self.positions // length
+        return torch.arange(self.count, device=self.bags.device) if self.bag_rows is None else self.bag_rows
 
     def of_student(self, states: Tensor) -> Tensor:
         """The student vectors that the targets are for: [P, width] out of ``states`` [B * L, width]."""
         if self.bags is None:
             return states.index_select(0, self.positions)
+        if not len(self.bags):
+            return states.new_zeros((0, states.shape[1]), dtype=torch.float32)
         return torch.nn.functional.embedding_bag(self.positions, states.float(), self.bags, mode="mean")
 
     def aligned(self) -> Tensor:
@@ -91,6 +98,7 @@ class AlignmentIndices(NamedTuple):
     first: Tensor | None = None
     weight: Tensor | None = None
     bags: Tensor | None = None
+    bag_rows: Tensor | None = None
 
     def to(self, device: torch.device) -> AlignmentIndices:
         """The same alignment on ``device``."""
@@ -98,7 +106,9 @@ class AlignmentIndices(NamedTuple):
 
     def target(self, values: Tensor, scales: Tensor | None, decoder: Decoder | None) -> Hidden:
         """The targets that ``values`` are for this alignment."""
-        return Hidden(values, scales, self.src, self.first, self.weight, self.positions, decoder, self.bags)
+        return Hidden(
+            values, scales, self.src, self.first, self.weight, self.positions, decoder, self.bags, self.bag_rows
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,7 +158,8 @@ class Batch:
             return None if tensor is None else move(tensor)
 
         def move_hidden(h: Hidden) -> Hidden:
-            alignment = AlignmentIndices(move(h.positions), *map(move_if, (h.src, h.first, h.weight, h.bags)))
+            others = (h.src, h.first, h.weight, h.bags, h.bag_rows)
+            alignment = AlignmentIndices(move(h.positions), *map(move_if, others))
             return alignment.target(move(h.values), move_if(h.scales), h.decoder)
 
         targets = self.targets
@@ -221,12 +232,22 @@ class _Cuts:
         moved = (row - self.borders[piece]) * self.longest[piece] + (flat - row * self.length)
         positions = _slices(moved, places, device)
         if hidden.bags is not None:
-            begins = hidden.bags.cpu().numpy() - np.repeat(places[:-1], np.diff(self.borders))
-            columns = (_spans(self.borders), positions, _slices(begins, self.borders, device))
-            return [(span, AlignmentIndices(own, bags=bags)) for span, own, bags in zip(*columns, strict=True)]
+            return self._bags(hidden.bags.cpu().numpy(), hidden.bag_rows, places, positions)
         if hidden.src is None or hidden.first is None or hidden.weight is None:
             return [(span, AlignmentIndices(own)) for span, own in zip(_spans(places), positions, strict=True)]
         return self._entries(hidden.src, hidden.first, hidden.weight, places, positions)
+
+    def _bags(
+        self, bags: np.ndarray, bag_rows: Tensor | None, places: np.ndarray, positions: Sequence[Tensor]
+    ) -> list[_Piece]:
+        device, rows = positions[0].device, None if bag_rows is None else bag_rows.cpu().numpy()
+        borders = self.borders if rows is None else np.searchsorted(rows, self.borders)  # of each piece among the bags
+        begins = _slices(bags - np.repeat(places[:-1], np.diff(borders)), borders, device)
+        of_pieces: Sequence[Tensor | None] = [None] * len(positions)
+        if rows is not None:
+            of_pieces = _slices(rows - np.repeat(self.borders[:-1], np.diff(borders)), borders, device)
+        columns = zip(_spans(borders), positions, begins, of_pieces, strict=True)
+        return [(span, AlignmentIndices(own, bags=bag, bag_rows=row)) for span, own, bag, row in columns]
 
     def _entries(
         self, src: Tensor, first: Tensor, weight: Tensor, places: np.ndarray, positions: Sequence[Tensor]

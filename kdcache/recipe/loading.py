@@ -107,6 +107,9 @@ def _set_value(document: dict[str, Any], steps: Sequence[str], value: Any, overr
         if section == "teachers" and table is document:
             table = _teacher(document.get("teachers"), sections, override)
             continue
+        if section == "stages" and isinstance(table.get(section), list):
+            table = _stage(table[section], sections, override)
+            continue
         table = table.setdefault(section, {})
         if not isinstance(table, dict):
             raise RecipeError(f"override '{override}': '{section}' is a value, not a section", "Set the value itself.")
@@ -139,6 +142,19 @@ def _teacher(tables: Any, steps: list[str], override: str) -> dict[str, Any]:
         f"override '{override}': there is no teacher '{'.'.join(steps)}'; there are: {known}",
         "Teachers are added in the recipe.",
     )
+
+
+def _stage(tables: list[Any], steps: list[str], override: str) -> dict[str, Any]:
+    """The table of the stage whose number (from 1) comes next; removes it from ``steps``."""
+    number = steps.pop(0) if steps else ""
+    place = int(number) - 1 if number.isdecimal() else -1
+    if not (0 <= place < len(tables) and isinstance(tables[place], dict)):
+        raise RecipeError(
+            f"override '{override}': there is no stage '{number}'; there are {len(tables)}, counted from 1",
+            "--set distill.stages.1.epochs=2",
+        )
+    table: dict[str, Any] = tables[place]
+    return table
 
 
 def _absolute_paths(recipe: Recipe, base: Path) -> Recipe:
@@ -239,11 +255,14 @@ def _key_steps(loc: Sequence[int | str]) -> tuple[int | str, ...]:
 
 
 def _section(model: type[BaseModel], key: str) -> type[BaseModel] | None:
-    annotation = model.model_fields[key].annotation if key in model.model_fields else None
-    for candidate in (annotation, *get_args(annotation)):
-        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-            return candidate
-    return None
+    return _model_in(model.model_fields[key].annotation) if key in model.model_fields else None
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """The first model in an annotation such as ``list[Model] | None``."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for inner in get_args(annotation) if (found := _model_in(inner)) is not None), None)
 
 
 def _known_keys(steps: Sequence[int | str]) -> list[str]:
@@ -275,6 +294,8 @@ def _location(steps: Sequence[int | str], document: dict[str, Any]) -> str:
         entry = document["teachers"][steps[1]]
         name = entry.get("name") if isinstance(entry, dict) else None
         shown[1] = name if isinstance(name, str) else f"{steps[1] + 1}"
+    if len(steps) > 2 and steps[1] == "stages" and isinstance(steps[2], int):
+        shown[2] = f"{steps[2] + 1}"  # stages have no names; people count from 1
     return ".".join(shown)
 
 

@@ -59,15 +59,14 @@ Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 NotNegative = Annotated[float, Field(ge=0.0)]
 AboveZero = Annotated[float, Field(gt=0.0)]
 Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what numpy, torch and Python's own generators all take
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}\z")]
 NonEmpty = Annotated[str, Field(min_length=1)]
 Strings = Annotated[
     list[NonEmpty], BeforeValidator(_listed), AfterValidator(_distinct)
 ]  # one string may stand for a list of one
-LayerNumbers = Annotated[
-    list[Annotated[int, Field(ge=0)]], Field(min_length=1), AfterValidator(_distinct)
-]  # 0 = embeddings
+LayerNumbers = Annotated[list[Count], Field(min_length=1), AfterValidator(_distinct)]  # 0 = embeddings
 BlockNumbers = Annotated[list[Positive], Field(min_length=1), AfterValidator(_distinct)]
 Precision = Literal["float32", "bf16", "fp16"]
 Projection = Literal["none", "pca", "random"]
@@ -145,19 +144,36 @@ class TeacherSection(_Section):
         return self
 
 
+def _unless(usual: str) -> AfterValidator:
+    """Turns the default, written out, into None: so it is what runs of earlier versions had."""
+    return AfterValidator(lambda value: None if value == usual else value)
+
+
+AnySchedule = Literal["linear", "cosine", "constant"]
+Schedule = Annotated[AnySchedule | None, _unless("linear")]
+Rows = Annotated[Literal["all", "train", "labelled"] | None, _unless("all")]
+
+
 class OptimSection(_Section):
-    """Keys of both trainings. The schedule is linear warm-up, then linear decay to zero."""
+    """Keys of both trainings.
+
+    After a linear warm-up the learning rate falls to zero, linearly or as a cosine, or stays constant.
+    """
 
     epochs: Positive = 3
     batch_size: Positive = 32
     learning_rate: AboveZero = 2e-5
     warmup: Fraction = 0.1  # share of all optimizer steps
+    schedule: Schedule = None  # after the warm-up: linear (default) or cosine to zero, or constant
     weight_decay: NotNegative = 0.01
     max_grad_norm: AboveZero = 1.0
     accumulation: Positive = 1  # micro-batches per optimizer step; batch_size is that of the step
     precision: Precision = "float32"
     checkpoint_steps: Positive = 200
     select_by: Literal["accuracy", "macro_f1", "matthews", "loss"] = "accuracy"
+    evaluate_steps: Positive | None = None  # evaluate on validation every so many steps too, not only after each epoch
+    patience: Positive | None = None  # stop after so many evaluations in a row without a better score
+    ema: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None  # decay of averaged weights, which are then evaluated
     seed: Seed = 0
 
     @model_validator(mode="after")
@@ -193,6 +209,7 @@ class DumpSection(_Section):
     tokens: TokenSelection = "all"  # a target for every token, for the first one, or for the mean of a text's tokens
     per_layer: PerLayer = {}  # what differs in some layers: per_layer = { 12 = { dtype = "trellis", bytes = 192 } }
     pooled: bool = False
+    hidden_transfer: Count | None = None  # transfer texts that get hidden states, by text id; None: all of them
     part_size: Positive = 4096  # texts
     sample_texts: Positive = 2048  # on which bases and variances are fitted
     tokens_per_batch: Positive = 4096  # padded tokens of one forward pass
@@ -267,6 +284,32 @@ class WeightsSection(_Section):
     hidden: NotNegative = 0.1
 
 
+class StageWeights(_Section):
+    """Factors of the loss terms in a stage; those of ``distill.weights`` where not given."""
+
+    task: NotNegative | None = None
+    soft: NotNegative | None = None
+    hidden: NotNegative | None = None
+
+
+class StageSection(_Section):
+    """A stage of the training of the student; keys that are not given are as in ``[distill]``."""
+
+    epochs: Positive | None = None
+    batch_size: Positive | None = None
+    learning_rate: AboveZero | None = None
+    projection_learning_rate: AboveZero | None = None
+    warmup: Fraction | None = None
+    schedule: AnySchedule | None = None
+    evaluate_steps: Positive | None = None
+    patience: Positive | None = None
+    rows: Literal["all", "train", "labelled"] | None = None
+    method: str | None = None
+    temperature: AboveZero | None = None
+    t_squared: bool | None = None
+    weights: StageWeights = StageWeights()
+
+
 class DistillSection(OptimSection):
     """Training of the student from cached (or live) targets."""
 
@@ -281,9 +324,7 @@ class DistillSection(OptimSection):
     )
     layer_map: Literal["even", "last", "random"] | None = None  # that of the method where not given, else even
     teachers: Annotated[Strings, Field(min_length=1)] | None = None  # of the cache; all where not given
-    teacher_layers: dict[str, list[Annotated[int, Field(ge=0)]]] | None = (
-        None  # per teacher, one for each student layer; else even
-    )
+    teacher_layers: dict[str, list[Count]] | None = None  # per teacher, one for each student layer; else even
     student_scores: dict[str, Annotated[float, Field(allow_inf_nan=False)]] | None = (
         None  # teacher -> validation score of a student distilled from it alone; for methods that weigh teachers by it
     )
@@ -297,11 +338,35 @@ class DistillSection(OptimSection):
         None  # per teacher one for each class that the mixture by teacher_weights predicts
     )
     missing: Literal["error", "skip"] = "error"  # train rows whose text the cache lacks
-    window: Positive | Literal["all"] = (
-        8  # parts from which a batch is drawn; all: a uniform shuffle, starts when all are read
-    )
+    window: Positive | Literal["all"] = 8  # parts from which a batch is drawn; all: a uniform shuffle
+    rows: Rows = None  # what to learn from: all (default), train without transfer texts, or labelled rows only
     dropout: Fraction | None = None  # of the student; that of its config where not given
     weights: WeightsSection = WeightsSection()
+    stages: Annotated[list[StageSection], Field(min_length=1)] | None = None  # trained one after the other
+
+    @model_validator(mode="after")
+    def _stages_are_possible(self) -> DistillSection:
+        for number, stage in enumerate(self.in_stages() if self.stages else (), start=1):
+            if stage.accumulation > stage.batch_size:
+                raise ValueError(f"stage {number}: accumulation {stage.accumulation} is over {stage.batch_size} rows")
+        return self
+
+    def in_stages(self) -> tuple[DistillSection, ...]:
+        """The settings of each stage; these settings alone where no stages are given."""
+        return (self,) if self.stages is None else tuple(self._in_stage(stage) for stage in self.stages)
+
+    def _in_stage(self, stage: StageSection) -> DistillSection:
+        given = stage.model_dump(exclude_none=True, exclude={"weights"})
+        usual = {"schedule": "linear", "rows": "all"}  # None here, as for keys outside stages
+        changed = {key: None if usual.get(key) == value else value for key, value in given.items()}
+        weights = self.weights.model_copy(update=stage.weights.model_dump(exclude_none=True))
+        return self.model_copy(update={**changed, "weights": weights})
+
+    def without_teachers(self) -> DistillSection:
+        """The settings of the baseline: the same training on gold labels alone, in as many stages."""
+        of_teachers = {"method": None, "temperature": None, "t_squared": None, "weights": StageWeights()}
+        stages = self.stages and [stage.model_copy(update=of_teachers) for stage in self.stages]
+        return self.model_copy(update={"method": "fine-tune", "paper": False, "stages": stages})
 
     @model_validator(mode="after")
     def _teacher_weights_fit_together(self) -> DistillSection:

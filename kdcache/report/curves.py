@@ -30,6 +30,8 @@ class Curve:
 def read_curves(metrics: Path, event: str) -> list[Curve]:
     """Curves of ``metrics.jsonl`` for the lines of one ``event`` ('steps' or 'epoch'), by stage, in the order of
     appearance.
+
+    Evaluations within epochs belong to 'epoch'.
     """
     points: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for line in metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []:
@@ -37,7 +39,7 @@ def read_curves(metrics: Path, event: str) -> list[Curve]:
             entry = json.loads(line)
         except json.JSONDecodeError:  # a partial line of a killed run
             continue
-        if entry.get("event") != event:
+        if {"evaluation": "epoch"}.get(entry.get("event"), entry.get("event")) != event:
             continue
         for name, value in entry.items():
             if name not in _BOOKKEEPING and isinstance(value, int | float) and math.isfinite(value):

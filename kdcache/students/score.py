@@ -17,7 +17,7 @@ from kdcache.progress import listed_apart
 from kdcache.report.metrics import scores
 from kdcache.students.model import Student, StudentModel
 from kdcache.students.save import load_student, read_record
-from kdcache.training.loop import default_device
+from kdcache.training.device import default_device
 from kdcache.training.predict import predict
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from kdcache.data.encoding import encode, pad
-from kdcache.training.loop import default_device
+from kdcache.training.device import default_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -97,6 +97,7 @@ def train(
     train_rows, validation = labelled_rows(task, "train"), labelled_rows(task, "validation")
     if train_rows is None:
         raise DataError("train has no row with a label", "Co-finetuning needs labels; check data.label.")
+    loop.check_evaluation(settings, "cofinetune", validation=validation is not None)
     if validation is None:
         progress.note("there is no validation data: the last epoch is kept")
     texts = {name: _encoded(source, train_rows, validation) for name, source in sources.items()}
@@ -127,8 +128,8 @@ def train(
     outcome = loop.train(
         training, loop_settings, checkpoints=place / "checkpoints", progress=progress, on_metrics=metrics
     )
-    if outcome.best_epoch + 1 != settings.epochs:
-        training.load_best(outcome.best_epoch)
+    if settings.evaluate_steps is not None or outcome.best_epoch + 1 != settings.epochs:
+        training.load_best(outcome.best_mark)
     training.model.eval()
     return outcome.best_epoch + 1
 
@@ -248,17 +249,17 @@ class CofinetuneTask:
         assert texts.validation is not None
         return predict(self._models[name], texts.validation, texts.pad_token_id)
 
-    def keep_best(self, epoch: int, metrics: Mapping[str, float]) -> None:
+    def keep_best(self, mark: int, metrics: Mapping[str, float]) -> None:
         """Keep the weights of all teachers and their scores."""
-        self._best.keep(epoch, {"model": self.model.state_dict(), "metrics": dict(metrics)})
+        self._best.keep(mark, {"model": self.model.state_dict(), "metrics": dict(metrics)})
 
-    def settle_best(self, epoch: int) -> None:
-        """Remove the kept weights of other epochs."""
-        self._best.settle(epoch)
+    def settle_best(self, mark: int) -> None:
+        """Remove the weights kept under other marks."""
+        self._best.settle(mark)
 
-    def load_best(self, epoch: int) -> None:
-        """Load the weights of ``epoch`` (from 0) into the teachers."""
-        self.model.load_state_dict(self._best.load(epoch)["model"])
+    def load_best(self, mark: int) -> None:
+        """Load the weights kept under ``mark`` into the teachers."""
+        self.model.load_state_dict(self._best.load(mark)["model"])
 
 
 def scores_by_epoch(metrics: MetricsLog, names: Iterable[str]) -> dict[str, list[dict[str, float]]]:

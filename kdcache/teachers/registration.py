@@ -22,7 +22,7 @@ from kdcache.teachers.bundle import (
 )
 from kdcache.teachers.joint import MEAN, score_teachers
 from kdcache.teachers.teacher import TeacherModel
-from kdcache.training.loop import default_device
+from kdcache.training.device import default_device
 from kdcache.training.predict import predict
 
 if TYPE_CHECKING:

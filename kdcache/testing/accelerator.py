@@ -77,10 +77,10 @@ def fake_accelerator() -> Iterator[torch.device]:
     """Let models run on the device while the block runs: accelerate and ``default_device`` give it."""
     from accelerate import Accelerator
 
-    from kdcache.training import loop
+    from kdcache.training import device
 
     with contextlib.ExitStack() as patches:
-        real = loop.default_device
+        real = device.default_device
         _exchange(real, _device)
         patches.callback(_exchange, _device, real)  # also in modules that are imported while the block runs
         patches.enter_context(mock.patch.object(Accelerator, "device", DEVICE))

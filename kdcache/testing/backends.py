@@ -19,7 +19,7 @@ from torch import Tensor
 from kdcache.data.encoding import EncodedTexts, encode, pad, padding_id
 from kdcache.errors import ModelError
 from kdcache.teachers.backends import TeacherBackend, open_backend
-from kdcache.training.loop import default_device
+from kdcache.training.device import default_device
 
 if TYPE_CHECKING:
     from kdcache.teachers.teacher import Teacher

@@ -13,6 +13,7 @@ weights are bit-equal.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -26,12 +27,11 @@ from torch import Tensor, nn
 from kdcache.errors import NonFiniteError, RecipeError
 from kdcache.locks import exclusive
 from kdcache.training import checkpoints as checkpoint_files
-from kdcache.training.optim import LinearSchedule, adamw
+from kdcache.training.device import make_accelerator
+from kdcache.training.optim import AveragedWeights, ScheduleName, WarmupSchedule, adamw
 from kdcache.training.seeding import restore_rng_state, rng_state, seed_everything
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
-
     from kdcache.progress import Progress
     from kdcache.recipe import OptimSection
 
@@ -56,16 +56,19 @@ class TrainingTask(Protocol):
         """
 
     def evaluate(self, epoch: int) -> Metrics:
-        """Metrics at the end of an epoch; called in eval mode, without gradients.
+        """Metrics of the present weights; called in eval mode, without gradients.
 
-        The epoch with the highest ``score`` is the best; without that key, or for NaN, the last epoch is.
+        The weights with the highest ``score`` are the best; without that key, or for NaN, the last ones are.
         """
 
-    def keep_best(self, epoch: int, metrics: Metrics) -> None:
-        """Write the present weights durably, beside those kept before: this is the best epoch so far."""
+    def keep_best(self, mark: int, metrics: Metrics) -> None:
+        """Write the present weights durably, beside those kept before: these are the best so far.
 
-    def settle_best(self, epoch: int) -> None:
-        """Remove kept weights of other epochs: the newest checkpoint names ``epoch`` as the best."""
+        ``mark`` is the epoch (from 0) or, with ``evaluate_steps``, the optimizer step (from 0).
+        """
+
+    def settle_best(self, mark: int) -> None:
+        """Remove all other kept weights: the newest checkpoint names those of ``mark`` as the best."""
 
 
 @dataclass(frozen=True)
@@ -78,11 +81,15 @@ class LoopSettings:
     epochs: int
     learning_rate: float
     warmup: float = 0.1
+    schedule: ScheduleName | None = None  # None: linear
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
     precision: Literal["float32", "bf16", "fp16"] = "float32"
     checkpoint_steps: int = 200
     log_steps: int = 10
+    evaluate_steps: int | None = None
+    patience: int | None = None  # evaluations without a better score
+    ema: float | None = None  # decay of the averaged weights
     seed: int = 0
     lr_by_prefix: Mapping[str, float] = field(default_factory=dict)  # learning rates by prefix of parameter names
     decay_by_prefix: bool = False  # weight decay for these parameters too; fixed by the stage
@@ -97,10 +104,14 @@ class LoopSettings:
             epochs=section.epochs,
             learning_rate=section.learning_rate,
             warmup=section.warmup,
+            schedule=section.schedule,
             weight_decay=section.weight_decay,
             max_grad_norm=section.max_grad_norm,
             precision=section.precision,
             checkpoint_steps=section.checkpoint_steps,
+            evaluate_steps=section.evaluate_steps,
+            patience=section.patience,
+            ema=section.ema,
             seed=section.seed,
             identity=identity,
             newer_keys=frozenset(newer_keys),
@@ -122,16 +133,25 @@ class _Place:
     step: int = 0  # optimizer steps done
     best_epoch: int = -1
     best_score: float = -math.inf
+    best_step: int = -1  # optimizer steps done at the best evaluation
+    without_better: int = 0  # evaluations since then
+    stopped: bool = False  # by ``patience``
     logged_steps: int = 0  # number of steps in ``sums``
     sums: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result of a training; ``best_epoch`` counts from 0."""
+    """The result of a training.
+
+    ``best_epoch`` counts from 0. ``best_mark`` names the best weights, as in ``TrainingTask.keep_best``.
+    """
 
     best_epoch: int
     steps: int
+    best_mark: int
+    best_score: float = math.nan
+    stopped: bool = False  # before the last epoch, by ``patience``
 
 
 def train(
@@ -143,6 +163,8 @@ def train(
     on_metrics: Callable[[dict[str, Any]], None],
 ) -> Outcome:
     """Train to the end, from the newest checkpoint if there is one.
+
+    The model ends with its last weights; with ``ema``, with the last averaged ones.
 
     Args:
         task: the model, its batches and losses.
@@ -163,10 +185,23 @@ def train(
         run.resume()
         progress.start("train", settings.epochs * task.steps_per_epoch, "steps")
         progress.advance(run.place.step)
-        while run.place.epoch < settings.epochs:
+        while run.place.epoch < settings.epochs and not run.place.stopped:
             run.epoch()
         progress.finish()
-    return Outcome(run.place.best_epoch, run.place.step)
+        run.finish()
+    place = run.place
+    return Outcome(place.best_epoch, place.step, run.best_mark, place.best_score, place.stopped)
+
+
+def check_evaluation(section: OptimSection, name: str, *, validation: bool) -> None:
+    """RecipeError if section ``name`` has keys that need validation rows, and there are none."""
+    for key in ("patience", "evaluate_steps"):
+        value = getattr(section, key)
+        if value is not None and not validation:
+            raise RecipeError(
+                f"{name}.{key} = {value} needs labelled validation rows, and there are none",
+                "Name a file with data.validation, or set data.validation_fraction.",
+            )
 
 
 def micro_batches(rows: int, count: int) -> list[slice]:
@@ -201,9 +236,18 @@ class _Run:
             decay_by_prefix=settings.decay_by_prefix,
         )
         self.parameters = [parameter for group in plain.param_groups for parameter in group["params"]]
-        self.schedule = LinearSchedule(plain, settings.epochs * task.steps_per_epoch, settings.warmup)
+        steps = settings.epochs * task.steps_per_epoch
+        self.schedule = WarmupSchedule(plain, steps, settings.warmup, settings.schedule or "linear")
         self.optimizer = self.accelerator.prepare_optimizer(plain, device_placement=False)
+        self.average = None
+        if settings.ema is not None:
+            self.average = AveragedWeights(task.model.named_parameters(), settings.ema)
         seed_everything(settings.seed)
+
+    @property
+    def best_mark(self) -> int:
+        """The name of the best weights; negative before the first evaluation."""
+        return self.place.best_epoch if self.settings.evaluate_steps is None else self.place.best_step - 1
 
     def epoch(self) -> None:
         """Train the rest of the current epoch, evaluate it, and write a checkpoint at the start of the next."""
@@ -212,15 +256,31 @@ class _Run:
         for batch in self.task.batches(place.epoch, place.step_in_epoch):
             loss = self.step(batch)
             self.progress.advance(1, loss=loss)
-            in_the_middle = place.step_in_epoch < self.task.steps_per_epoch
-            if in_the_middle and place.step % self.settings.checkpoint_steps == 0:
-                self.save()
+            if place.step_in_epoch < self.task.steps_per_epoch and self._in_the_middle():
+                return
         if place.step_in_epoch != self.task.steps_per_epoch:
             raise RuntimeError(f"the task gave {place.step_in_epoch} batches, not {self.task.steps_per_epoch}")
-        self.evaluate()
+        self.evaluate("epoch")
         place.epoch, place.step_in_epoch = place.epoch + 1, 0
         self.save()
-        self.task.settle_best(place.best_epoch)
+        self.task.settle_best(self.best_mark)
+
+    def _in_the_middle(self) -> bool:
+        """What is due after a step that is not the last of its epoch; whether the training stops here."""
+        place, every = self.place, self.settings.evaluate_steps
+        if every is not None and place.step % every == 0:
+            self.evaluate("evaluation")  # before the checkpoint, which then has its outcome
+            self.task.model.train()
+        if place.stopped or place.step % self.settings.checkpoint_steps == 0:
+            self.save()
+            if every is not None and place.best_step >= 0:
+                self.task.settle_best(self.best_mark)
+        return place.stopped
+
+    def finish(self) -> None:
+        """Put the averaged weights into the model."""
+        if self.average is not None:
+            self.task.model.load_state_dict(self.average.state_dict(), strict=False)
 
     def step(self, batch: Any) -> float:
         """Do one optimizer step; returns the batch's loss."""
@@ -246,6 +306,8 @@ class _Run:
             self._check_finite(norm, {}, "gradient norm")
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.average is not None:
+            self.average.update(self.place.step + 1)
         self._log({"loss": total, "grad_norm": norm, **values})
         return total
 
@@ -272,19 +334,32 @@ class _Run:
             self._say("steps", steps=place.logged_steps, learning_rate=learning_rate, **means)
             place.logged_steps, place.sums = 0, {}
 
-    def evaluate(self) -> None:
-        """Evaluate the epoch, and keep its weights if it is the best so far."""
+    def evaluate(self, event: str) -> None:
+        """Evaluate the present weights, or the averaged ones, and keep them if they are the best so far."""
         place = self.place
         self.task.model.eval()
-        with torch.no_grad(), self.accelerator.autocast():
-            metrics = self.task.evaluate(place.epoch)
-        score = metrics.get("score", math.nan)
-        if math.isnan(score) or score > place.best_score or place.best_epoch < 0:
-            place.best_epoch, place.best_score = place.epoch, -math.inf if math.isnan(score) else score
-            self.task.keep_best(place.epoch, metrics)
-        self._say("epoch", **metrics)
-        shown = "" if math.isnan(score) else f", score {score:.4f} (best so far: epoch {place.best_epoch + 1})"
-        self.progress.note(f"epoch {place.epoch + 1} of {self.settings.epochs} done{shown}")
+        with contextlib.nullcontext() if self.average is None else self.average.in_place():
+            with torch.no_grad(), self.accelerator.autocast():
+                metrics = self.task.evaluate(place.epoch)
+            score = metrics.get("score", math.nan)
+            better = math.isnan(score) or score > place.best_score or place.best_epoch < 0
+            if better:
+                place.best_epoch, place.best_step = place.epoch, place.step
+                place.best_score = -math.inf if math.isnan(score) else score
+                self.task.keep_best(self.best_mark, metrics)
+        place.without_better = 0 if better else place.without_better + 1
+        place.stopped = place.without_better == self.settings.patience
+        self._say(event, **metrics)
+        self._note_evaluation(event, score)
+
+    def _note_evaluation(self, event: str, score: float) -> None:
+        place, every = self.place, self.settings.evaluate_steps
+        best = f"epoch {place.best_epoch + 1}" + ("" if every is None else f", step {place.best_step}")
+        shown = "" if math.isnan(score) else f", score {score:.4f} (best so far: {best})"
+        done = "" if event == "epoch" else f", step {place.step}"
+        self.progress.note(f"epoch {place.epoch + 1} of {self.settings.epochs}{done or ' done'}{shown}")
+        if place.stopped:
+            self.progress.note(f"no better score in {place.without_better} evaluations: the training stops")
 
     def _say(self, event: str, **values: float) -> None:
         self.on_metrics({"event": event, "step": self.place.step, "epoch": self.place.epoch + 1, **values})
@@ -301,6 +376,8 @@ class _Run:
                 "rng": rng_state(),
             },
         }
+        if self.average is not None:
+            state["average"] = self.average.state_dict()
         checkpoint_files.save(self.checkpoints, state, step=self.place.step, identity=self.identity)
 
     def resume(self) -> None:
@@ -311,6 +388,8 @@ class _Run:
         if state is not None:
             self.task.model.load_state_dict(state.pop("model"))
             self.optimizer.load_state_dict(state.pop("optimizer"))
+            if self.average is not None:
+                self.average.load_state_dict(state.pop("average"))
             rest = state.pop("rest")
             self.schedule.load_state_dict(rest["schedule"])
             if self.accelerator.scaler and rest["scaler"]:
@@ -319,32 +398,3 @@ class _Run:
             restore_rng_state(rest["rng"])
             self.progress.note(f"resumed at step {self.place.step} (epoch {self.place.epoch + 1})")
         self.on_metrics({"event": "start", "step": self.place.step, "epoch": self.place.epoch + 1})
-
-
-def default_device() -> torch.device:
-    """The device of models outside training: CUDA if available, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def check_precision(precision: str, device: torch.device) -> None:
-    """RecipeError if ``device`` cannot train in ``precision``: fp16 needs the gradient scaler of a GPU."""
-    if precision == "fp16" and device.type == "cpu":
-        raise RecipeError("precision 'fp16' needs a GPU; this machine trains on the CPU", "Use float32, or bf16.")
-
-
-def make_accelerator(precision: str) -> Accelerator:
-    """An accelerator of one process; RecipeError if the device cannot train in ``precision``."""
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
-
-    mixed = {"float32": "no", "bf16": "bf16", "fp16": "fp16"}[precision]
-    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed:
-        AcceleratorState._reset_state()  # accelerate fixes the precision per process, but stages may differ
-    accelerator = Accelerator(mixed_precision=mixed)
-    check_precision(precision, accelerator.device)
-    if accelerator.num_processes > 1:
-        raise RecipeError(
-            f"kdcache trains in one process; it was started in {accelerator.num_processes}",
-            "Start it with python, not accelerate launch.",
-        )
-    return accelerator

@@ -1,4 +1,4 @@
-"""AdamW with the usual parameter groups, and the linear schedule.
+"""AdamW with the usual parameter groups, schedules of the learning rate, and averaged weights.
 
 Biases and norm weights (all parameters with at most one dimension) get no weight decay. The fused kernel is used where
 torch has one: on two CPU cores, the plain loop over 200M parameters takes longer than the forward pass of a small
@@ -7,10 +7,14 @@ teacher.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+import contextlib
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
+
+ScheduleName = Literal["linear", "cosine", "constant"]
 
 
 def adamw(
@@ -54,33 +58,44 @@ def _group(parameters: list[torch.nn.Parameter], weight_decay: float) -> dict[st
     return {"params": parameters, "weight_decay": weight_decay}
 
 
-def warmup_then_decay(step: int, total_steps: int, warmup: float) -> float:
-    """Factor of the learning rate at step ``step`` (from 0): linear from 0 to 1 over the warm-up, then back to 0.
+def schedule_factor(step: int, total_steps: int, warmup: float, schedule: ScheduleName = "linear") -> float:
+    """Factor of the learning rate at step ``step`` (from 0): linear from 0 to 1 over the warm-up, then as ``schedule``.
 
-    The first step's factor is greater than 0, so that no step is wasted.
+    ``linear`` and ``cosine`` fall to 0 at ``total_steps``. The first step's factor is greater than 0, so that no step
+    is wasted.
     """
     warmup_steps = round(warmup * total_steps)
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1)
-    return max(0.0, (total_steps - step) / max(1, total_steps - warmup_steps))
+    if schedule == "constant":
+        return 1.0
+    left = max(0.0, (total_steps - step) / max(1, total_steps - warmup_steps))
+    return left if schedule == "linear" else (1 - math.cos(math.pi * left)) / 2
 
 
-class LinearSchedule:
-    """Linear warm-up over ``warmup`` (a share of all steps), then linear decay to 0 at ``total_steps``.
+class WarmupSchedule:
+    """Linear warm-up over ``warmup`` (a share of all steps), then ``schedule`` until ``total_steps``.
 
     Call ``step()`` after each optimizer step. ``LambdaLR`` would warn if fp16's gradient scaler skips the first steps.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, total_steps: int, warmup: float) -> None:
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        total_steps: int,
+        warmup: float,
+        schedule: ScheduleName = "linear",
+    ) -> None:
         self._optimizer = optimizer
         self._peaks = [float(group["lr"]) for group in optimizer.param_groups]
         self._total_steps = total_steps
         self._warmup = warmup
+        self._schedule = schedule
         self._at(0)
 
     def _at(self, step: int) -> None:
         self._step = step
-        factor = warmup_then_decay(step, self._total_steps, self._warmup)
+        factor = schedule_factor(step, self._total_steps, self._warmup, self._schedule)
         for group, peak in zip(self._optimizer.param_groups, self._peaks, strict=True):
             group["lr"] = peak * factor
 
@@ -98,3 +113,45 @@ class LinearSchedule:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._peaks = list(state["peaks"])
         self._at(int(state["step"]))
+
+
+class AveragedWeights:
+    """The exponential moving average of a model's trained parameters: average = d * average + (1 - d) * parameter.
+
+    In step t (from 1) the decay d is min(``decay``, (1 + t) / (10 + t)): with the full decay from the start, the
+    average of a short training would be mostly the initial weights.
+    """
+
+    def __init__(self, named_parameters: Iterable[tuple[str, torch.nn.Parameter]], decay: float) -> None:
+        self._decay = decay
+        trained = {name: parameter for name, parameter in named_parameters if parameter.requires_grad}
+        self._parameters: list[torch.Tensor] = list(trained.values())
+        self._average = [parameter.detach().clone() for parameter in self._parameters]
+        self._names = list(trained)
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Add the present weights; ``step`` is the number of optimizer steps done."""
+        decay = min(self._decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(self._average, self._parameters, 1 - decay)
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The model has the averaged weights while the block runs."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def _swap(self) -> None:
+        for parameter, average in zip(self._parameters, self._average, strict=True):
+            parameter.data, average.data = average.data, parameter.data
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return dict(zip(self._names, self._average, strict=True))
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        for name, average in zip(self._names, self._average, strict=True):
+            average.copy_(state[name])

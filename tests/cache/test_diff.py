@@ -90,3 +90,14 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert fetched == {"texts", "data"}
     said = kdcache("cache", "diff", tmp_path / "a", tmp_path / "b")
     assert said.code == 3 and "split train: + 1 rows" in said.out
+
+
+def test_texts_with_hidden_states_are_counted(tmp_path: Path) -> None:
+    """The same texts, more of them with hidden states."""
+    plan = made_plan()
+    some, every = tmp_path / "some", tmp_path / "every"
+    dump(some, plan)
+    dump(every, replace(plan, train={**plan.train, **plan.test}))
+    found = diff(open_cache(some), open_cache(every))
+    assert found.facts["texts"] == {"only_first": 0, "only_second": 0, "in_both": 15, "with_hidden": [10, 15]}
+    assert "texts with hidden states: - 10  + 15" in found.lines()

@@ -119,6 +119,47 @@ def test_targets_of_every_form_agree_in_every_step(tiny_run: TinyRun, tmp_path: 
             assert ours == pytest.approx(theirs, rel=1e-5), step
 
 
+BESIDE = {  # transfer texts with logits only, beside the others: every form of targets
+    "tokens": (["dump.projection=none", "dump.dtype=float32"], ["distill.method=mt-bert"]),
+    "paper": (["dump.projection=none", "dump.dtype=float32"], ["distill.paper=true", "distill.accumulation=3"]),
+    "pkd": (["dump.projection=none", "dump.dtype=float32"], ["distill.method=pkd", "distill.accumulation=2"]),
+    "rkd": (["dump.projection=none", "dump.dtype=float32"], ["distill.method=rkd"]),
+    "kd": (["dump.projection=none", "dump.dtype=float32"], ["distill.method=kd"]),
+    **{
+        name: (overrides, ["distill.accumulation=2", "distill.weights.hidden=1e-5"])
+        for name, overrides in FORMS.items()
+    },
+}
+
+
+@pytest.mark.parametrize("form", BESIDE)
+def test_texts_with_logits_only_beside_others(tiny_run: TinyRun, tmp_path: Path, form: str) -> None:
+    stored, overrides = BESIDE[form]
+    cache = tiny_run.cache.with_name("cache-beside-" + ("exact" if form not in FORMS else form))
+    dump_teachers(
+        tiny_run.recipe(*stored, "dump.hidden_transfer=6"), tiny_run.teachers, cache, progress=SilentProgress()
+    )
+    recipe = tiny_run.recipe("distill.dropout=0.0", *overrides)
+    cached = list(losses(recipe, tiny_run, cache, False, tmp_path))
+    live = list(losses(recipe, tiny_run, cache, True, tmp_path))
+    assert len(cached) == (7 if form == "rkd" else 8)
+    assert any(name.startswith("hidden/") for name in cached[0]) == (form != "kd")
+    for step, (ours, theirs) in enumerate(zip(cached, live, strict=True)):
+        assert ours == pytest.approx(theirs, rel=1e-5), step
+
+
+def test_a_step_without_hidden_states_has_no_hidden_loss(tiny_run: TinyRun, tmp_path: Path) -> None:
+    """One row at a time: rows with logits only add soft losses, and leave the projections as they are."""
+    cache = tiny_run.cache.with_name("cache-beside-exact")
+    exact = tiny_run.recipe("dump.projection=none", "dump.dtype=float32", "dump.hidden_transfer=6")
+    dump_teachers(exact, tiny_run.teachers, cache, progress=SilentProgress())
+    recipe = tiny_run.recipe("distill.dropout=0.0", "distill.batch_size=1")
+    found = list(losses(recipe, tiny_run, cache, False, tmp_path))
+    without = [terms for terms in found if terms["hidden"] == 0.0]
+    assert (len(found), len(without)) == (120, 18)
+    assert all(terms["task"] == 0.0 and terms["loss"] == pytest.approx(terms["soft"]) for terms in without)
+
+
 def test_layers_that_change_from_epoch_to_epoch(tiny_run: TinyRun, tmp_path: Path) -> None:
     """Two epochs of a random layer map; a training that goes on in the second one draws the same layers."""
     cache = tiny_run.cache.with_name("cache-every-layer")

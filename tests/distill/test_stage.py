@@ -307,8 +307,8 @@ def test_the_projections_move_at_a_rate_of_their_own(
     projections: set[int] = set()
     make = Training.model
 
-    def model(self: Training) -> Any:
-        made = make(self)
+    def model(self: Training, *earlier: Any) -> Any:
+        made = make(self, *earlier)
         projections.update(id(parameter) for parameter in made.projections.parameters())
         return made
 

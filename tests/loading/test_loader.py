@@ -353,7 +353,7 @@ def test_texts_that_are_there_with_logits_only(tokenizers: dict[str, Any]) -> No
     with pytest.raises(MismatchError, match="stored with logits only, without hidden states"):
         batches_of(cache, tokenizers)
     assert batches_of(cache, tokenizers, layer_map={}).skipped == 0
-    assert batches_of(cache, tokenizers, missing="skip").skipped == 4
+    assert batches_of(cache, tokenizers, missing="skip").skipped == 2, "transfer texts may have logits only"
 
 
 def test_names_that_the_cache_does_not_know(tokenizers: dict[str, Any]) -> None:

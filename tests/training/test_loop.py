@@ -17,7 +17,15 @@ from torch import Tensor, nn
 
 from kdcache.errors import DamageError, MismatchError, NonFiniteError, RecipeError
 from kdcache.progress import SilentProgress
-from kdcache.training.loop import LoopSettings, Outcome, check_precision, make_accelerator, micro_batches, train
+from kdcache.recipe.sections import CofinetuneSection
+from kdcache.training.device import check_precision, make_accelerator
+from kdcache.training.loop import (
+    LoopSettings,
+    Outcome,
+    check_evaluation,
+    micro_batches,
+    train,
+)
 from kdcache.training.metrics_log import MetricsLog
 
 SETTINGS = LoopSettings(epochs=3, learning_rate=0.05, checkpoint_steps=2, log_steps=2, seed=3, identity={"data": "a"})
@@ -90,7 +98,7 @@ def lines(directory: Path) -> list[dict[str, Any]]:
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, list[dict[str, Any]]]:
     directory = tmp_path_factory.mktemp("undisturbed")
     task = Regression()
-    assert run(task, directory) == Outcome(best_epoch=1, steps=15)
+    assert run(task, directory) == Outcome(best_epoch=1, steps=15, best_mark=1, best_score=0.9)
     assert task.kept == [0, 1]
     assert task.settled == [0, 1, 1]
     return weights(task), lines(directory)
@@ -104,9 +112,139 @@ def test_resume_is_bit_equal_wherever_it_stopped(
         run(Regression(die_at=die_at), tmp_path)
     random.seed(99), np.random.seed(99), torch.manual_seed(99)
     resumed = Regression()
-    assert run(resumed, tmp_path) == Outcome(best_epoch=1, steps=15)
+    assert run(resumed, tmp_path) == Outcome(best_epoch=1, steps=15, best_mark=1, best_score=0.9)
     assert weights(resumed) == undisturbed[0]
     assert lines(tmp_path) == undisturbed[1]  # no line doubled, none lost, the means of the log the same
+
+
+LONG = replace(SETTINGS, schedule="cosine", evaluate_steps=2, ema=0.6, checkpoint_steps=3)
+
+
+@dataclass
+class Held(Regression):
+    """Scored by its own weights, on rows held out; keeps the best weights in memory as a directory would."""
+
+    best: dict[int, bytes] = field(default_factory=dict)
+    scored: list[float] = field(default_factory=list)
+
+    def evaluate(self, epoch: int) -> dict[str, float]:  # noqa: ARG002
+        assert not self.model.training
+        device = next(self.model.parameters()).device
+        error = ((self.model(self.inputs[:8].to(device)) - self.targets[:8].to(device)) ** 2).mean()
+        self.scored.append(float(error))
+        return {"score": -float(error)}
+
+    def keep_best(self, mark: int, metrics: Mapping[str, float]) -> None:  # noqa: ARG002
+        self.best[mark] = weights(self)
+
+    def settle_best(self, mark: int) -> None:
+        assert mark in self.best or not self.best
+        self.best = {own: kept for own, kept in self.best.items() if own == mark}
+
+
+@pytest.fixture(scope="module")
+def long_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Held, Outcome, list[dict[str, Any]]]:
+    directory = tmp_path_factory.mktemp("long")
+    task = Held()
+    return task, run(task, directory, LONG), lines(directory)
+
+
+@pytest.mark.parametrize("die_at", range(15))
+def test_evaluations_within_epochs_and_averages_resume_exactly(
+    die_at: int, long_run: tuple[Held, Outcome, list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    whole, outcome, logged = long_run
+    killed = Held(die_at=die_at)
+    with pytest.raises(KeyboardInterrupt):
+        run(killed, tmp_path, LONG)
+    resumed = Held(best=killed.best)
+    assert run(resumed, tmp_path, LONG) == outcome
+    assert weights(resumed) == weights(whole)
+    assert resumed.best == whole.best
+    assert lines(tmp_path) == logged
+    events = [(line["event"], line["step"]) for line in logged if line["event"] != "steps"]
+    assert events == [
+        *(("evaluation", 2), ("evaluation", 4), ("epoch", 5), ("evaluation", 6), ("evaluation", 8), ("epoch", 10)),
+        *(("evaluation", 12), ("evaluation", 14), ("epoch", 15)),
+    ]
+
+
+def test_the_best_weights_are_averaged_ones_by_any_evaluation(
+    long_run: tuple[Held, Outcome, list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    """Averages of a plain loop over the weights after each step, which the average must not change."""
+    trail: list[np.ndarray] = []
+
+    class Watched(Held):
+        def losses(self, batch: Any) -> Iterator[tuple[Tensor, Mapping[str, float | Tensor]]]:
+            trail.append(np.frombuffer(weights(self), np.float32))
+            yield from super().losses(batch)
+
+    raw = Watched()
+    run(raw, tmp_path, replace(LONG, ema=None, evaluate_steps=None))
+    trail.append(np.frombuffer(weights(raw), np.float32))
+    average, averages = trail[0], []
+    for step, now in enumerate(trail[1:], start=1):
+        decay = min(0.6, (1 + step) / (10 + step))
+        average = decay * average + (1 - decay) * now
+        averages.append(average)
+    whole, outcome, _ = long_run
+    np.testing.assert_allclose(np.frombuffer(weights(whole), np.float32), averages[-1], atol=1e-5)
+    (mark,) = whole.best
+    assert mark == outcome.best_mark
+    np.testing.assert_allclose(np.frombuffer(whole.best[mark], np.float32), averages[mark], atol=1e-5)
+    assert outcome.best_score == -min(whole.scored)
+
+
+@pytest.mark.parametrize(("patience", "steps", "best"), [(1, 10, 0), (2, 25, 2), (3, 30, 5)])
+def test_it_stops_after_evaluations_without_a_better_score(
+    patience: int, steps: int, best: int, tmp_path: Path
+) -> None:
+    scores = (0.5, 0.4, 0.6, 0.55, 0.5, 0.9)
+    settings = replace(SETTINGS, epochs=6, patience=patience)
+    outcome = run(Regression(scores=scores), tmp_path, settings)
+    assert (outcome.steps, outcome.best_epoch, outcome.stopped) == (steps, best, steps < 30)
+    again = Regression(scores=scores)
+    assert run(again, tmp_path, settings) == outcome
+    assert again.seen == 0, "a training that stopped goes on as little as one that ended"
+
+
+def test_it_stops_within_an_epoch_and_stays_stopped(tmp_path: Path) -> None:
+    class Falling(Held):
+        def evaluate(self, epoch: int) -> dict[str, float]:
+            super().evaluate(epoch)
+            return {"score": -float(len(self.scored))}
+
+    settings = replace(LONG, evaluate_steps=1, patience=2)
+    task = Falling()
+    outcome = run(task, tmp_path, settings)
+    assert (outcome.steps, outcome.best_epoch, outcome.best_mark, outcome.stopped) == (3, 0, 0, True)
+    assert list(task.best) == [0]
+    again = Falling(best=task.best)
+    assert run(again, tmp_path, settings) == outcome
+    assert (again.seen, weights(again)) == (0, weights(task))
+
+
+def test_validation_rows_are_needed_to_stop_by_them() -> None:
+    section = CofinetuneSection(patience=2)
+    check_evaluation(section, "cofinetune", validation=True)
+    with pytest.raises(RecipeError, match=r"cofinetune\.patience = 2 needs labelled validation rows"):
+        check_evaluation(section, "cofinetune", validation=False)
+
+
+@pytest.mark.parametrize("changed", [{"schedule": "cosine"}, {"patience": 3}, {"evaluate_steps": 2}, {"ema": 0.5}])
+def test_the_newer_settings_are_compared_with_a_checkpoint_of_0_1_0(changed: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(Regression(die_at=7), tmp_path)
+    (record,) = (tmp_path / "checkpoints").glob("*/checkpoint.json")
+    document = json.loads(record.read_text())
+    for key in ("schedule", "patience", "evaluate_steps", "ema"):
+        assert document["identity"].pop(key) is None
+    record.write_text(json.dumps(document))
+    (key,) = changed
+    with pytest.raises(MismatchError, match=f"{key}: null then"):
+        run(Regression(), tmp_path, replace(SETTINGS, **changed))
+    assert run(Regression(), tmp_path).steps == 15
 
 
 def test_a_finished_training_is_not_run_again(undisturbed: tuple[bytes, list[dict[str, Any]]], tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ from kdcache.locks import exclusive
 from kdcache.progress import SilentProgress
 from kdcache.recipe import DistillSection
 from kdcache.testing.faults import UnsyncedDisk
-from kdcache.training.loop import LoopSettings, Outcome, check_precision, default_device, make_accelerator, train
+from kdcache.training.device import check_precision, default_device, make_accelerator
+from kdcache.training.loop import LoopSettings, Outcome, train
 from tests.training.test_loop import Regression
 
 SETTINGS = LoopSettings(epochs=3, learning_rate=0.05, checkpoint_steps=2, log_steps=2, seed=3)
@@ -117,7 +118,7 @@ def test_the_best_epoch_is_kept_with_its_metrics(
     trainee, told = Keeping(*scores), Told()
     outcome, lines = run(trainee, tmp_path, told)
     assert [epoch for epoch, _ in trainee.metrics] == kept
-    assert outcome == Outcome(best_epoch=kept[-1], steps=15)
+    assert outcome == Outcome(best_epoch=kept[-1], steps=15, best_mark=kept[-1], best_score=outcome.best_score)
     epochs = [line for line in lines if line["event"] == "epoch"]
     assert [(line["epoch"], line["step"], line["validation"]) for line in epochs] == [
         (1, 5, 0.0),

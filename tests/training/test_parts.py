@@ -15,7 +15,7 @@ from kdcache.errors import DamageError, MismatchError, StorageError
 from kdcache.testing.faults import counting_disk, failing_disk
 from kdcache.training import checkpoints
 from kdcache.training.metrics_log import MetricsLog
-from kdcache.training.optim import LinearSchedule, adamw, warmup_then_decay
+from kdcache.training.optim import AveragedWeights, WarmupSchedule, adamw, schedule_factor
 from kdcache.training.seeding import restore_rng_state, rng_state, seed_everything
 
 
@@ -29,7 +29,7 @@ def test_biases_and_norms_do_not_decay_and_the_frozen_are_left_out() -> None:
 def test_parameters_named_apart_have_their_own_rate_and_follow_the_schedule() -> None:
     model = torch.nn.ModuleDict({"student": torch.nn.Linear(2, 3), "projections": torch.nn.Linear(3, 4, bias=False)})
     optimizer = adamw(model.named_parameters(), 0.1, 0.01, {"projections.": 1.0})
-    schedule = LinearSchedule(optimizer, 10, 0.0)
+    schedule = WarmupSchedule(optimizer, 10, 0.0)
     schedule.step()
     found = {id(group["params"][0]): (group["lr"], group["weight_decay"]) for group in optimizer.param_groups}
     assert found[id(model["projections"].weight)] == (pytest.approx(0.9), 0.0)
@@ -45,20 +45,51 @@ def test_parameters_with_their_own_rate_decay_as_all_others_where_that_is_asked_
 
 
 def test_the_schedule_warms_up_and_ends_at_zero() -> None:
-    factors = [warmup_then_decay(step, 10, 0.2) for step in range(11)]
+    factors = [schedule_factor(step, 10, 0.2) for step in range(11)]
     assert factors[:3] == pytest.approx([1 / 3, 2 / 3, 1.0])
     assert factors[2:] == sorted(factors[2:], reverse=True)
     assert factors[10] == 0.0
     assert min(factors[:10]) > 0.0  # no step is spent on nothing
-    assert warmup_then_decay(0, 1, 0.0) == 1.0
+    assert schedule_factor(0, 1, 0.0) == 1.0
+
+
+def test_the_other_schedules_share_the_warm_up() -> None:
+    """Against the formula of a cosine; constant stays at the peak."""
+    for schedule in ("cosine", "constant"):
+        factors = [schedule_factor(step, 10, 0.2, schedule) for step in range(11)]
+        assert factors[:3] == pytest.approx([1 / 3, 2 / 3, 1.0])
+        cosine = [0.5 * (1 + np.cos(np.pi * (step - 2) / 8)) for step in range(2, 11)]
+        assert factors[2:] == pytest.approx(cosine if schedule == "cosine" else [1.0] * 9)
+
+
+def test_averaged_weights_are_those_of_a_plain_loop() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 2)
+    model.bias.requires_grad_(False)
+    average = AveragedWeights(model.named_parameters(), 0.9)
+    expected = model.weight.detach().clone()
+    for step in range(1, 101):
+        with torch.no_grad():
+            model.weight += torch.randn(2, 3)
+        average.update(step)
+        decay = min(0.9, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * model.weight.detach()
+    last = model.weight.detach().clone()
+    with average.in_place():
+        torch.testing.assert_close(model.weight.detach(), expected)
+    assert torch.equal(model.weight.detach(), last)
+    assert list(average.state_dict()) == ["weight"]
+    other = AveragedWeights(torch.nn.Linear(3, 2).named_parameters(), 0.9)
+    other.load_state_dict({"bias": torch.zeros(2), **average.state_dict()})
+    torch.testing.assert_close(other.state_dict()["weight"], expected)
 
 
 def test_the_schedule_resumes() -> None:
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
-    schedule = LinearSchedule(optimizer, 10, 0.0)
+    schedule = WarmupSchedule(optimizer, 10, 0.0)
     for _ in range(4):
         schedule.step()
-    other = LinearSchedule(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1), 10, 0.0)
+    other = WarmupSchedule(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1), 10, 0.0)
     other.load_state_dict(schedule.state_dict())
     assert other.learning_rate == schedule.learning_rate == pytest.approx(0.3)
 

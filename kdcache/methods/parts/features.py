@@ -47,14 +47,14 @@ def select_vectors(target: Hidden, states: Tensor, mask: Tensor, feature: Featur
             target; for targets that are stored as a mean, over all tokens.
 
     Returns:
-        For ``stored`` and ``tokens`` one vector per target, else one per row. No value is copied to the host, which
-        would wait for the device.
+        For ``stored`` and ``tokens``, and for means that are stored, one vector per target; else one per row. No value
+        is copied to the host, which would wait for the device.
     """
     flat = states.flatten(0, 1)
     if feature in ("stored", "tokens"):
         return Vectors(target.of_student(flat), target.aligned(), target.rows(states.shape[1]), None)
     if target.bags is not None:
-        return Vectors(target.of_student(flat), target.aligned(), None, None)
+        return Vectors(target.of_student(flat), target.aligned(), target.bag_rows, None)
     begins = torch.arange(len(states), device=target.positions.device) * states.shape[1]
     return _first(target, flat, begins + mask.argmax(dim=1)) if feature == "first" else _mean(target, flat, begins)
 

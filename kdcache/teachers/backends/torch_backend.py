@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kdcache.errors import ModelError
 from kdcache.teachers.backends.base import TeacherOutput
-from kdcache.training.loop import default_device
+from kdcache.training.device import default_device
 
 if TYPE_CHECKING:
     from kdcache.teachers.teacher import Teacher

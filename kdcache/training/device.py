@@ -1,0 +1,41 @@
+"""The device of models, and the precision that it can train in."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from kdcache.errors import RecipeError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+def default_device() -> torch.device:
+    """The device of models outside training: CUDA if available, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def check_precision(precision: str, device: torch.device) -> None:
+    """RecipeError if ``device`` cannot train in ``precision``: fp16 needs the gradient scaler of a GPU."""
+    if precision == "fp16" and device.type == "cpu":
+        raise RecipeError("precision 'fp16' needs a GPU; this machine trains on the CPU", "Use float32, or bf16.")
+
+
+def make_accelerator(precision: str) -> Accelerator:
+    """An accelerator of one process; RecipeError if the device cannot train in ``precision``."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    mixed = {"float32": "no", "bf16": "bf16", "fp16": "fp16"}[precision]
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed:
+        AcceleratorState._reset_state()  # accelerate fixes the precision per process, but stages may differ
+    accelerator = Accelerator(mixed_precision=mixed)
+    check_precision(precision, accelerator.device)
+    if accelerator.num_processes > 1:
+        raise RecipeError(
+            f"kdcache trains in one process; it was started in {accelerator.num_processes}",
+            "Start it with python, not accelerate launch.",
+        )
+    return accelerator
