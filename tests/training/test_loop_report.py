@@ -215,6 +215,14 @@ def test_a_checkpoint_may_lack_a_newer_key_and_no_other(tmp_path: Path) -> None:
     assert resumed.seen == 9  # from the checkpoint at step 6
 
 
+def test_the_learning_rate_rises_over_the_warm_up_and_falls_to_zero_over_all_epochs(tmp_path: Path) -> None:
+    _, lines = run(Regression(), tmp_path, settings=replace(SETTINGS, log_steps=1, warmup=0.2))
+    found = [line["learning_rate"] for line in lines if line["event"] == "steps"]
+    rising = [0.05 * step / 4 for step in (1, 2, 3)]  # a fifth of 15 steps
+    falling = [0.05 * left / 12 for left in range(12, 0, -1)]
+    assert found == pytest.approx(rising + falling, rel=1e-12)
+
+
 def test_parameters_with_a_rate_of_their_own_learn_at_it(tmp_path: Path) -> None:
     trainee = Regression()
     before = {name: parameter.detach().clone() for name, parameter in trainee.model.named_parameters()}
