@@ -16,6 +16,7 @@ from kdcache.locks import exclusive
 from kdcache.progress import SilentProgress
 from kdcache.recipe import DistillSection
 from kdcache.testing.faults import UnsyncedDisk
+from kdcache.training import checkpoints
 from kdcache.training.loop import LoopSettings, Outcome, check_precision, default_device, make_accelerator, train
 from tests.training.test_loop import Regression
 
@@ -163,6 +164,34 @@ def test_a_line_holds_the_means_of_its_steps(tmp_path: Path) -> None:
         assert line["learning_rate"] == mine[-1]["learning_rate"]
         done = line["step"]
     assert done == 15
+
+
+def test_the_bar_shows_the_loss_of_each_step(tmp_path: Path) -> None:
+    class Losses(SilentProgress):
+        def __init__(self) -> None:
+            self.shown: list[float] = []
+
+        def advance(self, count: int, *, bytes_done: int = 0, **values: float) -> None:  # noqa: ARG002
+            self.shown += [values["loss"]] if count else []
+
+    bar, lines = Losses(), list[Any]()
+    train(Regression(), replace(SETTINGS, log_steps=1), checkpoints=tmp_path, progress=bar, on_metrics=lines.append)
+    assert bar.shown == [line["loss"] for line in lines if line["event"] == "steps"]
+
+
+def test_checkpoints_are_written_within_epochs_and_once_at_their_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved: list[tuple[int, int]] = []
+    save = checkpoints.save
+
+    def recorded(directory: Path, state: Any, *, step: int, identity: Any) -> None:
+        saved.append((step, state["rest"]["place"]["step_in_epoch"]))
+        save(directory, state, step=step, identity=identity)
+
+    monkeypatch.setattr(checkpoints, "save", recorded)
+    run(Regression(), tmp_path)
+    assert saved == [(2, 2), (4, 4), (5, 0), (6, 1), (8, 3), (10, 0), (12, 2), (14, 4), (15, 0)]
 
 
 def test_a_second_training_in_one_place_is_refused(tmp_path: Path) -> None:
