@@ -161,6 +161,8 @@ def test_a_line_holds_the_means_of_its_steps(tmp_path: Path) -> None:
         assert line["steps"] == len(mine)
         for name in ("loss", "squares", "one", "grad_norm"):
             assert line[name] == pytest.approx(sum(one[name] for one in mine) / len(mine))
+        assert line["one"] == pytest.approx(1.0)  # as the task gives it
+        assert line["squares"] < line["loss"] < 1.02 * line["squares"]
         assert line["learning_rate"] == mine[-1]["learning_rate"]
         done = line["step"]
     assert done == 15
