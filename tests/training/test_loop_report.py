@@ -168,6 +168,17 @@ def test_a_line_holds_the_means_of_its_steps(tmp_path: Path) -> None:
     assert done == 15
 
 
+def test_terms_that_have_a_gradient_are_logged_as_numbers(tmp_path: Path) -> None:
+    class Attached(Regression):
+        def losses(self, batch: Any) -> Any:
+            for loss, parts in super().losses(batch):
+                yield loss, {**parts, "attached": loss}
+
+    _, lines = run(Attached(micro=2), tmp_path)
+    steps = [line for line in lines if line["event"] == "steps"]
+    assert [line["attached"] for line in steps] == pytest.approx([line["loss"] for line in steps])
+
+
 def test_the_bar_shows_the_loss_of_each_step(tmp_path: Path) -> None:
     class Losses(SilentProgress):
         def __init__(self) -> None:
