@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,7 +78,16 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
-def review_recipe(review_task: ReviewTask, tiny_models: dict[str, Path]) -> Path:
+def _few_texts_are_timed() -> Iterator[None]:
+    """Every distillation times its student and its teachers: on four texts here, since no test looks at the figures."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr("kdcache.students.speed._LATENCY_TEXTS", 2)
+        monkeypatch.setattr("kdcache.students.speed._THROUGHPUT_TEXTS", 4)
+        yield
+
+
+@pytest.fixture(scope="session")
+def review_recipe(review_task: ReviewTask, tiny_models: dict[str, Path], _few_texts_are_timed: None) -> Path:
     """A recipe over the review task with the tiny teachers; copy it with overrides (``load_recipe(path, [...])``)."""
     teachers = "".join(f'[[teachers]]\nname = "{name}"\nmodel = "{path}"\n' for name, path in tiny_models.items())
     path = review_task.directory / "reviews.toml"

@@ -15,6 +15,7 @@ from pathlib import Path
 from kdcache.distill.stage import DistillTask, distill
 from kdcache.progress import SilentProgress
 from kdcache.recipe import load_recipe
+from kdcache.students import speed
 from kdcache.testing.killing import run_child
 
 
@@ -38,6 +39,7 @@ def import_all() -> None:
 
 def main(recipe_file: str, cache: str, overrides: str, attempts: str) -> None:
     import_all()
+    speed._LATENCY_TEXTS, speed._THROUGHPUT_TEXTS = 2, 4  # each child times the teachers
     recipe = load_recipe(recipe_file, json.loads(overrides))
 
     def status(root: Path, point: str) -> int:

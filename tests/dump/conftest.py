@@ -4,11 +4,12 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 
+from kdcache.dump.run import OpenTeacher, open_teacher
 from kdcache.dump.stage import DumpReport, dump_teachers
 from kdcache.progress import SilentProgress
 from kdcache.recipe import Recipe, load_recipe
@@ -23,13 +24,19 @@ class Workbench:
     recipe_file: Path
     teachers: Path
     cache: Path
+    opener: OpenTeacher = open_teacher
 
     def recipe(self, *overrides: str) -> Recipe:
         return load_recipe(self.recipe_file, list(overrides))
 
     def dump(self, *overrides: str, repair: bool = False, cache: Path | None = None) -> DumpReport:
         return dump_teachers(
-            self.recipe(*overrides), self.teachers, cache or self.cache, progress=SilentProgress(), repair=repair
+            self.recipe(*overrides),
+            self.teachers,
+            cache or self.cache,
+            progress=SilentProgress(),
+            repair=repair,
+            opener=self.opener,
         )
 
     def only(self, *names: str) -> Workbench:
@@ -42,7 +49,7 @@ class Workbench:
         ]
         path = self.cache.parent / f"{'-'.join(names)}.toml"
         path.write_text(re.sub(r'"(\w+\.tsv)"', rf'"{self.recipe_file.parent}/\1"', "".join([head, *kept])))
-        return Workbench(path, self.teachers, self.cache)
+        return replace(self, recipe_file=path)
 
 
 @pytest.fixture(scope="session")

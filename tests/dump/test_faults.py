@@ -9,15 +9,17 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from kdcache import files
 from kdcache.cache.verify import verify
-from kdcache.dump import run, stage
+from kdcache.dump import stage
+from kdcache.dump.run import open_teacher
 from kdcache.dump.specs import prepare_teachers
 from kdcache.errors import StorageError
 from kdcache.teachers.bundle import read_bundle
@@ -80,8 +82,11 @@ def _fast_disk() -> object:
 def test_dying_at_every_step_of_the_disk_loses_nothing(
     small: Workbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    only = small.only("bert")
-    _load_the_teacher_once(only, monkeypatch)
+    with _loaded_once(small.only("bert"), monkeypatch) as only:
+        _dies_at_every_step(only, tmp_path)
+
+
+def _dies_at_every_step(only: Workbench, tmp_path: Path) -> None:
     with files.use_disk(disk := counting_disk()):
         undisturbed = only.dump(cache=tmp_path / "undisturbed").identity
     kinds = {step.partition(" /")[0] for step in disk.steps}
@@ -94,15 +99,13 @@ def test_dying_at_every_step_of_the_disk_loses_nothing(
         assert not verify(cache)
 
 
-def _load_the_teacher_once(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+@contextmanager
+def _loaded_once(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> Iterator[Workbench]:
     """Loading is most of a tiny dump's time and touches no disk of ours."""
-    recipe, bundle = bench.recipe(), read_bundle(bench.teachers)
-    teachers = prepare_teachers(recipe, bundle, bench.teachers, 2)
-    opened = run.open_teacher(teachers[0], bench.teachers)
-    backend = opened.__enter__()
+    teachers = prepare_teachers(bench.recipe(), read_bundle(bench.teachers), bench.teachers, 2)
     monkeypatch.setattr(stage, "prepare_teachers", lambda *_: teachers)
-    monkeypatch.setattr(run, "open_teacher", lambda *_: nullcontext(backend))
-    monkeypatch.setattr(run, "_keep_open", opened, raising=False)
+    with open_teacher(teachers[0], bench.teachers) as backend:
+        yield replace(bench, opener=lambda *_: nullcontext(backend))
 
 
 def test_a_full_disk_is_named_and_what_was_written_stays(

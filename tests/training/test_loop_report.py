@@ -16,6 +16,7 @@ from kdcache.locks import exclusive
 from kdcache.progress import SilentProgress
 from kdcache.recipe import DistillSection
 from kdcache.testing.faults import UnsyncedDisk
+from kdcache.training import checkpoints
 from kdcache.training.device import check_precision, default_device, make_accelerator
 from kdcache.training.loop import LoopSettings, Outcome, train
 from tests.training.test_loop import Regression
@@ -162,9 +163,50 @@ def test_a_line_holds_the_means_of_its_steps(tmp_path: Path) -> None:
         assert line["steps"] == len(mine)
         for name in ("loss", "squares", "one", "grad_norm"):
             assert line[name] == pytest.approx(sum(one[name] for one in mine) / len(mine))
+        assert line["one"] == pytest.approx(1.0)  # as the task gives it
+        assert line["squares"] < line["loss"] < 1.02 * line["squares"]
         assert line["learning_rate"] == mine[-1]["learning_rate"]
         done = line["step"]
     assert done == 15
+
+
+def test_terms_that_have_a_gradient_are_logged_as_numbers(tmp_path: Path) -> None:
+    class Attached(Regression):
+        def losses(self, batch: Any) -> Any:
+            for loss, parts in super().losses(batch):
+                yield loss, {**parts, "attached": loss}
+
+    _, lines = run(Attached(micro=2), tmp_path)
+    steps = [line for line in lines if line["event"] == "steps"]
+    assert [line["attached"] for line in steps] == pytest.approx([line["loss"] for line in steps])
+
+
+def test_the_bar_shows_the_loss_of_each_step(tmp_path: Path) -> None:
+    class Losses(SilentProgress):
+        def __init__(self) -> None:
+            self.shown: list[float] = []
+
+        def advance(self, count: int, *, bytes_done: int = 0, **values: float) -> None:  # noqa: ARG002
+            self.shown += [values["loss"]] if count else []
+
+    bar, lines = Losses(), list[Any]()
+    train(Regression(), replace(SETTINGS, log_steps=1), checkpoints=tmp_path, progress=bar, on_metrics=lines.append)
+    assert bar.shown == [line["loss"] for line in lines if line["event"] == "steps"]
+
+
+def test_checkpoints_are_written_within_epochs_and_once_at_their_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved: list[tuple[int, int]] = []
+    save = checkpoints.save
+
+    def recorded(directory: Path, state: Any, *, step: int, identity: Any) -> None:
+        saved.append((step, state["rest"]["place"]["step_in_epoch"]))
+        save(directory, state, step=step, identity=identity)
+
+    monkeypatch.setattr(checkpoints, "save", recorded)
+    run(Regression(), tmp_path)
+    assert saved == [(2, 2), (4, 4), (5, 0), (6, 1), (8, 3), (10, 0), (12, 2), (14, 4), (15, 0)]
 
 
 def test_a_second_training_in_one_place_is_refused(tmp_path: Path) -> None:
@@ -215,6 +257,14 @@ def test_a_checkpoint_may_lack_a_newer_key_and_no_other(tmp_path: Path) -> None:
     resumed = Regression()
     run(resumed, tmp_path, settings=replace(more, newer_keys=frozenset({"data"})))
     assert resumed.seen == 9  # from the checkpoint at step 6
+
+
+def test_the_learning_rate_rises_over_the_warm_up_and_falls_to_zero_over_all_epochs(tmp_path: Path) -> None:
+    _, lines = run(Regression(), tmp_path, settings=replace(SETTINGS, log_steps=1, warmup=0.2))
+    found = [line["learning_rate"] for line in lines if line["event"] == "steps"]
+    rising = [0.05 * step / 4 for step in (1, 2, 3)]  # a fifth of 15 steps
+    falling = [0.05 * left / 12 for left in range(12, 0, -1)]
+    assert found == pytest.approx(rising + falling, rel=1e-12)
 
 
 def test_parameters_with_a_rate_of_their_own_learn_at_it(tmp_path: Path) -> None:
