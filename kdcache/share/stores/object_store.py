@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdcache.errors import DamageError, MissingObjectError, RemoteError
-from kdcache.share.stores.base import Entry, check_key, check_prefix, is_key
+from kdcache.share.stores.base import Entry, check_key, check_prefix, holds, is_key
 from kdcache.share.stores.store_client import (
     Place,
     explain,
@@ -112,7 +112,7 @@ class ObjectStoreRemote:
         check_key(key)
         if isinstance(source, bytes):
             with self._budget.hold(len(source)):
-                self._put(key, source, "write", use_multipart=False)
+                self._put(key, source, use_multipart=False)
             return
         try:
             size = source.stat().st_size
@@ -123,13 +123,13 @@ class ObjectStoreRemote:
         part = max(PART, -(-size // MOST_PARTS))
         at_once = max(1, min(PARTS_AT_ONCE, IN_FLIGHT // 2 // part - 1))
         with self._budget.hold(min(size, part * (at_once + 1))):
-            self._put(key, source, "write", use_multipart=size > PART, chunk_size=part, max_concurrency=at_once)
+            self._put(key, source, use_multipart=size > PART, chunk_size=part, max_concurrency=at_once)
 
     def create(self, key: str, data: bytes) -> bool:
         check_key(key)
         if self.conditional:
             return self._create(key, data)
-        there = self._there(key, data)
+        there = holds(self, key, data)
         if there is None:
             self.write(key, data)
         return there is not False
@@ -180,20 +180,15 @@ class ObjectStoreRemote:
         if length is not None:
             options = {"range": (start, start + length)}
         try:
-            yield from self._stream(key, options)
+            yield from map(bytes, obstore().get(self._store, key, options=options).stream(min_chunk_size=BLOCK))
         except FileNotFoundError as error:
             self._need_bucket(error, "read", key)
             raise self._missing(key) from None
         except Exception as error:
-            if is_whole(
-                error
-            ):  # some answer a range that covers the whole object with status 200, which obstore refuses
+            if is_whole(error):  # some stores answer a range that covers the object with status 200: obstore refuses
                 yield from _cut(self._blocks(key, 0, None), start, length)
             elif not out_of_range(error):
                 raise explain(error, self._place, "read", key) from None
-
-    def _stream(self, key: str, options: Any) -> Iterator[bytes]:
-        yield from map(bytes, obstore().get(self._store, key, options=options).stream(min_chunk_size=BLOCK))
 
     def _create(self, key: str, data: bytes) -> bool:
         """Whether this call created the object, judged by the bytes that are there afterwards.
@@ -214,7 +209,7 @@ class ObjectStoreRemote:
                         raise failure from None
             else:
                 return True
-            there = self._there(key, data)
+            there = holds(self, key, data)
             if there is not None:
                 return there
             if failure:
@@ -224,23 +219,14 @@ class ObjectStoreRemote:
             "Run the same command again; look at the store with: kdcache remote check",
         )
 
-    def _there(self, key: str, data: bytes) -> bool | None:
-        """Whether the object has exactly the bytes ``data``; None if there is none."""
+    def _put(self, key: str, source: Path | bytes, **options: Any) -> None:
         try:
-            return self.read_bytes(key, len(data)) == data
-        except MissingObjectError:
-            return None
-        except DamageError:  # longer
-            return False
-
-    def _put(self, key: str, source: Path | bytes, method: str, **options: Any) -> Any:
-        try:
-            return self._raw_put(key, source, **options)
+            self._raw_put(key, source, **options)
         except Exception as error:
-            raise explain(error, self._place, method, key) from None
+            raise explain(error, self._place, "write", key) from None
 
-    def _raw_put(self, key: str, source: Path | bytes, **options: Any) -> Any:
-        return obstore().put(self._store, key, source, **options)
+    def _raw_put(self, key: str, source: Path | bytes, **options: Any) -> None:
+        obstore().put(self._store, key, source, **options)
 
     def _need_bucket(self, error: FileNotFoundError, method: str, key: str) -> None:
         made = explain(error, self._place, method, key)
