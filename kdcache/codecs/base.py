@@ -223,7 +223,7 @@ class StorageFormat(ABC):
     # checks of stored data
 
     def check_block(self, block: HiddenBlock, spec: LayerSpec, rows: int) -> None:
-        """Raises ValueError if dtypes and shapes differ from ``arrays``, or a code has no value."""
+        """Raises ValueError if dtypes and shapes differ from ``arrays``, or if a code has no value."""
         given = [array for array in (block.values, block.scales) if array is not None]
         arrays = self.arrays(spec, rows)
         if len(given) != len(arrays):
@@ -268,6 +268,29 @@ def largest_of(values: np.ndarray) -> np.ndarray:
     """The largest absolute value of each row of ``values`` [rows, dim]; NaN if the row has a NaN."""
     largest: np.ndarray = np.abs(values).max(axis=1, initial=0.0)
     return largest
+
+
+SMALLEST_SCALE = float(np.finfo(np.float32).smallest_normal)
+
+
+def scale_rows(values: np.ndarray, largest: np.ndarray, limit: float) -> tuple[np.ndarray, np.ndarray]:
+    """``values`` [rows, dim] divided by a scale per row, so that the maximum becomes ``limit``; and the scales.
+
+    ``largest`` float32 [rows]: the maxima of absolute values. A row with a scale below ``SMALLEST_SCALE`` gets scale 0
+    and zeros.
+    """
+    scales = largest / np.float32(limit)
+    scales[scales < SMALLEST_SCALE] = 0.0
+    return values / np.where(scales > 0.0, scales, np.float32(np.inf))[:, None], scales
+
+
+def scale_on_device(values: torch.Tensor, limit: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """``scale_rows`` on a device, bit for bit. ``limit`` is a tensor, because a GPU divides by a scalar differently."""
+    import torch
+
+    scales = values.abs().amax(dim=1) / limit
+    scales[scales < SMALLEST_SCALE] = 0.0
+    return values / torch.where(scales > 0.0, scales, torch.inf)[:, None], scales
 
 
 def largest_on_device(values: torch.Tensor) -> np.ndarray:

@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kdcache.codecs.base import HiddenBlock, Rounding, StorageFormat, StoredArray, largest_of
+from kdcache.codecs.base import (
+    HiddenBlock,
+    Rounding,
+    StorageFormat,
+    StoredArray,
+    largest_of,
+    scale_on_device,
+    scale_rows,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -20,7 +28,6 @@ if TYPE_CHECKING:
 
 LARGEST = 448.0  # of e4m3; the scale of a row is absmax / 448, so nothing lies beyond
 NAN = 0x7F  # with either sign; never written. 255 is the fill value, so a missing chunk is detected
-_SMALLEST_SCALE = float(np.finfo(np.float32).smallest_normal)
 
 
 def _tables() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -58,21 +65,17 @@ class Float8(StorageFormat):
     def encode(self, values: np.ndarray, spec: LayerSpec, basis: Basis) -> HiddenBlock:
         largest = largest_of(values).astype(np.float32)
         self.check_storable(largest)
-        scales = largest / np.float32(LARGEST)
-        scales[scales < _SMALLEST_SCALE] = 0.0
-        numbers = values / np.where(scales > 0.0, scales, np.float32(np.inf))[:, None]
+        numbers, scales = scale_rows(values, largest, LARGEST)
         codes = np.searchsorted(_BORDERS, np.abs(numbers)).astype(np.uint8)
         return HiddenBlock(codes | np.signbit(numbers).astype(np.uint8) << 7, scales)
 
     def encoder(self, spec: LayerSpec, basis: Basis, device: torch.device | str) -> Encoder:
         import torch
 
-        limit = torch.full((1,), LARGEST, device=device)  # a GPU divides by a tensor, not by a scalar
+        limit = torch.full((1,), LARGEST, device=device)
 
         def encoded(values: torch.Tensor) -> HiddenBlock:
-            scales = values.abs().amax(dim=1) / limit
-            scales[scales < _SMALLEST_SCALE] = 0.0
-            numbers = values / torch.where(scales > 0.0, scales, torch.inf)[:, None]
+            numbers, scales = scale_on_device(values, limit)
             numbers = numbers.cpu() if numbers.device.type == "mps" else numbers  # has no float8
             return HiddenBlock(numbers.to(torch.float8_e4m3fn).view(torch.uint8).cpu().numpy(), scales.cpu().numpy())
 

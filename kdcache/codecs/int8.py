@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kdcache.codecs.base import HiddenBlock, Rounding, StorageFormat, StoredArray, largest_of
+from kdcache.codecs.base import (
+    HiddenBlock,
+    Rounding,
+    StorageFormat,
+    StoredArray,
+    largest_of,
+    scale_on_device,
+    scale_rows,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -19,7 +27,6 @@ if TYPE_CHECKING:
     from kdcache.codecs.base import Basis, Encoder, LayerSpec
 
 CODE_LIMIT = 127  # codes are -127..127; -128 is the fill value, so a missing chunk is detected
-_SMALLEST_SCALE = float(np.finfo(np.float32).smallest_normal)
 _CUTS = (32, 64, 128, 256, 512)  # dimensions of PCA that a plan measures
 
 
@@ -41,21 +48,18 @@ class Int8(StorageFormat):
     def encode(self, values: np.ndarray, spec: LayerSpec, basis: Basis) -> HiddenBlock:
         largest = largest_of(values).astype(np.float32)
         self.check_storable(largest)
-        scales = largest / np.float32(CODE_LIMIT)
-        scales[scales < _SMALLEST_SCALE] = 0.0
-        codes = np.rint(values / np.where(scales > 0.0, scales, np.float32(np.inf))[:, None])
-        return HiddenBlock(np.clip(codes, -CODE_LIMIT, CODE_LIMIT).astype(np.int8), scales)
+        numbers, scales = scale_rows(values, largest, CODE_LIMIT)
+        return HiddenBlock(np.clip(np.rint(numbers), -CODE_LIMIT, CODE_LIMIT).astype(np.int8), scales)
 
     def encoder(self, spec: LayerSpec, basis: Basis, device: torch.device | str) -> Encoder:
         import torch
 
-        limit = torch.full((1,), float(CODE_LIMIT), device=device)  # a GPU divides by a tensor, not by a scalar
+        limit = torch.full((1,), float(CODE_LIMIT), device=device)
 
         def encoded(values: torch.Tensor) -> HiddenBlock:
-            scales = values.abs().amax(dim=1) / limit
-            scales[scales < _SMALLEST_SCALE] = 0.0
-            codes = (values / torch.where(scales > 0.0, scales, torch.inf)[:, None]).round_()
-            return HiddenBlock(codes.clamp_(-CODE_LIMIT, CODE_LIMIT).to(torch.int8).cpu().numpy(), scales.cpu().numpy())
+            numbers, scales = scale_on_device(values, limit)
+            codes = numbers.round_().clamp_(-CODE_LIMIT, CODE_LIMIT).to(torch.int8)
+            return HiddenBlock(codes.cpu().numpy(), scales.cpu().numpy())
 
         return encoded
 
