@@ -27,10 +27,13 @@ def methods(json: Json = False) -> None:  # noqa: ARG001  (its callback switches
     """
     from kdcache.methods.registry import all_methods
 
-    found = [_described(method) for method in all_methods()]
-    out.document(found)
+    described = [_described(method) for method in all_methods()]
+    out.document(described)
     columns = ("method", "title", "needs", "compares", "source")
-    rows = [(each["name"], each["title"], _needs(each), _COMPARES[each["scope"]], each["source"]) for each in found]
+    rows = [
+        (method["name"], method["title"], _needs(method), _COMPARES[method["scope"]], method["source"])
+        for method in described
+    ]
     out.table(columns, rows)
     out.hint("Choose one with: kdcache distill RECIPE --set distill.method=NAME")
 
