@@ -195,9 +195,9 @@ class StorageFormat(ABC):
 
     def check_storable(self, largest: np.ndarray) -> None:
         """Raises NonFiniteError with the number of the first row that cannot be stored; see ``unstorable``."""
-        found = self.unstorable(largest)
-        if found is not None:
-            raise NonFiniteError(f"token {found[0]}: {found[1]}", self.cure)
+        fault = self.unstorable(largest)
+        if fault is not None:
+            raise NonFiniteError(f"token {fault[0]}: {fault[1]}", self.cure)
 
     @abstractmethod
     def encode(self, values: np.ndarray, spec: LayerSpec, basis: Basis) -> HiddenBlock:
@@ -264,33 +264,65 @@ class StorageFormat(ABC):
             raise ValueError(f"a layer in {self.name} has no tensors {', '.join(sorted(basis.tables))}")
 
 
+_SMALLEST_SCALE = float(np.finfo(np.float32).smallest_normal)
+
+
+class RowScaledFormat(StorageFormat):
+    """A format with a code of one byte per coordinate and one float32 scale per row; value = number x scale.
+
+    The scale of a row is its absmax divided by ``limit``. A row with a scale below the smallest normal float32 gets
+    scale 0 and decodes to zeros.
+    """
+
+    dtype: ClassVar[str]  # numpy's, of the codes
+    limit: ClassVar[float]  # the number of the largest coordinate of a row
+
+    @abstractmethod
+    def codes(self, numbers: np.ndarray) -> np.ndarray:
+        """Codes of float32 numbers from ``-limit`` to ``limit``."""
+
+    @abstractmethod
+    def codes_on_device(self, numbers: torch.Tensor) -> torch.Tensor:
+        """The same on a device, bit for bit."""
+
+    @abstractmethod
+    def step(self, block: HiddenBlock) -> np.ndarray:
+        """Float64 [rows]: the norm of the distances between neighbouring numbers, before the scale."""
+
+    def arrays(self, spec: LayerSpec, rows: int) -> tuple[StoredArray, ...]:
+        return StoredArray("", (rows, spec.dim), self.dtype), StoredArray("-scale", (rows,), "float32")
+
+    def encode(self, values: np.ndarray, spec: LayerSpec, basis: Basis) -> HiddenBlock:
+        largest = largest_of(values).astype(np.float32)
+        self.check_storable(largest)
+        scales = largest / np.float32(self.limit)
+        scales[scales < _SMALLEST_SCALE] = 0.0
+        numbers = values / np.where(scales > 0.0, scales, np.float32(np.inf))[:, None]
+        return HiddenBlock(self.codes(numbers), scales)
+
+    def encoder(self, spec: LayerSpec, basis: Basis, device: torch.device | str) -> Encoder:
+        import torch
+
+        limit = torch.full((1,), self.limit, device=device)  # a GPU divides by a scalar differently
+
+        def encoded(values: torch.Tensor) -> HiddenBlock:
+            scales = values.abs().amax(dim=1) / limit
+            scales[scales < _SMALLEST_SCALE] = 0.0
+            numbers = values / torch.where(scales > 0.0, scales, torch.inf)[:, None]
+            return HiddenBlock(self.codes_on_device(numbers).cpu().numpy(), scales.cpu().numpy())
+
+        return encoded
+
+    def rounding(self, block: HiddenBlock, projected: np.ndarray, spec: LayerSpec, basis: Basis) -> Rounding:
+        assert block.scales is not None
+        step = block.scales.astype(np.float64) * self.step(block)
+        return Rounding(step / 2 * 1.01, step / np.sqrt(12))
+
+
 def largest_of(values: np.ndarray) -> np.ndarray:
     """The largest absolute value of each row of ``values`` [rows, dim]; NaN if the row has a NaN."""
     largest: np.ndarray = np.abs(values).max(axis=1, initial=0.0)
     return largest
-
-
-SMALLEST_SCALE = float(np.finfo(np.float32).smallest_normal)
-
-
-def scale_rows(values: np.ndarray, largest: np.ndarray, limit: float) -> tuple[np.ndarray, np.ndarray]:
-    """``values`` [rows, dim] divided by a scale per row, so that the maximum becomes ``limit``; and the scales.
-
-    ``largest`` float32 [rows]: the maxima of absolute values. A row with a scale below ``SMALLEST_SCALE`` gets scale 0
-    and zeros.
-    """
-    scales = largest / np.float32(limit)
-    scales[scales < SMALLEST_SCALE] = 0.0
-    return values / np.where(scales > 0.0, scales, np.float32(np.inf))[:, None], scales
-
-
-def scale_on_device(values: torch.Tensor, limit: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """``scale_rows`` on a device, bit for bit. ``limit`` is a tensor, because a GPU divides by a scalar differently."""
-    import torch
-
-    scales = values.abs().amax(dim=1) / limit
-    scales[scales < SMALLEST_SCALE] = 0.0
-    return values / torch.where(scales > 0.0, scales, torch.inf)[:, None], scales
 
 
 def largest_on_device(values: torch.Tensor) -> np.ndarray:

@@ -41,8 +41,8 @@ class Coder:
         if self._viterbi is not None:
             windows = self._viterbi.windows_of(coordinates.float())
         else:
-            found = search_on_device(coordinates, self._levels, self._bits, self._codebook.window)
-            windows = found.T.to(torch.uint8).cpu().numpy()
+            entries = search_on_device(coordinates, self._levels, self._bits, self._codebook.window)
+            windows = entries.T.to(torch.uint8).cpu().numpy()
         return pack_windows(windows, self._codebook.bits, self._row_bytes)
 
 
