@@ -70,16 +70,16 @@ def merge(target: Path, source: Path, base: Contents) -> Manifest:
         return writer.publish(_provenance(newest.provenance, made, base), card=cache_card)
 
 
-def differences(one: Contents, other: Contents) -> Iterator[tuple[str, str]]:
+def differences(first: Contents, second: Contents) -> Iterator[tuple[str, str]]:
     """The reasons why two caches cannot be merged, as a pair of phrases each: what either cache has. Texts are last."""
-    old, new = one.settings_record(), other.settings_record()
+    old, new = first.settings_record(), second.settings_record()
     for key in old:
         if old[key] != new[key]:
             yield f"{_PHRASES[key]} {old[key]}", f"{_PHRASES[key]} {new[key]}"
-    if not same_texts(one, other):
+    if not same_texts(first, second):
         here, there = (
             f"{counted(sum(part.texts for part in contents.parts), 'text')} in {counted(len(contents.parts), 'part')}"
-            for contents in (one, other)
+            for contents in (first, second)
         )
         yield here, there if here != there else "as many other texts"
 
@@ -93,9 +93,9 @@ _PHRASES = {  # of the keys of a settings record
 }
 
 
-def same_texts(one: Contents, other: Contents) -> bool:
+def same_texts(first: Contents, second: Contents) -> bool:
     """Whether both have the same texts in the same parts."""
-    return one.parts == other.parts and all(_same_part(part, one, other) for part in one.parts)
+    return first.parts == second.parts and all(_same_part(part, first, second) for part in first.parts)
 
 
 def contents_so_far(root: Path) -> Contents:
@@ -186,8 +186,8 @@ def _share(writer: CacheWriter, files: CheckedFiles, digests: Mapping[str, FileD
     return digests
 
 
-def _same_part(part: PartInfo, one: Contents, other: Contents) -> bool:
-    return one.files.get(layout.ids_file(part.name)) == other.files[layout.ids_file(part.name)]
+def _same_part(part: PartInfo, first: Contents, second: Contents) -> bool:
+    return first.files.get(layout.ids_file(part.name)) == second.files[layout.ids_file(part.name)]
 
 
 def _added(contents: Contents, base: Contents) -> Iterator[TeacherSpec]:

@@ -95,9 +95,9 @@ def component(path: str) -> Component:
     if steps[0] != "teachers":
         return Component(is_text=steps[0] == "text")
     for step in steps[3:]:
-        found = _LAYER.match(step)
-        if found:
-            return Component(steps[1], int(found[1]), of_layers=True)
+        match = _LAYER.match(step)
+        if match:
+            return Component(steps[1], int(match[1]), of_layers=True)
     return Component(steps[1], of_layers=steps[2] in ("tokens", "hidden", "basis"))
 
 

@@ -174,10 +174,10 @@ def _objects(root: Path, with_text: bool) -> tuple[Manifest, dict[str, _Object]]
 
 def _publish(job: _Job, lease: Lease) -> tuple[Ref, bool]:
     """Run the protocol; returns the ref and whether it is new."""
-    found = refs.history(job.remote, job.name)
-    before = {ref.key for ref in found}
-    if job.after is not None and refs.newest_like(found, job.manifest_sha, job.tag) is None:
-        refs.check_newest(found, job.after)  # before anything is sent; checked again when the ref is made
+    history = refs.history(job.remote, job.name)
+    before = {ref.key for ref in history}
+    if job.after is not None and refs.newest_like(history, job.manifest_sha, job.tag) is None:
+        refs.check_newest(history, job.after)  # before anything is sent; checked again when the ref is made
     ref: Ref | None = None
     for _ in range(_ROUNDS):
         lease.renew()

@@ -61,8 +61,8 @@ def names_of(remote: Remote, prefix: str = layout.REFS) -> list[str]:
 def read_refs(remote: Remote, entries: Iterable[Entry], known: Mapping[str, Ref]) -> tuple[Ref, ...]:
     """The refs among listed objects, by name and number. Raises DamageError."""
     keys = [entry.key for entry in entries if layout.parse_ref_key(entry.key)]
-    found = gather(keys, lambda key: known.get(key) or _read(remote, key), workers=min(8, max(1, len(keys))))
-    return tuple(sorted((ref for ref in found if ref), key=lambda ref: (ref.name, ref.number, ref.key)))
+    refs = gather(keys, lambda key: known.get(key) or _read(remote, key), workers=min(8, max(1, len(keys))))
+    return tuple(sorted((ref for ref in refs if ref), key=lambda ref: (ref.name, ref.number, ref.key)))
 
 
 def live(refs: Sequence[Ref]) -> tuple[Ref, ...]:
@@ -133,8 +133,8 @@ def tombstone(
 
 def newest_of(refs: Sequence[Ref]) -> tuple[Ref, ...]:
     """The newest version in a history: several refs after a fork, none if all are removed."""
-    found = live(refs)
-    return tuple(ref for ref in found if ref.number == found[-1].number)
+    versions = live(refs)
+    return tuple(ref for ref in versions if ref.number == versions[-1].number)
 
 
 def check_newest(refs: Sequence[Ref], after: Collection[Ref]) -> None:
@@ -198,19 +198,19 @@ def _read(remote: Remote, key: str) -> Ref | None:
         return None  # deleted by gc since it was listed
 
 
-def _matching(found: Sequence[Ref], version: str) -> list[Ref]:
+def _matching(versions: Sequence[Ref], version: str) -> list[Ref]:
     """The versions with that number; else the newest with that tag; else those whose digest begins with it."""
     if version.isdecimal() and len(version) < 10:
-        numbered = [ref for ref in found if ref.number == int(version)]
+        numbered = [ref for ref in versions if ref.number == int(version)]
         if numbered:
             return numbered
-    tagged = [ref for ref in found if ref.tag == version]
+    tagged = [ref for ref in versions if ref.tag == version]
     if tagged:
         return [ref for ref in tagged if ref.number == tagged[-1].number]
     if not layout.PREFIX.fullmatch(version):
         return []
-    digested = [ref for ref in found if ref.manifest.startswith(version)]
-    digested = digested or [ref for ref in found if ref.identity.startswith(version)]
+    digested = [ref for ref in versions if ref.manifest.startswith(version)]
+    digested = digested or [ref for ref in versions if ref.identity.startswith(version)]
     identities = {ref.identity for ref in digested}
     return digested[-1:] if len(identities) == 1 else digested
 
@@ -240,12 +240,12 @@ def _nothing(remote: Remote, name: str, refs: Sequence[Ref]) -> MismatchError:
     return MismatchError(f"there is no cache '{name}' on {remote.url}", hint)
 
 
-def _no_version(remote: Remote, name: str, version: str, refs: Sequence[Ref], found: Sequence[Ref]) -> MismatchError:
+def _no_version(remote: Remote, name: str, version: str, refs: Sequence[Ref], versions: Sequence[Ref]) -> MismatchError:
     dropped = version.isdecimal() and any(str(ref.number) == version for ref in refs)
     what = f"version {version} of '{name}' on {remote.url} was removed" if dropped else (
         f"'{name}' on {remote.url} has no version '{version}'"
     )  # fmt: skip
-    shown = [f"{ref.number}{f' ({ref.tag})' if ref.tag else ''} {ref.identity[:12]}" for ref in found[-10:]]
+    shown = [f"{ref.number}{f' ({ref.tag})' if ref.tag else ''} {ref.identity[:12]}" for ref in versions[-10:]]
     return MismatchError(what, f"There is: {', '.join(shown)}.")
 
 

@@ -56,23 +56,25 @@ def verify_remote(
     paths: dict[FileDigest, str] = {}
     for path, digest in sorted(manifest.contents.files.items()):
         paths.setdefault(digest, path)
-    found = _presence(remote, paths, workers)
-    chosen = {digest: path for digest, path in paths.items() if digest not in found and _is_chosen(digest, share, seed)}
-    found |= _read(remote, chosen, progress or SilentProgress(), workers)
-    return sorted(found.values(), key=lambda damage: damage.file)
+    damages = _presence(remote, paths, workers)
+    chosen = {
+        digest: path for digest, path in paths.items() if digest not in damages and _is_chosen(digest, share, seed)
+    }
+    damages |= _read(remote, chosen, progress or SilentProgress(), workers)
+    return sorted(damages.values(), key=lambda damage: damage.file)
 
 
 def _presence(remote: Remote, paths: Mapping[FileDigest, str], workers: int) -> dict[FileDigest, Damage]:
     there = sizes_of(remote, [layout.file_key(digest.sha256) for digest in paths], workers)
-    found = {}
+    damages = {}
     for digest, path in paths.items():
         key = layout.file_key(digest.sha256)
         size = there.get(key)
         if size is None:
-            found[digest] = Damage(key, f"'{path}' is missing: there is no '{key}' on {remote.url}")
+            damages[digest] = Damage(key, f"'{path}' is missing: there is no '{key}' on {remote.url}")
         elif size != digest.size:
-            found[digest] = Damage(key, f"'{path}' is damaged: '{key}' has {size} bytes, expected {digest.size}")
-    return found
+            damages[digest] = Damage(key, f"'{path}' is damaged: '{key}' has {size} bytes, expected {digest.size}")
+    return damages
 
 
 def _read(
@@ -80,7 +82,7 @@ def _read(
 ) -> dict[FileDigest, Damage]:
     if not chosen:
         return {}
-    found: dict[FileDigest, Damage] = {}
+    damages: dict[FileDigest, Damage] = {}
     guard = threading.Lock()
     progress.start("verify", sum(digest.size for digest in chosen), "bytes")
     shared = SharedProgress(progress)
@@ -97,11 +99,11 @@ def _read(
             check_object(remote, key, digest, arrived)
         except DamageError as error:
             with guard:
-                found[digest] = Damage(key, f"'{path}' is damaged: {error.message}")
+                damages[digest] = Damage(key, f"'{path}' is damaged: {error.message}")
 
     for_each(chosen.items(), check, workers)
     progress.finish()
-    return found
+    return damages
 
 
 def _is_chosen(digest: FileDigest, share: float, seed: str) -> bool:

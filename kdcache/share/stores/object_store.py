@@ -84,13 +84,13 @@ class ObjectStoreRemote:
 
     def head(self, key: str) -> Entry | None:
         try:
-            found = obstore().head(self._store, check_key(key))
+            metadata = obstore().head(self._store, check_key(key))
         except FileNotFoundError as error:
             self._need_bucket(error, "head", key)
             return None
         except Exception as error:
             raise explain(error, self._place, "head", key) from None
-        return _entry(key, found)
+        return _entry(key, metadata)
 
     def read(self, key: str, *, start: int = 0, length: int | None = None) -> Iterator[bytes]:
         check_key(key)
@@ -145,12 +145,12 @@ class ObjectStoreRemote:
     def now(self) -> float:
         """The modification time of a probe object, in whole seconds. Needs write access."""
         self.write(_CLOCK, secrets.token_bytes(4))
-        found = self.head(_CLOCK)
-        if found is None:
+        entry = self.head(_CLOCK)
+        if entry is None:
             raise RemoteError(
                 f"{self._place.at} does not show an object that was just written", "Ask for: kdcache remote check"
             )
-        return found.modified
+        return entry.modified
 
     def compares_and_swaps(self) -> bool:
         return swap_holds(self._store, self._place)
@@ -165,7 +165,7 @@ class ObjectStoreRemote:
         """Sorted, since some stores list folder by folder; keys that cannot be kdcache's are skipped."""
         folder = prefix.rpartition("/")[0] or None  # obstore matches whole parts of a path only
         try:
-            found = [
+            entries = [
                 _entry(item["path"], item)
                 for chunk in obstore().list(self._store, folder, chunk_size=1000)
                 for item in chunk
@@ -173,7 +173,7 @@ class ObjectStoreRemote:
             ]
         except Exception as error:
             raise explain(error, self._place, "list") from None
-        return iter(sorted(found, key=lambda entry: entry.key))
+        return iter(sorted(entries, key=lambda entry: entry.key))
 
     def _blocks(self, key: str, start: int, length: int | None) -> Iterator[bytes]:
         options: Any = {"range": {"offset": start}} if start else None
@@ -246,9 +246,9 @@ def open_object_store(url: str, environment: Mapping[str, str] | None = None) ->
     return ObjectStoreRemote(*open_store(url, environment))
 
 
-def _entry(key: str, found: Any) -> Entry:
+def _entry(key: str, metadata: Any) -> Entry:
     """In whole seconds: some stores list finer times than they give for a head."""
-    return Entry(key, found["size"], float(int(found["last_modified"].timestamp())))
+    return Entry(key, metadata["size"], float(int(metadata["last_modified"].timestamp())))
 
 
 def _cut(blocks: Iterator[bytes], start: int, length: int | None) -> Iterator[bytes]:
