@@ -163,12 +163,6 @@ def selection_here(root: Path, contents: Contents) -> Selection:
     return Selection(teachers, text)
 
 
-def read_selection(root: Path) -> Selection | None:
-    """The selection in a directory, None if it holds the whole cache. Raises DamageError."""
-    local = read_local(root)
-    return None if local is None else local.selection
-
-
 def read_local(root: Path) -> LocalSelection | None:
     """Read and check ``.selection.json``; None if there is none. Raises DamageError."""
     path = root / SELECTION

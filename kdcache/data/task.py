@@ -107,7 +107,6 @@ def read_examples(
     text: Sequence[str],
     label: str | None,
     label_names: Sequence[str] | None = None,
-    split: str = "test",
     *,
     labels_declared: bool = True,
     numbered_as: Sequence[str] | None = None,
@@ -118,7 +117,7 @@ def read_examples(
     else in ``label_names`` if that order was declared (``labels_declared``). Raises DataError as ``load_task``, and,
     if a label column is named, for rows without a label, which cannot be scored.
     """
-    rows, texts, empty = rows_with_text(read_rows(source, split), text)
+    rows, texts, empty = rows_with_text(read_rows(source, "test"), text)
     ids = ids_of(rows, texts)
     labels = np.full(len(texts), NO_LABEL, dtype=np.int64)
     names = tuple(label_names or ())

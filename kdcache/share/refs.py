@@ -124,11 +124,9 @@ def publish(
     return _append(remote, wanted, already, sleep)
 
 
-def tombstone(
-    remote: Remote, name: str, removes: tuple[int, ...] | Literal["all"], *, sleep: Callable[[float], None] = time.sleep
-) -> Ref:
+def tombstone(remote: Remote, name: str, removes: tuple[int, ...] | Literal["all"]) -> Ref:
     """Remove versions of a name by publishing a tombstone."""
-    return _append(remote, Ref(layout.check_name(name), 0, "", "", None, removes, "", ""), lambda _: None, sleep)
+    return _append(remote, Ref(layout.check_name(name), 0, "", "", None, removes, "", ""), lambda _: None, time.sleep)
 
 
 def newest_of(refs: Sequence[Ref]) -> tuple[Ref, ...]:

@@ -9,7 +9,6 @@ were tried.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
 from statistics import NormalDist
 
 import numpy as np
@@ -31,20 +30,20 @@ DISTORTION = (1.0, 0.310, 0.0903, 0.0254, 0.0075, 0.0021, 0.00065, 0.00017, 0.00
 _SPREAD = (1.0, 1.0, 1.0, 1.25, 1.5, 1.5, 3**0.5, 3**0.5, 3**0.5)
 
 
-def allot_bits(variance: np.ndarray, budget: int, curve: Sequence[float] = DISTORTION) -> np.ndarray:
+def allot_bits(variance: np.ndarray, budget: int) -> np.ndarray:
     """Divide ``budget`` bits: each bit goes to the coordinate whose distortion it reduces most. Returns uint8 [dim].
 
-    A coordinate gets at most 8 bits. Its distortion at b bits is variance * curve[b]. Ties go to the earlier one.
+    A coordinate gets at most 8 bits. Its distortion at b bits is variance * DISTORTION[b]. Ties go to the earlier one.
     """
     bits = np.zeros(len(variance), dtype=np.uint8)
-    gains = [(-value * (curve[0] - curve[1]), place) for place, value in enumerate(variance.tolist())]
+    gains = [(-value * (DISTORTION[0] - DISTORTION[1]), place) for place, value in enumerate(variance.tolist())]
     heapq.heapify(gains)
     for _ in range(min(budget, MAX_BITS * len(bits))):
         _, place = heapq.heappop(gains)
         bits[place] += 1
         if bits[place] < MAX_BITS:
             have = int(bits[place])
-            heapq.heappush(gains, (-float(variance[place]) * (curve[have] - curve[have + 1]), place))
+            heapq.heappush(gains, (-float(variance[place]) * (DISTORTION[have] - DISTORTION[have + 1]), place))
     return bits
 
 
