@@ -1,14 +1,13 @@
-"""Every speed measurement, one after the other, and the page that they make.
+"""Runs all speed measurements one after the other, and writes their page.
 
-    python benchmarks/all.py                       # the quickstart's two real teachers and real text; under an hour on
-    two cores python benchmarks/all.py --quick               # the same programs on as little as possible: minutes;
-    figures mean nothing python benchmarks/all.py --page                # only docs/benchmarks.md anew from what was
-    measured
+    python benchmarks/all.py             # real text and the quickstart's two real teachers; under an hour on two cores
+    python benchmarks/all.py --quick     # the same programs with minimal input: minutes; the figures mean nothing
+    python benchmarks/all.py --page      # only write docs/benchmarks.md again from the measurements
 
-Without ``--recipe`` the quickstart is prepared (a package index is enough) and its teachers trained for one short
-epoch: speed does not depend on what they learned. With ``--recipe``, ``--teachers`` and ``--cache`` any other run is
-measured. What each program printed is kept as JSON under benchmarks/measured/; a measurement whose file is there is
-skipped, so an interrupted run continues.
+Without ``--recipe`` the quickstart is prepared (this needs only a package index), and its teachers are trained for one
+short epoch: speed does not depend on what they learned. ``--recipe``, ``--teachers`` and ``--cache`` measure another
+run. The output of each program is stored as JSON in benchmarks/measured/. A measurement with a file there is skipped,
+so an interrupted run continues.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ SHORT = ("cofinetune.epochs=1", "distill.epochs=1")
 
 @dataclass(frozen=True)
 class Measurement:
-    """A program with its usual and its quick arguments. ``where``: which of RECIPE, TEACHERS, CACHE it is given."""
+    """A program with its usual and its quick arguments. ``where``: which of RECIPE, TEACHERS, CACHE it gets."""
 
     script: str
     usual: str
@@ -90,7 +89,7 @@ def main() -> None:
 
 
 def quickstart() -> dict[str, str]:
-    """The quickstart's inputs, teachers of one epoch and their cache; what is there already stays."""
+    """Make the quickstart's inputs, teachers of one epoch and their cache, unless they exist."""
     root = Path("runs/benchmarks")
     if not (root / "cache" / "manifest.json").exists():
         kdcache("pipelines prepare quickstart")
@@ -106,7 +105,7 @@ def kdcache(words: str) -> None:
 
 
 def measure(name: str, places: dict[str, str], arguments: argparse.Namespace) -> None:
-    """Run one program, in its own process, and keep what it prints."""
+    """Run one program in its own process, and store its output."""
     target, one = arguments.measured / f"{name}.json", MEASUREMENTS[name]
     if target.exists():
         print(f"measured already: {target}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Bars with their spread as a standalone SVG file: the same figures as the table above it, to be seen at a glance."""
+"""Bars with their spread as a standalone SVG file: the figures of the table above it."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ STYLE = (
 
 
 def short(value: float) -> str:
-    """Three digits, or all before the point."""
+    """Three digits, or all digits before the point."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def bars(
     title: str, found: Mapping[str, Mapping[str, float]], *, ours: Sequence[str] = (), goal: float | None = None
 ) -> str:
-    """One bar per entry of ``found``, {name: {'median', 'spread'}}; those in ``ours`` in another colour, a line at
-    ``goal``.
+    """One bar per entry of ``found``, {name: {'median', 'spread'}}, and a line at ``goal``.
 
-    Logarithmic where the largest is more than thirty times the smallest, which the title then says.
+    Entries in ``ours`` have another colour. The scale is logarithmic, and the title says so, if the largest value is
+    more than thirty times the smallest.
     """
     values = [entry["median"] for entry in found.values()]
     low, high = min(value for value in values if value > 0), max([*values, goal or 0])

@@ -1,12 +1,11 @@
-"""Cached against live on real teachers: every loss term of every step of one epoch, side by side.
+"""Compares cached with live targets on real teachers: every loss term of every step of one epoch.
 
-    python benchmarks/cached_equals_live.py pipelines/sst2.toml --teachers runs/sst2/teachers --rows 512 [--set
-    KEY=VALUE ...]
+    python benchmarks/cached_equals_live.py RECIPE --teachers DIR --rows 512 [--set KEY=VALUE ...]
 
-Two caches of the recipe's first rows are dumped and distilled from, each against the same teachers run live on each
-batch: float32 without projection, where all must agree to rounding, and the recipe's own projection and dtype, where
-live teachers go through the same basis, so that what remains is quantisation. Dropout in the student is off; plain SGD
-moves the weights, so that a difference in one step would carry into the next. Prints JSON.
+Two caches of the recipe's first rows are dumped, and a student is distilled from each and from the same teachers run
+live. The first cache is float32 without projection: the losses must be equal up to rounding. The second has the
+recipe's projection and dtype: live targets use the same basis, so the difference is quantisation. The student has no
+dropout. Plain SGD changes the weights, so a difference in one step would affect the next one. Prints JSON.
 """
 
 from __future__ import annotations
@@ -70,7 +69,7 @@ def compare(recipe: Recipe, teachers: Path, cache: Path, place: Path) -> dict[st
 
 
 def losses(recipe: Recipe, cache: Path, live: Path | None, place: Path) -> Iterator[dict[str, float]]:
-    """Every loss term of every step, with a step of plain SGD after each."""
+    """Every loss term of every step; each is followed by a step of plain SGD."""
     training = prepare(recipe, cache, place, live, SilentProgress())
     model = training.model().train()
     task = DistillTask(model, training.source, None, BestEpoch(place, place, {}), epochs=1)

@@ -1,20 +1,21 @@
-"""Coders of hidden states against each other: bytes per token and layer -> share of variance kept on unseen rows,
-decode time.
+"""Compares coders of hidden states: share of variance kept on unseen rows, and decode time, by bytes per token.
 
     python benchmarks/coding.py pipelines/sst2.toml --teachers runs/sst2/teachers --states states
     python benchmarks/coding.py --gaussian          # distortion of the trellis code on a Gaussian, by bits
 
-Bases and tables are fitted on ``--texts`` seeded train texts, the share is measured on ``--unseen`` test texts. Hidden
-states are extracted once, in float32, and kept under ``--states``. One thread. Prints one JSON line per teacher, layer,
+Bases and tables are fitted on ``--texts`` seeded train texts; the share is measured on ``--unseen`` test texts. Hidden
+states are computed once, in float32, and stored in ``--states``. One thread. Prints one JSON line per teacher, layer,
 coder and size.
 
-    cut       PCA cut at as many dimensions as fit, int8 with one scale per token scalar    PCA, bits allotted by
-    variance, Lloyd-Max tables (the coder of kdcache with window 0) trellis   the same with tables looked up by the last
-    6 (8) bits, rows searched by dynamic programming per coordinate  scalar with a table of its own for each coordinate
-    instead of one for each depth shared    trellis with one basis for all layers of the teacher entropy   PCA, uniform
-    steps, as many bytes as an ideal entropy coder takes on average: a bound, with rows of unequal length product
-    product quantisation: 256 centroids for each of so many pieces of the state residual  residual quantisation of the
-    whole state, 256 centroids a stage; 16 bytes only, a stage is a matrix of the full width
+    cut               PCA to as many dimensions as fit, int8 with one scale per token
+    scalar            PCA, bits allotted by variance, Lloyd-Max tables (the coder of kdcache with window 0)
+    trellis           like scalar, with tables looked up by the last 6 (8) bits, and rows found by dynamic programming
+    per coordinate    like scalar, with a table per coordinate instead of one per depth
+    shared            like trellis, with one basis for all layers of the teacher
+    entropy           PCA, uniform steps, mean bytes of an ideal entropy coder: a bound, with rows of unequal length
+    product           product quantisation: 256 centroids for each of several pieces of the state
+    residual          residual quantisation of the state, 256 centroids per stage; only 16 bytes, since a stage is a
+                      matrix of the full width
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ from kdcache.recipe import load_recipe
 from kdcache.teachers.bundle import read_bundle
 
 UNSEEN_ROWS = 4096
-DECODED_ROWS = 1024  # at once: about a batch
+DECODED_ROWS = 1024  # rows at once: about a batch
 
 
 def main() -> None:
@@ -78,10 +79,7 @@ def main() -> None:
 
 
 def extract(arguments: argparse.Namespace) -> dict[str, tuple[int, ...]]:
-    """Hidden states of every teacher and layer in files ``name-layer-fit.npy`` and ``-test.npy``.
-
-    The layers by teacher.
-    """
+    """Write hidden states to ``name-layer-fit.npy`` and ``-test.npy``; returns the layers of every teacher."""
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     task, bundle = load_task(recipe.data), read_bundle(arguments.teachers)
     arguments.states.mkdir(exist_ok=True)
@@ -171,7 +169,7 @@ def pca(pieces: Iterator[torch.Tensor], width: int) -> Rotation:
 
 
 def timed(call: Callable[[], object]) -> float:
-    """The median of fifteen calls after one, in seconds of the processor, which other load disturbs less."""
+    """The median CPU time of fifteen calls, after a first one; other load affects it less than wall time."""
     call()
     taken = []
     for _ in range(15):
@@ -240,14 +238,14 @@ def entropy(states: States, size: int) -> Result:
     fit = (some(states.fit, 16384) - mean) @ components.T
     unseen = (states.unseen - mean) @ components.T
     low, high = 1e-3, 10 * float(fit.std())
-    for _ in range(25):  # the step at which the codes cost the budget
+    for _ in range(25):  # the step size at which the codes have the budget
         step = (low * high) ** 0.5
         bits = sum(_bits(np.rint(column / step).astype(np.int64)) for column in fit.T)
         low, high = (step, high) if bits > 8 * size else (low, step)
     codes = np.rint(unseen / step)
     centres = (
         np.sign(codes) * step * np.maximum(np.abs(codes) - 0.05, 0)
-    )  # a little inwards, where the density is higher
+    )  # a little towards the mean, where the density is higher
     return states.share(centres @ components + mean), None
 
 

@@ -1,11 +1,11 @@
-"""Teachers trained together against the same teachers trained one after the other: seconds and peak memory.
+"""Compares co-finetuning with training the same teachers one after the other: seconds and peak memory.
 
     python benchmarks/cofinetune.py quickstart/quickstart.toml --rows 256
 
-The stage itself runs, checkpoints and saving included, for one epoch over the recipe's first training rows, with all
-teachers and with each alone; every run has a process of its own, and they take turns. Together should cost the sum of
-the times (the work is the same) and, in memory, all weights with their moments but the activations of one teacher.
-Prints JSON.
+The stage itself runs, including checkpoints and saving, for one epoch over the recipe's first training rows: with all
+teachers, and with each one alone. Each run has its own process, and runs are interleaved. Co-finetuning should take the
+sum of the times, since the work is the same. Its memory should hold all weights with their moments, and the activations
+of one teacher. Prints JSON.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def train(recipe: Recipe, which: str, rows: int) -> dict[str, float]:
-    """One co-finetuning of one epoch; memory beyond what the libraries hold."""
+    """Co-finetune for one epoch; memory is measured beyond that of the libraries."""
     from kdcache.progress import SilentProgress
     from kdcache.teachers.cofinetune import cofinetune
 

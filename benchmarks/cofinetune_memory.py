@@ -1,20 +1,19 @@
-"""Peak memory of co-finetuning against what it has to hold, as JSON.
+"""Compares the peak memory of co-finetuning with the memory that it needs; prints JSON.
 
     python benchmarks/cofinetune_memory.py [--teachers 4x384,4x256,3x256] [--vocabulary 4000] [--batch 16] [--words 24]
 
-Runs the stage itself (``kdcache.teachers.cofinetune``: checkpoints, evaluation and saving included) on teachers with
-random weights, teacher by teacher as it is, and with the losses of all teachers summed before one backward pass, for
-comparison.
+Runs the stage itself (``kdcache.teachers.cofinetune``, including checkpoints, evaluation and saving) on teachers with
+random weights: teacher by teacher, as kdcache does, and for comparison with one backward pass through the sum of all
+losses.
 
     required   weights + gradients + both moments of AdamW of all teachers and the shared head (16 bytes per parameter)
-               + what autograd keeps of one batch for the largest teacher (its saved tensors, counted)
-    peak       the most that the process held beyond what the libraries held before (CUDA: the most that was allocated)
+               + the tensors that autograd saves for one batch of the largest teacher
+    peak       the peak of the process, less the memory of the libraries (CUDA: the peak of allocated memory)
     ratio      peak / required; the claim is at most 1.2
 
-On the CPU the peak is that of resident memory (Linux, VmHWM). glibc keeps freed blocks of up to 32 MB for later, so
-what is resident is more than what is in use. ``peak_bytes`` is therefore measured with MALLOC_MMAP_THRESHOLD_=262144,
-under which freed tensors go back at once, and ``peak_bytes_default_malloc`` without. Each measurement has a process of
-its own.
+On the CPU the peak is that of resident memory (Linux, VmHWM). glibc keeps freed blocks of up to 32 MB, so resident
+memory exceeds the memory in use. Therefore ``peak_bytes`` is measured with MALLOC_MMAP_THRESHOLD_=262144, which returns
+freed tensors to the system at once, and ``peak_bytes_default_malloc`` without it. Each measurement has its own process.
 """
 
 from __future__ import annotations
@@ -67,7 +66,7 @@ def main() -> None:
 
 
 def in_a_process(kind: str, environment: Mapping[str, str]) -> dict[str, Any]:
-    """``measure`` of the same options, in a process of its own."""
+    """``measure`` with the same options, in its own process."""
     command = [sys.executable, __file__, *sys.argv[1:], "--measure", kind]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env={**os.environ, **environment})
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -75,7 +74,7 @@ def in_a_process(kind: str, environment: Mapping[str, str]) -> dict[str, Any]:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """One stage in this process."""
+    """Measure one stage in this process."""
     import torch
 
     from kdcache.progress import SilentProgress
@@ -146,10 +145,7 @@ def make_recipe(directory: Path, options: argparse.Namespace) -> Any:
 
 
 def count_saved_tensors(recipe: Any, kept: dict[str, int]) -> None:
-    """Fill ``kept``, from a first batch of each teacher.
-
-    Bytes that autograd keeps by name, and the number of all parameters.
-    """
+    """Fill ``kept`` from a first batch of each teacher: bytes saved by autograd by name, and number of parameters."""
     import torch
 
     from kdcache.data.task import load_task
@@ -190,7 +186,7 @@ def count_saved_tensors(recipe: Any, kept: dict[str, int]) -> None:
 
 
 def summed_losses(losses: Any) -> Any:
-    """The losses of a step as one, in one graph."""
+    """The sum of the losses of a step, in one graph."""
 
     def summed(self: Any, batch: Any) -> Iterator[tuple[Any, Mapping[str, Any]]]:
         found = list(losses(self, batch))
@@ -200,7 +196,7 @@ def summed_losses(losses: Any) -> Any:
 
 
 def warm_up(directory: Path) -> None:
-    """Load what the libraries load at the first training."""
+    """Train once, so that the libraries load their parts."""
     import gc
 
     from kdcache.progress import SilentProgress
@@ -226,7 +222,7 @@ def warm_up(directory: Path) -> None:
 
 
 def start_counting() -> int:
-    """Forget peaks so far; resident bytes now."""
+    """Reset the peak; returns the resident bytes."""
     import ctypes
 
     import torch
@@ -234,13 +230,13 @@ def start_counting() -> int:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         return 0
-    ctypes.CDLL(None).malloc_trim(0)  # what the preparation freed must not hide what comes
+    ctypes.CDLL(None).malloc_trim(0)  # freed memory of the preparation must not hide later allocations
     Path("/proc/self/clear_refs").write_text("5")
     return resident("VmRSS")
 
 
 def resident(field: str) -> int:
-    """Bytes, of this process."""
+    """Peak bytes of this process."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
     return 1024 * int(line.split()[1])
 

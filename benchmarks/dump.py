@@ -1,13 +1,12 @@
-"""What a dump adds to running the teacher: rows per second against a bare forward loop over the same batches.
+"""Measures the overhead of a dump: rows per second, compared with a bare forward loop over the same batches.
 
     python benchmarks/dump.py quickstart/quickstart.toml --teachers runs/quickstart/teachers --texts 2048
 
-Per teacher and backend the two take turns: `bare` runs the model over the length-sorted batches and looks at nothing
-but the logits; `dump` does what `kdcache dump-teachers` does over the same texts, into a fresh cache whose bases are
-there already. The pass that fits the bases is timed apart, and so is what the writer thread spends on writing (it
-overlaps with the next part). Storing overlaps with the next forward pass where a core is free, so the ratio of
-processor times stands beside that of the clock. onnxruntime stands beside torch where it is installed; the export is
-not timed. Prints JSON.
+For each teacher and backend the two are interleaved. `bare` runs the model over the length-sorted batches and reads
+only the logits. `dump` does the work of `kdcache dump-teachers` for the same texts, into a new cache with bases. The
+pass that fits the bases is timed separately, and so is the writer thread, which overlaps with the next part. Storing
+overlaps with the next forward pass if a core is free, so the ratio of CPU times is reported besides that of wall times.
+onnxruntime is measured if it is installed; its export is not timed. Prints JSON.
 """
 
 from __future__ import annotations
@@ -116,7 +115,7 @@ class Contest:
         return fit_bases(batches, self.backend, self.teacher.spec.layers, self.teacher.seed, lambda _: None)
 
     def bare(self) -> float:
-        """Tokenisation and forward passes; the logits are waited for."""
+        """Tokenisation and forward passes, until the logits are computed."""
         began, processor = time.perf_counter(), time.process_time()
         for part, texts in self.parts:
             for _, output in self.batches(texts, part.text_ids).run(self.backend, self.layers):
@@ -125,10 +124,7 @@ class Contest:
         return time.perf_counter() - began
 
     def dump(self, bases: dict[int, Any]) -> float:
-        """The same and everything else.
-
-        Projection, quantisation, and the files of every part, written one part behind.
-        """
+        """The same, with projection, quantisation, and the files of every part, written during the next part."""
         from concurrent.futures import Future, ThreadPoolExecutor
 
         began, processor, writing, pending = time.perf_counter(), time.process_time(), 0.0, None
@@ -146,7 +142,7 @@ class Contest:
         return taken
 
     def write(self, folder: Path, name: str, batches: TextBatches, outputs: Any, hidden: Any) -> float:
-        """The files of a part as the writer of a cache makes them, durable and with digests; seconds."""
+        """Write the files of a part as a cache writer does, durably and with digests; returns seconds."""
         from kdcache.cache import layout, tables
         from kdcache.cache.hidden import encode_layers
         from kdcache.files import write_file

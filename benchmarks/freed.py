@@ -1,12 +1,10 @@
-"""What a student's training on the CPU gains, and holds, where freed memory stays with the process
-(docs/decisions/0016-freed-memory.md).
+"""Measures a student's training on the CPU with freed memory kept in the process: speed and memory.
 
-    python benchmarks/freed.py pipelines/sst2.toml --teachers runs/sst2/teachers --cache runs/sst2/cache --set KEY=VALUE
-    ...
+    python benchmarks/freed.py RECIPE --teachers runs/sst2/teachers --cache runs/sst2/cache --set KEY=VALUE ...
 
-Steps of plain fine-tuning and of ``mt-bert`` from the cache, in processes of their own that take turns: `kept`, as
-kdcache distils, and `given back`, as the C library does by itself (kdcache leaves it alone where the environment says
-anything about it; here it says what glibc takes anyhow). Prints JSON.
+See docs/decisions/0016-freed-memory.md. Steps of plain fine-tuning and of ``mt-bert`` from the cache run in separate,
+interleaved processes: `kept` as kdcache distils, and `given back` with the default of the C library. kdcache changes
+nothing if the environment configures malloc; here it sets the value that glibc has by default. Prints JSON.
 """
 
 from __future__ import annotations
@@ -45,7 +43,7 @@ def main() -> None:
 
 
 def compare(training: Callable[..., dict[str, Any]], count: int) -> dict[str, Any]:
-    """What a training reports, both ways, and the ratios of kept to given back."""
+    """The report of a training in both ways, and the ratios of kept to given back."""
     turns: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
     for number in range(count):
         for way in sorted(WAYS, reverse=number % 2 == 1):

@@ -1,11 +1,11 @@
-"""How fast the loader feeds a student: start-up, first batch, rows per second and bytes, on a made-up cache.
+"""Measures the loader on a synthetic cache: start-up, first batch, rows per second and bytes.
 
-    python benchmarks/loader.py                                # 3 teachers x 4 layers x 128, int8, 8 parts of 4,096
-    texts python benchmarks/loader.py --dim 768 --dtype float16      # as much as hidden states can be
+    python benchmarks/loader.py                              # 3 teachers x 4 layers x 128, int8, 8 parts of 4,096 texts
+    python benchmarks/loader.py --dim 768 --dtype float16    # the largest usual hidden states
 
-Values are random numbers, texts are made-up reviews cut by three real tokenizer types (the student shares the first
-one). The cache is written to a temporary directory and read from the page cache, so what is measured is work of the
-CPU. Results of this script are in docs/decisions/0005-loader.md.
+Values are random numbers. Texts are made-up reviews, tokenised by three real types of tokenizers; the student shares
+the first one. The cache is written to a temporary directory and read from the page cache, so the CPU is measured.
+Results are in docs/decisions/0005-loader.md.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ DEPTH = 12
 
 
 def main() -> None:
-    """Write the cache, walk through two epochs of it, print one JSON object."""
+    """Write the cache, read two epochs of it, print one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", type=int, default=8)
     parser.add_argument("--part-size", type=int, default=4096)
@@ -47,7 +47,7 @@ def main() -> None:
     options = parser.parse_args()
     import torch
 
-    torch.set_num_threads(1)  # aligning is the trainer's work; its threads would fight with the loader's
+    torch.set_num_threads(1)  # alignment is the trainer's work; its threads would compete with those of the loader
     with tempfile.TemporaryDirectory() as directory:
         os.environ["KDCACHE_HOME"] = str(Path(directory) / "home")
         tokenizers = _tokenizers(options.teachers)

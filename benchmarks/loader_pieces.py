@@ -1,5 +1,4 @@
-"""The small choices inside the loader, each against its alternative, on one core: what docs/decisions/0005-loader.md
-cites.
+"""Measures small choices inside the loader against their alternatives, on one core (docs/decisions/0005-loader.md).
 
 python benchmarks/loader_pieces.py
 """
@@ -54,7 +53,7 @@ def _best(action: Callable[[], Any], rounds: int = 20) -> float:
 
 
 def _sums(dim: int) -> dict[str, int]:
-    """Weighted sums of teacher tokens: a fused kernel against gather and index_add."""
+    """Weighted sums of teacher tokens: a fused kernel, or gather and index_add."""
     generator = torch.Generator().manual_seed(0)
     counts = torch.tensor([1, 1, 1, 2, 3]).repeat(TOKENS // 5)
     dst = torch.arange(TOKENS).repeat_interleave(counts)
@@ -72,7 +71,7 @@ def _sums(dim: int) -> dict[str, int]:
 
 
 def _layers() -> dict[str, int]:
-    """Layers of a teacher gathered one by one against interleaved, with the views that give them back."""
+    """Gathering layers of a teacher one by one, or interleaved and returned as views."""
     rng, layers = np.random.default_rng(0), (4, 8, 12)
     values, scales = (
         rng.integers(-127, 127, (PARTS, 3, 9000, 128)).astype(np.int8),
@@ -100,7 +99,7 @@ def _layers() -> dict[str, int]:
 
 
 def _rows() -> dict[str, int]:
-    """Ragged rows of several parts: joined as bytes, as arrays, and taken token by token."""
+    """Ragged rows of several parts: joined as bytes, joined as arrays, or taken token by token."""
     rng = np.random.default_rng(0)
     arrays = [rng.standard_normal((24 * 2048, 256), np.float32).astype(np.float16) for _ in range(PARTS)]
     part_of, starts = rng.integers(0, PARTS, 32), 24 * rng.integers(0, 2048, 32)
@@ -131,10 +130,7 @@ def _rows() -> dict[str, int]:
 
 
 def _batches() -> dict[str, int]:
-    """Everything that the loader does for a batch, parts decoded, by how many steps are looked up at once.
-
-    Medians over epochs by turns.
-    """
+    """All work of the loader for a batch of decoded parts, by steps per look-up; medians over interleaved epochs."""
     import rivals
 
     from kdcache.loading import prefetch
@@ -156,13 +152,13 @@ def _batches() -> dict[str, int]:
             prefetch.STEPS_TOGETHER = together
             began = time.process_time()
             count = sum(1 for _ in source.batches(epoch))
-            if epoch:  # the first one reads
+            if epoch:  # the first epoch reads files
                 taken.setdefault(f"{together} steps at once", []).append((time.process_time() - began) / count)
     return {name: round(statistics.median(found) * 1e6) for name, found in taken.items()}
 
 
 def _part() -> dict[str, float]:
-    """Student tokens and an alignment of a part, made anew."""
+    """Compute student tokens and an alignment of a part."""
     from kdcache.data.encoding import encode
     from kdcache.loading.alignment import align, student_tokens
 

@@ -1,7 +1,7 @@
-"""What every measurement here shares: interleaved rounds, medians with their spread, and what machine it was.
+"""Shared by all measurements: interleaved rounds, medians with their spread, and facts about the machine.
 
-Machines are noisy, so nothing is timed once and nothing is compared across runs: the things to be compared take turns,
-and a ratio is formed within each round before its median is taken. The spread is the distance between the quartiles.
+Machines are noisy, so nothing is timed only once, and results of different runs are not compared. Contenders are
+interleaved. A ratio is computed within each round, then its median is taken. The spread is the interquartile range.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PACKAGES = ("torch", "transformers", "numpy", "zarr", "pyarrow")
 
 
 def rounds(contenders: Mapping[str, Callable[[], float]], count: int) -> dict[str, list[float]]:
-    """``count`` rounds in which each contender measures itself once, in turning order."""
+    """Run ``count`` rounds; in each, every contender measures itself once, in rotating order."""
     names = list(contenders)
     found: dict[str, list[float]] = {name: [] for name in names}
     for number in range(count):
@@ -34,23 +34,23 @@ def rounds(contenders: Mapping[str, Callable[[], float]], count: int) -> dict[st
 
 
 def summary(values: Sequence[float]) -> dict[str, float]:
-    """Median and distance of the quartiles, of all measured values."""
+    """Median and interquartile range of all measured values."""
     quartiles = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
     return {"median": quartiles[1], "spread": quartiles[2] - quartiles[0], "n": len(values)}
 
 
 def ratio(values: Sequence[float], reference: Sequence[float]) -> dict[str, float]:
-    """Of two contenders, round by round."""
+    """The ratio of two contenders, computed per round."""
     return summary([value / base for value, base in zip(values, reference, strict=True)])
 
 
 def peak_memory_mb() -> float:
     """Largest resident memory of this process so far, MB."""
-    try:  # getrusage would count what the parent held when it forked
+    try:  # getrusage would count the memory of the parent at the fork
         lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
         return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024 / 1e6
     except OSError:
-        scale = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
+        scale = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB elsewhere
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 1e6
 
 
@@ -67,7 +67,7 @@ def _process() -> Any:
 
 
 def machine() -> dict[str, Any]:
-    """What a reader must know to place a figure."""
+    """Facts about the machine that a reader needs to interpret a figure."""
     import torch
 
     facts: dict[str, Any] = {"processor": _processor(), "cores": os.cpu_count(), "python": platform.python_version()}
@@ -80,12 +80,12 @@ def machine() -> dict[str, Any]:
 def in_a_process(
     script: str, arguments: Sequence[str], *, python: str = sys.executable, environment: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
-    """Run a benchmark script in a process of its own (peak memory is per process) and read the JSON that it prints."""
+    """Run a benchmark script in its own process (peak memory is per process), and read its JSON output."""
     command = [python, str(Path(__file__).parent / script), *arguments]
     done = subprocess.run(
         command, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, **(environment or {})}
     )
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])  # libraries may say something before
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])  # libraries may print before it
     return found
 
 

@@ -1,6 +1,6 @@
-"""docs/benchmarks.md from the JSON of the measurements: tables and bars, nothing interpreted that was not measured.
+"""Writes docs/benchmarks.md from the JSON of the measurements: tables and bars of measured values only.
 
-The JSON and the pictures lie beside the page, in a folder of its name.
+The JSON and the pictures are in a folder beside the page, with its name.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ HEAD = (
 
 
 def write(measured: Path, target: Path) -> None:
-    """The page, with a section for each file that is there, and its folder."""
+    """Write the page, with a section for each existing file, and its folder."""
     folder = target.with_suffix("")
     folder.mkdir(exist_ok=True)
     parts = [HEAD]
@@ -96,12 +96,12 @@ def steps(report: Report) -> Section:
 
 
 def students(found: Report) -> str:
-    """Teachers' forward passes for one epoch's worth of steps, as often as live and cached runs need them."""
+    """Forward passes of the teachers that live and cached runs need, in epochs."""
     teacher = found["teachers alone"]["seconds per step"]["median"]
     cached, live = (1 / found["steps per second"][name]["median"] for name in ("cached", "live"))
     rows = []
     for count in (1, 3, 10):
-        once = teacher + count * 3 * cached  # the dump is one pass; each student sees the data three times
+        once = teacher + count * 3 * cached  # the dump is one pass; each student trains for three epochs
         rows.append([str(count), f"{once:.3g}", f"{count * 3 * live:.3g}", f"{count * 3 * live / once:.2g}"])
     return (
         "Seconds per batch of the data, students trained for 3 epochs, the dump counted as one pass of the "

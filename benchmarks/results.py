@@ -1,11 +1,11 @@
-"""The real results: three real teachers, one small student, several methods and seeds, on real data.
+"""Produces the results of docs/results.md: three real teachers, a small student, several methods and seeds, real data.
 
     python benchmarks/results.py run sst2 --weights weights --data data      # resumable; finished runs are skipped
     python benchmarks/results.py collect                                     # rewrites docs/results-tables.md
 
 ``weights`` holds Hugging Face folders named mpnet-base, granite-roberta, distilbert-cased and minilm-l6 (see
-docs/results.md for where they come from); ``data`` holds sst2-sentences/, sst2/ and rte/ as TSV. Each step is a plain
-``kdcache`` command, printed before it runs, so that any line of the tables can be had by hand.
+docs/results.md for their sources); ``data`` holds sst2-sentences/, sst2/ and rte/ as TSV. Each step is a plain
+``kdcache`` command and is printed first, so that every line of the tables can be reproduced by hand.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ TEACHERS = {"mpnet": "mpnet-base", "roberta": "granite-roberta", "distilbert": "
 
 @dataclass(frozen=True)
 class Task:
-    """A recipe, what of it points to local files, and the matrix of students."""
+    """A recipe, its keys that refer to local files, and the matrix of students."""
 
     recipe: str
     seeds: tuple[int, ...]
     data: dict[str, str]
     transfer: str | None = (
-        None  # a file of texts without labels; one cache holds them, only '+transfer' students read them
+        None  # a file of texts without labels; they are in the cache, but only '+transfer' students read them
     )
     transfer_rows: int = 0
     cofinetune: dict[str, str] = field(default_factory=dict)
@@ -93,7 +93,7 @@ def main() -> None:
 
 
 def task_settings(task: Task, data: Path, weights: Path) -> list[str]:
-    """Overrides that put local files and folders in the place of the recipe's own names."""
+    """Overrides that replace names of the recipe by local files and folders."""
     settings = [f"data.{key}={json.dumps(str((data / value).resolve()))}" for key, value in task.data.items()]
     settings += [
         f"teachers.{name}.model={json.dumps(str((weights / folder).resolve()))}" for name, folder in TEACHERS.items()
@@ -108,7 +108,7 @@ def task_settings(task: Task, data: Path, weights: Path) -> list[str]:
 
 
 def make_teachers(name: str, settings: list[str]) -> None:
-    """Co-finetune and dump; both continue where they were interrupted and do nothing when they are complete."""
+    """Co-finetune and dump; both continue after an interruption, and do nothing if they are complete."""
     timed(
         "cofinetune",
         name,
@@ -124,7 +124,7 @@ def make_teachers(name: str, settings: list[str]) -> None:
 
 
 def make_students(name: str, settings: list[str], seeds: Sequence[int]) -> None:
-    """Every method of the matrix with these seeds, from the one cache."""
+    """Train every method of the matrix with these seeds, from one cache."""
     for label, student, overrides in students(name, seeds):
         own = [*settings, *overrides, f'name="{student}"']
         timed(
@@ -161,7 +161,7 @@ def flags(settings: list[str]) -> list[str]:
 
 
 def timed(label: str, run: str, words: list[str], *, done: Path) -> None:
-    """Run one kdcache command unless its output exists; add its wall time to runs/<run>/times.json."""
+    """Run one kdcache command unless its output exists; write its wall time to runs/<run>/times.json."""
     if done.exists():
         print(f"done already: {run}: {label}", file=sys.stderr)
         return
@@ -177,10 +177,7 @@ Results = dict[str, Any]
 
 
 def section(name: str) -> str:
-    """One task as Markdown.
-
-    Teachers, then every student with mean and spread over seeds; the scales of the loss terms; times.
-    """
+    """One task as Markdown: teachers; students with mean and spread over seeds; scales of loss terms; times."""
     found: dict[str, list[Results]] = {}
     for label, student, _ in students(name, TASKS[name].seeds):
         path = RUNS / student / "results.json"
@@ -196,7 +193,7 @@ def section(name: str) -> str:
 
 
 def teacher_rows(found: dict[str, list[Results]]) -> list[str]:
-    """The teachers and their mean, as the cached logits have them; the same in every student's results."""
+    """Scores of the teachers and of their mean, from cached logits; equal in the results of all students."""
     taught = next((results[0] for results in found.values() if results[0]["teachers"]), None)
     if taught is None:
         return []
@@ -232,7 +229,7 @@ def scale_table(found: dict[str, list[Results]]) -> str:
 
 
 def time_lines(name: str) -> str:
-    """Wall times of the two stages that run once, and what the cache takes on disk."""
+    """Wall times of the two stages that run once, and the size of the cache."""
     record = RUNS / name / "times.json"
     times = json.loads(record.read_text()) if record.exists() else {}
     lines = [f"- {stage}: {seconds:.0f} s" for stage, seconds in times.items()]

@@ -1,20 +1,25 @@
-"""The loader beside what one would take instead: the same ragged rows, batches of 32, a warm page cache, in memory and
-through a window.
+"""Compares the loader with alternatives: the same ragged rows, batches of 32, a warm page cache.
 
     python benchmarks/rivals.py --rows 16384 --dim 256 --dtype float16
 
-Contenders: `kdcache` (everything that a student's step needs: its tokens, labels, logits, hidden states with their
-alignment; put together in a thread, as `kdcache distill` has it, and in the caller's, as the next two work), `memory
-map` (one flat NumPy file, rows in random order: the limit), `safetensors` (one file per part, parts kept or read
-through the same window), `datasets` (Hugging Face, Arrow, map-style, shuffled), `streaming` (mosaicml-streaming) and
-`litdata`, the last two with their own shuffles and the defaults of their documentation, each with 0 and 2 workers of
-torch's DataLoader. Every turn of a contender is a process of its own; turns are interleaved. `memory`: from the second
-epoch on, everything decoded where a contender can keep it, uniformly shuffled by kdcache and safetensors too. `window`:
-the first epoch through 1/8 of the data, digests checked where there are any. Shuffle quality is the rank correlation
-between stored and served order (0 is best) and the number of distinct parts of 1/32 of the data in a batch. In all of
-them the C library keeps what is freed, as `kdcache distill` has it. The three other libraries ask for older versions of
-what kdcache needs: `--rivals-python` names the interpreter of an environment that has them
-(benchmarks/requirements.txt); those that are not there are left out. Prints JSON.
+Contenders:
+
+    kdcache        all inputs of a student's step: tokens, labels, logits, hidden states with their alignment; batches
+                   are made in a thread, as in `kdcache distill`, and in the caller's thread, as in the next two
+    memory map     one flat NumPy file, rows in random order: the limit
+    safetensors    one file per part; parts are kept, or read through the same window
+    datasets       Hugging Face, Arrow, map-style, shuffled
+    streaming      mosaicml-streaming, with its own shuffle and the defaults of its documentation
+    litdata        the same
+
+The last three run with 0 and 2 workers of torch's DataLoader. Each turn of a contender has its own process, and turns
+are interleaved. `memory`: from the second epoch on, with everything decoded if a contender can keep it; kdcache and
+safetensors also shuffle uniformly. `window`: the first epoch through 1/8 of the data, with digests checked if there are
+any. Shuffle quality is the rank correlation between stored and served order (0 is best), and the number of distinct
+parts of 1/32 of the data in a batch. In all contenders the C library keeps freed memory, as in `kdcache distill`.
+
+The last three libraries need older versions of kdcache's dependencies. `--rivals-python` names the interpreter of an
+environment that has them (benchmarks/requirements.txt). Libraries that are not installed are left out. Prints JSON.
 """
 
 from __future__ import annotations
@@ -39,7 +44,7 @@ PARTS, BATCH = 32, 32
 NEEDS = {"datasets": "datasets", "streaming": "streaming", "litdata": "litdata"}
 HERE = "kdcache, caller's thread"
 CONTENDERS = ("kdcache", HERE, "memory map", "safetensors", "datasets", "streaming", "litdata")
-IMPORTS = {  # what a program has loaded before it opens its data
+IMPORTS = {  # memory of a program before it opens its data
     **dict.fromkeys(
         ("kdcache", HERE),
         ("kdcache.loading.cached", "kdcache.cache.reader", "kdcache.testing.tiny", "transformers", "zarr"),
@@ -101,7 +106,7 @@ def parse() -> argparse.Namespace:
 
 
 def compare(arguments: argparse.Namespace, contenders: list[str], regime: str) -> dict[str, Any]:
-    """Every contender, each with its numbers of workers, in turning order."""
+    """Every contender with each of its numbers of workers, in rotating order."""
     entries = [
         (name, workers) for name in contenders for workers in (arguments.workers if name in WITH_WORKERS else [0])
     ]
@@ -118,14 +123,14 @@ def compare(arguments: argparse.Namespace, contenders: list[str], regime: str) -
 
 
 def there(name: str, python: str) -> bool:
-    """Whether the library of a contender can be imported by the interpreter that would run it."""
+    """Whether the interpreter of a contender can import its library."""
     return (
         name not in NEEDS or not subprocess.run([python, "-c", f"import {NEEDS[name]}"], capture_output=True).returncode
     )
 
 
 def alone(arguments: argparse.Namespace, name: str, regime: str, workers: int = 0) -> dict[str, Any]:
-    """One contender in a process of its own."""
+    """Run one contender in its own process."""
     options = ["--rows", str(arguments.rows), "--dim", str(arguments.dim), "--dtype", arguments.dtype]
     options += ["--seconds", str(arguments.seconds), "--tokens", str(arguments.tokens)]
     options += ["--alone", name, "--regime", regime, "--workers", str(workers)]
@@ -138,10 +143,7 @@ def label(name: str, workers: int) -> str:
 
 
 def turn(arguments: argparse.Namespace) -> dict[str, Any]:
-    """One contender.
-
-    The epoch that counts, and what follows it where that was over in a blink. Quality is that of the last.
-    """
+    """Measure one contender: one epoch, and further ones if it was too short. Quality is that of the last epoch."""
     import torch
 
     torch.set_num_threads(1)
@@ -151,7 +153,7 @@ def turn(arguments: argparse.Namespace) -> dict[str, Any]:
     began = time.perf_counter()
     epochs = READERS[arguments.alone](arguments.folder, arguments)
     if arguments.regime == "memory":
-        for _ in epochs():  # so that what can be kept is kept
+        for _ in epochs():  # so that a contender can keep decoded data
             pass
         began = time.perf_counter()
     first, count, size, taken = 0.0, 0, 0, 0.0
@@ -162,7 +164,7 @@ def turn(arguments: argparse.Namespace) -> dict[str, Any]:
             count += 1
             size += (
                 len(values) * arguments.dim * np.dtype(arguments.dtype).itemsize
-            )  # as stored: some hand out wider numbers
+            )  # as stored: some contenders return wider numbers
             if count % 16 == 0:
                 resident = max(resident, resident_mb())
             served.append(rows)
@@ -184,7 +186,7 @@ def turn(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def make_rows(arguments: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
-    """Packed values and offsets of ragged rows; the numbers themselves do not matter here."""
+    """Packed values and offsets of ragged rows; the values do not matter."""
     rng = np.random.default_rng(0)
     lengths = np.clip(rng.normal(arguments.tokens, arguments.tokens / 3, arguments.rows).round(), 9, 120).astype(
         np.int64
@@ -201,7 +203,7 @@ def part_bounds(rows: int) -> list[tuple[int, int]]:
     return list(itertools.pairwise(edges))
 
 
-# kdcache: texts of single-character words, so that a row has as many tokens as the others' rows have
+# kdcache: texts of single-character words, so that its rows have as many tokens as the others
 
 
 def write_kdcache(folder: Path, values: np.ndarray, offsets: np.ndarray) -> None:
@@ -248,7 +250,7 @@ def write_kdcache(folder: Path, values: np.ndarray, offsets: np.ndarray) -> None
 
 
 def digits(row: int, length: int) -> tuple[str, ...]:
-    """A text of ``length`` tokens, [CLS] and [SEP] among them, that no other row has."""
+    """A unique text of ``length`` tokens, including [CLS] and [SEP]."""
     return (" ".join("abcdefghij"[int(digit)] for digit in f"{row:0{max(1, length - 2)}d}"),)
 
 
@@ -274,7 +276,7 @@ def read_kdcache(folder: Path, arguments: argparse.Namespace) -> Callable[[], Ba
 
 
 def row_numbers(folder: Path, served: list[np.ndarray]) -> list[np.ndarray]:
-    """The places in stored order of what was served by id; looked up when the clock has stopped."""
+    """Positions in stored order of served ids; computed after the measurement."""
     from kdcache.cache.reader import open_cache
 
     numbers = {

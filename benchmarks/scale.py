@@ -1,12 +1,11 @@
-"""What grows with the number of rows: opening, first batch, resident memory, bytes of the manifest.
+"""Measures what grows with the number of rows: opening, first batch, resident memory, bytes of the manifest.
 
     python benchmarks/scale.py --rows 10000 100000 1000000
 
-Caches of made-up content: three teachers, three layers of 8 int8 values per token each, texts of about 12 tokens.
-Content does not matter here, the number of texts, parts and files does. Each is opened by a process of its own, which
-takes batches until well after the window is full; nothing but the window stays decoded, so that memory shows the window
-and what grows with the rows, not what happens to be kept. `resident` is the median over the batches after the window
-was full. Prints JSON.
+The caches are synthetic: three teachers, three layers of 8 int8 values per token each, texts of about 12 tokens. Only
+the number of texts, parts and files matters. A separate process opens each cache and reads batches until well after the
+window is full. Only the window stays decoded, so memory consists of the window and of what grows with the rows.
+`resident` is the median over the batches after the window is full. Prints JSON.
 """
 
 from __future__ import annotations
@@ -65,7 +64,7 @@ def main() -> None:
 
 
 def measured(cache: Path, steps: int, repeats: int) -> dict[str, Any]:
-    """A cache read by ``repeats`` processes, one after the other; the first finds no student tokens."""
+    """Read a cache in ``repeats`` processes, one after the other; the first one has no stored student tokens."""
     turns = [in_a_process("scale.py", ["--read", str(cache), "--steps", str(steps)]) for _ in range(repeats)]
     files = [file for file in cache.rglob("*") if file.is_file()]
     return {
@@ -78,7 +77,7 @@ def measured(cache: Path, steps: int, repeats: int) -> dict[str, Any]:
 
 
 def write(path: Path, rows: int) -> None:
-    """A cache of ``rows`` short texts that is valid in every byte."""
+    """A valid cache of ``rows`` short texts."""
     from kdcache.cache.ids import id_array, text_id
     from kdcache.cache.spec import Settings, TaskSpec
     from kdcache.cache.writer import open_writer
@@ -102,7 +101,7 @@ def write(path: Path, rows: int) -> None:
 
 
 def teachers() -> list[TeacherSpec]:
-    """How the made-up teachers are said to have been run; their tokens are those of the student."""
+    """The specification of the synthetic teachers; their tokens are those of the student."""
     from kdcache.cache.spec import Fingerprints, TargetSpec, TeacherSpec
     from kdcache.codecs.base import LayerSpec
     from kdcache.data.encoding import TRUNCATION, tokenizer_fingerprint
@@ -121,7 +120,7 @@ def teachers() -> list[TeacherSpec]:
 
 
 def write_targets(writer: CacheWriter, specs: list[TeacherSpec], rng: np.random.Generator) -> None:
-    """Random outputs and hidden states of every teacher and part; each part is tokenised once."""
+    """Write random outputs and hidden states of every teacher and part; each part is tokenised once."""
     from kdcache.cache.tokens import Outputs
     from kdcache.codecs.base import Basis, HiddenBlock
     from kdcache.data.encoding import encode

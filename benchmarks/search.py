@@ -1,11 +1,10 @@
-"""What it costs to find the row of a coded layer, beside the projection that comes before: microseconds per token and
-layer, one thread.
+"""Measures the search for rows in trellis and the projection before it: microseconds per token and layer, one thread.
 
     python benchmarks/search.py
 
-`search` is what a dump does on the CPU, `wide` the same dynamic programming in the large operations that a GPU wants,
-run on the CPU too; they take turns. Gaussian coordinates whose variances fall like those of a fine-tuned encoder: the
-values do not matter, the bits of the coordinates do. Prints JSON.
+`search` is the code of a dump on the CPU. `wide` is the same dynamic programming in the large operations for a GPU, run
+on the CPU. The two are interleaved. Coordinates are Gaussian, with variances that decrease as in a fine-tuned encoder:
+only the bits of the coordinates matter, not the values. Prints JSON.
 """
 
 from __future__ import annotations
@@ -71,7 +70,7 @@ def contest(width: int, size: int, tokens: int, count: int) -> dict[str, Any]:
 
 
 def timed(action: Callable[[], object], tokens: int) -> Callable[[], float]:
-    """Microseconds of the processor per token."""
+    """Microseconds of CPU time per token."""
 
     def run() -> float:
         began = time.process_time()

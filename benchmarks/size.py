@@ -1,16 +1,16 @@
-"""Student accuracy against bytes per token: one set of teachers, one student, the hidden states stored in ten forms.
+"""Measures student accuracy by bytes per token: the same teachers and student, hidden states in ten storage formats.
 
     python benchmarks/size.py run                    # from a fresh clone: the quickstart's data and teachers
     python benchmarks/size.py collect quickstart --to benchmarks/measured                 # both: make bench-size
     python benchmarks/size.py run --recipe pipelines/sst2.toml --teachers runs/sst2/teachers --set 'data.transfer=[]'
     python benchmarks/size.py collect sst2           # the table and the plot of docs/accuracy-against-bytes.md
 
-``run`` dumps once, float32 at full width; every other form is made from that cache by the dump's own code (see
-size_forms.py), and product quantisation is rebuilt into a cache at full width. From each form a student is trained with
-the recipe's settings and ``mt-bert``, seed 0 of every form first. Students without a teacher and without hidden states
-are trained too, or taken from a run of results.py. What is finished is skipped, so an interrupted run continues. With
-three 768 wide teachers a student takes about five minutes of one core. The share of variance kept is measured on test
-texts, which nothing was fitted on.
+``run`` dumps once, in float32 at full width. The code of the dump makes every other format from that cache (see
+size_forms.py). States of product quantisation are decoded and stored at full width. A student is trained for each
+format, with the recipe's settings and ``mt-bert``; seed 0 of every format comes first. Students without a teacher and
+without hidden states are trained too, or taken from a run of results.py. Finished work is skipped, so an interrupted
+run continues. With three teachers of width 768 a student takes about five minutes on one core. The share of variance
+kept is measured on test texts, on which nothing was fitted.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ QUICKSTART = Path("quickstart/quickstart.toml")
 
 @dataclass(frozen=True)
 class Job:
-    """A recipe with what is said otherwise; its runs are called ``<name>-size-<form>`` and lie in ``runs``."""
+    """A recipe with overrides; its runs are ``<name>-size-<form>`` in ``runs``."""
 
     recipe: Path
     overrides: tuple[str, ...]
@@ -94,7 +94,7 @@ def main() -> None:
 
 
 def open_job(arguments: argparse.Namespace) -> Job:
-    """The run that is asked for; the quickstart is prepared and its teachers trained where no recipe is named."""
+    """The requested run; without a recipe the quickstart is prepared and its teachers are trained."""
     recipe = arguments.recipe or QUICKSTART
     if arguments.recipe is None and not recipe.exists():
         kdcache(["pipelines", "prepare", "quickstart"])
@@ -106,7 +106,7 @@ def open_job(arguments: argparse.Namespace) -> Job:
 
 
 def dump_exact(job: Job, texts: int) -> None:
-    """The one pass of the teachers: float32 at full width, and the unseen rows."""
+    """Run the teachers once: float32 at full width, and the unseen rows."""
     keep_teachers_beside(job, EXACT)
     sections = load_recipe(job.recipe, job.overrides).teachers
     whole = form_settings(FORMS[EXACT], {section.name: 0 for section in sections})
@@ -131,7 +131,7 @@ def dump_exact(job: Job, texts: int) -> None:
 
 
 def make_form(job: Job, form: str) -> None:
-    """The cache of a form, and what it takes and keeps; measured.json is written last."""
+    """Make the cache of a format, and measure its bytes and the variance kept; measured.json is written last."""
     if job.measured(form).exists():
         return
     settings = form_settings(FORMS[form], widths(job.cache(EXACT)))
@@ -147,7 +147,7 @@ def make_form(job: Job, form: str) -> None:
 
 
 def keep_teachers_beside(job: Job, form: str) -> None:
-    """Where distill looks for them when a student begins as one."""
+    """The teachers directory, for students that start from a teacher."""
     link = job.cache(form).parent / "teachers"
     if not link.exists():
         link.parent.mkdir(parents=True, exist_ok=True)
@@ -155,7 +155,7 @@ def keep_teachers_beside(job: Job, form: str) -> None:
 
 
 def distil(job: Job, cache: Path, name: str, method: str, seed: int) -> None:
-    """One student, unless it is finished."""
+    """Train one student, unless it is finished."""
     if (job.runs / name / "results.json").exists():
         print(f"done already: {name}", file=sys.stderr, flush=True)
         return

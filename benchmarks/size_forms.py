@@ -1,9 +1,8 @@
-"""The forms that hidden states are stored in, each made from the float32 cache by the dump itself, without running a
-teacher.
+"""The storage formats of hidden states, each made by the dump from the float32 cache, without running a teacher.
 
-The dump asks a backend for hidden states; here a backend that looks them up. So bases, codebooks and rows are what a
-dump with these settings would store. Product quantisation is no form of a cache: its rebuilt states are stored at full
-width in float16.
+The dump gets hidden states from a backend, and this backend reads them from the float32 cache. So bases, codebooks and
+rows are those of a dump with these settings. Product quantisation is not a format of caches: its decoded states are
+stored at full width in float16.
 """
 
 from __future__ import annotations
@@ -41,12 +40,12 @@ if TYPE_CHECKING:
 class Form:
     """How a layer is stored.
 
-    A row of set bytes takes 1/``share`` of the bytes of float16 at full width; so does, with 1/``product``, a row of
-    product quantisation.
+    A row in trellis has 1/``share`` of the bytes of float16 at full width; a row of product quantisation has
+    1/``product`` of them.
     """
 
     dtype: str
-    dim: int | None = None  # of a PCA cut; None: full width
+    dim: int | None = None  # dimensions of PCA; None: full width
     share: int | None = None
     product: int | None = None
 
@@ -63,7 +62,7 @@ def _share(width: int, share: int) -> int:
     return max(1, 2 * width // share)
 
 
-# the most telling first: what is there when a run is stopped early says most
+# the most informative formats come first, in case a run is stopped early
 _TELLING = {
     "float16": Form("float16"),
     "trellis-8th": Form("trellis", share=8),
@@ -83,7 +82,7 @@ EXACT = "float32"
 
 
 def form_settings(form: Form, widths: Mapping[str, int]) -> list[str]:
-    """Overrides of a recipe that store every layer of every teacher so."""
+    """Overrides of a recipe that store every layer of every teacher in this format."""
     made = ["dump.per_layer={}"]
     for name, width in widths.items():
         keys = ", ".join(f"{key} = {json.dumps(value)}" for key, value in form.settings(width).items())
@@ -96,7 +95,7 @@ Rebuild = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass
 class Replay:
-    """A backend that finds what a teacher said in a cache, by the tokens of a text.
+    """A backend that returns the outputs of a teacher from a cache, found by the tokens of a text.
 
     ``states``: per layer [tokens of the cache, width].
     """
@@ -122,7 +121,7 @@ class Replay:
         return TeacherOutput(torch.from_numpy(self.logits[rows]), vector, hidden)
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Nothing to free."""
 
 
 def _key(ids: np.ndarray) -> bytes:
@@ -130,7 +129,7 @@ def _key(ids: np.ndarray) -> bytes:
 
 
 def replay(exact: Cache, teacher: PreparedTeacher, rebuild: Mapping[int, Rebuild]) -> Replay:
-    """Everything that ``exact`` has of a teacher; layers of ``rebuild`` go through it."""
+    """All outputs of a teacher in ``exact``; layers in ``rebuild`` are encoded and decoded by it."""
     name, spec = teacher.name, exact.teachers[teacher.name]
     rows: dict[bytes, int] = {}
     tokens: dict[bytes, tuple[int, int]] = {}
@@ -166,7 +165,7 @@ def full_states(exact: Cache, teacher: str, layer: int, texts: int | None = None
 
 
 def quantisers(exact: Cache, recipe: Recipe, form: Form, teacher: str) -> dict[int, Rebuild]:
-    """By layer; trained on the texts that a dump fits its bases on. Empty where the form is one of a cache's own."""
+    """Quantisers by layer, trained on the texts that a dump fits bases on; empty if a cache has this format."""
     if form.product is None:
         return {}
     spec, sample = exact.teachers[teacher], recipe.dump.sample_texts
@@ -180,10 +179,7 @@ def quantisers(exact: Cache, recipe: Recipe, form: Form, teacher: str) -> dict[i
 def store(
     recipe: Recipe, teachers_dir: Path, exact_dir: Path, form: Form, target: Path, unseen: Path
 ) -> dict[str, Any]:
-    """Make the cache of ``form`` (``recipe`` has its settings) in ``target``.
-
-    Give back what each layer takes and keeps.
-    """
+    """Make the cache of ``form`` (``recipe`` has its settings) in ``target``; returns bytes and share kept by layer."""
     exact = open_cache(exact_dir)
     rebuild = {name: quantisers(exact, recipe, form, name) for name in exact.teachers}
 
@@ -213,8 +209,9 @@ def store(
 def kept(
     cache: Cache, name: str, layer: int, form: Form, rebuild: Rebuild | None, unseen: torch.Tensor
 ) -> dict[str, Any]:
-    """Bytes per token of one layer, dimensions that the student learns, and the share of variance of ``unseen``
-    [tokens, width] that survives being stored.
+    """Bytes per token of one layer, its stored dimensions, and the share kept of the variance of ``unseen``.
+
+    ``unseen``: [tokens, width].
     """
     teacher = cache.teachers[name]
     spec = teacher.layers[layer]
@@ -231,10 +228,7 @@ def kept(
 
 
 def extract_unseen(recipe: Recipe, task: TaskData, teachers_dir: Path, texts: int, target: Path) -> None:
-    """Hidden states of some texts that are in no cache in full, so that nothing was fitted on them.
-
-    Test texts, else validation.
-    """
+    """Hidden states of some test (else validation) texts; caches have no hidden states of them, so none are fitted."""
     others = scopes(task).logits_only
     split = task.splits["test" if "test" in task.splits else "validation"]
     there = [bytes(row) for row in split.text_ids]

@@ -17,8 +17,8 @@ from size_forms import FORMS, Form
 
 from kdcache.report.curves import read_curves
 
-LAST_STEPS = 50  # over which the hidden loss at the end is averaged
-WHOLE = "float16"  # what every form is compared with
+LAST_STEPS = 50  # last steps, over which the hidden loss is averaged
+WHOLE = "float16"  # the format that the others are compared with
 REFERENCES = {"kd": "soft labels alone (`kd`)", "fine-tune": "no teacher (`fine-tune`)"}
 
 
@@ -26,12 +26,12 @@ REFERENCES = {"kd": "soft labels alone (`kd`)", "fine-tune": "no teacher (`fine-
 class Student:
     """One finished run.
 
-    ``hidden``: loss of each (teacher, layer of the teacher) at the end, 1 where the student says nothing.
+    ``hidden``: final loss of each (teacher, layer of the teacher); 1 for a student that predicts the mean.
     """
 
     seed: int
     scores: Mapping[str, float]  # accuracy by split
-    rows: int  # that the last split has
+    rows: int  # rows of the last split
     hidden: Mapping[tuple[str, int], float]
 
     @property
@@ -41,10 +41,7 @@ class Student:
 
 @dataclass(frozen=True)
 class Measured:
-    """A form.
-
-    Its layers (teacher, layer, width, dim, bytes, kept), tokens of each teacher, finished students by rising seed.
-    """
+    """A format: its layers (teacher, layer, width, dim, bytes, kept), tokens per teacher, finished students by seed."""
 
     name: str
     layers: Sequence[Mapping[str, Any]]
@@ -53,12 +50,12 @@ class Measured:
 
     @property
     def bytes(self) -> float:
-        """Per token and layer, mean over the layers."""
+        """Bytes per token and layer, mean over the layers."""
         return statistics.mean(float(layer["bytes"]) for layer in self.layers)
 
     @property
     def dimensions(self) -> float:
-        """That the student learns, mean over the layers; of a layer in trellis those that have a bit."""
+        """Dimensions that the student learns, mean over the layers; in trellis only those with a bit."""
         return statistics.mean(float(layer["dim"]) for layer in self.layers)
 
     @property
@@ -70,10 +67,9 @@ class Measured:
         return sum(float(layer["bytes"]) * self.tokens[layer["teacher"]] for layer in self.layers) / 1e6
 
     def explained(self, student: Student) -> float | None:
-        """Share of the variance of the whole states that the student's own explain, mean over the layers that it learns
-        from.
+        """Share of the variance of the full states that the student explains, mean over the layers that it learns from.
 
-        What of the stored states it explains, times what storing kept of them.
+        It is the share of the stored states that it explains, times the share that storing kept.
         """
         kept = {(layer["teacher"], layer["layer"]): layer["kept"] for layer in self.layers}
         return (
@@ -84,7 +80,7 @@ class Measured:
 
 
 def write(runs: Path, name: str, to: Path) -> Path:
-    """accuracy-against-bytes-table.md and .svg in ``to``; gives back the first."""
+    """Write accuracy-against-bytes-table.md and .svg to ``to``; returns the path of the table."""
     found = [one for one in (read_form(runs, name, form) for form in FORMS) if one is not None and one.students]
     if not found:
         raise SystemExit(f"no student of runs '{runs}/{name}-size-*' is finished: python benchmarks/size.py run")
@@ -115,7 +111,7 @@ def read_form(runs: Path, name: str, form: str) -> Measured | None:
 
 
 def read_students(runs: Path, name: str) -> list[Student]:
-    """Finished runs that are called so and a seed."""
+    """Finished runs with that name and a seed."""
     seeds = [
         int(path.name.removeprefix(f"{name}-"))
         for path in runs.glob(f"{name}-*")
@@ -189,7 +185,7 @@ def main_table(found: Sequence[Measured], references: Mapping[str, Sequence[Stud
 
 
 def scores(students: Sequence[Student]) -> list[str]:
-    """Seeds, and accuracy by split."""
+    """Cells: seeds, and accuracy by split."""
     cells = [
         spread([student.scores[split] for student in students if split in student.scores], 4)
         for split in ("validation", "test")
@@ -198,7 +194,7 @@ def scores(students: Sequence[Student]) -> list[str]:
 
 
 def difference(students: Sequence[Student], whole: Sequence[Student]) -> str:
-    """Points of accuracy, seed by seed where both are finished."""
+    """Differences of accuracy in points, per seed that both have finished."""
     there = {student.seed: student.accuracy for student in whole}
     found = [100 * (student.accuracy - there[student.seed]) for student in students if student.seed in there]
     return spread(found, 2, sign="+")

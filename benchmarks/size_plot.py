@@ -1,4 +1,4 @@
-"""Accuracy of students and variance kept against bytes per token and layer (logarithmic), as SVG."""
+"""Plots accuracy of students and variance kept by bytes per token and layer (logarithmic), as SVG."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ STYLE = (
 
 @dataclass(frozen=True)
 class Point:
-    """A form: ``accuracies`` by seed, ``kept`` by layer."""
+    """A format: ``accuracies`` by seed, ``kept`` by layer."""
 
     name: str
     title: str
@@ -31,7 +31,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Panel:
-    """A stretch of the picture: values from ``low`` to ``high`` between ``top`` and ``top + HEIGHT``."""
+    """A panel of the picture: values from ``low`` to ``high`` between ``top`` and ``top + HEIGHT``."""
 
     top: float
     low: float
@@ -42,7 +42,7 @@ class Panel:
 
 
 def plot(points: Sequence[Point], references: Mapping[str, float]) -> str:
-    """``references``: mean accuracy of students without hidden states, drawn as lines across."""
+    """``references``: mean accuracy of students without hidden states, drawn as horizontal lines."""
     sizes = [point.bytes for point in points]
     low, high = math.log2(min(sizes)) - 0.3, math.log2(max(sizes)) + 0.3
 
@@ -92,7 +92,7 @@ def axes(panel: Panel, title: str) -> Iterator[str]:
 def marks(
     points: Sequence[Point], panel: Panel, across: Callable[[float], float], colour: str, what: str
 ) -> Iterator[str]:
-    """A line through the means; at each the stretch from the least to the most."""
+    """A line through the means, with a bar from the smallest to the largest value at each."""
     values = [(across(point.bytes), point, list(getattr(point, what))) for point in points]
     line = " ".join(f"{x:.1f},{panel.place(statistics.mean(found)):.1f}" for x, _, found in values)
     yield f'<polyline points="{line}" style="fill:none;stroke:{colour};stroke-width:1.5"/>'

@@ -1,4 +1,4 @@
-"""A recipe cut down to its first training rows, for measurements that need real text but little of it."""
+"""A recipe reduced to its first training rows, for measurements that need a little real text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def first_rows(recipe: Recipe, rows: int, file: Path) -> Recipe:
-    """The recipe on its first training rows, written to ``file``, with no other split."""
+    """Write the recipe with its first training rows, and without other splits, to ``file``."""
     task = load_task(recipe.data)
     train = task.splits["train"]
     with file.open("w", encoding="utf-8") as out:

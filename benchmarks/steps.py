@@ -1,15 +1,14 @@
-"""What a student's step costs: plain, from the cache, fed from memory, from soft labels alone, with live teachers.
+"""Measures a student's step: plain, from the cache, from targets in memory, from soft labels only, with live teachers.
 
-    python benchmarks/steps.py quickstart/quickstart.toml --teachers runs/quickstart/teachers --cache
-    runs/quickstart/cache python benchmarks/steps.py pipelines/sst2.toml --teachers runs/sst2/teachers --cache
-    runs/sst2/cache --set KEY=VALUE ...
+    python benchmarks/steps.py RECIPE --teachers runs/quickstart/teachers --cache runs/quickstart/cache
+    python benchmarks/steps.py RECIPE --teachers runs/sst2/teachers --cache runs/sst2/cache --set KEY=VALUE ...
 
-Every contender trains the same student on the same rows, and they take turns: some steps of one, some of the next.
-Plain fine-tuning has an order of its own, so turns must be long enough for batches of any length to be in them.
-`memory` is the step of `cached` with its targets lying ready on the device: what the cache costs is the difference.
-`ideal` for `cached` against `fine-tune` is student FLOPs / (student + projection FLOPs), counted by torch; `predicted`
-for `live` is what the teachers' forward passes, measured alone on the same batches, add to a step. Peak memory is that
-of a process that runs one contender only. Prints JSON.
+Every contender trains the same student on the same rows. Contenders are interleaved: some steps of one, then some of
+the next. Plain fine-tuning has its own order of rows, so a turn must be long enough to have batches of all lengths.
+`memory` is the step of `cached` with its targets in the memory of the device: the difference is the time of the cache.
+`ideal` for `cached` against `fine-tune` is student FLOPs / (student + projection FLOPs), counted by torch. `predicted`
+for `live` is a step plus the teachers' forward passes, measured alone on the same batches. Peak memory is that of a
+process with one contender. Prints JSON.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ if TYPE_CHECKING:
 
 CONTENDERS = ("fine-tune", "cached", "memory", "logits only", "live")
 METHODS = {"fine-tune": ["distill.method=fine-tune"], "logits only": ["distill.weights.hidden=0.0"]}
-LIVE_SHARE = 4  # steps of others for one with live teachers, which takes about ten times as long
+LIVE_SHARE = 4  # steps of the others per step with live teachers, which takes about ten times as long
 PHASES = ("data", "forward", "loss", "backward", "optimizer")
 
 
@@ -123,7 +122,7 @@ def compare(arguments: argparse.Namespace, count: int) -> dict[str, Any]:
 def predict(
     runners: dict[str, Runner], arguments: argparse.Namespace, *, statistics_of: dict[str, list[float]]
 ) -> dict[str, Any]:
-    """Seconds per step of the teachers' forward passes, and the rate with live teachers that follows."""
+    """Seconds per step of the teachers' forward passes, and the predicted rate with live teachers."""
     live = runners["live"]
     seconds = summary([live.teachers_alone() for _ in range(max(3, arguments.rounds // 2))])
     fed = summary([1 / rate for rate in statistics_of["memory" if "memory" in statistics_of else "cached"]])
@@ -162,7 +161,7 @@ class Runner:
         training = prepare(recipe, arguments.cache, arguments.cache.parent, live, SilentProgress())
         device = default_device()
         if device.type == "cpu":
-            keep_freed_blocks()  # as the stage does
+            keep_freed_blocks()  # as in the stage
         torch.manual_seed(0)
         model = training.model().to(device).train()
         section = recipe.distill
@@ -178,7 +177,7 @@ class Runner:
         )
 
     def steps(self, count: int) -> float:
-        """Seconds of ``count`` optimizer steps; what each phase took is added to ``seconds``."""
+        """Seconds of ``count`` optimizer steps; adds the time of each phase to ``seconds``."""
         began = time.perf_counter()
         for _ in range(count):
             self.step()
@@ -203,12 +202,12 @@ class Runner:
         clock.lap("optimizer")
 
     def shares(self) -> dict[str, float]:
-        """Of the time of a step."""
+        """Shares of the time of a step."""
         total = sum(self.seconds.values())
         return {phase: round(seconds / total, 4) for phase, seconds in self.seconds.items()}
 
     def flops(self) -> int:
-        """Of forward and backward of one batch, as torch counts matrix products."""
+        """FLOPs of forward and backward pass of one batch; torch counts matrix products."""
         from torch.utils.flop_counter import FlopCounterMode
 
         batch = next(self.batches)
@@ -219,7 +218,7 @@ class Runner:
         return int(counter.get_total_flops())
 
     def teachers_alone(self, steps: int = 4) -> float:
-        """Seconds per step of making live targets and nothing else."""
+        """Seconds per step for live targets only."""
         began = time.perf_counter()
         for _ in range(steps):
             next(self.batches)
@@ -232,7 +231,7 @@ class Runner:
 
 
 class Clock:
-    """Adds what passed since the last lap to a phase; waits for the device first."""
+    """Wait for the device, and add the time since the last lap to a phase."""
 
     def __init__(self, seconds: dict[str, float], device: torch.device) -> None:
         self._seconds, self._device, self._last = seconds, device, time.perf_counter()
@@ -246,7 +245,7 @@ class Clock:
 
 
 class after:  # noqa: N801 - reads as a phrase
-    """Call ``action`` whenever the forward pass of ``module`` ends, inside the block."""
+    """Call ``action`` after each forward pass of ``module`` inside the block."""
 
     def __init__(self, module: torch.nn.Module, action: Callable[[], None]) -> None:
         self._handle = module.register_forward_hook(lambda *_: action())
@@ -264,7 +263,7 @@ def endless(batches: Callable[[int], Iterator[Batch]]) -> Iterator[Batch]:
 
 
 def from_memory(training: Training, device: torch.device, count: int = 64) -> Iterator[Batch]:
-    """The first batches of the cache over and over, made once; on a GPU their targets lie there already."""
+    """The first batches of the cache, made once and repeated; on a GPU their targets are already there."""
     ready: Sequence[Batch] = list(itertools.islice(training.source.batches(0), count))
     if device.type == "cuda":
         ready = [batch.to(device) for batch in ready]

@@ -1,10 +1,9 @@
-"""One zarr array per file: encoding and decoding of the arrays in ``hidden/``, byte for byte the same with every zarr
-version.
+"""Encodes and decodes the zarr arrays in ``hidden/``: the same bytes, whatever version of zarr is installed.
 
-The bytes are those that zarr-python writes for a sharded array (``chunks``, one shard, crc32c on each inner chunk and
-on the index); a test compares them. They are laid out here because a digest is only worth something if it does not
-depend on which zarr release happens to be installed, and because a reader that knows the layout can read straight into
-the result, check every chunk, and never allocate by what a file claims: the size of a shard follows from its shape.
+The bytes are those that zarr-python writes for a sharded array: one shard of inner chunks, with a crc32c on each chunk
+and on the index. A test compares them. This module has its own encoder because digests must not depend on the installed
+version of zarr. It has its own decoder because the size of a shard follows from its shape: the decoder reads straight
+into the result, checks every chunk, and never allocates the size that a file claims.
 """
 
 from __future__ import annotations
@@ -23,10 +22,10 @@ from kdcache.cache.canonical import canonical_json
 if TYPE_CHECKING:
     from kdcache.files import Buffer
 
-CHUNK_BYTES = 1 << 20  # inner chunks are at most this, and at least half of it where an array needs more than one
+CHUNK_BYTES = 1 << 20  # largest size of an inner chunk; at least half of it if an array has several
 _CRC = 4
 _INDEX_ENTRY = 16  # offset and size, uint64 each
-_FILLS = {"int8": -128, "uint8": 255}  # every byte is a code, so 255 is no proof; NaN for the others
+_FILLS = {"int8": -128, "uint8": 255}  # in int8 no code has this value, in uint8 one may; NaN for other dtypes
 
 
 class Source(Protocol):
@@ -36,11 +35,11 @@ class Source(Protocol):
 
 
 class ArrayDamageError(ValueError):
-    """A chunk or the index of a shard is not what its checksum says."""
+    """A chunk or the index of a shard does not match its checksum."""
 
 
 def chunk_rows(shape: tuple[int, ...], itemsize: int) -> int:
-    """Rows of one inner chunk: as few chunks of at most 1 MiB as hold the array, all of the same height."""
+    """Rows of one inner chunk: the array is divided evenly into as few chunks of at most 1 MiB as possible."""
     rows = shape[0]
     row_bytes = itemsize * int(np.prod(shape[1:], dtype=np.int64))
     count = max(1, -(-rows // max(1, CHUNK_BYTES // max(1, row_bytes))))
@@ -48,7 +47,7 @@ def chunk_rows(shape: tuple[int, ...], itemsize: int) -> int:
 
 
 def chunk_count(shape: tuple[int, ...], itemsize: int) -> int:
-    """Inner chunks of an array; 0 where it has no rows, and then no shard either."""
+    """Number of inner chunks of an array; 0 if it has no rows, and then there is no shard."""
     return -(-shape[0] // chunk_rows(shape, itemsize))
 
 
@@ -71,7 +70,7 @@ def group_metadata() -> bytes:
 
 @functools.lru_cache(maxsize=4096)  # layers of a part are alike
 def array_metadata(shape: tuple[int, ...], dtype: str) -> bytes:
-    """The ``zarr.json`` of an array; a reader accepts these bytes and no others."""
+    """The ``zarr.json`` of an array; a reader accepts only these bytes."""
     itemsize = np.dtype(dtype).itemsize
     rows, rest = chunk_rows(shape, itemsize), list(shape[1:])
     little = {"configuration": {"endian": "little"}, "name": "bytes"}
@@ -109,7 +108,7 @@ def encode_shard(values: np.ndarray) -> list[Buffer]:
     position = 0
     for start in range(0, rows, step):
         chunk = values[start : start + step]
-        if len(chunk) < step:  # a shard holds whole chunks; what lies beyond the array is loud
+        if len(chunk) < step:  # a shard holds whole chunks; the rest is filled with a value that a reader notices
             chunk = np.concatenate([chunk, np.full((step - len(chunk), *values.shape[1:]), fill, dtype=values.dtype)])
         data = chunk.data.cast("B")
         buffers += [data, _checksum(data)]
@@ -119,9 +118,9 @@ def encode_shard(values: np.ndarray) -> list[Buffer]:
 
 
 def decode_shard(source: Source, shape: tuple[int, ...], dtype: str) -> np.ndarray:
-    """Read the array of a shard of known shape straight into place. Raises ArrayDamageError.
+    """Read the array of a shard of known shape into one buffer. Raises ArrayDamageError.
 
-    The caller has checked that the file is ``shard_bytes`` long.
+    The caller has checked that the file has ``shard_bytes``.
     """
     values = np.empty(shape, dtype=np.dtype(dtype).newbyteorder("<"))
     if not shape[0]:
@@ -141,9 +140,9 @@ def decode_shard(source: Source, shape: tuple[int, ...], dtype: str) -> np.ndarr
             chunk[...] = padded[: len(chunk)]
         sizes.append(len(view) + _CRC)
     expected = b"".join(_index([(start * size, size) for start, size in enumerate(sizes)]))
-    found = bytearray(len(expected))
-    source.readinto(memoryview(found))
-    if found != expected:
+    index = bytearray(len(expected))
+    source.readinto(memoryview(index))
+    if index != expected:
         raise ArrayDamageError("the index of its chunks is not that of an array of this shape")
     return values
 
@@ -155,5 +154,5 @@ def _index(entries: Iterable[tuple[int, int]]) -> list[bytes]:
 
 def _checksum(data: Buffer) -> bytes:
     view = np.frombuffer(data, dtype=np.uint8)
-    view.flags.writeable = False  # all that google_crc32c takes
+    view.flags.writeable = False  # google_crc32c accepts read-only buffers only
     return struct.pack("<I", google_crc32c.value(view))

@@ -1,12 +1,13 @@
 """Reads the Arrow files of a cache without Arrow's reader.
 
-Arrow's own reader verifies the structure of a file and not what the structure says: a forged one ends the process with
-a segmentation fault or an abort, which no ``except`` catches (docs/decisions/0018). A cache may come from anybody. Its
-files have one uncompressed record batch of a schema that is known before the file is opened, so little of the format is
-needed, and this module reads that: the two messages, the footer, and the flatbuffer tables in them. Every position is
-compared with the bytes that are there before it is used, and nothing is allocated by what a file says of itself.
-Columns are read-only views of the bytes, nothing is copied. Arrow is handed verified buffers only: those of strings,
-which it decodes faster than Python does.
+A cache may come from somebody else. Arrow's own reader checks the structure of a file but not the values in it: a
+forged file ends the process with a segmentation fault or an abort, which no ``except`` catches (docs/decisions/0018).
+
+A file of a cache has one uncompressed record batch, and its schema is known before the file is opened. So a small part
+of the format is enough: two messages, the footer, and the flatbuffer tables in them. This module compares every
+position with the length of the data before it uses it, and never allocates the size that a file claims. Columns are
+read-only views of the data; nothing is copied. Arrow gets verified buffers only: those of strings, which it decodes
+faster than Python.
 
 The layout: "ARROW1", 2 bytes, schema message, record batch message with its body, end of stream, footer, length of the
 footer, "ARROW1". A message is ff ff ff ff, the length of its metadata, the metadata (a flatbuffer), the body.
@@ -37,7 +38,7 @@ Kind = Literal[
 
 _MAGIC = b"ARROW1"
 _CONTINUATION = b"\xff\xff\xff\xff"
-_VERSIONS = (3, 4)  # V4 and V5 of the metadata: the same for what is read here
+_VERSIONS = (3, 4)  # V4 and V5 of the metadata: equal in the parts that are read here
 _SCHEMA, _RECORD_BATCH = 1, 3  # kinds of a message
 _ALIGNMENT = 8
 _BLOCK = 24  # bytes of an entry of the footer: offset, length of the metadata, bytes of the body
@@ -88,10 +89,9 @@ class Column:
     name: str
     length: int
     valid: np.ndarray | None  # bool[length]; None where nothing is null
-    values: (
-        np.ndarray
-    )  # [length]; [length, size] of a fixed_size_list or, uint8, fixed_size_binary; uint8[bytes] of strings
-    offsets: np.ndarray  # int32 or int64 [length + 1] of strings and lists: never falling, within the values
+    # [length]; fixed_size_list: [length, size]; fixed_size_binary: uint8 [length, size]; strings: uint8 [bytes]
+    values: np.ndarray
+    offsets: np.ndarray  # of strings and lists: int32 or int64 [length + 1], never decreasing, within the values
     children: tuple[Column, ...]
 
     @property
@@ -100,31 +100,31 @@ class Column:
         return 0 if self.valid is None else self.length - int(np.count_nonzero(self.valid))
 
     def strings(self) -> list[str]:
-        """The texts of a string column, empty where there is a null. Raises TableDamageError where one is not UTF-8."""
+        """The texts of a string column; a null becomes an empty text. Raises TableDamageError if one is not UTF-8."""
         if not self.length:
             return []
         import pyarrow as pa
 
         kind = pa.StringArray if self.offsets.itemsize == 4 else pa.LargeStringArray
         try:
-            found: list[str] = kind.from_buffers(
+            texts: list[str] = kind.from_buffers(
                 self.length, pa.py_buffer(self.offsets), pa.py_buffer(self.values)
             ).to_pylist()
         except UnicodeDecodeError as error:
             raise TableDamageError(f"has a text in column '{self.name}' that is not UTF-8") from error
         if self.valid is None:
-            return found
-        return [text if valid else "" for text, valid in zip(found, self.valid.tolist(), strict=True)]
+            return texts
+        return [text if valid else "" for text, valid in zip(texts, self.valid.tolist(), strict=True)]
 
 
 def read_columns(data: bytes, fields: tuple[Field, ...], rows: int) -> list[Column]:
-    """The columns of a file of exactly these fields and rows. Raises TableDamageError."""
+    """The columns of a file with exactly these fields and so many rows. Raises TableDamageError."""
     if data[:8] != _MAGIC + b"\0\0" or data[-6:] != _MAGIC:
         raise TableDamageError("is not an Arrow file")
     try:
         return _read(data, fields, rows)
     except struct.error as error:
-        raise TableDamageError("is not readable: its metadata point beyond its end") from error
+        raise TableDamageError("is not readable: its metadata refer to positions beyond its end") from error
 
 
 def _read(data: bytes, fields: tuple[Field, ...], rows: int) -> list[Column]:
@@ -140,9 +140,9 @@ def _read(data: bytes, fields: tuple[Field, ...], rows: int) -> list[Column]:
 
 
 def _metadata(data: bytes, at: int) -> tuple[bytes, int]:
-    """The metadata of the message at ``at``, and where its body begins."""
+    """The metadata of the message at position ``at``, and the position of its body."""
     if data[at : at + 4] != _CONTINUATION:
-        raise TableDamageError("is not readable: a message does not begin where it should")
+        raise TableDamageError("is not readable: there is no message at the expected position")
     (length,) = _I32.unpack_from(data, at + 4)
     start = at + 8
     if length <= 0 or length > len(data) - start or length % _ALIGNMENT:
@@ -151,27 +151,27 @@ def _metadata(data: bytes, at: int) -> tuple[bytes, int]:
 
 
 def _message(metadata: bytes, kind: int, room: int) -> tuple[int, int]:
-    """Where the header table of a message lies, and how many bytes its body has: at most ``room``."""
+    """The position of the header table of a message, and the size of its body: at most ``room`` bytes."""
     message = _root(metadata)
-    found = _number(metadata, message, 1, _U8)
+    given = _number(metadata, message, 1, _U8)
     header = _child(metadata, message, 2)
-    if _number(metadata, message, 0, _I16) not in _VERSIONS or found != kind or header is None:
+    if _number(metadata, message, 0, _I16) not in _VERSIONS or given != kind or header is None:
         wanted = "schema" if kind == _SCHEMA else "record batch"
-        raise TableDamageError(f"has a message of kind {found} where its {wanted} should be")
+        raise TableDamageError(f"has a message of kind {given} instead of its {wanted}")
     body = _number(metadata, message, 3, _I64)
     if not 0 <= body <= room or body % _ALIGNMENT:
         raise TableDamageError(f"is not readable: a message has a body of {body} bytes")
     return header, body
 
 
-@functools.lru_cache(maxsize=64)  # the parts of a cache have the same
+@functools.lru_cache(maxsize=64)  # all parts of a cache have the same schema
 def _check_schema_message(metadata: bytes, fields: tuple[Field, ...]) -> None:
     header, _ = _message(metadata, _SCHEMA, 0)
     _check_schema(metadata, header, fields)
 
 
 def _check_footer(data: bytes, after: int, block: tuple[int, int, int], fields: tuple[Field, ...]) -> None:
-    """The end of the stream and the footer: other readers of Arrow files begin there, and must find the same."""
+    """Check the end of the stream and the footer, where other readers of Arrow files begin."""
     if data[after : after + 8] != _CONTINUATION + bytes(4):
         raise TableDamageError("has more than one record batch, or no end of its stream")
     (length,) = _I32.unpack_from(data, len(data) - 10)
@@ -188,7 +188,7 @@ def _check_footer(data: bytes, after: int, block: tuple[int, int, int], fields: 
             f"has a footer of {batches} record batches and {dictionaries} dictionaries, expected 1 and 0"
         )
     if _BLOCK_FIELDS.unpack_from(footer, first) != block:
-        raise TableDamageError("has a footer that says that its record batch lies elsewhere")
+        raise TableDamageError("has a footer with another position of its record batch")
     _check_schema(footer, schema, fields)
 
 
@@ -222,7 +222,7 @@ def _check_field(data: bytes, table: int, field: Field) -> None:
 
 
 def _refuse_field(data: bytes, table: int, kind: int, field: Field) -> NoReturn:
-    """Says of the field in the file what can be said in a line."""
+    """Raise TableDamageError with the field in the file and the expected one."""
     name = (_text(data, table, 0) or b"")[:_SHOWN].decode("utf-8", "replace")
     nullable = "" if _number(data, table, 1, _U8) else " not null"
     raise TableDamageError(f"has the schema {name!r}: {_TYPES.get(kind, f'type {kind}')}{nullable}, expected {field}")
@@ -242,7 +242,7 @@ _TYPE_NUMBERS = {name: number for number, name in _TYPES.items()}
 
 @functools.cache
 def _wanted(field: Field) -> tuple[int, tuple[int, ...]]:
-    """The type of a field and its parameters, as a file says them."""
+    """The type of a field and its parameters, as numbers in the file."""
     if field.kind in ("int8", "int32", "int64"):
         return _TYPE_NUMBERS["int"], (int(field.kind[3:]), 1)
     if field.kind == "float":
@@ -251,7 +251,7 @@ def _wanted(field: Field) -> tuple[int, tuple[int, ...]]:
 
 
 class _Batch:
-    """The nodes (length and nulls) and buffers of a record batch, taken one by one in the order of the fields."""
+    """The nodes (length and nulls) and buffers of a record batch; they are read in the order of the fields."""
 
     def __init__(self, data: bytes, metadata: bytes, table: int, body: int, body_bytes: int) -> None:
         self._data, self._body, self._body_bytes = data, body, body_bytes
@@ -305,23 +305,23 @@ class _Batch:
         packed = self._view(field, start, size, -(-length // 8))
         valid = np.unpackbits(packed, count=length, bitorder="little").view(bool)
         if length - int(np.count_nonzero(valid)) != nulls:
-            raise TableDamageError(f"has other nulls in column '{field.name}' than it says")
+            raise TableDamageError(f"has another number of nulls in column '{field.name}' than it says")
         return valid if nulls else None
 
     def _offsets(self, field: Field, length: int, dtype: np.dtype[Any]) -> np.ndarray:
         start, size = self._next_buffer(field)
-        if not length and not size:  # nothing is written for no rows
+        if not length and not size:  # a column without rows may have no offsets
             return np.zeros(1, dtype)
         offsets = self._view(field, start, size, (length + 1) * dtype.itemsize).view(dtype)
         if offsets[0] < 0 or (offsets[1:] < offsets[:-1]).any():
-            raise TableDamageError(f"has offsets in column '{field.name}' that fall")
+            raise TableDamageError(f"has decreasing offsets in column '{field.name}'")
         return offsets
 
     def _bytes(self, field: Field, needed: int) -> np.ndarray:
         return self._view(field, *self._next_buffer(field), needed)
 
     def _view(self, field: Field, start: int, size: int, needed: int) -> np.ndarray:
-        """``needed`` bytes of a buffer of ``size``, which lies within the body."""
+        """The first ``needed`` bytes of a buffer of ``size`` bytes, which lies within the body."""
         if needed > size:
             raise TableDamageError(f"has {size} bytes in a buffer of column '{field.name}' that needs {needed}")
         return np.frombuffer(self._data, np.uint8, needed, self._body + start) if needed else _NOTHING
@@ -334,10 +334,10 @@ class _Batch:
 
     @staticmethod
     def _next(pairs: Iterator[tuple[int, int]]) -> tuple[int, int]:
-        found = next(pairs, None)
-        if found is None:
+        pair = next(pairs, None)
+        if pair is None:
             raise TableDamageError("has fewer buffers than its schema needs")
-        return found
+        return pair
 
 
 _NOTHING = np.zeros(0, np.uint8)
@@ -349,9 +349,9 @@ def _listed(fields: Sequence[Field]) -> str:
     return shown if len(shown) <= 5 * _SHOWN else f"{shown[: 5 * _SHOWN]} ..."
 
 
-# Flatbuffers. A table begins with the distance back to its vtable: 2 bytes its own size, 2 bytes the table's, then for
-# each field 2 bytes where in the table it lies, 0 where it is absent. Other values are distances forward.
-# ``unpack_from`` refuses what lies beyond the end; what lies before the beginning, it does not.
+# Flatbuffers. A table begins with the distance back to its vtable. A vtable has 2 bytes for its own size, 2 bytes for
+# the size of the table, and for each field 2 bytes with its offset in the table, or 0 if it is absent. Other references
+# are distances forward. ``unpack_from`` refuses positions beyond the end, but not those before the beginning.
 
 
 def _root(data: bytes) -> int:
@@ -359,12 +359,12 @@ def _root(data: bytes) -> int:
 
 
 def _follow(data: bytes, at: int) -> int:
-    """Where the distance at ``at`` leads."""
+    """The position that the distance at position ``at`` refers to."""
     return at + int(_U32.unpack_from(data, at)[0])
 
 
 def _slot(data: bytes, table: int, number: int) -> int | None:
-    """Where field ``number`` of a table lies; None where it is absent."""
+    """The position of field ``number`` of a table; None if it is absent."""
     vtable = table - _I32.unpack_from(data, table)[0]
     if vtable < 0:
         raise struct.error
@@ -385,7 +385,7 @@ def _child(data: bytes, table: int, number: int) -> int | None:
 
 
 def _vector(data: bytes, table: int, number: int, size: int) -> tuple[int, int]:
-    """How many entries of ``size`` bytes a vector has, and where the first lies; 0 where it is absent."""
+    """The number of entries (of ``size`` bytes) of a vector, and the position of the first; 0 and 0 if absent."""
     at = _child(data, table, number)
     if at is None:
         return 0, 0

@@ -1,7 +1,7 @@
 """The safetensors file of a layer's basis: projection, mean, variances, and the tensors of its storage format.
 
-The header is compared with the one that the manifest implies before a tensor is looked at; nothing is allocated by what
-a file claims.
+The decoder first compares the header with the one that the manifest implies. So it never allocates the size that a file
+claims.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class BasisDamageError(ValueError):
 
 
 def check_basis(basis: Basis, spec: LayerSpec, width: int) -> None:
-    """Raises ValueError where a basis is not one of ``dim`` rows for hidden states of ``width``, or not finite.
+    """Raises ValueError unless a basis is finite and has ``dim`` rows for hidden states of ``width``.
 
-    Its own tensors are judged by the storage format, which may leave it fewer rows.
+    The storage format checks its own tensors, and may allow fewer rows.
     """
     if (basis.components is None) != (spec.projection == "none"):
         raise ValueError(
@@ -48,7 +48,7 @@ def check_basis(basis: Basis, spec: LayerSpec, width: int) -> None:
 
 
 def encode_basis(basis: Basis) -> bytes:
-    """The file's bytes: a function of the values alone."""
+    """The bytes of the file; they depend only on the values."""
     from safetensors.numpy import save
 
     data: bytes = save(_arrays(basis))
@@ -56,7 +56,7 @@ def encode_basis(basis: Basis) -> bytes:
 
 
 def decode_basis(data: bytes, spec: LayerSpec, width: int) -> Basis:
-    """Raises BasisDamageError where the file is not exactly a basis of that shape."""
+    """The basis in a file. Raises BasisDamageError unless it has exactly the tensors of ``spec``."""
     from safetensors import SafetensorError
     from safetensors.numpy import load
 
@@ -66,7 +66,9 @@ def decode_basis(data: bytes, spec: LayerSpec, width: int) -> Basis:
     except (SafetensorError, ValueError) as error:
         raise BasisDamageError(f"is not readable: {str(error)[:200]}") from error
     if (spec.projection != "none") != ("components" in arrays):
-        raise BasisDamageError(f"has not the components of projection '{spec.projection}'")
+        raise BasisDamageError(
+            f"{'has' if 'components' in arrays else 'lacks'} components, with projection '{spec.projection}'"
+        )
     totals = [float(arrays[name][0]) for name in ("total_variance", "target_variance")]
     if not all(math.isfinite(total) and total >= 0 for total in totals):
         raise BasisDamageError("has a variance that is negative or not finite")
@@ -77,12 +79,12 @@ def decode_basis(data: bytes, spec: LayerSpec, width: int) -> Basis:
     try:
         format_of(spec).check_tables(basis, spec)
     except ValueError as error:
-        raise BasisDamageError(f"has tensors that cannot be: {error}") from error
+        raise BasisDamageError(f"has invalid tensors: {error}") from error
     return basis
 
 
 def _shapes(spec: LayerSpec, width: int, given: Mapping[str, Sequence[int]]) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Every tensor that may be there; what the storage format leaves open is as ``given``, within its bounds."""
+    """Data type and shape of all possible tensors; variable extents are as ``given``, within bounds of the format."""
     storage = format_of(spec)
     dim = storage.basis_dim(spec, given)
     return {
@@ -115,7 +117,7 @@ def _check_header(data: bytes, spec: LayerSpec, width: int) -> None:
     except (ValueError, RecursionError) as error:
         raise BasisDamageError("has a header that is not JSON") from error
     if not isinstance(header, dict) or not all(isinstance(entry, dict) for entry in header.values()):
-        raise BasisDamageError("has a header that is not one of safetensors")
+        raise BasisDamageError("has a header that is not that of safetensors")
     wanted = _shapes(spec, width, {name: entry.get("shape", ()) for name, entry in header.items()})
     if not wanted.keys() - _OPTIONAL <= header.keys() <= wanted.keys():
         raise BasisDamageError(f"holds other tensors than {', '.join(sorted(wanted))}")

@@ -1,8 +1,8 @@
-"""Canonical JSON (RFC 8785) of integers and strings, and a JSON reader that takes nothing else.
+"""Canonical JSON (RFC 8785) of integers and strings, and a JSON reader that accepts nothing else.
 
-Two programs that hold the same document must agree on its bytes, or identities mean nothing. Fractions are the only
-hard part of RFC 8785 and have no place in a manifest: a score is a string. So the canonical form is short enough to
-write in any language: keys sorted by UTF-16 code units, no white space, the shortest string escapes.
+An identity is a digest of a document, so every program must write the same bytes for the same document. Fractions are
+the only difficult part of RFC 8785, and manifests have none: a score is a string. The remaining rules are easy in any
+language: keys sorted by UTF-16 code units, no white space, the shortest string escapes.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
-MAX_INTEGER = 2**53 - 1  # what every JSON reader keeps exactly
+MAX_INTEGER = 2**53 - 1  # the largest integer that every JSON reader keeps exactly
 MAX_DEPTH = 16
 
 
 class NotCanonicalError(ValueError):
-    """The value, or the text, has no canonical form here."""
+    """The value or the text has no canonical form."""
 
 
 def canonical_json(value: Any) -> bytes:
@@ -30,7 +30,7 @@ def canonical_json(value: Any) -> bytes:
 
 
 def readable_json(value: Any) -> bytes:
-    """The same document in the same order with line breaks, for people; its canonical form is that of ``value``."""
+    """The same document with line breaks, for people; its canonical form is that of ``value``."""
     return _encode(json.dumps(ordered(value), ensure_ascii=False, indent=1) + "\n")
 
 
@@ -40,15 +40,15 @@ def digest_of(value: Any) -> str:
 
 
 def digest_of_ordered(value: Any) -> str:
-    """The same of what ``ordered`` or ``parse_json`` gave back.
+    """``digest_of`` a result of ``ordered`` or ``parse_json``, without sorting again.
 
-    A manifest has ten thousand files, and sorting is most of the work.
+    Sorting is most of the work: a manifest lists ten thousand files.
     """
     return hashlib.sha256(_encode(json.dumps(value, ensure_ascii=False, separators=(",", ":")))).hexdigest()
 
 
 def ordered(value: Any, depth: int = 0) -> Any:
-    """``value`` with every object's keys in canonical order, checked all the way down."""
+    """``value`` with the keys of all objects in canonical order. Raises NotCanonicalError."""
     if depth > MAX_DEPTH:
         raise NotCanonicalError(f"nested more than {MAX_DEPTH} deep")
     if isinstance(value, str):
@@ -57,7 +57,7 @@ def ordered(value: Any, depth: int = 0) -> Any:
         if abs(value) > MAX_INTEGER:
             raise NotCanonicalError(f"integer {value} is beyond 2^53 - 1")
         return value
-    if isinstance(value, dict | Mapping):  # a dict is told at once
+    if isinstance(value, dict | Mapping):  # the check for dict is much faster than that for Mapping
         if not all(isinstance(key, str) for key in value):
             raise NotCanonicalError("keys must be strings")
         return {key: ordered(value[key], depth + 1) for key in _in_order(value)}
@@ -69,7 +69,7 @@ def ordered(value: Any, depth: int = 0) -> Any:
 def parse_json(data: bytes) -> Any:
     """Parse JSON of objects, lists, strings and integers.
 
-    Raises NotCanonicalError for all else, duplicate keys among it.
+    Raises NotCanonicalError for any other value, and for duplicate keys.
     """
     try:
         value = json.loads(
@@ -85,14 +85,14 @@ def parse_json(data: bytes) -> Any:
 
 
 def _in_order(keys: Iterable[str]) -> list[str]:
-    """By UTF-16 code units; for ASCII that is how Python sorts strings."""
+    """Keys sorted by UTF-16 code units; for ASCII that is Python's own order."""
     if all(map(str.isascii, keys)):
         return sorted(keys)
     return sorted(map(_unicode, keys), key=lambda key: key.encode("utf-16-be"))
 
 
 def _unicode(text: str) -> str:
-    """``text`` itself; half of a surrogate pair has no UTF-8 form."""
+    """``text``. Raises NotCanonicalError for half of a surrogate pair, which has no UTF-8 form."""
     if not text.isascii():
         _encode(text)
     return text
@@ -106,10 +106,10 @@ def _encode(text: str) -> bytes:
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) != len(pairs):
+    document = dict(pairs)
+    if len(document) != len(pairs):
         raise NotCanonicalError("an object names a key twice")
-    return made
+    return document
 
 
 def _refuse_number(text: str) -> NoReturn:

@@ -7,11 +7,13 @@ and licences that people wrote are escaped: they cannot break out of their table
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from kdcache.cache import layout
 from kdcache.cache.schema import teacher_document
+from kdcache.cache.selection import component
 from kdcache.codecs.base import LayerSpec
 from kdcache.codecs.registry import format_of
 
@@ -22,11 +24,11 @@ if TYPE_CHECKING:
 
 
 _UNKNOWN = "not stated"
-_CELL = 200  # characters at most of what a manifest's author wrote
+_CELL = 200  # characters of a text that somebody wrote, at most
 
 
 def cache_card(manifest: Manifest, *, name: str = "") -> str:
-    """Markdown. ``name``: what the cache is called on the remote that it came from."""
+    """Markdown. ``name``: the name of the cache on the remote that it came from."""
     facts = describe_manifest(manifest)
     provenance = facts["provenance"]
     teachers = facts["teachers"]
@@ -35,9 +37,8 @@ def cache_card(manifest: Manifest, *, name: str = "") -> str:
     return f"""\
 # {title}: a cache of teacher targets
 
-What {count} said of {facts["texts"]:,} texts: raw logits, and hidden states of some layers, for the distillation \
-of small
-students with kdcache. {facts["bytes"] / 1e6:,.1f} MB.
+The outputs of {count} for {facts["texts"]:,} texts: raw logits, and hidden states of some layers, \
+for the distillation of small students with kdcache. {facts["bytes"] / 1e6:,.1f} MB.
 
 {_facts(facts, provenance)}
 
@@ -47,7 +48,7 @@ students with kdcache. {facts["bytes"] / 1e6:,.1f} MB.
 
 | teacher | from | head | max. tokens | layers stored | size | validation |
 |---|---|---|---|---|---|---|
-{_rows(_teacher(name, one, _under(provenance, "teachers", name)) for name, one in teachers.items())}
+{_rows(_teacher(name, teacher, subtable(provenance, "teachers", name)) for name, teacher in teachers.items())}
 {_mean(provenance)}
 ## What is stored
 
@@ -80,37 +81,41 @@ def _facts(facts: Mapping[str, Any], provenance: Mapping[str, Any]) -> str:
 
 
 def _teacher(name: str, facts: Mapping[str, Any], record: Mapping[str, Any]) -> tuple[str, ...]:
-    scores = ", ".join(f"{_plain(key)} {_number(value)}" for key, value in _under(record, "scores").items())
     return (
         name, _said(record, "source") or _UNKNOWN, facts["head"], str(facts["max_length"]), _layers(facts["layers"]),
-        f"{facts['bytes'] / 1e6:,.1f} MB", scores or "–",
+        f"{facts['bytes'] / 1e6:,.1f} MB", _scores(record, "scores") or "–",
     )  # fmt: skip
 
 
 def _mean(provenance: Mapping[str, Any]) -> str:
-    scores = ", ".join(f"{_plain(key)} {_number(value)}" for key, value in _under(provenance, "mean_scores").items())
+    scores = _scores(provenance, "mean_scores")
     return f"\nMean of the co-finetuned teachers' probabilities on validation: {scores}.\n" if scores else ""
+
+
+def _scores(record: Mapping[str, Any], key: str) -> str:
+    return ", ".join(f"{_plain(name)} {_number(value)}" for name, value in subtable(record, key).items())
 
 
 def _layers(layers: Mapping[str, Mapping[str, Any]]) -> str:
     if not layers:
         return "none: logits only"
-    forms: dict[str, list[str]] = {}
-    for number, one in layers.items():
-        forms.setdefault(stored_as(one), []).append(number)
-    return "; ".join(f"{' '.join(numbers)} ({form})" for form, numbers in forms.items())
+    numbers: dict[str, list[str]] = {}  # of the layers, by storage format
+    for number, layer in layers.items():
+        numbers.setdefault(stored_as(layer), []).append(number)
+    return "; ".join(f"{' '.join(of_format)} ({storage})" for storage, of_format in numbers.items())
 
 
 def _stored(facts: Mapping[str, Any]) -> str:
     teachers = facts["teachers"].values()
-    hidden = sum(layer["bytes"] for one in teachers for layer in one["layers"].values())
+    hidden = sum(layer["bytes"] for teacher in teachers for layer in teacher["layers"].values())
+    pooled = " and pooled vectors" if any(teacher["pooled"] for teacher in teachers) else ""
+    texts = "yes, in `text/`" if facts["text_stored"] else "no; give the data, its rows are found by their text"
+    total = {key: sum(teacher[key] for teacher in teachers) for key in ("bytes_outputs", "bytes_tokens", "tokens")}
     lines = [
-        f"- logits{' and pooled vectors' if any(one['pooled'] for one in teachers) else ''}, float32: "
-        f"{sum(one['bytes_outputs'] for one in teachers) / 1e6:,.1f} MB",
-        f"- hidden states of {sum(one['tokens'] for one in teachers):,} tokens: {hidden / 1e6:,.1f} MB",
-        f"- token spans for alignment: {sum(one['bytes_tokens'] for one in teachers) / 1e6:,.1f} MB",
-        "- the texts themselves: "
-        f"{'yes, in `text/`' if facts['text_stored'] else 'no; bring the data, rows join by their text'}",
+        f"- logits{pooled}, float32: {total['bytes_outputs'] / 1e6:,.1f} MB",
+        f"- hidden states of {total['tokens']:,} tokens: {hidden / 1e6:,.1f} MB",
+        f"- token spans for alignment: {total['bytes_tokens'] / 1e6:,.1f} MB",
+        f"- the texts themselves: {texts}",
     ]
     return "\n".join(lines)
 
@@ -130,7 +135,7 @@ def _licences(facts: Mapping[str, Any], provenance: Mapping[str, Any]) -> str:
         f"- this cache: {_said(provenance, 'licence') or _UNKNOWN}",
         f"- data: {_said(provenance, 'data_licence') or _UNKNOWN}",
         *(
-            f"- teacher {name}: {_said(_under(provenance, 'teachers', name), 'licence') or _UNKNOWN}"
+            f"- teacher {name}: {_said(subtable(provenance, 'teachers', name), 'licence') or _UNKNOWN}"
             for name in facts["teachers"]
         ),
     ]
@@ -140,16 +145,16 @@ def _licences(facts: Mapping[str, Any], provenance: Mapping[str, Any]) -> str:
 
 
 def _version(provenance: Mapping[str, Any]) -> str:
-    version = _said(_under(provenance, "versions"), "kdcache")
+    version = _said(subtable(provenance, "versions"), "kdcache")
     return f"kdcache {version}" if version else ""
 
 
-def _under(document: Mapping[str, Any], *keys: str) -> Mapping[str, Any]:
-    """A table of the provenance; empty where something else is there, since provenance may hold anything."""
-    found: Any = document
+def subtable(document: Mapping[str, Any], *keys: str) -> Mapping[str, Any]:
+    """A table of the provenance, which may hold anything; empty if there is no table."""
+    value: Any = document
     for key in keys:
-        found = found.get(key) if isinstance(found, Mapping) else None
-    return found if isinstance(found, Mapping) else {}
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value if isinstance(value, Mapping) else {}
 
 
 def _said(document: Mapping[str, Any], key: str) -> str:
@@ -170,9 +175,9 @@ def _codes(names: list[str]) -> str:
 
 
 def _plain(value: Any) -> str:
-    """One line without what a page or a terminal would act on."""
+    """One line without characters that a page or a terminal would interpret."""
     line = re.sub(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]+", " ", str(value))
-    line = re.sub(r"[|<>\[\]`]", lambda found: f"&#{ord(found[0])};", line[:_CELL])
+    line = re.sub(r"[|<>\[\]`]", lambda match: f"&#{ord(match[0])};", line[:_CELL])
     return line.strip()
 
 
@@ -181,11 +186,11 @@ def _rows(rows: Any) -> str:
 
 
 def describe(cache: Cache) -> dict[str, Any]:
-    """``describe_manifest``, and where the cache lies and what of it is there. No data file is read."""
+    """``describe_manifest``, with the path of the cache and the parts of it that are here. Reads no data file."""
     facts = {"path": str(cache.path), **describe_manifest(cache.manifest)}
-    for name, one in facts["teachers"].items():
-        one["here"] = _here(cache, layout.tokenizer_file(name))
-        for layer, stored in one["layers"].items():
+    for name, teacher in facts["teachers"].items():
+        teacher["here"] = _here(cache, layout.tokenizer_file(name))
+        for layer, stored in teacher["layers"].items():
             stored["here"] = _here(cache, layout.basis_file(name, int(layer)))
     return {**facts, "selection": _selection(cache)}
 
@@ -193,7 +198,7 @@ def describe(cache: Cache) -> dict[str, Any]:
 def describe_manifest(manifest: Manifest) -> dict[str, Any]:
     """JSON-able: counts, tokens, bytes per teacher and layer, label names, identity, provenance.
 
-    Of a layer, ``row_bytes`` is what one row (a token, or a text) takes, ``bytes`` the size of all of its files.
+    Of a layer, ``row_bytes`` is the size of one row (a token, or a text), ``bytes`` that of all its files.
     """
     contents = manifest.contents
     texts = {scope: sum(part.texts for part in contents.parts if part.scope == scope) for scope in ("full", "logits")}
@@ -227,7 +232,7 @@ def stored_as(layer: Mapping[str, Any]) -> str:
 
 
 def _selection(cache: Cache) -> dict[str, Any] | None:
-    """What of the cache is here, where that is not all; ``bytes_absent`` are selected and still to be fetched."""
+    """The part of the cache that is here, None for a whole cache; ``bytes_absent`` are still to be fetched."""
     if cache.local is None:
         return None
     local, files = cache.local, cache.manifest.contents.files
@@ -251,21 +256,20 @@ def _here(cache: Cache, path: str) -> bool:
 
 def _teacher_facts(contents: Contents, name: str) -> dict[str, Any]:
     spec = contents.teachers[name]
-    home = f"{layout.teacher_directory(name)}/"
-    counts = contents.tokens.get(name, {})
-    sizes = {path: digest.size for path, digest in contents.files.items() if path.startswith(home)}
+    sizes: Counter[int | str] = Counter()  # bytes by layer; of other files by their folder
+    for path, digest in contents.files.items():
+        place = component(path)
+        if place.teacher == name:
+            sizes[path.split("/")[2] if place.layer is None else place.layer] += digest.size
     document = teacher_document(spec)
-    full = [part for part in contents.parts if part.scope == "full"]
-    for layer, one in spec.layers.items():
-        rows = {part.name: contents.rows(name, part, one) or 0 for part in full}
-        paths = {path for part, count in rows.items() for path in layout.layer_files(name, part, layer, one, count)}
-        total = sum(sizes[path] for path in paths) + sizes[layout.basis_file(name, layer)]
-        document["layers"][str(layer)] |= {"row_bytes": format_of(one).row_bytes(one), "bytes": total}
+    for layer, layer_spec in spec.layers.items():
+        row_bytes = format_of(layer_spec).row_bytes(layer_spec)
+        document["layers"][str(layer)] |= {"row_bytes": row_bytes, "bytes": sizes[layer]}
     return {
         **document,
         "pooled": spec.pooled,
-        "tokens": sum(counts.values()),
-        "bytes": sum(sizes.values()),
-        "bytes_outputs": sum(sizes[layout.outputs_file(name, part.name)] for part in contents.parts),
-        "bytes_tokens": sum(sizes[layout.tokens_file(name, part)] for part in counts),
+        "tokens": sum(contents.tokens.get(name, {}).values()),
+        "bytes": sizes.total(),
+        "bytes_outputs": sizes["outputs"],
+        "bytes_tokens": sizes["tokens"],
     }

@@ -7,11 +7,17 @@ manifest of them. A component (the outputs of a part, one layer of a part) exist
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from kdcache.cache import layout
+from kdcache.cache.arrays import array_metadata, group_metadata, shard_bytes
+from kdcache.codecs.registry import format_of
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from kdcache.cache.spec import Scope, Settings, TaskSpec, TeacherSpec
     from kdcache.codecs.base import LayerSpec
     from kdcache.files import FileDigest
@@ -32,6 +38,23 @@ class SplitInfo:
 
     examples: int
     file: str
+
+
+@dataclass(frozen=True)
+class Expected:
+    """A file that contents imply. Its bytes or its size may follow from the rest of the manifest."""
+
+    what: str  # its component, for messages
+    most: int = 0  # bytes that it has at most, if it is read whole
+    data: bytes | None = None  # its only possible bytes
+    size: int | None = None  # its only possible size
+    array: str = ""  # dtype and shape of the array that it belongs to, for messages
+
+
+_FRAME = 1 << 16  # bytes of schema, header and padding
+_EXAMPLE = 1100  # bytes of a row: id, label, and a group of a thousand characters on average
+_TOKENIZER = 1 << 28
+_TEXT = 1 << 31  # bytes of the texts of a part
 
 
 @dataclass
@@ -55,6 +78,11 @@ class Contents:
             self.task, self.settings, self.has_text, list(self.parts), dict(self.splits), dict(self.teachers), tokens,
             dict(self.files), dict(self.lost),
         )  # fmt: skip
+
+    def settings_record(self) -> dict[str, Any]:
+        """Everything that cannot change after the first dump, as plain JSON values."""
+        values = {**vars(self.task), **vars(self.settings), "text": "stored" if self.has_text else "absent"}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     def has_outputs(self, teacher: str, part: PartInfo) -> bool:
         return layout.outputs_file(teacher, part.name) in self.files
@@ -86,33 +114,44 @@ class Contents:
         has_tokenizer = layout.tokenizer_file(teacher) in self.files
         return has_tokenizer and all(self.has_outputs(teacher, part) for part in self.parts)
 
-    def expected_files(self) -> dict[str, str]:
-        """Every file of these contents -> its component, for messages."""
-        expected = {split.file: f"examples of '{name}'" for name, split in self.splits.items()}
+    def expected_files(self) -> dict[str, Expected]:
+        """Every file of these contents, by path."""
+        expected = {
+            split.file: Expected(f"examples of '{name}'", _EXAMPLE * split.examples + _FRAME)
+            for name, split in self.splits.items()
+        }
         for part in self.parts:
-            expected[layout.ids_file(part.name)] = f"text ids of {part.name}"
+            expected[layout.ids_file(part.name)] = Expected(f"text ids of {part.name}", 16 * part.texts + _FRAME)
             if self.has_text:
-                expected[layout.text_file(part.name)] = f"text of {part.name}"
+                expected[layout.text_file(part.name)] = Expected(f"text of {part.name}", _TEXT)
         for name, teacher in self.teachers.items():
-            expected[layout.tokenizer_file(name)] = f"tokenizer of teacher '{name}'"
-            expected |= {
-                layout.basis_file(name, layer): f"basis of layer {layer} of teacher '{name}'"
-                for layer in teacher.layers
-            }
+            expected[layout.tokenizer_file(name)] = Expected(f"tokenizer of teacher '{name}'", _TOKENIZER)
+            for layer, spec in teacher.layers.items():
+                values = spec.dim * teacher.width + teacher.width + spec.dim
+                expected[layout.basis_file(name, layer)] = Expected(
+                    f"basis of layer {layer} of teacher '{name}'", 4 * values + _FRAME + format_of(spec).basis_bytes
+                )
             for part in self.parts:
-                expected |= self._part_files(teacher, part)
+                expected.update(self._part_files(teacher, part))
         return expected
 
-    def _part_files(self, teacher: TeacherSpec, part: PartInfo) -> dict[str, str]:
+    def _part_files(self, teacher: TeacherSpec, part: PartInfo) -> Iterator[tuple[str, Expected]]:
         where = f"teacher '{teacher.name}', {part.name}"
-        files = {layout.outputs_file(teacher.name, part.name): f"outputs of {where}"}
-        if part.name in self.tokens.get(teacher.name, {}):
-            files[layout.tokens_file(teacher.name, part.name)] = f"tokens of {where}"
+        row_bytes = 4 * (teacher.target.shape[0] + (teacher.pooled or 0))
+        outputs = Expected(f"outputs of {where}", row_bytes * part.texts + _FRAME)
+        yield layout.outputs_file(teacher.name, part.name), outputs
+        tokens = self.tokens.get(teacher.name, {}).get(part.name)
+        if tokens is not None:
+            most = 10 * tokens + 4 * part.texts + _FRAME
+            yield layout.tokens_file(teacher.name, part.name), Expected(f"tokens of {where}", most)
         for layer, spec in teacher.layers.items():
             rows = self.rows(teacher.name, part, spec) if part.scope == "full" else None
             if rows is not None:
-                files[layout.group_file(teacher.name, part.name)] = f"hidden states of {where}"
-                files |= dict.fromkeys(
-                    layout.layer_files(teacher.name, part.name, layer, spec, rows), f"layer {layer} of {where}"
-                )
-        return files
+                group = Expected(f"hidden states of {where}", data=group_metadata(), array="a plain group")
+                yield layout.group_file(teacher.name, part.name), group
+                for name, (shape, dtype) in layout.array_shapes(layer, spec, rows).items():
+                    metadata, shard = layout.array_files(teacher.name, part.name, name, shape)
+                    what, array = f"layer {layer} of {where}", f"{dtype}{list(shape)}"
+                    yield metadata, Expected(what, data=array_metadata(shape, dtype), array=array)
+                    if shard:
+                        yield shard, Expected(what, size=shard_bytes(shape, np.dtype(dtype).itemsize), array=array)

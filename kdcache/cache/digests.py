@@ -120,13 +120,13 @@ class CheckedFiles:
 
     def check_present(self, path: str) -> os.stat_result:
         """Check presence, kind and size; fetches a missing file if it can. Raises DamageError, MismatchError."""
-        found = self._whole_or_none(path)
-        if found is None and self._arrivals is not None:
+        status = self._whole_or_none(path)
+        if status is None and self._arrivals is not None:
             self._arrivals.wait_for(path)
-            found = self.found(path)
-        if found is None:
+            status = self.found(path)
+        if status is None:
             raise self._missing(path)
-        return found
+        return status
 
     def check_coming(self, paths: Iterable[str]) -> None:
         """Like ``check_present`` without fetching: files that ``arrivals`` fetches count as present."""
@@ -160,29 +160,29 @@ class CheckedFiles:
                     return None
                 plain.add(place)
         place = f"{place}/{name}"
-        found = self._lstat(place)
-        if found is None:
+        status = self._lstat(place)
+        if status is None:
             return None
-        if not stat.S_ISREG(found.st_mode):
+        if not stat.S_ISREG(status.st_mode):
             raise DamageError(f"'{place}' is not a plain file", REPAIR_HINT)
-        if found.st_size != digest.size:
-            raise DamageError(f"'{place}' has {found.st_size} bytes, the manifest says {digest.size}", REPAIR_HINT)
-        return found
+        if status.st_size != digest.size:
+            raise DamageError(f"'{place}' has {status.st_size} bytes, the manifest says {digest.size}", REPAIR_HINT)
+        return status
 
     @staticmethod
     def _lstat(place: str) -> os.stat_result | None:
         """The status of ``place``, None if missing. Raises DamageError for a symbolic link."""
         try:
-            found = os.lstat(place)
+            status = os.lstat(place)
         except FileNotFoundError:
             return None
         except NotADirectoryError as error:
             raise DamageError(f"'{place}' is missing", REPAIR_HINT) from error
         except OSError as error:
             raise DamageError(f"'{place}' cannot be read: {error.strerror}", REPAIR_HINT) from error
-        if stat.S_ISLNK(found.st_mode):
+        if stat.S_ISLNK(status.st_mode):
             raise DamageError(f"'{place}' is a symbolic link; a cache holds plain files only", REPAIR_HINT)
-        return found
+        return status
 
     def _missing(self, path: str) -> KdcacheError:
         if self._local is not None and not self._local.selection.takes(path):
@@ -195,8 +195,8 @@ class CheckedFiles:
     def open(self, path: str) -> Iterator[CheckedFile]:
         """Open a file to be read to its end; the digest is compared at the end of the block. Raises DamageError."""
         digest = self._files[path]
-        found = self.check_present(path)
-        key = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, digest.sha256)
+        status = self.check_present(path)
+        key = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, digest.sha256)
         try:
             handle = os.open(self.root / path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0))
         except OSError as error:

@@ -15,7 +15,6 @@ from kdcache.codecs.base import HiddenBlock
 from kdcache.codecs.registry import format_of
 
 if TYPE_CHECKING:
-    from kdcache.cache.contents import Contents, PartInfo
     from kdcache.cache.digests import CheckedFiles
     from kdcache.cache.spec import TeacherSpec
     from kdcache.codecs.base import LayerSpec
@@ -73,17 +72,6 @@ def decode_layer(files: CheckedFiles, teacher: str, part: str, layer: int, spec:
         files.read(metadata)  # checked: this shape and dtype allow one content only
         arrays.append(_read_array(files, shard, shape, dtype))
     return HiddenBlock(arrays[0], arrays[1] if len(arrays) > 1 else None)
-
-
-def known_files(contents: Contents, teacher: TeacherSpec, part: PartInfo) -> dict[str, bytes]:
-    """Files of a full part whose bytes follow from shapes, so they can be restored without the teacher."""
-    files = {}
-    for layer, spec in teacher.layers.items():
-        rows = contents.rows(teacher.name, part, spec)
-        for name, (shape, dtype) in layout.array_shapes(layer, spec, rows).items() if rows is not None else ():
-            files[layout.group_file(teacher.name, part.name)] = group_metadata()
-            files[layout.array_files(teacher.name, part.name, name, shape)[0]] = array_metadata(shape, dtype)
-    return files
 
 
 def _read_array(files: CheckedFiles, shard: str | None, shape: tuple[int, ...], dtype: str) -> np.ndarray:

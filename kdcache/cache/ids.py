@@ -1,7 +1,7 @@
-"""Text ids: the name of a text is a hash of exactly what the tokenizers are given.
+"""Text ids: a hash of exactly the text columns that the tokenizers get.
 
-A position in a file, a split or a label says nothing about a text, and aligning targets by position is what broke other
-teacher caches. The id depends on the text alone, so examples, targets and students meet by id on every machine.
+A position in a file does not identify a text: caches that align targets by position break when the data change. An id
+depends only on the text. So examples, targets and students are joined by id on every machine.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Examples:
     """The rows of a split, in the order of its data. Many may share a text."""
 
     text_ids: np.ndarray  # uint8[n, 16]
-    labels: np.ndarray  # int64[n], -1 = none
+    labels: np.ndarray  # int64[n], -1 = no label
     groups: tuple[str, ...] | None
 
     def __len__(self) -> int:
@@ -30,11 +30,10 @@ class Examples:
 
 
 def text_id(columns: Sequence[str]) -> bytes:
-    """The 16-byte id of a text: BLAKE2b-128 over its columns, each as UTF-8 behind its byte length (uint64,
-    little-endian).
+    """The 16-byte id of a text: BLAKE2b-128 over its columns in UTF-8, each after its length in bytes.
 
-    The length prefixes keep ``("ab", "c")`` and ``("a", "bc")`` apart. Raises DataError where a column holds half of a
-    surrogate pair, which has no UTF-8 form.
+    The length (uint64, little-endian) keeps ``("ab", "c")`` and ``("a", "bc")`` apart. Raises DataError if a column has
+    half of a surrogate pair, which has no UTF-8 form.
     """
     digest = hashlib.blake2b(digest_size=ID_BYTES)
     for column in columns:
@@ -62,25 +61,22 @@ def id_list(ids: np.ndarray) -> list[bytes]:
 
 
 def seeded_order(ids: Iterable[bytes], seed: int) -> list[bytes]:
-    """The order in which texts enter a cache: by BLAKE2b-128 of the id, keyed with the seed (int64, little-endian).
+    """The order of texts in a cache: by BLAKE2b-128 of the id, keyed with the seed (int64, little-endian).
 
-    A pure function of the set of ids and the seed: not of the order of files, and not of any library's generator.
+    It depends only on the set of ids and the seed: not on the order of files, nor on a library's random numbers.
     """
     key = seed.to_bytes(8, "little", signed=True)
-    return sorted(ids, key=lambda one: (hashlib.blake2b(one, digest_size=ID_BYTES, key=key).digest(), one))
+    return sorted(ids, key=lambda id_: (hashlib.blake2b(id_, digest_size=ID_BYTES, key=key).digest(), id_))
 
 
 def ids_digest(parts: Iterable[np.ndarray]) -> str:
-    """The fingerprint of a set of texts.
-
-    Sha256 (hex) over their sorted distinct ids. Equal for the same texts however they are cut.
-    """
+    """The fingerprint of a set of texts: sha256 (hex) over the sorted distinct ids, however they are cut into parts."""
     ids = np.concatenate([np.zeros((0, ID_BYTES), np.uint8), *parts])
     return hashlib.sha256(np.unique(ids, axis=0).tobytes()).hexdigest()
 
 
 class IdIndex:
-    """Finds rows by id, in bulk: ids sorted once as pairs of 64-bit words, then binary search. 20 bytes a row."""
+    """Finds many rows by id: ids are sorted once as pairs of 64-bit words, then searched. Needs 20 bytes per row."""
 
     def __init__(self, ids: np.ndarray) -> None:
         high, low = _words(ids)
@@ -91,37 +87,34 @@ class IdIndex:
         return len(self._order)
 
     def find(self, query: np.ndarray) -> np.ndarray:
-        """The row of each id of ``query`` (``uint8[m, 16]``) as ``int64[m]``; -1 where it is absent."""
-        found = np.full(len(query), -1, dtype=np.int64)
+        """The row of each id of ``query`` (``uint8[m, 16]``) as ``int64[m]``; -1 if it is absent."""
+        rows = np.full(len(query), -1, dtype=np.int64)
         for first in range(0, len(query) if len(self) else 0, _TOGETHER):
-            found[first : first + _TOGETHER] = self._find(*_words(query[first : first + _TOGETHER]))
-        return found
+            rows[first : first + _TOGETHER] = self._find(*_words(query[first : first + _TOGETHER]))
+        return rows
 
     def _find(self, high: np.ndarray, low: np.ndarray) -> np.ndarray:
-        rising = np.argsort(
-            high
-        )  # neighbours are then found next to each other: several times faster than in any order
+        rising = np.argsort(high)  # a sorted search reads memory in order, which is several times faster
         place = np.empty(len(high), dtype=np.int64)
         place[rising] = np.searchsorted(self._high, high[rising], side="left")
         last = len(self._order) - 1
-        while True:  # ids that share their first word: steps over those with a smaller second word
+        while True:  # among ids with the same first word, step over those with a smaller second word
             here = np.minimum(place, last)
-            behind = (place <= last) & (self._high[here] == high) & (self._low[here] < low)
+            same_high = (place <= last) & (self._high[here] == high)
+            behind = same_high & (self._low[here] < low)
             if not behind.any():
-                break
+                return np.where(same_high & (self._low[here] == low), self._order[here], -1)
             place = place + behind
-        found = (place <= last) & (self._high[here] == high) & (self._low[here] == low)
-        return np.where(found, self._order[here], -1)
 
 
-_TOGETHER = 1 << 16  # ids that are looked up at once
+_TOGETHER = 1 << 16  # ids of one search
 
 
 def _by_words(high: np.ndarray, low: np.ndarray) -> np.ndarray:
-    """Rows by both words, then by number, so that of equal ids the first row is found; int32 where that is enough.
+    """Rows sorted by both words, then by number, so that of equal ids the first row is found; int32 if possible.
 
-    What sorting by one word leaves open, few rows that share it, is sorted again: both at once takes three times as
-    long.
+    Rows are sorted by the first word, and the few rows that share it are sorted again. Sorting all rows by both words
+    takes three times as long.
     """
     order = np.argsort(high).astype(np.int32 if len(high) < 2**31 else np.int64)
     sorted_high = high[order]

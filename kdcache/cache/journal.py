@@ -26,15 +26,13 @@ from kdcache.cache import layout
 from kdcache.cache.canonical import NotCanonicalError, canonical_json, digest_of, parse_json
 from kdcache.cache.contents import Contents, PartInfo, SplitInfo
 from kdcache.cache.schema import (
-    PART_NAME,
-    SPLIT_NAME,
-    TEACHER_NAME,
     BaseRecord,
     FilesRecord,
     PartRecord,
     SplitRecord,
     TeacherPartRecord,
     TeacherRecord,
+    fault_of,
     files_document,
     teacher_document,
     teacher_from_document,
@@ -45,7 +43,7 @@ from kdcache.files import FileDigest, remove_file, write_file
 if TYPE_CHECKING:
     from kdcache.cache.spec import TeacherSpec
 
-_LAYER_NAME = re.compile(r"layer-[0-9]{2,4}$")
+_LAYER_NAME = re.compile(r"layer-[0-9]{2,4}")
 
 
 class Journal:
@@ -81,30 +79,22 @@ class Journal:
                 self._apply(contents, path, self._read(path))
 
     def add_part(self, part: PartInfo, files: Mapping[str, FileDigest]) -> None:
-        self._write(
-            f"parts/{part.name}.json", {"scope": part.scope, "texts": part.texts, "files": files_document(files)}
-        )
+        self._add(f"parts/{part.name}", files, scope=part.scope, texts=part.texts)
 
     def add_split(self, name: str, split: SplitInfo, files: Mapping[str, FileDigest]) -> None:
-        self._write(
-            f"splits/{name}.json", {"examples": split.examples, "file": split.file, "files": files_document(files)}
-        )
+        self._add(f"splits/{name}", files, **vars(split))
 
     def add_teacher(self, spec: TeacherSpec, files: Mapping[str, FileDigest]) -> None:
-        record = {"spec": teacher_document(spec), "files": files_document(files)}
-        self._write(f"teachers/{spec.name}/teacher.json", record)
+        self._add(f"teachers/{spec.name}/teacher", files, spec=teacher_document(spec))
 
     def add_basis(self, teacher: str, layer: int, files: Mapping[str, FileDigest]) -> None:
-        self._write(f"teachers/{teacher}/{layout.layer_name(layer)}.json", {"files": files_document(files)})
+        self._add(f"teachers/{teacher}/{layout.layer_name(layer)}", files)
 
     def add_teacher_part(self, teacher: str, part: str, tokens: int | None, files: Mapping[str, FileDigest]) -> None:
         """Record components of a teacher in a part; a later write of more layers extends the record."""
         known = self._part_files.setdefault((teacher, part), {})
         known.update(files)
-        record: dict[str, Any] = {"files": files_document(known)}
-        if tokens is not None:
-            record["tokens"] = tokens
-        self._write(f"teachers/{teacher}/{part}.json", record)
+        self._add(f"teachers/{teacher}/{part}", known, **({} if tokens is None else {"tokens": tokens}))
 
     def add_damaged(self, lost: Mapping[str, FileDigest]) -> None:
         """Mark files as missing, in the manifest's list and in the records, until they are written again."""
@@ -120,21 +110,22 @@ class Journal:
                 del files[name]
         place = self.directory / "damaged.json"
         before = _digests(self._read(place)) if place.is_file() else {}
-        self._write("damaged.json", {"files": files_document({**before, **lost})})
+        self._add("damaged", {**before, **lost})
+
+    def _add(self, name: str, files: Mapping[str, FileDigest], **values: Any) -> None:
+        self._write(f"{name}.json", {**values, "files": files_document(files)})
 
     def _apply(self, contents: Contents, path: Path, record: dict[str, Any]) -> None:
         files = _digests(record)
         contents.files.update(files)
         kind, name = path.relative_to(self.directory).parts[0], path.stem
         if kind == "parts":
-            part = PartInfo(name, record["scope"], record["texts"])
             if all(known.name != name for known in contents.parts):
-                contents.parts.append(part)
+                contents.parts.append(PartInfo(name, record["scope"], record["texts"]))
         elif kind == "splits":
             contents.splits[name] = SplitInfo(record["examples"], record["file"])
         elif name == "teacher":
-            teacher = teacher_from_document(path.parent.name, record["spec"])
-            contents.teachers[teacher.name] = teacher
+            contents.teachers[path.parent.name] = teacher_from_document(path.parent.name, record["spec"])
         elif name.startswith("part-"):
             self._part_files[path.parent.name, name] = files
             if "tokens" in record:
@@ -153,8 +144,7 @@ class Journal:
                 raise ValueError("its checksum does not match")
             self._check(path.relative_to(self.directory).parts, record)
         except pydantic.ValidationError as error:
-            first = error.errors()[0]
-            raise self._damage(path, f"{'.'.join(str(step)[:80] for step in first['loc'])}: {first['msg']}") from error
+            raise self._damage(path, fault_of(error)) from error
         except (OSError, NotCanonicalError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise self._damage(path, str(error)[:200]) from error
         return record
@@ -168,16 +158,18 @@ class Journal:
                 BaseRecord.model_validate(record)
             case ["damaged.json"]:
                 FilesRecord.model_validate(record)
-            case ["parts", _] if PART_NAME.match(name):
+            case ["parts", _] if layout.PART_NAME.fullmatch(name):
                 PartRecord.model_validate(record)
-            case ["splits", _] if SPLIT_NAME.match(name):
+            case ["splits", _] if layout.SPLIT_NAME.fullmatch(name):
                 SplitRecord.model_validate(record)
-            case ["teachers", teacher, "teacher.json"] if TEACHER_NAME.match(teacher):
+            case ["teachers", teacher, "teacher.json"] if layout.TEACHER_NAME.fullmatch(teacher):
                 TeacherRecord.model_validate(record)
                 teacher_from_document(teacher, record["spec"])
-            case ["teachers", teacher, _] if TEACHER_NAME.match(teacher) and _LAYER_NAME.match(name):
+            case ["teachers", teacher, _] if layout.TEACHER_NAME.fullmatch(teacher) and _LAYER_NAME.fullmatch(name):
                 FilesRecord.model_validate(record)
-            case ["teachers", teacher, _] if TEACHER_NAME.match(teacher) and PART_NAME.match(name):
+            case ["teachers", teacher, _] if layout.TEACHER_NAME.fullmatch(teacher) and layout.PART_NAME.fullmatch(
+                name
+            ):
                 TeacherPartRecord.model_validate(record)
             case _:
                 raise ValueError("no record has such a name")

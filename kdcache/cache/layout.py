@@ -51,11 +51,6 @@ def examples_file(split: str, sha256: str) -> str:
     return f"data/{split}-{sha256[:16]}.arrow"
 
 
-def teacher_directory(teacher: str) -> str:
-    """The directory with all files of a teacher."""
-    return f"teachers/{teacher}"
-
-
 def outputs_file(teacher: str, part: str) -> str:
     """Logits and pooled vectors."""
     return f"teachers/{teacher}/outputs/{part}.arrow"

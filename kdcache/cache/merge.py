@@ -1,8 +1,8 @@
-"""Putting together what two writers added to the same cache, each in a directory of its own, without running a teacher.
+"""Merges the additions of two writers to the same cache, each in its own directory, without running a teacher.
 
-Two colleagues extend the same version; one publishes first. The other's files are as good as they were: components
-depend on the texts and on their teacher alone. So they are taken over, by hard link, into a copy of what was published
-meanwhile, and the result is what one dump of everything together would have been.
+Two colleagues extend the same version, and one publishes first. The files of the other stay valid, because a component
+depends only on the texts and on its teacher. ``merge`` hard-links these files into a copy of the newer version. The
+result equals one dump with the additions of both.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdcache.cache import layout
-from kdcache.cache.card import cache_card
+from kdcache.cache.card import cache_card, subtable
+from kdcache.cache.contents import PartInfo
 from kdcache.cache.digests import CheckedFiles
 from kdcache.cache.journal import Journal
 from kdcache.cache.manifest import read_manifest
@@ -24,7 +25,7 @@ from kdcache.files import share_file
 from kdcache.progress import counted
 
 if TYPE_CHECKING:
-    from kdcache.cache.contents import Contents, PartInfo
+    from kdcache.cache.contents import Contents
     from kdcache.cache.manifest import Manifest
     from kdcache.cache.spec import TeacherSpec
     from kdcache.cache.writer import CacheWriter, PartTask
@@ -32,18 +33,26 @@ if TYPE_CHECKING:
 
 
 def merge(target: Path, source: Path, base: Contents) -> Manifest:
-    """Add to the cache in ``target`` what the one in ``source`` has beyond ``base``, from which both grew; publish it
-    there.
+    """Add the additions of the cache in ``source`` to the cache in ``target``, and publish the result there.
 
-    Teachers, layers of teachers and replaced examples are taken over; what ``target`` has already stays as it is.
-    Raises MismatchError where the texts or settings of the two differ, or a teacher, a layer or a split does; then
-    nothing changes.
+    Args:
+        target: A copy of the newest version. Its components stay as they are.
+        source: A directory in which teachers, layers or other examples were added to ``base``.
+        base: The contents that both versions started from.
+
+    Returns:
+        The new manifest of ``target``.
+
+    Raises:
+        MismatchError: Texts, settings, a teacher, a layer or a split of the two differ. Then nothing changes.
+        DamageError: A file of ``source`` is missing or damaged.
+        StorageError: The disk is full or not writable.
     """
     made, newest = read_manifest(source), read_manifest(target)
     for now, here in differences(newest.contents, made.contents):
         raise MismatchError(
-            f"what was added belongs to a cache with {here}; the newest version has {now}",
-            "Run the same command again: what was run over the same texts is kept, and is not run again.",
+            f"the additions belong to a cache with {here}; the newest version has {now}",
+            "Run the same command again: teachers do not run again over texts that they have run over.",
         )
     files, contents = CheckedFiles(source, made.contents.files), newest.contents
     _refuse_other_examples(contents, made.contents, base)
@@ -61,31 +70,36 @@ def merge(target: Path, source: Path, base: Contents) -> Manifest:
         return writer.publish(_provenance(newest.provenance, made, base), card=cache_card)
 
 
-def differences(one: Contents, other: Contents) -> Iterator[tuple[str, str]]:
-    """What keeps two caches from being one, as each has it; texts last."""
-    pairs: dict[str, tuple[Any, Any]] = {
-        "the text columns": (one.task.text_columns, other.task.text_columns),
-        "the labels": (one.task.label_names, other.task.label_names),
-        "the seed": (one.settings.seed, other.settings.seed),
-        "the part size": (one.settings.part_size, other.settings.part_size),
-        "texts that are stored:": ("yes" if one.has_text else "no", "yes" if other.has_text else "no"),
-    }
-    yield from ((f"{what} {pair[0]}", f"{what} {pair[1]}") for what, pair in pairs.items() if pair[0] != pair[1])
-    if not same_texts(one, other):
-        told = [
+def differences(first: Contents, second: Contents) -> Iterator[tuple[str, str]]:
+    """The reasons why two caches cannot be merged, as a pair of phrases each: what either cache has. Texts are last."""
+    old, new = first.settings_record(), second.settings_record()
+    for key in old:
+        if old[key] != new[key]:
+            yield f"{_PHRASES[key]} {old[key]}", f"{_PHRASES[key]} {new[key]}"
+    if not same_texts(first, second):
+        here, there = (
             f"{counted(sum(part.texts for part in contents.parts), 'text')} in {counted(len(contents.parts), 'part')}"
-            for contents in (one, other)
-        ]
-        yield told[0], told[1] if told[0] != told[1] else "as many others"
+            for contents in (first, second)
+        )
+        yield here, there if here != there else "as many other texts"
 
 
-def same_texts(one: Contents, other: Contents) -> bool:
+_PHRASES = {  # of the keys of a settings record
+    "text_columns": "the text columns",
+    "label_names": "the labels",
+    "seed": "the seed",
+    "part_size": "the part size",
+    "text": "texts that are",
+}
+
+
+def same_texts(first: Contents, second: Contents) -> bool:
     """Whether both have the same texts in the same parts."""
-    return one.parts == other.parts and all(_same_part(part, one, other) for part in one.parts)
+    return first.parts == second.parts and all(_same_part(part, first, second) for part in first.parts)
 
 
 def contents_so_far(root: Path) -> Contents:
-    """What a directory holds, the commit records of an interrupted writer included.
+    """The contents of a directory, including the commit records of an interrupted writer.
 
     Raises DamageError, MismatchError.
     """
@@ -98,11 +112,10 @@ def contents_so_far(root: Path) -> Contents:
 
 
 def take(writer: CacheWriter, source: Path, contents: Contents, spec: TeacherSpec) -> int:
-    """Take over what is still missing of a declared teacher and what the cache in ``source`` has of it, run alike on
-    the same texts.
+    """Hard-link the components that ``writer`` still misses of a declared teacher, as far as ``source`` has them.
 
-    ``contents``: of ``source``. Gives back the number of parts of which something came. Raises DamageError,
-    StorageError.
+    A component is taken only if the teacher was run with the same settings on the same texts. ``contents`` are those of
+    ``source``. Returns the number of parts that got a component. Raises DamageError, StorageError.
     """
     theirs = contents.teachers.get(spec.name)
     tokenizer = layout.tokenizer_file(spec.name)
@@ -111,17 +124,17 @@ def take(writer: CacheWriter, source: Path, contents: Contents, spec: TeacherSpe
     if contents.files.get(tokenizer) != writer.contents.files.get(tokenizer):
         return 0
     files = CheckedFiles(source, contents.files)
+    same = {layer for layer, layer_spec in spec.layers.items() if theirs.layers.get(layer) == layer_spec}
     layers = {
         layer
-        for layer, one in spec.layers.items()
-        if theirs.layers.get(layer) == one and theirs.sample_texts == spec.sample_texts
+        for layer in sorted(same)
+        if theirs.sample_texts == spec.sample_texts and _take_basis(writer, files, contents, spec.name, layer)
     }
-    layers = {layer for layer in layers if _take_basis(writer, files, contents, spec.name, layer)}
     return sum(_take_part(writer, files, contents, spec, task, layers) for task in writer.missing(spec.name))
 
 
 def _take_basis(writer: CacheWriter, files: CheckedFiles, contents: Contents, name: str, layer: int) -> bool:
-    """Whether both have the same basis afterwards: hidden states depend on it."""
+    """Take the basis if it is missing; returns whether both then have the same one, on which hidden states depend."""
     path = layout.basis_file(name, layer)
     theirs, known = contents.files.get(path), writer.contents.files.get(path)
     if theirs is not None and known is None:
@@ -132,11 +145,8 @@ def _take_basis(writer: CacheWriter, files: CheckedFiles, contents: Contents, na
 def _take_part(
     writer: CacheWriter, files: CheckedFiles, contents: Contents, spec: TeacherSpec, task: PartTask, layers: set[int]
 ) -> bool:
-    part = next((one for one in contents.parts if one.name == task.part.name and one.scope == task.part.scope), None)
-    if (
-        part is None
-        or writer.contents.files.get(layout.ids_file(part.name)) != contents.files[layout.ids_file(part.name)]
-    ):
+    part = PartInfo(task.part.name, task.part.scope, len(task.part.text_ids))
+    if part not in contents.parts or not _same_part(part, writer.contents, contents):
         return False
     paths: list[str] = []
     if task.outputs and contents.has_outputs(spec.name, part):
@@ -149,10 +159,10 @@ def _take_part(
         if layer in layers and contents.has_layer(spec.name, part, layer)
     }
     if needs_tokens(stored) and known not in (None, tokens):
-        stored = {layer: one for layer, one in stored.items() if one.per_text}
-    for layer, one in stored.items():
-        rows = contents.rows(spec.name, part, one) or 0
-        paths += layout.layer_files(spec.name, part.name, layer, one, rows)
+        stored = {layer: layer_spec for layer, layer_spec in stored.items() if layer_spec.per_text}
+    for layer, layer_spec in stored.items():
+        rows = contents.rows(spec.name, part, layer_spec) or 0
+        paths += layout.layer_files(spec.name, part.name, layer, layer_spec, rows)
     if stored:
         paths.append(layout.group_file(spec.name, part.name))
     count = None
@@ -168,7 +178,7 @@ def _take_part(
 
 
 def _share(writer: CacheWriter, files: CheckedFiles, digests: Mapping[str, FileDigest]) -> Mapping[str, FileDigest]:
-    """Give files a second name in the writer's directory. The caller commits them with a record."""
+    """Hard-link files into the writer's directory. The caller writes the commit record."""
     for path in digests:
         files.check_present(path)
         share_file(files.root / path, writer.root / path)
@@ -176,17 +186,17 @@ def _share(writer: CacheWriter, files: CheckedFiles, digests: Mapping[str, FileD
     return digests
 
 
-def _same_part(part: PartInfo, one: Contents, other: Contents) -> bool:
-    return one.files[layout.ids_file(part.name)] == other.files[layout.ids_file(part.name)]
+def _same_part(part: PartInfo, first: Contents, second: Contents) -> bool:
+    return first.files.get(layout.ids_file(part.name)) == second.files[layout.ids_file(part.name)]
 
 
 def _added(contents: Contents, base: Contents) -> Iterator[TeacherSpec]:
-    """The teachers that ``base`` lacks, and those that it has with the layers that it lacks of them."""
+    """The teachers that ``base`` lacks, and the other teachers with the layers that ``base`` lacks."""
     for name, spec in contents.teachers.items():
         known = base.teachers.get(name)
-        layers = {layer: one for layer, one in spec.layers.items() if known is None or layer not in known.layers}
-        if known is None or layers:
-            yield replace(spec, layers=layers)
+        added = spec.layers.keys() - (known.layers if known else ())
+        if known is None or added:
+            yield replace(spec, layers={layer: spec.layers[layer] for layer in sorted(added)})
 
 
 def _apart_from_layers(spec: TeacherSpec) -> TeacherSpec:
@@ -198,22 +208,14 @@ def _refuse_other_examples(newest: Contents, made: Contents, base: Contents) -> 
         before, now, here = (contents.splits.get(name) for contents in (base, newest, made))
         if before not in (now, here) and now != here:
             raise MismatchError(
-                f"the examples of '{name}' were changed here and by somebody else, differently",
+                f"the examples of '{name}' were changed here and by somebody else, in different ways",
                 "Run the same command again: the examples of the recipe replace those of the cache.",
             )
 
 
 def _provenance(newest: Mapping[str, Any], made: Manifest, base: Contents) -> dict[str, Any]:
-    """How the newest version came about, and then the extension; of the newest one's teachers its own records."""
+    """The provenance of the newest version, updated by that of the extension; records of other teachers stay."""
     added = {spec.name for spec in _added(made.contents, base)}
-    of_newest, of_made = (_teachers(one) for one in (newest, made.provenance))
-    teachers = {
-        **of_newest,
-        **{name: record for name, record in of_made.items() if name in added or name not in of_newest},
-    }
-    return {**newest, **made.provenance, "teachers": teachers}
-
-
-def _teachers(provenance: Mapping[str, Any]) -> Mapping[str, Any]:
-    found = provenance.get("teachers")
-    return found if isinstance(found, Mapping) else {}
+    of_newest, of_made = (subtable(provenance, "teachers") for provenance in (newest, made.provenance))
+    new = {name: record for name, record in of_made.items() if name in added or name not in of_newest}
+    return {**newest, **made.provenance, "teachers": {**of_newest, **new}}

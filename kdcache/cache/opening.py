@@ -17,10 +17,9 @@ from kdcache.cache import layout
 from kdcache.cache.canonical import NotCanonicalError, canonical_json, parse_json
 from kdcache.cache.contents import Contents
 from kdcache.cache.digests import CheckedFiles
-from kdcache.cache.hidden import known_files
 from kdcache.cache.journal import Journal
 from kdcache.cache.manifest import Manifest, read_manifest
-from kdcache.cache.selection import read_local
+from kdcache.cache.selection import component, read_local
 from kdcache.cache.spec import Settings, TaskSpec
 from kdcache.cache.stale import check_task
 from kdcache.errors import DamageError, MismatchError
@@ -67,13 +66,17 @@ def refuse_other_directory(root: Path) -> None:
         return
     names = sorted(path.name for path in root.iterdir() if not path.name.startswith("."))
     if {"texts", "teachers"} & set(names):
-        raise DamageError(
-            f"cache '{root}' has lost its {layout.MANIFEST}", "Restore it from a copy, or dump into a new directory."
-        )
+        raise _lost_manifest(root)
     if names:
         raise MismatchError(
             f"directory '{root}' holds '{names[0]}' and no cache", "Name an empty directory, or a new one."
         )
+
+
+def _lost_manifest(root: Path) -> DamageError:
+    return DamageError(
+        f"cache '{root}' has lost its {layout.MANIFEST}", "Restore it from a copy, or dump into a new directory."
+    )
 
 
 def open_contents(
@@ -86,33 +89,19 @@ def open_contents(
     identity = base.identity if base else ""
     if begun is not None and begun["identity"] != identity:
         if base is None:
-            raise DamageError(
-                f"cache '{root}' has lost its {layout.MANIFEST}",
-                "Restore it from a copy, or dump into a new directory.",
-            )
+            raise _lost_manifest(root)
         begun = None  # published already: the writer crashed before it removed its records
     contents = base.contents.copy() if base else _begun(begun) or Contents(task, settings, has_text)
     check_task(root, (contents.task, contents.settings, contents.has_text), (task, settings, has_text))
     remove_temporaries(root)
     if begun is None:
         journal.clear()
-        journal.begin({"identity": identity, **_record(contents)})
+        journal.begin({"identity": identity, **contents.settings_record()})
     else:
         journal.apply(contents)
     if repair:
         drop_damaged(root, contents, journal)
     return base, contents, journal
-
-
-def _record(contents: Contents) -> dict[str, Any]:
-    task, settings = contents.task, contents.settings
-    return {
-        "text_columns": list(task.text_columns),
-        "label_names": list(task.label_names),
-        "seed": settings.seed,
-        "part_size": settings.part_size,
-        "text": "stored" if contents.has_text else "absent",
-    }
 
 
 def _begun(record: dict[str, Any] | None) -> Contents | None:
@@ -130,29 +119,21 @@ def drop_damaged(root: Path, contents: Contents, journal: Journal) -> None:
     local = read_local(root)
     files = CheckedFiles(root, contents.files, trust_earlier=False, local=local)
     damaged = {path for path in list(contents.files) if not _is_whole(files, path)}
-    full = [part for part in contents.parts if part.scope == "full"]
-    for teacher in contents.teachers.values():
-        for part in full:
-            for path, data in known_files(contents, teacher, part).items():
-                if path in damaged:
-                    write_file(root / path, data)
-                    damaged.discard(path)
-        for layer, spec in teacher.layers.items():
-            if layout.basis_file(teacher.name, layer) in damaged:
-                for part in full:
-                    rows = contents.rows(teacher.name, part, spec)
-                    paths = () if rows is None else layout.layer_files(teacher.name, part.name, layer, spec, rows)
-                    damaged |= contents.files.keys() & set(paths)
+    for path, file in contents.expected_files().items():
+        if path in damaged and file.data is not None:
+            write_file(root / path, file.data)
+            damaged.discard(path)
+    layers = {component(path) for path in damaged if "/basis/" in path}  # their hidden states depend on the basis
+    damaged |= {path for path in contents.files if component(path) in layers}
     lost = {path: contents.files.pop(path) for path in sorted(damaged)}
     contents.lost.update(lost)
     journal.add_damaged(lost)
 
 
 def _is_whole(files: CheckedFiles, path: str) -> bool:
-    try:
-        files.check(path)
-    except DamageError:
-        return False
-    except MismatchError:  # not pulled, so not checked
-        return True
+    with contextlib.suppress(MismatchError):  # not pulled, so not checked
+        try:
+            files.check(path)
+        except DamageError:
+            return False
     return True

@@ -1,24 +1,30 @@
-"""The shape of a manifest: strict pydantic models with a bound on every count, and the way to and from ``Contents``."""
+"""The schema of a manifest: strict pydantic models with a bound on every count, converted to and from ``Contents``.
+
+Documents that kdcache reads (manifests, commit records, selections, refs) may come from somebody else. They share the
+checks of this module: ``checked_document`` and ``fault_of``.
+"""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError
 
+from kdcache.cache import layout
+from kdcache.cache.canonical import NotCanonicalError, digest_of_ordered, parse_json
 from kdcache.cache.contents import Contents, PartInfo, SplitInfo
 from kdcache.cache.spec import Fingerprints, Settings, TargetSpec, TaskSpec, TeacherSpec
 from kdcache.codecs.base import LayerSpec
 from kdcache.codecs.registry import storage_format
-from kdcache.errors import MismatchError
+from kdcache.errors import DamageError, MismatchError
 from kdcache.files import FileDigest
 
 FORMAT = "kdcache"
 VERSION = 1
-UNKNOWN_FORMAT = "unknown_storage_format"  # pydantic's kind of that error
+UNKNOWN_FORMAT = "unknown_storage_format"  # the ``type`` of this error in pydantic
 
 Count = Annotated[int, Field(ge=0, le=2**40)]
 Size = Annotated[int, Field(ge=1, le=2**20)]
@@ -26,12 +32,9 @@ Hex = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+:/ -]{0,127}$")]
 Label = Annotated[str, Field(min_length=1, max_length=1000, pattern=r"^[^\x00-\x1f\x7f-\x9f]+$")]  # they are printed
 Digits = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,3})$")]
-PART_NAME = re.compile(r"^part-[0-9]{5}$")
-TEACHER_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
-SPLIT_NAME = re.compile(r"^[a-z][a-z0-9_-]{0,31}$")
-PartName = Annotated[str, Field(pattern=PART_NAME.pattern)]
-TeacherName = Annotated[str, Field(pattern=TEACHER_NAME.pattern)]
-SplitName = Annotated[str, Field(pattern=SPLIT_NAME.pattern)]
+PartName = Annotated[str, Field(pattern=f"^{layout.PART_NAME.pattern}$")]
+TeacherName = Annotated[str, Field(pattern=f"^{layout.TEACHER_NAME.pattern}$")]
+SplitName = Annotated[str, Field(pattern=f"^{layout.SPLIT_NAME.pattern}$")]
 Path_ = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*){0,7}$", max_length=240)]
 
 
@@ -42,53 +45,85 @@ def _known_format(name: str) -> str:
         raise PydanticCustomError(UNKNOWN_FORMAT, "{reason}", {"reason": error.message}) from error
 
 
-class _Strict(BaseModel):
+def checked_document(data: bytes, name: str, form: str, title: str, hint: str) -> dict[str, Any]:
+    """Parse the bytes of a document whose ``format`` is ``form``, and compare its checksum.
+
+    ``name`` and ``title`` ("a ref of format") are for messages. Raises DamageError with ``hint``; MismatchError for a
+    newer version of the format.
+    """
+    try:
+        document = parse_json(data)
+    except NotCanonicalError as error:
+        raise DamageError(f"{name} is damaged: {str(error)[:200]}", hint) from error
+    if not isinstance(document, dict):
+        raise DamageError(f"{name} is damaged: it is not a JSON object", hint)
+    version = document.get("version")
+    if document.get("format") == form and isinstance(version, int) and version > VERSION:
+        raise MismatchError(
+            f"{name} is {title} {version}; this kdcache reads format {VERSION}",
+            "Upgrade it with: pip install -U kdcache",
+        )
+    rest = {key: value for key, value in document.items() if key != "checksum"}
+    if digest_of_ordered(rest) != document.get("checksum"):
+        raise DamageError(f"{name} was edited or damaged: its checksum does not match", hint)
+    return document
+
+
+def fault_of(error: ValidationError) -> str:
+    """The first fault that pydantic found: the path of keys that leads to it, and what is wrong."""
+    first = error.errors()[0]
+    return f"{'.'.join(str(step)[:80] for step in first['loc'])}: {first['msg']}"
+
+
+class Strict(BaseModel):
+    """A model that takes exactly its keys, in exactly their types."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-class TaskModel(_Strict):
+class TaskModel(Strict):
     text_columns: Annotated[list[Label], Field(min_length=1, max_length=8)]
     label_names: Annotated[list[Label], Field(min_length=1, max_length=65536)]
 
 
-class SettingsModel(_Strict):
+class SettingsModel(Strict):
     seed: Annotated[int, Field(ge=-(2**53) + 1, le=2**53 - 1)]
     part_size: Size
 
 
-class PartModel(_Strict):
+class PartModel(Strict):
     name: PartName
     scope: Literal["full", "logits"]
     texts: Size
 
 
-class SplitModel(_Strict):
+class SplitModel(Strict):
     examples: Count
     file: Path_
 
 
-class FingerprintsModel(_Strict):
+class FingerprintsModel(Strict):
     weights: Hex
     config: Hex
     head: Hex
     tokenizer: Hex
 
 
-class LayerModel(_Strict):
+class LayerModel(Strict):
     projection: Literal["none", "pca", "random"]
     dim: Annotated[int, Field(ge=1, le=65536)]
     dtype: Annotated[Word, AfterValidator(_known_format)]
-    bytes: Annotated[int, Field(ge=1, le=65536)] | None = None  # of a row, where the format wants it set
-    tokens: Literal["first", "pooled"] | None = None  # absent: every token
+    bytes: Annotated[int, Field(ge=1, le=65536)] | None = None  # of a row, if the format is ``by_bytes``
+    tokens: Literal["first", "pooled"] | None = None  # absent: all tokens
 
 
-class TargetModel(_Strict):
+class TargetModel(Strict):
     kind: Literal["class-logits"]
     shape: Annotated[list[Annotated[int, Field(ge=1, le=65536)]], Field(min_length=1, max_length=1)]
     dtype: Literal["float32"]
 
 
-class TeacherModel(_Strict):
+class TeacherModel(Strict):
     head: Literal["shared", "own"]
     fingerprints: FingerprintsModel
     depth: Annotated[int, Field(ge=0, le=9999)]
@@ -104,12 +139,12 @@ class TeacherModel(_Strict):
     tokens: Annotated[dict[PartName, Annotated[int, Field(ge=0, le=2**31 - 1)]], Field(max_length=100_000)]
 
 
-class FileModel(_Strict):
+class FileModel(Strict):
     bytes: Count
     sha256: Hex
 
 
-class ManifestModel(_Strict):
+class ManifestModel(Strict):
     format: Literal["kdcache"]
     version: Literal[1]
     task: TaskModel
@@ -124,8 +159,8 @@ class ManifestModel(_Strict):
     checksum: Hex
 
 
-class FilesRecord(_Strict):
-    """A commit record that names files: of a basis, of a repair; the other records add to it."""
+class FilesRecord(Strict):
+    """A commit record with files: of a basis or of a repair. Other records have more keys."""
 
     files: Annotated[dict[Path_, FileModel], Field(max_length=1_000_000)]
 
@@ -148,7 +183,7 @@ class TeacherPartRecord(FilesRecord):
 
 
 class BaseRecord(SettingsModel, TaskModel):
-    """What a dump starts from; ``identity`` is empty where there was no cache."""
+    """What a dump starts from; ``identity`` is empty if there was no cache."""
 
     identity: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")]
     text: Literal["stored", "absent"]
@@ -159,11 +194,11 @@ def contents_document(contents: Contents) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "version": VERSION,
-        "task": {"text_columns": list(contents.task.text_columns), "label_names": list(contents.task.label_names)},
-        "settings": {"seed": contents.settings.seed, "part_size": contents.settings.part_size},
+        "task": asdict(contents.task),
+        "settings": asdict(contents.settings),
         "text": "stored" if contents.has_text else "absent",
-        "parts": [{"name": part.name, "scope": part.scope, "texts": part.texts} for part in contents.parts],
-        "splits": {name: {"examples": split.examples, "file": split.file} for name, split in contents.splits.items()},
+        "parts": [vars(part) for part in contents.parts],
+        "splits": {name: vars(split) for name, split in contents.splits.items()},
         "teachers": {
             name: {**teacher_document(spec), "tokens": dict(contents.tokens.get(name, {}))}
             for name, spec in contents.teachers.items()
@@ -179,71 +214,48 @@ def files_document(files: Mapping[str, FileDigest]) -> dict[str, dict[str, int |
 
 def teacher_document(spec: TeacherSpec) -> dict[str, Any]:
     """A teacher's specification as JSON values; the name is its key."""
-    prints = spec.fingerprints
-    return {
-        "head": spec.head,
-        "fingerprints": {
-            "weights": prints.weights,
-            "config": prints.config,
-            "head": prints.head,
-            "tokenizer": prints.tokenizer,
-        },
-        "depth": spec.depth,
-        "width": spec.width,
-        "max_length": spec.max_length,
-        "truncation": spec.truncation,
-        "backend": spec.backend,
-        "precision": spec.precision,
-        "target": {"kind": spec.target.kind, "shape": list(spec.target.shape), "dtype": spec.target.dtype},
+    values = {key: value for key, value in vars(spec).items() if key != "name"}
+    return values | {
+        "fingerprints": asdict(spec.fingerprints),
+        "target": asdict(spec.target),
         "pooled": spec.pooled or 0,
-        "sample_texts": spec.sample_texts,
-        "layers": {str(layer): _layer_document(one) for layer, one in spec.layers.items()},
+        "layers": {str(layer): _layer_document(layer_spec) for layer, layer_spec in spec.layers.items()},
     }
 
 
 def _layer_document(spec: LayerSpec) -> dict[str, Any]:
-    rare = ({"bytes": spec.bytes} if spec.bytes else {}) | ({"tokens": spec.tokens} if spec.per_text else {})
-    return {"projection": spec.projection, "dim": spec.dim, "dtype": spec.dtype, **rare}
+    optional = ({"bytes": spec.bytes} if spec.bytes else {}) | ({"tokens": spec.tokens} if spec.per_text else {})
+    return {"projection": spec.projection, "dim": spec.dim, "dtype": spec.dtype, **optional}
 
 
 def teacher_from_document(name: str, document: dict[str, Any]) -> TeacherSpec:
-    """The inverse of ``teacher_document``. Raises ValueError (pydantic's) where it is not one."""
+    """The inverse of ``teacher_document``. Raises pydantic's ValidationError, a ValueError, if it is not valid."""
     return _teacher(name, TeacherModel.model_validate({"tokens": {}, **document}))
 
 
 def _teacher(name: str, model: TeacherModel) -> TeacherSpec:
-    return TeacherSpec(
-        name=name,
-        head=model.head,
-        fingerprints=Fingerprints(**model.fingerprints.model_dump()),
-        depth=model.depth,
-        width=model.width,
-        max_length=model.max_length,
-        truncation=model.truncation,
-        backend=model.backend,
-        precision=model.precision,
-        target=TargetSpec(model.target.kind, tuple(model.target.shape), model.target.dtype),
-        pooled=model.pooled or None,
-        sample_texts=model.sample_texts,
-        layers={
-            int(layer): LayerSpec(one.projection, one.dim, one.dtype, one.bytes or 0, one.tokens or "all")
-            for layer, one in sorted(model.layers.items(), key=_number)
+    values = {key: value for key, value in model if key != "tokens"}
+    layers = {int(number): layer for number, layer in model.layers.items()}
+    values |= {
+        "fingerprints": Fingerprints(**dict(model.fingerprints)),
+        "target": TargetSpec(model.target.kind, tuple(model.target.shape), model.target.dtype),
+        "pooled": model.pooled or None,
+        "layers": {
+            number: LayerSpec(layer.projection, layer.dim, layer.dtype, layer.bytes or 0, layer.tokens or "all")
+            for number, layer in sorted(layers.items())
         },
-    )
-
-
-def _number(item: tuple[str, LayerModel]) -> int:
-    return int(item[0])
+    }
+    return TeacherSpec(name, **values)
 
 
 def contents_of(model: ManifestModel) -> Contents:
     """The contents that a valid manifest describes."""
     return Contents(
         task=TaskSpec(tuple(model.task.text_columns), tuple(model.task.label_names)),
-        settings=Settings(model.settings.seed, model.settings.part_size),
+        settings=Settings(**dict(model.settings)),
         has_text=model.text == "stored",
-        parts=[PartInfo(part.name, part.scope, part.texts) for part in model.parts],
-        splits={name: SplitInfo(split.examples, split.file) for name, split in model.splits.items()},
+        parts=[PartInfo(**dict(part)) for part in model.parts],
+        splits={name: SplitInfo(**dict(split)) for name, split in model.splits.items()},
         teachers={name: _teacher(name, teacher) for name, teacher in model.teachers.items()},
         tokens={name: dict(teacher.tokens) for name, teacher in model.teachers.items()},
         files={path: FileDigest(file.bytes, file.sha256) for path, file in model.files.items()},

@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import pydantic
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from kdcache.cache.canonical import NotCanonicalError, parse_json, readable_json
+from kdcache.cache.schema import Strict, TeacherName, fault_of
 from kdcache.errors import DamageError, MismatchError
 from kdcache.files import remove_file, write_file
 
@@ -94,9 +95,9 @@ def component(path: str) -> Component:
     if steps[0] != "teachers":
         return Component(is_text=steps[0] == "text")
     for step in steps[3:]:
-        found = _LAYER.match(step)
-        if found:
-            return Component(steps[1], int(found[1]), of_layers=True)
+        match = _LAYER.match(step)
+        if match:
+            return Component(steps[1], int(match[1]), of_layers=True)
     return Component(steps[1], of_layers=steps[2] in ("tokens", "hidden", "basis"))
 
 
@@ -162,12 +163,6 @@ def selection_here(root: Path, contents: Contents) -> Selection:
     return Selection(teachers, text)
 
 
-def read_selection(root: Path) -> Selection | None:
-    """The selection in a directory, None if it holds the whole cache. Raises DamageError."""
-    local = read_local(root)
-    return None if local is None else local.selection
-
-
 def read_local(root: Path) -> LocalSelection | None:
     """Read and check ``.selection.json``; None if there is none. Raises DamageError."""
     path = root / SELECTION
@@ -181,9 +176,7 @@ def read_local(root: Path) -> LocalSelection | None:
             raise ValueError(f"it has more than {MAX_BYTES} bytes")
         model = _SelectionModel.model_validate(parse_json(path.read_bytes()))
     except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(step)[:80] for step in first["loc"])
-        raise DamageError(f"'{path}' is not a selection: {where}: {first['msg']}", hint) from error
+        raise DamageError(f"'{path}' is not a selection: {fault_of(error)}", hint) from error
     except (OSError, NotCanonicalError, ValueError) as error:
         raise DamageError(f"'{path}' is not a selection: {error}", hint) from error
     teachers = (
@@ -261,9 +254,8 @@ def not_yet_here(root: Path, local: LocalSelection, path: str) -> MismatchError:
     if teachers is not None and not any(teachers.values()):
         flags.append("--no-hidden")
     elif teachers is not None:
-        flags.append(
-            f"--layers {','.join(str(layer) for layer in sorted({n for one in teachers.values() for n in one}))}"
-        )
+        numbers = sorted({layer for layers in teachers.values() for layer in layers})
+        flags.append(f"--layers {','.join(map(str, numbers))}")
     flags += [] if local.selection.text else ["--no-text"]
     return MismatchError(
         f"cache '{root}' is not complete: '{path}' was not fetched yet",
@@ -275,16 +267,13 @@ def _word(value: bool) -> str:
     return "yes" if value else "no"
 
 
-_Teacher = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 _Layers = Annotated[list[Annotated[int, Field(ge=0, le=9999)]], Field(max_length=1000)]
 
 
-class _SelectionModel(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
+class _SelectionModel(Strict):
     format: Literal["kdcache-selection"]
     version: Literal[1]
-    teachers: Literal["all"] | Annotated[dict[_Teacher, _Layers], Field(max_length=1000)]
+    teachers: Literal["all"] | Annotated[dict[TeacherName, _Layers], Field(max_length=1000)]
     text: Literal["yes", "no"]
     complete: Literal["yes", "no"]
     origin: Annotated[str, Field(pattern=r"^([a-z0-9][a-z0-9._-]{0,63}(@[0-9]{1,12})?)?$")] = ""

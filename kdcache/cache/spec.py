@@ -13,9 +13,9 @@ shapes do not. So equal recipes give equal identities if these four are equal, a
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from kdcache.errors import MismatchError
 from kdcache.progress import listed, listed_apart
@@ -109,8 +109,20 @@ class Fingerprints:
 
 def differing(stored: Fingerprints, found: Fingerprints) -> str:
     """Name the fingerprints that differ, for a message: ``weights 1a2b… instead of 3c4d…``; empty if none does."""
-    pairs = ((item.name, getattr(stored, item.name), getattr(found, item.name)) for item in fields(stored))
-    return ", ".join(f"{name} {new[:12]} instead of {old[:12]}" for name, old, new in pairs if old != new)
+    return ", ".join(f"{name} {new} instead of {old}" for name, old, new in differing_fields(stored, found))
+
+
+def differing_fields(old: Any, new: Any, fingerprint: str = "{}") -> Iterator[tuple[str, Any, Any]]:
+    """The fields of two specifications that differ, except layers: name, old and new value.
+
+    Fingerprints are compared one by one and shortened; the format string ``fingerprint`` makes their names.
+    """
+    for item in fields(old):
+        before, now = getattr(old, item.name), getattr(new, item.name)
+        if isinstance(before, Fingerprints):
+            yield from ((fingerprint.format(name), *pair) for name, *pair in differing_fields(before, now))
+        elif before != now and not isinstance(before, Mapping):
+            yield item.name, *((before[:12], now[:12]) if isinstance(old, Fingerprints) else (before, now))
 
 
 def needs_tokens(layers: Mapping[int, LayerSpec]) -> bool:

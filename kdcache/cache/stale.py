@@ -1,15 +1,11 @@
-"""Is a component stale? It must equal the request in every field that its bytes depend on, or the dump refuses."""
+"""Refuses a dump into a cache that is stale: one that differs from the request in a field that its bytes depend on."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdcache.cache import layout
-from kdcache.cache.spec import Fingerprints, Settings, TaskSpec, TeacherSpec
-from kdcache.codecs.base import LayerSpec
+from kdcache.cache.spec import differing_fields
 from kdcache.errors import MismatchError
 from kdcache.progress import listed_apart
 
@@ -17,7 +13,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from kdcache.cache.contents import Contents
-    from kdcache.cache.spec import TeacherSpec
+    from kdcache.cache.spec import Settings, TaskSpec, TeacherSpec
 
 
 _HINT = "Ask for what the cache was made with, or dump into a new directory."
@@ -28,7 +24,7 @@ _OF_LAYERS = ("layers", "sample_texts")  # a teacher's outputs do not depend on 
 def check_task(root: Path, old: tuple[TaskSpec, Settings, bool], new: tuple[TaskSpec, Settings, bool]) -> None:
     """Raises MismatchError, which names the field, if a cache has another task or other settings."""
     for old_values, new_values in zip(old[:2], new[:2], strict=True):
-        for name, before, now in _differences(old_values, new_values):
+        for name, before, now in differing_fields(old_values, new_values):
             if isinstance(before, tuple) and isinstance(now, tuple):
                 shown = [f"[{names}]" for names in listed_apart([*map(repr, before)], [*map(repr, now)])]
             else:
@@ -40,23 +36,14 @@ def check_task(root: Path, old: tuple[TaskSpec, Settings, bool], new: tuple[Task
 
 def check_teacher(root: Path, old: TeacherSpec, new: TeacherSpec, existing_layers: set[int]) -> None:
     """Raises MismatchError if a teacher, or an existing layer of it, differs from the request."""
-    for name, before, now in _differences(old, new):
+    for name, before, now in differing_fields(old, new, "{} (sha256)"):
         if name not in _OF_LAYERS:
             raise _mismatch(root, old.name, name, before, now)
     if existing_layers and new.layers and old.sample_texts != new.sample_texts:
         raise _mismatch(root, old.name, "sample_texts", old.sample_texts, new.sample_texts)
     for layer in sorted(existing_layers & new.layers.keys()):
-        for name, before, now in _differences(old.layers[layer], new.layers[layer]):
+        for name, before, now in differing_fields(old.layers[layer], new.layers[layer]):
             raise _mismatch(root, old.name, f"{name} of layer {layer}", before, now)
-
-
-def _differences(old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
-    for field in fields(old):
-        before, now = getattr(old, field.name), getattr(new, field.name)
-        if isinstance(before, Fingerprints):
-            yield from ((f"{name} (sha256)", was[:12], is_[:12]) for name, was, is_ in _differences(before, now))
-        elif before != now and not isinstance(before, dict | LayerSpec):
-            yield field.name, before, now
 
 
 def _mismatch(root: Path, teacher: str, name: str, before: Any, now: Any) -> MismatchError:

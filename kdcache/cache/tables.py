@@ -1,8 +1,7 @@
-"""The Arrow files of a cache: schemas, encoding, and a decoder that takes exactly what the manifest implies.
+"""The Arrow files of a cache: schemas, encoding, and a decoder that accepts exactly what the manifest implies.
 
-A file is one uncompressed record batch. pyarrow writes it; ``arrow_file`` reads it, because files may come from anybody
-and Arrow's own reader does not survive all of them. Decoding copies nothing: the arrays are read-only views of the
-bytes that were read and digested.
+A file is one uncompressed record batch. pyarrow writes it. ``arrow_file`` reads it, because a forged file can crash
+Arrow's own reader. Decoding copies nothing: arrays are read-only views of the bytes that were read and hashed.
 """
 
 from __future__ import annotations
@@ -40,24 +39,9 @@ def ids_schema() -> Any:
     return _schema(_IDS)
 
 
-def text_schema(columns: Sequence[str]) -> Any:
-    """The text columns under their own names."""
-    return _schema(_text(columns))
-
-
-def examples_schema() -> Any:
-    """Examples: many may share a text; label and group may be null."""
-    return _schema(_EXAMPLES)
-
-
 def outputs_schema(classes: int, pooled: int | None) -> Any:
-    """Raw logits and, where stored, the pooled vector."""
+    """Raw logits and, if ``pooled`` is a width, the pooled vector."""
     return _schema(_outputs(classes, pooled))
-
-
-def tokens_schema() -> Any:
-    """One list per text, one entry per token."""
-    return _schema(_TOKENS)
 
 
 def encode_ids(ids: np.ndarray) -> bytes:
@@ -66,41 +50,47 @@ def encode_ids(ids: np.ndarray) -> bytes:
 
 
 def encode_text(columns: Sequence[str], texts: Sequence[tuple[str, ...]]) -> bytes:
-    """One row per text, one string column per text column."""
+    """One row per text, one string column per text column, under its own name."""
     import pyarrow as pa
 
     arrays = [pa.array([text[i] for text in texts], type=pa.large_string()) for i in range(len(columns))]
-    return _encode(text_schema(columns), arrays)
+    return _encode(_schema(_text(columns)), arrays)
 
 
 def encode_examples(text_ids: np.ndarray, labels: np.ndarray, groups: Sequence[str] | None) -> bytes:
-    """Labels below zero become null."""
+    """One row per example; many may share a text. Labels below zero become null."""
     import pyarrow as pa
 
     label = pa.array(labels, type=pa.int64(), mask=labels < 0)
     group = pa.array(groups, type=pa.string()) if groups is not None else pa.nulls(len(labels), pa.string())
-    return _encode(examples_schema(), [_id_column(text_ids), label, group])
+    return _encode(_schema(_EXAMPLES), [_id_column(text_ids), label, group])
 
 
 def encode_outputs(outputs: Outputs) -> bytes:
     """Logits ``float32[n, classes]`` and pooled ``float32[n, width]``."""
+    import pyarrow as pa
+
     pooled = outputs.pooled
-    arrays = [_vectors(outputs.logits)] + ([] if pooled is None else [_vectors(pooled)])
-    return _encode(outputs_schema(outputs.logits.shape[1], None if pooled is None else pooled.shape[1]), arrays)
+    schema = outputs_schema(outputs.logits.shape[1], None if pooled is None else pooled.shape[1])
+    arrays = [
+        pa.FixedSizeListArray.from_arrays(np.ascontiguousarray(values, np.float32).reshape(-1), type=field.type)
+        for values, field in zip((outputs.logits, pooled), schema, strict=False)
+    ]
+    return _encode(schema, arrays)
 
 
 def encode_tokens(tokens: Tokens) -> bytes:
-    """Tokens as lists of (start, end, segment, role)."""
+    """One list per text, with (start, end, segment, role) of each token."""
     import pyarrow as pa
 
-    schema = tokens_schema()
+    schema = _schema(_TOKENS)
     kind = schema.field(0).type
-    columns = [np.ascontiguousarray(column) for column in (tokens.starts, tokens.ends, tokens.segments, tokens.roles)]
-    struct_fields = list(kind.value_type)
-    structs = pa.StructArray.from_arrays(
-        [pa.array(column, type=one.type) for column, one in zip(columns, struct_fields, strict=True)],
-        fields=struct_fields,
-    )
+    fields = list(kind.value_type)
+    columns = (tokens.starts, tokens.ends, tokens.segments, tokens.roles)
+    values = [
+        pa.array(np.ascontiguousarray(column), type=field.type) for column, field in zip(columns, fields, strict=True)
+    ]
+    structs = pa.StructArray.from_arrays(values, fields=fields)
     offsets = pa.array(tokens.offsets.astype(np.int32), type=pa.int32())
     return _encode(schema, [pa.ListArray.from_arrays(offsets, structs, type=kind)])
 
@@ -116,7 +106,7 @@ def decode_text(data: bytes, columns: Sequence[str], rows: int) -> list[tuple[st
 
 
 def decode_examples(data: bytes, rows: int, classes: int) -> tuple[np.ndarray, np.ndarray, tuple[str, ...] | None]:
-    """Ids, labels (-1 for none, else below ``classes``), groups (None where no example has one)."""
+    """Ids, labels (-1: no label; else below ``classes``), and groups (None if no example has one)."""
     ids, label, group = read_columns(data, _EXAMPLES, rows)
     labels = label.values if label.valid is None else np.where(label.valid, label.values, -1)
     if rows and not -1 <= labels.min() <= labels.max() < classes:
@@ -131,7 +121,7 @@ def decode_outputs(data: bytes, rows: int, classes: int, pooled: int | None) -> 
 
 
 def decode_tokens(data: bytes, rows: int, tokens: int) -> Tokens:
-    """Tokens of a part, ``tokens`` of them; read-only views."""
+    """The ``tokens`` tokens of a part; read-only views."""
     (column,) = read_columns(data, _TOKENS, rows)
     (token,) = column.children
     if token.length != tokens or column.offsets[0]:
@@ -172,19 +162,6 @@ def _pyarrow_field(field: Field) -> Any:
         case _:
             kind = getattr(pa, field.kind)()
     return pa.field(field.name, kind, nullable=field.nullable)
-
-
-def _vector(length: int) -> Any:
-    import pyarrow as pa
-
-    return pa.list_(pa.field("item", pa.float32(), nullable=False), length)
-
-
-def _vectors(values: np.ndarray) -> Any:
-    import pyarrow as pa
-
-    flat = pa.array(np.ascontiguousarray(values, dtype=np.float32).reshape(-1))
-    return pa.FixedSizeListArray.from_arrays(flat, type=_vector(values.shape[1]))
 
 
 def _id_column(ids: np.ndarray) -> Any:

@@ -1,8 +1,8 @@
-"""Which text lies in which part: the plan of a dump, and its restoration from what a recipe gives.
+"""Divides the texts of a dump into parts, and restores damaged text files from the data of a recipe.
 
-New texts are sorted by a keyed hash of their id and cut into parts, so the plan is a function of the set of texts and
-the seed. Parts are recorded one by one, in order: what is left after an interruption is cut exactly as it would have
-been.
+New texts are sorted by a keyed hash of their id and cut into parts. So the parts depend only on the set of texts and
+the seed. Parts are recorded one by one, in order. After an interruption the remaining texts are cut into the same parts
+as without it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Texts = Mapping[bytes, tuple[str, ...]]
 
 
 class TextPlan:
-    """The parts of a cache that is open for writing, with their ids and, where given or stored, their texts."""
+    """The parts of a cache that is open for writing, with their ids, and their texts if these are given or stored."""
 
     def __init__(self, root: Path, contents: Contents, journal: Journal, files: CheckedFiles) -> None:
         self._root, self._contents, self._journal, self._files = root, contents, journal, files
@@ -48,14 +48,10 @@ class TextPlan:
 
     def texts(self, part: PartInfo) -> list[tuple[str, ...]]:
         """Texts of a part: as given to ``add``, else as stored."""
-        ids = id_list(self.ids(part))
-        for given in self._given:
-            if all(one in given for one in ids):
-                return [given[one] for one in ids]
+        given = self._given_texts(id_list(self.ids(part)))
+        if len(given) == part.texts:
+            return given
         if not self._contents.has_text:
-            mixed = [self._find(one) for one in ids]
-            if all(text is not None for text in mixed):
-                return [text for text in mixed if text is not None]
             raise MismatchError(
                 f"cache '{self._root}' does not store its texts, and {part.name} holds some that were not given",
                 "Give the texts that it was made from, or dump into a new directory.",
@@ -63,17 +59,15 @@ class TextPlan:
         return self._stored(part)
 
     def add(self, full: Texts, *logits_only: Texts) -> None:
-        """Put new texts into new parts: first those wanted in full, then those of which logits alone are wanted.
+        """Put new texts into new parts: first those with hidden states, then those with logits only.
 
         Each group of ``logits_only`` gets parts of its own.
         """
         self._given += [full, *logits_only]
         self._restore(full, logits_only)
-        known = self._known("full")
-        self._append("full", [one for one in full if one not in known])
+        self._append("full", full.keys() - self._known("full"))
         for group in logits_only:
-            known = self._known("full") | self._known("logits")
-            self._append("logits", [one for one in group if one not in known])
+            self._append("logits", group.keys() - self._known("full") - self._known("logits"))
 
     def _stored(self, part: PartInfo) -> list[tuple[str, ...]]:
         columns = self._contents.task.text_columns
@@ -82,7 +76,7 @@ class TextPlan:
         )
 
     def _append(self, scope: Scope, ids: Iterable[bytes]) -> None:
-        ordered = seeded_order(set(ids), self._contents.settings.seed)
+        ordered = seeded_order(ids, self._contents.settings.seed)
         size = self._contents.settings.part_size
         for start in range(0, len(ordered), size):
             chunk = ordered[start : start + size]
@@ -105,26 +99,28 @@ class TextPlan:
 
     def _check(self, ids: Iterable[bytes]) -> None:
         columns = len(self._contents.task.text_columns)
-        for one in ids:
-            text = self._find(one) or ()
-            if len(text) != columns or text_id(text) != one:
-                raise ValueError(f"text {one.hex()} is not the {columns} columns that its id is the hash of")
+        for identity in ids:
+            text = self._find(identity) or ()
+            if len(text) != columns or text_id(text) != identity:
+                raise ValueError(f"text {identity.hex()} is not the {columns} columns that its id is the hash of")
 
     def _encode_text(self, ids: Iterable[bytes]) -> bytes:
-        texts = [text for one in ids if (text := self._find(one)) is not None]
-        return tables.encode_text(self._contents.task.text_columns, texts)
+        return tables.encode_text(self._contents.task.text_columns, self._given_texts(ids))
 
-    def _find(self, one: bytes) -> tuple[str, ...] | None:
-        return next((given[one] for given in self._given if one in given), None)
+    def _given_texts(self, ids: Iterable[bytes]) -> list[tuple[str, ...]]:
+        """The texts of ``ids`` without those that were not given."""
+        return [text for identity in ids if (text := self._find(identity)) is not None]
+
+    def _find(self, identity: bytes) -> tuple[str, ...] | None:
+        return next((given[identity] for given in self._given if identity in given), None)
 
     def _known(self, scope: Scope) -> set[bytes]:
-        return {one for part in self._contents.parts if part.scope == scope for one in id_list(self.ids(part))}
+        return {
+            identity for part in self._contents.parts if part.scope == scope for identity in id_list(self.ids(part))
+        }
 
     def _restore(self, full: Texts, logits_only: Sequence[Texts]) -> None:
-        """Write damaged text files again.
-
-        What comes back must be the old file, or every target would change its text.
-        """
+        """Write damaged text files again. Each must equal the old file, or targets would belong to other texts."""
         for part in self._contents.parts:
             if layout.ids_file(part.name) not in self._files and layout.text_file(part.name) in self._files:
                 ids = id_array(map(text_id, self._stored(part)))
@@ -145,9 +141,8 @@ class TextPlan:
         if not lost:
             return
         whole = [part for part in self._contents.parts if layout.ids_file(part.name) in self._files]
-        known = {one for part in whole if part.scope in ("full", scope) for one in id_list(self.ids(part))}
-        seed = self._contents.settings.seed
-        left = [seeded_order((one for one in group if one not in known), seed) for group in groups]
+        known = {identity for part in whole if part.scope in ("full", scope) for identity in id_list(self.ids(part))}
+        left = [seeded_order(group.keys() - known, self._contents.settings.seed) for group in groups]
         for part in lost:
             self._restore_file(part, layout.ids_file(part.name), self._taken(part, left))
 
@@ -168,14 +163,14 @@ class TextPlan:
 
     def _lost(self, path: str) -> DamageError:
         return DamageError(
-            f"'{self._root / path}' is damaged, and the texts that were given do not give it back",
+            f"'{self._root / path}' is damaged, and the texts that were given do not restore it",
             "Use the data that the cache was made from with --repair, or dump into a new directory.",
         )
 
 
 @dataclass(frozen=True)
 class Part:
-    """Texts that are run together. Scope 'full' gets everything, 'logits' gets outputs alone."""
+    """Texts that are run together. Scope 'full' gets all components, 'logits' outputs only."""
 
     name: str
     scope: Scope
@@ -184,7 +179,7 @@ class Part:
 
 @dataclass(frozen=True)
 class PartTask:
-    """What is still missing of one teacher and part."""
+    """The missing components of one teacher in one part."""
 
     part: Part
     outputs: bool

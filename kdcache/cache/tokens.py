@@ -24,8 +24,6 @@ OTHER = 4  # any other special token
 
 _HINT = "Look at that text and at the teacher; a half-precision backend may overflow: try precision = 'float32'."
 
-ROLES = {"text": TEXT, "first": FIRST, "middle": MIDDLE, "last": LAST, "other": OTHER}
-
 
 @dataclass(frozen=True)
 class Tokens:

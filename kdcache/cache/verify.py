@@ -1,6 +1,6 @@
-"""Verify: read every byte of a cache as a reader would, and say everything that is wrong with it.
+"""Verifies a cache: reads every byte as a reader does, and reports every fault.
 
-Beyond digests it looks at meaning: texts must hash to their ids, examples must point at texts that are there.
+Besides digests it checks the meaning: texts must hash to their ids, and examples must refer to texts of the cache.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,18 +27,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Damage:
-    """A file, by its path inside the cache, and what is wrong with it."""
+    """A damaged file, by its path inside the cache, and the fault."""
 
     file: str
     reason: str
 
 
 def verify(path: str | Path, *, on_bytes: Callable[[int], None] | None = None) -> list[Damage]:
-    """Everything that is wrong with a cache; empty where it is whole. ``on_bytes`` hears of bytes as they are read.
+    """The damaged files of a cache; empty if there are none.
 
-    Of a part of a cache that was pulled, what is selected is verified; what is still to be fetched is no damage: see
-    ``to_come``. Raises MismatchError for a newer format. Files that belong to nothing are no damage: see
-    ``unreferenced``.
+    Args:
+        path: The directory. If a part of a cache was pulled, the selected files are verified. Files that are still to
+            be fetched are no damage (``to_come``), and neither are other files (``unreferenced``).
+        on_bytes: Called with the number of bytes of every block that was read.
+
+    Returns:
+        File and fault, sorted by path.
+
+    Raises:
+        MismatchError: The cache has a newer format.
     """
     root = Path(path)
     try:
@@ -50,34 +58,32 @@ def verify(path: str | Path, *, on_bytes: Callable[[int], None] | None = None) -
         return [Damage(SELECTION, error.message)]
     files = CheckedFiles(root, manifest.contents.files, trust_earlier=False)
     absent = set(_absent(root, manifest, local))
-    found = {}
+    damaged = {}
     for name in sorted(manifest.contents.files.keys() - absent):
         try:
             files.check(name, on_bytes)
         except DamageError as error:
-            found[name] = Damage(name, error.message)
-    cache = Cache(root, manifest, local=local)  # trusts what was digested a moment ago
-    for name, check in _meanings(cache):
-        if name not in found and name not in absent:
+            damaged[name] = Damage(name, error.message)
+    cache = Cache(root, manifest, local=local)  # does not hash again the files that were hashed above
+    for name, check in _checks(cache):
+        if name not in damaged and name not in absent:
             try:
                 check()
-            except MismatchError:  # needs a file that is not here: nothing can be said of this one yet
+            except MismatchError:  # the check needs a file that is not here yet
                 if local is None:
                     raise
             except DamageError as error:
                 file = next((known for known in manifest.contents.files if f"'{root / known}'" in error.message), name)
-                found.setdefault(file, Damage(file, error.message))
-    return [found[name] for name in sorted(found)]
+                damaged.setdefault(file, Damage(file, error.message))
+    return [damaged[name] for name in sorted(damaged)]
 
 
 def to_come(path: str | Path) -> list[str]:
-    """Files of an unfinished pull or reading through that are selected and not there yet. Raises as ``open_cache``."""
+    """Selected files that an unfinished pull or read-through has not fetched yet. Raises as ``open_cache``."""
     root = Path(path)
     manifest = read_manifest(root)
     local = local_selection(root, manifest.contents)
-    if local is None or local.complete:
-        return []
-    return [name for name in _absent(root, manifest, local) if local.selection.takes(name)]
+    return [name for name in _absent(root, manifest, local) if local is not None and local.selection.takes(name)]
 
 
 def _absent(root: Path, manifest: Manifest, local: LocalSelection | None) -> list[str]:
@@ -93,53 +99,38 @@ def _absent(root: Path, manifest: Manifest, local: LocalSelection | None) -> lis
 
 
 def unreferenced(path: str | Path) -> list[str]:
-    """Files in the directory that the manifest does not list.
-
-    Superseded examples, leftovers, things of other programs.
-    """
+    """Files in the directory that the manifest does not list: old examples, leftovers, files of other programs."""
     root = Path(path)
-    listed = read_manifest(root).contents.files
-    found = []
-    for directory, directories, names in os.walk(root):
-        place = Path(directory)
-        if place == root and layout.STATE in directories:
-            directories.remove(layout.STATE)
-        found += [(place / name).relative_to(root).as_posix() for name in names]
-    return sorted(
-        name for name in found if name not in listed and name not in (layout.MANIFEST, layout.CARD, SELECTION)
-    )
+    listed = {*read_manifest(root).contents.files, layout.MANIFEST, layout.CARD, SELECTION}
+    there = (file.relative_to(root) for file in root.rglob("*") if not file.is_dir())
+    return sorted(file.as_posix() for file in there if file.parts[0] != layout.STATE and file.as_posix() not in listed)
 
 
-def _meanings(cache: Cache) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Per file, a check of what it means; each raises DamageError."""
+def _checks(cache: Cache) -> Iterator[tuple[str, Callable[[], object]]]:
+    """For every file a check of its content, which raises DamageError."""
     for part in cache.parts:
-        yield layout.ids_file(part.name), lambda part=part: cache.text_ids(part.name)  # type: ignore[misc]
+        yield layout.ids_file(part.name), partial(cache.text_ids, part.name)
         if cache.has_text:
-            yield layout.text_file(part.name), lambda part=part: _check_texts(cache, part.name)  # type: ignore[misc]
+            yield layout.text_file(part.name), partial(_check_texts, cache, part.name)
     for split, info in cache.manifest.contents.splits.items():
-        yield info.file, lambda split=split, info=info: _check_examples(cache, split, info.file)  # type: ignore[misc]
+        yield info.file, partial(_check_examples, cache, split, info.file)
     for name, spec in cache.teachers.items():
-        yield layout.tokenizer_file(name), lambda name=name: cache.tokenizer_json(name)  # type: ignore[misc]
+        yield layout.tokenizer_file(name), partial(cache.tokenizer_json, name)
         for layer in spec.layers:
-            yield layout.basis_file(name, layer), lambda name=name, layer=layer: cache.basis(name, layer)  # type: ignore[misc]
+            yield layout.basis_file(name, layer), partial(cache.basis, name, layer)
         for part in cache.parts:
-            yield from _part_meanings(cache, name, part.name)
-
-
-def _part_meanings(cache: Cache, teacher: str, part: str) -> Iterator[tuple[str, Callable[[], object]]]:
-    yield layout.outputs_file(teacher, part), lambda: cache.outputs(teacher, part)
-    if part in cache.manifest.contents.tokens.get(teacher, {}):
-        yield layout.tokens_file(teacher, part), lambda: cache.tokens(teacher, part)
-    if next(one for one in cache.parts if one.name == part).scope != "full":
-        return
-    for layer, spec in cache.teachers[teacher].layers.items():
-        paths = layout.layer_files(teacher, part, layer, spec, cache.row_count(teacher, part, layer))
-        yield paths[-1], lambda layer=layer: cache.hidden(teacher, part, layer)  # type: ignore[misc]
+            yield layout.outputs_file(name, part.name), partial(cache.outputs, name, part.name)
+            if part.name in cache.manifest.contents.tokens.get(name, {}):
+                yield layout.tokens_file(name, part.name), partial(cache.tokens, name, part.name)
+            for layer, layer_spec in spec.layers.items() if part.scope == "full" else ():
+                rows = cache.row_count(name, part.name, layer)
+                paths = layout.layer_files(name, part.name, layer, layer_spec, rows)
+                yield paths[-1], partial(cache.hidden, name, part.name, layer)
 
 
 def _check_texts(cache: Cache, part: str) -> None:
-    for row, (one, text) in enumerate(zip(id_list(cache.text_ids(part)), cache.texts(part), strict=True)):
-        if text_id(text) != one:
+    for row, (identity, text) in enumerate(zip(id_list(cache.text_ids(part)), cache.texts(part), strict=True)):
+        if text_id(text) != identity:
             raise DamageError(
                 f"'{cache.path / layout.text_file(part)}' has a text in row {row} that is not the one of its id"
             )

@@ -1,4 +1,4 @@
-"""Writing a cache: lock, find out what is there, add what is missing, publish.
+"""Writes a cache: lock it, find the components that exist, add the missing ones, publish.
 
     with open_writer(path, task, settings) as writer:
         writer.add_texts(full, logits_only)
@@ -176,10 +176,11 @@ class CacheWriter:
         """The existing bases of a declared teacher, by layer; only those of ``layers`` if given."""
         spec = self._contents.teachers[name]
         wanted = self.layers_with_basis(name) & set(spec.layers if layers is None else layers)
-        there = {layer: layout.basis_file(name, layer) for layer in sorted(wanted)}
         return {
-            layer: self._files.decode(path, partial(decode_basis, spec=spec.layers[layer], width=spec.width))
-            for layer, path in there.items()
+            layer: self._files.decode(
+                layout.basis_file(name, layer), partial(decode_basis, spec=spec.layers[layer], width=spec.width)
+            )
+            for layer in sorted(wanted)
         }
 
     def write_bases(self, name: str, bases: Mapping[int, Basis]) -> None:
@@ -275,9 +276,8 @@ class CacheWriter:
     def _commit_part(self, name: str, part: PartInfo, tokens: int | None, files: Mapping[str, Any]) -> int:
         if not files:
             return 0
-        written = {path: write_file(self.root / path, data) for path, data in files.items()}
+        written = self._write(files)
         self._journal.add_teacher_part(name, part.name, tokens, written)
-        self._contents.files.update(written)
         if tokens is not None:
             self._contents.tokens.setdefault(name, {})[part.name] = tokens
         return sum(digest.size for digest in written.values())
@@ -323,10 +323,7 @@ class CacheWriter:
 def complete_contents(
     root: Path, contents: Contents, published: Contents | None, asked: Mapping[str, TeacherSpec]
 ) -> Contents:
-    """The contents to publish.
-
-    Raises MismatchError, KdcacheError or DamageError where something wanted is not complete.
-    """
+    """The contents to publish. Raises MismatchError, KdcacheError or DamageError if a component is not complete."""
     before = published.teachers if published else {}
     teachers = {}
     for name, spec in contents.teachers.items():
@@ -334,9 +331,9 @@ def complete_contents(
             _refuse(root, contents, name, name in asked, name in before, f"teacher '{name}'")
             continue
         layers = {}
-        for layer, one in spec.layers.items():
+        for layer, layer_spec in spec.layers.items():
             if contents.layer_is_complete(name, layer):
-                layers[layer] = one
+                layers[layer] = layer_spec
                 continue
             wanted = name in asked and layer in asked[name].layers
             kept = name in before and layer in before[name].layers
@@ -350,9 +347,9 @@ def complete_contents(
     }
     made = replace(contents, teachers=teachers, tokens=tokens, lost={})
     expected = made.expected_files()
-    for path, what in expected.items():
+    for path, file in expected.items():
         if path not in contents.files:
-            raise DamageError(f"cache '{root}' lacks '{path}' ({what})", "Run the dump again with --repair.")
+            raise DamageError(f"cache '{root}' lacks '{path}' ({file.what})", "Run the dump again with --repair.")
     return replace(made, files={path: contents.files[path] for path in expected})
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import secrets
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +16,7 @@ from kdcache.errors import KdcacheError, RecipeError
 from kdcache.progress import counted, format_bytes, listed
 
 if TYPE_CHECKING:
+    from kdcache.cache.verify import Damage
     from kdcache.share.refs import Ref
     from kdcache.share.stores.base import Remote
 
@@ -78,23 +80,18 @@ def _verify_directory(path: Path) -> None:
     progress.finish()
     readable = not any(damage.file in ("manifest.json", ".selection.json") for damage in damages)
     strays, coming = (unreferenced(path), to_come(path)) if readable else ([], [])
-    found = {
+    document = {
         "path": str(path),
         "damaged": [vars(damage) for damage in damages],
         "to_come": coming,
         "unreferenced": strays,
     }
-    out.document(found)
-    for damage in damages:
-        out.text(f"{damage.file}: {damage.reason}")
+    out.document(document)
     for stray in strays:
         out.note(f"not part of the cache: {stray}")
-    if damages:
-        count = counted(len(damages), "damaged file")
-        out.error(
-            f"cache '{path}' has {count}", "Dump again only what is damaged: kdcache dump-teachers RECIPE --repair"
-        )
-        raise typer.Exit(3)
+    _refuse_damage(
+        damages, f"cache '{path}'", "file", "Dump again only what is damaged: kdcache dump-teachers RECIPE --repair"
+    )
     if coming:
         out.text(
             f"{path}: not complete: {len(coming):,} selected files were not fetched yet; those that are here are whole"
@@ -121,19 +118,25 @@ def _verify_remote(remote: Remote, ref: Ref, share: float, seed: str) -> None:
     damages = verify_remote(remote, ref, share=share, seed=seed, progress=RichProgress())
     damaged = [vars(damage) for damage in damages]
     out.document({"reference": ref.pinned, "remote": remote.url, "share_read": share, "seed": seed, "damaged": damaged})
-    for damage in damages:
-        out.text(f"{damage.file}: {damage.reason}")
-    if damages:
-        count = counted(len(damages), "damaged object")
-        out.error(
-            f"{ref.pinned} on {remote.url} has {count}",
-            "Delete what is damaged there, and push the cache again from a whole copy: only that is sent.",
-        )
-        raise typer.Exit(3)
+    _refuse_damage(
+        damages,
+        f"{ref.pinned} on {remote.url}",
+        "object",
+        "Delete what is damaged there, and push the cache again from a whole copy: only that is sent.",
+    )
     read = {0.0: "presence and sizes are right", 1.0: "every byte is right"}.get(
         share, f"presence and sizes are right, and the bytes of {share:.0%} of the files (--seed {seed})"
     )
     out.text(f"{ref.pinned} on {remote.url}: {read}")
+
+
+def _refuse_damage(damages: Sequence[Damage], subject: str, noun: str, hint: str) -> None:
+    """Print the damages, if there are any, and leave with exit code 3."""
+    for damage in damages:
+        out.text(f"{damage.file}: {damage.reason}")
+    if damages:
+        out.error(f"{subject} has {counted(len(damages), f'damaged {noun}')}", hint)
+        raise typer.Exit(3)
 
 
 def _share(subset: str | None) -> float:
@@ -185,23 +188,13 @@ def _show(description: dict[str, Any]) -> None:
     for name, teacher in description["teachers"].items():
         run = f"{teacher['backend']} {teacher['precision']}"
         what = f"{teacher['head']} head, {teacher['depth']} x {teacher['width']}, {run}"
-        rows.append((name, what, teacher["tokens"], format_bytes(teacher["bytes"]), _absent(teacher)))
+        rows.append((name, what, teacher["tokens"], format_bytes(teacher["bytes"]), _here(teacher)))
         for layer, stored in teacher["layers"].items():
-            rows.append(
-                (
-                    "",
-                    f"layer {layer}: {stored_as(stored)}",
-                    None,
-                    format_bytes(stored["bytes"]),
-                    _absent(stored),
-                )
-            )
+            rows.append(("", f"layer {layer}: {stored_as(stored)}", None, format_bytes(stored["bytes"]), _here(stored)))
     out.text()
-    partial = description["selection"] is not None
-    out.table(
-        ("teacher", "what", "tokens", "size", *(["here"] if partial else [])),
-        rows if partial else [row[:4] for row in rows],
-    )
+    columns = ("teacher", "what", "tokens", "size", "here")
+    shown = 4 if description["selection"] is None else 5
+    out.table(columns[:shown], [row[:shown] for row in rows])
 
 
 def _shortened(command: str) -> str:
@@ -209,7 +202,7 @@ def _shortened(command: str) -> str:
     return re.sub(r"(?<![\w.:/~-])/(?:[^/\s'\"]+/)+(?=[^/\s'\"])", "…/", command)
 
 
-def _absent(stored: dict[str, Any]) -> str:
+def _here(stored: dict[str, Any]) -> str:
     return "yes" if stored["here"] else "no"
 
 

@@ -28,15 +28,15 @@ def diff(first: CacheReference, second: CacheReference, remote: RemoteUrl = None
     with contextlib.ExitStack() as stack:
 
         def opened(reference: str) -> Cache:
-            found = find_cache(reference, remote)
-            if isinstance(found, Path):
-                return open_cache(found, incomplete=True)
-            return stack.enter_context(found.read(SilentProgress()))
+            place = find_cache(reference, remote)
+            if isinstance(place, Path):
+                return open_cache(place, incomplete=True)
+            return stack.enter_context(place.read(SilentProgress()))
 
-        found = compare(opened(first), opened(second))
-    out.document({"same": found.same, **found.facts})
-    for line in [] if found.same else found.lines():
+        difference = compare(opened(first), opened(second))
+    out.document({"same": difference.same, **difference.facts})
+    for line in [] if difference.same else difference.lines():
         out.text(line)
-    if not found.same:
+    if not difference.same:
         raise typer.Exit(3)
     out.text("the same cache: equal identities, equal bytes in every data file")

@@ -62,8 +62,12 @@ def _version(name: str) -> str:
 def _devices() -> list[str]:
     import torch
 
-    found = [f"cuda:{index} {torch.cuda.get_device_name(index)}" for index in range(torch.cuda.device_count())]
-    return [*found, *(["mps"] if torch.backends.mps.is_available() else []), f"cpu ({torch.get_num_threads()} threads)"]
+    devices = [f"cuda:{index} {torch.cuda.get_device_name(index)}" for index in range(torch.cuda.device_count())]
+    return [
+        *devices,
+        *(["mps"] if torch.backends.mps.is_available() else []),
+        f"cpu ({torch.get_num_threads()} threads)",
+    ]
 
 
 def _providers() -> list[str]:

@@ -13,9 +13,7 @@ from kdcache.errors import RecipeError
 from kdcache.progress import counted, format_bytes
 
 if TYPE_CHECKING:
-    from kdcache.dump.extend import ExtendReport, Wanted
-    from kdcache.progress import Progress
-    from kdcache.share.reading_through import RemoteCache
+    from kdcache.dump.extend import ExtendReport
 
 
 def extend(
@@ -57,9 +55,12 @@ def extend(
     Example: kdcache cache extend sst2-3t --recipe sst2.toml --teacher bert=DIR --teacher roberta=DIR --teacher
     deberta=DIR
     """
-    from kdcache.dump.extend import Wanted
+    from kdcache.cli.stages import provenance
+    from kdcache.dump.extend import Wanted, extend_cache
+    from kdcache.dump.next_version import extend_version
     from kdcache.progress import RichProgress
     from kdcache.recipe import load_recipe
+    from kdcache.share.local_store import default_store
 
     loaded = load_recipe(recipe, settings) if recipe is not None else None
     wanted = Wanted(_teachers(teacher or []), layer_numbers(layers), loaded)
@@ -70,40 +71,26 @@ def extend(
                 "--tag belongs to a name on the remote",
                 "Push the directory with: kdcache cache push PATH --name NAME --tag TAG",
             )
-        report, published = _in_place(place, wanted, progress), None
+        published = None
+        report = extend_cache(place, wanted, progress=progress, provenance=provenance())
     else:
-        report, published = _on_remote(place, wanted, tag, progress)
+        report, published = extend_version(
+            place.remote, place.ref, wanted, store=default_store(), tag=tag, progress=progress, provenance=provenance()
+        )
     out.document({**report.as_dict(), "reference": published})
     _show(report, published)
 
 
-def _in_place(place: Path, wanted: Wanted, progress: Progress) -> ExtendReport:
-    from kdcache.cli.stages import provenance
-    from kdcache.dump.extend import extend_cache
-
-    return extend_cache(place, wanted, progress=progress, provenance=provenance())
-
-
-def _on_remote(found: RemoteCache, wanted: Wanted, tag: str | None, progress: Progress) -> tuple[ExtendReport, str]:
-    from kdcache.cli.stages import provenance
-    from kdcache.dump.next_version import extend_version
-    from kdcache.share.local_store import default_store
-
-    return extend_version(
-        found.remote, found.ref, wanted, store=default_store(), tag=tag, progress=progress, provenance=provenance()
-    )
-
-
 def _teachers(given: list[str]) -> dict[str, Path]:
-    found: dict[str, Path] = {}
-    for one in given:
-        name, equals, path = one.partition("=")
-        if not equals or not name or not path:
-            raise RecipeError(f"--teacher {one} is not NAME=DIR", "Such as: --teacher deberta=runs/deberta/teachers")
-        if name in found:
+    teachers: dict[str, Path] = {}
+    for flag in given:
+        name, _, path = flag.partition("=")
+        if not name or not path:
+            raise RecipeError(f"--teacher {flag} is not NAME=DIR", "Such as: --teacher deberta=runs/deberta/teachers")
+        if name in teachers:
             raise RecipeError(f"--teacher names '{name}' twice", "Name each teacher once.")
-        found[name] = Path(path)
-    return found
+        teachers[name] = Path(path)
+    return teachers
 
 
 def _show(report: ExtendReport, published: str | None) -> None:

@@ -37,18 +37,21 @@ def methods(name: Name = None, json: Json = False) -> None:  # noqa: ARG001  (it
     from kdcache.methods.registry import all_methods, find_method, method_text
 
     if name is not None:
-        one, text = _described(find_method(name)), method_text(name)
-        out.document(one | {"text": text})
-        out.text(f"{one['title']} ({one['source']})")
-        out.text(f"Needs: {_needs(one)}. Compares: {_COMPARES[one['scope']]}.")
+        method, text = _described(find_method(name)), method_text(name)
+        out.document(method | {"text": text})
+        out.text(f"{method['title']} ({method['source']})")
+        out.text(f"Needs: {_needs(method)}. Compares: {_COMPARES[method['scope']]}.")
         out.text()
         for line in text.splitlines():
             out.text(line)
         return
-    found = [_described(method) for method in all_methods()]
-    out.document(found)
+    described = [_described(method) for method in all_methods()]
+    out.document(described)
     columns = ("method", "title", "needs", "compares", "source")
-    rows = [(each["name"], each["title"], _needs(each), _COMPARES[each["scope"]], each["source"]) for each in found]
+    rows = [
+        (method["name"], method["title"], _needs(method), _COMPARES[method["scope"]], method["source"])
+        for method in described
+    ]
     out.table(columns, rows)
     out.hint("Show one with: kdcache methods NAME. Choose one with: kdcache distill RECIPE --set distill.method=NAME")
 
@@ -60,8 +63,8 @@ def as_markdown() -> str:
     lines = ["| `distill.method` | in short | needs | compares | source |", "|---|---|---|---|---|"]
     texts = []
     for method in all_methods():
-        one = _described(method)
-        cells = (f"`{one['name']}`", one["note"], _needs(one), _COMPARES[one["scope"]], one["source"])
+        shown = _described(method)
+        cells = (f"`{method.name}`", shown["note"], _needs(shown), _COMPARES[method.scope], shown["source"])
         lines.append(f"| {' | '.join(cells)} |")
         texts.append(f"#### {method.name}\n\n```text\n{method_text(method.name)}\n```\n")
     return "\n".join([*lines, "", *texts])

@@ -99,7 +99,7 @@ def prepare(
 def recipe_text(name: str) -> str:
     """The text of a pipeline; RecipeError names those there are."""
     path = folder() / f"{name}.toml"
-    known = sorted(found.stem for found in folder().glob("*.toml"))
+    known = sorted(file.stem for file in folder().glob("*.toml"))
     if name not in known:
         raise RecipeError(f"there is no pipeline '{name}'; there are: {', '.join(known)}", "See: kdcache pipelines ls")
     return path.read_text(encoding="utf-8")

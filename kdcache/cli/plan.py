@@ -91,11 +91,11 @@ def _show(made: StoragePlan) -> None:
     out.text()
     out.table(["teacher", "layer", "form", "bytes/row", "total", "kept", "cosine", "error", "KL", ""], rows)
     if made.recommendation is not None:
-        found = made.recommendation
+        recommended = made.recommendation
         out.text()
         out.text(
-            f"recommended: {format_bytes(found.bytes)} in all, {found.explained:.4f} of the variance kept (mean over "
-            "layers)"
+            f"recommended: {format_bytes(recommended.bytes)} in all, {recommended.explained:.4f} of the variance kept "
+            "(mean over layers)"
         )
-        for line in found.toml():
+        for line in recommended.toml():
             out.text(f"    {line}")

@@ -185,21 +185,22 @@ def _list_here() -> None:
     from kdcache.share.listing import find_caches
 
     places = [*sorted(RUNS.glob("*/cache")), *sorted(Path().glob("*")), *sorted((home() / "store/caches").glob("*"))]
-    found = find_caches(places)
-    out.document({"caches": [asdict(one) for one in found]})
-    if not found:
+    caches = find_caches(places)
+    out.document({"caches": [asdict(cache) for cache in caches]})
+    if not caches:
         out.note("there is no cache in runs/, in this directory or in the store of fetched caches")
         return
     rows = [
         (
-            one.path,
-            ", ".join(one.teachers),
-            one.texts,
-            format_bytes(one.bytes_here) + (f" of {format_bytes(one.bytes)}" if one.bytes_here < one.bytes else ""),
-            one.identity[:12],
-            one.problem or one.origin,
+            cache.path,
+            ", ".join(cache.teachers),
+            cache.texts,
+            format_bytes(cache.bytes_here)
+            + (f" of {format_bytes(cache.bytes)}" if cache.bytes_here < cache.bytes else ""),
+            cache.identity[:12],
+            cache.problem or cache.origin,
         )
-        for one in found
+        for cache in caches
     ]
     out.table(("path", "teachers", "texts", "size", "identity", "from"), rows)
 
@@ -266,29 +267,31 @@ def status(path: CachePath, remote: RemoteUrl = None, json: Json = False) -> Non
     from kdcache.share.listing import status as compare
 
     store = open_team(remote)
-    found = compare(store, path)
-    out.document({**asdict(found), "remote": store.url})
-    for line in _standing(found, store.url):
+    standing = compare(store, path)
+    out.document({**asdict(standing), "remote": store.url})
+    for line in _standing(standing, store.url):
         out.text(line)
-    for reference in found.newest.values():
-        if reference not in found.pushed_as:
+    for reference in standing.newest.values():
+        if reference not in standing.pushed_as:
             out.hint(f"See row by row what differs with: kdcache cache diff {path} {reference}")
 
 
-def _standing(found: Status, url: str) -> list[str]:
-    lines = [f"{found.path}: identity {found.identity[:12]}"]
-    if found.pushed_as:
-        lines.append(f"pushed to {url} as {', '.join(found.pushed_as)}")
+def _standing(standing: Status, url: str) -> list[str]:
+    lines = [f"{standing.path}: identity {standing.identity[:12]}"]
+    if standing.pushed_as:
+        lines.append(f"pushed to {url} as {', '.join(standing.pushed_as)}")
     else:
-        verb = "is" if found.files_missing == 1 else "are"
-        lack = f"{counted(found.files_missing, 'file')} ({format_bytes(found.bytes_missing)}) of it {verb} not there"
+        verb = "is" if standing.files_missing == 1 else "are"
+        lack = (
+            f"{counted(standing.files_missing, 'file')} ({format_bytes(standing.bytes_missing)}) of it {verb} not there"
+        )
         lines.append(f"not pushed to {url}; {lack}")
-    for name, reference in found.newest.items():
-        differences = found.differences[name]
-        if reference not in found.pushed_as:
+    for name, reference in standing.newest.items():
+        differences = standing.differences[name]
+        if reference not in standing.pushed_as:
             lines.append(f"the newest version of '{name}' is {reference}: {'; '.join(differences) or 'the same data'}")
-    if found.not_pulled:
-        lines.append(f"not pulled: {counted(found.not_pulled, 'file')} ({format_bytes(found.bytes_not_pulled)})")
+    if standing.not_pulled:
+        lines.append(f"not pulled: {counted(standing.not_pulled, 'file')} ({format_bytes(standing.bytes_not_pulled)})")
     return lines
 
 

@@ -11,12 +11,11 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace as replaced
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kdcache import __version__
 from kdcache.cli.options import Job
 from kdcache.errors import MismatchError
 
@@ -61,13 +60,9 @@ def distill(job: Job, *, live_teachers: Path | None = None, replace: bool = Fals
 
     inputs = student_inputs(job, live=live_teachers is not None)
     _keep_or_replace(job.run, "student", inputs, replace=replace)
-    with _recorded(job, job.run, "student", inputs):
-        if job.remote_cache is None:
-            return train(
-                job.recipe, cache_at_hand(job), job.run.root, live_teachers=live_teachers, progress=job.progress
-            )
-        with job.remote_cache.read(job.progress) as cache:
-            return train(job.recipe, cache, job.run.root, live_teachers=live_teachers, progress=job.progress)
+    source = job.remote_cache.read(job.progress) if job.remote_cache else nullcontext(cache_at_hand(job))
+    with _recorded(job, job.run, "student", inputs), source as cache:
+        return train(job.recipe, cache, job.run.root, live_teachers=live_teachers, progress=job.progress)
 
 
 def baseline(job: Job, *, replace: bool = False) -> DistillResult:
@@ -118,14 +113,11 @@ def cache_at_hand(job: Job) -> Path | None:
 def provenance() -> dict[str, Any]:
     """The command and where it ran, for the manifest; not part of the identity."""
     import platform
-    from importlib.metadata import version
 
-    packages = ("torch", "transformers", "tokenizers", "numpy")
     return {
         "command": shlex.join(["kdcache", *sys.argv[1:]]),
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
-        "versions": {"kdcache": __version__} | {name: version(name) for name in packages},
     }
 
 

@@ -195,9 +195,9 @@ class StorageFormat(ABC):
 
     def check_storable(self, largest: np.ndarray) -> None:
         """Raises NonFiniteError with the number of the first row that cannot be stored; see ``unstorable``."""
-        found = self.unstorable(largest)
-        if found is not None:
-            raise NonFiniteError(f"token {found[0]}: {found[1]}", self.cure)
+        fault = self.unstorable(largest)
+        if fault is not None:
+            raise NonFiniteError(f"token {fault[0]}: {fault[1]}", self.cure)
 
     @abstractmethod
     def encode(self, values: np.ndarray, spec: LayerSpec, basis: Basis) -> HiddenBlock:
@@ -223,7 +223,7 @@ class StorageFormat(ABC):
     # checks of stored data
 
     def check_block(self, block: HiddenBlock, spec: LayerSpec, rows: int) -> None:
-        """Raises ValueError if dtypes and shapes differ from ``arrays``, or a code has no value."""
+        """Raises ValueError if dtypes and shapes differ from ``arrays``, or if a code has no value."""
         given = [array for array in (block.values, block.scales) if array is not None]
         arrays = self.arrays(spec, rows)
         if len(given) != len(arrays):
@@ -262,6 +262,61 @@ class StorageFormat(ABC):
         """Raises ValueError unless a basis has exactly the format's own tensors, with valid values."""
         if basis.tables:
             raise ValueError(f"a layer in {self.name} has no tensors {', '.join(sorted(basis.tables))}")
+
+
+_SMALLEST_SCALE = float(np.finfo(np.float32).smallest_normal)
+
+
+class RowScaledFormat(StorageFormat):
+    """A format with a code of one byte per coordinate and one float32 scale per row; value = number x scale.
+
+    The scale of a row is its absmax divided by ``limit``. A row with a scale below the smallest normal float32 gets
+    scale 0 and decodes to zeros.
+    """
+
+    dtype: ClassVar[str]  # numpy's, of the codes
+    limit: ClassVar[float]  # the number of the largest coordinate of a row
+
+    @abstractmethod
+    def codes(self, numbers: np.ndarray) -> np.ndarray:
+        """Codes of float32 numbers from ``-limit`` to ``limit``."""
+
+    @abstractmethod
+    def codes_on_device(self, numbers: torch.Tensor) -> torch.Tensor:
+        """The same on a device, bit for bit."""
+
+    @abstractmethod
+    def step(self, block: HiddenBlock) -> np.ndarray:
+        """Float64 [rows]: the norm of the distances between neighbouring numbers, before the scale."""
+
+    def arrays(self, spec: LayerSpec, rows: int) -> tuple[StoredArray, ...]:
+        return StoredArray("", (rows, spec.dim), self.dtype), StoredArray("-scale", (rows,), "float32")
+
+    def encode(self, values: np.ndarray, spec: LayerSpec, basis: Basis) -> HiddenBlock:
+        largest = largest_of(values).astype(np.float32)
+        self.check_storable(largest)
+        scales = largest / np.float32(self.limit)
+        scales[scales < _SMALLEST_SCALE] = 0.0
+        numbers = values / np.where(scales > 0.0, scales, np.float32(np.inf))[:, None]
+        return HiddenBlock(self.codes(numbers), scales)
+
+    def encoder(self, spec: LayerSpec, basis: Basis, device: torch.device | str) -> Encoder:
+        import torch
+
+        limit = torch.full((1,), self.limit, device=device)  # a GPU divides by a scalar differently
+
+        def encoded(values: torch.Tensor) -> HiddenBlock:
+            scales = values.abs().amax(dim=1) / limit
+            scales[scales < _SMALLEST_SCALE] = 0.0
+            numbers = values / torch.where(scales > 0.0, scales, torch.inf)[:, None]
+            return HiddenBlock(self.codes_on_device(numbers).cpu().numpy(), scales.cpu().numpy())
+
+        return encoded
+
+    def rounding(self, block: HiddenBlock, projected: np.ndarray, spec: LayerSpec, basis: Basis) -> Rounding:
+        assert block.scales is not None
+        step = block.scales.astype(np.float64) * self.step(block)
+        return Rounding(step / 2 * 1.01, step / np.sqrt(12))
 
 
 def largest_of(values: np.ndarray) -> np.ndarray:

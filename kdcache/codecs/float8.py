@@ -11,16 +11,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kdcache.codecs.base import HiddenBlock, Rounding, StorageFormat, StoredArray, largest_of
+from kdcache.codecs.base import HiddenBlock, RowScaledFormat
 
 if TYPE_CHECKING:
     import torch
 
-    from kdcache.codecs.base import Basis, Decoder, Encoder, LayerSpec
+    from kdcache.codecs.base import Basis, Decoder, LayerSpec
 
 LARGEST = 448.0  # of e4m3; the scale of a row is absmax / 448, so nothing lies beyond
 NAN = 0x7F  # with either sign; never written. 255 is the fill value, so a missing chunk is detected
-_SMALLEST_SCALE = float(np.finfo(np.float32).smallest_normal)
 
 
 def _tables() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -43,40 +42,27 @@ def _tables() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 VALUES, _STEPS, _BORDERS = _tables()
 
 
-class Float8(StorageFormat):
-    """|x - decoded| <= the larger of |x| / 16 and scale / 1024.
-
-    A row whose absmax is below 448 times the smallest normal float32 gets scale 0 and decodes to zeros. Encoding
-    decoded values gives the same codes.
-    """
+class Float8(RowScaledFormat):
+    """|x - decoded| <= the larger of |x| / 16 and scale / 1024. Encoding decoded values gives the same codes."""
 
     name = "float8"
+    dtype = "uint8"
+    limit = LARGEST
 
-    def arrays(self, spec: LayerSpec, rows: int) -> tuple[StoredArray, ...]:
-        return StoredArray("", (rows, spec.dim), "uint8"), StoredArray("-scale", (rows,), "float32")
+    def codes(self, numbers: np.ndarray) -> np.ndarray:
+        codes: np.ndarray = np.searchsorted(_BORDERS, np.abs(numbers)).astype(np.uint8)
+        codes |= np.signbit(numbers).astype(np.uint8) << 7
+        return codes
 
-    def encode(self, values: np.ndarray, spec: LayerSpec, basis: Basis) -> HiddenBlock:
-        largest = largest_of(values).astype(np.float32)
-        self.check_storable(largest)
-        scales = largest / np.float32(LARGEST)
-        scales[scales < _SMALLEST_SCALE] = 0.0
-        numbers = values / np.where(scales > 0.0, scales, np.float32(np.inf))[:, None]
-        codes = np.searchsorted(_BORDERS, np.abs(numbers)).astype(np.uint8)
-        return HiddenBlock(codes | np.signbit(numbers).astype(np.uint8) << 7, scales)
-
-    def encoder(self, spec: LayerSpec, basis: Basis, device: torch.device | str) -> Encoder:
+    def codes_on_device(self, numbers: torch.Tensor) -> torch.Tensor:
         import torch
 
-        limit = torch.full((1,), LARGEST, device=device)  # a GPU divides by a tensor, not by a scalar
+        numbers = numbers.cpu() if numbers.device.type == "mps" else numbers  # MPS has no float8
+        return numbers.to(torch.float8_e4m3fn).view(torch.uint8)
 
-        def encoded(values: torch.Tensor) -> HiddenBlock:
-            scales = values.abs().amax(dim=1) / limit
-            scales[scales < _SMALLEST_SCALE] = 0.0
-            numbers = values / torch.where(scales > 0.0, scales, torch.inf)[:, None]
-            numbers = numbers.cpu() if numbers.device.type == "mps" else numbers  # has no float8
-            return HiddenBlock(numbers.to(torch.float8_e4m3fn).view(torch.uint8).cpu().numpy(), scales.cpu().numpy())
-
-        return encoded
+    def step(self, block: HiddenBlock) -> np.ndarray:
+        steps: np.ndarray = np.linalg.norm(_STEPS[block.values].astype(np.float64), axis=1)
+        return steps
 
     def decode(self, block: HiddenBlock, basis: Basis) -> np.ndarray:
         assert block.scales is not None
@@ -105,11 +91,6 @@ class Float8(StorageFormat):
         assert block.scales is not None
         finite: np.ndarray = np.isfinite(block.scales)
         return finite
-
-    def rounding(self, block: HiddenBlock, projected: np.ndarray, spec: LayerSpec, basis: Basis) -> Rounding:
-        assert block.scales is not None
-        step = block.scales.astype(np.float64) * np.linalg.norm(_STEPS[block.values].astype(np.float64), axis=1)
-        return Rounding(step / 2 * 1.01, step / np.sqrt(12))
 
 
 FLOAT8 = Float8()

@@ -11,63 +11,43 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kdcache.codecs.base import HiddenBlock, Rounding, StorageFormat, StoredArray, largest_of
+from kdcache.codecs.base import HiddenBlock, RowScaledFormat
 
 if TYPE_CHECKING:
     import torch
 
-    from kdcache.codecs.base import Basis, Encoder, LayerSpec
+    from kdcache.codecs.base import LayerSpec
 
 CODE_LIMIT = 127  # codes are -127..127; -128 is the fill value, so a missing chunk is detected
-_SMALLEST_SCALE = float(np.finfo(np.float32).smallest_normal)
 _CUTS = (32, 64, 128, 256, 512)  # dimensions of PCA that a plan measures
 
 
-class Int8(StorageFormat):
-    """|x - decoded| <= scale / 2.
-
-    An all-zero row (absmax below 127 times the smallest normal float32) gets scale 0 and decodes to zeros. Encoding
-    what was decoded gives the same codes again.
-    """
+class Int8(RowScaledFormat):
+    """|x - decoded| <= scale / 2. Encoding decoded values gives the same codes."""
 
     name = "int8"
-
-    def arrays(self, spec: LayerSpec, rows: int) -> tuple[StoredArray, ...]:
-        return StoredArray("", (rows, spec.dim), "int8"), StoredArray("-scale", (rows,), "float32")
+    dtype = "int8"
+    limit = float(CODE_LIMIT)
 
     def candidates(self, whole: LayerSpec) -> tuple[LayerSpec, ...]:
         return whole, *(replace(whole, projection="pca", dim=dim) for dim in _CUTS if dim < whole.dim)
 
-    def encode(self, values: np.ndarray, spec: LayerSpec, basis: Basis) -> HiddenBlock:
-        largest = largest_of(values).astype(np.float32)
-        self.check_storable(largest)
-        scales = largest / np.float32(CODE_LIMIT)
-        scales[scales < _SMALLEST_SCALE] = 0.0
-        codes = np.rint(values / np.where(scales > 0.0, scales, np.float32(np.inf))[:, None])
-        return HiddenBlock(np.clip(codes, -CODE_LIMIT, CODE_LIMIT).astype(np.int8), scales)
+    def codes(self, numbers: np.ndarray) -> np.ndarray:
+        codes: np.ndarray = np.clip(np.rint(numbers), -CODE_LIMIT, CODE_LIMIT).astype(np.int8)
+        return codes
 
-    def encoder(self, spec: LayerSpec, basis: Basis, device: torch.device | str) -> Encoder:
+    def codes_on_device(self, numbers: torch.Tensor) -> torch.Tensor:
         import torch
 
-        limit = torch.full((1,), float(CODE_LIMIT), device=device)  # a GPU divides by a tensor, not by a scalar
+        return numbers.round_().clamp_(-CODE_LIMIT, CODE_LIMIT).to(torch.int8)
 
-        def encoded(values: torch.Tensor) -> HiddenBlock:
-            scales = values.abs().amax(dim=1) / limit
-            scales[scales < _SMALLEST_SCALE] = 0.0
-            codes = (values / torch.where(scales > 0.0, scales, torch.inf)[:, None]).round_()
-            return HiddenBlock(codes.clamp_(-CODE_LIMIT, CODE_LIMIT).to(torch.int8).cpu().numpy(), scales.cpu().numpy())
-
-        return encoded
+    def step(self, block: HiddenBlock) -> np.ndarray:
+        return np.full(len(block), np.sqrt(block.values.shape[1]))
 
     def check_block(self, block: HiddenBlock, spec: LayerSpec, rows: int) -> None:
         super().check_block(block, spec, rows)
         if rows and block.values.min() < -CODE_LIMIT:
             raise ValueError("has the code -128; codes are -127 to 127")
-
-    def rounding(self, block: HiddenBlock, projected: np.ndarray, spec: LayerSpec, basis: Basis) -> Rounding:
-        assert block.scales is not None
-        step = block.scales.astype(np.float64) * np.sqrt(spec.dim)
-        return Rounding(step / 2 * 1.01, step / np.sqrt(12))
 
 
 INT8 = Int8()

@@ -46,11 +46,11 @@ class Float16(Float32):
     name = "float16"
 
     def unstorable(self, largest: np.ndarray) -> tuple[int, str] | None:
-        found = super().unstorable(largest)
-        if found is None and (largest >= _FLOAT16_LIMIT).any():
+        fault = super().unstorable(largest)
+        if fault is None and (largest >= _FLOAT16_LIMIT).any():
             row = int(np.argmax(largest >= _FLOAT16_LIMIT))
             return row, f"{largest[row]:.6g} is beyond float16, whose largest number is 65504"
-        return found
+        return fault
 
     @property
     def cure(self) -> str:

@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 @functools.cache
 def storage_formats() -> Mapping[str, StorageFormat]:
     """All formats by name in manifests."""
-    found: dict[str, StorageFormat] = {}
+    formats: dict[str, StorageFormat] = {}
     for module in pkgutil.iter_modules(kdcache.codecs.__path__, "kdcache.codecs."):
         if module.name != __name__:
             for value in vars(importlib.import_module(module.name)).values():
                 if isinstance(value, StorageFormat):
-                    found[value.name] = value
-    return MappingProxyType(found)
+                    formats[value.name] = value
+    return MappingProxyType(formats)
 
 
 def storage_format(name: str) -> StorageFormat:

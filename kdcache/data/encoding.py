@@ -13,7 +13,7 @@ import json
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 TRUNCATION = "longest_first"  # from the right; part of a cache's identity
 _CHUNK = 4096  # texts whose Encoding objects exist at once
+_PER_TOKEN = ("input_ids", "starts", "ends", "segments", "roles", "token_type_ids")  # arrays of EncodedTexts
 _truncating = threading.Lock()  # truncation is state of a tokenizer: set, used and restored under this lock
 
 
@@ -75,12 +76,13 @@ class EncodedTexts:
         rows = np.asarray(rows, dtype=np.int64)
         places = self._places(rows)
         offsets = np.concatenate([[0], np.cumsum(self.lengths[rows])]).astype(np.int64)
-        types = None if self.token_type_ids is None else self.token_type_ids[places]
-        starts, ends, segments, roles = (
-            values[places] for values in (self.starts, self.ends, self.segments, self.roles)
+        selected: dict[str, Any] = {name: values[places] for name, values in self._per_token().items()}
+        return replace(
+            self, offsets=offsets, truncated=None if self.truncated is None else self.truncated[rows], **selected
         )
-        truncated = None if self.truncated is None else self.truncated[rows]
-        return EncodedTexts(self.input_ids[places], offsets, starts, ends, segments, roles, types, truncated)
+
+    def _per_token(self) -> dict[str, np.ndarray]:
+        return {name: values for name in _PER_TOKEN if (values := getattr(self, name)) is not None}
 
     def _places(self, rows: np.ndarray) -> np.ndarray:
         """Places int64 of the tokens of ``rows``, row after row."""
@@ -145,7 +147,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[tuple[str, ...]],
     chunks = []
     with _truncated(backend, max_length):  # also for the probe: some tokenizers are saved with padding enabled
         roles = _special_roles(backend, pair=columns == 2)
-        for first in range(0, len(texts), _CHUNK):
+        for first in range(0, max(1, len(texts)), _CHUNK):  # one chunk without texts too
             chunk = texts[first : first + _CHUNK]
             encodings = backend.encode_batch([text[0] for text in chunk] if columns == 1 else list(chunk))
             cut = [len(encoding) == max_length and bool(encoding.overflowing) for encoding in encodings]
@@ -154,7 +156,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[tuple[str, ...]],
                 stand_in = _stand_in(tokenizer)
                 encodings = [encoding if len(encoding) else stand_in for encoding in encodings]
             chunks.append(_pack(encodings, roles, truncated, with_types=with_types))
-    return _joined(chunks, with_types=with_types)
+    return _joined(chunks)
 
 
 @dataclass(frozen=True)
@@ -275,21 +277,13 @@ def _pack(
     return EncodedTexts(flat(ids, np.int32), offsets, starts, ends, segments, roles, types, truncated)
 
 
-def _joined(chunks: Sequence[EncodedTexts], *, with_types: bool) -> EncodedTexts:
-    def joined(name: str, dtype: type) -> np.ndarray:
-        return np.concatenate([np.empty(0, dtype), *(getattr(chunk, name) for chunk in chunks)])
-
-    lengths = np.concatenate([np.empty(0, np.int64), *(chunk.lengths for chunk in chunks)])
-    return EncodedTexts(
-        input_ids=joined("input_ids", np.int32),
-        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-        starts=joined("starts", np.int32),
-        ends=joined("ends", np.int32),
-        segments=joined("segments", np.int8),
-        roles=joined("roles", np.int8),
-        token_type_ids=joined("token_type_ids", np.int8) if with_types else None,
-        truncated=joined("truncated", np.bool_),
-    )
+def _joined(chunks: Sequence[EncodedTexts]) -> EncodedTexts:
+    lengths = np.concatenate([chunk.lengths for chunk in chunks])
+    joined: dict[str, Any] = {
+        name: np.concatenate([getattr(chunk, name) for chunk in chunks])
+        for name in (*chunks[0]._per_token(), "truncated")
+    }
+    return replace(chunks[0], offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64), **joined)
 
 
 def tokenizer_json(tokenizer: PreTrainedTokenizerBase) -> str:

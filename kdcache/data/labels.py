@@ -126,21 +126,21 @@ def class_order(
     declared = rows.class_names.get(column)
     if declared:
         return ClassOrder(declared, "the data set")
-    found = {label for label in labels if label is not None}
-    _refuse_withheld(rows, labels, column, found)
-    _refuse_several(rows, labels, column, found)
-    integers = sorted((name for name in found if _INTEGER.fullmatch(name)), key=lambda name: (int(name), name))
-    words = sorted(found - set(integers))
+    names = {label for label in labels if label is not None}
+    _refuse_withheld(rows, labels, column, names)
+    _refuse_several(rows, labels, column, names)
+    integers = sorted((name for name in names if _INTEGER.fullmatch(name)), key=lambda name: (int(name), name))
+    words = sorted(names - set(integers))
     if len(words) > 1 and integers and all(0 <= int(name) < len(words) for name in integers):
         _refuse_mixed(rows, labels.index(integers[0]), column, integers[0], words, "the same column")
-    return ClassOrder(tuple(integers if not words else sorted(found)), "", rows.source)
+    return ClassOrder(tuple(integers if not words else sorted(names)), "", rows.source)
 
 
-def _refuse_withheld(rows: Rows, labels: Sequence[str | None], column: str, found: set[str]) -> None:
+def _refuse_withheld(rows: Rows, labels: Sequence[str | None], column: str, names: set[str]) -> None:
     """Refuse -1 beside 0 and 1, which may be a withheld label; with other negative numbers it is a class."""
-    others = found - {_WITHHELD}
+    others = names - {_WITHHELD}
     if (
-        _WITHHELD not in found
+        _WITHHELD not in names
         or len(others) < 2
         or any(name.startswith("-") and _INTEGER.fullmatch(name) for name in others)
     ):
@@ -152,9 +152,9 @@ def _refuse_withheld(rows: Rows, labels: Sequence[str | None], column: str, foun
     )
 
 
-def _refuse_several(rows: Rows, labels: Sequence[str | None], column: str, found: set[str]) -> None:
-    for name, parts in _compounds(found):
-        if all(part in found for part in parts):
+def _refuse_several(rows: Rows, labels: Sequence[str | None], column: str, names: set[str]) -> None:
+    for name, parts in _compounds(names):
+        if all(part in names for part in parts):
             _refuse_multilabel(rows, labels.index(name), column, name, parts)
 
 

@@ -67,14 +67,14 @@ class _Split:
 
     def take(self, keep: Sequence[bool]) -> _Split:
         """The rows where ``keep`` is true."""
-        rows = replace(self.rows, columns={}).take(keep)
-        groups = None if self.groups is None else tuple(compress(self.groups, keep))
-        texts, ids, labels = (
-            list(compress(self.texts, keep)),
-            list(compress(self.ids, keep)),
-            list(compress(self.labels, keep)),
+        return replace(
+            self,
+            rows=replace(self.rows, columns={}).take(keep),
+            texts=list(compress(self.texts, keep)),
+            ids=list(compress(self.ids, keep)),
+            labels=list(compress(self.labels, keep)),
+            groups=None if self.groups is None else tuple(compress(self.groups, keep)),
         )
-        return replace(self, rows=rows, texts=texts, ids=ids, labels=labels, groups=groups)
 
 
 def load_task(section: DataSection) -> TaskData:
@@ -107,7 +107,6 @@ def read_examples(
     text: Sequence[str],
     label: str | None,
     label_names: Sequence[str] | None = None,
-    split: str = "test",
     *,
     labels_declared: bool = True,
     numbered_as: Sequence[str] | None = None,
@@ -118,7 +117,7 @@ def read_examples(
     else in ``label_names`` if that order was declared (``labels_declared``). Raises DataError as ``load_task``, and,
     if a label column is named, for rows without a label, which cannot be scored.
     """
-    rows, texts, empty = rows_with_text(read_rows(source, split), text)
+    rows, texts, empty = rows_with_text(read_rows(source, "test"), text)
     ids = ids_of(rows, texts)
     labels = np.full(len(texts), NO_LABEL, dtype=np.int64)
     names = tuple(label_names or ())
@@ -183,7 +182,7 @@ def _transfer(section: DataSection, splits: dict[str, _Split]) -> tuple[dict[byt
     """The used transfer texts in seeded order, and the number of dropped rows by reason."""
     evaluation = {identity for name, split in splits.items() if name != "train" for identity in split.ids}
     train = set(splits["train"].ids)
-    found: dict[bytes, tuple[str, ...]] = {}
+    texts_by_id: dict[bytes, tuple[str, ...]] = {}
     dropped = {
         "without text": 0,
         "found in validation or test": 0,
@@ -201,15 +200,15 @@ def _transfer(section: DataSection, splits: dict[str, _Split]) -> tuple[dict[byt
                 dropped["found in validation or test"] += 1
             elif identity in train:
                 dropped["already in train"] += 1
-            elif identity in found:
+            elif identity in texts_by_id:
                 dropped["duplicates"] += 1
             else:
-                found[identity] = text
-    keys = seeded_keys(list(found), section.seed, "transfer")
-    order = [identity for _, identity in sorted(zip(keys, found, strict=True))]
+                texts_by_id[identity] = text
+    keys = seeded_keys(list(texts_by_id), section.seed, "transfer")
+    order = [identity for _, identity in sorted(zip(keys, texts_by_id, strict=True))]
     used = order[: section.transfer_rows]
     dropped["beyond transfer_rows"] = len(order) - len(used)
-    return {identity: found[identity] for identity in used}, dropped
+    return {identity: texts_by_id[identity] for identity in used}, dropped
 
 
 def column_texts(rows: Rows, names: Sequence[str]) -> list[tuple[str, ...]]:

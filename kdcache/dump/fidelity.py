@@ -90,8 +90,14 @@ def measure(spec: LayerSpec, back: torch.Tensor, unseen: torch.Tensor) -> Fideli
     """Compare ``back`` with ``unseen``, [rows, width] each."""
     mean, pieces = unseen.double().mean(dim=0), []
     for rows, stored in zip(unseen.split(_CHUNK), back.split(_CHUNK), strict=True):
-        true, found = rows.double(), stored.double()
-        pairs = (true - found, true - found), (true - mean, true - mean), (true, found), (true, true), (found, found)
+        true, rebuilt_rows = rows.double(), stored.double()
+        pairs = (
+            (true - rebuilt_rows, true - rebuilt_rows),
+            (true - mean, true - mean),
+            (true, rebuilt_rows),
+            (true, true),
+            (rebuilt_rows, rebuilt_rows),
+        )
         pieces.append(torch.stack([torch.linalg.vecdot(*pair) for pair in pairs]))
     error, spread, inner, true_square, found_square = torch.cat(pieces, dim=1)
     total = float(spread.sum())
@@ -115,7 +121,9 @@ def soft_label_kl(model: TeacherModel, back: torch.Tensor, lengths: Sequence[int
     hidden = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
     mask = torch.arange(hidden.shape[1], device=device)[None] < torch.tensor(lengths, device=device)[:, None]
     with torch.inference_mode():
-        found, _ = model.head(hidden if model.adapter is None else model.adapter(hidden), mask.long())
+        rebuilt_logits, _ = model.head(hidden if model.adapter is None else model.adapter(hidden), mask.long())
         true = torch.from_numpy(logits).to(device)
-        kl = F.kl_div(F.log_softmax(found.float(), -1), F.log_softmax(true, -1), log_target=True, reduction="batchmean")
+        kl = F.kl_div(
+            F.log_softmax(rebuilt_logits.float(), -1), F.log_softmax(true, -1), log_target=True, reduction="batchmean"
+        )
         return max(float(kl), 0.0)  # rounding may make it negative

@@ -37,17 +37,13 @@ def dump_provenance(recipe: Recipe, bundle: Bundle, cache_dir: Path, given: Mapp
         origin = _origin(bundle.teachers[section.name])
         stated = {"licence": section.licence} if section.licence else {}
         teachers[section.name] = {**teachers.get(section.name, {}), **origin, **stated}
-    _add_runs(teachers, cache_dir)
-    return {
-        **given,
-        "versions": {**_versions(), **given.get("versions", {})},
-        "published": _now(),
+    about = {
         "recipe": recipe.name,
         "licence": recipe.licence,
         "data_licence": recipe.data.licence,
         "mean_scores": _strings(bundle.mean_scores),
-        "teachers": teachers,
     }
+    return _published(given, teachers, cache_dir) | about
 
 
 def extended_provenance(
@@ -59,14 +55,14 @@ def extended_provenance(
     for name, origin in added.items():
         stated = {key: value for key, value in _origin(origin).items() if value}
         teachers[name] = {**teachers.get(name, {}), **stated}
-    _add_runs(teachers, cache_dir)
+    return {**before, **_published(given, teachers, cache_dir)}
+
+
+def _published(given: Mapping[str, Any], teachers: Mapping[str, Any], cache_dir: Path) -> dict[str, Any]:
+    """``given`` with versions, time, and the records of ``teachers`` with those of their runs."""
+    runs = {name: {**teachers.get(name, {}), **record} for name, record in _remembered(cache_dir).items()}
     versions = {**_versions(), **given.get("versions", {})}
-    return {**before, **given, "versions": versions, "published": _now(), "teachers": teachers}
-
-
-def _add_runs(teachers: dict[str, Any], cache_dir: Path) -> None:
-    for name, record in _remembered(cache_dir).items():
-        teachers[name] = {**teachers.get(name, {}), **record}
+    return {**given, "versions": versions, "published": _now(), "teachers": {**teachers, **runs}}
 
 
 def remember_run(cache_dir: Path, run: TeacherRun) -> None:

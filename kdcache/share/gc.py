@@ -19,7 +19,7 @@ from kdcache.share import keys as layout
 from kdcache.share.intents import Lease, LeaseTiming, alive, hold, refuse_if_alive
 from kdcache.share.parallel import WORKERS, SharedProgress, Stop, for_each
 from kdcache.share.pull import fetch_manifest
-from kdcache.share.refs import Ref, all_histories, history, live, read_refs, resolve, tombstone
+from kdcache.share.refs import Ref, all_histories, by_name, history, live, read_refs, resolve, tombstone
 
 if TYPE_CHECKING:
     from kdcache.progress import Progress
@@ -117,7 +117,7 @@ def _plan(remote: Remote, grace: float, timing: LeaseTiming, lease: Lease | None
     def old(entry: Entry) -> bool:
         return now - entry.modified > grace
 
-    gone = {ref.key for versions in _by_name(refs) for ref in _dropped(versions, entries, old)}
+    gone = {ref.key for versions in by_name(refs).values() for ref in _dropped(versions, entries, old)}
     manifests, files = _reached(remote, [ref for ref in refs if ref.key not in gone], lease)
     unreached = [
         entry
@@ -142,12 +142,13 @@ def _files(
         sha = layout.parse_file_key(entry.key)
         if sha is None:
             continue
-        if bytes.fromhex(sha) in reached:
-            _count(kept, entry)
-        elif old(entry):
+        in_use = bytes.fromhex(sha) in reached
+        if not in_use and old(entry):
             gone.append(entry)
         else:
-            _count(young, entry)
+            counts = kept if in_use else young
+            counts[0] += 1
+            counts[1] += entry.size
     return gone, (kept[0], kept[1]), (young[0], young[1])
 
 
@@ -170,7 +171,7 @@ def _dropped(refs: Sequence[Ref], entries: Mapping[str, Entry], old: Callable[[E
 
 def _reached(remote: Remote, refs: Sequence[Ref], lease: Lease | None) -> tuple[set[bytes], set[bytes]]:
     """sha256 of the manifests and files that versions reach, including versions removed within the grace period."""
-    wanted = {ref.key for versions in _by_name(refs) for ref in live(versions)}
+    wanted = {ref.key for versions in by_name(refs).values() for ref in live(versions)}
     manifests: set[bytes] = set()
     files: set[bytes] = set()
     for ref in _beating(lease, refs):
@@ -184,7 +185,7 @@ def _reached(remote: Remote, refs: Sequence[Ref], lease: Lease | None) -> tuple[
                 continue  # a removed version need not be whole
             raise DamageError(
                 f"{error.message}; the files of {ref.pinned} are unknown, so nothing is deleted",
-                f"Push that cache again, or drop it with: kdcache cache rm {ref.pinned}",
+                f"Push that cache again, or remove it with: kdcache cache rm {ref.pinned}",
             ) from error
         manifests.add(sha)
         files.update(bytes.fromhex(digest.sha256) for digest in manifest.contents.files.values())
@@ -237,9 +238,8 @@ def _report_lost(remote: Remote, late: set[str]) -> None:
     """
     for refs in all_histories(remote).values():
         for ref in live(refs):
-            if layout.manifest_key(ref.manifest) in late:
-                needed = {layout.manifest_key(ref.manifest)}
-            else:
+            needed = late & {layout.manifest_key(ref.manifest)}
+            if not needed:
                 files = fetch_manifest(remote, ref).contents.files
                 needed = late & {layout.file_key(digest.sha256) for digest in files.values()}
             lost = [key for key in sorted(needed) if remote.head(key) is None]
@@ -251,24 +251,12 @@ def _report_lost(remote: Remote, late: set[str]) -> None:
                 )
 
 
-def _by_name(refs: Sequence[Ref]) -> list[list[Ref]]:
-    names: dict[str, list[Ref]] = {}
-    for ref in refs:
-        names.setdefault(ref.name, []).append(ref)
-    return list(names.values())
-
-
 def _beating(lease: Lease | None, items: Iterable[T]) -> Iterator[T]:
     """``items``; renews the lease meanwhile if no background thread does."""
     for item in items:
         if lease:
             lease.beat()
         yield item
-
-
-def _count(pair: list[int], entry: Entry) -> None:
-    pair[0] += 1
-    pair[1] += entry.size
 
 
 def remove(remote: Remote, reference: str) -> tuple[Ref, ...]:
@@ -282,8 +270,8 @@ def remove(remote: Remote, reference: str) -> tuple[Ref, ...]:
         same = tuple(other for other in live(history(remote, name)) if other.number == ref.number)
         if len(same) > 1:
             raise MismatchError(
-                f"version {ref.number} of '{name}' was made twice, by two writers at once: both would be dropped",
-                f"Push on top of them, or drop all of them with: kdcache cache rm {name}",
+                f"version {ref.number} of '{name}' was made twice, by two writers at once: both would be removed",
+                f"Push a new version, or remove all of them with: kdcache cache rm {name}",
             )
         tombstone(remote, name, (ref.number,))
         return same

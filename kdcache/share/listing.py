@@ -7,19 +7,19 @@ problem of its name and does not hide other names.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdcache.cache.layout import MANIFEST
 from kdcache.cache.manifest import read_manifest
-from kdcache.cache.selection import Selection, local_selection
+from kdcache.cache.selection import local_selection
 from kdcache.errors import KdcacheError
 from kdcache.progress import counted
 from kdcache.share import keys as layout
 from kdcache.share.presence import missing_of
 from kdcache.share.pull import fetch_manifest
-from kdcache.share.refs import Ref, all_histories, history, live
+from kdcache.share.refs import Ref, all_histories, history, live, names_of
 
 if TYPE_CHECKING:
     from kdcache.cache.contents import Contents
@@ -44,8 +44,7 @@ class Name:
 def names(remote: Remote, only: str | None = None) -> list[Name]:
     """Every name, or that one, with at least one version or a problem."""
     prefix = layout.refs_of(only) if only else layout.REFS
-    found = sorted({place[0] for entry in remote.list(prefix) if (place := layout.parse_ref_key(entry.key))})
-    listed = [_name(remote, name) for name in found]
+    listed = [_name(remote, name) for name in names_of(remote, prefix)]
     return [name for name in listed if name.versions or name.problem]
 
 
@@ -102,7 +101,7 @@ def status(remote: Remote, path: Path) -> Status:
         bytes_missing=sum(sizes[key] for key in missing),
         not_pulled=len(away),
         bytes_not_pulled=sum(contents.files[file].size for file in away),
-        selection=None if local is None else _selection(local.selection),
+        selection=None if local is None else asdict(local.selection),
     )
 
 
@@ -114,14 +113,9 @@ def differing(mine: Contents, other: Contents) -> list[str]:
         here, there = mine.teachers[name], other.teachers[name]
         if here.fingerprints != there.fingerprints:
             lines.append(f"teacher '{name}' has other weights, config, head or tokenizer there")
-        lines += [
-            f"layer {layer} of teacher '{name}' is new there"
-            for layer in sorted(there.layers.keys() - here.layers.keys())
-        ]
-        lines += [
-            f"layer {layer} of teacher '{name}' is not there"
-            for layer in sorted(here.layers.keys() - there.layers.keys())
-        ]
+        new, absent = there.layers.keys() - here.layers.keys(), here.layers.keys() - there.layers.keys()
+        lines += [f"layer {layer} of teacher '{name}' is new there" for layer in sorted(new)]
+        lines += [f"layer {layer} of teacher '{name}' is not there" for layer in sorted(absent)]
     texts = [sum(part.texts for part in contents.parts) for contents in (mine, other)]
     if texts[0] != texts[1]:
         lines.append(f"it has {texts[1]:,} texts, this one {texts[0]:,}")
@@ -174,11 +168,3 @@ def _look(place: Path) -> LocalCache:
         sum(contents.files[path].size for path in here),
         "" if local is None else local.origin,
     )
-
-
-def _selection(selection: Selection) -> dict[str, Any]:
-    teachers = selection.teachers
-    return {
-        "teachers": None if teachers is None else {name: list(layers) for name, layers in teachers.items()},
-        "text": selection.text,
-    }

@@ -34,6 +34,7 @@ from kdcache.progress import format_bytes
 from kdcache.runs import home
 
 if TYPE_CHECKING:
+    from kdcache.cache.contents import Contents
     from kdcache.cache.manifest import Manifest
 
 LIMIT = 100_000_000_000  # bytes, unless KDCACHE_STORE_BYTES is set
@@ -76,10 +77,8 @@ class LocalStore:
         """Write the manifest of a cache, with the smallest selection."""
         place = self.directory(manifest.identity)
         with self._locked():
-            if (place / layout.MANIFEST).is_file():
-                with contextlib.suppress(KdcacheError):
-                    if read_manifest(place).identity == manifest.identity:
-                        return
+            if has_manifest(place, manifest.identity):
+                return
             write_selection(place, Selection({}, text=False), complete=False, origin=origin)
             write_file(place / layout.MANIFEST, manifest.to_bytes())
 
@@ -88,26 +87,25 @@ class LocalStore:
 
         Raises StorageError if there is not enough room.
         """
-        place, files = self.directory(manifest.identity), manifest.contents.files
+        place = self.directory(manifest.identity)
         with self._locked():
             before = read_local(place)
             wanted = Selection() if before is None else union(before.selection, selection)
-            lacking = {path for path in wanted.covers(manifest.contents) if not is_here(place, path, files[path])}
+            lacking = _lacking(place, wanted, manifest.contents)
             if lacking:
-                self._make_room({files[path].sha256: files[path].size for path in lacking}, manifest.identity)
+                self._make_room({digest.sha256: digest.size for digest in lacking}, manifest.identity)
             if before is not None:
                 write_selection(place, wanted, complete=not lacking, origin=origin)
             return wanted
 
     def finish(self, manifest: Manifest, origin: str) -> bool:
         """Record the selection as complete if all its files are here; returns whether it is."""
-        place, files = self.directory(manifest.identity), manifest.contents.files
+        place = self.directory(manifest.identity)
         with self._locked():
             local = read_local(place)
             if local is None or local.complete:
                 return True
-            covered = local.selection.covers(manifest.contents)
-            if not all(is_here(place, path, files[path]) for path in covered):
+            if _lacking(place, local.selection, manifest.contents):
                 return False
             write_selection(place, local.selection, origin=origin)
             return True
@@ -127,7 +125,7 @@ class LocalStore:
             if not self._has_links:
                 fetch(digest, place / path)
                 return True
-            kept = self.root / "objects" / digest.sha256[:2] / digest.sha256
+            kept = self._object(digest.sha256)
             if not _is_whole(kept, digest):
                 fetch(digest, kept)
             make_directory((place / path).parent)
@@ -152,7 +150,7 @@ class LocalStore:
             place.rename(target)
             cache_files.disk.fsync_directory(target.parent)
             for path, digest in manifest.contents.files.items() if self._has_links else ():
-                kept = self.root / "objects" / digest.sha256[:2] / digest.sha256
+                kept = self._object(digest.sha256)
                 if is_here(target, path, digest) and not kept.exists():
                     make_directory(kept.parent)
                     with contextlib.suppress(OSError):
@@ -176,13 +174,16 @@ class LocalStore:
         self._sweep()
         return True
 
+    def _object(self, sha256: str) -> Path:
+        return self.root / "objects" / sha256[:2] / sha256
+
     def _locked(self) -> contextlib.AbstractContextManager[None]:
         return hold(self.root / "locks" / "store")
 
     def _make_room(self, coming: Mapping[str, int], identity: str) -> None:
         """Evict other caches until ``coming`` (sha256 -> bytes) and the fetches in progress fit."""
         self._forget_removed()
-        needed = sum(size for sha, size in coming.items() if not (self.root / "objects" / sha[:2] / sha).is_file())
+        needed = sum(size for sha, size in coming.items() if not self._object(sha).is_file())
         others = sorted((other for other in self._caches() if other != identity), key=self._last_used)
         promised = {other: self._to_come(other) for other in others}
         used = self.used_bytes() + sum(promised.values())
@@ -220,8 +221,7 @@ class LocalStore:
             return 0
         if local is None or local.complete:
             return 0
-        covered = local.selection.covers(contents)
-        return sum(contents.files[path].size for path in covered if not is_here(place, path, contents.files[path]))
+        return sum(digest.size for digest in _lacking(place, local.selection, contents))
 
     def _forget_removed(self) -> None:
         """Remove what crashed processes left behind."""
@@ -256,6 +256,13 @@ class LocalStore:
         return True
 
 
+def has_manifest(place: Path, identity: str) -> bool:
+    """Whether a directory holds the manifest of that cache; a damaged one does not count."""
+    with contextlib.suppress(KdcacheError):
+        return (place / layout.MANIFEST).is_file() and read_manifest(place).identity == identity
+    return False
+
+
 def is_here(place: Path, path: str, digest: FileDigest) -> bool:
     """Whether a file of a cache is there as a plain file of the right size; its digest is checked when it is read."""
     try:
@@ -263,6 +270,12 @@ def is_here(place: Path, path: str, digest: FileDigest) -> bool:
     except (FileNotFoundError, NotADirectoryError):
         return False
     return stat.S_ISREG(status.st_mode) and status.st_size == digest.size
+
+
+def _lacking(place: Path, selection: Selection, contents: Contents) -> list[FileDigest]:
+    """The selected files that are not in a directory."""
+    files = contents.files
+    return [files[path] for path in selection.covers(contents) if not is_here(place, path, files[path])]
 
 
 def _is_whole(kept: Path, digest: FileDigest) -> bool:

@@ -99,10 +99,10 @@ class SharedProgress:
     """A ``Progress`` that several threads may call."""
 
     def __init__(self, progress: Progress) -> None:
-        self._progress, self.guard = progress, threading.Lock()
+        self._progress, self._guard = progress, threading.Lock()
 
     def advance(self, count: int, *, bytes_done: int = 0) -> None:
-        with self.guard:
+        with self._guard:
             self._progress.advance(count, bytes_done=bytes_done)
 
 

@@ -50,23 +50,23 @@ def _one_by_one(remote: Remote, keys: list[str], workers: int) -> dict[str, int]
 
 
 def _by_lists(remote: Remote, keys: list[str], folders: list[str], workers: int) -> dict[str, int]:
-    wanted, found = set(keys), dict[str, int]()
+    wanted, sizes = set(keys), dict[str, int]()
     for listed, _ in gather(
         folders, lambda folder: _listed(remote, folder, wanted), workers=max(1, min(workers, len(folders)))
     ):
-        found |= listed
-    return found
+        sizes |= listed
+    return sizes
 
 
 def _listed(remote: Remote, folder: str, wanted: set[str]) -> tuple[dict[str, int], int]:
     """Key -> size of the wanted objects in a folder, and the number of all objects in it."""
-    found: dict[str, int] = {}
+    sizes: dict[str, int] = {}
     count = 0
     for entry in remote.list(folder):
         count += 1
         if entry.key in wanted:
-            found[entry.key] = entry.size
-    return found, count
+            sizes[entry.key] = entry.size
+    return sizes, count
 
 
 def _folder(key: str) -> str:

@@ -52,18 +52,6 @@ class PullReport:
     selection: Selection | None  # the part of the cache that is here now; None: all of it
 
 
-@dataclass
-class _Tally:
-    """Files and bytes."""
-
-    files: int = 0
-    bytes: int = 0
-
-    def add(self, digest: FileDigest, files: int) -> None:
-        self.files += files
-        self.bytes += files * digest.size
-
-
 def fetch_manifest(remote: Remote, ref: Ref) -> Manifest:
     """The manifest of a version. Raises DamageError (missing, altered, invalid), MismatchError (newer format)."""
     return _parsed(remote, ref, fetch_manifest_bytes(remote, ref))
@@ -134,8 +122,12 @@ def pull(
         remove_file(target / cache_layout.STATE / RECORD)
     shown = None if wanted.is_whole else wanted
     return PullReport(
-        ref.pinned, ref.identity, str(target), fetched.files, fetched.bytes, kept.files, kept.bytes, shown
+        ref.pinned, ref.identity, str(target), len(fetched), _bytes(fetched), len(kept), _bytes(kept), shown
     )
+
+
+def _bytes(digests: Iterable[FileDigest]) -> int:
+    return sum(digest.size for digest in digests)
 
 
 def _parsed(remote: Remote, ref: Ref, data: bytes) -> Manifest:
@@ -192,15 +184,15 @@ def _selection_after(target: Path, manifest: Manifest, selection: Selection | No
 
 def _fetch(
     remote: Remote, ref: Ref, manifest: Manifest, selection: Selection, target: Path, progress: Progress, workers: int
-) -> tuple[_Tally, _Tally]:
-    """Fetch the files of the selection that are missing or altered; returns counts of fetched and kept files.
+) -> tuple[list[FileDigest], list[FileDigest]]:
+    """Fetch the files of the selection that are missing or altered; returns the fetched and the kept files.
 
     Content that occurs under several names is fetched once.
     """
     places: dict[FileDigest, list[str]] = {}
     for path in sorted(selection.covers(manifest.contents)):
         places.setdefault(manifest.contents.files[path], []).append(path)
-    fetched, kept = _Tally(), _Tally()
+    fetched, kept = list[FileDigest](), list[FileDigest]()
     progress.start(f"pull {ref.pinned}", sum(digest.size * len(paths) for digest, paths in places.items()), "bytes")
     shared = SharedProgress(progress)
 
@@ -212,17 +204,16 @@ def _fetch(
             shared.advance(count, bytes_done=count)
 
         there = [path for path in paths if _is_there(target, path, digest)]
-        travels = not there
-        if travels:
+        new = not there
+        if new:
             fetch_file(remote, digest, target / paths[0], arrived)
             there = paths[:1]
         for path in paths:
             if path not in there:
                 copy_file(target / there[0], digest, target / path)
-        shared.advance(digest.size * (len(paths) - travels))
-        with shared.guard:
-            fetched.add(digest, int(travels))
-            kept.add(digest, len(paths) - travels)
+        shared.advance(digest.size * (len(paths) - new))
+        fetched.extend([digest] * new)
+        kept.extend([digest] * (len(paths) - new))
 
     for_each(places.items(), bring, workers)
     progress.finish()

@@ -7,7 +7,6 @@ expires (the machine was suspended), the push starts again by asking which objec
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -20,7 +19,7 @@ from kdcache.cache.layout import text_file
 from kdcache.cache.manifest import Manifest, make_manifest, read_manifest
 from kdcache.cache.selection import local_selection
 from kdcache.errors import MismatchError, RemoteAccessError, RemoteError
-from kdcache.files import FileDigest
+from kdcache.files import digest_bytes
 from kdcache.progress import SilentProgress
 from kdcache.share import keys as layout
 from kdcache.share import refs
@@ -30,7 +29,7 @@ from kdcache.share.presence import missing_of
 from kdcache.share.transfer import send_file
 
 if TYPE_CHECKING:
-    from kdcache.cache.manifest import Manifest
+    from kdcache.files import FileDigest
     from kdcache.progress import Progress
     from kdcache.share.refs import Ref
     from kdcache.share.stores.base import Remote
@@ -72,13 +71,29 @@ class _Job:
     name: str
     tag: str | None
     manifest: Manifest
-    manifest_sha: str
     objects: dict[str, _Object]  # by key; the manifest is the last one
     timing: LeaseTiming
     progress: Progress
     workers: int
     after: Collection[Ref] | None
     sent: dict[str, int] = field(default_factory=dict)  # key -> bytes
+
+    @property
+    def manifest_sha(self) -> str:
+        """sha256 of the bytes of the manifest."""
+        return next(reversed(self.objects.values())).digest.sha256
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of every object, by key."""
+        return {key: item.digest.size for key, item in self.objects.items()}
+
+    def missing(self, keys: Collection[str]) -> dict[str, int]:
+        """Those of ``keys`` that the remote lacks, with their sizes. MismatchError if one is not here either."""
+        sizes = self.sizes
+        missing = missing_of(self.remote, {key: sizes[key] for key in keys}, self.workers)
+        _refuse_absent(self, missing)
+        return {key: sizes[key] for key in missing}
 
 
 def push(
@@ -122,8 +137,9 @@ def push(
     layout.check_name(name)
     if tag:
         layout.check_tag(tag)
-    job = _prepare(
-        remote, cache_dir, name, tag, with_text, timing or LeaseTiming(), progress or SilentProgress(), workers, after
+    manifest, objects = _objects(cache_dir, with_text)
+    job = _Job(
+        remote, name, tag, manifest, objects, timing or LeaseTiming(), progress or SilentProgress(), workers, after
     )
     if dry_run:
         return _would(job)
@@ -132,17 +148,8 @@ def push(
     return _report(job, ref.pinned, new, job.sent, dry_run=False)
 
 
-def _prepare(
-    remote: Remote,
-    root: Path,
-    name: str,
-    tag: str | None,
-    with_text: bool,
-    timing: LeaseTiming,
-    progress: Progress,
-    workers: int,
-    after: Collection[Ref] | None,
-) -> _Job:
+def _objects(root: Path, with_text: bool) -> tuple[Manifest, dict[str, _Object]]:
+    """The manifest to publish, and the objects of ``_Job``. Raises DamageError for a file that should be here."""
     manifest = read_manifest(root)
     data = (root / cache_layout.MANIFEST).read_bytes()
     if not with_text:
@@ -160,29 +167,28 @@ def _prepare(
             objects[layout.file_key(digest.sha256)] = _Object(digest, root / path)
         else:
             objects.setdefault(layout.file_key(digest.sha256), _Object(digest, None))
-    sha = hashlib.sha256(data).hexdigest()
-    key = layout.manifest_key(sha)
-    objects[key] = _Object(FileDigest(len(data), sha), None, data)
-    return _Job(remote, name, tag, manifest, sha, objects, timing, progress, workers, after)
+    digest = digest_bytes(data)
+    objects[layout.manifest_key(digest.sha256)] = _Object(digest, None, data)
+    return manifest, objects
 
 
 def _publish(job: _Job, lease: Lease) -> tuple[Ref, bool]:
     """Run the protocol; returns the ref and whether it is new."""
-    found = refs.history(job.remote, job.name)
-    before = {ref.key for ref in found}
-    if job.after is not None and refs.newest_like(found, job.manifest_sha, job.tag) is None:
-        refs.check_newest(found, job.after)  # before anything is sent; checked again when the ref is made
+    history = refs.history(job.remote, job.name)
+    before = {ref.key for ref in history}
+    if job.after is not None and refs.newest_like(history, job.manifest_sha, job.tag) is None:
+        refs.check_newest(history, job.after)  # before anything is sent; checked again when the ref is made
     ref: Ref | None = None
     for _ in range(_ROUNDS):
         lease.renew()
         epoch = lease.epoch
         wait_until_none(job.remote, "mark", job.timing, lease, job.progress.note)
-        _send_missing(job, list(job.objects), lease)
+        _send_missing(job, job.objects, lease)
         if not lease.holds(epoch):
             continue
         ref = ref or refs.publish(
             job.remote, job.name, job.manifest_sha, job.manifest.identity, job.tag,
-            size=_size(job), files=len(job.objects) - 1, after=job.after, sleep=job.timing.sleep,
+            size=sum(job.sizes.values()), files=len(job.objects) - 1, after=job.after, sleep=job.timing.sleep,
         )  # fmt: skip
         _send_missing(job, [key for key in job.objects if key not in job.sent], lease)
         if lease.holds(epoch):
@@ -193,15 +199,12 @@ def _publish(job: _Job, lease: Lease) -> tuple[Ref, bool]:
     )
 
 
-def _send_missing(job: _Job, keys: list[str], lease: Lease) -> None:
+def _send_missing(job: _Job, keys: Collection[str], lease: Lease) -> None:
     """Send the objects of ``keys`` that are missing; the manifest last."""
-    missing = missing_of(job.remote, {key: job.objects[key].digest.size for key in keys}, job.workers)
-    _refuse_absent(job, missing)
+    missing = job.missing(keys)
     if not missing:
         return
-    total = sum(job.objects[key].digest.size for key in missing)
-    files = [key for key in missing if job.objects[key].data is None]
-    job.progress.start(f"push {job.name}", total, "bytes")
+    job.progress.start(f"push {job.name}", sum(missing.values()), "bytes")
     shared = SharedProgress(job.progress)
 
     def send(key: str, stop: Stop) -> None:
@@ -216,12 +219,12 @@ def _send_missing(job: _Job, keys: list[str], lease: Lease) -> None:
         job.sent[key] = item.digest.size
         shared.advance(item.digest.size, bytes_done=item.digest.size)
 
-    for_each(files, send, job.workers)
+    for_each([key for key in missing if job.objects[key].data is None], send, job.workers)
     for_each([key for key in missing if job.objects[key].data is not None], send, 1)
     job.progress.finish()
 
 
-def _refuse_absent(job: _Job, missing: list[str]) -> None:
+def _refuse_absent(job: _Job, missing: Collection[str]) -> None:
     absent = {key for key in missing if job.objects[key].path is None and job.objects[key].data is None}
     if absent:
         files = job.manifest.contents.files
@@ -234,24 +237,18 @@ def _refuse_absent(job: _Job, missing: list[str]) -> None:
 
 
 def _would(job: _Job) -> PushReport:
-    missing = missing_of(job.remote, {key: item.digest.size for key, item in job.objects.items()}, job.workers)
-    _refuse_absent(job, missing)
+    missing = job.missing(job.objects)
     history = refs.history(job.remote, job.name)
     newest = refs.newest_like(history, job.manifest_sha, job.tag)
     number = newest.number if newest else (history[-1].number if history else 0) + 1
-    sent = {key: job.objects[key].digest.size for key in missing}
-    return _report(job, f"{job.name}@{number}", newest is None, sent, dry_run=True)
+    return _report(job, f"{job.name}@{number}", newest is None, missing, dry_run=True)
 
 
 def _report(job: _Job, reference: str, new: bool, sent: dict[str, int], *, dry_run: bool) -> PushReport:
     return PushReport(
-        reference, job.manifest.identity, job.manifest_sha, job.tag, new, len(job.objects), _size(job), len(sent),
-        sum(sent.values()), dry_run,
+        reference, job.manifest.identity, job.manifest_sha, job.tag, new, len(job.objects), sum(job.sizes.values()),
+        len(sent), sum(sent.values()), dry_run,
     )  # fmt: skip
-
-
-def _size(job: _Job) -> int:
-    return sum(item.digest.size for item in job.objects.values())
 
 
 @contextmanager

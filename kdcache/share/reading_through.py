@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING
 
 from kdcache.cache.reader import Cache, open_cache
 from kdcache.cache.selection import Selection
-from kdcache.errors import KdcacheError, RemoteError
+from kdcache.errors import RemoteError
 from kdcache.progress import SilentProgress, format_bytes
-from kdcache.share.local_store import default_store, is_here
+from kdcache.share.local_store import default_store, has_manifest, is_here
 from kdcache.share.transfer import fetch_file
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def read_through(
     from kdcache.share.pull import fetch_manifest
 
     with store.use(ref.identity) as place:
-        if not _has_manifest(place, ref.identity):
+        if not has_manifest(place, ref.identity):
             store.begin(fetch_manifest(remote, ref), ref.pinned)
         manifest = open_cache(place, incomplete=True).manifest
         arrivals = Arriving(remote, ref, manifest, store, progress or SilentProgress(), workers)
@@ -195,15 +195,13 @@ class Arriving:
                 return
 
     def _bring(self, path: str) -> None:
-        arrived = False
         try:
             self._store.bring(self._manifest.identity, path, self._files[path], self._fetch, self._check)
-            arrived = True
+            with self._changed:
+                self._here.add(path)
         finally:
             with self._changed:
                 self._in_progress.discard(path)
-                if arrived:
-                    self._here.add(path)
                 self._changed.notify_all()
 
     def _fetch(self, digest: FileDigest, target: Path) -> None:
@@ -217,15 +215,6 @@ class Arriving:
 
 class _GivenUpError(Exception):
     """The reader was closed."""
-
-
-def _has_manifest(place: Path, identity: str) -> bool:
-    from kdcache.cache.layout import MANIFEST
-    from kdcache.cache.manifest import read_manifest
-
-    with contextlib.suppress(KdcacheError):  # a damaged manifest is fetched again
-        return (place / MANIFEST).is_file() and read_manifest(place).identity == identity
-    return False
 
 
 def _natural_order(paths: set[str], manifest: Manifest) -> list[str]:

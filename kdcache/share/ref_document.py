@@ -1,6 +1,6 @@
 """The document of a ref: one version of a name, or a tombstone that removes versions.
 
-It comes from somebody else, so it is parsed strictly and within bounds. It is canonical JSON with a checksum, so a
+It may come from somebody else, so it is parsed strictly and within bounds. It is canonical JSON with a checksum, so a
 flipped bit is detected and never read as another version. It repeats name and number, so a copy under another key is
 detected too.
 """
@@ -10,18 +10,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
-from kdcache.cache.canonical import NotCanonicalError, canonical_json, digest_of, parse_json
-from kdcache.errors import DamageError, MismatchError
+from kdcache.cache.canonical import canonical_json, digest_of
+from kdcache.cache.schema import VERSION, Hex, Strict, checked_document, fault_of
+from kdcache.errors import DamageError
 from kdcache.share import keys as layout
 
 MAX_BYTES = 1 << 16
 MAX_REMOVED = 5000  # versions that one tombstone can name
-VERSION = 1
+FORMAT = "kdcache-ref"
 _HINT = "Restore that object from a backup of the remote, or delete it."
 
-Hex = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Number = Annotated[int, Field(ge=1, le=layout.MAX_NUMBER)]
 Count = Annotated[int, Field(ge=0, le=2**53 - 1)]
 
@@ -53,11 +53,7 @@ class Ref:
         return f"{self.name}@{self.number}"
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class _Ref(_Strict):
+class _Ref(Strict):
     format: Literal["kdcache-ref"]
     version: Literal[1]
     name: Annotated[str, Field(pattern=rf"^{layout.NAME.pattern}$")]
@@ -82,7 +78,7 @@ class _Tombstone(_Ref):
 def ref_bytes(ref: Ref, token: str) -> bytes:
     """The bytes of a ref; ``token`` (16 random hex digits) makes those of two writers differ."""
     document: dict[str, Any] = {
-        "format": "kdcache-ref",
+        "format": FORMAT,
         "version": VERSION,
         "name": ref.name,
         "number": ref.number,
@@ -93,20 +89,18 @@ def ref_bytes(ref: Ref, token: str) -> bytes:
         document |= {"manifest": ref.manifest, "identity": ref.identity, "bytes": ref.size, "files": ref.files}
         document |= {"tag": ref.tag} if ref.tag else {}
     else:
-        document |= {"removes": ref.removes if ref.removes == "all" else list(ref.removes)}
+        document |= {"removes": ref.removes}
     return canonical_json({**document, "checksum": digest_of(document)})
 
 
 def parse_ref(data: bytes, key: str) -> Ref:
     """Check and read the object ``key``. Raises DamageError; MismatchError if a newer kdcache wrote it."""
-    document = _document(data, key)
+    document = checked_document(data, f"'{key}'", FORMAT, "a ref of format", _HINT)
     kind = _Tombstone if "removes" in document else _Version
     try:
         model = kind.model_validate(document)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(step)[:80] for step in first["loc"])
-        raise DamageError(f"'{key}' is not a valid ref: {where}: {first['msg']}", _HINT) from error
+        raise DamageError(f"'{key}' is not a valid ref: {fault_of(error)}", _HINT) from error
     place = layout.parse_ref_key(key)
     if place is None or place[:2] != (model.name, model.number):
         raise DamageError(f"'{key}' holds version {model.number} of '{model.name}'", _HINT)
@@ -114,33 +108,6 @@ def parse_ref(data: bytes, key: str) -> Ref:
         removes: Any = "all" if model.removes == "all" else tuple(model.removes)
         return Ref(model.name, model.number, "", "", None, removes, model.made, key)
     return Ref(
-        model.name,
-        model.number,
-        model.manifest,
-        model.identity,
-        model.tag or None,
-        None,
-        model.made,
-        key,
-        model.bytes,
-        model.files,
-    )
-
-
-def _document(data: bytes, key: str) -> dict[str, Any]:
-    try:
-        document = parse_json(data)
-    except NotCanonicalError as error:
-        raise DamageError(f"'{key}' is damaged: {str(error)[:200]}", _HINT) from error
-    if not isinstance(document, dict):
-        raise DamageError(f"'{key}' is damaged: it is not a JSON object", _HINT)
-    version = document.get("version")
-    if document.get("format") == "kdcache-ref" and isinstance(version, int) and version > VERSION:
-        raise MismatchError(
-            f"'{key}' is a ref of format {version}; this kdcache reads format {VERSION}",
-            "Upgrade it with: pip install -U kdcache",
-        )
-    rest = {name: value for name, value in document.items() if name != "checksum"}
-    if digest_of(rest) != document.get("checksum"):
-        raise DamageError(f"'{key}' was edited or damaged: its checksum does not match", _HINT)
-    return document
+        model.name, model.number, model.manifest, model.identity, model.tag or None, None, model.made, key,
+        model.bytes, model.files,
+    )  # fmt: skip

@@ -8,10 +8,10 @@ version comes on top.
 
 from __future__ import annotations
 
+import itertools
 import random
 import secrets
 import time
-from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -35,28 +35,34 @@ class OvertakenError(MismatchError):
 
 
 def history(remote: Remote, name: str, known: Mapping[str, Ref] | None = None) -> tuple[Ref, ...]:
-    """Every ref of a name that is there, tombstones and what they drop included, oldest first.
+    """Every ref of a name, including tombstones and the versions that they remove, oldest first.
 
-    ``known``: refs by key, read before.
-
-    Raises DamageError for a damaged one.
+    ``known``: refs by key that were read before. Raises DamageError for a damaged ref.
     """
     return read_refs(remote, remote.list(layout.refs_of(layout.check_name(name))), known or {})
 
 
 def all_histories(remote: Remote) -> dict[str, tuple[Ref, ...]]:
     """``history`` of every name. Raises DamageError."""
-    names: dict[str, list[Ref]] = defaultdict(list)
-    for ref in read_refs(remote, remote.list(layout.REFS), {}):
-        names[ref.name].append(ref)
-    return {name: tuple(refs) for name, refs in sorted(names.items())}
+    return by_name(read_refs(remote, remote.list(layout.REFS), {}))
+
+
+def by_name(refs: Iterable[Ref]) -> dict[str, tuple[Ref, ...]]:
+    """Sorted refs by name."""
+    return {name: tuple(versions) for name, versions in itertools.groupby(refs, key=lambda ref: ref.name)}
+
+
+def names_of(remote: Remote, prefix: str = layout.REFS) -> list[str]:
+    """The sorted names of which there are refs; no ref is read."""
+    places = (layout.parse_ref_key(entry.key) for entry in remote.list(prefix))
+    return sorted({place[0] for place in places if place})
 
 
 def read_refs(remote: Remote, entries: Iterable[Entry], known: Mapping[str, Ref]) -> tuple[Ref, ...]:
     """The refs among listed objects, by name and number. Raises DamageError."""
     keys = [entry.key for entry in entries if layout.parse_ref_key(entry.key)]
-    found = gather(keys, lambda key: known.get(key) or _read(remote, key), workers=min(8, max(1, len(keys))))
-    return tuple(sorted((ref for ref in found if ref), key=lambda ref: (ref.name, ref.number, ref.key)))
+    refs = gather(keys, lambda key: known.get(key) or _read(remote, key), workers=min(8, max(1, len(keys))))
+    return tuple(sorted((ref for ref in refs if ref), key=lambda ref: (ref.name, ref.number, ref.key)))
 
 
 def live(refs: Sequence[Ref]) -> tuple[Ref, ...]:
@@ -75,14 +81,12 @@ def resolve(remote: Remote, reference: str) -> Ref:
     """
     name, version = layout.split_reference(reference)
     refs = history(remote, name)
-    found = live(refs)
-    if not found:
+    versions = live(refs)
+    if not versions:
         raise _nothing(remote, name, refs)
-    if version is None:
-        return _one(remote, reference, [ref for ref in found if ref.number == found[-1].number])
-    matching = _matching(found, version)
+    matching = newest_of(refs) if version is None else _matching(versions, version)
     if not matching:
-        raise _no_version(remote, name, version, refs, found)
+        raise _no_version(remote, name, version or "", refs, versions)
     return _one(remote, reference, matching)
 
 
@@ -120,17 +124,15 @@ def publish(
     return _append(remote, wanted, already, sleep)
 
 
-def tombstone(
-    remote: Remote, name: str, removes: tuple[int, ...] | Literal["all"], *, sleep: Callable[[float], None] = time.sleep
-) -> Ref:
+def tombstone(remote: Remote, name: str, removes: tuple[int, ...] | Literal["all"]) -> Ref:
     """Remove versions of a name by publishing a tombstone."""
-    return _append(remote, Ref(layout.check_name(name), 0, "", "", None, removes, "", ""), lambda _: None, sleep)
+    return _append(remote, Ref(layout.check_name(name), 0, "", "", None, removes, "", ""), lambda _: None, time.sleep)
 
 
 def newest_of(refs: Sequence[Ref]) -> tuple[Ref, ...]:
     """The newest version in a history: several refs after a fork, none if all are removed."""
-    found = live(refs)
-    return tuple(ref for ref in found if ref.number == found[-1].number)
+    versions = live(refs)
+    return tuple(ref for ref in versions if ref.number == versions[-1].number)
 
 
 def check_newest(refs: Sequence[Ref], after: Collection[Ref]) -> None:
@@ -147,14 +149,10 @@ def check_newest(refs: Sequence[Ref], after: Collection[Ref]) -> None:
 
 def newest_like(refs: Sequence[Ref], manifest_sha: str, tag: str | None) -> Ref | None:
     """The newest version, if there is no fork and it has that manifest and, if given, that tag."""
-    found = live(refs)
-    if (
-        not found
-        or refs[-1].number != found[-1].number
-        or len([ref for ref in refs if ref.number == found[-1].number]) > 1
-    ):
+    latest = [ref for ref in refs if ref.number == refs[-1].number]
+    if len(latest) != 1 or latest[0] not in live(refs):
         return None
-    newest = found[-1]
+    newest = latest[0]
     return newest if newest.manifest == manifest_sha and tag in (None, newest.tag) else None
 
 
@@ -180,7 +178,7 @@ def _append(
 
 
 def _stands(remote: Remote, made: Ref) -> Ref:
-    """Returns ``made``; MismatchError if a tombstone that was written meanwhile removes it."""
+    """Returns ``made``. Raises MismatchError if a tombstone that was written meanwhile removes it."""
     after = history(remote, made.name, {made.key: made})
     dropped = next((ref for ref in after if ref.drops(made)), None)
     if dropped:
@@ -198,25 +196,25 @@ def _read(remote: Remote, key: str) -> Ref | None:
         return None  # deleted by gc since it was listed
 
 
-def _matching(found: Sequence[Ref], version: str) -> list[Ref]:
+def _matching(versions: Sequence[Ref], version: str) -> list[Ref]:
     """The versions with that number; else the newest with that tag; else those whose digest begins with it."""
     if version.isdecimal() and len(version) < 10:
-        numbered = [ref for ref in found if ref.number == int(version)]
+        numbered = [ref for ref in versions if ref.number == int(version)]
         if numbered:
             return numbered
-    tagged = [ref for ref in found if ref.tag == version]
+    tagged = [ref for ref in versions if ref.tag == version]
     if tagged:
         return [ref for ref in tagged if ref.number == tagged[-1].number]
     if not layout.PREFIX.fullmatch(version):
         return []
-    digested = [ref for ref in found if ref.manifest.startswith(version)]
-    digested = digested or [ref for ref in found if ref.identity.startswith(version)]
+    digested = [ref for ref in versions if ref.manifest.startswith(version)]
+    digested = digested or [ref for ref in versions if ref.identity.startswith(version)]
     identities = {ref.identity for ref in digested}
     return digested[-1:] if len(identities) == 1 else digested
 
 
 def _one(remote: Remote, reference: str, refs: Sequence[Ref]) -> Ref:
-    """The last of ``refs``; MismatchError if they point to several manifests."""
+    """The last of ``refs``. Raises MismatchError if they point to several manifests."""
     if len({ref.manifest for ref in refs}) == 1:
         return refs[-1]
     name = refs[-1].name
@@ -234,18 +232,18 @@ def _nothing(remote: Remote, name: str, refs: Sequence[Ref]) -> MismatchError:
         return MismatchError(
             f"all versions of '{name}' on {remote.url} were removed", "Push it again, or name another cache."
         )
-    names = sorted({place[0] for entry in remote.list(layout.REFS) if (place := layout.parse_ref_key(entry.key))})
+    names = names_of(remote)
     there = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
     hint = f"There is: {there}." if names else "Push one with: kdcache cache push PATH --name NAME"
     return MismatchError(f"there is no cache '{name}' on {remote.url}", hint)
 
 
-def _no_version(remote: Remote, name: str, version: str, refs: Sequence[Ref], found: Sequence[Ref]) -> MismatchError:
+def _no_version(remote: Remote, name: str, version: str, refs: Sequence[Ref], versions: Sequence[Ref]) -> MismatchError:
     dropped = version.isdecimal() and any(str(ref.number) == version for ref in refs)
     what = f"version {version} of '{name}' on {remote.url} was removed" if dropped else (
         f"'{name}' on {remote.url} has no version '{version}'"
     )  # fmt: skip
-    shown = [f"{ref.number}{f' ({ref.tag})' if ref.tag else ''} {ref.identity[:12]}" for ref in found[-10:]]
+    shown = [f"{ref.number}{f' ({ref.tag})' if ref.tag else ''} {ref.identity[:12]}" for ref in versions[-10:]]
     return MismatchError(what, f"There is: {', '.join(shown)}.")
 
 

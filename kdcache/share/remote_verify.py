@@ -15,7 +15,7 @@ from kdcache.cache.verify import Damage
 from kdcache.errors import DamageError
 from kdcache.progress import SilentProgress
 from kdcache.share import keys as layout
-from kdcache.share.parallel import WORKERS, SharedProgress, Stop, for_each
+from kdcache.share.parallel import SharedProgress, Stop, for_each
 from kdcache.share.presence import sizes_of
 from kdcache.share.pull import fetch_manifest
 from kdcache.share.transfer import check_object
@@ -34,7 +34,6 @@ def verify_remote(
     share: float = 0.0,
     seed: str = "",
     progress: Progress | None = None,
-    workers: int = WORKERS,
 ) -> list[Damage]:
     """The damaged objects of a version, with reasons; empty if it is whole.
 
@@ -44,7 +43,6 @@ def verify_remote(
         share: Share of the files (0 to 1) whose bytes are read.
         seed: Selects these files, together with their digests.
         progress: Reports bytes read.
-        workers: Threads that read.
 
     Raises:
         RemoteError: The remote failed. Damage is returned, never raised.
@@ -56,31 +54,31 @@ def verify_remote(
     paths: dict[FileDigest, str] = {}
     for path, digest in sorted(manifest.contents.files.items()):
         paths.setdefault(digest, path)
-    found = _presence(remote, paths, workers)
-    chosen = {digest: path for digest, path in paths.items() if digest not in found and _is_chosen(digest, share, seed)}
-    found |= _read(remote, chosen, progress or SilentProgress(), workers)
-    return sorted(found.values(), key=lambda damage: damage.file)
+    damages = _presence(remote, paths)
+    chosen = {
+        digest: path for digest, path in paths.items() if digest not in damages and _is_chosen(digest, share, seed)
+    }
+    damages |= _read(remote, chosen, progress or SilentProgress())
+    return sorted(damages.values(), key=lambda damage: damage.file)
 
 
-def _presence(remote: Remote, paths: Mapping[FileDigest, str], workers: int) -> dict[FileDigest, Damage]:
-    there = sizes_of(remote, [layout.file_key(digest.sha256) for digest in paths], workers)
-    found = {}
+def _presence(remote: Remote, paths: Mapping[FileDigest, str]) -> dict[FileDigest, Damage]:
+    there = sizes_of(remote, [layout.file_key(digest.sha256) for digest in paths])
+    damages = {}
     for digest, path in paths.items():
         key = layout.file_key(digest.sha256)
         size = there.get(key)
         if size is None:
-            found[digest] = Damage(key, f"'{path}' is missing: there is no '{key}' on {remote.url}")
+            damages[digest] = Damage(key, f"'{path}' is missing: there is no '{key}' on {remote.url}")
         elif size != digest.size:
-            found[digest] = Damage(key, f"'{path}' is damaged: '{key}' has {size} bytes, expected {digest.size}")
-    return found
+            damages[digest] = Damage(key, f"'{path}' is damaged: '{key}' has {size} bytes, expected {digest.size}")
+    return damages
 
 
-def _read(
-    remote: Remote, chosen: Mapping[FileDigest, str], progress: Progress, workers: int
-) -> dict[FileDigest, Damage]:
+def _read(remote: Remote, chosen: Mapping[FileDigest, str], progress: Progress) -> dict[FileDigest, Damage]:
     if not chosen:
         return {}
-    found: dict[FileDigest, Damage] = {}
+    damages: dict[FileDigest, Damage] = {}
     guard = threading.Lock()
     progress.start("verify", sum(digest.size for digest in chosen), "bytes")
     shared = SharedProgress(progress)
@@ -97,11 +95,11 @@ def _read(
             check_object(remote, key, digest, arrived)
         except DamageError as error:
             with guard:
-                found[digest] = Damage(key, f"'{path}' is damaged: {error.message}")
+                damages[digest] = Damage(key, f"'{path}' is damaged: {error.message}")
 
-    for_each(chosen.items(), check, workers)
+    for_each(chosen.items(), check)
     progress.finish()
-    return found
+    return damages
 
 
 def _is_chosen(digest: FileDigest, share: float, seed: str) -> bool:

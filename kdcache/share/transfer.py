@@ -7,13 +7,14 @@ object that arrives complete with the wrong hash is fetched once more; if it is 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kdcache.errors import DamageError, MissingObjectError, RemoteAccessError, RemoteError
-from kdcache.files import FileDigest, write_stream
+from kdcache.files import FileDigest, digest_bytes, write_stream
 from kdcache.share import keys as layout
 
 if TYPE_CHECKING:
@@ -59,8 +60,9 @@ def send_file(remote: Remote, path: Path, digest: FileDigest) -> None:
     """Send a local file. Raises DamageError if its digest is another one, RemoteError."""
     key = layout.file_key(digest.sha256)
     if digest.size <= SMALL:
-        data = _read(path)
-        if FileDigest(len(data), hashlib.sha256(data).hexdigest()) != digest:
+        with _readable(path), path.open("rb") as file:
+            data = file.read(SMALL + 1)
+        if digest_bytes(data) != digest:
             raise _not_it(path)
         remote.write(key, data)
         return
@@ -75,20 +77,13 @@ def send_file(remote: Remote, path: Path, digest: FileDigest) -> None:
         )
 
 
-def file_digest(path: Path, on_bytes: OnBytes | None = None) -> FileDigest:
-    """Size and sha256 of a file, a block at a time. Raises DamageError where it cannot be read."""
+def file_digest(path: Path) -> FileDigest:
+    """Size and sha256 of a file, read block by block. Raises DamageError if it cannot be read."""
     hasher, size, block = hashlib.sha256(), 0, memoryview(bytearray(_BLOCK))
-    try:
-        with path.open("rb", buffering=0) as file:
-            while count := file.readinto(block):
-                hasher.update(block[:count])
-                size += count
-                if on_bytes:
-                    on_bytes(count)
-    except OSError as error:
-        raise DamageError(
-            f"'{path}' cannot be read: {error.strerror}", "Verify it with: kdcache cache verify PATH"
-        ) from error
+    with _readable(path), path.open("rb", buffering=0) as file:
+        while count := file.readinto(block):
+            hasher.update(block[:count])
+            size += count
     return FileDigest(size, hasher.hexdigest())
 
 
@@ -185,10 +180,11 @@ def _verified(
             return
 
 
-def _read(path: Path) -> bytes:
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Raise errors of the file system as DamageError."""
     try:
-        with path.open("rb") as file:
-            return file.read(SMALL + 1)
+        yield
     except OSError as error:
         raise DamageError(
             f"'{path}' cannot be read: {error.strerror}", "Verify it with: kdcache cache verify PATH"
@@ -196,13 +192,9 @@ def _read(path: Path) -> bytes:
 
 
 def _stamp(path: Path) -> tuple[int, int, int]:
-    try:
-        found = path.stat()
-    except OSError as error:
-        raise DamageError(
-            f"'{path}' cannot be read: {error.strerror}", "Verify it with: kdcache cache verify PATH"
-        ) from error
-    return found.st_ino, found.st_size, found.st_mtime_ns
+    with _readable(path):
+        status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _not_it(path: Path) -> DamageError:

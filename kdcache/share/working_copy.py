@@ -66,14 +66,14 @@ def working_copy(
 def other_copies(name: str, copy: WorkingCopy, *, store: LocalStore) -> Iterator[tuple[Path, ...]]:
     """Working copies of other versions of the name, locked while the block runs; those in use are left out."""
     with contextlib.ExitStack() as stack:
-        found = []
+        copies = []
         for path in sorted((store.root / "extending").glob(f"{name}-*")):
             same_name = (
                 path.name.rpartition("-")[0] == name and path != copy.path and (path / layout.MANIFEST).is_file()
             )
             if same_name and stack.enter_context(attempt(store.root / "locks" / f"extending-{path.name}")):
-                found.append(path)
-        yield tuple(found)
+                copies.append(path)
+        yield tuple(copies)
 
 
 @dataclass(frozen=True)

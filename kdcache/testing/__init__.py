@@ -1,1 +1,1 @@
-"""What tests of kdcache, and of tools built on it, stand on: tiny models, contract test classes, fault injectors."""
+"""Support for tests of kdcache and of tools built on it: tiny models, contract test classes, fault injectors."""

@@ -1,11 +1,10 @@
-"""An accelerator for machines without one: tensors that say they are on another device, and refuse to meet those of the
-CPU.
+"""A fake accelerator for machines without one: its tensors report another device and cannot be mixed with CPU tensors.
 
     with fake_accelerator() as device:
-        train(...)            # the model moves to ``device``; inputs that stay behind end in a RuntimeError
+        train(...)            # the model moves to ``device``; inputs that stay on the CPU raise an error
 
-The device is called ``lazy``, a name that every build of torch knows and nothing here uses. Values lie on the CPU,
-where each operation is computed. So a training on it ends with the weights of one on the CPU, and ``float()`` works.
+The device is called ``lazy``, a name that every build of torch knows and nothing here uses. Values are on the CPU,
+where each operation is computed. So a training on it gives the weights of the CPU, and ``float()`` works.
 """
 
 from __future__ import annotations
@@ -58,7 +57,7 @@ class Elsewhere(torch.Tensor):
         return f"Elsewhere({self.inside!r})"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.inside.detach().__reduce_ex__(protocol)  # saved as tensors of a GPU are
+        return self.inside.detach().__reduce_ex__(protocol)  # saved like tensors of a GPU
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
@@ -66,7 +65,7 @@ class Elsewhere(torch.Tensor):
 
 
 class _Mode(TorchDispatchMode):
-    """Sees also what makes tensors on the device, or moves them there."""
+    """Also handles operations that make tensors on the device or move them there."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _run(func, args, kwargs or {})
@@ -74,7 +73,7 @@ class _Mode(TorchDispatchMode):
 
 @contextlib.contextmanager
 def fake_accelerator() -> Iterator[torch.device]:
-    """Let models run on the device while the block runs: accelerate and ``default_device`` give it."""
+    """Make the device the default of accelerate and of ``default_device`` while the block runs."""
     from accelerate import Accelerator
 
     from kdcache.training import device
@@ -112,7 +111,7 @@ def _exchange(old: Callable[[], torch.device], new: Callable[[], torch.device]) 
 
 def _run(func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
     if func is _ATEN._fused_sdp_choice.default:
-        return 0  # the plain kernel: those of the CPU are for tensors that say so
+        return 0  # the plain kernel: CPU kernels accept only tensors that report the CPU
     flat, spec = tree_flatten((args, dict(kwargs)))
     there = [one for one in flat if isinstance(one, Elsewhere)]
     asked = kwargs.get("device")
@@ -138,8 +137,6 @@ def _run(func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
     def placed(one: Any) -> Any:
         if not isinstance(one, Tensor):
             return one
-        return (
-            known[id(one)] if id(one) in known else Elsewhere(one)
-        )  # what worked in place gives back what it was given
+        return known[id(one)] if id(one) in known else Elsewhere(one)  # an operation in place returns its input
 
     return tree_map(placed, result)

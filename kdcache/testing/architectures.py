@@ -1,8 +1,7 @@
-"""Tiny random models of many architectures, made on the spot: what kdcache meets when a user names a model.
+"""Tiny random models of many architectures, made on the spot: the cases that kdcache meets when users name models.
 
-Each entry of ``ARCHITECTURES`` has the settings in which its family differs: the special tokens, the side of the
-padding, token types, a missing pad token, positions that are counted from the padding token, hidden states that change
-their length.
+Each entry of ``ARCHITECTURES`` has the settings that are special in its family: the special tokens, the padding side,
+token types, a missing pad token, positions that are counted from the padding token, hidden states of changing length.
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ class Architecture:
         return made
 
     def config(self, tokenizer: PreTrainedTokenizerBase, *, classes: int = 2, **changes: Any) -> PretrainedConfig:
-        """The config for that tokenizer; ``changes`` win over the table's settings."""
+        """The config for that tokenizer; ``changes`` override the settings of the table."""
         from transformers import AutoConfig
 
         ids = {f"{token}_token_id": getattr(tokenizer, f"{token}_token_id") for token in self.token_ids}
@@ -75,7 +74,7 @@ class Architecture:
             for name, weight in model.named_parameters():
                 if (
                     weight.dim() > 1 and "norm" not in name.lower()
-                ):  # the usual 0.02 makes tiny models that hardly see their text
+                ):  # with the usual 0.02 the outputs of a tiny model hardly depend on the text
                     torch.nn.init.normal_(weight, std=0.15)
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)

@@ -36,7 +36,7 @@ class BackendContract:
     """Inherit, set ``kind``, and give the fixtures ``teacher`` (a small one) and ``work_dir`` (for graphs)."""
 
     kind: str
-    tolerance = 1e-5  # to torch in float32
+    tolerance = 1e-5  # from torch in float32
 
     @pytest.fixture(scope="class")
     @classmethod
@@ -71,7 +71,7 @@ class BackendContract:
         with torch.no_grad():
             device = next(
                 teacher.model.parameters()
-            ).device  # a backend may run this very model, so it stays where it is
+            ).device  # a backend may run this very model, so it must not be moved
             forward = teacher.model.eval()(
                 {name: tensor.to(device) for name, tensor in inputs.items()}, hidden_states=True
             )
@@ -116,7 +116,7 @@ class BackendContract:
     def test_dropout_is_off_even_where_the_model_was_training(
         self, teacher: Teacher, encoded: EncodedTexts, work_dir: Path
     ) -> None:
-        teacher = replace(teacher, model=copy.deepcopy(teacher.model).train())  # to close a backend may move its model
+        teacher = replace(teacher, model=copy.deepcopy(teacher.model).train())  # closing a backend may move its model
         backend = open_backend(self.kind, teacher, [1], precision="float32", work_dir=work_dir)
         inputs = _inputs(teacher, encoded, [0, 1])
         assert torch.equal(backend.run(inputs, [1], False).hidden[1], backend.run(inputs, [1], False).hidden[1])

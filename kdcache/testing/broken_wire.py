@@ -1,9 +1,9 @@
-"""A wire to a server on loopback that breaks on purpose: the real client library meets real broken connections.
+"""A proxy to a server on loopback that breaks connections on purpose, to test the real client library.
 
 with broken_wire(server.endpoint) as wire:
     remote = server.open(...)     # with wire.endpoint in place of the server's
-    wire.swallow(1)               # the next request arrives, and its answer does not
-    wire.cut(after=1000)          # the next answer ends after so many bytes
+    wire.swallow(1)               # the next request arrives, and its response is lost
+    wire.cut(after=1000)          # the next response ends after so many bytes
 """
 
 from __future__ import annotations
@@ -18,30 +18,27 @@ _BLOCK = 1 << 16
 
 
 class Wire:
-    """Each connection is a thread per direction.
-
-    Faults strike the next answers, in the order in which they were asked for.
-    """
+    """Each connection has a thread per direction. Faults apply to the next responses, in order."""
 
     def __init__(self, endpoint: str) -> None:
         parts = urlsplit(endpoint)
         self._target = (parts.hostname or "", parts.port or 80)
         self._listener = socket.create_server(("127.0.0.1", 0))
-        self._faults: list[int] = []  # bytes of an answer that may pass
+        self._faults: list[int] = []  # bytes of a response that are passed on
         self._lock = threading.Lock()
         self.struck = 0
         self.endpoint = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
 
     def swallow(self, count: int = 1) -> None:
-        """The next ``count`` requests reach the server, and the connection breaks before their answers."""
+        """The next ``count`` requests reach the server, and the connection breaks before their responses."""
         self._faults += [0] * count
 
     def cut(self, after: int, count: int = 1) -> None:
-        """The next ``count`` answers break off after so many bytes, heads included."""
+        """The next ``count`` responses end after so many bytes, including headers."""
         self._faults += [after] * count
 
     def run(self) -> None:
-        """Take connections until the listener is closed."""
+        """Accept connections until the listener is closed."""
         while True:
             try:
                 client, _ = self._listener.accept()
@@ -52,7 +49,7 @@ class Wire:
                 threading.Thread(target=work, args=(client, server), daemon=True).start()
 
     def close(self) -> None:
-        """Take no more connections."""
+        """Accept no more connections."""
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
 
@@ -63,7 +60,7 @@ class Wire:
         _end(client, server)
 
     def _answer(self, client: socket.socket, server: socket.socket) -> None:
-        """Pass answers on; one that is struck passes as far as it may, then the connection is gone."""
+        """Pass responses on; if a fault applies, close the connection after the bytes that are allowed."""
         with contextlib.suppress(OSError):
             left: int | None = None
             while block := server.recv(_BLOCK):
@@ -83,7 +80,7 @@ class Wire:
 
 @contextlib.contextmanager
 def broken_wire(endpoint: str) -> Iterator[Wire]:
-    """A wire to ``endpoint`` (http://host:port) that breaks when told to."""
+    """A wire to ``endpoint`` (http://host:port) that breaks on demand."""
     wire = Wire(endpoint)
     thread = threading.Thread(target=wire.run, daemon=True)
     thread.start()

@@ -1,7 +1,7 @@
-"""Small made-up caches: no teacher is run, every number is a function of the text, so any two dumps of a text agree.
+"""Small synthetic caches: no teacher runs, and every number is a function of the text, so dumps of a text are equal.
 
-What a real dump gets from a teacher comes from a hash here. That makes resuming, extending and repairing testable in
-milliseconds, and gives tests of readers a cache whose every value they can compute.
+Teacher outputs are hashes. So tests of resuming, extending and repairing take milliseconds, and tests of readers can
+compute every value of a cache.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Texts = dict[bytes, tuple[str, ...]]
 
 @dataclass(frozen=True)
 class Plan:
-    """What a made-up dump is asked for."""
+    """The request for a synthetic dump."""
 
     train: Texts
     test: Texts
@@ -68,12 +68,12 @@ def made_teacher(name: str = "bert", layers: Mapping[int, LayerSpec] | None = No
 
 
 def made_plan(train: int = 10, test: int = 5, teachers: Sequence[str] = ("bert", "roberta")) -> Plan:
-    """The usual small cache: 3 full parts, 2 parts with logits alone, two teachers."""
+    """The usual small cache: 3 full parts, 2 parts with logits only, two teachers."""
     return Plan(made_texts(train, "train"), made_texts(test, "test"), tuple(made_teacher(name) for name in teachers))
 
 
 def dump(path: Path, plan: Plan, *, repair: bool = False, provenance: Mapping[str, object] | None = None) -> Manifest:
-    """Bring the cache at ``path`` to ``plan``, as a dump does."""
+    """Write the missing components of ``plan`` to the cache at ``path``, as a dump does."""
     with open_writer(path, plan.task, plan.settings, store_text=plan.store_text, repair=repair) as writer:
         writer.add_texts(plan.train, plan.test)
         for spec in plan.teachers:
@@ -85,7 +85,7 @@ def dump(path: Path, plan: Plan, *, repair: bool = False, provenance: Mapping[st
 
 
 def dump_teacher(writer: CacheWriter, spec: TeacherSpec) -> None:
-    """Write what is missing of one teacher."""
+    """Write the missing components of one teacher."""
     missing = writer.declare_teacher(spec, tokenizer_json(spec.name))
     there = writer.bases(spec.name)
     writer.write_bases(
@@ -129,7 +129,7 @@ def made_tokens(texts: Sequence[tuple[str, ...]]) -> Tokens:
 
 
 def made_hidden(spec: TeacherSpec, layer: int, texts: Sequence[tuple[str, ...]]) -> HiddenBlock:
-    """Hidden states of the tokens of texts, from text and token number; of a layer per text, from the text."""
+    """Hidden states of the tokens of texts: from text and token number, or from the text if there is one per text."""
     one = spec.layers[layer]
     counts = [1 if one.per_text else int(made_tokens([text]).offsets[-1]) for text in texts]
     keys = [text_id(text) + bytes([row]) for text, count in zip(texts, counts, strict=True) for row in range(count)]
@@ -145,10 +145,7 @@ def made_hidden(spec: TeacherSpec, layer: int, texts: Sequence[tuple[str, ...]])
 
 
 def made_basis(spec: TeacherSpec, layer: int) -> Basis:
-    """The first ``dim`` unit vectors.
-
-    Of a coded layer, the first 4 and a codebook of 5, 4, 3 and 1 bits with a window of 4.
-    """
+    """The first ``dim`` unit vectors; for trellis 4 of them, and a codebook of 5, 4, 3 and 1 bits, window 4."""
     one = spec.layers[layer]
     if format_of(one).by_bytes:
         bits = np.array([5, 4, 3, 1], dtype=np.uint8)
@@ -176,7 +173,7 @@ def _words(text: str, segment: int) -> Iterator[tuple[int, int, int, int]]:
 
 
 def _rows(name: str, keys: Sequence[bytes], width: int) -> np.ndarray:
-    """float32[n, width] in -1..1: row by row a hash of name and key."""
+    """float32[n, width] in -1..1: each row is a hash of name and key."""
     data = b"".join(hashlib.shake_128(name.encode() + key).digest(width) for key in keys)
     return ((np.frombuffer(data, dtype=np.uint8).reshape(-1, width).astype(np.float32) - 127.5) / 127.5).astype(
         np.float32
@@ -184,7 +181,7 @@ def _rows(name: str, keys: Sequence[bytes], width: int) -> np.ndarray:
 
 
 def read_everything(cache: Cache) -> None:
-    """Every table and array of a cache, as verify, a student and a card would read them."""
+    """Every table and array of a cache, as verify, a student and a card read them."""
     for split in cache.splits:
         cache.examples(split)
     for part in cache.parts:

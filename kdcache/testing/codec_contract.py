@@ -1,9 +1,9 @@
-"""What every storage format must do, as a test class to inherit from.
+"""The contract of a storage format, as a test class that the tests of every format inherit.
 
     class TestInt8(CodecContract):
         storage = INT8
 
-A format that needs more than its name overrides ``layer``. What only some formats promise is a class attribute.
+A format that needs more than its name overrides ``layer``. Class attributes say what only some formats guarantee.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from kdcache.codecs.registry import storage_format, stored_name
 from kdcache.errors import DamageError, NonFiniteError
 from kdcache.testing.caches import Plan, dump, made_hidden, made_teacher, made_texts
 
-WIDTH = 6  # of the made-up teachers
+WIDTH = 6  # of the synthetic teachers
 _TINY = 512 * float(np.finfo(np.float32).smallest_normal)  # rows below may become zeros
 _inherited = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.differing_executors])
 
 
 class CodecContract:
-    """``largest``: the largest magnitude that is tried; ``beyond``: one that is refused, where there is one."""
+    """``largest``: the largest magnitude to be tested; ``beyond``: a magnitude that is refused, if there is one."""
 
     storage: ClassVar[StorageFormat]
     largest: ClassVar[float] = 2.0**100
     beyond: ClassVar[float | None] = None
-    every_code_counts: ClassVar[bool] = False  # whether no code is left that betrays a missing chunk
+    every_code_counts: ClassVar[bool] = False  # whether every code has a value, so that a missing chunk is not detected
 
     def layer(self) -> tuple[LayerSpec, Basis]:
         """A layer in this format, and its basis."""
@@ -60,7 +60,7 @@ class CodecContract:
         return self.storage.decode(block, self.layer()[1])
 
     def matrices(self) -> st.SearchStrategy[np.ndarray]:
-        """float32 [rows, dim] of any size up to ``largest``, without rows too."""
+        """float32 [rows, dim] of any size up to ``largest``, also without rows."""
         spec, basis = self.layer()
         elements = st.floats(-self.largest, self.largest, width=32)
         return hnp.arrays(
@@ -111,7 +111,7 @@ class CodecContract:
         np.testing.assert_array_equal(found.numpy(), self.decoded(block))
 
     def test_a_device_decodes_rows_that_lie_apart_in_memory(self) -> None:
-        """A batch is a view of records in which the layers of a teacher lie side by side."""
+        """Decode a view of records that hold several layers side by side, as in a batch."""
         block = self.encoded(self.rows(9))
         apart = torch.from_numpy(np.concatenate([block.values, block.values], axis=1))[:, : block.values.shape[1]]
         decoder = self.storage.decoder(self.layer()[1]) or torch.Tensor.float
@@ -228,7 +228,7 @@ class CodecContract:
             assert self.storage.title in self.storage.label(form)
 
     def test_states_come_back_through_projection_and_format(self) -> None:
-        """Of orthonormal rows, distances are kept: what storing took is what the rebuilt state lacks."""
+        """Orthonormal rows preserve distances: the error of the stored row is that of the rebuilt state."""
         spec, basis = self.layer()
         projector = Projector(basis, "cpu")
         states = projector.back(torch.from_numpy(self.rows(5)))
@@ -239,7 +239,7 @@ class CodecContract:
 
     @staticmethod
     def same(one: HiddenBlock, other: HiddenBlock) -> None:
-        """The same bytes in the same dtypes."""
+        """Assert equal bytes and dtypes."""
         pairs = [(one.values, other.values)]
         if one.scales is not None and other.scales is not None:
             pairs.append((one.scales, other.scales))

@@ -1,7 +1,4 @@
-"""A tiny model that comes with Python code of its own, as some on the hub do.
-
-Transformers runs it only where that is allowed.
-"""
+"""A tiny model with its own Python code, as some models on the hub have; transformers runs it only if allowed."""
 
 from __future__ import annotations
 
@@ -9,7 +6,7 @@ import json
 import secrets
 from pathlib import Path
 
-RAN = "KDCACHE_TESTING_CODE_RAN"  # an environment variable: the file that the model's code makes whenever it is run
+RAN = "KDCACHE_TESTING_CODE_RAN"  # an environment variable: the file that the model's code writes whenever it runs
 
 _LAYERS = """\
 from torch import nn

@@ -1,13 +1,13 @@
-"""Faults on purpose: a disk that dies or fails at its n-th step, and every way to damage a cache.
+"""Fault injection: a disk that dies or fails at its n-th step, and functions that damage a cache.
 
     python -m kdcache.testing.faults --count steps.txt -- dump-teachers recipe.toml
     python -m kdcache.testing.faults --die-at 17 -- dump-teachers recipe.toml
     python -m kdcache.testing.faults --fail-at 17 -- dump-teachers recipe.toml
 
-A step is one system call of ``kdcache.files`` that matters to durability: write, fsync, rename, fsync of a directory,
-making a directory, removing a file. Dying at a write leaves half of the data, as a power cut may. In a process of its
-own a death is ``os._exit``: nothing is cleaned up. Inside a test it is ``Died``, which no ``except Exception`` catches,
-and after which every further step dies too.
+A step is one system call of ``kdcache.files`` that matters for durability: write, fsync, rename, fsync of a directory,
+making a directory, removing a file. Dying at a write leaves half of the data, as a power cut may. A separate process
+dies by ``os._exit``: nothing is cleaned up. Inside a test ``Died`` is raised, which no ``except Exception`` catches.
+Every later step raises it too.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from kdcache.cache import layout
 from kdcache.cache.canonical import digest_of, parse_json, readable_json
 from kdcache.files import Buffer, Disk
 
-EXIT_CODE = 137  # of a process that died here, as after SIGKILL
+EXIT_CODE = 137  # exit status of a process that died here, as after SIGKILL
 
 
 class Died(BaseException):
-    """The process died at a step, for a test that goes on."""
+    """Stands for the death of the process in a test that continues."""
 
 
 class UnsyncedDisk(Disk):
-    """Does not wait for the hardware: for tests that write many small files and cut no power."""
+    """Skips fsync: for tests that write many small files and need no durability."""
 
     def fsync(self, path: Path) -> None:
         pass
@@ -44,7 +44,7 @@ class UnsyncedDisk(Disk):
 
 
 class FaultyDisk(Disk):
-    """Counts the steps of a disk and, at step ``at`` (from 1), calls ``strike``, which must not return."""
+    """Counts the steps of a disk and, at step ``at`` (from 1), calls ``strike``, which must raise or exit."""
 
     def __init__(
         self,
@@ -105,7 +105,7 @@ class FaultyDisk(Disk):
 
 
 def counting_disk() -> FaultyDisk:
-    """Works, and lists its steps."""
+    """A disk that works and records its steps."""
     return FaultyDisk()
 
 
@@ -119,7 +119,7 @@ def dying_disk(at: int) -> FaultyDisk:
 
 
 def failing_disk(at: int, number: int = errno.ENOSPC, *, once: bool = False) -> FaultyDisk:
-    """Raises OSError (disk full, unless told otherwise) at step ``at`` and, unless ``once``, at every step after it."""
+    """Raises OSError (by default: disk full) at step ``at`` and, unless ``once``, at every step after it."""
 
     def fail() -> NoReturn:
         raise OSError(number, os.strerror(number))
@@ -130,7 +130,7 @@ def failing_disk(at: int, number: int = errno.ENOSPC, *, once: bool = False) -> 
 def run_with_fault(
     arguments: Sequence[str], *, die_at: int | None = None, fail_at: int | None = None, **options: Any
 ) -> subprocess.CompletedProcess[str]:
-    """Run a kdcache command line in a process of its own, with a fault at a step.
+    """Run a kdcache command line in a separate process, with a fault at a step.
 
     ``options`` go to ``subprocess.run``.
     """
@@ -139,7 +139,7 @@ def run_with_fault(
 
 
 def count_steps(arguments: Sequence[str], steps_file: Path, **options: Any) -> list[str]:
-    """Run a kdcache command line in a process of its own and list the steps of its disk.
+    """Run a kdcache command line in a separate process and list the steps of its disk.
 
     It must end with exit code 0.
     """
@@ -150,14 +150,14 @@ def count_steps(arguments: Sequence[str], steps_file: Path, **options: Any) -> l
 
 
 def flip_bit(path: Path, byte: int | None = None) -> None:
-    """Turn one bit of a file; of its middle byte where none is named."""
+    """Flip one bit of a file; by default in its middle byte."""
     data = bytearray(path.read_bytes())
     data[len(data) // 2 if byte is None else byte] ^= 0x10
     path.write_bytes(data)
 
 
 def truncate(path: Path, missing: int = 1) -> None:
-    """Cut the last ``missing`` bytes off a file."""
+    """Remove the last ``missing`` bytes of a file."""
     with path.open("r+b") as file:
         file.truncate(path.stat().st_size - missing)
 
@@ -168,19 +168,19 @@ def delete(path: Path) -> None:
 
 
 def empty(path: Path) -> None:
-    """Leave a file with no bytes."""
+    """Make a file empty."""
     path.write_bytes(b"")
 
 
 def swap(one: Path, other: Path) -> None:
-    """Exchange two files, each of them whole."""
+    """Exchange two undamaged files."""
     first, second = one.read_bytes(), other.read_bytes()
     one.write_bytes(second)
     other.write_bytes(first)
 
 
 def edit_manifest(root: Path, change: Callable[[dict[str, Any]], None], *, resign: bool = False) -> None:
-    """Change the manifest of a cache; with ``resign`` its identity and checksum are made to match again."""
+    """Change the manifest of a cache; ``resign`` computes its identity and checksum again."""
     path = root / layout.MANIFEST
     document = parse_json(path.read_bytes())
     change(document)

@@ -1,12 +1,11 @@
-"""A remote that fails on purpose, round any other: at random with a seed, or for ever from the n-th request on; and it
-counts.
+"""A wrapper of a remote that fails at random or from the n-th request on, and that counts requests.
 
-    FaultyRemote(remote)                              # only counts FaultyRemote(remote, Faults(error=0.01), seed=3)  #
-    one request in a hundred fails without having been done FaultyRemote(remote, die_at=17)                   # the
-    process dies at request 17: ``Died``, and at every request after it
+    FaultyRemote(remote)                                # only counts
+    FaultyRemote(remote, Faults(error=0.01), seed=3)    # one request in a hundred fails and has no effect
+    FaultyRemote(remote, die_at=17)                     # request 17 and all later ones raise ``Died``
 
-A request is one call of the seam; with several threads the n-th is the n-th that began. What is drawn depends on the
-seed and on the number of the request alone, so a run with one thread repeats exactly.
+A request is one call of the seam. With several threads, requests are numbered in the order in which they begin. A fault
+depends only on the seed and the number of the request, so a run with one thread is repeatable.
 """
 
 from __future__ import annotations
@@ -33,18 +32,18 @@ _READS = ("read", "read_bytes")
 
 @dataclass(frozen=True)
 class Faults:
-    """How often, from 0 to 1 per request, each fault strikes; at most one strikes a request."""
+    """Probability of each fault per request; a request has at most one."""
 
-    error: float = 0.0  # the call fails, and nothing was done
+    error: float = 0.0  # the call fails and has no effect
     timeout: float = 0.0  # the same after ``delay`` seconds
-    truncated: float = 0.0  # a body ends early: without a word, or with an error, by turns of the dice
+    truncated: float = 0.0  # a body ends early: without or with an error, at random
     slow: float = 0.0  # the call works, after ``delay`` seconds
-    lost: float = 0.0  # the call was done, and fails all the same: its answer got lost
+    lost: float = 0.0  # the call has its effect and fails: its response is lost
     delay: float = 0.002
 
     @classmethod
     def of_all(cls, rate: float) -> Faults:
-        """Requests struck at ``rate``, each kind as often as any other."""
+        """All kinds of faults equally often, with probability ``rate`` in total."""
         share = rate / 5
         return cls(error=share, timeout=share, truncated=share, slow=share, lost=share)
 
@@ -135,7 +134,7 @@ class FaultyRemote:
         self.remote.remove_empty_folders(prefix)
 
     def _call(self, method: str, key: str, action: Callable[[random.Random | None], T]) -> T:
-        """Count, die, and strike; ``action`` is given a dice where its body is to end early."""
+        """Count, die, or fail; ``action`` gets a random generator if its body must end early."""
         with self._lock:
             self.requests[method] += 1
             self.log.append(f"{method} {key}".rstrip())
@@ -145,7 +144,7 @@ class FaultyRemote:
             self.struck[fault] += 1 if fault else 0
         if self._die_at is not None and number >= self._die_at:
             if number == self._die_at and method in _WRITES and dice.random() < 0.5:
-                action(None)  # it may have been done: the process did not live to see
+                action(None)  # the call may have had its effect: the process died before the response
             raise Died
         if fault in ("timeout", "slow"):
             time.sleep(self._faults.delay)
@@ -157,10 +156,7 @@ class FaultyRemote:
         return done
 
     def _draw(self, method: str, dice: random.Random) -> str:
-        """The kind of fault that strikes, empty for none.
-
-        Bodies alone are truncated, and only what changes things is lost.
-        """
+        """The kind of fault, or empty. Only bodies are truncated, and only responses to writes are lost."""
         at = dice.random()
         for field in fields(Faults):
             if field.name == "delay":

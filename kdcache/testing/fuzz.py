@@ -1,14 +1,14 @@
-"""Fuzzing: files and answers that are damaged or forged, read as a student or a command would read them.
+"""Fuzzing: damaged and forged files and responses, read as a student or a command reads them.
 
     python -m kdcache.testing.fuzz --minutes 60 --seed 0
     python -m kdcache.testing.fuzz --kind arrow --kind manifest --seconds 30
     python -m kdcache.testing.fuzz --kind arrow --seed 0 --case 17        # one case again, with its traceback
 
-Each case is a function of kind, seed and number. It must be read, or refused by an error of kdcache with an exit code
-that is allowed there, in one line. A finding is anything else: another exception, the end of the process by a signal,
-more processor time than ``--limit`` seconds, more memory than ``--memory``. Cases run one after the other in a child
-process, which says in shared memory which one it is at, so the parent knows what killed it. Findings are written to a
-directory each: ``case.json`` and the changed files.
+Each case is a function of kind, seed and number. It must be read, or refused by a one-line error of kdcache with an
+allowed exit code. Anything else is a finding: another exception, a signal that ends the process, more CPU time than
+``--limit`` seconds, more memory than ``--memory``. Cases run one after the other in a child process. The child writes
+the number of the current case to shared memory, so the parent knows which case killed it. Each finding gets a directory
+with ``case.json`` and the changed files.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ from kdcache.testing.fuzz_targets import KINDS, Target
 LIMIT = 20.0  # seconds of processor time of one case
 MEMORY = 2 << 30  # bytes by which the address space of a child may grow
 MESSAGE = 2000  # characters of an error
-SLICE = 5.0  # seconds that one kind is at it
-PER_CHILD = 20_000  # cases, so that what one leaves behind does not add up
-_STUCK = 600.0  # seconds on the clock without a new case, of a child that waits for something
-_STATE = struct.Struct("<qqq")  # number of the case, how many were read, how many were refused
+SLICE = 5.0  # seconds of one kind before the next one
+PER_CHILD = 20_000  # cases per child, so that leftovers of cases do not accumulate
+_STUCK = 600.0  # seconds of wall time without a new case, after which a child is killed
+_STATE = struct.Struct("<qqq")  # number of the case, number of cases read, number of cases refused
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A case that was neither read nor refused. ``alone``: whether it also happens in a process of its own."""
+    """A case that was neither read nor refused. ``alone``: whether it also happens in a separate process."""
 
     kind: str
     seed: int
@@ -57,7 +57,7 @@ class Finding:
 
     @property
     def command(self) -> str:
-        """What shows it again."""
+        """The command that repeats it."""
         return f"python -m kdcache.testing.fuzz --kind {self.kind} --seed {self.seed} --case {self.number}"
 
 
@@ -72,7 +72,7 @@ class Tally:
 
     @property
     def cases(self) -> int:
-        """All of them."""
+        """The number of all cases."""
         return self.read + self.refused + len(self.findings)
 
 
@@ -81,20 +81,17 @@ Kinds = Mapping[str, Callable[[Path], Target]]
 
 @dataclass(frozen=True)
 class Fuzzer:
-    """What does not change in a run."""
+    """The settings of a run."""
 
     kinds: Kinds
     place: Path  # of the victims
     seed: int
     limit: float = LIMIT
     memory: int = MEMORY
-    keep: Path | None = None  # where findings go
+    keep: Path | None = None  # directory of findings
 
     def run(self, seconds: float, cases: int | None = None, note: Callable[[str], None] = print) -> dict[str, Tally]:
-        """All kinds in turn, until the time is over or each has had so many cases.
-
-        Ends in time, however slow the machine is.
-        """
+        """Run all kinds in turn, until the time is over (also on a slow machine) or each has run so many cases."""
         tallies = {kind: Tally() for kind in self.kinds}
         targets = {kind: self._victim(kind) for kind in self.kinds}
         end = time.monotonic() + seconds
@@ -110,7 +107,7 @@ class Fuzzer:
         return tallies
 
     def case(self, kind: str, number: int) -> str:
-        """One case, here; what came of it. Raises what a finding raises."""
+        """Run one case in this process; returns its result. Raises the exception of a finding."""
         return self._one(self._victim(kind), kind, number)
 
     def _victim(self, kind: str) -> Target:
@@ -122,10 +119,7 @@ class Fuzzer:
     def _slice(
         self, kind: str, target: Target, tally: Tally, seconds: float, most: int, note: Callable[[str], None]
     ) -> None:
-        """Some cases in a child.
-
-        Where it dies, the case it was at is a finding and the next slice goes on behind it.
-        """
+        """Run some cases in a child. If it dies, its current case is a finding, and the next one continues after it."""
         first, began = tally.cases, time.monotonic()
         state, found = self._child(target, kind, range(first, first + most), seconds)
         tally.seconds += time.monotonic() - began
@@ -141,7 +135,7 @@ class Fuzzer:
     def _child(
         self, target: Target, kind: str, numbers: range, seconds: float
     ) -> tuple[Tally, list[tuple[int, str, str]]]:
-        """Run cases in a process of its own; what was read and refused, and what was neither."""
+        """Run cases in a child process; returns the counts of cases read and refused, and the findings."""
         shared = mmap.mmap(-1, _STATE.size)
         _STATE.pack_into(shared, 0, numbers.start, 0, 0)
         report = self.place / "report.jsonl"
@@ -163,7 +157,7 @@ class Fuzzer:
         """In the child: never returns."""
         try:
             _bound_memory(self.memory)
-            signal.signal(signal.SIGPROF, signal.SIG_DFL)  # ends the process, wherever it is
+            signal.signal(signal.SIGPROF, signal.SIG_DFL)  # ends the process at any point
             end, read, refused = time.monotonic() + seconds, 0, 0
             for number in numbers:
                 _STATE.pack_into(shared, 0, number, read, refused)
@@ -213,7 +207,7 @@ class Fuzzer:
 
 
 def _bound_memory(more: int) -> None:
-    """The address space of this process may grow by so much: allocations beyond it fail."""
+    """Limit the growth of the address space of this process: allocations beyond it fail."""
     pages = int(Path("/proc/self/statm").read_text().split()[0]) if Path("/proc/self/statm").exists() else 1 << 20
     size = pages * resource.getpagesize() + more
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
@@ -221,7 +215,7 @@ def _bound_memory(more: int) -> None:
 
 
 def _wait(child: int, shared: mmap.mmap) -> int:
-    """The status of a child at its end; one that stands still on the clock is killed."""
+    """The exit status of a child; a child without progress is killed."""
     before, since = shared[:], time.monotonic()
     while True:
         done, status = os.waitpid(child, os.WNOHANG)
@@ -256,7 +250,7 @@ def summary(tallies: Mapping[str, Tally]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None, kinds: Kinds = KINDS) -> int:
-    """The program; 1 where there are findings."""
+    """The program; returns 1 if there are findings."""
     parser = argparse.ArgumentParser(prog="python -m kdcache.testing.fuzz", description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "--kind", action="append", choices=list(kinds), help="what to attack; all unless given, may be repeated"

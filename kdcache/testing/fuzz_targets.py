@@ -1,8 +1,8 @@
-"""What the fuzzing program attacks: a victim per kind of file, made once, and a way to read it after each change.
+"""The targets of the fuzzing program: for each kind of file a victim, changes of it, and a function that reads it.
 
-A target gets a random generator and gives back what was changed and a function that reads it. The function may return,
-or raise a ``KdcacheError`` with one of the exit codes that are allowed there; anything else is a finding. An attacker
-writes manifest and files alike, so digests and checksums are made to match what was changed.
+A target gets a random generator and returns the changed files and a function that reads them. The function may return,
+or raise a ``KdcacheError`` with an allowed exit code. Anything else is a finding. An attacker can write
+manifest and files, so digests and checksums are computed again after a change.
 """
 
 from __future__ import annotations
@@ -56,16 +56,13 @@ if TYPE_CHECKING:
     from kdcache.files import FileDigest
     from kdcache.share.stores.base import Entry
 
-REFUSED = (3, 4)  # damaged, or not what is asked for
-UNREACHED = (1, 3, 4)  # and a remote that does not answer as it should
+REFUSED = (3, 4)  # damaged, or another cache
+UNREACHED = (1, 3, 4)  # or a remote with wrong responses
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """``files``.
-
-    What was changed, by name, to be kept with a finding. ``read``: reads the victim; ``allowed``: exit codes.
-    """
+    """A case. ``files``: the changed files by name; ``read``: reads the victim; ``allowed``: exit codes."""
 
     files: Mapping[str, bytes]
     read: Callable[[], object]
@@ -85,7 +82,7 @@ def arrow(place: Path) -> Target:
 
 
 def zarr(place: Path) -> Target:
-    """Shards. Their size follows from the manifest, and the metadata beside them can be one document only."""
+    """Shards. Their size and the bytes of their metadata follow from the manifest."""
     return _file_target(_victim(place), lambda path: "/c/" in path, lambda rng, data, _: mutate_shard(rng, data))
 
 
@@ -100,7 +97,7 @@ def tokenizer(place: Path) -> Target:
 
 
 def manifest(place: Path) -> Target:
-    """The manifest, with identity and checksum made right again; then everything that it leads to."""
+    """The manifest, with identity and checksum computed again; then all files that it lists."""
     root = _victim(place).path
     document = parse_json((root / layout.MANIFEST).read_bytes())
 
@@ -118,7 +115,7 @@ def manifest(place: Path) -> Target:
 
 
 def cache(place: Path) -> Target:
-    """Any file of a cache under a manifest that was signed again, through ``verify`` and a reader."""
+    """Any file of a cache whose manifest has its new digest, read by ``verify`` and by a reader."""
     root = _victim(place).path
     original = (root / layout.MANIFEST).read_bytes()
     document = parse_json(original)
@@ -174,7 +171,7 @@ def selection(place: Path) -> Target:
 
 
 def journal(place: Path) -> Target:
-    """Commit records of a dump that died, signed again; the dump goes on with them."""
+    """Commit records of a dump that died, with new checksums; the dump continues with them."""
     dead, root = place / "dead", place / "cache"
     disk = counting_disk()
     with use_disk(disk):
@@ -206,7 +203,7 @@ def journal(place: Path) -> Target:
 
 
 def refs(place: Path) -> Target:
-    """Refs and manifests of a remote, signed again, under right and wrong keys."""
+    """Refs and manifests of a remote, with new checksums, under right and wrong keys."""
     root, remote = _remote(place)
     before = dict(remote.objects)
     keys = [key for key in before if not key.startswith(share_layout.FILES)]
@@ -228,10 +225,7 @@ def refs(place: Path) -> Target:
 
 
 class LyingRemote(MemoryRemote):
-    """A store whose answers are wrong now and then.
-
-    Entries left out, doubled, renamed, resized; bodies cut, grown, changed.
-    """
+    """A store with some wrong responses: entries missing, doubled, renamed, resized; bodies cut, extended, changed."""
 
     rng: random.Random | None = None
     rate = 0.0
@@ -283,7 +277,7 @@ class LyingRemote(MemoryRemote):
 
 
 def listing(place: Path) -> Target:
-    """Answers of a store. Nothing is signed again: what is pulled at last must be the cache that was pushed."""
+    """Responses of a store. No checksum is computed again: a pull must give the cache that was pushed."""
     root, remote = _remote(place, LyingRemote())
     before = dict(remote.objects)
 
@@ -301,7 +295,7 @@ def listing(place: Path) -> Target:
 
 
 def student(place: Path) -> Target:
-    """Kept tokens and alignments of a student, with the digest in their first line made right again."""
+    """Stored tokens and alignments of a student, with a new digest in their first line."""
     from kdcache.loading.alignment import load_arrays, save_arrays
 
     path = place / "kept.bin"
@@ -329,7 +323,7 @@ def student(place: Path) -> Target:
 
 
 def tokens(place: Path) -> Target:
-    """Token files whose every value may be anything, read, and aligned with the tokens of a student."""
+    """Token files with arbitrary values, read, and aligned with the tokens of a student."""
     from kdcache.loading.alignment import align
 
     cache = _victim(place)
@@ -370,7 +364,7 @@ KINDS: dict[str, Callable[[Path], Target]] = {
 
 
 def touch(value: object) -> None:
-    """Read every byte of what was read: a view of memory that is not there must not pass."""
+    """Read every byte of a result, so that a view of invalid memory is detected."""
     if isinstance(value, np.ndarray):
         value.tobytes()
     elif isinstance(value, Mapping):
@@ -384,7 +378,7 @@ def touch(value: object) -> None:
 
 
 def signed(document: Any) -> Any:
-    """A manifest with identity and checksum as they must be; as it is where it has no canonical form."""
+    """A manifest with its identity and checksum computed again; unchanged if it has no canonical form."""
     if not isinstance(document, dict):
         return document
     rest = {key: value for key, value in document.items() if key not in ("identity", "checksum")}
@@ -431,7 +425,7 @@ def _victim(place: Path) -> Cache:
 def _file_target(
     victim: Cache, takes: Callable[[str], bool], mutate: Callable[[random.Random, bytes, list[bytes]], bytes]
 ) -> Target:
-    """One file at a time, without the disk: what is read when size and digest are those that the manifest lists."""
+    """Decode one file at a time in memory, as if its size and digest matched the manifest."""
     held = _HeldFiles(victim.path, victim.manifest.contents.files)
     victim._files = held
     reads = {path: read for path, read in _reads(victim) if takes(path)}
@@ -452,7 +446,7 @@ def _file_target(
 
 
 def _reads(cache: Cache) -> Iterator[tuple[str, Callable[[], object]]]:
-    """What reads each file."""
+    """The function that reads each file."""
     spec = cache.teachers[TEACHER]
     for split, info in cache.manifest.contents.splits.items():
         yield info.file, lambda split=split: cache.examples(split)  # type: ignore[misc]
@@ -505,7 +499,7 @@ def _with_checksum(document: Any) -> Any:
 
 
 def _remote(place: Path, remote: MemoryRemote | None = None) -> tuple[Path, Any]:
-    """A remote with two versions of a name and a tombstone, and the cache that is its newest."""
+    """A remote with two versions of a name and a tombstone, and the cache of the newest version."""
     remote = remote or MemoryRemote()
     root = place / "cache"
     small = Plan(PLAN.train, PLAN.test, ())
@@ -525,7 +519,7 @@ def _forged_object(rng: random.Random, key: str, data: bytes) -> bytes:
 
 
 def _forged_key(rng: random.Random, key: str) -> str:
-    """Mostly the key itself; else another version, another name, or no key of the layout."""
+    """Mostly the key itself; else that of another version, of another name, or an invalid one."""
     if rng.random() < 0.7:
         return key
     made = (
@@ -540,7 +534,7 @@ def _forged_key(rng: random.Random, key: str) -> str:
 
 
 def _refs_to(objects: Mapping[str, tuple[bytes, float]], key: str, data: bytes) -> dict[str, tuple[bytes, float]]:
-    """The forged manifest under its own digest, and the refs that named the old one naming it."""
+    """The forged manifest under its digest, with the refs of the old manifest changed to it."""
     old, new = share_layout.parse_manifest_key(key), _sha256(data)
     made = {share_layout.manifest_key(new): (data, 0.0)}
     for one, (body, at) in objects.items():
@@ -555,10 +549,7 @@ def _refs_to(objects: Mapping[str, tuple[bytes, float]], key: str, data: bytes) 
 
 
 def _use(remote: MemoryRemote, root: Path, place: Path, what: int) -> None:
-    """One of the things that people do with a remote.
-
-    A cache that arrives is one whose every byte is as its manifest says.
-    """
+    """One of the usual commands on a remote; every byte of a pulled cache must match its manifest."""
     timing = LeaseTiming(background=False, patience=0.0, sleep=lambda _: None)
     target = place / "pulled"
     if what == 0:

@@ -1,9 +1,9 @@
-"""Trainings that are killed at a chosen moment: forked children that send themselves SIGKILL, or get it from outside.
+"""Trainings that are killed at a chosen moment: forked children that kill themselves, or are killed by their parent.
 
-A process imports everything once and forks a child for each attempt, which costs a fraction of a second. A point is
+A process imports everything once and forks a child for each attempt, which takes a fraction of a second. A point is
 ``step:N`` (SIGKILL in the child's optimizer step N), ``save:N`` and ``saved:N`` (before and after its N-th checkpoint
-or best-epoch write), ``disk:N`` (before its N-th system step of writing), ``after:S`` (S seconds after its start, from
-outside), ``end`` (never).
+or best-epoch write), ``disk:N`` (before its N-th system step of writing), ``after:S`` (by the parent, after S seconds),
+``end`` (never).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from kdcache.training import checkpoints
 
 
 def run_child(action: Callable[[], object], task: type[Any], point: str) -> int:
-    """The exit status of a child that runs ``action`` and dies at ``point``; 0 is one that came to its end.
+    """The exit status of a child that runs ``action`` and dies at ``point``; 0 if it finished.
 
     ``task`` is the class whose ``losses`` is called once per optimizer step.
     """
@@ -48,7 +48,7 @@ def _arm(kind: str, number: str, task: type[Any]) -> None:
 
 
 def _dying(function: Callable[..., Any], at: int, *, after: bool = False) -> Callable[..., Any]:
-    """``function``, but its ``at``-th call is the last thing that the process does."""
+    """``function``, but the process dies at its ``at``-th call."""
     calls = 0
 
     def called(*args: Any, **kwargs: Any) -> Any:

@@ -1,6 +1,6 @@
-"""A cache that lies in memory: what the loader needs of a reader, for tests of order, threads and refusals.
+"""A cache in memory, with the methods that the loader needs, for tests of order, threads and errors.
 
-Hidden states are a known function of (teacher, layer, text, token), so that a test can say what a batch must hold.
+Hidden states are a known function of (teacher, layer, text, token), so that a test can compute what a batch must hold.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ Text = tuple[str, ...]
 
 
 def truth(teacher: str, layer: int, text: Text, tokens: int, dim: int) -> np.ndarray:
-    """What the teacher's layer 'says' of a text: float32[tokens, dim]."""
+    """Hidden states of a text in a layer of the teacher: float32[tokens, dim]."""
     seed = hashlib.sha256(repr((teacher, layer, text)).encode()).digest()[:8]
     return np.random.default_rng(int.from_bytes(seed, "little")).standard_normal((tokens, dim)).astype(np.float32)
 
 
 def truth_logits(teacher: str, text: Text, classes: int) -> np.ndarray:
-    """float32[classes], as random as the rest."""
+    """Logits float32[classes] of a text."""
     return truth(teacher, -1, text, 1, classes).reshape(-1)
 
 
@@ -116,11 +116,11 @@ class MemoryCache:
         return encode(spec.tokenizer, list(self.part_texts[self._at(part)]), spec.max_length)
 
     def check_present(self, paths: list[str]) -> None:
-        """Memory is always there."""
+        """All files are always present."""
         assert all(isinstance(path, str) for path in paths)
 
     def expect(self, paths: Sequence[str]) -> None:
-        """And nothing has to come."""
+        """No file has to be fetched."""
 
     def token_count(self, teacher: str, part: str) -> int:
         return int(self.encoded(teacher, part).offsets[-1])

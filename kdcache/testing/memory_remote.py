@@ -1,8 +1,8 @@
-"""A remote as a dictionary: for tests of what is built on remotes, with a clock that tests move.
+"""A remote in a dictionary, with a clock that tests control.
 
 remote = MemoryRemote()
 remote.advance(3600)          # an hour later, on the store's clock
-MemoryRemote(conditional=False)   # a store that takes every create for a write
+MemoryRemote(conditional=False)   # a store without conditional creates
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ BLOCK = 1 << 20  # bytes of one block of ``read``
 
 
 class MemoryRemote:
-    """``objects`` may be looked at and changed by tests: key to (bytes, time of the last write)."""
+    """``objects``: key -> (bytes, time of the last write); tests may read and change it."""
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class MemoryRemote:
         return self._conditional
 
     def advance(self, seconds: float) -> None:
-        """Move the store's clock."""
+        """Advance the store's clock."""
         self._ahead += seconds
 
     def now(self) -> float:
@@ -112,7 +112,7 @@ class MemoryRemote:
         if there:
             return there[0] == data
         if not self._conditional:
-            time.sleep(0.001)  # so that others see nothing there either, as on a store that does not decide
+            time.sleep(0.001)  # others see no object meanwhile, as on a store without conditional creates
         self.write(key, data)
         return True
 

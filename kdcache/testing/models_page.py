@@ -2,7 +2,7 @@
 
     python -m kdcache.testing.models_page docs/models.md
 
-writes it anew between the two marks of the page.
+writes the table again between the two marks of the page.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def teacher_column(verdict: TeacherVerdict) -> str:
 
 
 def rows() -> Iterator[tuple[str, ...]]:
-    """The cells of every architecture; the largest difference is the only one that rounding changes."""
+    """The cells of every architecture; only the largest difference depends on rounding."""
     for name, architecture in ARCHITECTURES.items():
         with tempfile.TemporaryDirectory() as place:
             verdict = teacher_verdict(architecture, Path(place) / "teacher")

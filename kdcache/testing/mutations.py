@@ -1,7 +1,7 @@
 """Damaged and forged files, each a function of a random generator: bytes, JSON documents, Arrow files, shards.
 
-Random bytes are refused early and find little. So numbers are set to the ends of their ranges, pieces are taken from
-elsewhere in the file or from another file of the same kind, and checksums inside of a file are made right again.
+Random bytes are refused early and find few faults. So numbers are set to the limits of their ranges, pieces are copied
+from elsewhere in the file or from another file of the same kind, and checksums in a file are computed again.
 """
 
 from __future__ import annotations
@@ -27,10 +27,7 @@ _MOST = 1 << 16  # bytes of a mutated file
 
 
 def mutate_bytes(rng: random.Random, data: bytes, others: Sequence[bytes] = ()) -> bytes:
-    """One to four changes.
-
-    Bits, bytes, numbers at the ends of their ranges, ranges removed, repeated, moved or taken from ``others``.
-    """
+    """Make one to four changes: bits, bytes, extreme numbers; ranges removed, repeated, moved or from ``others``."""
     changed = bytearray(data)
     for _ in range(rng.choice((1, 1, 1, 2, 3, 4))):
         rng.choice(_CHANGES)(rng, changed, others)
@@ -38,7 +35,7 @@ def mutate_bytes(rng: random.Random, data: bytes, others: Sequence[bytes] = ()) 
 
 
 def mutate_same_size(rng: random.Random, data: bytes) -> bytes:
-    """As ``mutate_bytes``, for files whose size is known: only values change."""
+    """Like ``mutate_bytes``, for files of fixed size: only values change."""
     changed = bytearray(data)
     for _ in range(rng.choice((1, 1, 2, 4))):
         rng.choice((_flip, _byte, _number))(rng, changed, ())
@@ -56,7 +53,7 @@ def _byte(rng: random.Random, data: bytearray, _: Sequence[bytes]) -> None:
 
 
 def _number(rng: random.Random, data: bytearray, _: Sequence[bytes]) -> None:
-    """A little-endian number at an even place: an extreme, or another number of the file, or one beside its own."""
+    """Change a little-endian number at an even position: to an extreme, another number of the file, or by 1."""
     width = rng.choice(_WIDTHS)
     if len(data) < width:
         return
@@ -111,7 +108,7 @@ _CHANGES: tuple[Change, ...] = (_flip, _byte, _number, _number, _number, _remove
 
 
 def mutate_numbers(rng: random.Random, values: np.ndarray) -> np.ndarray:
-    """A copy of some integers, of which one, some or all are extremes of their type, or small numbers."""
+    """A copy of integers in which one, some or all are replaced by extremes of their type or by small numbers."""
     changed = values.copy()
     limits = np.iinfo(values.dtype)
     fitting = [value for value in EXTREMES if limits.min <= value <= limits.max]
@@ -153,7 +150,7 @@ def _change_json(rng: random.Random, document: Any) -> None:
 
 
 def _containers(value: Any) -> Any:
-    """Every object and list, so that each is as likely as any other."""
+    """All objects and lists, so that each is equally likely."""
     if isinstance(value, dict | list):
         yield value
         for item in value.values() if isinstance(value, dict) else value:
@@ -168,7 +165,7 @@ def _add(place: Any, key: str, value: Any) -> None:
 
 
 def _value(rng: random.Random, containers: Sequence[Any]) -> Any:
-    """An extreme, or a copy of what stands elsewhere in the document."""
+    """An extreme value, or a copy of another value of the document."""
     what = rng.randrange(6)
     if what == 0:
         return rng.choice(_STRINGS)
@@ -182,13 +179,13 @@ def _value(rng: random.Random, containers: Sequence[Any]) -> Any:
 
 
 def json_bytes(rng: random.Random, document: Any) -> bytes:
-    """A document as text; once in a while the text itself is damaged."""
+    """A document as text; sometimes the text itself is damaged."""
     data = json.dumps(document, ensure_ascii=True, indent=rng.choice((None, 1))).encode()
     return mutate_bytes(rng, data) if rng.random() < 0.1 else data
 
 
 def mutate_arrow(rng: random.Random, data: bytes, others: Sequence[bytes]) -> bytes:
-    """Changes of an Arrow file, most of them where its flatbuffers are, or another file that Arrow wrote."""
+    """Change an Arrow file, mostly its flatbuffers, or return another file that Arrow wrote."""
     what = rng.randrange(8)
     if what == 0:
         return mutate_bytes(rng, data, others)
@@ -207,10 +204,7 @@ def mutate_arrow(rng: random.Random, data: bytes, others: Sequence[bytes]) -> by
 
 
 def _written_otherwise(rng: random.Random, data: bytes) -> bytes:
-    """The same rows as other programs write them.
-
-    Compressed, in several batches, with metadata, nullable, renamed, cut, doubled.
-    """
+    """The same rows written in other ways: compressed, several batches, metadata, nullable, renamed, cut, doubled."""
     import pyarrow as pa
 
     with pa.ipc.open_file(data) as reader:
@@ -243,10 +237,7 @@ def _written_otherwise(rng: random.Random, data: bytes) -> bytes:
 
 
 def mutate_shard(rng: random.Random, data: bytes) -> bytes:
-    """Changed values of a shard of one chunk.
-
-    Its checksums may be right again, so that what comes after them is reached.
-    """
+    """Change values of a shard of one chunk; its checksums may be computed again, so that later checks are reached."""
     import google_crc32c
 
     changed = bytearray(mutate_same_size(rng, data))
@@ -257,7 +248,7 @@ def mutate_shard(rng: random.Random, data: bytes) -> bytes:
 
 
 def mutate_safetensors(rng: random.Random, data: bytes, others: Sequence[bytes]) -> bytes:
-    """Changes of the header as JSON with its length right, or of the bytes."""
+    """Change the header, as JSON with the right length, or the bytes."""
     (length,) = struct.unpack_from("<Q", data)
     if rng.random() < 0.3:
         return mutate_bytes(rng, data, others)

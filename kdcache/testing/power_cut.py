@@ -1,13 +1,12 @@
-"""What a power cut would take: watches the system calls that give names and make things durable, on the real file
-system.
+"""Finds data that a power cut would lose: watches the system calls for names and durability on the real file system.
 
     with watched(directory) as watch:
         dump(directory / "cache", plan)
     assert watch.wrong == [] and watch.lost() == []
 
-It sits below ``kdcache.files.Disk``, so that a ``Disk`` that forgets a step is seen too. The model is that of POSIX:
-the bytes of a file are safe once it was fsynced after its last change; a name is safe once its directory was fsynced
-after it was given.
+It works below ``kdcache.files.Disk``, so it also detects a ``Disk`` that omits a step. The model is that of POSIX: the
+bytes of a file are safe after an fsync that follows its last change, and a name is safe after an fsync of its directory
+that follows the naming.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ State = tuple[int, int] | frozenset[tuple[str, int]]  # size and time of change;
 
 @dataclass
 class Watch:
-    """``wrong``: names that were given before what they stand for, or anything that was written earlier, was safe."""
+    """``wrong``: names that were given before their content, or anything written earlier, was safe."""
 
     root: Path
     unsafe: tuple[str, ...]  # patterns of names that need not be safe
@@ -38,10 +37,7 @@ class Watch:
     _safe: dict[int, State] = field(default_factory=dict)  # by inode, when it was last fsynced
 
     def lost(self, place: Path | None = None) -> list[str]:
-        """What a power cut at this moment would take from ``place`` (the whole root).
-
-        Names, and files that would be torn.
-        """
+        """The names and the file contents below ``place`` (default: the root) that a power cut would lose now."""
         found = []
         for directory, _, names in _walk(place or self.root):
             safe = self._safe.get(directory.stat().st_ino, frozenset())
@@ -76,7 +72,7 @@ class Watch:
         self.calls.append(("fsync", str(inode.st_ino)))
 
     def _named(self, call: str, source: Path | None, target: Path) -> None:
-        """Before ``target`` gets its name: what it stands for is safe, and so is all that was written before."""
+        """Check, before ``target`` gets its name, that its content and all earlier writes are safe."""
         if not target.is_relative_to(self.root):
             return
         self.calls.append((call, self._below(target)))
@@ -102,7 +98,7 @@ class Watch:
 
 @contextlib.contextmanager
 def watched(root: Path, *, unsafe: tuple[str, ...] = ()) -> Iterator[Watch]:
-    """Watch what happens below ``root``, which exists; all that is there already counts as safe.
+    """Watch writes below ``root``, which exists; its present content counts as safe.
 
     ``unsafe``: patterns of paths below the root that need not be safe, such as locks. One thread at a time may write
     there.
@@ -141,14 +137,16 @@ def _making(watch: Watch, real: Callable[..., Any]) -> Callable[..., Any]:
     def call(path: Any, *arguments: Any, **options: Any) -> Any:
         done = real(path, *arguments, **options)
         if Path(path).is_relative_to(watch.root):
-            watch._safe[Path(path).stat().st_ino] = frozenset()  # a new one is empty, whoever had its inode before
+            watch._safe[Path(path).stat().st_ino] = (
+                frozenset()
+            )  # a new directory is empty, even if its inode was used before
         return done
 
     return call
 
 
 def _walk(top: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
-    """Directories below ``top`` with the names of all that is in them."""
+    """Directories below ``top`` with the names of their entries."""
     for directory, directories, files in os.walk(top):
         yield Path(directory), directories, [*directories, *files]
 

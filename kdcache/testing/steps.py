@@ -1,4 +1,4 @@
-"""A student and a step's batch, small enough for losses in loops, with all that a real batch may have in it."""
+"""A student and the batch of a step: small enough to compute losses in loops, with every case of a real batch."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ PAIRS: dict[Pair, int] = {
 }  # (teacher, student layer) -> dimensions of the target
 VARIANCES: dict[Pair, float] = {(0, 1): 0.5, (0, 2): 2.0, (1, 1): 1.0, (1, 2): 3.0}
 LABELS = (0, 2, -1, 1, -1, 0)
-# Which tokens of a row are no padding: some rows are padded on the right, one on the left.
+# The tokens of a row that are not padding: some rows are padded on the right, one on the left.
 MASK = ((1, 1, 1, 1, 1), (1, 1, 1, 1, 0), (0, 0, 1, 1, 1), (1, 1, 1, 0, 0), (1, 1, 0, 0, 0), (1, 1, 1, 1, 1))
-# By teacher, the tokens that have a target. Teacher a lacks the first token of row 3; teacher b has nothing of row 4.
+# By teacher, the tokens that have a target. Teacher a lacks the first token of row 3; teacher b lacks row 4.
 COVERED = {
     0: ((0, 1, 2, 3, 4), (0, 2, 3), (2, 3, 4), (1, 2), (0, 1), (0, 4)),
     1: ((0, 2), (0, 1, 2, 3), (2, 4), (0,), (), (0, 1, 2, 3, 4)),
@@ -40,7 +40,7 @@ COVERED = {
 
 
 class LoopStudent(nn.Module):
-    """A float64 student that can be written out: layer j is h_j = tanh(A_j h_(j-1)), the head is on the first token."""
+    """A float64 student with a simple formula: layer j is h_j = tanh(A_j h_(j-1)), the head is on the first token."""
 
     width = WIDTH
 
@@ -90,7 +90,7 @@ def alone(batch: Batch) -> Batch:
 def loop_model(
     settings: ObjectiveSettings, pairs: Mapping[Pair, int] = PAIRS, *, teachers: Sequence[str] = TEACHERS
 ) -> DistillationModel:
-    """A ``LoopStudent`` with everything that the terms own in float64; random matrices where they start at zero."""
+    """A ``LoopStudent`` with the terms' parameters in float64; matrices that start at zero are random."""
     student = cast("StudentModel", LoopStudent())
     pairs = {pair: dim for pair, dim in pairs.items() if pair[0] < len(teachers)}
     model = DistillationModel(
@@ -111,7 +111,7 @@ def loop_model(
 def step_loss(
     model: DistillationModel, batch: Batch, pieces: int = 1, moment: Moment | None = None
 ) -> tuple[float, dict[str, float], dict[str, Tensor]]:
-    """Loss, terms and gradients of a step that is cut into ``pieces``, each through forward and backward."""
+    """Loss, terms and gradients of a step in ``pieces`` micro-batches, each with forward and backward pass."""
     model.zero_grad(set_to_none=True)
     counts, total, terms = model.counts([batch]), 0.0, dict[str, float]()
     for piece in batch.split(pieces):

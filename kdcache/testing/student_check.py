@@ -1,8 +1,7 @@
-"""What an architecture does as a student: built, cut, trained for a step, saved, and loaded again by transformers
-alone.
+"""Checks an architecture as a student: built, cut, trained for a step, saved, and loaded by transformers alone.
 
-``student_verdict`` is one line of the table of models in the documentation; a fault raises AssertionError, a refusal is
-a result.
+``student_verdict`` gives one line of the table of models in the documentation. A fault raises AssertionError; a refusal
+is a result.
 """
 
 from __future__ import annotations
@@ -29,12 +28,12 @@ TEXTS = (
     "a very long and rather tired story of it , with music and a fine actor",
     "the plot feels stale",
 )
-_CUT = (1, DEPTH)  # blocks that a cut student keeps: not the first ones, so that places and lists per layer must follow
+_CUT = (1, DEPTH)  # blocks of a cut student: not the first ones, so that lists per layer must be cut too
 
 
 @dataclass(frozen=True)
 class StudentVerdict:
-    """What was refused, in the words of the error; None where it works."""
+    """The message of the refusal; None if it works."""
 
     whole: str | None
     cut: str | None
@@ -45,7 +44,7 @@ class StudentVerdict:
 
     @property
     def word(self) -> str:
-        """For a table."""
+        """The cell of a table."""
         if self.whole is not None:
             return "refused"
         return "works" if self.cut is None else "works, all layers"
@@ -65,7 +64,7 @@ def student_verdict(architecture: Architecture, directory: Path) -> StudentVerdi
 
 
 def refusal(work: Any) -> str | None:
-    """The message of the error with which ``work`` is refused, which has one line and a hint; None where it is done."""
+    """The message with which ``work`` is refused (one line, with a hint); None if it succeeds."""
     try:
         work()
     except KdcacheError as error:
@@ -76,7 +75,7 @@ def refusal(work: Any) -> str | None:
 
 
 def check_student(source: Path, layers: list[int] | None, directory: Path, *, trust_remote_code: bool = False) -> None:
-    """Build, train and save a student; AssertionError where it answers otherwise in a batch, or after loading."""
+    """Build, train and save a student. AssertionError if its logits differ in a batch or after loading."""
     from kdcache.recipe import StudentSection
     from kdcache.students.build import build_student
     from kdcache.students.save import load_student, save_student, student_record
@@ -94,7 +93,7 @@ def check_student(source: Path, layers: list[int] | None, directory: Path, *, tr
 
 
 def _check_padding(student: Student) -> Tensor:
-    """Logits [texts, classes], which are the same alone and in a batch."""
+    """Logits [texts, classes]; asserts that they are equal alone and in a batch."""
     import torch
 
     alone = torch.cat([_batch(student, [text]) for text in TEXTS])
@@ -103,7 +102,7 @@ def _check_padding(student: Student) -> Tensor:
 
 
 def _batch(student: Student, texts: Sequence[str]) -> Tensor:
-    """Through ``split_logits``, as validation and ``kdcache evaluate`` do."""
+    """Logits by ``split_logits``, as in validation and ``kdcache evaluate``."""
     import numpy as np
     import torch
 
@@ -114,7 +113,7 @@ def _batch(student: Student, texts: Sequence[str]) -> Tensor:
 
 
 def _check_a_step(student: Student) -> None:
-    """One step of gradient descent on the task loss, with hidden states at hand as the hidden loss wants them."""
+    """One step of gradient descent on the task loss, with the hidden states that a hidden loss needs."""
     import torch
     from torch.nn import functional
 

@@ -1,5 +1,4 @@
-"""What becomes of an architecture as a teacher: it works, with its own head and under the shared one, or is refused in
-one line.
+"""Checks an architecture as a teacher: it works with its own head and under the shared one, or is refused in one line.
 
 The reference is transformers itself, with one text at a time and no padding.
 """
@@ -40,11 +39,11 @@ _SHARED_WIDTH = 24
 
 @dataclass(frozen=True)
 class TeacherVerdict:
-    """``own``, ``shared``: why that head is refused, None where it works.
+    """``own``, ``shared``: why that head is refused, None if it works.
 
-    ``difference``: the largest of logits and hidden states between a text alone and in a batch, over both heads, single
-    texts and pairs. ``sides``: the largest between tokenizers that pad on the left and on the right, and between
-    transformers' own answers and those with the own head.
+    ``difference``: the largest difference of logits and hidden states between a text alone and in a batch, over both
+    heads, single texts and pairs. ``sides``: the largest difference between tokenizers that pad on the left and on the
+    right, and between transformers and kdcache with the own head.
     """
 
     own: str | None
@@ -100,7 +99,7 @@ def _measured(architecture: Architecture, place: Path, head: Any, saved: Any, si
 
 
 def open_teacher(directory: Path, head: HeadKind, max_length: int = _MAX_LENGTH) -> Teacher:
-    """The teacher that co-finetuning would begin with; a shared head has the seed 0. Raises as ``open_source``."""
+    """The teacher at the start of co-finetuning; a shared head has the seed 0. Raises as ``open_source``."""
     section = TeacherSection(name="tried", model=str(directory), head=head)
     source: Source = open_source(section, max_length, ("0", "1"))
     if head == "own":
@@ -109,7 +108,7 @@ def open_teacher(directory: Path, head: HeadKind, max_length: int = _MAX_LENGTH)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = under_shared_head({"tried": source}, SharedHead(_SHARED_WIDTH, 2))["tried"]
-    none: Any = None  # no fingerprints: nothing is stored
+    none: Any = None  # without fingerprints, since nothing is stored
     return Teacher(
         "tried", model.eval(), source.tokenizer, head, source.depth, source.width, max_length, none, ("0", "1")
     )
@@ -125,7 +124,7 @@ def outputs(teacher: Teacher, texts: Sequence[tuple[str, ...]]) -> list[np.ndarr
 
 
 def reference_logits(directory: Path, texts: Sequence[tuple[str, ...]]) -> np.ndarray:
-    """What transformers alone says of each text, run by itself."""
+    """Outputs of transformers alone for each text, run by itself."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     model = AutoModelForSequenceClassification.from_pretrained(directory, dtype=torch.float32).eval()

@@ -1,4 +1,4 @@
-"""Tiny teachers on the spot: a directory as co-finetuning leaves it, with random weights, in a second."""
+"""Tiny teachers, made in a second: a directory as co-finetuning writes it, with random weights."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def make_teachers(
 ) -> Path:
     """Write a teachers directory with one tiny teacher for each entry (name, family) of ``families``.
 
-    Those named in ``own_heads`` are whole classifiers; the others sit under one shared head of width 16, with an
-    adapter where ``widths`` gives them another width.
+    Those in ``own_heads`` are whole classifiers. The others have one shared head of width 16, and an adapter if
+    ``widths`` gives them another width.
     """
     import torch
 
@@ -41,7 +41,7 @@ def make_teachers(
         torch.manual_seed(seed)
         head = SharedHead(SHARED_WIDTH, len(label_names))
         for parameter in head.parameters():
-            torch.nn.init.normal_(parameter)  # logits of some size
+            torch.nn.init.normal_(parameter)  # for logits of a usual size
         records: dict[str, TeacherRecord] = {}
         for number, (name, family) in enumerate(families.items()):
             width = (widths or {}).get(name, SHARED_WIDTH)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class TermContract:
-    """Inherit and give the fixture ``term``. Each test computes its loss through the module that is trained."""
+    """Inherit and give the fixture ``term``. Each test computes the loss with the module that is trained."""
 
     @pytest.fixture
     def settings(self, term: Term) -> ObjectiveSettings:
@@ -107,7 +107,7 @@ def _without_covered(targets: Targets) -> Targets:
 
 
 def _changed(targets: Targets, teacher: int) -> Targets:
-    """Another teacher in the place of ``teacher``."""
+    """The batch with another teacher instead of ``teacher``."""
     logits = targets.logits.clone()
     logits[teacher] = logits[teacher].flip(-1)
     hidden = {

@@ -1,7 +1,7 @@
-"""Tiny random encoders with real small tokenizers, made on the spot: no network, no downloads, a second for three.
+"""Tiny random encoders with real small tokenizers, made without a network; three take a second.
 
-Three families that differ in all that matters to kdcache: the tokenizer (WordPiece, byte-level BPE, SentencePiece-like
-Unigram), the special tokens, the width and the depth.
+The three families differ in everything that matters for kdcache: the tokenizer (WordPiece, byte-level BPE,
+SentencePiece-like Unigram), the special tokens, the width and the depth.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def reviews(count: int, seed: int = 0) -> list[tuple[str, int]]:
 
 
 def write_reviews(path: Path, rows: Sequence[tuple[str, int]], *, labelled: bool = True) -> Path:
-    """A TSV file with the columns ``sentence`` and, where labelled, ``label``."""
+    """A TSV file with the columns ``sentence`` and, if labelled, ``label``."""
     header = "sentence\tlabel" if labelled else "sentence"
     lines = [f"{text}\t{label}" if labelled else text for text, label in rows]
     path.write_text("\n".join([header, *lines]) + "\n", encoding="utf-8")
@@ -57,7 +57,7 @@ def write_reviews(path: Path, rows: Sequence[tuple[str, int]], *, labelled: bool
 
 
 def corpus() -> list[str]:
-    """The text that tiny tokenizers know: made-up reviews with some accents, CJK and emoji."""
+    """The training text of tiny tokenizers: made-up reviews with some accents, CJK and emoji."""
     return [text for text, _ in reviews(400, seed=7)] + [
         "crème brûlée naïve café",
         "日本語 の テキスト",
@@ -67,10 +67,11 @@ def corpus() -> list[str]:
 
 
 def _frequent_pieces(backend: Any, count: int) -> tuple[list[str], list[tuple[str, int]]]:
-    """The characters of ``corpus()``, and its ``count`` most telling beginnings and ends of words with their frequency.
+    """The characters of ``corpus()``, and the ``count`` beginnings and ends of words that cover most of it.
 
-    The library's WordPiece and Unigram trainers give another vocabulary on every run; these counts do not, and what two
-    processes of one test build has to be the same tokenizer. Ends of words are marked by a leading NUL.
+    Two processes of one test must build the same tokenizer, and the library's WordPiece and Unigram trainers give
+    another vocabulary on every run. Pieces are ranked by frequency x length and returned with their frequency. Ends of
+    words are marked by a leading NUL.
     """
     words: Counter[str] = Counter()
     for line in corpus():

@@ -132,7 +132,7 @@ def test_texts_that_do_not_come_back_are_not_made_up(pristine: Path, plan: Plan,
         delete(path / directory / "part-00000.arrow")
     lost = bytes(open_cache(pristine).text_ids("part-00000")[0])
     fewer = Plan({one: text for one, text in plan.train.items() if one != lost}, plan.test, plan.teachers)
-    with pytest.raises(DamageError, match="do not give it back"):
+    with pytest.raises(DamageError, match="do not restore it"):
         dump(path, fewer, repair=True)
     assert dump(path, plan, repair=True).identity == open_cache(pristine).identity
 

@@ -97,8 +97,8 @@ def test_a_flipped_bit_is_found_and_repaired(tmp_path: Path, plan: Plan, file: s
     [
         (replace(CODED, bytes=0), "layer 2 lacks bytes, which a layer in coded needs"),
         (replace(CODED, dtype="int8"), "layer 2 has bytes, which do not belong to int8"),
-        (replace(CODED, dim=5), "not in the dimensions of pca"),
-        (replace(CODED, projection="random"), "not in the dimensions of pca"),
+        (replace(CODED, dim=5), "its projection and dim are not those"),
+        (replace(CODED, projection="random"), "its projection and dim are not those"),
     ],
 )
 def test_a_manifest_that_contradicts_itself_is_refused(tmp_path: Path, plan: Plan, layer: object, said: str) -> None:

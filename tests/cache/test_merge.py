@@ -96,7 +96,7 @@ OTHER = Fingerprints(*("0" * 64,) * 4)
         ),
         (
             replace(made_plan(teachers=["bert"]), store_text=False),
-            "texts that are stored: yes; the newest version has texts that are stored: no",
+            "texts that are stored; the newest version has texts that are absent",
         ),
         (plan(made_teacher("bert"), made_teacher("xlm", fingerprints=OTHER)), "holds teacher 'xlm' with weights"),
         (plan(made_teacher("bert", {**LAYERS, 1: LayerSpec("pca", 2, "int8")})), "dim of layer 1"),

@@ -16,7 +16,6 @@ from kdcache.cache.selection import (
     Selection,
     choose,
     read_local,
-    read_selection,
     union,
     write_selection,
 )
@@ -133,9 +132,9 @@ def test_unions_and_wholes(pristine: Path, tmp_path: Path) -> None:
     assert both.lacks(Selection(), contents) and not both.lacks(LAYER, contents)
     write_selection(tmp_path, both, complete=False, origin="a@1")
     assert read_local(tmp_path) == LocalSelection(both, complete=False, origin="a@1")
-    assert read_selection(tmp_path) == both
+    assert read_local(tmp_path).selection == both
     write_selection(tmp_path, Selection())
-    assert read_selection(tmp_path) is None and not (tmp_path / SELECTION).exists()
+    assert read_local(tmp_path) is None and not (tmp_path / SELECTION).exists()
 
 
 def test_choosing_by_flags(pristine: Path) -> None:

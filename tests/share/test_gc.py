@@ -537,7 +537,7 @@ def test_a_dropped_version_that_is_damaged_takes_nothing_from_the_others(world: 
     with pytest.raises(DamageError) as caught:
         collect(world.remote, delete=True, timing=world.timing)
     assert caught.value.message.endswith("; the files of aaa@1 are unknown, so nothing is deleted")
-    assert caught.value.hint == "Push that cache again, or drop it with: kdcache cache rm aaa@1"
+    assert caught.value.hint == "Push that cache again, or remove it with: kdcache cache rm aaa@1"
     remove(world.remote, "aaa@1")
     files = read_manifest(caches["other"]).contents.files
     report = collect(world.remote, delete=True, timing=world.timing)

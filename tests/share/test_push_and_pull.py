@@ -12,7 +12,7 @@ import pytest
 
 from kdcache.cache.manifest import read_manifest
 from kdcache.cache.reader import open_cache
-from kdcache.cache.selection import Selection, read_selection
+from kdcache.cache.selection import Selection, read_local
 from kdcache.cache.verify import unreferenced, verify
 from kdcache.errors import DamageError, KdcacheError, LockedError, MismatchError
 from kdcache.files import use_disk
@@ -98,7 +98,7 @@ def test_a_part_is_pulled_and_completed_by_the_difference(world: World, caches: 
     some = Selection({"bert": (4,)}, text=False)
     remote, requests = watched(world)
     report = pull(remote, "sst2", tmp_path / "c", some)
-    assert report.selection == some == read_selection(tmp_path / "c")
+    assert report.selection == some == read_local(tmp_path / "c").selection
     contents = read_manifest(caches["two"]).contents
     assert {layout.parse_file_key(key) for key in requests.keys("read")} == {
         contents.files[path].sha256 for path in some.covers(contents)
@@ -107,10 +107,10 @@ def test_a_part_is_pulled_and_completed_by_the_difference(world: World, caches: 
     first = set(requests.keys("read"))
     requests.log.clear()
     pull(remote, "sst2", tmp_path / "c", Selection({"roberta": ()}, text=False))
-    assert read_selection(tmp_path / "c") == Selection({"bert": (4,), "roberta": ()}, text=False)
+    assert read_local(tmp_path / "c").selection == Selection({"bert": (4,), "roberta": ()}, text=False)
     assert first.isdisjoint(requests.keys("read"))
     whole = pull(remote, "sst2", tmp_path / "c")
-    assert whole.selection is None is read_selection(tmp_path / "c")
+    assert whole.selection is None is read_local(tmp_path / "c")
     assert len(requests.keys("read")) + len(first) == len({digest.sha256 for digest in contents.files.values()})
     assert verify(tmp_path / "c") == []
 
@@ -241,7 +241,7 @@ def test_pull_dying_at_every_step_of_the_disk(caches: Caches, tmp_path: Path, fi
         if (target / "manifest.json").exists() and step % 3 == 0:
             assert verify(target) == []  # a reader finds what the selection promises, or all
         pull(world.remote, "sst2", target)
-        assert read_selection(target) is None, f"step {step}"
+        assert read_local(target) is None, f"step {step}"
         assert step % 3 or verify(target) == []
         assert unreferenced(target) == []
         shutil.rmtree(target)

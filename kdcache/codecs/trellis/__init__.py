@@ -1,11 +1,11 @@
-"""trellis: rows of a set number of bytes; bits go to the PCA coordinates where they take away most of the error.
+"""trellis: rows of a chosen number of bytes. Each PCA coordinate gets as many bits as reduce the error most.
 
-    codebook.py   how many bits each coordinate has, and what they stand for; packing and decoding by numpy
-    training.py   where the bits go, and the tables trained on the sample
-    coder.py      from coordinates to rows and back on a device
-    viterbi.py    the search for the best row on the CPU
+    codebook.py   bits and table of each coordinate; packing and decoding with numpy
+    fit.py        allots the bits, and trains the tables on the sample
+    coder.py      encodes and decodes rows on a device
+    viterbi.py    finds the best row on the CPU
 
-docs/decisions/0011 has the coders that were tried, in numbers. Manifests call the format ``coded``.
+docs/decisions/0011 compares the coders that were tried. Manifests call the format ``coded``.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from kdcache.codecs.trellis.codebook import Codebook
 
 _MAX_LEVELS = 8 << 8  # entries of the tables of all depths, 1 to 8 bits
-_BUDGETS = (8, 16, 32, 48, 96, 192, 384)  # bytes of a row that a plan looks at
-_MISFIT = 3.0  # times the distortion that a codebook had on its sample
+_BUDGETS = (8, 16, 32, 48, 96, 192, 384)  # bytes of a row that a plan measures
+_MISFIT = 3.0  # times the distortion of the codebook on its sample
 
 
 def coded_dim(width: int, row_bytes: int) -> int:
@@ -45,7 +45,7 @@ def coded_dim(width: int, row_bytes: int) -> int:
 
 
 def codebook_of(basis: Basis) -> Codebook:
-    """The codebook that the tensors of a basis are."""
+    """The codebook in the tensors of a basis."""
     from kdcache.codecs.trellis.codebook import Codebook
 
     tables = basis.tables
@@ -59,7 +59,7 @@ def tables_of(codebook: Codebook) -> dict[str, np.ndarray]:
 
 
 class Trellis(StorageFormat):
-    """A row is a string of bits whose coordinates are looked up by their own bits and some bits before them."""
+    """A row is a string of bits. Each coordinate is looked up by its own bits and some bits before them."""
 
     name = "coded"
     by_bytes = True
@@ -88,7 +88,7 @@ class Trellis(StorageFormat):
     def layer(self, asked: LayerSpec, width: int, where: str) -> LayerSpec:
         if asked.bytes > width:
             raise ModelError(
-                f"bytes is {asked.bytes}, but {where} is only {width} wide: a byte for each dimension is the most",
+                f"bytes is {asked.bytes}, but {where} is only {width} wide: the most is a byte per dimension",
                 f'Set bytes to at most {width}, or store the layer in dtype = "int8" with projection = "none".',
             )
         return replace(asked, projection="pca", dim=coded_dim(width, asked.bytes))
@@ -98,7 +98,7 @@ class Trellis(StorageFormat):
         if not spec.bytes:
             raise ValueError(f"lacks bytes, which a layer in {self.name} needs")
         if spec.projection != "pca" or spec.dim != coded_dim(width, spec.bytes):
-            raise ValueError(f"is in {self.name}, and not in the dimensions of pca that its bytes allow")
+            raise ValueError(f"is in {self.name}, but its projection and dim are not those that its bytes imply")
 
     def label(self, spec: LayerSpec) -> str:
         return f"{self.title} {spec.bytes}"
@@ -135,10 +135,10 @@ class Trellis(StorageFormat):
         return RowDecoder(codebook_of(basis))
 
     def finite_rows(self, block: HiddenBlock) -> np.ndarray:
-        return np.ones(len(block), np.bool_)  # every byte stands for numbers of the tables, which are finite
+        return np.ones(len(block), np.bool_)  # every byte decodes to numbers of the tables, which are finite
 
     def rounding(self, block: HiddenBlock, projected: np.ndarray, spec: LayerSpec, basis: Basis) -> Rounding:
-        """The error that coding the live row makes, because the stored row was the best one for its own state."""
+        """The error of encoding the live row; the stored row was the best one for its own state."""
         again = self.decode(self.encode(projected, spec, basis), basis)
         own = np.linalg.norm(projected.astype(np.float64) - again, axis=1)
         return Rounding(own, own, noise=2.0, fits=_fits(own, basis))
@@ -168,16 +168,14 @@ class Trellis(StorageFormat):
 
 
 def _count(given: Mapping[str, Sequence[int]], name: str) -> int:
-    """The only extent of a tensor as a file gives it; 1 where that is not one positive number."""
+    """The length of a one-dimensional tensor in a file; 1 if the file gives anything else."""
     shape = given.get(name, ())
     known = isinstance(shape, list | tuple) and len(shape) == 1 and type(shape[0]) is int
     return max(1, shape[0]) if known else 1
 
 
 def _fits(own: np.ndarray, basis: Basis) -> bool:
-    """Not so where coding the live states loses more than all that there was to code, and more than it lost on the
-    sample.
-    """
+    """Whether encoding live states loses less than their variance, or little more than it lost on the sample."""
     if basis.explained_variance is None or not len(own):
         return True
     variance = float(basis.explained_variance.sum(dtype=np.float64))

@@ -1,11 +1,12 @@
-"""The codebook of a coded layer: how many bits each coordinate has, and what they stand for.
+"""The codebook of a layer in trellis: the number of bits of each coordinate, and the tables of values.
 
-A row of a coded layer is a string of bits, most significant first: b_0 bits of coordinate 0, then b_1 of coordinate 1,
-and so on; what is left of the last byte is zero. What coordinate d stands for is looked up by the last max(window, b_d)
-bits of the row up to the end of its own code, with zeros before the row's first bit. With ``window`` 0 that is a scalar
-quantiser. With a wider window a value depends on the code and on some bits before it (a trellis code): the writer
-chooses the string whose values come closest, which keeps more of the variance in the same bytes, and a reader looks
-values up all the same, all coordinates at once.
+A row is a string of bits, most significant first: b_0 bits of coordinate 0, then b_1 bits of coordinate 1, and so on.
+The rest of the last byte is zero. The value of coordinate d is looked up by the last max(window, b_d) bits of the row
+up to the end of its own code, with zeros before the first bit of the row.
+
+With ``window`` 0 this is a scalar quantiser. With a wider window a value depends on its code and on some bits before it
+(a trellis code). The writer searches for the string with the closest values, which keeps more variance in the same
+bytes. A reader still looks up all coordinates at once.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-MAX_BITS = 8  # of a coordinate, and of the window: two neighbouring bytes hold what is looked up
+MAX_BITS = 8  # of a coordinate, and of the window: the bits of one look-up are in two neighbouring bytes
 
 
 @dataclass(frozen=True, eq=False)
 class Codebook:
     """Value of coordinate d = scale[d] * table[b_d][window bits].
 
-    ``levels`` are the tables of the depths that occur, rising.
+    ``levels`` are the tables of the depths that occur, in ascending order.
     """
 
     bits: np.ndarray  # uint8[dim], 1..8 each
@@ -38,9 +39,10 @@ class Codebook:
 
 @dataclass(frozen=True, eq=False)
 class Places:
-    """Where each coordinate is looked up, int64[dim] each: in the 16 bits from ``byte`` of a row that has a zero byte
-    put before
-    and behind it, shifted right by ``shift`` and masked by ``mask``; its table begins at ``first`` in the levels.
+    """The bits and the table of each coordinate, int64[dim] each.
+
+    A row gets a zero byte before and after it. A coordinate is looked up by the 16 bits from ``byte`` on, shifted right
+    by ``shift`` and masked by ``mask``. Its table begins at ``first`` in the levels.
     """
 
     byte: np.ndarray
@@ -50,12 +52,12 @@ class Places:
 
 
 def table_sizes(bits: np.ndarray, window: int) -> dict[int, int]:
-    """Entries of the table of each depth that occurs, by rising depth."""
+    """Number of entries of the table of each depth that occurs, in ascending order of depth."""
     return {int(depth): 1 << max(window, int(depth)) for depth in np.unique(bits)}
 
 
 def check_codebook(codebook: Codebook, dim: int, row_bytes: int) -> None:
-    """Raises ValueError where it is not one for ``dim`` coordinates in rows of ``row_bytes``."""
+    """Raises ValueError unless a codebook is valid for ``dim`` coordinates in rows of ``row_bytes``."""
     bits, scale, levels = codebook.bits, codebook.scale, codebook.levels
     if bits.shape != (dim,) or scale.shape != (dim,) or bits.dtype != np.uint8:
         raise ValueError(f"bits and scale have shapes {list(bits.shape)} and {list(scale.shape)}, expected [{dim}]")
@@ -75,7 +77,7 @@ def check_codebook(codebook: Codebook, dim: int, row_bytes: int) -> None:
 
 
 def places(codebook: Codebook) -> Places:
-    """Where to look up each coordinate."""
+    """The places of a codebook."""
     bits = codebook.bits.astype(np.int64)
     width = np.maximum(bits, codebook.window)
     begin = np.cumsum(bits) - width + 8  # in a row with a byte before it
@@ -91,13 +93,13 @@ def decode_rows(rows: np.ndarray, codebook: Codebook) -> np.ndarray:
     padded = np.zeros((len(rows), rows.shape[1] + 2), dtype=np.int32)
     padded[:, 1:-1] = rows
     words = padded[:, :-1] << 8 | padded[:, 1:]
-    found = words[:, where.byte] >> where.shift & where.mask
-    values: np.ndarray = codebook.levels[found + where.first] * codebook.scale
+    entries = words[:, where.byte] >> where.shift & where.mask
+    values: np.ndarray = codebook.levels[entries + where.first] * codebook.scale
     return values
 
 
 def pack_windows(windows: np.ndarray, bits: np.ndarray, row_bytes: int) -> np.ndarray:
-    """uint8 [n, row_bytes] of the own bits, the last ones, of each coordinate's window, ``windows`` uint8 [dim, n]."""
+    """Rows uint8 [n, row_bytes] of ``windows`` uint8 [dim, n]: the last bits of a window belong to its coordinate."""
     counts, total = bits.astype(np.int64), int(bits.sum(dtype=np.int64))
     owner = np.repeat(np.arange(len(counts)), counts)
     below = np.cumsum(counts)[owner] - 1 - np.arange(total)  # bits of the same code to the right of this one

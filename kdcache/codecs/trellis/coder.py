@@ -1,7 +1,7 @@
-"""From coordinates to rows of bits on the device that the teacher runs on, and back on the student's.
+"""Encodes coordinates to rows of bits on the teacher's device, and decodes them on the student's device.
 
-A coordinate's value depends on its own bits and, in a trellis code, on bits before it, so the best string is found by
-dynamic programming over the coordinates (Viterbi), all tokens of a block at once.
+In a trellis code the value of a coordinate depends on its own bits and on bits before it. So the best string is found
+by dynamic programming over the coordinates (Viterbi), for all tokens of a block at once.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from kdcache.codecs.trellis.viterbi import Viterbi
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-_COSTS_BYTES = 2 << 30  # of a block of tokens: on a GPU many hide the time that starting a kernel takes
+_COSTS_BYTES = 2 << 30  # of a block of tokens: large blocks hide the launch times of GPU kernels
 _NEVER = 1e30
 
 
 class Coder:
-    """Packs coordinates [n, dim] into uint8 rows [n, bytes] by a codebook."""
+    """Encodes coordinates [n, dim] to uint8 rows [n, bytes] with a codebook."""
 
     def __init__(self, codebook: Codebook, row_bytes: int, device: torch.device | str) -> None:
         self._bits = codebook.bits.tolist()
@@ -37,17 +37,17 @@ class Coder:
         )
 
     def __call__(self, coordinates: Tensor) -> np.ndarray:
-        """The rows that decode closest to ``coordinates`` (float32, finite), in the sum of squares."""
+        """The rows with the least squared error from ``coordinates`` (float32, finite)."""
         if self._viterbi is not None:
             windows = self._viterbi.windows_of(coordinates.float())
         else:
-            found = search_on_device(coordinates, self._levels, self._bits, self._codebook.window)
-            windows = found.T.to(torch.uint8).cpu().numpy()
+            entries = search_on_device(coordinates, self._levels, self._bits, self._codebook.window)
+            windows = entries.T.to(torch.uint8).cpu().numpy()
         return pack_windows(windows, self._codebook.bits, self._row_bytes)
 
 
 class RowDecoder:
-    """Unpacks rows of a coded layer by look-up, all coordinates at once, on whatever device the rows are."""
+    """Decodes rows of a layer in trellis on the device of the rows, all coordinates at once."""
 
     def __init__(self, codebook: Codebook) -> None:
         where = places(codebook)
@@ -78,10 +78,10 @@ class RowDecoder:
 
 
 def best_windows(coordinates: Tensor, levels: Sequence[Tensor], bits: Sequence[int], window: int) -> Tensor:
-    """int64 [n, dim]: for each coordinate the entry of its table, such that neighbours agree on the bits they share.
+    """Entries int64 [n, dim] of the tables, with the least sum of squared errors of a row.
 
-    ``levels``: per coordinate its table, [2 ** max(window, bits)]. The sum of squared errors of a row is the least
-    possible.
+    Neighbouring entries agree on the bits that they share. ``levels``: the table [2 ** max(window, bits)] of each
+    coordinate.
     """
     if coordinates.device.type == "cpu":
         return torch.from_numpy(Viterbi(levels, bits, window).windows_of(coordinates.float()).T.astype(np.int64))
@@ -89,34 +89,33 @@ def best_windows(coordinates: Tensor, levels: Sequence[Tensor], bits: Sequence[i
 
 
 def search_on_device(coordinates: Tensor, levels: Sequence[Tensor], bits: Sequence[int], window: int) -> Tensor:
-    """``best_windows`` in as few and as large operations as possible: what a GPU wants."""
+    """``best_windows`` in few large operations, as a GPU needs them."""
     block = min(max(_COSTS_BYTES // (4 * sum(len(table) for table in levels)), 64), 8192)
     pieces = [_search(piece.T.contiguous(), levels, bits, window) for piece in coordinates.float().split(block)]
     return torch.cat(pieces) if pieces else torch.empty(0, len(bits), dtype=torch.int64, device=coordinates.device)
 
 
 def _search(columns: Tensor, levels: Sequence[Tensor], bits: Sequence[int], window: int) -> Tensor:
-    """The same for ``columns`` [dim, n], by two walks over the coordinates.
+    """``best_windows`` of ``columns`` [dim, n], in two passes over the coordinates.
 
-    ``costs[d]`` [entries, n] is the least error, up to a constant per token, of coordinates 0 to d where d takes that
-    entry.
+    ``costs[d]`` [entries, n]: the least error of coordinates 0 to d, if d has that entry, up to a constant per token.
     """
     tokens = columns.shape[1]
     before = columns.new_full((1 << window, tokens), _NEVER)
-    before[0] = 0.0  # nothing but zeros lies before a row
+    before[0] = 0.0  # the bits before a row are zeros
     costs = [before]
     for column, table, depth in zip(columns, levels, bits, strict=True):
-        shared = 1 << (max(window, depth) - depth)  # values of the bits that belong to coordinates before
+        shared = 1 << (max(window, depth) - depth)  # values of the bits of earlier coordinates
         best = costs[-1].view(-1, shared, tokens).amin(0)
-        best = best - best.amin(0)  # keeps the sums small where float32 is fine
+        best = best - best.amin(0)  # keeps the sums small, where float32 has a high resolution
         cost = (table * table).view(shared, -1, 1) + best[:, None]
         costs.append(cost.view(-1, tokens).addcmul_(table[:, None], column[None], value=-2.0))
-    found = torch.empty(len(bits), tokens, dtype=torch.int64, device=columns.device)
+    entries = torch.empty(len(bits), tokens, dtype=torch.int64, device=columns.device)
     entry = costs[-1].argmin(0)
     for place in range(len(bits) - 1, -1, -1):
-        found[place] = entry
+        entries[place] = entry
         shared = 1 << (max(window, bits[place]) - bits[place])
         prefix = entry >> bits[place]
         rows = torch.arange(0, len(costs[place]), shared, device=columns.device)[:, None] + prefix
         entry = costs[place].gather(0, rows).argmin(0) * shared + prefix
-    return found.T
+    return entries.T

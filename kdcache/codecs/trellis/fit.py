@@ -1,14 +1,14 @@
-"""Where the bits of a row go, and what they stand for: fitted on the sample, like the basis.
+"""Fits the codebook of a layer on the sample, like the basis: the bits of each coordinate, and the tables.
 
-A cut at few dimensions throws away what int8 then stores too exactly. Here every coordinate of the PCA basis gets as
-many bits as pay (reverse water-filling: the next bit goes where it takes away the most distortion), and the tables of a
-trellis code are trained by Lloyd's rule. docs/decisions/0011 has the coders that were tried, in numbers.
+PCA to few dimensions drops information, and int8 then stores the rest more exactly than needed. Here each coordinate of
+the PCA basis gets as many bits as reduce the error most (reverse water-filling: the next bit goes to the coordinate
+whose distortion it reduces most). The tables are trained by Lloyd's rule. docs/decisions/0011 compares the coders that
+were tried.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
 from statistics import NormalDist
 
 import numpy as np
@@ -20,47 +20,45 @@ from kdcache.codecs.trellis import tables_of
 from kdcache.codecs.trellis.codebook import MAX_BITS, Codebook, decode_rows, table_sizes
 from kdcache.codecs.trellis.coder import Coder, best_windows
 
-WINDOW = 6  # bits that a value is looked up by
+WINDOW = 6  # bits of a look-up
 ROUNDS = 5  # of training; the distortion on unseen rows hardly changes after the third
 
 # distortion of a Gaussian of variance 1 at 0 to 8 bits: python benchmarks/coding.py --gaussian
 DISTORTION = (1.0, 0.310, 0.0903, 0.0254, 0.0075, 0.0021, 0.00065, 0.00017, 0.000043)
-# standard deviation of the Gaussian that first tables are cut from: with many levels the best ones are spread like its
-# cube root, sqrt(3) as wide, and from a narrow start training takes many rounds to get there
+# standard deviation of the Gaussian whose quantiles are the first tables: with many levels the best ones follow the
+# cube root of the density, which is sqrt(3) times as wide; training from a narrower start needs many rounds
 _SPREAD = (1.0, 1.0, 1.0, 1.25, 1.5, 1.5, 3**0.5, 3**0.5, 3**0.5)
 
 
-def allot_bits(variance: np.ndarray, budget: int, curve: Sequence[float] = DISTORTION) -> np.ndarray:
-    """uint8 [dim]: ``budget`` bits, one after the other to the coordinate whose distortion falls most; at most 8 each.
+def allot_bits(variance: np.ndarray, budget: int) -> np.ndarray:
+    """Divide ``budget`` bits: each bit goes to the coordinate whose distortion it reduces most. Returns uint8 [dim].
 
-    A coordinate's distortion at b bits is taken as variance * curve[b]. Ties go to the earlier one.
+    A coordinate gets at most 8 bits. Its distortion at b bits is variance * DISTORTION[b]. Ties go to the earlier one.
     """
     bits = np.zeros(len(variance), dtype=np.uint8)
-    gains = [(-value * (curve[0] - curve[1]), place) for place, value in enumerate(variance.tolist())]
+    gains = [(-value * (DISTORTION[0] - DISTORTION[1]), place) for place, value in enumerate(variance.tolist())]
     heapq.heapify(gains)
     for _ in range(min(budget, MAX_BITS * len(bits))):
         _, place = heapq.heappop(gains)
         bits[place] += 1
         if bits[place] < MAX_BITS:
             have = int(bits[place])
-            heapq.heappush(gains, (-float(variance[place]) * (curve[have] - curve[have + 1]), place))
+            heapq.heappush(gains, (-float(variance[place]) * (DISTORTION[have] - DISTORTION[have + 1]), place))
     return bits
 
 
 def coded_basis(whole: Basis, sample: torch.Tensor, row_bytes: int) -> Basis:
-    """Basis and codebook of a layer: the leading PCA coordinates that have a bit.
+    """Basis and codebook of a layer: the leading PCA coordinates, those with at least one bit.
 
-    ``whole``: a PCA basis of at least as many dimensions as can have a bit. ``sample`` [rows, width] are hidden states
-    of the sample; tables are trained on them, on their device.
+    ``whole``: a PCA basis of at least as many dimensions as can have a bit. Tables are trained on the hidden states
+    ``sample`` [rows, width], on their device.
     """
     assert whole.components is not None and whole.mean is not None and whole.explained_variance is not None
     bits = allot_bits(whole.explained_variance.astype(np.float64), 8 * row_bytes)
     dim = int((bits > 0).sum())
     components, variance = np.ascontiguousarray(whole.components[:dim]), whole.explained_variance[:dim]
-    axes, mean = (
-        torch.from_numpy(components).T,
-        torch.from_numpy(whole.mean),
-    )  # a view: a cache's tables depend on the layout
+    axes = torch.from_numpy(components).T  # a view, since the tables of a cache depend on the memory layout
+    mean = torch.from_numpy(whole.mean)
     points = coordinates(sample.float(), mean.to(sample.device), axes.to(sample.device))
     codebook = train_codebook(points, bits[:dim], np.sqrt(variance))
     stored = decode_rows(Coder(codebook, row_bytes, sample.device)(points), codebook)
@@ -71,12 +69,11 @@ def coded_basis(whole: Basis, sample: torch.Tensor, row_bytes: int) -> Basis:
 def train_codebook(
     points: torch.Tensor, bits: np.ndarray, scale: np.ndarray, *, window: int = WINDOW, rounds: int = ROUNDS
 ) -> Codebook:
-    """Tables for ``bits`` uint8 [dim] (1 to 8), shared by the coordinates of equal depth, trained on ``points`` [n,
-    dim].
+    """Train the tables for ``bits`` uint8 [dim] (1 to 8) on ``points`` [n, dim]; coordinates of equal depth share one.
 
-    Each round codes the sample and moves every entry to the mean of the values that chose it, each in units of its
-    coordinate's ``scale`` and weighted by its square: what is lowered is the distortion of the row. An entry that few
-    chose stays.
+    Each round encodes the sample, and moves every entry to the mean of the values that were encoded by it. Values are
+    in units of the ``scale`` of their coordinate and weighted by its square, so that the distortion of a row decreases.
+    An entry with few values stays.
     """
     tables = {depth: _first_table(depth, window) for depth in table_sizes(bits, window)}
     scale = scale.astype(np.float32)
@@ -84,8 +81,8 @@ def train_codebook(
     units = points.double().cpu().numpy() / np.where(scale > 0, scale, 1.0)
     for _ in range(rounds if len(points) else 0):
         levels = [
-            torch.from_numpy(tables[depth] * one).to(points.device)
-            for depth, one in zip(bits.tolist(), scale, strict=True)
+            torch.from_numpy(tables[depth] * factor).to(points.device)
+            for depth, factor in zip(bits.tolist(), scale, strict=True)
         ]
         chosen = best_windows(points, levels, bits.tolist(), window).cpu().numpy()
         for depth, table in tables.items():
@@ -100,10 +97,7 @@ def train_codebook(
 
 
 def _first_table(depth: int, window: int) -> np.ndarray:
-    """Quantiles of a Gaussian.
-
-    Those that share the earlier bits spread over the whole of it, shifted against the others.
-    """
+    """Quantiles of a Gaussian: entries with equal earlier bits cover all of it, shifted by an amount of these bits."""
     before, own = max(0, window - depth), 1 << depth
     quantile = NormalDist().inv_cdf
     table = np.empty((1 << before, own), dtype=np.float32)
@@ -120,10 +114,7 @@ def _reversed(number: int, bits: int) -> int:
 
 
 def _scrambled(count: int, seed: int) -> list[int]:
-    """The numbers below ``count`` in an order of the seed's own.
-
-    Which bits lead to which value must not look alike everywhere.
-    """
+    """The numbers below ``count`` in an order that depends on the seed, so that equal bits mean different values."""
     keys = np.random.PCG64([seed, count]).random_raw(count)
     order: list[int] = np.argsort(keys, kind="stable").tolist()
     return order

@@ -1,10 +1,9 @@
-"""The best row of a trellis code on the CPU: what ``coder.search_on_device`` finds, with a fraction of its memory
-traffic.
+"""Finds the best row of a trellis code on the CPU: the result of ``coder.search_on_device`` with less memory traffic.
 
-The entry of a coordinate is a window over the bits of the row. Going on to the next coordinate drops the oldest bits of
-the window, and each dropped bit is a choice between two halves of the costs: a comparison and a minimum. So the costs
-of one coordinate are enough, and what is kept for the way back is one byte per window that is left: which bits were
-dropped. docs/decisions/0014 has the numbers.
+The entry of a coordinate is a window over the bits of the row. The next coordinate drops the oldest bits of the window.
+Each dropped bit is a choice between two halves of the costs: a comparison and a minimum. So only the costs of one
+coordinate are in memory. For the backward pass one byte per remaining window is kept: the dropped bits.
+docs/decisions/0014 has measurements.
 """
 
 from __future__ import annotations
@@ -21,18 +20,15 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-_TOKENS = 4096  # of a block: below, what Python spends on each of the few hundred steps outweighs what the cache gains
+_TOKENS = 4096  # of a block: in smaller blocks, Python's time per step outweighs the better use of the CPU cache
 _NEVER = 1e30
-# costs are taken relative to the least where few are left, and every so many coordinates: small sums are exact
+# the minimum is subtracted from the costs when few are left, and at every 16th coordinate: small sums are exact
 _FEW, _OFTEN = 4, 16
 
 
 @dataclass(frozen=True, eq=False)
 class _Step:
-    """One coordinate.
-
-    It goes on from ``shared`` windows, has ``entries``, and windows that are ``left`` for the next one.
-    """
+    """One coordinate: it continues ``shared`` windows, has ``entries``, and leaves ``left`` windows to the next one."""
 
     shared: int
     entries: int
@@ -43,7 +39,7 @@ class _Step:
 
 
 class Viterbi:
-    """``levels``: for each coordinate, of ``bits`` each, its table [2 ** max(window, bits)]."""
+    """``levels``: the table [2 ** max(window, bits)] of each coordinate, which has ``bits``."""
 
     def __init__(self, levels: Sequence[Tensor], bits: Sequence[int], window: int) -> None:
         shared = [1 << (max(window, depth) - depth) for depth in bits]
@@ -54,28 +50,25 @@ class Viterbi:
         self._widest = max((step.entries for step in self._steps), default=0)
 
     def windows_of(self, coordinates: Tensor) -> np.ndarray:
-        """uint8 [dim, n].
-
-        The entry of each coordinate, in the rows whose values come closest to ``coordinates`` float32 [n, dim].
-        """
-        found = np.empty((len(self._steps), len(coordinates)), np.uint8)
+        """Entries uint8 [dim, n] of the rows with the least squared error from ``coordinates`` float32 [n, dim]."""
+        entries = np.empty((len(self._steps), len(coordinates)), np.uint8)
         blocks = -(-len(coordinates) // _TOKENS)
         borders = [len(coordinates) * number // max(1, blocks) for number in range(blocks + 1)]
         for first, last in itertools.pairwise(borders):
             block = _Block(last - first, self._widest, sum(step.left for step in self._steps))
             self._forward(coordinates[first:last].T.contiguous(), block)
-            self._backward(block, found[:, first:last])
-        return found
+            self._backward(block, entries[:, first:last])
+        return entries
 
     def _forward(self, columns: Tensor, block: _Block) -> None:
-        """Fills ``block.choices``.
+        """Fill ``block.choices``.
 
-        A cost, of a window and a token, is the least error of a row up to the coordinate whose entry ends with that
+        The cost of a window and a token is the least error of all rows up to the coordinate whose entry ends with this
         window, up to a constant per token.
         """
         best, row = block.best, 0
         best[: self._steps[0].shared] = _NEVER
-        best[0] = 0.0  # nothing but zeros lies before a row
+        best[0] = 0.0  # the bits before a row are zeros
         for place, (step, column) in enumerate(zip(self._steps, columns, strict=True)):
             before, by_window, costs = block.views(step.shared, step.entries)
             torch.add(before, step.squares, out=by_window)
@@ -85,12 +78,12 @@ class Viterbi:
             if step.left <= _FEW or place % _OFTEN == 0:
                 best[: step.left] -= best[: step.left].min(axis=0)
 
-    def _backward(self, block: _Block, found: np.ndarray) -> None:
-        """The entries ``found`` [dim, n] of the rows that end cheapest."""
-        count, row = found.shape[1], len(block.choices)
+    def _backward(self, block: _Block, entries: np.ndarray) -> None:
+        """Write ``entries`` [dim, n] of the rows with the least cost."""
+        count, row = entries.shape[1], len(block.choices)
         tokens, window = np.arange(count), np.zeros(count, np.uint8)
         where, choices = tokens.copy(), block.choices.reshape(-1)
-        for step, entry in zip(reversed(self._steps), found[::-1], strict=True):
+        for step, entry in zip(reversed(self._steps), entries[::-1], strict=True):
             row -= step.left
             dropped = choices[row * count : (row + step.left) * count].take(where)
             np.multiply(dropped, np.uint8(step.left), out=entry)
@@ -101,7 +94,7 @@ class Viterbi:
 
 
 class _Memory:
-    """What a block needs, for ``entries`` x tokens costs and ``choices`` x tokens choices."""
+    """The memory of a block: ``entries`` costs and ``choices`` choices."""
 
     def __init__(self, entries: int, choices: int) -> None:
         self.costs, self.best = torch.empty(entries), torch.empty(entries // 2)
@@ -109,7 +102,7 @@ class _Memory:
         self.choices = np.empty(choices, np.uint8)
 
 
-_kept = threading.local()  # memory of this thread: fresh memory would cost a tenth of a search
+_kept = threading.local()  # memory of this thread: new memory would take a tenth of the time of a search
 
 
 class _Block:
@@ -128,19 +121,16 @@ class _Block:
         self._views: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
 
     def views(self, shared: int, entries: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Costs of the windows before [shared, 1, n].
-
-        Those to come as [shared, entries / shared, n] and as [entries, n].
-        """
+        """Costs of the previous windows [shared, 1, n]; of the next [shared, entries / shared, n] and [entries, n]."""
         if (shared, entries) not in self._views:
             costs = self._costs[:entries]
             self._views[shared, entries] = self._best[:shared, None], costs.unflatten(0, (shared, -1)), costs
         return self._views[shared, entries]
 
     def drop(self, entries: int, left: int, choices: np.ndarray) -> None:
-        """From the costs of ``entries`` to the best ones of the windows ``left``.
+        """Reduce the costs of ``entries`` to those of the windows ``left``; write the dropped bits, oldest first.
 
-        ``choices`` [left, n]: the bits dropped, the oldest first.
+        They go to ``choices`` [left, n].
         """
         flags, code, spare = self._codes
         half = entries // 2

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from kdcache.errors import RemoteError
+from kdcache.errors import DamageError, MissingObjectError, RemoteError
 
 
 @dataclass(frozen=True)
@@ -135,6 +135,16 @@ class Remote(Protocol):
     def remove_empty_folders(self, prefix: str) -> None:
         """Remove empty folders at and below ``prefix``; an object store has none."""
         ...
+
+
+def holds(remote: Remote, key: str, data: bytes) -> bool | None:
+    """Whether an object has exactly the bytes ``data``; None if there is no such object."""
+    try:
+        return remote.read_bytes(key, len(data)) == data
+    except MissingObjectError:
+        return None
+    except DamageError:  # longer
+        return False
 
 
 LONGEST_KEY = 512  # characters; S3 allows 1,024 bytes including the team's prefix

@@ -22,7 +22,7 @@ from pathlib import Path
 from kdcache import files
 from kdcache.errors import DamageError, MissingObjectError, RemoteAccessError, RemoteError, StorageError
 from kdcache.files import TEMPORARY, create_file, remove_file, write_file, write_stream
-from kdcache.share.stores.base import Entry, check_key, check_prefix, is_key
+from kdcache.share.stores.base import Entry, check_key, check_prefix, holds, is_key
 
 BLOCK = 1 << 20  # bytes of one block of ``read``
 _DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -53,17 +53,17 @@ class DirectoryRemote:
     def conditional(self) -> bool:
         """Whether the file system has hard links, which ``create`` needs; tried once."""
         probe = f".probe-{secrets.token_hex(8)}{TEMPORARY}"
-        one, other = self._root / probe, self._root / f".{probe}"
+        target, link = self._root / probe, self._root / f".{probe}"
         with self._explained("create"):
-            files.disk.write(one, [b""])
+            files.disk.write(target, [b""])
             try:
-                files.disk.link(one, other)
+                files.disk.link(target, link)
             except OSError as error:
                 if error.errno in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EINVAL):
                     return False
                 raise
             finally:
-                for path in (one, other):
+                for path in (target, link):
                     with contextlib.suppress(FileNotFoundError):
                         files.disk.remove(path)
         return True
@@ -80,7 +80,7 @@ class DirectoryRemote:
                 status = path.lstat()
             except (FileNotFoundError, NotADirectoryError):
                 return None
-        if stat.S_ISDIR(status.st_mode):  # a folder of keys, no object
+        if stat.S_ISDIR(status.st_mode):  # a folder of keys is not an object
             return None
         self._need_file(key, status)
         return Entry(key, status.st_size, status.st_mtime)
@@ -108,17 +108,14 @@ class DirectoryRemote:
             with self._explained("create", key):
                 if create_file(path, data):
                     return True
-        try:
-            return self.read_bytes(key, len(data)) == data
-        except DamageError:  # longer
-            return False
-        except MissingObjectError:
-            if not self.conditional:
-                self.write(key, data)
-                return True
+        there = holds(self, key, data)
+        if there is None and self.conditional:
             raise RemoteError(
                 f"'{key}' on {self.url} was removed while it was being created", "Run the same command again."
-            ) from None
+            )
+        if there is None:
+            self.write(key, data)
+        return there is not False
 
     def delete(self, key: str) -> None:
         path = self._path(key)
@@ -162,21 +159,21 @@ class DirectoryRemote:
         """In the order of keys: a folder sorts as its name with a slash."""
         with self._explained("list", folder):
             try:
-                found = list(os.scandir(self._root / folder))
+                entries = list(os.scandir(self._root / folder))
             except (FileNotFoundError, NotADirectoryError):
                 return
         keyed = []
-        for one in found:
-            key = f"{folder}/{one.name}" if folder else one.name
-            if is_key(key) and not one.is_symlink():
-                keyed.append((f"{key}/" if one.is_dir() else key, one))
-        for key, one in sorted(keyed, key=lambda pair: pair[0]):
+        for entry in entries:
+            key = f"{folder}/{entry.name}" if folder else entry.name
+            if is_key(key) and not entry.is_symlink():
+                keyed.append((f"{key}/" if entry.is_dir() else key, entry))
+        for key, entry in sorted(keyed, key=lambda pair: pair[0]):
             if key.endswith("/"):
                 if key.startswith(prefix) or prefix.startswith(key):
                     yield from self._walk(key[:-1], prefix)
             elif key.startswith(prefix):
                 with contextlib.suppress(FileNotFoundError):  # removed meanwhile
-                    status = one.stat(follow_symlinks=False)
+                    status = entry.stat(follow_symlinks=False)
                     if stat.S_ISREG(status.st_mode):
                         yield Entry(key, status.st_size, status.st_mtime)
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdcache.errors import DamageError, MissingObjectError, RemoteError
-from kdcache.share.stores.base import Entry, check_key, check_prefix, is_key
+from kdcache.share.stores.base import Entry, check_key, check_prefix, holds, is_key
 from kdcache.share.stores.store_client import (
     Place,
     explain,
@@ -84,13 +84,13 @@ class ObjectStoreRemote:
 
     def head(self, key: str) -> Entry | None:
         try:
-            found = obstore().head(self._store, check_key(key))
+            metadata = obstore().head(self._store, check_key(key))
         except FileNotFoundError as error:
             self._need_bucket(error, "head", key)
             return None
         except Exception as error:
             raise explain(error, self._place, "head", key) from None
-        return _entry(key, found)
+        return _entry(key, metadata)
 
     def read(self, key: str, *, start: int = 0, length: int | None = None) -> Iterator[bytes]:
         check_key(key)
@@ -112,7 +112,7 @@ class ObjectStoreRemote:
         check_key(key)
         if isinstance(source, bytes):
             with self._budget.hold(len(source)):
-                self._put(key, source, "write", use_multipart=False)
+                self._put(key, source, use_multipart=False)
             return
         try:
             size = source.stat().st_size
@@ -123,13 +123,13 @@ class ObjectStoreRemote:
         part = max(PART, -(-size // MOST_PARTS))
         at_once = max(1, min(PARTS_AT_ONCE, IN_FLIGHT // 2 // part - 1))
         with self._budget.hold(min(size, part * (at_once + 1))):
-            self._put(key, source, "write", use_multipart=size > PART, chunk_size=part, max_concurrency=at_once)
+            self._put(key, source, use_multipart=size > PART, chunk_size=part, max_concurrency=at_once)
 
     def create(self, key: str, data: bytes) -> bool:
         check_key(key)
         if self.conditional:
             return self._create(key, data)
-        there = self._there(key, data)
+        there = holds(self, key, data)
         if there is None:
             self.write(key, data)
         return there is not False
@@ -145,12 +145,12 @@ class ObjectStoreRemote:
     def now(self) -> float:
         """The modification time of a probe object, in whole seconds. Needs write access."""
         self.write(_CLOCK, secrets.token_bytes(4))
-        found = self.head(_CLOCK)
-        if found is None:
+        entry = self.head(_CLOCK)
+        if entry is None:
             raise RemoteError(
                 f"{self._place.at} does not show an object that was just written", "Ask for: kdcache remote check"
             )
-        return found.modified
+        return entry.modified
 
     def compares_and_swaps(self) -> bool:
         return swap_holds(self._store, self._place)
@@ -165,7 +165,7 @@ class ObjectStoreRemote:
         """Sorted, since some stores list folder by folder; keys that cannot be kdcache's are skipped."""
         folder = prefix.rpartition("/")[0] or None  # obstore matches whole parts of a path only
         try:
-            found = [
+            entries = [
                 _entry(item["path"], item)
                 for chunk in obstore().list(self._store, folder, chunk_size=1000)
                 for item in chunk
@@ -173,27 +173,22 @@ class ObjectStoreRemote:
             ]
         except Exception as error:
             raise explain(error, self._place, "list") from None
-        return iter(sorted(found, key=lambda entry: entry.key))
+        return iter(sorted(entries, key=lambda entry: entry.key))
 
     def _blocks(self, key: str, start: int, length: int | None) -> Iterator[bytes]:
         options: Any = {"range": {"offset": start}} if start else None
         if length is not None:
             options = {"range": (start, start + length)}
         try:
-            yield from self._stream(key, options)
+            yield from map(bytes, obstore().get(self._store, key, options=options).stream(min_chunk_size=BLOCK))
         except FileNotFoundError as error:
             self._need_bucket(error, "read", key)
             raise self._missing(key) from None
         except Exception as error:
-            if is_whole(
-                error
-            ):  # some answer a range that covers the whole object with status 200, which obstore refuses
+            if is_whole(error):  # some stores answer a range that covers the object with status 200: obstore refuses
                 yield from _cut(self._blocks(key, 0, None), start, length)
             elif not out_of_range(error):
                 raise explain(error, self._place, "read", key) from None
-
-    def _stream(self, key: str, options: Any) -> Iterator[bytes]:
-        yield from map(bytes, obstore().get(self._store, key, options=options).stream(min_chunk_size=BLOCK))
 
     def _create(self, key: str, data: bytes) -> bool:
         """Whether this call created the object, judged by the bytes that are there afterwards.
@@ -214,7 +209,7 @@ class ObjectStoreRemote:
                         raise failure from None
             else:
                 return True
-            there = self._there(key, data)
+            there = holds(self, key, data)
             if there is not None:
                 return there
             if failure:
@@ -224,23 +219,14 @@ class ObjectStoreRemote:
             "Run the same command again; look at the store with: kdcache remote check",
         )
 
-    def _there(self, key: str, data: bytes) -> bool | None:
-        """Whether the object has exactly the bytes ``data``; None if there is none."""
+    def _put(self, key: str, source: Path | bytes, **options: Any) -> None:
         try:
-            return self.read_bytes(key, len(data)) == data
-        except MissingObjectError:
-            return None
-        except DamageError:  # longer
-            return False
-
-    def _put(self, key: str, source: Path | bytes, method: str, **options: Any) -> Any:
-        try:
-            return self._raw_put(key, source, **options)
+            self._raw_put(key, source, **options)
         except Exception as error:
-            raise explain(error, self._place, method, key) from None
+            raise explain(error, self._place, "write", key) from None
 
-    def _raw_put(self, key: str, source: Path | bytes, **options: Any) -> Any:
-        return obstore().put(self._store, key, source, **options)
+    def _raw_put(self, key: str, source: Path | bytes, **options: Any) -> None:
+        obstore().put(self._store, key, source, **options)
 
     def _need_bucket(self, error: FileNotFoundError, method: str, key: str) -> None:
         made = explain(error, self._place, method, key)
@@ -260,9 +246,9 @@ def open_object_store(url: str, environment: Mapping[str, str] | None = None) ->
     return ObjectStoreRemote(*open_store(url, environment))
 
 
-def _entry(key: str, found: Any) -> Entry:
+def _entry(key: str, metadata: Any) -> Entry:
     """In whole seconds: some stores list finer times than they give for a head."""
-    return Entry(key, found["size"], float(int(found["last_modified"].timestamp())))
+    return Entry(key, metadata["size"], float(int(metadata["last_modified"].timestamp())))
 
 
 def _cut(blocks: Iterator[bytes], start: int, length: int | None) -> Iterator[bytes]:

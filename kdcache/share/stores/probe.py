@@ -1,4 +1,4 @@
-"""``kdcache remote check``: try what a store guarantees, and say what follows for a team.
+"""``kdcache remote check``: tests the guarantees of a store, and reports what they mean for a team.
 
 The sharing protocol needs little (docs/decisions/0010): whole objects, ranges, and lists that show every completed
 write. With conditional creates, versions of a name form one line; without, two simultaneous pushes make a fork, which
@@ -72,9 +72,9 @@ class Report:
         if self.holds("decided creates"):
             return "Any number of people may push to one name at once: each version gets its own number, none is lost."
         return (
-            "Caches are safe here, and no version is lost; but the store does not decide who was first. Two pushes to "
-            "one name at the same time become a fork, which every reader reports until the next push: let one person "
-            "at a time push to a name."
+            "Caches are safe here, and no version is lost; but the store has no conditional creates. Two "
+            "simultaneous pushes to one name become a fork, which every reader reports until the next push: let one "
+            "person at a time push to a name."
         )
 
 
@@ -110,7 +110,7 @@ def _whole(remote: Remote, folder: str) -> tuple[bool, str]:
     data = random.Random(0).randbytes(_SIZE)
     remote.write(f"{folder}/whole", data)
     same = remote.read_bytes(f"{folder}/whole", _SIZE) == data
-    return same, "what was written is read back, byte for byte" if same else "what is read back is not what was written"
+    return same, "an object is read back byte for byte" if same else "an object is read back with other bytes"
 
 
 def _ranges(remote: Remote, folder: str) -> tuple[bool, str]:
@@ -121,28 +121,28 @@ def _ranges(remote: Remote, folder: str) -> tuple[bool, str]:
         b"".join(remote.read(f"{folder}/ranges", start=at, length=count)) == data[at : at + count]
         for at, count in asked
     )
-    return same, "a pull that broke off goes on where it ended" if same else "a part of an object comes back wrong"
+    return same, "an interrupted pull continues where it stopped" if same else "a part of an object is read back wrong"
 
 
 def _list_after_write(remote: Remote, folder: str) -> tuple[bool, str]:
     for number in range(5):
         remote.write(f"{folder}/list/{number}", b"x")
         if len(list(remote.list(f"{folder}/list/"))) != number + 1:
-            return False, "a list may lack what was just written: a gc could miss a push in progress"
-    return True, "a list shows every write that has ended, so a gc sees every push"
+            return False, "a list may lack a finished write: a gc could miss a push in progress"
+    return True, "a list shows every finished write, so a gc sees every push"
 
 
 def _delete(remote: Remote, folder: str) -> tuple[bool, str]:
     remote.write(f"{folder}/delete", b"x")
     remote.delete(f"{folder}/delete")
     gone = remote.head(f"{folder}/delete") is None and not list(remote.list(f"{folder}/delete"))
-    return gone, "what is deleted is gone at once" if gone else "what was deleted still shows: gc frees space late"
+    return gone, "a deleted object is gone at once" if gone else "a deleted object is still listed: gc frees space late"
 
 
 def _creates(remote: Remote, folder: str) -> tuple[bool, str]:
     """``conditional`` was found with two writers; this tries more, released by a barrier."""
     if not remote.conditional:
-        return False, "a condition on a write is ignored: of writers at the same time all believe that they were first"
+        return False, "the condition of a write is ignored: simultaneous creates of one object all succeed"
     gate = threading.Barrier(RACERS)
 
     def create(number: int) -> bool:
@@ -154,15 +154,17 @@ def _creates(remote: Remote, folder: str) -> tuple[bool, str]:
     there = remote.read_bytes(f"{folder}/create", 100)
     fair = [b"racer %d" % number for number, first in enumerate(won) if first] == [there]
     if not fair:
-        return False, f"of {RACERS} writers at the same time {sum(won)} were told that they were first"
-    return True, f"of {RACERS} writers at the same time exactly one was first, and all others were told"
+        return False, f"{sum(won)} of {RACERS} simultaneous creates of one object were reported as successful"
+    return True, f"exactly one of {RACERS} simultaneous creates succeeded"
 
 
 def _swaps(remote: Remote, _: str) -> tuple[bool | None, str]:
     swaps = remote.compares_and_swaps()
     if swaps is None:
-        return None, "a directory has none, and kdcache needs none"
-    return (True, "there, and not needed by kdcache") if swaps else (False, "not there; kdcache needs none")
+        return None, "a directory has none; kdcache does not need it"
+    return (
+        (True, "available; kdcache does not need it") if swaps else (False, "not available; kdcache does not need it")
+    )
 
 
 _TRIALS: dict[str, Callable[[Remote, str], tuple[bool | None, str]]] = {

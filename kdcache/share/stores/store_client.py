@@ -86,7 +86,6 @@ _ENDPOINTS = {
     "gs": ("GOOGLE_BASE_URL",),
     "az": ("AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT"),
 }
-SCHEMES = tuple(_ENDPOINTS)
 _RETRIES: Any = {  # about ten seconds in all if nothing answers
     "max_retries": 10,
     "backoff": {"init_backoff": timedelta(milliseconds=300), "max_backoff": timedelta(seconds=10), "base": 2},

@@ -18,9 +18,9 @@ __all__ = ["TeacherBackend", "TeacherOutput", "open_backend"]
 def open_backend(
     kind: str, teacher: Teacher, layers: Sequence[int], *, precision: str, work_dir: Path
 ) -> TeacherBackend:
-    """A backend for ``teacher`` that can give ``layers``; ``work_dir`` keeps what is costly to make (exported graphs).
+    """A backend for ``teacher`` that can return ``layers``; exported graphs are stored in ``work_dir``.
 
-    Raises ModelError for a layer that the teacher lacks, an unknown kind, or a precision that the kind cannot run.
+    Raises ModelError for a layer that the teacher lacks, an unknown kind, or a precision that the kind lacks.
     """
     for layer in layers:
         if not 0 <= layer <= teacher.depth:

@@ -1,8 +1,8 @@
-"""The seam between a teacher and whatever runs it.
+"""The seam between a teacher and the library that runs it.
 
-A backend takes padded inputs and gives back what a cache stores: logits, the pooled vector, and the hidden states of
-the layers asked for, already packed (padding dropped), so that nothing downstream ever sees padding. Results stay on
-the backend's device: projecting there moves fewer bytes.
+A backend takes padded inputs and returns the components of a cache: logits, the pooled vector, and the hidden states of
+some layers. Hidden states are packed: rows of padding are removed, so no other module handles padding. Results stay on
+the backend's device, because projecting there moves fewer bytes.
 """
 
 from __future__ import annotations
@@ -17,21 +17,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TeacherOutput:
-    """What one forward pass gives: ``logits`` float32 [B, C], ``pooled`` float32 [B, w] or None, ``hidden`` per layer
-    float32
-    [P, width], where the P valid tokens lie row after row.
-    """
+    """The outputs of one forward pass."""
 
-    logits: Tensor
-    pooled: Tensor | None
-    hidden: Mapping[int, Tensor]
+    logits: Tensor  # float32 [batch, classes]
+    pooled: Tensor | None  # float32 [batch, width]
+    hidden: Mapping[int, Tensor]  # by layer: float32 [tokens, width], the valid tokens of all texts in order
 
 
 class TeacherBackend(Protocol):
-    """A teacher that is ready to run, without gradients and without dropout.
-
-    ``record`` says what a reader of the cache may want to know of this backend (device, parity with torch), as strings.
-    """
+    """A teacher that is ready to run, without gradients and without dropout."""
 
     @property
     def name(self) -> str: ...
@@ -43,10 +37,12 @@ class TeacherBackend(Protocol):
     def device(self) -> str: ...
 
     @property
-    def record(self) -> Mapping[str, str]: ...
+    def record(self) -> Mapping[str, str]:
+        """Facts about this backend for the provenance of the cache: device, difference from torch."""
+        ...
 
     def run(self, inputs: dict[str, Tensor], layers: Sequence[int], pooled: bool) -> TeacherOutput:
-        """Run ``inputs`` (``input_ids`` and ``attention_mask`` [B, L], others as the tokenizer gives them)."""
+        """Run ``inputs``: ``input_ids`` and ``attention_mask`` [batch, tokens], and others that the tokenizer gives."""
         ...
 
     def close(self) -> None:

@@ -1,7 +1,7 @@
-"""The teacher as ONNX Runtime runs it, compared with PyTorch each time it is opened.
+"""Runs a teacher with ONNX Runtime, and compares it with PyTorch whenever it is opened.
 
-ONNX Runtime claims a GPU that it does not have and falls back without an error, so CUDA is asked for only where libcuda
-loads, and only what the session itself reports is believed.
+ONNX Runtime lists the GPU providers that it was built with, and falls back to the CPU without an error. So CUDA is
+requested only if libcuda loads, and the device is the one that the session reports.
 """
 
 from __future__ import annotations
@@ -33,14 +33,12 @@ if TYPE_CHECKING:
     from kdcache.teachers.teacher import Teacher, TeacherModel
 
 
-TOLERANCE = {
-    "float32": 1e-4,
-    "fp16": 3e-2,
-}  # largest difference to torch in float32, relative to the largest value (at least 1)
+# largest difference from torch in float32, relative to the largest value (at least 1)
+TOLERANCE = {"float32": 1e-4, "fp16": 3e-2}
 
 
 class OnnxBackend:
-    """Runs on CUDA where ONNX Runtime really has it, else on the CPU."""
+    """Runs on CUDA if the session of ONNX Runtime does, else on the CPU."""
 
     name = "onnxruntime"
 
@@ -84,11 +82,8 @@ class OnnxBackend:
         self._session = None
 
     def _check_parity(self, teacher: Teacher) -> float:
-        """The largest absolute difference to torch over all outputs and valid tokens.
-
-        ModelError beyond the tolerance.
-        """
-        batch = parity_batch(teacher)
+        """The largest absolute difference from torch over all outputs. Raises ModelError beyond the tolerance."""
+        batch = _encode(teacher, _PARITY_TEXTS)
         layers = range(teacher.depth + 1)
         ours = self.run(batch, layers, pooled=True)
         with torch.inference_mode():
@@ -104,7 +99,7 @@ class OnnxBackend:
             [ours.logits, *([] if ours.pooled is None else [ours.pooled]), *ours.hidden.values()], theirs, strict=True
         ):
             if not bool(torch.isfinite(reference).all()):
-                raise NonFiniteError(f"teacher '{self._teacher_name}' gives NaN or infinity, already on a made-up text")
+                raise NonFiniteError(f"teacher '{self._teacher_name}' gives NaN or infinity on a simple test sentence")
             difference = float((mine - reference).abs().max())
             allowed = TOLERANCE[self.precision] * max(1.0, float(reference.abs().max()))
             if not difference <= allowed:
@@ -118,7 +113,7 @@ class OnnxBackend:
 
 
 def cuda_loads() -> bool:
-    """Whether this machine has a CUDA driver, asked of the driver itself."""
+    """Whether the CUDA driver of this machine can be loaded."""
     try:
         ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -127,7 +122,7 @@ def cuda_loads() -> bool:
 
 
 def _open_session(teacher: Teacher, precision: str, work_dir: Path) -> Any:
-    """A session on the kept graph; a graph that does not load (cut short by a power failure, say) is exported again."""
+    """A session on the stored graph; a graph that does not load is exported again."""
     directory = exported(teacher, precision=precision, work_dir=work_dir)
     try:
         return _session(directory)
@@ -155,9 +150,11 @@ def _session(directory: Path) -> Any:
     return onnxruntime.InferenceSession(str(directory / "model.onnx"), sess_options=options, providers=providers)
 
 
-EXPORTER_VERSION = 2  # raised whenever the graph that is made of one and the same teacher changes
+EXPORTER_VERSION = 2  # to be increased whenever the exported graph of a teacher changes
 
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+# the graph is traced with two texts, one of them padded; the parity check has another number of texts and other
+# lengths, because a graph with fixed sizes fails there
 _EXPORT_TEXTS = ("a plain sentence of ten or so words, with a comma", "a short one")
 _PARITY_TEXTS = (
     "yes",
@@ -167,7 +164,7 @@ _PARITY_TEXTS = (
 
 
 class OnnxTeacher(nn.Module):
-    """A teacher with tensors in and a flat tuple out: logits, pooled (where there is one), hidden states 0 to depth."""
+    """A teacher that takes tensors and returns a tuple: logits, pooled (if any), hidden states 0 to depth."""
 
     def __init__(self, model: TeacherModel, input_names: Sequence[str]) -> None:
         super().__init__()
@@ -182,9 +179,9 @@ class OnnxTeacher(nn.Module):
 
 
 def exported(teacher: Teacher, *, precision: str, work_dir: Path, fresh: bool = False) -> Path:
-    """The directory with ``model.onnx`` of ``teacher``, exported now unless ``work_dir`` has it (or ``fresh`` is set).
+    """The directory with ``model.onnx`` of ``teacher``; exports it if ``work_dir`` lacks it, or if ``fresh``.
 
-    Raises ModelError where torch cannot export the teacher.
+    Raises ModelError if torch cannot export the teacher.
     """
     directory = work_dir / "onnx" / _key(teacher, precision)
     if fresh:
@@ -197,23 +194,8 @@ def exported(teacher: Teacher, *, precision: str, work_dir: Path, fresh: bool = 
         target.mkdir()
         _export(teacher, precision, target / "model.onnx")
         sync_tree(target)
-        publish_directory(target, directory)  # whole, or not at all
+        publish_directory(target, directory)  # atomic
     return directory
-
-
-def export_batch(teacher: Teacher) -> dict[str, Tensor]:
-    """The batch that the graph is traced with: two rows, one of them padded."""
-    return _encode(teacher, _EXPORT_TEXTS)
-
-
-def parity_batch(teacher: Teacher) -> dict[str, Tensor]:
-    """Another number of rows, other lengths: what a graph that is not really dynamic fails on."""
-    return _encode(teacher, _PARITY_TEXTS)
-
-
-def output_names(teacher: Teacher, *, pooled: bool) -> list[str]:
-    """The graph's outputs in order."""
-    return ["logits", *(["pooled"] if pooled else []), *(f"hidden_{layer}" for layer in range(teacher.depth + 1))]
 
 
 def _encode(teacher: Teacher, texts: Sequence[str]) -> dict[str, Tensor]:
@@ -225,17 +207,17 @@ def _export(teacher: Teacher, precision: str, target: Path) -> None:
     model = teacher.model.cpu().eval()
     if precision == "fp16":
         model = copy.deepcopy(model).half()
-    batch = export_batch(teacher)
+    batch = _encode(teacher, _EXPORT_TEXTS)
     wrapper = OnnxTeacher(model, list(batch)).eval()
     dynamic = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
     try:
         with torch.no_grad(), _quiet():
-            count = len(wrapper(*batch.values()))
+            pooled = ["pooled"] if len(wrapper(*batch.values())) == teacher.depth + 3 else []
             program = torch.onnx.export(
                 wrapper,
                 tuple(batch.values()),
                 input_names=list(batch),
-                output_names=output_names(teacher, pooled=count == teacher.depth + 3),
+                output_names=["logits", *pooled, *(f"hidden_{layer}" for layer in range(teacher.depth + 1))],
                 dynamo=True,
                 dynamic_shapes=(tuple(dict(dynamic) for _ in batch),),
                 verbose=False,
@@ -243,7 +225,7 @@ def _export(teacher: Teacher, precision: str, target: Path) -> None:
             if program is None:
                 raise RuntimeError("the exporter gave no program")
             program.save(str(target))
-    except Exception as error:  # the exporter raises what its many passes raise
+    except Exception as error:  # the exporter's passes raise many unrelated classes
         reason = _COLOUR.sub("", str(error)).strip().splitlines()
         raise ModelError(
             f"teacher '{teacher.name}' cannot be exported to ONNX: {type(error).__name__}: "
@@ -256,7 +238,7 @@ def _key(teacher: Teacher, precision: str) -> str:
     import onnx
     import onnxscript
 
-    made_from = {
+    inputs = {
         "exporter": EXPORTER_VERSION,
         "torch": torch.__version__,
         "onnx": onnx.__version__,
@@ -265,12 +247,12 @@ def _key(teacher: Teacher, precision: str) -> str:
         "head": teacher.head_kind,
         **asdict(teacher.fingerprints),
     }
-    return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:32]
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:32]
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what torch's exporter says about itself: absent torchvision, a deprecation inside torch's own pytrees."""
+    """Hide messages of torch's exporter about itself: no torchvision, a deprecation inside torch's pytrees."""
     registration = logging.getLogger("torch.onnx._internal.exporter._registration")
     level = registration.level
     registration.setLevel(logging.ERROR)

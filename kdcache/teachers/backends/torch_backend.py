@@ -1,7 +1,7 @@
-"""The teacher as PyTorch runs it: the reference that the other backends are compared with.
+"""Runs a teacher with PyTorch: the reference for the other backends.
 
-Lower precisions run under autocast: weights, layer norms and softmax stay in float32, so that a dump in bf16 is as
-close to float32 as the tensor cores allow.
+Lower precisions run under autocast: weights, layer norms and softmax stay in float32. So a dump in bf16 is as close to
+float32 as the tensor cores allow.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _AUTOCAST = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class TorchBackend:
-    """Runs on CUDA where there is one, else on the CPU."""
+    """Runs on CUDA if available, else on the CPU."""
 
     name = "torch"
 
