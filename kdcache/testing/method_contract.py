@@ -29,6 +29,7 @@ from kdcache.methods.registry import find_method
 from kdcache.recipe import DistillSection
 from kdcache.testing.steps import (
     COVERED,
+    LENGTH,
     MASK,
     PAIRS,
     ROWS,
@@ -67,6 +68,16 @@ def without_labels(batch: Batch) -> Batch:
     return replace(batch, labels=torch.full_like(batch.labels, -1))
 
 
+def without_hidden(batch: Batch, rows: Sequence[int]) -> Batch:
+    """The same rows, of which ``rows`` have logits only."""
+    assert batch.targets is not None
+    hidden = {}
+    for pair, target in batch.targets.hidden.items():
+        kept = ~torch.isin(target.positions // LENGTH, torch.tensor(rows))
+        hidden[pair] = replace(target, values=target.values[kept], positions=target.positions[kept])
+    return replace(batch, targets=replace(batch.targets, hidden=hidden))
+
+
 class MethodContract:
     """Inherit and give the fixture ``name``. Each test computes its loss through the module that is trained."""
 
@@ -77,9 +88,12 @@ class MethodContract:
         assert method.note
         assert "arXiv" in method.source or "doi" in method.source or name == "fine-tune"
 
+    @pytest.mark.parametrize("logits_only", [(), (0, 3, 4)], ids=["hidden states", "logits only in some rows"])
     @pytest.mark.parametrize("moment", [START, LATE], ids=["start", "late"])
-    def test_micro_batches_add_up_or_are_refused_by_name(self, name: str, moment: Moment) -> None:
-        settings, batch = settings_of(name), step_batch()
+    def test_micro_batches_add_up_or_are_refused_by_name(
+        self, name: str, moment: Moment, logits_only: tuple[int, ...]
+    ) -> None:
+        settings, batch = settings_of(name), without_hidden(step_batch(), logits_only)
         if find_method(name).scope == "batch":
             with pytest.raises(RecipeError, match=f"method '{name}' compares the rows of a batch"):
                 settings_of(name, accumulation=2)
@@ -92,10 +106,11 @@ class MethodContract:
             assert all(torch.allclose(parts[key], gradients[key], atol=1e-6) for key in gradients)
 
     @pytest.mark.parametrize("moment", [START, LATE], ids=["start", "late"])
-    @pytest.mark.parametrize("what", ["as they are", "no labels", "one row", "one teacher"])
+    @pytest.mark.parametrize("what", ["as they are", "no labels", "one row", "one teacher", "logits only"])
     def test_it_is_finite_on_any_batch(self, name: str, what: str, moment: Moment) -> None:
         settings, batch = settings_of(name), step_batch()
         batches = {"no labels": without_labels(batch), "one row": batch.split(ROWS)[1], "one teacher": alone(batch)}
+        batches["logits only"] = without_hidden(batch, range(ROWS))
         batch = batches.get(what, batch)
         teachers = TEACHERS[:1] if what == "one teacher" else TEACHERS
         loss, _, gradients = step_loss(
