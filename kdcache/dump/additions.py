@@ -23,7 +23,7 @@ from kdcache.cache.digests import CheckedFiles
 from kdcache.cache.ids import id_list
 from kdcache.cache.spec import check_same_task
 from kdcache.errors import ModelError
-from kdcache.recipe.sections import TeacherSection
+from kdcache.recipe import TeacherSection
 from kdcache.report.metrics import scores
 from kdcache.teachers.bundle import is_bundle, read_bundle, write_bundle
 

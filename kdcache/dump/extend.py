@@ -28,7 +28,7 @@ from kdcache.dump.specs import PreparedTeacher, TextScopes, layer_specs, prepare
 from kdcache.dump.stage import count_new_texts, refuse_stale, run_missing, texts_in_full, write_examples
 from kdcache.errors import DamageError, MismatchError, RecipeError
 from kdcache.methods.parts.layer_map import even_layers
-from kdcache.recipe.sections import DumpSection, TeacherSection
+from kdcache.recipe import DumpSection, TeacherSection
 
 if TYPE_CHECKING:
     from kdcache.cache.contents import Contents

@@ -12,7 +12,7 @@ from kdcache.codecs.base import LayerSpec
 from kdcache.codecs.registry import format_of
 from kdcache.errors import ModelError, RecipeError
 from kdcache.methods.parts.layer_map import even_layers
-from kdcache.recipe.sections import check_stored
+from kdcache.recipe.storage import check_stored
 
 if TYPE_CHECKING:
     from kdcache.recipe import Recipe, TeacherSection

@@ -9,23 +9,11 @@ here, so later stages need not know where the file is.
 """
 
 from kdcache.recipe.loading import dump_toml, load_recipe
-from kdcache.recipe.sections import (
-    DATA_FILE_ENDINGS,
-    CofinetuneSection,
-    DataSection,
-    DistillSection,
-    DumpSection,
-    Head,
-    OptimSection,
-    Precision,
-    Projection,
-    Recipe,
-    StoredDtype,
-    StudentSection,
-    TeacherSection,
-    WeightsSection,
-)
+from kdcache.recipe.sections import DATA_FILE_ENDINGS, DataSection, Recipe, TeacherSection
+from kdcache.recipe.storage import DumpSection, StoredDtype
 from kdcache.recipe.sweep import SearchSection, SweepSection
+from kdcache.recipe.training import CofinetuneSection, DistillSection, OptimSection, StudentSection, WeightsSection
+from kdcache.recipe.values import Head, Precision, Projection
 
 __all__ = [
     "DATA_FILE_ENDINGS",

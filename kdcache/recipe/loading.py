@@ -259,9 +259,12 @@ def _section(model: type[BaseModel], key: str) -> type[BaseModel] | None:
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:
-    """The first model in an annotation such as ``list[Model] | None``."""
+    """The first model in an annotation such as ``list[Model] | None``; a table of models or other values has none."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
+    if get_origin(annotation) is dict:
+        value = get_args(annotation)[1]
+        return value if isinstance(value, type) and issubclass(value, BaseModel) else None
     return next((found for inner in get_args(annotation) if (found := _model_in(inner)) is not None), None)
 
 

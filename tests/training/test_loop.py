@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from kdcache.errors import DamageError, MismatchError, NonFiniteError, RecipeError
 from kdcache.progress import SilentProgress
-from kdcache.recipe.sections import CofinetuneSection
+from kdcache.recipe import CofinetuneSection
 from kdcache.training.device import check_precision, make_accelerator
 from kdcache.training.loop import (
     LoopSettings,

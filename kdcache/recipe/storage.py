@@ -1,0 +1,112 @@
+"""What a recipe stores of each teacher: ``[dump]``, and what differs in single layers."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from kdcache.errors import MismatchError
+from kdcache.recipe.values import (
+    Count,
+    LayerNumbers,
+    Positive,
+    Precision,
+    Projection,
+    Section,
+    Seed,
+    TokenSelection,
+    WhichLayer,
+)
+
+
+def _storage_format(spelling: str) -> str:
+    from kdcache.codecs.registry import storage_formats, stored_name
+
+    try:
+        return stored_name(spelling)
+    except MismatchError as error:
+        titles = [f"'{known.title}'" for known in storage_formats().values()]
+        expected = f"{', '.join(titles[:-1])} or {titles[-1]}"
+        raise PydanticCustomError("literal_error", "{expected} was expected", {"expected": expected}) from error
+
+
+StoredDtype = Annotated[str, AfterValidator(_storage_format)]  # a name of kdcache.codecs.registry
+
+
+class StoredSection(Section):
+    """How a layer is stored if not as in ``[dump]``; keys that are not given are as there."""
+
+    projection: Projection | None = None
+    dim: Positive | None = None
+    dtype: StoredDtype | None = None
+    bytes: Positive | None = None  # of a row, for dtype "trellis"
+    tokens: TokenSelection | None = None
+
+
+PerLayer = dict[WhichLayer, StoredSection]  # "12", "last" or "all"; a number wins over "last", "last" over "all"
+
+
+class DumpSection(Section):
+    """What the cache stores of each teacher.
+
+    With ``dtype = "trellis"`` a row takes ``bytes`` bytes and ``dim`` is ignored: the bits go to the PCA dimensions
+    where they reduce the error most.
+    """
+
+    backend: Literal["torch", "onnxruntime"] = "torch"
+    layers: Literal["even", "all", "last", "none"] | LayerNumbers = "even"
+    projection: Projection = "pca"
+    dim: Positive = 128
+    dtype: StoredDtype = "int8"
+    bytes: Positive | None = None  # of a token and layer, for dtype "trellis"
+    tokens: TokenSelection = "all"  # a target for every token, for the first one, or for the mean of a text's tokens
+    # what differs in some layers: per_layer = { 12 = { dtype = "trellis", bytes = 192 } }
+    per_layer: PerLayer = Field(default_factory=dict)
+    pooled: bool = False
+    hidden_transfer: Count | None = None  # transfer texts that get hidden states, by text id; None: all of them
+    part_size: Positive = 4096  # texts
+    sample_texts: Positive = 2048  # on which bases and variances are fitted
+    tokens_per_batch: Positive = 4096  # padded tokens of one forward pass
+    precision: Precision = "float32"
+    seed: Seed = 0
+
+    @model_validator(mode="after")
+    def _storage_is_consistent(self) -> DumpSection:
+        check_stored(self.stored())
+        for which, section in self.per_layer.items():
+            check_stored(overlaid(self.stored(), section), f"per_layer.{which}: ")
+        return self
+
+    def stored(self) -> StoredSection:
+        """How a layer without ``per_layer`` keys is stored."""
+        return StoredSection(
+            projection=self.projection, dim=self.dim, dtype=self.dtype, bytes=self.bytes, tokens=self.tokens
+        )
+
+
+def overlaid(below: StoredSection, above: StoredSection) -> StoredSection:
+    """``below`` with the keys of ``above``; a dtype without bytes removes ``bytes``, one with bytes implies pca."""
+    from kdcache.codecs.registry import storage_format
+
+    given = above.model_dump(exclude_none=True)
+    if "dtype" in given:
+        by_bytes = storage_format(given["dtype"]).by_bytes
+        given.setdefault(*(("projection", "pca") if by_bytes else ("bytes", None)))
+    return below.model_copy(update=given)
+
+
+def check_stored(stored: StoredSection, where: str = "") -> None:
+    """Raises ValueError if dtype, bytes and projection do not fit together; ``where`` begins the message."""
+    from kdcache.codecs.registry import storage_format, storage_formats
+
+    assert stored.dtype is not None
+    storage = storage_format(stored.dtype)
+    if stored.bytes is not None and not storage.by_bytes:
+        others = " or ".join(f'"{known.title}"' for known in storage_formats().values() if known.by_bytes)
+        raise ValueError(f'{where}bytes = {stored.bytes} goes with dtype = {others}; with "{storage.title}" set dim')
+    try:
+        storage.check_keys(stored.projection, stored.bytes)
+    except ValueError as error:
+        raise ValueError(f"{where}{error}") from error
