@@ -233,6 +233,46 @@ def test_every_term_that_is_not_finite_is_named_with_a_way_out(tmp_path: Path) -
     assert caught.value.hint == "Lower learning_rate, raise warmup, or use precision bf16 or float32 instead of fp16."
 
 
+@pytest.mark.parametrize(
+    ("loss", "terms", "named"),
+    [
+        (NAN, {"squares": 1.0}, "loss = nan"),
+        (1.0, {"squares": NAN, "fine": 2.0, "other": float("inf")}, "squares = nan, other = inf"),
+        (NAN, {"squares": NAN}, "squares = nan"),
+    ],
+)
+def test_what_is_not_finite_is_named(loss: float, terms: dict[str, float], named: str, tmp_path: Path) -> None:
+    class Poisoned(Regression):
+        def losses(self, batch: Any) -> Any:
+            for found, _ in super().losses(batch):
+                yield found * loss, terms
+
+    with pytest.raises(NonFiniteError) as caught:
+        run(Poisoned(), tmp_path)
+    assert caught.value.message == f"training is not finite at step 1 (epoch 1): {named}"
+
+
+def test_a_parameter_that_a_step_does_not_use_stays_as_it_is(tmp_path: Path) -> None:
+    """Neither weight decay nor the moments of earlier steps move it."""
+
+    class Seldom(Regression):
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            self.model.register_parameter("seldom", torch.nn.Parameter(torch.ones(2, 2)))
+            self.values: list[float] = []
+
+        def losses(self, batch: Any) -> Any:
+            seldom = self.model.get_parameter("seldom")
+            self.values.append(float(seldom.detach().sum()))
+            for loss, parts in super().losses(batch):
+                yield loss + (seldom.square().sum() if self.seen == 1 else 0.0), parts
+
+    task = Seldom()
+    run(task, tmp_path)
+    assert task.values[0] == 4.0
+    assert set(task.values[1:]) == {task.values[1]} != {4.0}
+
+
 @pytest.mark.parametrize(("there", "name"), [(True, "cuda"), (False, "cpu")])
 def test_models_run_on_cuda_where_it_is(there: bool, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
