@@ -88,7 +88,7 @@ class Column:
 
     name: str
     length: int
-    valid: np.ndarray | None  # bool[length]; None where nothing is null
+    valid: np.ndarray | None  # bool[length]; None if there are no nulls
     # [length]; fixed_size_list: [length, size]; fixed_size_binary: uint8 [length, size]; strings: uint8 [bytes]
     values: np.ndarray
     offsets: np.ndarray  # of strings and lists: int32 or int64 [length + 1], never decreasing, within the values
@@ -329,7 +329,7 @@ class _Batch:
     def _next_buffer(self, field: Field) -> tuple[int, int]:
         start, size = self._next(self._buffers)
         if not (0 <= start <= self._body_bytes and 0 <= size <= self._body_bytes - start) or start % _ALIGNMENT:
-            raise TableDamageError(f"has a buffer of column '{field.name}' that lies outside of its record batch")
+            raise TableDamageError(f"has a buffer of column '{field.name}' outside of its record batch")
         return start, size
 
     @staticmethod
