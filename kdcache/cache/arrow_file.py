@@ -152,7 +152,7 @@ def _metadata(data: bytes, at: int) -> tuple[bytes, int]:
 
 def _message(metadata: bytes, kind: int, room: int) -> tuple[int, int]:
     """The position of the header table of a message, and the size of its body: at most ``room`` bytes."""
-    message = _root(metadata)
+    message = _follow(metadata, 0)
     given = _number(metadata, message, 1, _U8)
     header = _child(metadata, message, 2)
     if _number(metadata, message, 0, _I16) not in _VERSIONS or given != kind or header is None:
@@ -179,7 +179,7 @@ def _check_footer(data: bytes, after: int, block: tuple[int, int, int], fields: 
     if length <= 0 or start < after + 8:
         raise TableDamageError(f"is not readable: its footer has {length} bytes")
     footer = data[start : start + length]
-    root = _root(footer)
+    root = _follow(footer, 0)
     dictionaries, _ = _vector(footer, root, 2, _BLOCK)
     batches, first = _vector(footer, root, 3, _BLOCK)
     schema = _child(footer, root, 1)
@@ -352,10 +352,6 @@ def _listed(fields: Sequence[Field]) -> str:
 # Flatbuffers. A table begins with the distance back to its vtable. A vtable has 2 bytes for its own size, 2 bytes for
 # the size of the table, and for each field 2 bytes with its offset in the table, or 0 if it is absent. Other references
 # are distances forward. ``unpack_from`` refuses positions beyond the end, but not those before the beginning.
-
-
-def _root(data: bytes) -> int:
-    return _follow(data, 0)
 
 
 def _follow(data: bytes, at: int) -> int:
