@@ -88,7 +88,7 @@ class Column:
 
     name: str
     length: int
-    valid: np.ndarray | None  # bool[length]; None where nothing is null
+    valid: np.ndarray | None  # bool[length]; None if there are no nulls
     # [length]; fixed_size_list: [length, size]; fixed_size_binary: uint8 [length, size]; strings: uint8 [bytes]
     values: np.ndarray
     offsets: np.ndarray  # of strings and lists: int32 or int64 [length + 1], never decreasing, within the values
@@ -152,7 +152,7 @@ def _metadata(data: bytes, at: int) -> tuple[bytes, int]:
 
 def _message(metadata: bytes, kind: int, room: int) -> tuple[int, int]:
     """The position of the header table of a message, and the size of its body: at most ``room`` bytes."""
-    message = _root(metadata)
+    message = _follow(metadata, 0)
     given = _number(metadata, message, 1, _U8)
     header = _child(metadata, message, 2)
     if _number(metadata, message, 0, _I16) not in _VERSIONS or given != kind or header is None:
@@ -179,7 +179,7 @@ def _check_footer(data: bytes, after: int, block: tuple[int, int, int], fields: 
     if length <= 0 or start < after + 8:
         raise TableDamageError(f"is not readable: its footer has {length} bytes")
     footer = data[start : start + length]
-    root = _root(footer)
+    root = _follow(footer, 0)
     dictionaries, _ = _vector(footer, root, 2, _BLOCK)
     batches, first = _vector(footer, root, 3, _BLOCK)
     schema = _child(footer, root, 1)
@@ -329,7 +329,7 @@ class _Batch:
     def _next_buffer(self, field: Field) -> tuple[int, int]:
         start, size = self._next(self._buffers)
         if not (0 <= start <= self._body_bytes and 0 <= size <= self._body_bytes - start) or start % _ALIGNMENT:
-            raise TableDamageError(f"has a buffer of column '{field.name}' that lies outside of its record batch")
+            raise TableDamageError(f"has a buffer of column '{field.name}' outside of its record batch")
         return start, size
 
     @staticmethod
@@ -352,10 +352,6 @@ def _listed(fields: Sequence[Field]) -> str:
 # Flatbuffers. A table begins with the distance back to its vtable. A vtable has 2 bytes for its own size, 2 bytes for
 # the size of the table, and for each field 2 bytes with its offset in the table, or 0 if it is absent. Other references
 # are distances forward. ``unpack_from`` refuses positions beyond the end, but not those before the beginning.
-
-
-def _root(data: bytes) -> int:
-    return _follow(data, 0)
 
 
 def _follow(data: bytes, at: int) -> int:

@@ -33,7 +33,7 @@ def cache_card(manifest: Manifest, *, name: str = "") -> str:
     provenance = facts["provenance"]
     teachers = facts["teachers"]
     count = f"{len(teachers)} fine-tuned teacher{'' if len(teachers) == 1 else 's'}"
-    title = _said(provenance, "recipe") or name or "Teachers"
+    title = _text(provenance, "recipe") or name or "Teachers"
     return f"""\
 # {title}: a cache of teacher targets
 
@@ -68,12 +68,12 @@ for the distillation of small students with kdcache. {facts["bytes"] / 1e6:,.1f}
 
 
 def _facts(facts: Mapping[str, Any], provenance: Mapping[str, Any]) -> str:
-    made = ", ".join(part for part in (_said(provenance, "published"), _version(provenance)) if part)
+    made = ", ".join(part for part in (_text(provenance, "published"), _version(provenance)) if part)
     lines = [
         ("text columns", _codes(facts["text_columns"])),
         ("labels", _codes(facts["label_names"])),
         ("texts", f"{facts['texts_full']:,} with hidden states, {facts['texts_logits_only']:,} with logits alone"),
-        ("data fingerprint", _said(provenance, "text_ids") or "not recorded"),
+        ("data fingerprint", _text(provenance, "text_ids") or "not recorded"),
         ("identity", facts["identity"]),
         ("made", made or _UNKNOWN),
     ]
@@ -82,7 +82,7 @@ def _facts(facts: Mapping[str, Any], provenance: Mapping[str, Any]) -> str:
 
 def _teacher(name: str, facts: Mapping[str, Any], record: Mapping[str, Any]) -> tuple[str, ...]:
     return (
-        name, _said(record, "source") or _UNKNOWN, facts["head"], str(facts["max_length"]), _layers(facts["layers"]),
+        name, _text(record, "source") or _UNKNOWN, facts["head"], str(facts["max_length"]), _layers(facts["layers"]),
         f"{facts['bytes'] / 1e6:,.1f} MB", _scores(record, "scores") or "–",
     )  # fmt: skip
 
@@ -132,10 +132,10 @@ def _use(name: str) -> str:
 
 def _licences(facts: Mapping[str, Any], provenance: Mapping[str, Any]) -> str:
     lines = [
-        f"- this cache: {_said(provenance, 'licence') or _UNKNOWN}",
-        f"- data: {_said(provenance, 'data_licence') or _UNKNOWN}",
+        f"- this cache: {_text(provenance, 'licence') or _UNKNOWN}",
+        f"- data: {_text(provenance, 'data_licence') or _UNKNOWN}",
         *(
-            f"- teacher {name}: {_said(subtable(provenance, 'teachers', name), 'licence') or _UNKNOWN}"
+            f"- teacher {name}: {_text(subtable(provenance, 'teachers', name), 'licence') or _UNKNOWN}"
             for name in facts["teachers"]
         ),
     ]
@@ -145,7 +145,7 @@ def _licences(facts: Mapping[str, Any], provenance: Mapping[str, Any]) -> str:
 
 
 def _version(provenance: Mapping[str, Any]) -> str:
-    version = _said(subtable(provenance, "versions"), "kdcache")
+    version = _text(subtable(provenance, "versions"), "kdcache")
     return f"kdcache {version}" if version else ""
 
 
@@ -157,7 +157,7 @@ def subtable(document: Mapping[str, Any], *keys: str) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
-def _said(document: Mapping[str, Any], key: str) -> str:
+def _text(document: Mapping[str, Any], key: str) -> str:
     value = document.get(key)
     return _plain(value) if isinstance(value, str | int) else ""
 
@@ -258,8 +258,8 @@ def _teacher_facts(contents: Contents, name: str) -> dict[str, Any]:
     spec = contents.teachers[name]
     sizes: Counter[int | str] = Counter()  # bytes by layer; of other files by their folder
     for path, digest in contents.files.items():
-        place = component(path)
-        if place.teacher == name:
+        if path.startswith(f"teachers/{name}/"):
+            place = component(path)
             sizes[path.split("/")[2] if place.layer is None else place.layer] += digest.size
     document = teacher_document(spec)
     for layer, layer_spec in spec.layers.items():

@@ -7,7 +7,7 @@ manifest of them. A component (the outputs of a part, one layer of a part) exist
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -40,8 +40,7 @@ class SplitInfo:
     file: str
 
 
-@dataclass(frozen=True)
-class Expected:
+class Expected(NamedTuple):
     """A file that contents imply. Its bytes or its size may follow from the rest of the manifest."""
 
     what: str  # its component, for messages

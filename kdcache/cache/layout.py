@@ -91,13 +91,13 @@ def array_shapes(layer: int, spec: LayerSpec, rows: int) -> dict[str, tuple[tupl
 
 
 def array_files(teacher: str, part: str, name: str, shape: tuple[int, ...]) -> tuple[str, str | None]:
-    """Metadata and shard of one array; no shard where the array has no rows."""
+    """Metadata and shard of one array; None for the shard if the array has no rows."""
     directory = f"{group_directory(teacher, part)}/{name}"
     return f"{directory}/zarr.json", f"{directory}/{shard_name(len(shape))}" if shape[0] else None
 
 
 def layer_files(teacher: str, part: str, layer: int, spec: LayerSpec, rows: int) -> list[str]:
-    """All files of one layer of one part, the group's metadata apart."""
+    """All files of one layer of one part, without the group's metadata."""
     files: list[str] = []
     for name, (shape, _) in array_shapes(layer, spec, rows).items():
         metadata, shard = array_files(teacher, part, name, shape)

@@ -8,6 +8,7 @@ everything except provenance. ``checksum`` covers everything.
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -177,13 +178,16 @@ def _check_contents(contents: Contents) -> None:
         _check_file(path, contents.files[path], file)
 
 
+_digest_of_bytes = functools.lru_cache(maxsize=4096)(digest_bytes)  # layers of parts have equal metadata
+
+
 def _check_file(path: str, listed: FileDigest, file: Expected) -> None:
     if file.data is not None:
-        _require(listed == digest_bytes(file.data), f"'{path}' is not the metadata of {file.array}")
+        _require(listed == _digest_of_bytes(file.data), f"'{path}' is not the metadata of {file.array}")
     elif file.size is not None:
         _require(listed.size == file.size, f"'{path}' must have {file.size} bytes for {file.array}")
     else:
-        _require(listed.size <= file.most, f"'{path}' is said to have {listed.size} bytes; it has at most {file.most}")
+        _require(listed.size <= file.most, f"'{path}' is listed with {listed.size} bytes; it has at most {file.most}")
 
 
 def _check_teacher(teacher: TeacherSpec, with_tokens: set[str], full: set[str], classes: int) -> None:

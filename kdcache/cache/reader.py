@@ -1,4 +1,4 @@
-"""Reading a cache: open the manifest, then only what is asked for.
+"""Reads a cache: opens the manifest, then only the requested files.
 
     cache = kdcache.open_cache("runs/sst2/cache")
     cache.outputs("bert", "part-00000").logits

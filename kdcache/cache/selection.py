@@ -18,7 +18,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import pydantic
 from pydantic import Field
@@ -79,8 +79,7 @@ class LocalSelection:
     origin: str = ""  # the name and version that it was pulled from: "sst2-3t@3"
 
 
-@dataclass(frozen=True)
-class Component:
+class Component(NamedTuple):
     """What a file belongs to: the texts, a teacher, a layer, all layers (``of_layers`` without ``layer``), or all."""
 
     teacher: str | None = None
@@ -92,12 +91,11 @@ class Component:
 def component(path: str) -> Component:
     """The component of a file, from its name in the manifest."""
     steps = path.split("/")
-    if steps[0] != "teachers":
+    if steps[0] != "teachers" or len(steps) < 4:  # a damaged commit record may list other paths
         return Component(is_text=steps[0] == "text")
-    for step in steps[3:]:
-        match = _LAYER.match(step)
-        if match:
-            return Component(steps[1], int(match[1]), of_layers=True)
+    match = _LAYER.match(steps[3] if steps[2] == "basis" else "".join(steps[4:5]))
+    if match:
+        return Component(steps[1], int(match[1]), of_layers=True)
     return Component(steps[1], of_layers=steps[2] in ("tokens", "hidden", "basis"))
 
 

@@ -49,7 +49,7 @@ class LabelledTask(Protocol):
 def check_same_task(
     ours: LabelledTask, theirs: LabelledTask, subjects: tuple[str, str], cure: str, *, same_column_names: bool = True
 ) -> None:
-    """Raise MismatchError where two tasks differ in their labels, their class order or their text columns.
+    """Raise MismatchError if two tasks differ in their labels, their class order or their text columns.
 
     Args:
         ours: what is given now, usually the data.
@@ -77,7 +77,7 @@ def check_same_task(
 
 
 def mismatch_cure(given: Sequence[str], wanted: Sequence[str], cure: str) -> str:
-    """``cure``, or another one where the given labels are integers and the wanted ones are names.
+    """``cure``, or another hint if the given labels are integers and the wanted labels are names.
 
     Setting data.labels then fixes what each integer means, so the user must know that meaning first.
     """

@@ -31,7 +31,7 @@ def check_task(root: Path, old: tuple[TaskSpec, Settings, bool], new: tuple[Task
                 shown = [_show(before), _show(now)]
             raise MismatchError(f"cache '{root}' was made with {name} {shown[0]}; now it is {shown[1]}", _HINT)
     if old[2] != new[2]:
-        raise MismatchError(f"cache '{root}' was made {_text(old[2])}; it is asked for {_text(new[2])}", _HINT)
+        raise MismatchError(f"cache '{root}' was made {_text(old[2])}; now it is requested {_text(new[2])}", _HINT)
 
 
 def check_teacher(root: Path, old: TeacherSpec, new: TeacherSpec, existing_layers: set[int]) -> None:

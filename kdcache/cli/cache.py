@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def info(cache: CacheReference, remote: RemoteUrl = None, json: Json = False) -> None:  # noqa: ARG001
-    """Show what a cache holds: texts, teachers, layers, bytes, where it came from.
+    """Show the contents of a cache: texts, teachers, layers, bytes, origin.
 
     Example: kdcache cache info runs/sst2/cache
 
@@ -153,10 +153,7 @@ def _share(subset: str | None) -> float:
 
 
 def _size(path: Path) -> int:
-    """Bytes that a verification will read, as far as the manifest can be read.
-
-    The verification itself says what is wrong with it.
-    """
+    """Bytes that a verification will read; 0 if the manifest is unreadable, which the verification reports."""
     from kdcache.cache.reader import open_cache
 
     try:
@@ -207,7 +204,7 @@ def _here(stored: dict[str, Any]) -> str:
 
 
 def _part(selection: dict[str, Any] | None) -> dict[str, str]:
-    """What ``info`` adds where a part of the cache is here."""
+    """Entries of ``info`` for a cache of which only a part is here."""
     if selection is None:
         return {}
     here = f"{format_bytes(selection['bytes_here'])}; not pulled: {format_bytes(selection['bytes_not_selected'])}"

@@ -41,9 +41,9 @@ def evaluate(
 ) -> None:
     """Score a model: accuracy, macro-F1, Matthews correlation, loss.
 
-    A student of kdcache knows its text and label columns; other models need --text and --label. Where a file has
-    numbers for labels and the student's class names were sorted, not declared by data.labels, --labels says which
-    number is which class.
+    A student of kdcache knows its text and label columns; other models need --text and --label. If labels are
+    numbers, and the student's class names were sorted and not declared by data.labels, --labels gives the class of each
+    number.
 
     Example: kdcache evaluate runs/sst2/student --data data/test.tsv --json
     """

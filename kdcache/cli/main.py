@@ -46,7 +46,7 @@ app = _group(
     "found, 4 refused because something does not match, 130 interrupted."
 )
 _cache = _group("Look at caches, check them, share them with the team.")
-_remote = _group("The place where a team keeps its caches.")
+_remote = _group("The remote, where a team keeps its caches.")
 _pipelines = _group("The recipes that come with kdcache.")
 
 

@@ -96,7 +96,7 @@ def open_job(
 
 
 def layer_numbers(text: str | None) -> tuple[int, ...] | None:
-    """The layers of ``--layers 6,12``, ascending; None where the flag is not given. Raises RecipeError."""
+    """The layers of ``--layers 6,12``, ascending; None if the flag is not given. Raises RecipeError."""
     if text is None:
         return None
     parts = [part.strip() for part in text.split(",")]

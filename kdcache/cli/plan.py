@@ -62,7 +62,7 @@ def plan(
 
 
 def size_of(text: str) -> int:
-    """Bytes of ``2GB``, ``500 MiB``, ``1e9``; RecipeError where it is no size."""
+    """Bytes of ``2GB``, ``500 MiB``, ``1e9``; RecipeError if it is not a size."""
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?(?:e[0-9]{1,2})?)\s*([kmgt]i?|)b?\s*", text.lower())
     if match is None or float(match[1]) <= 0:
         raise RecipeError(f"--budget is '{text}'; a size was expected", "Write it as 2GB, 500MB or 1.5GiB.")

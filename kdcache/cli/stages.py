@@ -111,7 +111,7 @@ def cache_at_hand(job: Job) -> Path | None:
 
 
 def provenance() -> dict[str, Any]:
-    """The command and where it ran, for the manifest; not part of the identity."""
+    """The command and its machine, for the manifest; not part of the identity."""
     import platform
 
     return {

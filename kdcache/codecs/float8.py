@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from kdcache.codecs.base import Basis, Decoder, LayerSpec
 
-LARGEST = 448.0  # of e4m3; the scale of a row is absmax / 448, so nothing lies beyond
+LARGEST = 448.0  # of e4m3; the scale of a row is absmax / 448, so no number is larger
 NAN = 0x7F  # with either sign; never written. 255 is the fill value, so a missing chunk is detected
 
 
@@ -26,8 +26,8 @@ def _tables() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Values float32 [256], the distance to the next value float32 [256], and the borders float32 [126] of the codes 0
     to 0x7e.
 
-    A border is halfway between two values, which is rounded to the even code: where the upper one is even, the border
-    is a little lower, so that a code is always the count of the borders below.
+    A border is halfway between two values, and is rounded to the even code. If the upper code is even, the border is a
+    little lower, so that a code is always the number of borders below.
     """
     code = np.arange(256)
     exponent, mantissa = code >> 3 & 15, code & 7

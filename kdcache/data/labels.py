@@ -9,7 +9,7 @@ for a withheld label. Each is refused, unless ``data.labels`` declares these cla
     3.8, -0.5       numbers that are not integers, in a file of any type
     -1              beside two or more other classes, none of them negative: a class, or no label
     ["a", "b"]      a list; also ``a|b`` where ``a`` and ``b`` are classes of their own
-    0, 1, 2         if the classes are names, and only their alphabetical order says which is number 0
+    0, 1, 2         if the classes are names, and only their alphabetical order determines which is number 0
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def _refuse_number(rows: Rows, row: int, column: str, value: object) -> NoReturn
     raise DataError(
         f"{_cell(rows, row, column)}: {value} is no class; a string or an integer was expected (regression is not "
         "supported)",
-        f"Cut scores into classes first; where such numbers are classes, {_DECLARE}.",
+        f"Divide scores into classes first; if such numbers are classes, {_DECLARE}.",
     )
 
 
@@ -148,7 +148,7 @@ def _refuse_withheld(rows: Rows, labels: Sequence[str | None], column: str, name
     raise DataError(
         f"{_cell(rows, labels.index(_WITHHELD), column)}: the label -1 is a class, or stands for no label as in GLUE; "
         "which is not known",
-        f"Leave the cell empty where there is no label; where -1 is a class, {_DECLARE}.",
+        f"Leave the cell empty if there is no label; if -1 is a class, {_DECLARE}.",
     )
 
 
@@ -162,7 +162,7 @@ def _refuse_multilabel(rows: Rows, row: int, column: str, name: str, parts: Sequ
     raise DataError(
         f"{_cell(rows, row, column)}: '{listed([name])}' is several labels, {listed(parts, quoted=True)}, each a class "
         "of its own: multi-label data are not supported",
-        f"Give one label per row; where the combination is a class, {_DECLARE}.",
+        f"Give one label per row; if the combination is a class, {_DECLARE}.",
     )
 
 

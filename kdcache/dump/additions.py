@@ -57,10 +57,12 @@ def open_additions(
     for another task.
     """
     with tempfile.TemporaryDirectory(prefix="kdcache-") as place:
-        additions = {
-            name: _addition(name, path, task, max_length, Path(place), progress, trusted=name in trusted)
-            for name, path in given.items()
-        }
+        additions = {}
+        for name, path in given.items():
+            directory = _bundle_directory(name, path)
+            additions[name] = _of_bundle(name, directory) if directory else _classifier(
+                name, path, task, max_length, Path(place) / name, progress, trusted=name in trusted
+            )  # fmt: skip
         for name, addition in additions.items():
             subjects = (f"teacher '{name}'", "the cache")
             cure = "Add a teacher of the cache's own task."
@@ -68,22 +70,21 @@ def open_additions(
         yield additions
 
 
-def _addition(
-    name: str, path: Path, task: TaskSpec, max_length: int, place: Path, progress: Progress, *, trusted: bool
-) -> Addition:
+def _bundle_directory(name: str, path: Path) -> Path | None:
+    """The bundle that ``path`` means; None if it is a classifier."""
     if is_bundle(path):
-        return _of_bundle(name, path)
+        return path
     if is_bundle(path.parent) and path.name in read_bundle(path.parent).teachers:
         if path.name != name:
             raise ModelError(
                 f"'{path}' is teacher '{path.name}', not '{name}'", f"Add it as --teacher {path.name}={path}"
             )
-        return _of_bundle(name, path.parent)
+        return path.parent
     if not path.is_dir():
         raise ModelError(
             f"there is no directory '{path}' of teacher '{name}'", "Name a bundle of teachers, or a classifier."
         )
-    return _classifier(name, path, task, max_length, place / name, progress, trusted=trusted)
+    return None
 
 
 def _of_bundle(name: str, directory: Path) -> Addition:

@@ -202,7 +202,7 @@ def check_free_space(
             f"the dump needs about {format_bytes(needed)}, but the disk of '{writer.root}' has {format_bytes(free)} "
             "free",
             'Free some space, or store less: dump.dtype = "int8", a smaller dump.dim, fewer dump.layers '
-            "(kdcache dump-teachers --dry-run says what each one costs).",
+            "(kdcache dump-teachers --dry-run shows the bytes of each).",
         )
 
 

@@ -101,12 +101,10 @@ def _remembered(cache_dir: Path) -> dict[str, dict[str, Any]]:
 
 def _earlier(cache_dir: Path) -> dict[str, Any]:
     """The provenance of the published cache; empty if there is none, or if it is unreadable."""
-    if not (cache_dir / MANIFEST).is_file():
-        return {}
-    try:
-        return read_manifest(cache_dir).provenance
-    except KdcacheError:
-        return {}
+    if (cache_dir / MANIFEST).is_file():
+        with contextlib.suppress(KdcacheError):
+            return read_manifest(cache_dir).provenance
+    return {}
 
 
 def _now() -> str:

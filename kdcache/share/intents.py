@@ -143,7 +143,7 @@ def refuse_if_alive(remote: Remote, kind: Kind, timing: LeaseTiming) -> None:
 
 def wait_until_none(remote: Remote, kind: Kind, timing: LeaseTiming, lease: Lease, note: Callable[[str], None]) -> None:
     """Wait until no such lease is alive, renewing ``lease``. Raises LockedError after ``timing.patience`` seconds."""
-    began, told = timing.clock(), False
+    began, noted = timing.clock(), False
     while True:
         lease.beat()
         if timing.clock() - began > timing.patience:
@@ -151,11 +151,11 @@ def wait_until_none(remote: Remote, kind: Kind, timing: LeaseTiming, lease: Leas
         living = alive(remote, kind, timing)
         if not living:
             return
-        if not told:
+        if not noted:
             note(
                 f"{_WORDS[kind][0]} is in progress on {remote.url}, by {_owner(remote, living[0].key)}: waiting for it"
             )
-            told = True
+            noted = True
         timing.sleep(timing.poll)
 
 

@@ -101,7 +101,7 @@ def check_tag(tag: str) -> str:
 
 
 def split_reference(reference: str) -> tuple[str, str | None]:
-    """``name`` and, behind ``@``, which version. Raises RecipeError where it is no reference."""
+    """The name, and the version after ``@`` or None. Raises RecipeError if it is not a reference."""
     name, at, version = reference.partition("@")
     if at and not TAG.fullmatch(version):
         raise RecipeError(f"'{reference[:120]}' names no version", "Write NAME, NAME@3, NAME@TAG or NAME@DIGEST.")

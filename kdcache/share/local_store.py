@@ -18,7 +18,7 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -233,14 +233,13 @@ class LocalStore:
 
     def _sweep(self) -> None:
         """Remove objects that no cache links to, and temporary files."""
-        for directory in _directories(self.root / "objects"):
-            for path in list(directory.iterdir()):
-                with contextlib.suppress(FileNotFoundError):
-                    if path.stat().st_nlink > 1:
-                        continue
-                    with attempt(self.root / "locks" / "objects" / path.name.lstrip(".")[:3]) as free:
-                        if free and path.stat().st_nlink == 1:
-                            path.unlink()
+        for path in list((self.root / "objects").glob("*/*")):
+            with contextlib.suppress(FileNotFoundError):
+                if path.stat().st_nlink > 1:
+                    continue
+                with attempt(self.root / "locks" / "objects" / path.name.lstrip(".")[:3]) as free:
+                    if free and path.stat().st_nlink == 1:
+                        path.unlink()
 
     @functools.cached_property
     def _has_links(self) -> bool:
@@ -286,12 +285,6 @@ def _is_whole(kept: Path, digest: FileDigest) -> bool:
             return True
     remove_file(kept)
     return False
-
-
-def _directories(root: Path) -> Iterable[Path]:
-    with contextlib.suppress(FileNotFoundError):
-        return [path for path in root.iterdir() if path.is_dir()]
-    return []
 
 
 def _sizes(root: Path) -> dict[tuple[int, int], int]:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _FOLDERS = 256  # of files: the first two hex digits of the digest
 _PAGE = 1000  # objects that a store lists per request
-_FEW = 8  # up to here, objects are asked for one by one without an estimate
+_FEW = 8  # up to so many objects there is one request per object, without an estimate
 _MOST = 50_000  # objects in one list at most
 
 

@@ -141,7 +141,7 @@ def _parsed(remote: Remote, ref: Ref, data: bytes) -> Manifest:
 
 
 def _refuse_other(target: Path, ref: Ref) -> bool:
-    """Whether the directory holds this cache already; MismatchError unless it is empty or this pull was begun in it."""
+    """Whether the directory holds this cache. MismatchError unless it is empty or holds a part of this pull."""
     if (target / cache_layout.MANIFEST).exists():
         identity = read_manifest(target).identity
         if identity != ref.identity:
@@ -155,18 +155,18 @@ def _refuse_other(target: Path, ref: Ref) -> bool:
         begun = _read_record(record)
         if begun not in ("", ref.manifest):
             raise MismatchError(
-                f"in '{target}' the pull of another version was begun (manifest {begun[:12]}, not {ref.manifest[:12]})",
+                f"'{target}' holds an unfinished pull of manifest {begun[:12]}, not of {ref.manifest[:12]}",
                 "Finish that one, remove the directory, or pull into another one: --to DIR",
             )
         return False
     refuse_other_directory(target)
     if (target / cache_layout.STATE / "base.json").exists():
-        raise MismatchError(f"in '{target}' a dump was begun", "Pull into a directory of its own: --to DIR")
+        raise MismatchError(f"'{target}' holds an unfinished dump", "Pull into a directory of its own: --to DIR")
     return False
 
 
 def _read_record(path: Path) -> str:
-    """The manifest that a begun pull belongs to; empty if the record is unreadable: then digests decide alone."""
+    """The manifest of an unfinished pull; empty if the record is unreadable: then only digests are compared."""
     try:
         record = parse_json(path.read_bytes()[:4096])
         return str(record["manifest"]) if isinstance(record, dict) else ""

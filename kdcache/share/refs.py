@@ -1,9 +1,9 @@
-"""Versions of a name: numbered, immutable, one line, each made by create-if-absent after the ones before were read.
+"""Versions of a name: numbered and immutable. A writer reads the existing refs, then creates the next one if absent.
 
-Who loses the race for a number reads again and takes the next one, so no version is lost. The number only grows: ``rm``
-is a version of its own (a tombstone) that drops earlier ones, and the newest ref is never deleted. On a store without
-conditional writes two writers may make two refs of one number; both stay, and readers are told (``fork``) until a
-version comes on top.
+A writer that loses the race for a number reads again and takes the next number, so no version is lost. Numbers only
+grow: ``rm`` writes a tombstone, a ref with a number that removes earlier versions, and the newest ref is never deleted.
+On a store without conditional creates two writers may make two refs of one number. Both stay, and readers report a
+fork until the next version.
 """
 
 from __future__ import annotations

@@ -127,7 +127,7 @@ class DirectoryRemote:
     def now(self) -> float:
         self._need_root()
         probe = self._root / f".clock-{secrets.token_hex(8)}{TEMPORARY}"
-        with self._explained("tell the time of"):
+        with self._explained("read the clock of"):
             try:
                 files.disk.write(probe, [b"?"])
                 return probe.stat().st_mtime
@@ -206,14 +206,15 @@ class DirectoryRemote:
             path = path / part
             if path.is_symlink():
                 raise RemoteError(
-                    f"'{key}' on {self.url} leads through the link '{path}'", "Remove it: a remote holds no links."
+                    f"the path of '{key}' on {self.url} contains the link '{path}'",
+                    "Remove it: a remote holds no links.",
                 )
         return path
 
     def _need_root(self) -> None:
         if not self._root.is_dir():
             raise RemoteError(
-                f"there is no directory '{self.url}'", "Mount the disk that it lies on, or make it with mkdir."
+                f"there is no directory '{self.url}'", "Mount the disk that it is on, or make it with mkdir."
             )
 
     def _need_file(self, key: str, status: os.stat_result) -> None:

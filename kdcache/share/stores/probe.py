@@ -182,7 +182,7 @@ def _clock(ahead: float) -> Finding:
         return Finding("clock", True, "the store's clock is that of this machine, to a few seconds")
     words = f"the store's clock is {abs(ahead):.0f} seconds {'ahead of' if ahead > 0 else 'behind'} this machine's"
     return Finding(
-        "clock", False, f"{words}; kdcache goes by the store's, but signed requests fail where they are far apart"
+        "clock", False, f"{words}; kdcache uses the store's clock, but signed requests fail if the two are far apart"
     )
 
 

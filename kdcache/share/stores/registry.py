@@ -1,4 +1,4 @@
-"""Opens the remote that a URL or the variable KDCACHE_REMOTE names; checks the URL before any request is sent."""
+"""Opens the remote at a URL or at KDCACHE_REMOTE; checks the URL before any request is sent."""
 
 from __future__ import annotations
 
@@ -88,8 +88,7 @@ def _directory(name: str) -> Remote:
     if not path.exists():
         raise RecipeError(
             f"there is no directory '{path}'",
-            f"If the remote is to lie there, make it once: mkdir -p '{path}'. If it lies on a shared disk, mount that "
-            "first.",
+            f"For a new remote, make it once: mkdir -p '{path}'. If it is on a shared disk, mount that disk first.",
         )
     if not path.is_dir():
         raise RecipeError(f"'{path}' is a file, and a remote is a directory", f"A remote is {KINDS}.")

@@ -4,11 +4,11 @@
 time-outs and retries. It refuses to work after a fork, where obstore's threads do not exist and a call would hang.
 
 **Errors.** obstore raises one class for most failures and puts the details into a long text. The HTTP status, the
-server's own code and the reason of a broken connection are read out of that text, so that the message says who was
-asked for what, why it failed, and what to do. The text itself becomes a note of the exception, which a traceback shows.
+server's own code and the reason of a broken connection are parsed from that text. So the message names the request, the
+server, the reason and the cure. The text itself becomes a note of the exception, which a traceback shows.
 
 **Redaction.** Errors of a store library quote URLs, headers and answers of the server, which may hold credentials. So
-every text passes ``redact``. It removes user and password of a URL, its whole query (signatures travel there), values
+every text passes ``redact``. It removes user and password of a URL, its query (which may hold a signature), values
 named like secrets, authorization headers, access key ids, and the values of the secrets in this process's environment.
 """
 
@@ -146,11 +146,11 @@ _CODE = re.compile(r"<Code>([^<]{1,80})</Code>|\(code: (\w{1,80})\)|\"reason\": 
 _MESSAGE = re.compile(r"<Message>([^<]{1,300})</Message>")
 _REASONS = (
     (re.compile(r"dns error|failed to lookup address"), "its name is not known to the name server"),
-    (re.compile(r"Connection refused"), "nothing listens there (connection refused)"),
+    (re.compile(r"Connection refused"), "no server listens there (connection refused)"),
     (re.compile(r"TimedOut|timed out|deadline has elapsed"), "no answer in time"),
     (re.compile(r"certificate|UnknownIssuer|tls", re.I), "its certificate is not trusted"),
     (re.compile(r"BadScheme"), "its address is no http or https URL"),
-    (re.compile(r"Network is unreachable|No route to host"), "the network does not lead there"),
+    (re.compile(r"Network is unreachable|No route to host"), "there is no route to its network"),
     (
         re.compile(r"ConnectionReset|Connection reset|IncompleteMessage|connection closed|Broken pipe|IncompleteBody"),
         "the connection broke",
@@ -204,7 +204,7 @@ def explain(error: BaseException, place: Place, method: str, key: str = "") -> R
         made = _access(what, place, method, code)
     elif code in ("PermanentRedirect", "AuthorizationHeaderMalformed") or status in (301, 307):
         made = RemoteError(
-            f"{what}: the bucket lies in another region", "Export AWS_REGION with the region of the bucket."
+            f"{what}: the bucket is in another region", "Export AWS_REGION with the region of the bucket."
         )
     elif reason := _reason(text):
         made = RemoteError(
