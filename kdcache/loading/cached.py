@@ -29,8 +29,9 @@ from kdcache.loading.choice import (
     target_dim,
 )
 from kdcache.loading.examples import join_examples, stored_logits
-from kdcache.loading.order import BatchSettings, Epochs
-from kdcache.loading.parts import DecodedPart, PartDecoder, Texts, check_texts
+from kdcache.loading.joined import JoinedSource
+from kdcache.loading.order import BatchSettings
+from kdcache.loading.parts import DecodedPart, PartDecoder, Texts
 from kdcache.loading.prefetch import (
     READ_AHEAD,
     PartCache,
@@ -54,7 +55,7 @@ if TYPE_CHECKING:
 MEMORY_BYTES = 2 << 30
 
 
-class CachedBatches:
+class CachedBatches(JoinedSource):
     """A ``TargetSource`` over a cache.
 
     Args:
@@ -89,22 +90,8 @@ class CachedBatches:
         memory_bytes: int = MEMORY_BYTES,
         background: bool = True,
     ) -> None:
-        self.cache, self._background = cache, background
-        self._examples_of = examples or cache.examples
-        choice.check(cache)
-        self._choice, self.teachers, self.layer_map = choice, choice.teachers, choice.layer_map
-        self.layers_at = choice.at_epoch
-        self._examples = join_examples(
-            cache,
-            self._examples_of,
-            splits,
-            missing=settings.missing,
-            hidden=bool(choice.layer_map),
-            logits=choice.logits,
-        )
-        check_texts(cache, texts, self._examples)
-        self.skipped = self._examples.skipped
-        self.epochs = Epochs(self._examples.parts, settings, self._examples.logits_only)
+        super().__init__(cache, settings, choice, splits, examples, texts)
+        self._background = background
         parts = np.unique(self._examples.parts).tolist()
         cache.check_present(files_used(cache, parts, choice.teachers, choice.used, logits=choice.logits))
         self._pad_token_id = int(student_tokenizer.pad_token_id or 0)
@@ -114,11 +101,6 @@ class CachedBatches:
         self._part_cache: PartCache[DecodedPart] = PartCache(memory_bytes)
         self._covered: dict[int, list[tuple[int, int]]] = {}  # part -> per teacher: covered and all student tokens
         self._truncated: dict[int, tuple[int, int]] = {}  # part -> texts cut to max_length, and all texts
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Steps of an epoch, the same in every process."""
-        return self.epochs.steps
 
     @property
     def window_bytes(self) -> int:

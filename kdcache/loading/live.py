@@ -31,7 +31,7 @@ from kdcache.loading.alignment import StudentTokens, align, student_tokens
 from kdcache.loading.assembly import PaddedBatches, StepRows, longest_first, student_inputs, text_indices, token_indices
 from kdcache.loading.choice import StoredFormat, target_dim
 from kdcache.loading.examples import JoinedExamples, join_examples
-from kdcache.loading.order import Epochs
+from kdcache.loading.joined import JoinedSource
 from kdcache.loading.parts import DecodedPart, TeacherPart, Texts, check_texts, texts_of
 from kdcache.loading.targets import AlignmentIndices, Batch, Hidden, Targets
 
@@ -90,7 +90,7 @@ class _Stored:
         return values, scales
 
 
-class LiveBatches:
+class LiveBatches(JoinedSource):
     """A ``TargetSource`` whose teachers run on every batch. The cache gives texts, examples, order and variances.
 
     ``teachers`` are the loaded teachers of ``choice``, in its order. ``backends`` may
@@ -113,33 +113,13 @@ class LiveBatches:
         backends: Mapping[str, TeacherBackend] | None = None,
         project: bool = True,
     ) -> None:
-        self.cache = cache
-        self._examples_of = examples or cache.examples
-        choice.check(cache)
-        self._choice, self.teachers, self.layer_map = choice, choice.teachers, choice.layer_map
-        self.layers_at = choice.at_epoch
-        self._examples = join_examples(
-            cache,
-            self._examples_of,
-            splits,
-            missing=settings.missing,
-            hidden=bool(choice.layer_map),
-            logits=choice.logits,
-        )
-        check_texts(cache, texts, self._examples)
-        self.skipped = self._examples.skipped
-        self.epochs = Epochs(self._examples.parts, settings, self._examples.logits_only)
+        super().__init__(cache, settings, choice, splits, examples, texts)
         self._student = StudentTokens(student_tokenizer, settings.max_length)
-        self._project, self._texts = project, texts
+        self._project = project
         self._running = [self._ready(teacher, (backends or {}).get(teacher.name)) for teacher in teachers]
         self._part_texts: dict[int, Sequence[tuple[str, ...]]] = {}
         self._covered = np.zeros((len(teachers), 2), np.int64)
         self._truncated = np.zeros(2, np.int64)  # rows cut to max_length, and all rows
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Steps of an epoch, the same in every process."""
-        return self.epochs.steps
 
     @property
     def coverage(self) -> dict[str, float]:
