@@ -148,7 +148,7 @@ def test_directories_of_something_else_are_refused_untouched(world: World, cache
         "cache": "holds another cache",
         "notes": "holds 'todo.txt'",
         "file": "is a file",
-        "begun": "another version",
+        "begun": "holds an unfinished pull of manifest",
     }.items():
         before = sorted(path for path in tmp_path.rglob("*"))
         with pytest.raises(MismatchError, match=match):
