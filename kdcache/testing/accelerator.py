@@ -32,6 +32,20 @@ _MAY_INDEX = {
 }  # by the CPU
 
 
+_reads: list[str] = []
+
+
+@contextlib.contextmanager
+def recorded_reads() -> Iterator[list[str]]:
+    """The names of operations in the block that copy values of the accelerator to the host, which waits for them."""
+    first = len(_reads)
+    recorded: list[str] = []
+    try:
+        yield recorded
+    finally:
+        recorded += _reads[first:]
+
+
 class Elsewhere(torch.Tensor):
     """A tensor of the accelerator; ``inside`` has its values, on the CPU."""
 
@@ -128,8 +142,12 @@ def _run(func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
         real_kwargs["device"] = torch.device("cpu") if asked == DEVICE else asked
     result = func(*real_args, **real_kwargs)
     if func is _ATEN.copy_.default:
+        if there and not isinstance(args[0], Elsewhere):
+            _reads.append(str(func))
         return args[0]
     goes_there = asked == DEVICE if asked is not None else bool(there)
+    if there and (not goes_there or not isinstance(result, Tensor | tuple | list | None)):
+        _reads.append(str(func))
     if not goes_there:
         return result
     known = {id(one.inside): one for one in there}

@@ -24,12 +24,13 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from kdcache.errors import NonFiniteError, RecipeError
+from kdcache.errors import RecipeError
 from kdcache.locks import exclusive
 from kdcache.training import checkpoints as checkpoint_files
 from kdcache.training.device import make_accelerator
 from kdcache.training.optim import AveragedWeights, ScheduleName, WarmupSchedule, adamw
 from kdcache.training.seeding import restore_rng_state, rng_state, seed_everything
+from kdcache.training.step_log import Place, StepLog
 
 if TYPE_CHECKING:
     from kdcache.progress import Progress
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 
 Metrics = dict[str, float]
+_READ_STEPS = 20  # on an accelerator
 _KEYS = {"lr_by_prefix": "own_rates"}  # the key in checkpoints since 0.1.0
 
 
@@ -87,6 +89,7 @@ class LoopSettings:
     precision: Literal["float32", "bf16", "fp16"] = "float32"
     checkpoint_steps: int = 200
     log_steps: int = 10
+    read_steps: int | None = None  # steps after which losses are copied to the host; None: 1 on a CPU, else 20
     evaluate_steps: int | None = None
     patience: int | None = None  # evaluations without a better score
     ema: float | None = None  # decay of the averaged weights
@@ -119,25 +122,9 @@ class LoopSettings:
 
     def full_identity(self, steps_per_epoch: int) -> dict[str, Any]:
         """What a checkpoint must match; ``checkpoint_steps`` may change."""
-        free = ("checkpoint_steps", "identity", "newer_keys", "decay_by_prefix")
+        free = ("checkpoint_steps", "read_steps", "identity", "newer_keys", "decay_by_prefix")
         settings = {_KEYS.get(name, name): value for name, value in vars(self).items() if name not in free}
         return {**settings, "steps_per_epoch": steps_per_epoch, **self.identity}
-
-
-@dataclass
-class _Place:
-    """The position of the training, as in a checkpoint."""
-
-    epoch: int = 0
-    step_in_epoch: int = 0
-    step: int = 0  # optimizer steps done
-    best_epoch: int = -1
-    best_score: float = -math.inf
-    best_step: int = -1  # optimizer steps done at the best evaluation
-    without_better: int = 0  # evaluations since then
-    stopped: bool = False  # by ``patience``
-    logged_steps: int = 0  # number of steps in ``sums``
-    sums: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -172,7 +159,8 @@ def train(
         checkpoints: directory; at any interruption its newest checkpoint is valid.
         progress: shows steps and loss.
         on_metrics: gets a dict every ``log_steps`` steps and one per epoch, with ``event``, ``step`` and ``epoch``. The
-            first is ``{"event": "start", "step": n}``: later lines of an earlier run are superseded.
+            first is ``{"event": "start", "step": n}``: later lines of an earlier run are superseded. The event
+            ``checkpoint`` says that a checkpoint or the best weights follow.
 
     Raises:
         NonFiniteError: for NaN or infinity, naming step and term.
@@ -224,7 +212,7 @@ class _Run:
     ) -> None:
         self.task, self.settings, self.checkpoints = task, settings, checkpoints
         self.progress, self.on_metrics = progress, on_metrics
-        self.place = _Place()
+        self.place = Place()
         self.identity = settings.full_identity(task.steps_per_epoch)
         self.accelerator = make_accelerator(settings.precision)
         task.model.to(self.accelerator.device)
@@ -242,6 +230,8 @@ class _Run:
         self.average = None
         if settings.ema is not None:
             self.average = AveragedWeights(task.model.named_parameters(), settings.ema)
+        every = settings.read_steps or (1 if self.accelerator.device.type == "cpu" else _READ_STEPS)
+        self.log = StepLog(self.place, progress, on_metrics, task.steps_per_epoch, settings.log_steps, every)
         seed_everything(settings.seed)
 
     @property
@@ -254,12 +244,12 @@ class _Run:
         place = self.place
         self.task.model.train()
         for batch in self.task.batches(place.epoch, place.step_in_epoch):
-            loss = self.step(batch)
-            self.progress.advance(1, loss=loss)
+            self.step(batch)
             if place.step_in_epoch < self.task.steps_per_epoch and self._in_the_middle():
                 return
         if place.step_in_epoch != self.task.steps_per_epoch:
             raise RuntimeError(f"the task gave {place.step_in_epoch} batches, not {self.task.steps_per_epoch}")
+        self.log.read()
         self.evaluate("epoch")
         place.epoch, place.step_in_epoch = place.epoch + 1, 0
         self.save()
@@ -269,6 +259,7 @@ class _Run:
         """What is due after a step that is not the last of its epoch; whether the training stops here."""
         place, every = self.place, self.settings.evaluate_steps
         if every is not None and place.step % every == 0:
+            self.log.read()
             self.evaluate("evaluation")  # before the checkpoint, which then has its outcome
             self.task.model.train()
         if place.stopped or place.step % self.settings.checkpoint_steps == 0:
@@ -282,9 +273,9 @@ class _Run:
         if self.average is not None:
             self.task.model.load_state_dict(self.average.state_dict(), strict=False)
 
-    def step(self, batch: Any) -> float:
-        """Do one optimizer step; returns the batch's loss."""
-        terms: dict[str, float | Tensor] = {}
+    def step(self, batch: Any) -> None:
+        """Do one optimizer step. Its losses stay on the device until ``read``."""
+        place, terms = self.place, dict[str, float | Tensor]()
         losses: list[Tensor] = []
         pending = self.task.losses(batch)
         while True:
@@ -298,41 +289,17 @@ class _Run:
             for name, value in parts.items():
                 terms[name] = terms.get(name, 0.0) + (value.detach() if isinstance(value, Tensor) else value)
             del item, loss, parts
-        total = float(torch.stack(losses).sum())
-        values = {name: float(value) for name, value in terms.items()}
-        self._check_finite(total, values)
-        norm = float(self.accelerator.clip_grad_norm_(self.parameters, self.settings.max_grad_norm))
-        if self.accelerator.scaler is None:  # a scaler skips steps with infinite gradients, which are normal at first
-            self._check_finite(norm, {}, "gradient norm")
+        norm = self.accelerator.clip_grad_norm_(self.parameters, self.settings.max_grad_norm)
+        place.step += 1
+        place.step_in_epoch += 1
+        values = {"loss": torch.stack(losses).sum(), "grad_norm": norm, **terms}
+        # before the update: on a CPU, where every step is read, weights stay finite
+        self.log.add(values, self.schedule.learning_rate, scaled=self.accelerator.scaler is not None)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.average is not None:
-            self.average.update(self.place.step + 1)
-        self._log({"loss": total, "grad_norm": norm, **values})
-        return total
-
-    def _check_finite(self, total: float, parts: Mapping[str, float], what: str = "loss") -> None:
-        bad = [f"{name} = {value}" for name, value in parts.items() if not math.isfinite(value)]
-        if bad or not math.isfinite(total):
-            where = ", ".join(bad) or f"{what} = {total}"
-            message = f"training is not finite at step {self.place.step + 1} (epoch {self.place.epoch + 1}): {where}"
-            raise NonFiniteError(
-                message, "Lower learning_rate, raise warmup, or use precision bf16 or float32 instead of fp16."
-            )
-
-    def _log(self, values: Mapping[str, float]) -> None:
-        place = self.place
-        place.step += 1
-        place.step_in_epoch += 1
-        learning_rate = self.schedule.learning_rate
+            self.average.update(place.step)
         self.schedule.step()
-        place.logged_steps += 1
-        for name, value in values.items():
-            place.sums[name] = place.sums.get(name, 0.0) + value
-        if place.logged_steps == self.settings.log_steps or place.step_in_epoch == self.task.steps_per_epoch:
-            means = {name: value / place.logged_steps for name, value in place.sums.items()}
-            self._say("steps", steps=place.logged_steps, learning_rate=learning_rate, **means)
-            place.logged_steps, place.sums = 0, {}
 
     def evaluate(self, event: str) -> None:
         """Evaluate the present weights, or the averaged ones, and keep them if they are the best so far."""
@@ -346,6 +313,7 @@ class _Run:
             if better:
                 place.best_epoch, place.best_step = place.epoch, place.step
                 place.best_score = -math.inf if math.isnan(score) else score
+                self._say("checkpoint")
                 self.task.keep_best(self.best_mark, metrics)
         place.without_better = 0 if better else place.without_better + 1
         place.stopped = place.without_better == self.settings.patience
@@ -365,7 +333,9 @@ class _Run:
         self.on_metrics({"event": event, "step": self.place.step, "epoch": self.place.epoch + 1, **values})
 
     def save(self) -> None:
-        """Write a checkpoint."""
+        """Write a checkpoint; metrics up to it are durable before."""
+        self.log.read()
+        self._say("checkpoint")
         state = {
             "model": self.task.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -394,7 +364,7 @@ class _Run:
             self.schedule.load_state_dict(rest["schedule"])
             if self.accelerator.scaler and rest["scaler"]:
                 self.accelerator.scaler.load_state_dict(rest["scaler"])
-            self.place = _Place(**rest["place"])
+            vars(self.place).update(rest["place"])
             restore_rng_state(rest["rng"])
             self.progress.note(f"resumed at step {self.place.step} (epoch {self.place.epoch + 1})")
         self.on_metrics({"event": "start", "step": self.place.step, "epoch": self.place.epoch + 1})

@@ -16,7 +16,8 @@ from kdcache.distill.stage import DistillResult, distill
 from kdcache.dump.stage import dump_teachers
 from kdcache.progress import SilentProgress
 from kdcache.students.score import evaluate_model
-from kdcache.testing.accelerator import fake_accelerator
+from kdcache.testing.accelerator import fake_accelerator, recorded_reads
+from kdcache.training import loop
 from tests.conftest import TinyRun
 
 CASES = {
@@ -42,6 +43,28 @@ def test_a_student_from_a_cache(tiny_run: TinyRun, tmp_path: Path, overrides: li
         score = evaluate_model(there.student, str(tiny_run.recipe().data.validation))
     assert_same(here, there)
     assert score["accuracy"] == there.scores["validation"]["accuracy"]
+
+
+@pytest.mark.parametrize("overrides", CASES.values(), ids=CASES)
+def test_kdcache_copies_nothing_from_the_device_until_losses_are_read(
+    tiny_run: TinyRun, tmp_path: Path, overrides: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "_READ_STEPS", 3)
+    copies: list[list[str]] = []
+    step = loop._Run.step
+
+    def counted(run: loop._Run, batch: object) -> None:
+        with recorded_reads() as own:
+            step(run, batch)
+        copies.append(own)
+
+    monkeypatch.setattr(loop._Run, "step", counted)
+    with fake_accelerator():
+        distill(tiny_run.recipe(*overrides), tiny_run.cache, tmp_path, progress=SilentProgress())
+    assert len(copies) >= 6
+    forward = 2 if "distill.accumulation=2" in overrides else 1  # in each, transformers asks whether there is padding
+    assert [len(own) - forward for own in copies[:6]] == [0, 0, 1, 0, 0, 1]
+    assert copies[2][-1] == "aten._to_copy.default"
 
 
 def test_a_student_of_live_teachers(tiny_run: TinyRun, tmp_path: Path) -> None:

@@ -117,6 +117,24 @@ def test_resume_is_bit_equal_wherever_it_stopped(
     assert lines(tmp_path) == undisturbed[1]  # no line doubled, none lost, the means of the log the same
 
 
+@pytest.mark.parametrize("read_steps", [3, 100])
+@pytest.mark.parametrize("die_at", [4, 7, 13])
+def test_losses_that_are_read_later_are_the_same_and_no_checkpoint_is_ahead_of_them(
+    die_at: int, read_steps: int, undisturbed: tuple[bytes, list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    settings = replace(SETTINGS, read_steps=read_steps)
+    with pytest.raises(KeyboardInterrupt):
+        run(Regression(die_at=die_at), tmp_path, settings)
+    resumed = Regression()
+    run(resumed, tmp_path, settings)
+    assert weights(resumed) == undisturbed[0]
+    assert lines(tmp_path) == undisturbed[1]
+    poisoned = tmp_path / "poisoned"
+    with pytest.raises(NonFiniteError, match=r"step 4 \(epoch 1\): squares = nan"):
+        run(Regression(poison_at=3), poisoned, settings)
+    assert [path.name for path in (poisoned / "checkpoints").glob("step-*")] == ["step-00000002"]
+
+
 LONG = replace(SETTINGS, schedule="cosine", evaluate_steps=2, ema=0.6, checkpoint_steps=3)
 
 

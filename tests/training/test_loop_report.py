@@ -90,7 +90,7 @@ def test_settings_are_those_of_the_section() -> None:
 
 def test_the_identity_names_all_that_the_weights_depend_on_and_nothing_else() -> None:
     known = SETTINGS.full_identity(5)
-    free = ("checkpoint_steps", "identity", "newer_keys", "lr_by_prefix", "decay_by_prefix")
+    free = ("checkpoint_steps", "identity", "newer_keys", "lr_by_prefix", "decay_by_prefix", "read_steps")
     assert replace(SETTINGS, decay_by_prefix=True).full_identity(5) == known  # each stage always gives the same
     settings = {name for name in vars(SETTINGS) if name not in free}
     assert known.keys() == settings | {"steps_per_epoch", "own_rates"}  # the name that checkpoints of 0.1.0 have
@@ -324,6 +324,11 @@ def test_two_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         make_accelerator("float32")
     assert caught.value.message == "kdcache trains in one process; it was started in 2"
     assert caught.value.hint == "Start it with python, not accelerate launch."
+
+
+def test_an_accelerator_refuses_a_precision_that_its_device_lacks() -> None:
+    with pytest.raises(RecipeError, match="'fp16' needs a GPU"):
+        make_accelerator("fp16")
 
 
 def test_a_precision_that_the_device_lacks_is_refused_with_others() -> None:
