@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -39,8 +38,9 @@ class _Unread(NamedTuple):
     step: int  # optimizer steps done
     ends_epoch: bool
     learning_rate: float
-    names: tuple[str, ...]
-    values: Tensor  # float, one for each name
+    names: tuple[str, ...]  # of all values, in order
+    numbers: Mapping[str, float]  # values that are on the host already
+    values: Tensor  # the others
     scaled: bool  # by fp16's scaler, which skips steps with infinite gradients
 
 
@@ -71,17 +71,19 @@ class StepLog:
         Raises NonFiniteError where it reads.
         """
         ends_epoch = self._place.step_in_epoch == self._steps_per_epoch
-        stacked = _stacked(values.values())
-        self._unread.append(_Unread(self._place.step, ends_epoch, learning_rate, tuple(values), stacked, scaled))
+        numbers = {name: value for name, value in values.items() if not isinstance(value, Tensor)}
+        tensors = torch.stack(_of_one_dtype([value for value in values.values() if isinstance(value, Tensor)]))
+        step = _Unread(self._place.step, ends_epoch, learning_rate, tuple(values), numbers, tensors, scaled)
+        self._unread.append(step)
         if len(self._unread) >= self._read_steps:
             self.read()
 
     def read(self) -> None:
         """Read what was not read yet. Raises NonFiniteError, naming step and term."""
         unread, self._unread = self._unread, []
-        numbers = iter(torch.cat([step.values for step in unread]).cpu().tolist() if unread else ())  # one copy
+        read = iter(torch.cat([step.values for step in unread]).cpu().tolist() if unread else ())  # one copy
         for step in unread:
-            values = dict(zip(step.names, itertools.islice(numbers, len(step.names)), strict=True))
+            values = {name: step.numbers[name] if name in step.numbers else next(read) for name in step.names}
             self._check_finite(step, values)
             self._log(step, values)
             self._progress.advance(1, loss=values["loss"])
@@ -110,9 +112,7 @@ class StepLog:
             place.logged_steps, place.sums = 0, {}
 
 
-def _stacked(values: Iterable[float | Tensor]) -> Tensor:
-    """Scalars as one tensor on their device, float64 where any is; numbers of the host are copied there."""
-    given = list(values)
-    dtype = torch.float64 if any(getattr(value, "dtype", None) == torch.float64 for value in given) else torch.float32
-    device = next(value.device for value in given if isinstance(value, Tensor))
-    return torch.stack([torch.as_tensor(value, dtype=dtype, device=device) for value in given])
+def _of_one_dtype(values: Sequence[Tensor]) -> list[Tensor]:
+    """Scalars in float64 where any is, else in float32."""
+    dtype = torch.float64 if any(value.dtype == torch.float64 for value in values) else torch.float32
+    return [value.to(dtype) for value in values]
