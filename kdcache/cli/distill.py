@@ -8,7 +8,17 @@ from typing import Annotated
 import typer
 
 from kdcache.cli import stages
-from kdcache.cli.options import RUNS, Json, OutputDir, RecipeFile, RemoteUrl, Settings, find_cache, open_job
+from kdcache.cli.options import (
+    RUNS,
+    Json,
+    OutputDir,
+    RecipeFile,
+    RemoteUrl,
+    Settings,
+    TargetsCache,
+    find_cache,
+    open_job,
+)
 from kdcache.cli.output import out
 
 
@@ -16,14 +26,7 @@ def distill(
     recipe: RecipeFile,
     settings: Settings = None,
     output_dir: OutputDir = RUNS,
-    cache: Annotated[
-        str | None,
-        typer.Option(
-            metavar="PATH|NAME",
-            help="Cache with the targets: a directory, or a name on the remote; default: that of the run.",
-            show_default=False,
-        ),
-    ] = None,
+    cache: TargetsCache = None,
     live_teachers: Annotated[
         Path | None,
         typer.Option(

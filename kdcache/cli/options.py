@@ -59,6 +59,14 @@ CacheReference = Annotated[
         metavar="PATH|NAME", help="Directory of a cache, or a name (NAME@VERSION) on the remote.", show_default=False
     ),
 ]
+TargetsCache = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PATH|NAME",
+        help="Cache with the targets: a directory, or a name on the remote; default: that of the run.",
+        show_default=False,
+    ),
+]
 RUNS = Path("runs")
 _REFERENCE = re.compile(rf"{layout.NAME.pattern}(@{layout.TAG.pattern})?")
 

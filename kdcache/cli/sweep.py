@@ -21,6 +21,7 @@ from kdcache.cli.options import (
     RecipeFile,
     RemoteUrl,
     Settings,
+    TargetsCache,
     find_cache,
     open_job,
 )
@@ -37,14 +38,7 @@ def sweep(
     recipe: RecipeFile,
     settings: Settings = None,
     output_dir: OutputDir = RUNS,
-    cache: Annotated[
-        str | None,
-        typer.Option(
-            metavar="PATH|NAME",
-            help="Cache with the targets: a directory, or a name on the remote; default: that of the run.",
-            show_default=False,
-        ),
-    ] = None,
+    cache: TargetsCache = None,
     remote: RemoteUrl = None,
     jobs: Annotated[int, typer.Option(min=1, help="Students that are trained at the same time, in processes.")] = 1,
     threads: Annotated[

@@ -254,7 +254,7 @@ class GoldenMethod:
 
     def expected(self, step: PlainStep) -> dict[str, float]:
         """The terms that count in this step, by name and before the recipe's weights."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must write out the terms of '{self.method}'")
 
     @pytest.mark.parametrize("keys", [{}, {"temperature": 3.0, "t_squared": True}, {"paper": True}], ids=str)
     @pytest.mark.parametrize("labelled", [True, False], ids=["labels", "no-labels"])
