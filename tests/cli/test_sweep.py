@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,15 @@ from tests.conftest import TinyRun
 GRID = 'sweep.grid={"distill.method"=["kd", "mt-bert"], "distill.weights.hidden"=[0.1, 1]}'
 ALONE = 'sweep.baseline={"distill.method"="fine-tune"}'
 DRIVER = Path(__file__).parent.parent / "distill" / "killed_sweep.py"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """The number of threads decides how sums are rounded, so processes that are compared use one each."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def call(run: TinyRun, output: Path, *settings: str, flags: tuple[object, ...] = ("--cache",)) -> Said:
@@ -96,7 +106,8 @@ def test_a_failing_cell_ends_with_1_and_the_others_are_there(tiny_run: TinyRun, 
 
 def test_two_processes_train_the_same_students(tiny_run: TinyRun, swept: tuple[Path, Said], tmp_path: Path) -> None:
     part = 'sweep.grid={"distill.method"=["kd", "mt-bert"]}'
-    said = call(tiny_run, tmp_path, part, "sweep.seeds=[0, 1]", flags=("--cache", tiny_run.cache, "--jobs", "2"))
+    flags = ("--cache", tiny_run.cache, "--jobs", "2", "--threads", "1")
+    said = call(tiny_run, tmp_path, part, "sweep.seeds=[0, 1]", flags=flags)
     assert said.code == 0, said.err
     whole = {cell["cell"]: cell for cell in swept[1].document["cells"]}
     for cell in said.document["cells"]:
