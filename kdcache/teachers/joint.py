@@ -25,6 +25,7 @@ from kdcache.training.best_epoch import BestEpoch
 from kdcache.training.compiled import compiled
 from kdcache.training.loop import micro_batches
 from kdcache.training.predict import predict
+from kdcache.training.settings import LoopSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -125,7 +126,7 @@ def train(
         note=progress.note,
     )
     loop_settings = replace(
-        loop.LoopSettings.from_section(settings, identity, newer_keys(identity)),
+        LoopSettings.from_section(settings, identity, newer_keys(identity)),
         lr_by_prefix=_own_rates(sources, models),
         decay_by_prefix=True,
     )

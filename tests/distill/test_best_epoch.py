@@ -24,7 +24,8 @@ from kdcache.files import Disk
 from kdcache.progress import SilentProgress
 from kdcache.testing.faults import Died, FaultyDisk, UnsyncedDisk
 from kdcache.training.best_epoch import BestEpoch
-from kdcache.training.loop import LoopSettings, train
+from kdcache.training.loop import train
+from kdcache.training.settings import LoopSettings
 
 EPOCHS = 4
 SETTINGS = LoopSettings(epochs=EPOCHS, learning_rate=0.1, checkpoint_steps=2, seed=1, identity={"data": "a"})

@@ -18,7 +18,8 @@ from kdcache.recipe import DistillSection
 from kdcache.testing.faults import UnsyncedDisk
 from kdcache.training import checkpoints
 from kdcache.training.device import check_precision, default_device, make_accelerator
-from kdcache.training.loop import LoopSettings, Outcome, train
+from kdcache.training.loop import Outcome, train
+from kdcache.training.settings import LoopSettings
 from tests.training.test_loop import Regression
 
 SETTINGS = LoopSettings(epochs=3, learning_rate=0.05, checkpoint_steps=2, log_steps=2, seed=3)

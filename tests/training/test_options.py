@@ -19,8 +19,8 @@ from kdcache.testing.tiny import make_model
 from kdcache.training import compiled as module
 from kdcache.training import device, loop
 from kdcache.training.compiled import compiled, padded_length
-from kdcache.training.loop import LoopSettings
 from kdcache.training.optim import adamw
+from kdcache.training.settings import LoopSettings
 from tests.training.test_loop import SETTINGS, Regression, run, weights
 
 
