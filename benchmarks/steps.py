@@ -177,7 +177,8 @@ class Runner:
             keep_freed_blocks()  # as in the stage
         torch.manual_seed(0)
         section, model = recipe.distill, training.model()
-        model.student.full_mask = device.type != "cpu" and takes_full_mask(model.student)
+        eager = device.type != "cpu" and not section.compile
+        model.student.full_mask = eager and takes_full_mask(model.student, training.student.max_length)
         model = model.to(device).train()
         options = contextlib.ExitStack()
         options.enter_context(float32_products(section.tf32))

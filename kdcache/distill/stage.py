@@ -178,7 +178,8 @@ def _train(
                 f"stage {number} of {len(stages)}: {stage.settings.method.name}, rows: {section.rows or 'all'}"
             )
         model = stage.model(model)
-        model.student.full_mask = default_device().type != "cpu" and takes_full_mask(model.student)
+        eager = default_device().type != "cpu" and not section.compile
+        model.student.full_mask = eager and takes_full_mask(model.student, stage.student.max_length)
         identity = stage.identity(model)
         best = BestEpoch(place / "best", place, identity)
         task = DistillTask(

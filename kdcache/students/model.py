@@ -81,14 +81,18 @@ class StudentModel(nn.Module):
         return StudentOutput(logits.float(), output.hidden_states)
 
 
-def takes_full_mask(model: StudentModel) -> bool:
-    """Whether the network gives the same for a mask [batch, 1, tokens, tokens], tried on made-up ids on the CPU.
+def takes_full_mask(model: StudentModel, max_length: int) -> bool:
+    """Whether the network gives the same for a mask [batch, 1, tokens, tokens], tried on made-up ids.
+
+    These have ``max_length`` tokens: networks whose tokens read only their neighbours differ for long texts.
 
     With a mask [batch, tokens] transformers asks in every forward pass whether anything is padding, and an accelerator
     waits for the answer.
     """
-    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
-    inputs = {"input_ids": torch.tensor([[5, 6, 7, 8, 9], [9, 8, 7, 0, 0]]), "attention_mask": mask}
+    device = next(model.parameters()).device
+    places = torch.arange(max_length, device=device)
+    mask = torch.stack([places >= 0, places < (max_length + 1) // 2]).long()
+    inputs = {"input_ids": (5 + places % 5) * mask, "attention_mask": mask}
     training = model.training
     model.eval()
     try:
@@ -97,7 +101,7 @@ def takes_full_mask(model: StudentModel) -> bool:
                 run_network(model.network, inputs | {"attention_mask": given}, hidden_states=True)
                 for given in (mask, _full_mask(mask))
             )
-    except (RuntimeError, ValueError, IndexError, TypeError):  # of whatever kind of model
+    except Exception:  # whatever a model raises: it does not take it
         return False
     finally:
         model.train(training)
