@@ -2,6 +2,8 @@
 
     python benchmarks/steps.py RECIPE --teachers runs/quickstart/teachers --cache runs/quickstart/cache
     python benchmarks/steps.py RECIPE --teachers runs/sst2/teachers --cache runs/sst2/cache --set KEY=VALUE ...
+    python benchmarks/steps.py ... --contenders cached --set distill.compile=true   # or tf32, fused_adamw=false
+    python benchmarks/steps.py ... --contenders cached --dense-embeddings   # gradients of all rows, as in 0.1.0
 
 Every contender trains the same student on the same rows. Contenders are interleaved: some steps of one, then some of
 the next. Plain fine-tuning has its own order of rows, so a turn must be long enough to have batches of all lengths.
@@ -14,6 +16,7 @@ process with one contender. Prints JSON.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import itertools
 import json
@@ -30,10 +33,14 @@ from measure import in_a_process, machine, peak_memory_mb, ratio, rounds, summar
 from kdcache.cache.memory import keep_freed_blocks
 from kdcache.cache.reader import open_cache
 from kdcache.distill.setup import Training, prepare
+from kdcache.distill.stage import compiled_student
+from kdcache.loading.transfer import pack
 from kdcache.progress import SilentProgress
 from kdcache.recipe import load_recipe
-from kdcache.training.device import default_device
+from kdcache.students.model import takes_full_mask
+from kdcache.training.device import default_device, float32_products
 from kdcache.training.optim import adamw
+from kdcache.training.row_gradients import RowGradients
 
 if TYPE_CHECKING:
     from kdcache.distill.objective import DistillationModel
@@ -73,6 +80,9 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument(
+        "--dense-embeddings", action="store_true", help="on a CPU: a gradient of all rows in each micro-batch"
+    )
     parser.add_argument("--alone", choices=CONTENDERS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     there = len(open_cache(arguments.cache).teachers)
@@ -111,6 +121,7 @@ def compare(arguments: argparse.Namespace, count: int) -> dict[str, Any]:
     for runner in runners.values():
         runner.close()
     settings = [flag for override in arguments.overrides for flag in ("--set", override)]
+    settings += ["--dense-embeddings"] if arguments.dense_embeddings else []
     common = [arguments.recipe, "--teachers", str(arguments.teachers), "--cache", str(arguments.cache), *settings]
     found["peak memory, MB"] = {
         name: in_a_process("steps.py", [*common, "--counts", str(count), "--steps", "10", "--alone", name])
@@ -146,6 +157,8 @@ class Runner:
     accumulation: int
     autocast: bool
     device: torch.device
+    rows: RowGradients | None  # of word embeddings
+    settings: contextlib.ExitStack  # compiled graphs and TF32, until it is closed
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
 
     @classmethod
@@ -163,17 +176,25 @@ class Runner:
         if device.type == "cpu":
             keep_freed_blocks()  # as in the stage
         torch.manual_seed(0)
-        model = training.model().to(device).train()
-        section = recipe.distill
+        section, model = recipe.distill, training.model()
+        eager = device.type != "cpu" and not section.compile
+        model.student.full_mask = eager and takes_full_mask(model.student, training.student.max_length)
+        model = model.to(device).train()
+        options = contextlib.ExitStack()
+        options.enter_context(float32_products(section.tf32))
+        options.enter_context(compiled_student(training))
+        plain = section.compile or arguments.dense_embeddings
         return cls(
             name,
             training,
             model,
-            adamw(model.named_parameters(), section.learning_rate, section.weight_decay),
+            adamw(model.named_parameters(), section.learning_rate, section.weight_decay, fused=section.fused_adamw),
             from_memory(training, device) if name == "memory" else endless(training.source.batches),
             section.accumulation,
             section.precision == "bf16",
             device,
+            None if plain else RowGradients(model),
+            options,
         )
 
     def steps(self, count: int) -> float:
@@ -186,8 +207,9 @@ class Runner:
     def step(self) -> None:
         clock = Clock(self.seconds, self.device)
         batch = next(self.batches)
-        pieces = [piece.to(self.device, non_blocking=True) for piece in batch.split(self.accumulation)]
-        counts = self.model.counts([batch])
+        counts, pieces = self.model.counts([batch]), batch.split(self.accumulation)
+        if self.device.type != "cpu":
+            pieces = pack(pieces, pin=self.device.type == "cuda").to(self.device)
         clock.lap("data")
         for piece in pieces:
             precision = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocast)
@@ -196,6 +218,8 @@ class Runner:
             clock.lap("loss")
             loss.backward()
             clock.lap("backward")
+        if self.rows is not None:
+            self.rows.gather()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0, foreach=True)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -214,6 +238,8 @@ class Runner:
         with FlopCounterMode(display=False) as counter:
             loss, _ = self.model(batch.to(self.device), self.model.counts([batch]))
             loss.backward()
+        if self.rows is not None:
+            self.rows.gather()
         self.optimizer.zero_grad()
         return int(counter.get_total_flops())
 
@@ -225,6 +251,7 @@ class Runner:
         return (time.perf_counter() - began) / steps
 
     def close(self) -> None:
+        self.settings.close()
         close = getattr(self.batches, "close", None)
         if close is not None:
             close()

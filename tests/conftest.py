@@ -30,6 +30,18 @@ settings.register_profile("kdcache", deadline=None, derandomize=True, database=N
 settings.load_profile("kdcache")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked ``cuda`` run where there is a GPU."""
+    marked = [item for item in items if item.get_closest_marker("cuda")]
+    if not marked:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="torch.cuda is not available"))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _home_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Nothing is read from or left in the user's home; processes that tests start inherit it."""

@@ -40,8 +40,9 @@ from kdcache.testing.caches import LAYERS, Plan, dump, made_plan, made_teacher, 
 from kdcache.testing.memory_remote import MemoryRemote
 from kdcache.testing.power_cut import watched
 from kdcache.training.checkpoints import save
-from kdcache.training.loop import LoopSettings, train
+from kdcache.training.loop import train
 from kdcache.training.metrics_log import MetricsLog
+from kdcache.training.settings import LoopSettings
 
 SMALL = made_plan(3, 2, ["bert"])
 GROWN = Plan(

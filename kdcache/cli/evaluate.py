@@ -15,7 +15,9 @@ def evaluate(
     model: Annotated[
         Path,
         typer.Argument(
-            metavar="MODEL_DIR", help="Directory of a student or of any sequence classifier.", show_default=False
+            metavar="MODEL_DIR",
+            help="Directory of a student, a co-finetuned teacher, or any sequence classifier.",
+            show_default=False,
         ),
     ],
     data: Annotated[
@@ -36,16 +38,22 @@ def evaluate(
     ] = None,
     max_length: Annotated[int | None, typer.Option(min=1, help="Tokens at most.", show_default=False)] = None,
     batch: Annotated[int, typer.Option(min=1, help="Rows of 128 tokens in one forward pass.")] = 32,
+    speed: Annotated[
+        bool, typer.Option("--speed", help="Also time forward passes: ms per text, and texts per second in batches.")
+    ] = False,
     trust_remote_code: TrustRemoteCode = False,
     json: Json = False,  # noqa: ARG001  (its callback switches the output)
 ) -> None:
     """Score a model: accuracy, macro-F1, Matthews correlation, loss.
 
-    A student of kdcache knows its text and label columns; other models need --text and --label. If labels are
+    A student of kdcache knows its text and label columns, a co-finetuned teacher its text columns; other models need
+    --text and --label. If labels are
     numbers, and the student's class names were sorted and not declared by data.labels, --labels gives the class of each
     number.
 
     Example: kdcache evaluate runs/sst2/student --data data/test.tsv --json
+
+    Example: kdcache evaluate runs/sst2/teachers/bert --data data/test.tsv --label label --speed
     """
     from kdcache.students.score import evaluate_model
 
@@ -57,6 +65,7 @@ def evaluate(
         max_length=max_length,
         batch=batch,
         labels=labels,
+        speed=speed,
         trust_remote_code=trust_remote_code,
     )
     out.document(scores)

@@ -73,12 +73,14 @@ class Float8(RowScaledFormat):
     def decoder(self, basis: Basis | None) -> Decoder | None:
         import torch
 
-        table = torch.from_numpy(VALUES)
+        tables = {torch.device("cpu"): torch.from_numpy(VALUES)}
 
         def numbers(codes: torch.Tensor) -> torch.Tensor:
             if codes.device.type == "cuda":
                 return codes.view(torch.float8_e4m3fn).to(torch.float32)
-            return table.to(codes.device).index_select(0, codes.reshape(-1).int()).view(codes.shape)
+            if codes.device not in tables:
+                tables[codes.device] = tables[torch.device("cpu")].to(codes.device)
+            return tables[codes.device].index_select(0, codes.reshape(-1).int()).view(codes.shape)
 
         return numbers
 

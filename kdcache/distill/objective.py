@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 
 from kdcache.errors import RecipeError
@@ -30,7 +29,7 @@ from kdcache.methods.base import (
     no_scores,
 )
 from kdcache.methods.parts.layer_map import EVEN, LAYER_MAPPINGS, LayerMapping
-from kdcache.methods.parts.weighting import teacher_weights
+from kdcache.methods.parts.weighting import constants, teacher_weights
 from kdcache.methods.registry import find_method
 
 if TYPE_CHECKING:
@@ -221,7 +220,7 @@ class DistillationModel(nn.Module):
             if rows is not None:
                 weights = weights * rows
             elif any(factor != 1.0 for factor in factors):
-                weights = weights * torch.tensor(factors, dtype=weights.dtype).to(weights.device)[:, None]
+                weights = weights * constants(factors, weights)[:, None]
             log |= {f"weight/{name}": row.sum() / counts.rows for name, row in zip(self.teachers, weights, strict=True)}
         return View(
             student_logits=logits,
@@ -248,5 +247,5 @@ class DistillationModel(nn.Module):
         if targets is None or not targets.logits.shape[-1]:
             return targets, factors, None
         scaled = own.scaled(targets.logits)
-        by_choice = torch.tensor(chosen, dtype=scaled.dtype).to(scaled.device)[:, None]
+        by_choice = constants(chosen, scaled)[:, None]
         return replace(targets, logits=scaled), factors, by_choice * own.row_factors(scaled)

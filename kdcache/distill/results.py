@@ -74,7 +74,7 @@ class Measured:
 
     scores: Mapping[str, Mapping[str, float]]  # of the student: split -> metric
     teachers: TeacherScores
-    facts: Mapping[str, TeacherFacts]  # of the teachers whose files are there
+    facts: Mapping[str, TeacherFacts]  # of every teacher
     speed: Speed  # of the student
     best_epoch: int
     training_seconds: float  # of this process: a resumed training took longer
@@ -96,7 +96,7 @@ def build_results(training: Training, measured: Measured, metrics: Path) -> dict
         "method_source": method.source,
         "seed": recipe.distill.seed,
         "scores": {split: dict(values) for split, values in measured.scores.items()},
-        "teachers": {name: _teacher(own, measured.facts.get(name)) for name, own in measured.teachers.each.items()},
+        "teachers": {name: _teacher(own, measured.facts[name]) for name, own in measured.teachers.each.items()},
         "teachers_mean": {"scores": dict(measured.teachers.mean)},
         **_weights(training, measured.teachers),
         "student": _student(training, measured.speed),
@@ -152,15 +152,13 @@ def _data(training: Training) -> dict[str, Any]:
     }
 
 
-def _teacher(by_split: Mapping[str, Mapping[str, float]], facts: TeacherFacts | None) -> dict[str, Any]:
-    measured: dict[str, Any] = {"parameters": None, "latency_ms": None, "texts_per_second": None}
-    if facts is not None:
-        speed = facts.speed
-        measured = {
-            "parameters": facts.parameters,
-            "latency_ms": speed.latency_ms,
-            "texts_per_second": speed.texts_per_second,
-        }
+def _teacher(by_split: Mapping[str, Mapping[str, float]], facts: TeacherFacts) -> dict[str, Any]:
+    measured = {
+        "parameters": facts.parameters,
+        "latency_ms": facts.latency_ms,
+        "texts_per_second": facts.texts_per_second,
+        "measured_on": facts.measured_on,
+    }
     return {**measured, "scores": {split: dict(values) for split, values in by_split.items()}}
 
 

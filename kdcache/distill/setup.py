@@ -21,6 +21,7 @@ from kdcache.loading.cached import CachedBatches
 from kdcache.loading.data import SplitJoin, StudentData, join_counts, student_data, with_rows
 from kdcache.loading.examples import TRANSFER
 from kdcache.progress import format_bytes
+from kdcache.recipe.training import ARITHMETIC
 from kdcache.report.metrics import scores
 from kdcache.students.build import build_student
 from kdcache.students.score import selection_score
@@ -150,8 +151,10 @@ class Training:
         Batches follow from data, cache, batch size, seed, window and ``missing``, which are part of it. The device and
         the versions of libraries are not, since they change only rounding: a training may resume on another machine.
         """
-        section = self.recipe.distill.model_dump(mode="json", exclude={"checkpoint_steps"})
-        absent = {key for key in _WEIGHTS if section[key] is None}  # so that 0.1.0, without these keys, is the same
+        section = self.recipe.distill.model_dump(mode="json", exclude={"checkpoint_steps", "checkpoint_minutes"})
+        absent = {
+            key for key in (*_WEIGHTS, *ARITHMETIC) if section[key] is None
+        }  # so that 0.1.0, without these keys, is the same
         section = {key: value for key, value in section.items() if key not in absent}
         weights = {} if self.weights is None else {"teacher mixture": self.weights.record()}
         return (

@@ -15,6 +15,7 @@ import json
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,20 +24,25 @@ from kdcache.cache.memory import keep_freed_blocks
 from kdcache.data.encoding import truncation_note
 from kdcache.distill.results import SCORED, STAGE, Measured, build_results, teacher_scores
 from kdcache.distill.setup import NEWER_KEYS, Training, prepare
-from kdcache.distill.teachers_at_hand import check_teachers
+from kdcache.distill.teachers_at_hand import teacher_facts
 from kdcache.files import remove_directory, write_file
 from kdcache.loading.cached import CachedBatches
-from kdcache.methods.base import Moment
+from kdcache.loading.live import LiveBatches
+from kdcache.loading.transfer import on_device
+from kdcache.methods.base import Moment, StepCounts
 from kdcache.methods.parts.projections import PROJECTIONS, rate_factor
 from kdcache.report.cards import model_card
 from kdcache.runs import RunDirectory
+from kdcache.students.model import takes_full_mask
 from kdcache.students.save import save_student, student_record
 from kdcache.students.score import EncodedSplit, encode_split, selection_score, split_scores
 from kdcache.students.speed import measure_speed
 from kdcache.training.best_epoch import BestEpoch
+from kdcache.training.compiled import compiled
 from kdcache.training.device import default_device
-from kdcache.training.loop import LoopSettings, Outcome, check_evaluation, train
+from kdcache.training.loop import Outcome, check_evaluation, micro_batches, train
 from kdcache.training.metrics_log import MetricsLog
+from kdcache.training.settings import LoopSettings
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -88,8 +94,8 @@ def distill(
     prepared = prepare(recipe, cache, run_root, live_teachers, progress)
     shown = next((stage for stage in prepared.stages if stage.source.teachers), prepared)
     training = replace(shown, recipe=recipe)  # whose teachers and layers the results name
-    source, student, texts = training.source, training.student, training.some_texts()
-    facts = check_teachers(training.teachers_dir, training.cache, source.teachers, texts, recipe.trusted())
+    source, student = training.source, training.student
+    facts = teacher_facts(training.teachers_dir, training.cache, source.teachers, recipe.trusted())
     mixture = None if training.weights is None else training.weights.of_used
     of_teachers = teacher_scores(source, training.data, mixture, missing=recipe.distill.missing)  # fails early
     if source.skipped:
@@ -105,7 +111,7 @@ def distill(
     training_seconds = time.perf_counter() - training_started
 
     of_student = {name: split_scores(student.model, split) for name, split in splits.items()}
-    speed = measure_speed(student.model, student.tokenizer, student.max_length, texts)
+    speed = measure_speed(student.model, student.tokenizer, student.max_length, training.some_texts())
     seconds = time.perf_counter() - started
     measured = Measured(
         of_student,
@@ -172,6 +178,8 @@ def _train(
                 f"stage {number} of {len(stages)}: {stage.settings.method.name}, rows: {section.rows or 'all'}"
             )
         model = stage.model(model)
+        eager = default_device().type != "cpu" and not section.compile
+        model.student.full_mask = eager and takes_full_mask(model.student, stage.student.max_length)
         identity = stage.identity(model)
         best = BestEpoch(place / "best", place, identity)
         task = DistillTask(
@@ -187,7 +195,9 @@ def _train(
         )
         settings = LoopSettings.from_section(section, identity, NEWER_KEYS)
         settings = replace(settings, log_steps=1, lr_by_prefix=_lr_by_prefix(section, model))
-        outcome = train(task, settings, checkpoints=place, progress=progress, on_metrics=MetricsLog(run.metrics, log))
+        metrics = MetricsLog(run.metrics, log)
+        with compiled_student(stage):
+            outcome = train(task, settings, checkpoints=place, progress=progress, on_metrics=metrics)
         if number == len(stages) or section.patience is not None:
             task.load_best(outcome.best_mark)
         found.append(_stage_result(stage, outcome))
@@ -196,6 +206,15 @@ def _train(
         if isinstance(stage.source, CachedBatches):
             stage.source.forget_parts()
     return _Trained(best_epoch, tuple(found))
+
+
+def compiled_student(stage: Training) -> AbstractContextManager[None]:
+    """The student's network trains with compiled graphs, if the recipe asks for it."""
+    section = stage.recipe.distill
+    if not section.compile:
+        return nullcontext()
+    rows = {part.stop - part.start for part in micro_batches(section.batch_size, section.accumulation)}
+    return compiled(stage.student.model.network, rows=rows, max_length=stage.student.max_length)
 
 
 def _stage_result(stage: Training, outcome: Outcome) -> dict[str, Any]:
@@ -243,9 +262,13 @@ def _save(training: Training, results: dict[str, Any], run: RunDirectory, progre
 
 @dataclass(frozen=True)
 class Step:
-    """What one optimizer step learns from, and where in the training it is."""
+    """What one optimizer step learns from, and where in the training it is.
 
-    batch: Batch
+    ``pieces``: its micro-batches, on the device of the model.
+    """
+
+    pieces: tuple[Batch, ...]
+    counts: StepCounts
     moment: Moment
 
 
@@ -278,17 +301,27 @@ class DistillTask:
         self._first_epoch = first_epoch  # of this stage, so that no two stages have the same order of rows
 
     def batches(self, epoch: int, first_step: int) -> Iterator[Step]:
-        """One ``Step`` per optimizer step."""
+        """One ``Step`` per optimizer step; on an accelerator the next ones are copied there while a step runs."""
+        device = next(self.model.parameters()).device
+        if device.type == "cpu":
+            for step, pieces in self._on_host(epoch, first_step):
+                yield replace(step, pieces=pieces)
+            return
+        live = isinstance(self._source, LiveBatches)
+        steps = on_device(lambda: self._on_host(epoch, first_step), device, in_thread=not live)
+        for step, pieces in steps:
+            yield replace(step, pieces=pieces)
+
+    def _on_host(self, epoch: int, first_step: int) -> Iterator[tuple[Step, tuple[Batch, ...]]]:
         before, number = epoch * self.steps_per_epoch, self._first_epoch + epoch
         for step, batch in enumerate(self._source.batches(number, first_step), start=before + first_step):
-            yield Step(batch, Moment(step, self._total_steps, number, self._seed))
+            counts = self._distillation.counts([batch])
+            yield Step((), counts, Moment(step, self._total_steps, number, self._seed)), batch.split(self._accumulation)
 
     def losses(self, step: Step) -> Iterator[tuple[Tensor, dict[str, float | Tensor]]]:
         """The loss of each micro-batch, divided by the counts of the whole step, and its terms before their weights."""
-        device = next(self.model.parameters()).device
-        counts = self._distillation.counts([step.batch])
-        for piece in step.batch.split(self._accumulation):
-            loss, terms = self.model(piece.to(device, non_blocking=True), counts, step.moment)
+        for piece in step.pieces:
+            loss, terms = self.model(piece, step.counts, step.moment)
             yield loss, dict(terms)
 
     def evaluate(self, epoch: int) -> dict[str, float]:  # noqa: ARG002 - of the protocol

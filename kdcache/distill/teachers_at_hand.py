@@ -1,32 +1,38 @@
-"""The teachers whose files are beside the cache or the run: checked against the cache, counted and timed.
+"""The teachers of a cache: their size and speed as the dump recorded them, and their files, where these are at hand.
 
-A student can be distilled without them. Where they are there, they must be the ones that the cache was dumped from.
+A student is distilled without teachers. Where their files are beside the cache or the run, they must be the ones that
+the cache was dumped from. They are read and hashed, one tensor after the other; no model is made of them, so that a
+teacher may be larger than the memory of this machine's device.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kdcache.cache.spec import differing
 from kdcache.errors import MismatchError
 from kdcache.runs import RunDirectory
-from kdcache.students.speed import Speed, measure_speed
 
 if TYPE_CHECKING:
     from kdcache.cache.reader import Cache
-    from kdcache.cache.spec import Fingerprints
 
 
 @dataclass(frozen=True)
 class TeacherFacts:
-    """Size and speed of a teacher."""
+    """Size and speed of a teacher; None where neither the cache nor files at hand say it.
 
-    parameters: int
-    speed: Speed
+    ``measured_on``: device, precision and backend of the dump, which measured the speed.
+    """
+
+    parameters: int | None = None
+    latency_ms: float | None = None
+    texts_per_second: float | None = None
+    measured_on: str | None = None
 
 
 def teachers_beside(cache: Path | None, run_root: Path) -> Path | None:
@@ -38,35 +44,59 @@ def teachers_beside(cache: Path | None, run_root: Path) -> Path | None:
     return next((directory for directory in candidates if is_bundle(directory)), None)
 
 
-def check_teachers(
-    directory: Path | None,
-    cache: Cache | None,
-    names: Sequence[str],
-    texts: Sequence[tuple[str, ...]],
-    trusted: Collection[str] = (),
+def teacher_facts(
+    directory: Path | None, cache: Cache | None, names: Sequence[str], trusted: Collection[str] = ()
 ) -> dict[str, TeacherFacts]:
-    """Compare the teachers in ``directory`` with those of the cache and measure them, one in memory at a time.
+    """Size and speed of the teachers ``names``, from the cache. Files in ``directory`` must be those of its teachers.
 
-    A process does this once per teacher, as long as its files stay as they are.
-
-    ``texts`` are what speed is measured on; ``trusted`` teachers may run their own Python code. Raises MismatchError
-    where one is another teacher: the cache would then hold targets that these teachers do not give.
+    A process reads the files of a teacher once, as long as they stay as they are. ``trusted`` teachers may run their
+    own Python code. Raises MismatchError where a directory holds another teacher: the cache would then hold targets
+    that these teachers do not give.
     """
-    from kdcache.teachers.bundle import teacher_names
-
-    if directory is None or cache is None or not names:
+    if cache is None:
         return {}
-    known, facts = teacher_names(directory), {}
+    counts = {} if directory is None else _counted(directory, cache, names, trusted)
+    records = cache.manifest.provenance.get("teachers")
+    facts = {}
+    for name in names:
+        record = records.get(name) if isinstance(records, Mapping) else None
+        facts[name] = _recorded(cache, name, record if isinstance(record, Mapping) else {}, counts.get(name))
+    return facts
+
+
+def _recorded(cache: Cache, name: str, record: Mapping[str, Any], parameters: int | None) -> TeacherFacts:
+    stored = _positive(record.get("parameters"))
+    parameters = parameters or (None if stored is None else int(stored))
+    latency, rate = _positive(record.get("latency_ms")), _positive(record.get("forward_texts_per_second"))
+    if latency is None or rate is None:  # a cache of 0.1.0
+        return TeacherFacts(parameters)
+    spec = cache.teachers[name]
+    return TeacherFacts(parameters, latency, rate, f"{record.get('device')}, {spec.precision}, {spec.backend}")
+
+
+def _positive(value: Any) -> float | None:
+    """A positive number of a manifest, which may come from somebody else."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    return number if math.isfinite(number) and number > 0 else None
+
+
+def _counted(directory: Path, cache: Cache, names: Sequence[str], trusted: Collection[str]) -> dict[str, int]:
+    """Parameters of the teachers whose files are in ``directory``, compared with the cache's."""
+    from kdcache.teachers.bundle import read_bundle
+
+    known, counts = read_bundle(directory).teachers, {}
     for name in [name for name in names if name in known]:
-        files = _Files(directory, name, name in trusted, _stamp(directory, name))
-        fingerprints, facts[name] = _loaded(files, tuple(texts))
-        changed = differing(cache.teachers[name].fingerprints, fingerprints)
+        changed = differing(cache.teachers[name].fingerprints, known[name].fingerprints)
         if changed:
             raise MismatchError(
                 f"teacher '{name}' in '{directory}' is not the one of cache '{cache.path}'; they differ in {changed}",
                 "Dump again with kdcache dump-teachers, or move those teachers away from beside the cache.",
             )
-    return facts
+        counts[name] = _checked(_Files(directory, name, name in trusted, _stamp(directory, name)))
+    return counts
 
 
 @dataclass(frozen=True)
@@ -80,14 +110,11 @@ class _Files:
 
 
 @functools.lru_cache(maxsize=64)
-def _loaded(files: _Files, texts: tuple[tuple[str, ...], ...]) -> tuple[Fingerprints, TeacherFacts]:
-    """Fingerprints and facts of a teacher. A process that trains many students loads it once."""
-    from kdcache.teachers.bundle import load_teacher
+def _checked(files: _Files) -> int:
+    """The parameters of a teacher whose files are those of teachers.json."""
+    from kdcache.teachers.bundle import check_files, read_bundle
 
-    teacher = load_teacher(files.directory, files.name, trust_remote_code=files.trusted)
-    parameters = sum(parameter.numel() for parameter in teacher.model.parameters())
-    speed = measure_speed(teacher.model, teacher.tokenizer, teacher.max_length, texts)
-    return teacher.fingerprints, TeacherFacts(parameters, speed)
+    return check_files(files.directory, files.name, read_bundle(files.directory), trust_remote_code=files.trusted)
 
 
 def _stamp(directory: Path, name: str) -> tuple[tuple[str, int, int], ...]:

@@ -15,13 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kdcache.cache.card import subtable
 from kdcache.cache.spec import needs_tokens
 from kdcache.data.encoding import encode, truncation_note
 from kdcache.dump.engine import BackgroundWriter, TextBatches, fit_bases, run_part
 from kdcache.progress import counted, format_bytes, format_rate, format_seconds, format_share
 from kdcache.runs import home
+from kdcache.students.speed import time_forward
 from kdcache.teachers.backends import open_backend
-from kdcache.teachers.bundle import load_teacher
+from kdcache.teachers.bundle import load_teacher, parameters_on_disk
 
 if TYPE_CHECKING:
     from kdcache.cache.writer import CacheWriter, PartTask
@@ -119,9 +121,35 @@ def run_teacher(
                 background.start(_write_part(writer, teacher.name, task, outputs, spans, hidden))
         progress.finish()
         record = dict(backend.record)
+        if missing and not _has_speed(writer, teacher.name):
+            record |= measured_record(backend, batches, teachers_dir)
     return TeacherRun(
         teacher.name, len(missing), texts, tokens, sum(written), time.perf_counter() - started, record, truncated
     )
+
+
+def measured_record(backend: TeacherBackend, batches: TextBatches, teachers_dir: Path) -> dict[str, str]:
+    """Size and speed of a teacher for the provenance, from a few seconds of forward passes as in the dump.
+
+    So ``distill`` can name them without loading the teacher.
+    """
+    speed = time_forward(
+        lambda inputs: backend.run(inputs, (), False).logits,
+        batches.encoded,
+        batches.pad_token_id,
+        backend.device,
+        batches.tokens_per_batch,
+    )
+    return {
+        "parameters": str(parameters_on_disk(teachers_dir, batches.teacher)),
+        "latency_ms": f"{speed.latency_ms:.3f}",
+        "forward_texts_per_second": f"{speed.texts_per_second:.1f}",
+    }
+
+
+def _has_speed(writer: CacheWriter, name: str) -> bool:
+    """Whether the published cache that is extended says how fast the teacher is; its record stays."""
+    return writer.base is not None and "latency_ms" in subtable(writer.base.provenance, "teachers", name)
 
 
 def lacks_bases(writer: CacheWriter, teacher: PreparedTeacher) -> bool:

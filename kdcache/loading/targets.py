@@ -8,7 +8,7 @@ and stay in their stored dtype until they are on the device.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -145,29 +145,39 @@ class Batch:
         hidden = self.targets.hidden.values() if self.targets is not None else ()
         return sum(states.values.nbytes for states in hidden)
 
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
-        """The same batch on ``device``; a tensor that several layers share is copied once."""
-        moved: dict[int, Tensor] = {}
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on ``device``; to an accelerator, all tensors go there in one copy."""
+        device = torch.device(device)
+        if device.type == "cpu":
+            return self.mapped(lambda tensor: tensor.to(device))
+        from kdcache.loading.transfer import pack
 
-        def move(tensor: Tensor) -> Tensor:
-            if id(tensor) not in moved:
-                moved[id(tensor)] = tensor.to(device, non_blocking=non_blocking)
-            return moved[id(tensor)]
+        (batch,) = pack([self], pin=device.type == "cuda").to(device)
+        return batch
 
-        def move_if(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else move(tensor)
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """The batch with each tensor changed; a tensor that several layers share is changed once."""
+        changed: dict[int, Tensor] = {}
 
-        def move_hidden(h: Hidden) -> Hidden:
+        def once(tensor: Tensor) -> Tensor:
+            if id(tensor) not in changed:
+                changed[id(tensor)] = change(tensor)
+            return changed[id(tensor)]
+
+        def if_any(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else once(tensor)
+
+        def hidden_of(h: Hidden) -> Hidden:
             others = (h.src, h.first, h.weight, h.bags, h.bag_rows)
-            alignment = AlignmentIndices(move(h.positions), *map(move_if, others))
-            return alignment.target(move(h.values), move_if(h.scales), h.decoder)
+            alignment = AlignmentIndices(once(h.positions), *map(if_any, others))
+            return alignment.target(once(h.values), if_any(h.scales), h.decoder)
 
         targets = self.targets
         if targets is not None:
-            hidden = {key: move_hidden(value) for key, value in targets.hidden.items()}
-            targets = replace(targets, logits=move(targets.logits), hidden=hidden)
-        inputs = {name: move(tensor) for name, tensor in self.inputs.items()}
-        return Batch(inputs, move(self.labels), self.text_ids, targets)
+            hidden = {key: hidden_of(value) for key, value in targets.hidden.items()}
+            targets = replace(targets, logits=once(targets.logits), hidden=hidden)
+        inputs = {name: once(tensor) for name, tensor in self.inputs.items()}
+        return Batch(inputs, once(self.labels), self.text_ids, targets)
 
     def split(self, pieces: int) -> tuple[Batch, ...]:
         """At most ``pieces`` micro-batches of near-equal row counts, in row order, each padded to its own longest row.

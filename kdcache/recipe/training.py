@@ -43,6 +43,9 @@ Schedule = Annotated[AnySchedule | None, _unless("linear")]
 Rows = Annotated[Literal["all", "train", "labelled"] | None, _unless("all")]
 
 
+ARITHMETIC = frozenset(("tf32", "compile", "fused_adamw"))  # keys that are no part of an identity where not given
+
+
 class OptimSection(Section):
     """Keys of both trainings.
 
@@ -58,7 +61,11 @@ class OptimSection(Section):
     max_grad_norm: AboveZero = 1.0
     accumulation: Positive = 1  # micro-batches per optimizer step; batch_size is that of the step
     precision: Precision = "float32"
-    checkpoint_steps: Positive = 200
+    checkpoint_steps: Positive | None = None  # write a checkpoint every so many steps
+    checkpoint_minutes: AboveZero | None = None  # and every so many minutes; 5 where neither key is given
+    tf32: bool | None = None  # on a GPU: float32 products with 10 bits of mantissa; torch's own default where not given
+    compile: bool | None = None  # torch.compile, with texts padded to one of eight lengths
+    fused_adamw: bool | None = None  # the optimizer's fused kernel; used where there is one if not given
     select_by: Literal["accuracy", "macro_f1", "matthews", "loss"] = "accuracy"
     evaluate_steps: Positive | None = None  # evaluate on validation every so many steps too, not only after each epoch
     patience: Positive | None = None  # stop after so many evaluations in a row without a better score

@@ -19,7 +19,7 @@ _TITLES = {"accuracy": "accuracy", "macro_f1": "macro-F1", "matthews": "Matthews
 
 @dataclass(frozen=True)
 class ResultRow:
-    """One model. ``latency_ms`` per text, on the machine named beside the table."""
+    """One model. ``latency_ms`` per text: a teacher's is of the dump, a student's of the machine beside the table."""
 
     model: str
     parameters: int | None
@@ -131,8 +131,23 @@ def data_notes(results: Mapping[str, Any]) -> list[str]:
         if share
     ]
     lines += _weights(results.get("teacher_mixture"))
+    lines += _speeds(results.get("teachers", {}))
     empty = results.get("empty_rows", {})
     lines += [f"{split}: {count:,} rows without text are left out." for split, count in empty.items() if count]
+    return lines
+
+
+def _speeds(teachers: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What the speeds of the teachers were measured on, and which are not known; nothing for results of 0.1.0."""
+    named = {name: entry["measured_on"] for name, entry in teachers.items() if "measured_on" in entry}
+    known = sorted({place for place in named.values() if place is not None})
+    lines = [f"The dump measured the teachers' ms/text, on: {'; '.join(known)}."] if known else []
+    unknown = [name for name, place in named.items() if place is None]
+    if unknown:
+        lines.append(
+            f"The cache does not say how fast {', '.join(unknown)} {'is' if len(unknown) == 1 else 'are'}; measure it "
+            "with: kdcache evaluate TEACHER_DIR --data FILE --label COLUMN --speed"
+        )
     return lines
 
 

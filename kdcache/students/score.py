@@ -10,18 +10,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kdcache.data.encoding import EncodedTexts, encode
+from kdcache.data.encoding import EncodedTexts, encode, padding_id
 from kdcache.data.task import read_examples
 from kdcache.errors import RecipeError
 from kdcache.progress import listed_apart
 from kdcache.report.metrics import scores
-from kdcache.students.model import Student, StudentModel
 from kdcache.students.save import load_student, read_record
+from kdcache.students.speed import measure_speed
+from kdcache.teachers.bundle import is_bundle, load_teacher, read_bundle
 from kdcache.training.device import default_device
 from kdcache.training.predict import predict
 
 if TYPE_CHECKING:
     import numpy as np
+    from torch import nn
+
+    from kdcache.students.model import Student
+    from kdcache.teachers.bundle import Bundle
+    from kdcache.teachers.teacher import Teacher
 
 _TOKENS_PER_ROW = 128  # a batch of n rows is n x 128 padded tokens
 
@@ -42,12 +48,12 @@ def encode_split(student: Student, texts: Sequence[tuple[str, ...]], labels: np.
     )
 
 
-def split_logits(model: StudentModel, split: EncodedSplit, batch: int = 32) -> np.ndarray:
+def split_logits(model: nn.Module, split: EncodedSplit, batch: int = 32) -> np.ndarray:
     """Logits float32 [rows, classes] in the order of the rows; ``batch`` rows of 128 tokens in one forward pass."""
     return predict(model, split.encoded, split.pad_token_id, batch * _TOKENS_PER_ROW)
 
 
-def split_scores(model: StudentModel, split: EncodedSplit, batch: int = 32) -> dict[str, float]:
+def split_scores(model: nn.Module, split: EncodedSplit, batch: int = 32) -> dict[str, float]:
     """``accuracy``, ``macro_f1``, ``matthews`` and ``loss`` of the model on a split."""
     return scores(split.labels, split_logits(model, split, batch))
 
@@ -66,26 +72,31 @@ def evaluate_model(
     max_length: int | None = None,
     batch: int = 32,
     labels: Sequence[str] | None = None,
+    speed: bool = False,
     trust_remote_code: bool = False,
 ) -> dict[str, float]:
     """Scores of a saved model on a file (or hub data set).
 
-    A student of kdcache knows its text and label columns, label names and max_length; arguments override. A sequence
-    classifier from elsewhere has no record, so the columns must be named. Both heads load.
+    A student of kdcache knows its text and label columns, label names and max_length; arguments override. A
+    co-finetuned teacher knows all but the label column. A sequence classifier from elsewhere has no record, so the
+    columns must be named. All heads load.
 
     Args:
-        model_dir: a student of kdcache, or a directory that ``AutoModelForSequenceClassification`` loads.
+        model_dir: a student of kdcache, a teacher in a directory of co-finetuned teachers, or a directory that
+            ``AutoModelForSequenceClassification`` loads.
         source: a file, or the name of a hub data set.
         text: one column, or two for pairs.
         label: the label column.
         max_length: tokens that are read of a text.
         batch: rows of 128 tokens in one forward pass.
         labels: class names by the numbers that the file has for labels, where the model's order is another.
+        speed: whether to time forward passes too, in float32 on the device that training would take.
         trust_remote_code: whether the model may run Python code that lies in its directory.
 
     Returns:
         ``accuracy``, ``macro_f1``, ``matthews``, ``loss`` and ``rows``, how many were scored. Where there are any, also
-        ``left_out``, rows without text, and ``truncated``, rows of more than max_length tokens.
+        ``left_out``, rows without text, and ``truncated``, rows of more than max_length tokens. With ``speed``,
+        ``latency_ms`` of single texts and ``texts_per_second`` in batches of 32.
 
     Raises:
         RecipeError: the columns are not known, or ``labels`` are not the model's.
@@ -94,24 +105,57 @@ def evaluate_model(
         DamageError: the model's files are damaged.
     """
     directory = Path(model_dir)
-    record = read_record(directory)
-    text = text or (record.text_columns if record else None)
-    label = label or (record.label_column if record else None)
+    known = _columns(directory)
+    text, label = text or known.text, label or known.label
     if text is None or label is None:
         raise RecipeError(
             f"model '{directory}' has no record of its text and label columns (kdcache.json)",
             "Name them: --text COLUMN (twice for pairs) and --label COLUMN.",
         )
-    student = load_student(directory, trust_remote_code=trust_remote_code)
-    if labels is not None and sorted(labels) != sorted(student.label_names):
-        ours, theirs = listed_apart(tuple(labels), student.label_names)
+    opened = _opened(directory, trust_remote_code=trust_remote_code)
+    if labels is not None and sorted(labels) != sorted(opened.label_names):
+        ours, theirs = listed_apart(tuple(labels), opened.label_names)
         raise RecipeError(f"--labels are {ours}; model '{directory}' knows {theirs}", "Name each of its classes once.")
-    declared = record is None or record.labels_declared is not False
-    rows = read_examples(source, list(text), label, student.label_names, labels_declared=declared, numbered_as=labels)
-    if max_length is not None:
-        student = Student(student.model, student.tokenizer, student.label_names, max_length, student.source)
-    student.model.to(default_device())
-    split = encode_split(student, rows.texts, rows.labels)
-    odd = {"left_out": rows.empty, "truncated": split.encoded.truncated_count}
-    counts = {"rows": len(rows.labels), **{name: count for name, count in odd.items() if count}}
-    return {**split_scores(student.model, split, batch), **counts}
+    rows = read_examples(
+        source, list(text), label, opened.label_names, labels_declared=known.labels_declared, numbered_as=labels
+    )
+    opened.model.to(default_device())
+    encoded = encode(opened.tokenizer, rows.texts, max_length or opened.max_length)
+    split = EncodedSplit(encoded, rows.labels, padding_id(opened.tokenizer))
+    odd = {"left_out": rows.empty, "truncated": encoded.truncated_count}
+    found = {**split_scores(opened.model, split, batch), "rows": len(rows.labels)}
+    found |= {name: count for name, count in odd.items() if count}
+    if speed and len(encoded):
+        timed = measure_speed(opened.model, opened.tokenizer, max_length or opened.max_length, rows.texts)
+        found |= {"latency_ms": timed.latency_ms, "texts_per_second": timed.texts_per_second}
+    return found
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """What a directory says about the data of its model."""
+
+    text: Sequence[str] | None = None
+    label: str | None = None
+    labels_declared: bool = True
+
+
+def _columns(directory: Path) -> _Columns:
+    if (bundle := _bundle(directory)) is not None:
+        return _Columns(bundle.text_columns)
+    record = read_record(directory)
+    if record is None:
+        return _Columns()
+    return _Columns(record.text_columns, record.label_column, record.labels_declared is not False)
+
+
+def _bundle(directory: Path) -> Bundle | None:
+    """The co-finetuned teachers that ``directory`` is one of."""
+    bundle = read_bundle(directory.parent) if is_bundle(directory.parent) else None
+    return bundle if bundle is not None and directory.name in bundle.teachers else None
+
+
+def _opened(directory: Path, *, trust_remote_code: bool) -> Student | Teacher:
+    if _bundle(directory) is not None:
+        return load_teacher(directory.parent, directory.name, trust_remote_code=trust_remote_code)
+    return load_student(directory, trust_remote_code=trust_remote_code)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
-from kdcache.data.encoding import encode, pad
+from kdcache.data.encoding import EncodedTexts, encode, pad
 from kdcache.training.device import default_device
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 _LATENCY_TEXTS = 30
 _THROUGHPUT_TEXTS = 96
+_BATCH = 32
 _SECONDS = 2.0  # at most, for each of the two; a busy machine must not hold up the training
 
 
@@ -36,13 +38,39 @@ def measure_speed(
     """Measure a model on ``texts``, on the device that training would take."""
     device = default_device()
     model.to(device).eval()
-    texts = texts[:_THROUGHPUT_TEXTS]
-    encoded, padding = encode(tokenizer, texts, max_length), int(tokenizer.pad_token_id or 0)
+    encoded = encode(tokenizer, texts[:_THROUGHPUT_TEXTS], max_length)
+
+    def run(inputs: dict[str, Tensor]) -> Tensor:
+        logits: Tensor = model({name: tensor.to(device) for name, tensor in inputs.items()}).logits
+        return logits
+
+    return time_forward(run, encoded, int(tokenizer.pad_token_id or 0), device.type)
+
+
+def time_forward(
+    run: Callable[[dict[str, Tensor]], Tensor],
+    encoded: EncodedTexts,
+    pad_token_id: int,
+    device: str,
+    max_tokens: int | None = None,
+) -> Speed:
+    """Time forward passes.
+
+    Args:
+        run: padded inputs of one batch to logits, on ``device``.
+        encoded: the texts, of which the first 96 are used.
+        pad_token_id: of the tokenizer.
+        device: its type, for the result.
+        max_tokens: padded tokens of a batch, if it shall have less than 32 texts for long texts.
+    """
+    texts = min(len(encoded), _THROUGHPUT_TEXTS)
+    longest = int(encoded.lengths[:texts].max())
+    size = _BATCH if max_tokens is None else max(1, min(_BATCH, max_tokens // longest))
 
     def seconds(rows: Sequence[int]) -> float:
-        inputs = {name: tensor.to(device) for name, tensor in pad(encoded, rows, padding).items()}
+        inputs = pad(encoded, rows, pad_token_id)
         started = time.perf_counter()
-        model(inputs).logits.cpu()  # the copy waits for the device
+        run(inputs).cpu()  # the copy waits for the device
         return time.perf_counter() - started
 
     def measured(batches: Sequence[Sequence[int]]) -> list[tuple[int, float]]:
@@ -56,8 +84,8 @@ def measure_speed(
 
     with torch.no_grad():
         seconds([0]), seconds([0])
-        singles = measured([[row] for row in range(min(len(texts), _LATENCY_TEXTS))])
-        whole = measured([range(first, min(first + 32, len(texts))) for first in range(0, len(texts), 32)])
+        singles = measured([[row] for row in range(min(texts, _LATENCY_TEXTS))])
+        whole = measured([range(first, min(first + size, texts)) for first in range(0, texts, size)])
     latency = statistics.median(time_taken for _, time_taken in singles)
     rate = sum(count for count, _ in whole) / sum(time_taken for _, time_taken in whole)
-    return Speed(device.type, round(1000 * latency, 3), round(rate, 1))
+    return Speed(device, round(1000 * latency, 3), round(rate, 1))

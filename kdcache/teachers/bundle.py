@@ -14,6 +14,7 @@ synced and renamed.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -23,10 +24,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kdcache.cache.spec import Fingerprints, differing
-from kdcache.data.encoding import load_tokenizer
+from kdcache.data.encoding import load_tokenizer, tokenizer_fingerprint
 from kdcache.errors import CustomCodeError, DamageError, KdcacheError, MismatchError, ModelError
 from kdcache.files import make_directory, publish_directory, sync_tree, write_file
-from kdcache.teachers.fingerprints import fingerprint_teacher, tokenizer_as_used
+from kdcache.teachers.fingerprints import (
+    fingerprint_config,
+    fingerprint_state,
+    fingerprint_teacher,
+    head_tensors,
+    tokenizer_as_used,
+)
 from kdcache.teachers.head import Pooling, SharedHead
 from kdcache.teachers.sources import TOKEN_TYPES
 from kdcache.teachers.teacher import HeadKind, Teacher, TeacherModel, load_classifier, load_encoder
@@ -191,6 +198,66 @@ def load_teacher(
 def fingerprints_on_disk(directory: Path, name: str, record: TeacherRecord, bundle: Bundle) -> Fingerprints:
     """The fingerprints of a teacher that was just saved, as ``load_teacher`` computes them."""
     return _fingerprints(*_load_parts(directory, name, record, bundle, trusted=record.trust_remote_code), name, bundle)
+
+
+def check_files(directory: Path, name: str, bundle: Bundle, *, trust_remote_code: bool = False) -> int:
+    """Compare the files of a teacher with teachers.json, and count its parameters; no model is made.
+
+    Tensors are read from their files and hashed. If they do not give the fingerprints, as with weights that the model
+    shares between layers and the file has once, ``load_teacher`` decides, on the CPU.
+
+    Raises what ``load_teacher`` raises.
+    """
+    record = bundle.teachers[name]
+    found = _file_fingerprints(directory, name, bundle)
+    if found is None or differing(record.fingerprints, found):
+        load_teacher(directory, name, bundle, trust_remote_code=trust_remote_code)
+    return parameters_on_disk(directory, name)
+
+
+def parameters_on_disk(directory: Path, name: str) -> int:
+    """How many numbers the files of a teacher hold, with the shared head if it has one; reads headers only."""
+    from safetensors import safe_open
+
+    count = 0
+    for path in _weight_files(directory, name):
+        with safe_open(path, framework="pt") as file:
+            count += sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118 - no mapping
+    return count
+
+
+def _weight_files(directory: Path, name: str) -> list[Path]:
+    """The tensors of a teacher: its own files, and the shared head unless it has an own one."""
+    own = sorted((directory / name).glob("*.safetensors"))
+    shared = is_bundle(directory) and read_bundle(directory).teachers[name].head == "shared"
+    return [*own, directory / HEAD_FILE] if shared else own
+
+
+def _file_fingerprints(directory: Path, name: str, bundle: Bundle) -> Fingerprints | None:
+    """Fingerprints from the files of a teacher; None if they cannot be read so, or its own Python code is needed."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig
+
+    place, record = directory / name, bundle.teachers[name]
+    try:
+        config = AutoConfig.from_pretrained(place)
+        files = {path.name: load_file(path) for path in _weight_files(directory, name)}  # memory maps
+        tokenizer = tokenizer_fingerprint(load_tokenizer(str(place)))
+        prefix: str = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)].base_model_prefix  # type: ignore[attr-defined]
+    except (OSError, ValueError, KeyError, SafetensorError, KdcacheError):
+        return None
+    if getattr(config, "auto_map", None):
+        return None
+    adapter, head = files.pop(ADAPTER_FILE, {}), files.pop(HEAD_FILE, {})
+    network = {
+        key: tensor.float() if tensor.is_floating_point() else tensor
+        for own in files.values()
+        for key, tensor in own.items()
+    }
+    shared = head_tensors(head, adapter) if record.head == "shared" else None
+    weights, described = fingerprint_state(network, prefix, shared, bundle.pooling, record.class_order)
+    return Fingerprints(weights, fingerprint_config(config.to_diff_dict()), described, tokenizer)
 
 
 def _fingerprints(model: TeacherModel, tokenizer: PreTrainedTokenizerBase, name: str, bundle: Bundle) -> Fingerprints:

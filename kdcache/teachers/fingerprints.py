@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,28 +60,57 @@ def fingerprint_teacher(model: TeacherModel, tokenizer: PreTrainedTokenizerBase)
     Weights are those of the encoder without pooler. Head is the shared head with the adapter, or the classifier's own
     head with its class order.
     """
-    state = {name: tensor for name, tensor in model.encoder.state_dict().items() if not _is_unused(model, name)}
-    prefix = f"{model.encoder.base_model_prefix}." if model.head is None else ""
-    encoder = [(name, tensor) for name, tensor in state.items() if name.startswith(prefix)]
-    head = [(name, tensor) for name, tensor in state.items() if not name.startswith(prefix)]
-    kind: dict[str, Any] = {
-        "kind": "own",
-        "class_order": None if model.class_order is None else model.class_order.tolist(),
-    }
+    shared: dict[str, Tensor] | None = None
     if model.head is not None:
-        kind = {"kind": "shared", "pooling": model.head.pooling_name}
-        head = [(f"head.{name}", tensor) for name, tensor in model.head.state_dict().items()]
-        head += [
-            (f"adapter.{name}", tensor)
-            for name, tensor in (model.adapter.state_dict() if model.adapter else {}).items()
-        ]
-    described = json.dumps(kind, sort_keys=True) + fingerprint_tensors(head)
+        shared = head_tensors(model.head.state_dict(), model.adapter.state_dict() if model.adapter else {})
+    weights, head = fingerprint_state(
+        model.encoder.state_dict(),
+        model.encoder.base_model_prefix,
+        shared,
+        None if model.head is None else model.head.pooling_name,
+        None if model.class_order is None else model.class_order.tolist(),
+    )
     return Fingerprints(
-        weights=fingerprint_tensors(encoder),
+        weights=weights,
+        head=head,
         config=fingerprint_config(model.encoder.config.to_diff_dict() | fingerprint_code(model.encoder)),
-        head=hashlib.sha256(described.encode()).hexdigest(),
         tokenizer=tokenizer_fingerprint(tokenizer),
     )
+
+
+def head_tensors(head: Mapping[str, Tensor], adapter: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a shared head and of a teacher's adapter, by the names in the fingerprint."""
+    named = {f"head.{name}": tensor for name, tensor in head.items()}
+    return named | {f"adapter.{name}": tensor for name, tensor in adapter.items()}
+
+
+def fingerprint_state(
+    network: Mapping[str, Tensor],
+    base_model_prefix: str,
+    shared: Mapping[str, Tensor] | None,
+    pooling: str | None,
+    class_order: Sequence[int] | None,
+) -> tuple[str, str]:
+    """The fingerprints of weights and head, from the tensors alone.
+
+    Args:
+        network: the encoder's tensors, or with an own head the classifier's.
+        base_model_prefix: of the names of a classifier's encoder.
+        shared: ``head_tensors`` under a shared head; None for an own one.
+        pooling: of the shared head.
+        class_order: of an own head.
+    """
+    if shared is not None:
+        kind: dict[str, Any] = {"kind": "shared", "pooling": pooling}
+        encoder = [(name, tensor) for name, tensor in network.items() if not name.startswith("pooler.")]
+        head = list(shared.items())
+    else:
+        prefix = f"{base_model_prefix}."
+        kind = {"kind": "own", "class_order": None if class_order is None else list(class_order)}
+        encoder = [(name, tensor) for name, tensor in network.items() if name.startswith(prefix)]
+        head = [(name, tensor) for name, tensor in network.items() if not name.startswith(prefix)]
+    described = json.dumps(kind, sort_keys=True) + fingerprint_tensors(head)
+    return fingerprint_tensors(encoder), hashlib.sha256(described.encode()).hexdigest()
 
 
 def gives_token_types(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -122,7 +151,3 @@ def fingerprint_code(model: object) -> dict[str, str]:
     for path in files:
         digest.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
     return {"code": digest.hexdigest()}
-
-
-def _is_unused(model: TeacherModel, name: str) -> bool:
-    return model.head is not None and name.startswith("pooler.")

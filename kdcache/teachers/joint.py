@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,12 +17,15 @@ from torch.nn import functional
 
 from kdcache.data.encoding import EncodedTexts, encode, pad, padding_id, truncation_note
 from kdcache.errors import DataError
+from kdcache.recipe.training import ARITHMETIC
 from kdcache.report.metrics import scores
 from kdcache.teachers.sources import TOKEN_TYPES
 from kdcache.training import loop
 from kdcache.training.best_epoch import BestEpoch
+from kdcache.training.compiled import compiled
 from kdcache.training.loop import micro_batches
 from kdcache.training.predict import predict
+from kdcache.training.settings import LoopSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,7 +39,7 @@ if TYPE_CHECKING:
     from kdcache.training.metrics_log import MetricsLog
 
 
-_FREE = {"checkpoint_steps", "gradient_checkpointing"}  # settings that do not change the outcome
+_FREE = {"checkpoint_steps", "checkpoint_minutes", "gradient_checkpointing"}  # settings that do not change the outcome
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,7 @@ def identity(
     ``shared_head`` is the digest of a frozen head.
     """
     settings = recipe.cofinetune.model_dump(mode="json", exclude=_FREE)
+    settings = {key: value for key, value in settings.items() if key not in ARITHMETIC or value is not None}
     splits = {f"data.{name}": _digest(task.splits[name]) for name in ("train", "validation") if name in task.splits}
     teachers = {
         f"teachers.{name}.{key}": value for name, source in sources.items() for key, value in source.identity().items()
@@ -121,13 +126,17 @@ def train(
         note=progress.note,
     )
     loop_settings = replace(
-        loop.LoopSettings.from_section(settings, identity, newer_keys(identity)),
+        LoopSettings.from_section(settings, identity, newer_keys(identity)),
         lr_by_prefix=_own_rates(sources, models),
         decay_by_prefix=True,
     )
-    outcome = loop.train(
-        training, loop_settings, checkpoints=place / "checkpoints", progress=progress, on_metrics=metrics
-    )
+    with contextlib.ExitStack() as graphs:
+        rows = {part.stop - part.start for part in micro_batches(settings.batch_size, settings.accumulation)}
+        for name, model in models.items() if settings.compile else ():
+            graphs.enter_context(compiled(model.encoder, rows=rows, max_length=sources[name].max_length))
+        outcome = loop.train(
+            training, loop_settings, checkpoints=place / "checkpoints", progress=progress, on_metrics=metrics
+        )
     if settings.evaluate_steps is not None or outcome.best_epoch + 1 != settings.epochs:
         training.load_best(outcome.best_mark)
     training.model.eval()

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 from unittest import mock
 
@@ -33,6 +33,18 @@ _MAY_INDEX = {
 
 
 _reads: list[str] = []
+_transfers: list[int] = []
+
+
+@contextlib.contextmanager
+def recorded_transfers() -> Iterator[list[int]]:
+    """Bytes of each copy from the host to the accelerator in the block, in any thread."""
+    first = len(_transfers)
+    recorded: list[int] = []
+    try:
+        yield recorded
+    finally:
+        recorded += _transfers[first:]
 
 
 @contextlib.contextmanager
@@ -141,6 +153,7 @@ def _run(func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
     if asked is not None:
         real_kwargs["device"] = torch.device("cpu") if asked == DEVICE else asked
     result = func(*real_args, **real_kwargs)
+    _transfers.extend(_sent(func, flat, goes_there=bool(there) if asked is None else asked == DEVICE))
     if func is _ATEN.copy_.default:
         if there and not isinstance(args[0], Elsewhere):
             _reads.append(str(func))
@@ -158,3 +171,14 @@ def _run(func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
         return known[id(one)] if id(one) in known else Elsewhere(one)  # an operation in place returns its input
 
     return tree_map(placed, result)
+
+
+def _sent(func: Any, flat: Sequence[Any], *, goes_there: bool) -> list[int]:
+    """Bytes of the tensors of the host that an operation copies to the accelerator; numbers go with the operation."""
+    if not goes_there or func not in _MAY_MIX | _MAY_INDEX:
+        return []
+    return [
+        one.nbytes
+        for one in flat
+        if isinstance(one, Tensor) and not isinstance(one, Elsewhere) and (one.dim() or func not in _MAY_INDEX)
+    ]

@@ -13,11 +13,13 @@ import io
 import json
 import pickle
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch.utils._pytree import tree_map_only
 
 from kdcache.errors import DamageError, MismatchError
 from kdcache.files import DurableFile, make_directory, publish_directory, remove_directory
@@ -51,6 +53,48 @@ def save(
     for old in _steps(directory)[:-keep] if keep is not None else ():
         remove_directory(old)
     return final
+
+
+def copied(state: Mapping[str, Any]) -> dict[str, Any]:
+    """``state`` with all tensors copied to the host, so that the training can change the originals."""
+    copies: dict[str, Any] = tree_map_only(torch.Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), state)
+    return copies
+
+
+class CheckpointWriter:
+    """Runs one write at a time: in a thread while the training goes on, or at once.
+
+    An error of the thread is raised unchanged by the next call, so a full disk stops the training within a step.
+    """
+
+    def __init__(self, *, in_thread: bool) -> None:
+        self.in_thread = in_thread
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="kdcache-checkpoint") if in_thread else None
+        self._running: Future[None] | None = None
+
+    def start(self, write: Callable[[], None]) -> None:
+        """Run ``write`` after the one before, which is waited for. Raises its error."""
+        self.wait()
+        if self._thread is None:
+            write()
+        else:
+            self._running = self._thread.submit(write)
+
+    def check(self) -> None:
+        """Raise the error of a write that has ended."""
+        if self._running is not None and self._running.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait for the write, and raise its error."""
+        running, self._running = self._running, None
+        if running is not None:
+            running.result()
+
+    def close(self) -> None:
+        """Wait for the write without raising its error, for a training that ends with another one."""
+        if self._thread is not None:
+            self._thread.shutdown(wait=True)
 
 
 def keep_only(directory: Path, step: int) -> None:

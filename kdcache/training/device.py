@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,6 +10,8 @@ import torch
 from kdcache.errors import RecipeError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from accelerate import Accelerator
 
 
@@ -21,6 +24,20 @@ def check_precision(precision: str, device: torch.device) -> None:
     """RecipeError if ``device`` cannot train in ``precision``: fp16 needs the gradient scaler of a GPU."""
     if precision == "fp16" and device.type == "cpu":
         raise RecipeError("precision 'fp16' needs a GPU; this machine trains on the CPU", "Use float32, or bf16.")
+
+
+@contextlib.contextmanager
+def float32_products(tf32: bool | None) -> Iterator[None]:
+    """While the block runs, matrix products of float32 tensors on a GPU are in TF32, or not; None changes nothing."""
+    if tf32 is None or default_device().type != "cuda":
+        yield
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def make_accelerator(precision: str) -> Accelerator:

@@ -14,12 +14,14 @@ weights are bit-equal.
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,19 +29,21 @@ from torch import Tensor, nn
 from kdcache.errors import RecipeError
 from kdcache.locks import exclusive
 from kdcache.training import checkpoints as checkpoint_files
-from kdcache.training.device import make_accelerator
-from kdcache.training.optim import AveragedWeights, ScheduleName, WarmupSchedule, adamw
+from kdcache.training.device import float32_products, make_accelerator
+from kdcache.training.optim import AveragedWeights, WarmupSchedule, adamw
+from kdcache.training.row_gradients import RowGradients
 from kdcache.training.seeding import restore_rng_state, rng_state, seed_everything
 from kdcache.training.step_log import Place, StepLog
 
 if TYPE_CHECKING:
     from kdcache.progress import Progress
     from kdcache.recipe import OptimSection
+    from kdcache.training.settings import LoopSettings
 
 
 Metrics = dict[str, float]
 _READ_STEPS = 20  # on an accelerator
-_KEYS = {"lr_by_prefix": "own_rates"}  # the key in checkpoints since 0.1.0
+_CHECKPOINT_MINUTES = 5.0  # where the recipe says nothing
 
 
 class TrainingTask(Protocol):
@@ -71,60 +75,6 @@ class TrainingTask(Protocol):
 
     def settle_best(self, mark: int) -> None:
         """Remove all other kept weights: the newest checkpoint names those of ``mark`` as the best."""
-
-
-@dataclass(frozen=True)
-class LoopSettings:
-    """Settings of the loop.
-
-    ``identity`` names all other inputs of the outcome (data, models). A checkpoint with another identity is refused.
-    """
-
-    epochs: int
-    learning_rate: float
-    warmup: float = 0.1
-    schedule: ScheduleName | None = None  # None: linear
-    weight_decay: float = 0.01
-    max_grad_norm: float = 1.0
-    precision: Literal["float32", "bf16", "fp16"] = "float32"
-    checkpoint_steps: int = 200
-    log_steps: int = 10
-    read_steps: int | None = None  # steps after which losses are copied to the host; None: 1 on a CPU, else 20
-    evaluate_steps: int | None = None
-    patience: int | None = None  # evaluations without a better score
-    ema: float | None = None  # decay of the averaged weights
-    seed: int = 0
-    lr_by_prefix: Mapping[str, float] = field(default_factory=dict)  # learning rates by prefix of parameter names
-    decay_by_prefix: bool = False  # weight decay for these parameters too; fixed by the stage
-    identity: Mapping[str, Any] = field(default_factory=dict)
-    newer_keys: frozenset[str] = frozenset()  # of ``identity``: optional, because 0.1.0 did not write them
-
-    @classmethod
-    def from_section(
-        cls, section: OptimSection, identity: Mapping[str, Any], newer_keys: Iterable[str] = ()
-    ) -> LoopSettings:
-        return cls(
-            epochs=section.epochs,
-            learning_rate=section.learning_rate,
-            warmup=section.warmup,
-            schedule=section.schedule,
-            weight_decay=section.weight_decay,
-            max_grad_norm=section.max_grad_norm,
-            precision=section.precision,
-            checkpoint_steps=section.checkpoint_steps,
-            evaluate_steps=section.evaluate_steps,
-            patience=section.patience,
-            ema=section.ema,
-            seed=section.seed,
-            identity=identity,
-            newer_keys=frozenset(newer_keys),
-        )
-
-    def full_identity(self, steps_per_epoch: int) -> dict[str, Any]:
-        """What a checkpoint must match; ``checkpoint_steps`` may change."""
-        free = ("checkpoint_steps", "read_steps", "identity", "newer_keys", "decay_by_prefix")
-        settings = {_KEYS.get(name, name): value for name, value in vars(self).items() if name not in free}
-        return {**settings, "steps_per_epoch": steps_per_epoch, **self.identity}
 
 
 @dataclass(frozen=True)
@@ -168,13 +118,18 @@ def train(
         LockedError: if another process trains there.
         DamageError, StorageError: for unreadable checkpoints and failing writes.
     """
-    with exclusive(checkpoints / ".lock", busy=lambda: f"another process is training in '{checkpoints}'"):
+    busy = f"another process is training in '{checkpoints}'"
+    with exclusive(checkpoints / ".lock", busy=lambda: busy), float32_products(settings.tf32):
         run = _Run(task, settings, checkpoints, progress, on_metrics)
-        run.resume()
-        progress.start("train", settings.epochs * task.steps_per_epoch, "steps")
-        progress.advance(run.place.step)
-        while run.place.epoch < settings.epochs and not run.place.stopped:
-            run.epoch()
+        try:
+            run.resume()
+            progress.start("train", settings.epochs * task.steps_per_epoch, "steps")
+            progress.advance(run.place.step)
+            while run.place.epoch < settings.epochs and not run.place.stopped:
+                run.epoch()
+            run.writer.wait()
+        finally:
+            run.close()
         progress.finish()
         run.finish()
     place = run.place
@@ -222,6 +177,7 @@ class _Run:
             settings.weight_decay,
             settings.lr_by_prefix,
             decay_by_prefix=settings.decay_by_prefix,
+            fused=settings.fused_adamw,
         )
         self.parameters = [parameter for group in plain.param_groups for parameter in group["params"]]
         steps = settings.epochs * task.steps_per_epoch
@@ -231,6 +187,12 @@ class _Run:
         if settings.ema is not None:
             self.average = AveragedWeights(task.model.named_parameters(), settings.ema)
         every = settings.read_steps or (1 if self.accelerator.device.type == "cpu" else _READ_STEPS)
+        in_thread = settings.write_in_thread
+        self.writer = checkpoint_files.CheckpointWriter(
+            in_thread=self.accelerator.device.type != "cpu" if in_thread is None else in_thread
+        )
+        self.saved_at = time.monotonic()
+        self.rows = None if settings.compile else RowGradients(task.model)
         self.log = StepLog(self.place, progress, on_metrics, task.steps_per_epoch, settings.log_steps, every)
         seed_everything(settings.seed)
 
@@ -252,8 +214,7 @@ class _Run:
         self.log.read()
         self.evaluate("epoch")
         place.epoch, place.step_in_epoch = place.epoch + 1, 0
-        self.save()
-        self.task.settle_best(self.best_mark)
+        self.save(settle=True)
 
     def _in_the_middle(self) -> bool:
         """What is due after a step that is not the last of its epoch; whether the training stops here."""
@@ -262,11 +223,24 @@ class _Run:
             self.log.read()
             self.evaluate("evaluation")  # before the checkpoint, which then has its outcome
             self.task.model.train()
-        if place.stopped or place.step % self.settings.checkpoint_steps == 0:
-            self.save()
-            if every is not None and place.best_step >= 0:
-                self.task.settle_best(self.best_mark)
+        self.writer.check()
+        if place.stopped or self._checkpoint_is_due():
+            self.save(settle=every is not None and place.best_step >= 0)
         return place.stopped
+
+    def _checkpoint_is_due(self) -> bool:
+        steps, minutes = self.settings.checkpoint_steps, self.settings.checkpoint_minutes
+        if steps is not None and self.place.step % steps == 0:
+            return True
+        if minutes is None:
+            minutes = _CHECKPOINT_MINUTES if steps is None else math.inf
+        return time.monotonic() - self.saved_at >= 60 * minutes
+
+    def close(self) -> None:
+        """Wait for the write of a checkpoint; the model computes gradients as usual again."""
+        self.writer.close()
+        if self.rows is not None:
+            self.rows.close()
 
     def finish(self) -> None:
         """Put the averaged weights into the model."""
@@ -289,6 +263,8 @@ class _Run:
             for name, value in parts.items():
                 terms[name] = terms.get(name, 0.0) + (value.detach() if isinstance(value, Tensor) else value)
             del item, loss, parts
+        if self.rows is not None:
+            self.rows.gather()
         norm = self.accelerator.clip_grad_norm_(self.parameters, self.settings.max_grad_norm)
         place.step += 1
         place.step_in_epoch += 1
@@ -314,6 +290,7 @@ class _Run:
                 place.best_epoch, place.best_step = place.epoch, place.step
                 place.best_score = -math.inf if math.isnan(score) else score
                 self._say("checkpoint")
+                self.writer.wait()  # it may still remove what was the best before
                 self.task.keep_best(self.best_mark, metrics)
         place.without_better = 0 if better else place.without_better + 1
         place.stopped = place.without_better == self.settings.patience
@@ -332,15 +309,15 @@ class _Run:
     def _say(self, event: str, **values: float) -> None:
         self.on_metrics({"event": event, "step": self.place.step, "epoch": self.place.epoch + 1, **values})
 
-    def save(self) -> None:
-        """Write a checkpoint; metrics up to it are durable before."""
+    def save(self, *, settle: bool) -> None:
+        """Write a checkpoint; metrics up to it are durable before. ``settle``: then remove all but the best weights."""
         self.log.read()
         self._say("checkpoint")
         state = {
             "model": self.task.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "rest": {
-                "place": vars(self.place),
+                "place": copy.deepcopy(vars(self.place)),
                 "schedule": self.schedule.state_dict(),
                 "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
                 "rng": rng_state(),
@@ -348,7 +325,17 @@ class _Run:
         }
         if self.average is not None:
             state["average"] = self.average.state_dict()
-        checkpoint_files.save(self.checkpoints, state, step=self.place.step, identity=self.identity)
+        step, best = self.place.step, self.best_mark
+        self.writer.wait()  # before the copy, so that there is one at a time
+        saved = checkpoint_files.copied(state) if self.writer.in_thread else state
+
+        def write() -> None:
+            checkpoint_files.save(self.checkpoints, saved, step=step, identity=self.identity)
+            if settle:
+                self.task.settle_best(best)
+
+        self.writer.start(write)
+        self.saved_at = time.monotonic()
 
     def resume(self) -> None:
         """Load the newest checkpoint, if there is one."""

@@ -24,11 +24,13 @@ def adamw(
     lr_by_prefix: Mapping[str, float] | None = None,
     *,
     decay_by_prefix: bool = False,
+    fused: bool | None = None,
 ) -> torch.optim.AdamW:
     """AdamW (betas 0.9 and 0.999) over the parameters that require a gradient; move the model to its device first.
 
     ``lr_by_prefix``: learning rates of parameters by prefix of their names; these get no weight decay, unless
-    ``decay_by_prefix`` treats them as all others.
+    ``decay_by_prefix`` treats them as all others. ``fused``: the kernel that updates all parameters at once; None uses
+    it where there is one.
     """
     rates = lr_by_prefix or {}
     shared: list[torch.nn.Parameter] = []
@@ -42,8 +44,8 @@ def adamw(
         own = _by_dimensions(apart[prefix], weight_decay) if decay_by_prefix else [_group(apart[prefix], 0.0)]
         groups += [group | {"lr": rate} for group in own]
     groups = [group for group in groups if group["params"]]
-    fused = all(parameter.device.type in ("cpu", "cuda") for group in groups for parameter in group["params"])
-    return torch.optim.AdamW(groups, lr=learning_rate, fused=fused)
+    there = all(parameter.device.type in ("cpu", "cuda") for group in groups for parameter in group["params"])
+    return torch.optim.AdamW(groups, lr=learning_rate, fused=there and fused is not False)
 
 
 def _by_dimensions(parameters: Sequence[torch.nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:

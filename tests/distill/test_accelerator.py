@@ -12,11 +12,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kdcache.cache.reader import open_cache
 from kdcache.cache.verify import verify
+from kdcache.distill import stage
 from kdcache.distill.stage import DistillResult, distill
 from kdcache.dump.stage import dump_teachers
+from kdcache.loading import transfer
+from kdcache.loading.targets import Batch
 from kdcache.progress import SilentProgress
 from kdcache.students.score import evaluate_model
-from kdcache.testing.accelerator import fake_accelerator, recorded_reads
+from kdcache.testing.accelerator import fake_accelerator, recorded_reads, recorded_transfers
 from kdcache.training import loop
 from tests.conftest import TinyRun
 
@@ -24,6 +27,8 @@ CASES = {
     "mt-bert, in pieces": ["distill.accumulation=2"],
     "kd": ["distill.method=kd"],
     "fine-tune": ["distill.method=fine-tune"],
+    "best-teacher": ["distill.method=best-teacher"],
+    "weights": ["distill.teacher_weights={bert=0.5,roberta=0.3,xlm=0.2}"],
 }
 
 
@@ -62,9 +67,39 @@ def test_kdcache_copies_nothing_from_the_device_until_losses_are_read(
     with fake_accelerator():
         distill(tiny_run.recipe(*overrides), tiny_run.cache, tmp_path, progress=SilentProgress())
     assert len(copies) >= 6
-    forward = 2 if "distill.accumulation=2" in overrides else 1  # in each, transformers asks whether there is padding
-    assert [len(own) - forward for own in copies[:6]] == [0, 0, 1, 0, 0, 1]
+    assert [len(own) for own in copies[:6]] == [0, 0, 1, 0, 0, 1]
     assert copies[2][-1] == "aten._to_copy.default"
+
+
+@pytest.mark.parametrize("overrides", CASES.values(), ids=CASES)
+def test_a_step_is_copied_to_the_device_at_once(
+    tiny_run: TinyRun, tmp_path: Path, overrides: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One copy per optimizer step, before it, and none while it runs."""
+    inside: list[list[int]] = []
+    step, steps = loop._Run.step, transfer.on_device
+    prepared: list[int] = []
+
+    def counted(run: loop._Run, batch: object) -> None:
+        with recorded_transfers() as own:
+            step(run, batch)
+        inside.append(own)
+
+    def to(packed: transfer.PackedBatches, device: torch.device) -> tuple[Batch, ...]:
+        with recorded_transfers() as own:
+            moved = move(packed, device)
+        prepared.append(len(own))
+        return moved
+
+    move = transfer.PackedBatches.to
+    monkeypatch.setattr(transfer.PackedBatches, "to", to)
+    monkeypatch.setattr(loop._Run, "step", counted)
+    monkeypatch.setattr(stage, "on_device", lambda made, device, **_: steps(made, device, in_thread=False))
+    recipe = tiny_run.recipe(*overrides)
+    with fake_accelerator():
+        distill(recipe, tiny_run.cache, tmp_path, progress=SilentProgress())
+    assert prepared == [1] * len(inside)
+    assert inside == [[]] * len(prepared)
 
 
 def test_a_student_of_live_teachers(tiny_run: TinyRun, tmp_path: Path) -> None:

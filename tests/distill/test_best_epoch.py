@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -23,7 +24,8 @@ from kdcache.files import Disk
 from kdcache.progress import SilentProgress
 from kdcache.testing.faults import Died, FaultyDisk, UnsyncedDisk
 from kdcache.training.best_epoch import BestEpoch
-from kdcache.training.loop import LoopSettings, train
+from kdcache.training.loop import train
+from kdcache.training.settings import LoopSettings
 
 EPOCHS = 4
 SETTINGS = LoopSettings(epochs=EPOCHS, learning_rate=0.1, checkpoint_steps=2, seed=1, identity={"data": "a"})
@@ -75,11 +77,12 @@ class History:
         self.weights: dict[int, bytes] = {}
 
 
-def attempt(place: Path, scores: Scores, history: History, disk: Disk) -> None:
+def attempt(place: Path, scores: Scores, history: History, disk: Disk, *, in_thread: bool = False) -> None:
     """The training, on a disk that may die; at its end the student has the weights of the best epoch."""
+    settings = replace(SETTINGS, write_in_thread=in_thread)
     task = Scored(place, scores, history)
     with files.use_disk(disk):
-        outcome = train(task, SETTINGS, checkpoints=place, progress=SilentProgress(), on_metrics=lambda _: None)
+        outcome = train(task, settings, checkpoints=place, progress=SilentProgress(), on_metrics=lambda _: None)
         task.load_best(outcome.best_epoch)
     assert sorted(history.scores) == list(range(EPOCHS))
     assert outcome.best_epoch == max(range(EPOCHS), key=lambda epoch: history.scores[epoch])
@@ -115,3 +118,14 @@ def test_killed_again_and_again(tmp_path: Path) -> None:
                 continue
             break
         attempt(tmp_path / str(run), lambda _: rng.random(), history, UnsyncedDisk())
+
+
+def test_killed_at_durable_writes_while_checkpoints_are_written_in_a_thread(tmp_path: Path) -> None:
+    """Loop and thread write in an order that differs from run to run; the death of one is the death of both."""
+    counting = FaultyDisk(real=UnsyncedDisk())
+    attempt(tmp_path / "whole", float, History(), counting, in_thread=True)
+    for at in range(1, len(counting.steps) + 1, 5):
+        history, place = History(), tmp_path / str(at)
+        with pytest.raises(Died):
+            attempt(place, float, history, dying(at), in_thread=True)
+        attempt(place, lambda epoch: -epoch, history, UnsyncedDisk(), in_thread=True)

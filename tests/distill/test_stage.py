@@ -20,6 +20,8 @@ from kdcache.methods.parts.layer_map import LayerMapping
 from kdcache.methods.parts.task_loss import TaskLoss
 from kdcache.progress import SilentProgress
 from kdcache.recipe import Recipe
+from kdcache.report.table import data_notes
+from kdcache.teachers.bundle import load_teacher
 from kdcache.testing.teachers import make_teachers
 from kdcache.testing.tiny import make_model, reviews, write_reviews
 from tests.conftest import TinyRun
@@ -260,7 +262,11 @@ def test_a_cache_alone_is_enough(tiny_run: TinyRun, tmp_path: Path, copied: Copy
     gone = [f'data.{split}="/nowhere/{split}.tsv"' for split in ("train", "validation", "test")]
     result = run(tiny_run.recipe(*gone, "data.transfer=[]", f'student.init_from="{student}"'), cache, tmp_path / "run")
     assert result.results["data_from"] == "cache"
-    assert result.results["teachers"]["bert"]["parameters"] is None
+    parameters = load_teacher(tiny_run.teachers, "bert").model.parameters()
+    found = result.results["teachers"]["bert"]
+    assert found["parameters"] == sum(parameter.numel() for parameter in parameters)
+    assert found["measured_on"] == "cpu, float32, torch"
+    assert any("The dump measured the teachers' ms/text" in line for line in data_notes(result.results))
     assert set(result.scores) == {"validation", "test"}
 
 

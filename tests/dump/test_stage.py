@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from kdcache.data.encoding import encode, pad
 from kdcache.dump import run
 from kdcache.errors import MismatchError, ModelError
 from kdcache.files import use_disk
+from kdcache.students.speed import Speed, time_forward
 from kdcache.teachers.bundle import load_teacher, read_bundle
 from kdcache.teachers.teacher import Teacher
 from kdcache.testing.faults import Died, counting_disk, dying_disk
@@ -308,6 +311,38 @@ def test_changed_labels_run_nothing(bench: Workbench, tmp_path: Path, forward_pa
     assert not forward_passes
     assert second.identity != first.identity
     np.testing.assert_array_equal(open_cache(bench.cache).examples("train").labels, 1 - before)
+
+
+def test_a_teacher_is_timed_at_the_end_of_its_first_dump(
+    bench: Workbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In batches that the dump has too; a later dump keeps the record, and no identity depends on it."""
+    timed: list[tuple[int, int]] = []  # rows and padded tokens of each batch
+
+    def speed(forward: Callable[[dict[str, torch.Tensor]], torch.Tensor], *arguments: Any) -> Speed:
+        def watched(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+            timed.append((len(inputs["input_ids"]), inputs["input_ids"].numel()))
+            return forward(inputs)
+
+        return time_forward(watched, *arguments)
+
+    two = bench.only("bert", "roberta")
+    monkeypatch.setattr(run, "time_forward", speed)
+    two.dump("data.transfer=[]", "dump.tokens_per_batch=40")
+    assert 0 < len(timed) <= 2 * (2 + 2 + 4)
+    assert max(tokens for _, tokens in timed) <= 40
+    record = open_cache(bench.cache).manifest.provenance["teachers"]["roberta"]
+    assert min(float(record[key]) for key in ("parameters", "latency_ms", "forward_texts_per_second")) > 0
+    timed.clear()
+    two.dump("dump.tokens_per_batch=40")
+    assert not timed
+    kept = open_cache(bench.cache).manifest.provenance["teachers"]["roberta"]
+    assert kept["latency_ms"] == record["latency_ms"]
+    monkeypatch.setattr(run, "measured_record", lambda *_: {})
+    other = replace(two, cache=tmp_path / "other")
+    other.dump("data.transfer=[]", "dump.tokens_per_batch=40")
+    assert "latency_ms" not in open_cache(other.cache).manifest.provenance["teachers"]["roberta"]
+    assert other.dump("dump.tokens_per_batch=40").identity == open_cache(bench.cache).manifest.identity
 
 
 def test_provenance_and_card(bench: Workbench) -> None:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from kdcache.errors import ModelError
 from kdcache.recipe import StudentSection
 from kdcache.students.build import build_student
-from kdcache.students.model import Student
+from kdcache.students.model import Student, takes_full_mask
 from kdcache.students.save import load_student, save_student, student_record
 from kdcache.students.score import encode_split, split_logits
 from kdcache.teachers import network
@@ -78,6 +78,32 @@ def test_decoders_read_the_last_token_whatever_pads(name: str, tmp_path: Path) -
         expected = alone if expected is None else expected
         ends = len(texts) if student.tokenizer.pad_token == student.tokenizer.eos_token else len(TEXTS)
         assert torch.allclose(alone[:ends], expected[:ends], atol=1e-5), changes
+
+
+FULL_MASK = {"BERT": True, "MPNet": None, "DeBERTa-v2": None, "GPT-2": False, "XLNet": False, "ModernBERT": None}
+
+
+@pytest.mark.parametrize("name", FULL_MASK)
+def test_a_full_mask_is_used_only_where_it_gives_the_same(name: str, tmp_path: Path) -> None:
+    """In training; a causal decoder and XLNet read other tokens with it."""
+    model = build(ARCHITECTURES[name].save(tmp_path / "source")).model
+    taken = takes_full_mask(model, 48)
+    assert FULL_MASK[name] in (taken, None)
+    mask = (torch.arange(48) < torch.tensor([48, 48, 30, 1])[:, None]).long()
+    inputs = {"input_ids": (5 + torch.arange(4 * 48).reshape(4, 48) % 5) * mask, "attention_mask": mask}
+    expected = model.train()(inputs, hidden_states=True)
+    model.full_mask = taken
+    found = model(inputs, hidden_states=True)
+    torch.testing.assert_close(found.logits, expected.logits)
+    for one, other in zip(found.hidden_states, expected.hidden_states, strict=True):
+        torch.testing.assert_close(one[mask.bool()], other[mask.bool()])
+
+
+def test_a_full_mask_is_tried_on_long_texts(tmp_path: Path) -> None:
+    """The tokens of ModernBERT read neighbours only, in some layers; short texts do not show it."""
+    source = ARCHITECTURES["ModernBERT"].save(tmp_path / "source")
+    model = build(resaved(source, tmp_path / "local", {"local_attention": 8})).model
+    assert not takes_full_mask(model, 48)
 
 
 def test_a_decoder_whose_tokenizer_ends_every_text_is_read_at_that_end(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from kdcache.data.encoding import encode, padding_id
 from kdcache.errors import DataError, ModelError, RecipeError
 from kdcache.recipe import StudentSection
 from kdcache.report.metrics import scores
@@ -15,7 +16,10 @@ from kdcache.students.build import build_student
 from kdcache.students.model import Student
 from kdcache.students.save import save_student, student_record
 from kdcache.students.score import encode_split, evaluate_model, selection_score, split_logits
+from kdcache.teachers.bundle import load_teacher
+from kdcache.testing.teachers import make_teachers
 from kdcache.testing.tiny import make_model, reviews, write_reviews
+from kdcache.training.predict import predict
 
 
 @pytest.fixture(scope="module")
@@ -137,3 +141,19 @@ def test_rows_that_are_left_out_or_cut_are_counted(tmp_path: Path, saved: Path) 
     path.write_text("sentence\tlabel\n \t1\nthe film is good\t1\n" + "the film is " * 20 + "bad\t0\n")
     found = evaluate_model(saved, str(path))
     assert (found["rows"], found["left_out"], found["truncated"]) == (2, 1, 1)
+
+
+def test_a_teacher_is_scored_and_timed(tmp_path: Path) -> None:
+    teachers = make_teachers(tmp_path / "teachers", {"roberta": "roberta"}, widths={"roberta": 24})
+    rows = reviews(6)
+    file = str(write_reviews(tmp_path / "test.tsv", rows))
+    found = evaluate_model(teachers / "roberta", file, label="label", speed=True)
+    teacher = load_teacher(teachers, "roberta")
+    encoded = encode(teacher.tokenizer, [(text,) for text, _ in rows], teacher.max_length)
+    logits = predict(teacher.model, encoded, padding_id(teacher.tokenizer))
+    expected = scores(np.array([label for _, label in rows]), logits)
+    assert found.items() >= {name: pytest.approx(value, abs=1e-5) for name, value in expected.items()}.items()
+    assert found["latency_ms"] > 0
+    assert found["texts_per_second"] > 0
+    with pytest.raises(RecipeError, match="no record of its text and label columns"):
+        evaluate_model(teachers / "roberta", file)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import random
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,18 +18,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kdcache.errors import DamageError, MismatchError, NonFiniteError, RecipeError
+from kdcache import files
+from kdcache.errors import DamageError, MismatchError, NonFiniteError, RecipeError, StorageError
 from kdcache.progress import SilentProgress
 from kdcache.recipe import CofinetuneSection
+from kdcache.training import checkpoints, loop
 from kdcache.training.device import check_precision, make_accelerator
-from kdcache.training.loop import (
-    LoopSettings,
-    Outcome,
-    check_evaluation,
-    micro_batches,
-    train,
-)
+from kdcache.training.loop import Outcome, check_evaluation, micro_batches, train
 from kdcache.training.metrics_log import MetricsLog
+from kdcache.training.settings import LoopSettings
 
 SETTINGS = LoopSettings(epochs=3, learning_rate=0.05, checkpoint_steps=2, log_steps=2, seed=3, identity={"data": "a"})
 
@@ -443,3 +443,109 @@ def test_micro_batches_cover_the_rows_once(rows: int, count: int, sizes: list[in
     assert [part.stop - part.start for part in parts] == sizes
     assert parts[0].start == 0
     assert parts[-1].stop == rows
+
+
+class Beside:
+    """Holds the thread that writes a checkpoint at its first durable step until ``go`` is set."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.go, self.writing = threading.Event(), threading.Event()
+        save = checkpoints.save
+
+        def held(*args: Any, **options: Any) -> Path:
+            self.writing.set()
+            assert self.go.wait(30)
+            return save(*args, **options)
+
+        monkeypatch.setattr(checkpoints, "save", held)
+
+
+IN_THREAD = replace(SETTINGS, write_in_thread=True)
+
+
+@pytest.mark.parametrize("die_at", range(15))
+def test_resume_is_bit_equal_where_checkpoints_are_written_in_a_thread(
+    die_at: int, undisturbed: tuple[bytes, list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(Regression(die_at=die_at), tmp_path, IN_THREAD)
+    assert sorted((tmp_path / "checkpoints").glob("step-*")) == (  # the interrupt waited for the write
+        [tmp_path / "checkpoints" / f"step-{newest:08d}"] if (newest := last_checkpoint(die_at)) else []
+    )
+    resumed = Regression()
+    run(resumed, tmp_path, IN_THREAD)
+    assert weights(resumed) == undisturbed[0]
+    assert lines(tmp_path) == undisturbed[1]
+    assert resumed.settled[-1] == 1
+
+
+def last_checkpoint(done: int) -> int:
+    """The step of the newest checkpoint after ``done`` steps: every two steps, and after each epoch of five."""
+    return max(step for step in range(done + 1) if step % 2 == 0 or step % 5 == 0)
+
+
+def test_the_training_goes_on_while_a_checkpoint_is_written_and_does_not_change_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beside = Beside(monkeypatch)
+
+    class Watched(Regression):
+        def losses(self, batch: Any) -> Iterator[tuple[Tensor, Mapping[str, float | Tensor]]]:
+            if self.seen == 4:  # the fifth step, beside the write of the checkpoint after the third
+                assert beside.writing.wait(30)
+                assert not list((tmp_path / "checkpoints").glob("step-*"))
+                beside.go.set()
+            return super().losses(batch)
+
+    settings = replace(IN_THREAD, checkpoint_steps=3)
+    with pytest.raises(KeyboardInterrupt):
+        run(Watched(die_at=5), tmp_path, settings)
+    assert not checkpoints.load_step(tmp_path / "checkpoints", 5)["rest"]["place"]["step_in_epoch"]
+    undisturbed, resumed = Regression(), Regression()
+    run(undisturbed, tmp_path / "other", replace(settings, write_in_thread=False))
+    run(resumed, tmp_path, settings)
+    assert weights(resumed) == weights(undisturbed)
+
+
+def test_an_error_of_the_writing_thread_stops_the_training_as_one_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files.Disk, "fsync", full)
+    raised = []
+    for in_thread in (False, True):
+        with pytest.raises(StorageError, match="No space left on device") as caught:
+            run(task := Regression(), tmp_path / str(in_thread), replace(SETTINGS, write_in_thread=in_thread))
+        raised.append((caught.value.exit_code, caught.value.hint, caught.value.message.split("'")[0]))
+        assert task.seen < 5
+    assert raised[0] == raised[1]
+
+
+def test_checkpoints_are_written_by_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now, written = [0.0], []
+    save = checkpoints.save
+
+    def saved(*args: Any, **options: Any) -> Path:
+        written.append(options["step"])
+        return save(*args, **options)
+
+    class Slow(Regression):
+        def losses(self, batch: Any) -> Iterator[tuple[Tensor, Mapping[str, float | Tensor]]]:
+            now[0] += 60.0
+            return super().losses(batch)
+
+    monkeypatch.setattr(checkpoints, "save", saved)
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    free = replace(SETTINGS, checkpoint_steps=None)
+    cases: list[tuple[LoopSettings, list[int]]] = [
+        (free, [5, 10, 15]),  # each epoch; five minutes are never over before
+        (replace(free, checkpoint_minutes=2), [2, 4, 5, 7, 9, 10, 12, 14, 15]),
+        (replace(SETTINGS, checkpoint_minutes=3), [2, 4, 5, 6, 8, 10, 12, 14, 15]),  # whatever is due first
+        (SETTINGS, [2, 4, 5, 6, 8, 10, 12, 14, 15]),
+    ]
+    for number, (settings, expected) in enumerate(cases):
+        written.clear()
+        run(Slow(), tmp_path / str(number), settings)
+        assert written == expected

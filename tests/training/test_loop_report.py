@@ -18,7 +18,8 @@ from kdcache.recipe import DistillSection
 from kdcache.testing.faults import UnsyncedDisk
 from kdcache.training import checkpoints
 from kdcache.training.device import check_precision, default_device, make_accelerator
-from kdcache.training.loop import LoopSettings, Outcome, train
+from kdcache.training.loop import Outcome, train
+from kdcache.training.settings import LoopSettings
 from tests.training.test_loop import Regression
 
 SETTINGS = LoopSettings(epochs=3, learning_rate=0.05, checkpoint_steps=2, log_steps=2, seed=3)
@@ -78,7 +79,7 @@ def test_settings_are_those_of_the_section() -> None:
     given = {
         "epochs": 7, "learning_rate": 0.25, "warmup": 0.375, "weight_decay": 0.125, "max_grad_norm": 2.5,
         "precision": "bf16",
-        "checkpoint_steps": 11, "seed": 13,
+        "checkpoint_steps": 11, "checkpoint_minutes": 2.5, "seed": 13,
     }  # fmt: skip
     section = DistillSection.model_validate(given)
     settings = LoopSettings.from_section(section, {"data": "a"})
@@ -90,7 +91,10 @@ def test_settings_are_those_of_the_section() -> None:
 
 def test_the_identity_names_all_that_the_weights_depend_on_and_nothing_else() -> None:
     known = SETTINGS.full_identity(5)
-    free = ("checkpoint_steps", "identity", "newer_keys", "lr_by_prefix", "decay_by_prefix", "read_steps")
+    free = (
+        "checkpoint_steps", "checkpoint_minutes", "write_in_thread", "identity", "newer_keys", "lr_by_prefix",
+        "decay_by_prefix", "read_steps",
+    )  # fmt: skip
     assert replace(SETTINGS, decay_by_prefix=True).full_identity(5) == known  # each stage always gives the same
     settings = {name for name in vars(SETTINGS) if name not in free}
     assert known.keys() == settings | {"steps_per_epoch", "own_rates"}  # the name that checkpoints of 0.1.0 have

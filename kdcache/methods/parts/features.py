@@ -78,7 +78,7 @@ def _mean(target: Hidden, flat: Tensor, begins: Tensor) -> Vectors:
     if not covered:
         return _nothing(flat.index_select(0, begins), target)
     offsets = torch.searchsorted(target.positions, begins)
-    counts = torch.diff(offsets, append=offsets.new_tensor([covered]))
+    counts = torch.diff(offsets, append=offsets.new_full((1,), covered))
     teacher = F.embedding_bag(torch.arange(covered, device=offsets.device), target.aligned(), offsets, mode="mean")
     return Vectors(
         F.embedding_bag(target.positions, at_least_float32(flat), offsets, mode="mean"), teacher, None, counts > 0

@@ -7,6 +7,7 @@ handles rows without a label.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
@@ -48,6 +49,11 @@ class WeightingRule(Protocol):
     def bind(self, setup: Setup, /) -> Weighting:
         """The weighting for the teachers of ``setup``. Raises RecipeError where a fact is missing."""
         ...
+
+
+def constants(values: Sequence[float], like: Tensor) -> Tensor:
+    """Numbers [n] in dtype and on device of ``like``; filled there, since a copy would wait for an accelerator."""
+    return torch.stack([like.new_full((), value) for value in values])
 
 
 def teacher_weights(weighting: Weighting, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
@@ -128,7 +134,7 @@ class ByStudentUncertainty:
                 return torch.ones_like(teacher_logits[..., 0])
             logits = finest(student_logits)  # 1 - u of a new student is near 0
             uncertainty = entropy(logits) / math.log(logits.shape[-1])
-            rank = torch.tensor(ranks, dtype=logits.dtype).to(logits.device)[:, None]
+            rank = constants(ranks, logits)[:, None]
             return (((1 - uncertainty) * rank + uncertainty * (1 - rank)) * 2 / count).to(teacher_logits.dtype)
 
         return weigh
