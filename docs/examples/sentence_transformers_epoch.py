@@ -16,7 +16,7 @@ directory, teacher, encoder = sys.argv[1:]
 rows = load_dataset(directory, split="train").select_columns(["sentence", f"logits_{teacher}"])
 rows = rows.rename_column(f"logits_{teacher}", "label")
 model = SentenceTransformer(encoder)
-width, classes = model.get_sentence_embedding_dimension(), len(rows[0]["label"])
+width, classes = len(model.encode("a text")), len(rows[0]["label"])
 model.append(Dense(width, classes, activation_function=nn.Identity()))
 arguments = SentenceTransformerTrainingArguments("st-output", num_train_epochs=1, report_to="none", save_strategy="no")
 SentenceTransformerTrainer(model, args=arguments, train_dataset=rows, loss=MSELoss(model)).train()

@@ -47,14 +47,16 @@ def export(
     tolerance: Annotated[
         float, typer.Option(min=0, help="Largest accepted difference of a logit, as a share of the largest logit.")
     ] = 1e-4,
-    int8_tolerance: Annotated[float, typer.Option(min=0, help="The same for int8.")] = 0.25,
+    int8_tolerance: Annotated[
+        float, typer.Option(min=0, max=1, help="Largest accepted share of predictions that int8 changes.")
+    ] = 0.05,
     trust_remote_code: TrustRemoteCode = False,
     json: Json = False,  # noqa: ARG001  (its callback switches the output)
 ) -> None:
     """Export a student to ONNX, for onnxruntime and optimum, after comparing it with PyTorch on real rows.
 
     Prints size, latency in batches of 1 and 32, the largest difference of a logit, changed predictions and scores. If
-    the logits differ by more than --tolerance, nothing is written (exit code 1).
+    they differ by more than --tolerance or --int8-tolerance, nothing is written (exit code 1).
 
     Example: kdcache export runs/sst2 --int8
 

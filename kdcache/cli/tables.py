@@ -209,7 +209,7 @@ def _answer_format(
             raise RecipeError(f"--map {flag} is not LABEL=CLASS", "Such as: --map pos=positive")
         mapped[label] = name
     named = tuple((label or None, column) for label, _, column in pairs)
-    return AnswerFormat(kind, named, tuple(text) if text else None, mapped, smoothing)  # type: ignore[arg-type]
+    return AnswerFormat(kind, named, tuple(text) if text else None, mapped, smoothing)
 
 
 def _into_new_cache(

@@ -298,9 +298,10 @@ def _joined(
 
 def _as_logits(values: np.ndarray, how: AnswerFormat) -> tuple[np.ndarray, int]:
     """Logits float32 whose softmax gives the answers, smoothed; and how many probabilities were below ``FLOOR``."""
+    logits: np.ndarray = values.astype(np.float32)
     if how.kind == "logits":
-        return values.astype(np.float32), 0
+        return logits, 0
     shares = values / values.sum(axis=1, keepdims=True)
     shares = (1 - how.share) * shares + how.share / shares.shape[1]
-    logits: np.ndarray = np.log(np.maximum(shares, FLOOR)).astype(np.float32)
+    logits = np.log(np.maximum(shares, FLOOR)).astype(np.float32)
     return logits, int((shares < FLOOR).sum())

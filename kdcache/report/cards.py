@@ -101,7 +101,7 @@ def _model_index(results: Mapping[str, Any], recipe: Recipe | None) -> list[Mapp
     """One result per split, as hubs show them beside a model; None without scores."""
     name = str(results.get("name", "student"))
     train = recipe.data.train if recipe else ""
-    dataset: dict[str, Any] = {"name": name, "type": _hub_name(train.partition(":")[0]) or _basename(train) or name}
+    dataset: dict[str, Any] = {"name": name, "type": _hub_name(train.partition(":")[0]) or name}
     entries = []
     for split, scores in results.get("scores", {}).items():
         metrics = [

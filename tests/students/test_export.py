@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from kdcache.progress import SilentProgress
 from kdcache.recipe import load_recipe
 from kdcache.students import export as module
 from kdcache.students.export import LOADING, ExportSettings, export_student
-from kdcache.students.onnx_student import all_logits, open_graph, parity
+from kdcache.students.onnx_student import Forward, all_logits, in_torch, open_graph, parity
 from kdcache.students.save import load_student, save_student, student_record
 from kdcache.students.score import evaluate_model
 from kdcache.testing.architectures import ARCHITECTURES
@@ -163,7 +162,7 @@ def test_other_families_export_with_int8(name: str, tmp_path: Path, few: None) -
         tmp_path / "model", "classifier", **{depth: 1}
     )  # a block less is a second less
     rows = write_reviews(tmp_path / "rows.tsv", reviews(24, seed=2))
-    settings = ExportSettings(int8=True, data=str(rows), text=["sentence"], label="label", int8_tolerance=0.5)
+    settings = ExportSettings(int8=True, data=str(rows), text=["sentence"], label="label", int8_tolerance=1.0)
     report = export_student(directory, None, settings, progress=SilentProgress())
     assert report.directory == tmp_path / "model-onnx"
     assert report.variants[1].parity is not None and report.variants[1].parity.relative < 1e-5
@@ -184,27 +183,40 @@ def test_a_student_that_torch_cannot_export_leaves_nothing(tmp_path: Path) -> No
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
 
-class _Stub:
-    """In place of the exporter, which takes seconds."""
-
-    def __init__(self, logits: np.ndarray) -> None:
-        self.logits = logits
-
-    def __call__(self, inputs: Mapping[str, torch.Tensor]) -> np.ndarray:
-        return np.repeat(self.logits, len(inputs["input_ids"]), axis=0)
-
-
-@pytest.mark.parametrize("value", [3.0, np.nan])
+@pytest.mark.parametrize(
+    ("values", "int8", "message", "cure"),
+    [
+        ((3.0, 3.0), False, "ONNX differs from PyTorch by up to", "--tolerance"),
+        ((np.nan, 3.0), False, "ONNX gives NaN or infinity", "PyTorch"),
+        ((None, 90.0), True, "ONNX int8 differs from PyTorch: ", "--int8-tolerance"),
+        ((None, np.nan), True, "ONNX int8 gives NaN or infinity", "without --int8"),
+    ],
+)
 def test_a_graph_with_other_logits_is_refused_and_an_older_export_stays(
-    value: float, run: Path, exported: Path, monkeypatch: pytest.MonkeyPatch
+    values: tuple[float | None, float],
+    int8: bool,
+    message: str,
+    cure: str,
+    run: Path,
+    exported: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     before = {path.name: path.read_bytes() for path in exported.iterdir()}
-    monkeypatch.setattr(module, "export_onnx", lambda *_, **__: None)
-    monkeypatch.setattr(module, "open_graph", lambda _: _Stub(np.array([[value, 0.0]], np.float32)))
-    said = kdcache("export", run)
+    student = load_student(run / "student")
+
+    def opened(path: Path) -> Forward:
+        value = values[path.name == "model_quantized.onnx"]
+        if value is None:
+            return in_torch(student.model)
+        wrong = np.array([[value, 0.0], [0.0, value]], np.float32)  # both classes, so that some predictions change
+        return lambda inputs: wrong[np.arange(len(inputs["input_ids"])) % 2]
+
+    monkeypatch.setattr(module, "export_onnx", lambda _, __, path, **___: path.write_bytes(b""))  # takes seconds
+    monkeypatch.setattr(module, "quantise", lambda _, path: path.write_bytes(b""))
+    monkeypatch.setattr(module, "open_graph", opened)
+    said = kdcache("export", run, *(["--int8"] if int8 else []))
     assert said.code == 1
-    assert said.err.count("\n") >= 2 and "ONNX differs from PyTorch by up to" in said.err
-    assert "nothing was written" in said.err and "--tolerance" in said.err
+    assert message in said.err and "nothing was written" in said.err and cure in said.err.splitlines()[-1]
     assert {path.name: path.read_bytes() for path in exported.iterdir()} == before
     assert not list(run.glob(".onnx*"))
 
