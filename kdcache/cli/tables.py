@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from kdcache.data.cache_export import CacheExport, ExportChoice
     from kdcache.dump.imported import ImportedTeacher
     from kdcache.dump.run import TeacherRun
+    from kdcache.recipe import Recipe
     from kdcache.share.reading_through import RemoteCache
 
 
@@ -140,7 +141,9 @@ def import_(
     ] = None,
     recipe: Annotated[
         Path | None,
-        typer.Option(metavar="RECIPE", help="Recipe of the data, to make a new cache.", show_default=False),
+        typer.Option(
+            metavar="RECIPE", help="Recipe of the data: makes a new cache if there is none.", show_default=False
+        ),
     ] = None,
     settings: Settings = None,
     tag: Annotated[
@@ -160,6 +163,7 @@ def import_(
     pos=positive --map neg=negative
     """
     from kdcache.dump.imported import ImportedTeacher
+    from kdcache.recipe import load_recipe
 
     name, _, file = teacher.partition("=")
     if not name or not file:
@@ -173,12 +177,13 @@ def import_(
         return ImportedTeacher(found, source or Path(file).name, licence, write_missing)
 
     _check_name(name)
-    if recipe is not None and not Path(cache).is_dir():
+    if recipe is not None and remote is None and not (Path(cache) / "manifest.json").is_file():
         identity, run = _into_new_cache(Path(cache), recipe, settings, name, imported)
         document = {"cache": cache, "before": None, "identity": identity, "teachers": {name: run.as_dict()}}
         published = None
     else:
-        document, published, run = _into_cache(find_cache(cache, remote), name, imported, tag)
+        loaded = None if recipe is None else load_recipe(recipe, settings)
+        document, published, run = _into_cache(find_cache(cache, remote), name, imported, loaded, tag)
     out.document({**document, "reference": published})
     out.text(f"{name}: {counted(run.texts, 'text')}, {format_bytes(run.bytes)}" if run.texts else "nothing was missing")
     out.text(f"identity {document['identity']}" + (f", published as {published}" if published else ""))
@@ -231,7 +236,11 @@ def _into_new_cache(
 
 
 def _into_cache(
-    place: Path | RemoteCache, name: str, imported: Callable[[TaskSpec], ImportedTeacher], tag: str | None
+    place: Path | RemoteCache,
+    name: str,
+    imported: Callable[[TaskSpec], ImportedTeacher],
+    recipe: Recipe | None,
+    tag: str | None,
 ) -> tuple[dict[str, Any], str | None, TeacherRun]:
     """The document, the published version if the cache is on a remote, and what was written."""
     from kdcache.cache.manifest import read_manifest
@@ -246,10 +255,11 @@ def _into_cache(
     if isinstance(place, Path):
         if tag is not None:
             raise RecipeError("--tag belongs to a name on the remote", "Push the directory: kdcache cache push PATH")
-        wanted = Wanted({}, answers={name: imported(read_manifest(place).contents.task)})
+        wanted = Wanted({}, recipe=recipe, answers={name: imported(read_manifest(place).contents.task)})
         report = extend_cache(place, wanted, progress=progress, provenance=provenance())
     else:
-        wanted = Wanted({}, answers={name: imported(fetch_manifest(place.remote, place.ref).contents.task)})
+        task = fetch_manifest(place.remote, place.ref).contents.task
+        wanted = Wanted({}, recipe=recipe, answers={name: imported(task)})
         report, published = extend_version(
             place.remote, place.ref, wanted, store=default_store(), tag=tag, progress=progress, provenance=provenance()
         )

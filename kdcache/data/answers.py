@@ -285,7 +285,8 @@ def _joined(
         sums = np.zeros((len(first), values.shape[1]))
         np.add.at(sums, group, values)
         return sums
-    other = np.flatnonzero((values != values[first][group]).any(axis=1))
+    joined: np.ndarray = values[first]
+    other = np.flatnonzero((values != joined[group]).any(axis=1))
     if len(other):
         row = int(other[0])
         here, there = places[row], places[int(first[group[row]])]
@@ -293,7 +294,7 @@ def _joined(
             f"{here[0].place(here[1])} has the text of {there[0].place(there[1])}, and another answer",
             "Keep one of the two; for several opinions on a text, use --as votes.",
         )
-    return values[first]
+    return joined
 
 
 def _as_logits(values: np.ndarray, how: AnswerFormat) -> tuple[np.ndarray, int]:

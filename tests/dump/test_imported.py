@@ -113,6 +113,9 @@ def test_a_new_cache_from_answers_alone_is_distilled_and_weighed(tiny_run: TinyR
     column = ("--as", "logits", "--column", "logits_bert", "--recipe", tiny_run.recipe_file)
     said = kdcache("cache", "import", place, "--teacher", f"judge={tmp_path / 'out'}", *column, "--licence", "MIT")
     assert said.code == 0, said.err
+    again = kdcache("cache", "import", place, "--teacher", f"judge={tmp_path / 'out'}", *column, "--licence", "MIT")
+    assert again.code == 0 and "nothing was missing" in again.out
+    assert again.out.splitlines()[-1] == said.out.splitlines()[-1]  # the identity
     new, old = open_cache(place), open_cache(tiny_run.cache)
     found, wanted = by_text(new, "judge"), by_text(old, "bert")
     assert found.keys() == wanted.keys()
