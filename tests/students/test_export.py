@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from kdcache.data.encoding import encode, pad
 from kdcache.data.task import load_task
@@ -21,7 +20,7 @@ from kdcache.progress import SilentProgress
 from kdcache.recipe import load_recipe
 from kdcache.students import export as module
 from kdcache.students.export import LOADING, ExportSettings, export_student
-from kdcache.students.onnx_student import Forward, all_logits, in_torch, open_graph, parity
+from kdcache.students.onnx_student import Forward, all_logits, in_torch, open_graph, parity, quantise
 from kdcache.students.save import load_student, save_student, student_record
 from kdcache.students.score import evaluate_model
 from kdcache.testing.architectures import ARCHITECTURES
@@ -154,7 +153,7 @@ def test_the_card_has_metadata_that_a_hub_reads(exported: Path) -> None:
     assert "| ONNX int8 |" in card.text
 
 
-@pytest.mark.parametrize("name", ["RoBERTa", "DistilBERT", "MPNet", "GPT-2", "Qwen2"])
+@pytest.mark.parametrize("name", ["RoBERTa", "DistilBERT", "MPNet", "GPT-2"])
 def test_other_families_export_with_int8(name: str, tmp_path: Path, few: None) -> None:  # noqa: ARG001
     """On the rows of a file, in batches of many lengths; a graph with fixed sizes or places would fail."""
     depth = next(key for key in ("num_hidden_layers", "n_layers", "n_layer") if key in ARCHITECTURES[name].settings)
@@ -175,9 +174,13 @@ def test_other_families_export_with_int8(name: str, tmp_path: Path, few: None) -
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-def test_a_student_that_torch_cannot_export_leaves_nothing(tmp_path: Path) -> None:
-    directory = ARCHITECTURES["XLNet"].save(tmp_path / "model", "classifier")
-    with pytest.raises(ModelError, match="the student cannot be exported to ONNX") as caught:
+def test_a_student_that_torch_cannot_export_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise RuntimeError("data-dependent shapes\nand more")
+
+    monkeypatch.setattr(torch.onnx, "export", fails)  # with XLNet it fails too, after a minute
+    directory = make_model(tmp_path / "model", "bert", classes=2)
+    with pytest.raises(ModelError, match="the student cannot be exported to ONNX: RuntimeError: data-") as caught:
         export_student(directory, tmp_path / "out", ExportSettings(), progress=SilentProgress())
     assert "docs/export.md" in caught.value.hint
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
@@ -267,14 +270,11 @@ def test_rows_without_the_runs_data_are_named_synthetic(run: Path, tmp_path: Pat
 
 
 def test_a_graph_without_matrix_products_is_not_quantised(tmp_path: Path) -> None:
-    from kdcache.students.onnx_student import quantise
-    from kdcache.teachers.backends.onnx_graph import write_graph
+    import onnx
+    from onnx import TensorProto, helper
 
-    class Doubled(nn.Module):
-        def forward(self, ids: torch.Tensor) -> torch.Tensor:
-            return ids * 2
-
-    ids = torch.ones((2, 3), dtype=torch.int64)
-    write_graph(Doubled(), {"input_ids": ids}, lambda: ["logits"], tmp_path / "a.onnx", subject="it", cure="")
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in ("input", "logits")]
+    graph = helper.make_graph([helper.make_node("Identity", ["input"], ["logits"])], "g", ends[:1], ends[1:])
+    onnx.save(helper.make_model(graph), tmp_path / "a.onnx")
     with pytest.raises(ModelError, match="no matrix product"):
         quantise(tmp_path / "a.onnx", tmp_path / "b.onnx")
