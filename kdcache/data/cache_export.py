@@ -11,10 +11,9 @@ interruption, the same command writes the missing ones.
 
 from __future__ import annotations
 
-import io
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,6 +23,7 @@ import numpy as np
 from kdcache.cache.card import front_matter, subtable
 from kdcache.cache.ids import Examples, id_list
 from kdcache.cache.selection import Selection
+from kdcache.data.table_files import Column, as_jsonl, as_parquet
 from kdcache.errors import DamageError, MismatchError, RecipeError
 from kdcache.files import remove_leftovers, write_file, write_stream
 from kdcache.progress import listed
@@ -70,20 +70,11 @@ class CacheExport:
     kept: int
 
 
-@dataclass(frozen=True)
-class _Column:
-    """A column beside the text: ``width`` numbers per row; 0 for one value."""
-
-    name: str
-    kind: str  # of pyarrow
-    width: int = 0
-
-
 @dataclass(frozen=True, eq=False)
 class _Job:
     cache: Cache
     choice: ExportChoice  # with all names
-    columns: tuple[_Column, ...]  # after the text columns
+    columns: tuple[Column, ...]  # after the text columns
     texts: Mapping[bytes, tuple[str, ...]] | None
 
 
@@ -162,12 +153,12 @@ def _job(cache: Cache, choice: ExportChoice, texts: Mapping[bytes, tuple[str, ..
         )
     grouped = any(cache.examples(split).groups is not None for split in splits)
     columns = [
-        _Column("label", "int64"),
-        *(_Column(f"{choice.values}_{name}", "float32", classes) for name in teachers),
-        *(_Column(f"pooled_{name}", "float32", width) for name, width in pooled.items() if choice.pooled and width),
-        *([_Column("group", "string")] if grouped else []),
-        _Column("row", "int64"),
-        _Column("text_id", "string"),
+        Column("label", "int64"),
+        *(Column(f"{choice.values}_{name}", "float32", classes) for name in teachers),
+        *(Column(f"pooled_{name}", "float32", width) for name, width in pooled.items() if choice.pooled and width),
+        *([Column("group", "string")] if grouped else []),
+        Column("row", "int64"),
+        Column("text_id", "string"),
     ]
     twice = [column.name for column in columns if column.name in cache.task.text_columns]
     if twice:
@@ -228,7 +219,12 @@ def _files(target: Path, job: _Job, split: str, parts: np.ndarray) -> list[_File
 
 def _write(file: _File, job: _Job, examples: Examples, parts: np.ndarray, places: np.ndarray) -> None:
     tables = (_table(job, examples, parts, places, part) for part in file.parts)
-    blocks = _as_parquet(job, tables) if job.choice.format == "parquet" else _as_jsonl(tables)
+    names = job.cache.task.label_names
+    blocks = (
+        as_parquet(tables, job.cache.task.text_columns, job.columns, names)
+        if job.choice.format == "parquet"
+        else as_jsonl(tables)
+    )
     write_stream(file.path, blocks, lambda: None)
 
 
@@ -280,86 +276,6 @@ def _softmax(logits: np.ndarray, temperature: float) -> np.ndarray:
     powers = np.exp(scaled - scaled.max(axis=1, keepdims=True))
     shares: np.ndarray = (powers / powers.sum(axis=1, keepdims=True)).astype(np.float32)
     return shares
-
-
-def _as_parquet(job: _Job, tables: Iterator[Mapping[str, Any]]) -> Iterator[bytes]:
-    """A Parquet file, a row group per part; bytes are handed on as they are made."""
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    schema, sink = _schema(job), _Drained()
-    with parquet.ParquetWriter(pa.PythonFile(sink, mode="w"), schema, compression="zstd") as writer:
-        for table in tables:
-            writer.write_table(pa.table([_array(table[field.name], field) for field in schema], schema=schema))
-            yield sink.take()
-    yield sink.take()
-
-
-class _Drained(io.RawIOBase):
-    """A file in memory whose bytes can be taken out while it is written."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._blocks: list[bytes] = []
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: Any) -> int:
-        self._blocks.append(bytes(data))
-        return len(self._blocks[-1])
-
-    def take(self) -> bytes:
-        """The bytes since the last call."""
-        blocks, self._blocks = self._blocks, []
-        return b"".join(blocks)
-
-
-def _schema(job: _Job) -> Any:
-    """With the features of ``datasets``, which then knows the names of the classes."""
-    import pyarrow as pa
-
-    text: dict[str, Any] = {name: {"dtype": "string", "_type": "Value"} for name in job.cache.task.text_columns}
-    features, fields = dict(text), [pa.field(name, pa.string()) for name in text]
-    for column in job.columns:
-        kind: Any = getattr(pa, column.kind)()
-        value: dict[str, Any] = {"dtype": column.kind, "_type": "Value"}
-        if column.name == "label":
-            value = {"names": list(job.cache.task.label_names), "_type": "ClassLabel"}
-        if column.width:
-            kind, value = pa.list_(kind, column.width), {"feature": value, "length": column.width, "_type": "List"}
-        features[column.name] = value
-        fields.append(pa.field(column.name, kind))
-    return pa.schema(fields, metadata={"huggingface": json.dumps({"info": {"features": features}})})
-
-
-def _array(values: Any, field: Any) -> Any:
-    import pyarrow as pa
-
-    if field.name == "label":
-        return pa.array(values, type=field.type, mask=values < 0)
-    if pa.types.is_fixed_size_list(field.type):
-        return pa.FixedSizeListArray.from_arrays(np.ascontiguousarray(values).reshape(-1), type=field.type)
-    return pa.array(values, type=field.type)
-
-
-def _as_jsonl(tables: Iterator[Mapping[str, Any]]) -> Iterator[bytes]:
-    for table in tables:
-        cells = [_cells(name, values) for name, values in table.items()]
-        names = [json.dumps(name, ensure_ascii=False) for name in table]
-        lines = (
-            "{" + ", ".join(f"{name}: {cell}" for name, cell in zip(names, row, strict=True)) + "}\n"
-            for row in zip(*cells, strict=True)
-        )
-        yield "".join(lines).encode()
-
-
-def _cells(name: str, values: Any) -> list[str]:
-    if not isinstance(values, np.ndarray):
-        return [json.dumps(value, ensure_ascii=False) for value in values]
-    if values.ndim == 2:  # the shortest digits that give the same float32
-        return ["[" + ", ".join(row) + "]" for row in values.astype(str).tolist()]
-    return ["null" if name == "label" and value < 0 else str(value) for value in values.tolist()]
 
 
 def _json(document: Mapping[str, Any]) -> bytes:

@@ -22,10 +22,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
-from kdcache.data.encoding import EncodedTexts, encode, require_fast
+from kdcache.data.encoding import require_fast
 from kdcache.data.task import load_task, read_examples
 from kdcache.errors import KdcacheError, MismatchError, ModelError, RecipeError
 from kdcache.files import make_directory, publish_directory, sync_tree
@@ -47,6 +46,7 @@ from kdcache.students.onnx_student import (
     parity,
     quantise,
 )
+from kdcache.students.parity_rows import Rows, some_rows, synthetic_rows
 from kdcache.students.save import ONNX_FILE, export_onnx, load_student, read_record
 
 if TYPE_CHECKING:
@@ -59,8 +59,6 @@ INT8_FILE = "model_quantized.onnx"
 REPORT_FILE = "export.json"
 FORMAT = 1
 TOLERANCE, INT8_TOLERANCE = 1e-4, 0.05
-_MOST_ROWS = 2000
-_SYNTHETIC_ROWS, _SYNTHETIC_LENGTH = 64, 64
 LOADING = """\
 import json, numpy, onnxruntime, pathlib, tokenizers
 
@@ -73,15 +71,6 @@ fields = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_id
 inputs = {node.name: numpy.array([getattr(row, fields[node.name]) for row in rows]) for node in session.get_inputs()}
 print([labels[str(number)] for number in session.run(["logits"], inputs)[0].argmax(axis=1)])
 """  # classifies two texts; the test executes these lines
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The rows that the graphs are compared on; ``labels`` is None where there is nothing to score."""
-
-    name: str
-    encoded: EncodedTexts
-    labels: np.ndarray | None
 
 
 @dataclass(frozen=True)
@@ -237,7 +226,7 @@ def _rows(place: _Source, student: Student, settings: ExportSettings, progress: 
         except KdcacheError as error:
             progress.note(f"the run's validation rows are not at hand: {error.message}")
     progress.note("the graphs are compared on synthetic token ids: for real rows, give --data FILE")
-    return Rows("synthetic token ids", _synthetic(student), None)
+    return synthetic_rows(student)
 
 
 def _rows_of_file(place: _Source, student: Student, settings: ExportSettings) -> Rows:
@@ -252,7 +241,7 @@ def _rows_of_file(place: _Source, student: Student, settings: ExportSettings) ->
     declared = place.record is None or place.record.labels_declared is not False
     found = read_examples(settings.data, list(text), label, student.label_names, labels_declared=declared)
     labels = found.labels if label is not None else None
-    return _some_rows(Path(settings.data).name, student, found.texts, labels)
+    return some_rows(Path(settings.data).name, student, found.texts, labels)
 
 
 def _rows_of_run(recipe: Recipe, student: Student) -> Rows:
@@ -262,30 +251,7 @@ def _rows_of_run(recipe: Recipe, student: Student) -> Rows:
         raise MismatchError(f"the classes of {recipe.data.train} are not those of the student")
     examples = task.splits[split]
     texts = [task.texts[bytes(one)] for one in examples.text_ids]
-    return _some_rows(f"{split} of the run's data", student, texts, examples.labels)
-
-
-def _some_rows(name: str, student: Student, texts: Sequence[tuple[str, ...]], labels: np.ndarray | None) -> Rows:
-    if len(texts) > _MOST_ROWS:
-        name = f"{name}, the first {_MOST_ROWS:,} of {len(texts):,} rows"
-        texts, labels = texts[:_MOST_ROWS], None if labels is None else labels[:_MOST_ROWS]
-    labels = labels if labels is not None and (labels >= 0).any() else None
-    return Rows(name, encode(student.tokenizer, texts, student.max_length), labels)
-
-
-def _synthetic(student: Student) -> EncodedTexts:
-    """Random tokens without special ones: good enough to compare two ways to run a model, not to score one."""
-    generator = np.random.default_rng(0)
-    longest = min(student.max_length, _SYNTHETIC_LENGTH)
-    lengths = generator.integers(min(4, longest), longest + 1, _SYNTHETIC_ROWS)
-    special = set(student.tokenizer.all_special_ids)
-    known = np.array([one for one in range(len(student.tokenizer)) if one not in special], np.int32)
-    total = int(lengths.sum())
-    nothing = np.zeros(total, np.int32)
-    types = nothing.astype(np.int8) if "token_type_ids" in student.tokenizer.model_input_names else None
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    flat = nothing.astype(np.int8)
-    return EncodedTexts(generator.choice(known, total), offsets, nothing, nothing, flat, flat, types)
+    return some_rows(f"{split} of the run's data", student, texts, examples.labels)
 
 
 def _written(

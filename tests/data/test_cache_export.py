@@ -18,7 +18,8 @@ from pyarrow import parquet
 from kdcache import open_cache
 from kdcache.cache.ids import text_id
 from kdcache.cache.reader import Cache
-from kdcache.data.cache_export import ExportChoice, _cells, export_cache
+from kdcache.data.cache_export import ExportChoice, export_cache
+from kdcache.data.table_files import _cells
 from kdcache.errors import MismatchError, StorageError
 from kdcache.files import use_disk
 from kdcache.progress import SilentProgress
