@@ -6,14 +6,16 @@ and licences that people wrote are escaped: they cannot break out of their table
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from kdcache.cache import layout
 from kdcache.cache.schema import teacher_document
 from kdcache.cache.selection import component
+from kdcache.cache.spec import IMPORTED
 from kdcache.codecs.base import LayerSpec
 from kdcache.codecs.registry import format_of
 
@@ -81,8 +83,10 @@ def _facts(facts: Mapping[str, Any], provenance: Mapping[str, Any]) -> str:
 
 
 def _teacher(name: str, facts: Mapping[str, Any], record: Mapping[str, Any]) -> tuple[str, ...]:
+    imported = facts["backend"] == IMPORTED
+    head, length = ("imported", "–") if imported else (facts["head"], str(facts["max_length"]))
     return (
-        name, _text(record, "source") or _UNKNOWN, facts["head"], str(facts["max_length"]), _layers(facts["layers"]),
+        name, _text(record, "source") or _UNKNOWN, head, length, _layers(facts["layers"]),
         f"{facts['bytes'] / 1e6:,.1f} MB", _scores(record, "scores") or "–",
     )  # fmt: skip
 
@@ -147,6 +151,38 @@ def _licences(facts: Mapping[str, Any], provenance: Mapping[str, Any]) -> str:
 def _version(provenance: Mapping[str, Any]) -> str:
     version = _text(subtable(provenance, "versions"), "kdcache")
     return f"kdcache {version}" if version else ""
+
+
+def front_matter(values: Mapping[str, Any]) -> str:
+    """The YAML block that model and data hubs read at the top of a card; entries without a value are left out."""
+    return "\n".join(["---", *_yaml({key: value for key, value in values.items() if value not in (None, "")}), "---"])
+
+
+def _yaml(value: Mapping[str, Any] | Sequence[Any], indent: str = "") -> list[str]:
+    """Block style, lists at the indent of their key."""
+    named = value.items() if isinstance(value, Mapping) else [("", item) for item in value]
+    lines = []
+    for key, item in named:
+        before = f"{indent}{_scalar(key)}:" if isinstance(value, Mapping) else f"{indent}-"
+        if isinstance(item, Mapping) and item and not isinstance(value, Mapping):
+            first, *rest = _yaml(item, indent + "  ")
+            lines += [f"{before} {first.lstrip()}", *rest]
+        elif isinstance(item, Mapping | list | tuple) and item:
+            lines += [before, *_yaml(item, indent + ("  " if isinstance(item, Mapping) else ""))]
+        else:
+            lines.append(f"{before} {_scalar(item)}")
+    return lines
+
+
+def _scalar(value: Any) -> str:
+    """A scalar as YAML; JSON's form where the plain one could be read as something else."""
+    if isinstance(value, str) and _PLAIN.fullmatch(value) and value.lower() not in _YAML_WORDS:
+        return value
+    return json.dumps(value, ensure_ascii=True)
+
+
+_PLAIN = re.compile(r"[A-Za-z]([A-Za-z0-9_./+-]*[A-Za-z0-9])?")
+_YAML_WORDS = frozenset(("y", "n", "yes", "no", "on", "off", "true", "false", "null"))
 
 
 def subtable(document: Mapping[str, Any], *keys: str) -> Mapping[str, Any]:

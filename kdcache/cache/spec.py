@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 Scope = Literal["full", "logits"]
 HeadKind = Literal["shared", "own"]
+IMPORTED = "imported"  # the backend of a teacher whose logits come from a file; its precision names their kind
 _INTEGER = re.compile(r"-?[0-9]+")
 
 
@@ -156,3 +157,8 @@ class TeacherSpec:
     pooled: int | None  # width of the stored pooled vector
     sample_texts: int  # number of texts that bases and variances were fitted on
     layers: Mapping[int, LayerSpec] = field(default_factory=dict)
+
+    @property
+    def imported(self) -> bool:
+        """Whether its logits come from a file, and not from a model that kdcache ran."""
+        return self.backend == IMPORTED

@@ -168,6 +168,7 @@ def _size(path: Path) -> int:
 def _show(description: dict[str, Any]) -> None:
     """For humans: the facts, then a line for each teacher and each of its layers."""
     from kdcache.cache.card import stored_as
+    from kdcache.cache.spec import IMPORTED
 
     apart = ("teachers", "provenance", "examples", "bytes", "selection")
     examples = ", ".join(f"{split} {count:,}" for split, count in description["examples"].items())
@@ -185,6 +186,8 @@ def _show(description: dict[str, Any]) -> None:
     for name, teacher in description["teachers"].items():
         run = f"{teacher['backend']} {teacher['precision']}"
         what = f"{teacher['head']} head, {teacher['depth']} x {teacher['width']}, {run}"
+        if teacher["backend"] == IMPORTED:
+            what = f"{run}, from a file"
         rows.append((name, what, teacher["tokens"], format_bytes(teacher["bytes"]), _here(teacher)))
         for layer, stored in teacher["layers"].items():
             rows.append(("", f"layer {layer}: {stored_as(stored)}", None, format_bytes(stored["bytes"]), _here(stored)))

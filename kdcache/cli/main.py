@@ -18,6 +18,7 @@ from kdcache.cli import (
     dump,
     env,
     evaluate,
+    export,
     extend,
     methods,
     pipelines,
@@ -27,6 +28,7 @@ from kdcache.cli import (
     run,
     share,
     sweep,
+    tables,
     weigh,
 )
 from kdcache.cli.guard import guarded
@@ -64,12 +66,15 @@ _add(app, "distill", distill.distill)
 _add(app, "sweep", sweep.sweep)
 _add(app, "run", run.run)
 _add(app, "evaluate", evaluate.evaluate)
+_add(app, "export", export.export)
 _add(app, "report", report.report)
 _add(app, "methods", methods.methods)
 _add(app, "env", env.env)
 _add(_cache, "info", cache.info)
 _add(_cache, "verify", cache.verify)
 _add(_cache, "extend", extend.extend)
+_add(_cache, "export", tables.export)
+_add(_cache, "import", tables.import_)
 _add(_cache, "diff", diff.diff)
 for _name in ("push", "pull", "ls", "rm", "gc", "status"):
     _add(_cache, _name, getattr(share, _name))

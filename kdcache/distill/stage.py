@@ -252,7 +252,7 @@ def _save(training: Training, results: dict[str, Any], run: RunDirectory, progre
         label_column=recipe.data.label,
         labels_declared=training.data.labels_declared,
     )
-    no_onnx = save_student(run.student, training.student, record, model_card(results))
+    no_onnx = save_student(run.student, training.student, record, model_card(results, recipe))
     if no_onnx:
         progress.note(f"student/ has no model.onnx: {no_onnx}")
     write_file(run.results, (json.dumps(results, indent=2, ensure_ascii=False) + "\n").encode())

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from kdcache.cache.merge import contents_so_far, take
 from kdcache.cache.spec import check_same_task
 from kdcache.cache.writer import open_writer
 from kdcache.dump.additions import open_additions, validation_scores
+from kdcache.dump.imported import imported_record, refuse_missing, write_answers
 from kdcache.dump.layers import check_layer, spec_like
 from kdcache.dump.provenance import extended_provenance, forget_runs, inherit_run
 from kdcache.dump.specs import PreparedTeacher, TextScopes, layer_specs, prepare, scopes, student_depth
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from kdcache.codecs.base import LayerSpec
     from kdcache.data.task import TaskData
     from kdcache.dump.additions import Addition
+    from kdcache.dump.imported import ImportedTeacher
     from kdcache.dump.run import TeacherRun
     from kdcache.progress import Progress
     from kdcache.recipe import Recipe
@@ -48,11 +50,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What to add: teachers by name and directory, ``layers`` of them, and the rows of ``recipe``'s data."""
+    """What to add: teachers by name and directory, ``layers`` of them, and the rows of ``recipe``'s data.
+
+    ``answers``: teachers whose logits come from a file, by name.
+    """
 
     teachers: Mapping[str, Path]
     layers: tuple[int, ...] | None = None
     recipe: Recipe | None = None
+    answers: Mapping[str, ImportedTeacher] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -113,7 +119,7 @@ def extend_cache(
     old = read_manifest(cache_dir)
     contents = old.contents
     task = _data(wanted.recipe, contents, progress)
-    if not wanted.teachers and task is None:
+    if not wanted.teachers and not wanted.answers and task is None:
         raise RecipeError(
             "nothing to add was named", "Name a teacher with --teacher NAME=DIR, or new rows with --recipe RECIPE."
         )
@@ -127,18 +133,23 @@ def extend_cache(
     ):
         texts = _texts(writer, wanted.recipe, task)
         new_texts = count_new_texts(writer, texts)
-        _refuse_lacking_teachers(writer, additions, new_texts)
-        _refuse_without_text(writer, task)
+        _refuse_lacking_teachers(writer, {*additions, *wanted.answers}, new_texts)
+        if additions:
+            _refuse_without_text(writer, task)
         teachers = [
             _prepare(addition, wanted, contents, like or contents, new_texts > 0) for addition in additions.values()
         ]
         refuse_stale(writer, teachers)
+        for name, imported in wanted.answers.items():
+            refuse_missing(name, imported, cache_dir, writer, task)
         writer.add_texts(texts.full, texts.evaluation, texts.transfer)
         _take_over(writer, earlier, teachers)
         runs = _run(writer, teachers, additions, wanted, progress)
+        runs += tuple(write_answers(writer, name, imported) for name, imported in wanted.answers.items())
         if task is not None:
             write_examples(writer, task)
         records = {name: _scored(writer, name, addition.record, contents) for name, addition in additions.items()}
+        records |= {name: imported_record(writer, name, imported) for name, imported in wanted.answers.items()}
         record = extended_provenance(old.provenance, records, cache_dir, provenance or {})
         record["text_ids"] = ids_digest(part.text_ids for part in writer.parts)
         new = writer.publish(record, card=cache_card)
@@ -188,7 +199,7 @@ def _max_length(wanted: Wanted, contents: Contents) -> int:
     """Tokens per text of a new teacher: the recipe's max_length, else that of the cache's teachers."""
     if wanted.recipe is not None:
         return wanted.recipe.data.max_length
-    return max((spec.max_length for spec in contents.teachers.values()), default=128)
+    return max((spec.max_length for spec in contents.teachers.values() if not spec.imported), default=128)
 
 
 def _take_over(writer: CacheWriter, earlier: Sequence[Path], teachers: Sequence[PreparedTeacher]) -> None:
@@ -267,7 +278,7 @@ def _new_layers(
 
 def _example(contents: Contents) -> TeacherSpec | None:
     """The teacher whose settings a new teacher gets: the first with hidden states, else the first."""
-    specs = list(contents.teachers.values())
+    specs = [spec for spec in contents.teachers.values() if not spec.imported]
     return next((spec for spec in specs if spec.layers), specs[0] if specs else None)
 
 
@@ -283,9 +294,16 @@ def _settings_of(like: TeacherSpec | None, contents: Contents) -> DumpSection:
     )  # fmt: skip
 
 
-def _refuse_lacking_teachers(writer: CacheWriter, additions: Mapping[str, Addition], new_texts: int) -> None:
+def _refuse_lacking_teachers(writer: CacheWriter, additions: Collection[str], new_texts: int) -> None:
     known = writer.base.contents.teachers if writer.base is not None else {}
     lacking = [name for name in known if name not in additions]
+    imported = [name for name in lacking if known[name].imported]
+    if new_texts and imported:
+        raise MismatchError(
+            f"the data have {new_texts:,} texts that the cache lacks; teacher '{imported[0]}' was imported from a file "
+            "and cannot be run on them",
+            "Dump the data into a new directory, and import a file with answers for all texts: kdcache cache import",
+        )
     if new_texts and lacking:
         flags = " ".join(f"--teacher {name}=DIR" for name in lacking)
         raise MismatchError(

@@ -84,8 +84,8 @@ def even_layer_map(cache: Cache, teachers: Sequence[str], student_layers: int) -
 
 
 def largest_max_length(cache: Cache) -> int:
-    """The largest ``max_length`` of the cache's teachers, in tokens; 128 without teachers."""
-    return max((spec.max_length for spec in cache.teachers.values()), default=128)
+    """The largest ``max_length`` of the cache's teachers, in tokens; 128 without teachers that kdcache ran."""
+    return max((spec.max_length for spec in cache.teachers.values() if not spec.imported), default=128)
 
 
 def files_used(
@@ -113,6 +113,11 @@ def _check_layers(cache: Cache, name: str, layers: Sequence[int]) -> None:
     if lacking:
         known = ", ".join(str(layer) for layer in sorted(stored)) or "none"
         wanted = ", ".join(str(layer) for layer in lacking)
+        if cache.teachers[name].imported:
+            raise MismatchError(
+                f"teacher '{name}' of cache '{cache.path}' was imported from a file: it has no hidden states",
+                "Choose a method that needs logits only (see: kdcache methods), or leave it out of distill.teachers.",
+            )
         raise MismatchError(
             f"cache '{cache.path}' has no hidden states of layer {wanted} of teacher '{name}'; it has layers: {known}",
             "Add them to dump.layers and run kdcache dump-teachers again: only what is missing is dumped.",

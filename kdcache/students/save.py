@@ -12,9 +12,7 @@ student/
 from __future__ import annotations
 
 import json
-import re
 import shutil
-import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -29,6 +27,7 @@ from kdcache.files import make_directory, publish_directory, sync_tree
 from kdcache.students.build import runs_own_code, without_pooler
 from kdcache.students.model import Student, StudentModel
 from kdcache.students.padding import require_pad_token, settle_padding
+from kdcache.teachers.backends.onnx_graph import write_graph
 from kdcache.teachers.teacher import be_quiet
 
 if TYPE_CHECKING:
@@ -38,7 +37,6 @@ RECORD_FILE = "kdcache.json"
 HEAD_FILE = "shared_head.safetensors"
 ONNX_FILE = "model.onnx"
 FORMAT = 1
-_COLOUR = re.compile(r"\x1b\[[0-9;]*m")  # of the exporter's messages
 
 
 @dataclass(frozen=True)
@@ -251,25 +249,10 @@ class _LogitsOnly(nn.Module):
         return cast("Tensor", self.model(dict(zip(self.names, tensors, strict=True))).logits)
 
 
-def export_onnx(student: Student, columns: int, path: Path) -> None:
+def export_onnx(student: Student, columns: int, path: Path, *, cure: str = "Set student.head = 'standard'.") -> None:
     """The student as one ONNX graph with dynamic batch and length. Raises ModelError where torch cannot export it."""
     texts = [("a plain sentence of some words",) * columns, ("short",) * columns]
     inputs = pad(encode(student.tokenizer, texts, student.max_length), [0, 1], int(student.tokenizer.pad_token_id))
-    names = [name for name in inputs if name in student.model.accepted]
-    dynamic = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
-    wrapper = _LogitsOnly(student.model, names).eval()
-    try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the exporter about itself
-            program = torch.onnx.export(
-                wrapper, tuple(inputs[name] for name in names), input_names=names, output_names=["logits"],
-                dynamo=True, dynamic_shapes=(tuple(dict(dynamic) for _ in names),), verbose=False,
-            )  # fmt: skip
-            assert program is not None
-            program.save(str(path), external_data=False)
-    except Exception as error:  # the exporter passes on errors of any type
-        reason = (_COLOUR.sub("", str(error)).strip().splitlines() or [""])[0]
-        raise ModelError(
-            f"the student cannot be exported to ONNX: {type(error).__name__}: {reason}",
-            "Set student.head = 'standard'.",
-        ) from error
+    taken = {name: tensor for name, tensor in inputs.items() if name in student.model.accepted}
+    module = _LogitsOnly(student.model, list(taken)).eval()
+    write_graph(module, taken, lambda: ["logits"], path, subject="the student", cure=cure)

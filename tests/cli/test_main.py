@@ -36,7 +36,7 @@ COMMANDS = [
     *(("cache", "info"), ("cache", "verify"), ("pipelines", "ls"), ("pipelines", "cp"), ("pipelines", "validate")),
     *(("pipelines", "prepare"), ("remote", "check")),
     *(("cache", "push"), ("cache", "pull"), ("cache", "ls"), ("cache", "rm"), ("cache", "gc"), ("cache", "status")),
-    *(("cache", "extend"), ("cache", "diff")),
+    *(("cache", "extend"), ("cache", "diff"), ("cache", "export"), ("cache", "import"), ("export",)),
 ]
 
 
@@ -91,6 +91,7 @@ def test_help_lists_every_command() -> None:
         "augment",
         "run",
         "evaluate",
+        "export",
         "report",
         "cache",
         "pipelines",

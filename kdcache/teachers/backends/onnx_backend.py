@@ -10,13 +10,9 @@ import copy
 import ctypes
 import hashlib
 import json
-import logging
-import re
 import shutil
 import tempfile
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +24,7 @@ from kdcache.data.encoding import encode, pad, padding_id
 from kdcache.errors import ModelError, NonFiniteError
 from kdcache.files import publish_directory, sync_tree
 from kdcache.teachers.backends.base import TeacherOutput
+from kdcache.teachers.backends.onnx_graph import write_graph
 
 if TYPE_CHECKING:
     from kdcache.teachers.teacher import Teacher, TeacherModel
@@ -152,7 +149,6 @@ def _session(directory: Path) -> Any:
 
 EXPORTER_VERSION = 2  # to be increased whenever the exported graph of a teacher changes
 
-_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 # the graph is traced with two texts, one of them padded; the parity check has another number of texts and other
 # lengths, because a graph with fixed sizes fails there
 _EXPORT_TEXTS = ("a plain sentence of ten or so words, with a comma", "a short one")
@@ -209,29 +205,19 @@ def _export(teacher: Teacher, precision: str, target: Path) -> None:
         model = copy.deepcopy(model).half()
     batch = _encode(teacher, _EXPORT_TEXTS)
     wrapper = OnnxTeacher(model, list(batch)).eval()
-    dynamic = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
-    try:
-        with torch.no_grad(), _quiet():
-            pooled = ["pooled"] if len(wrapper(*batch.values())) == teacher.depth + 3 else []
-            program = torch.onnx.export(
-                wrapper,
-                tuple(batch.values()),
-                input_names=list(batch),
-                output_names=["logits", *pooled, *(f"hidden_{layer}" for layer in range(teacher.depth + 1))],
-                dynamo=True,
-                dynamic_shapes=(tuple(dict(dynamic) for _ in batch),),
-                verbose=False,
-            )
-            if program is None:
-                raise RuntimeError("the exporter gave no program")
-            program.save(str(target))
-    except Exception as error:  # the exporter's passes raise many unrelated classes
-        reason = _COLOUR.sub("", str(error)).strip().splitlines()
-        raise ModelError(
-            f"teacher '{teacher.name}' cannot be exported to ONNX: {type(error).__name__}: "
-            f"{reason[0] if reason else 'no reason given'}",
-            'Run this teacher with dump.backend = "torch".',
-        ) from error
+
+    def outputs() -> list[str]:
+        pooled = ["pooled"] if len(wrapper(*batch.values())) == teacher.depth + 3 else []
+        return ["logits", *pooled, *(f"hidden_{layer}" for layer in range(teacher.depth + 1))]
+
+    write_graph(
+        wrapper,
+        batch,
+        outputs,
+        target,
+        subject=f"teacher '{teacher.name}'",
+        cure='Run this teacher with dump.backend = "torch".',
+    )
 
 
 def _key(teacher: Teacher, precision: str) -> str:
@@ -248,17 +234,3 @@ def _key(teacher: Teacher, precision: str) -> str:
         **asdict(teacher.fingerprints),
     }
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:32]
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Hide messages of torch's exporter about itself: no torchvision, a deprecation inside torch's pytrees."""
-    registration = logging.getLogger("torch.onnx._internal.exporter._registration")
-    level = registration.level
-    registration.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*", category=FutureWarning)
-            yield
-    finally:
-        registration.setLevel(level)
