@@ -7,9 +7,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from kdcache.report.curves import read_curves, scales, svg
 
 from kdcache.errors import DamageError, RecipeError
-from kdcache.report.curves import read_curves, scales, svg
 from kdcache.report.page import page, read_results, write_page
 from kdcache.runs import RunDirectory, mark_finished
 from tests.report.test_table import results
