@@ -9,7 +9,6 @@ import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-
 WIDTH, LEFT, RIGHT, HEIGHT, GAP, TOP = 720, 60, 170, 200, 46, 30
 STYLE = (
     "text{font:11px sans-serif;fill:#57606a}path{fill:none;stroke:#8c959f}line{stroke-width:1.2}"

@@ -30,14 +30,18 @@ _OF_ROLES = {  # the same on all charts
     "cell": COLOURS[6],
 }
 _POINTS = 160  # of a curve, at most: more are averaged
+_TICKS = 9  # values of a setting, up to which each has a tick
 _ROW = 26  # pixels of a bar or of a model's line
 _LOG_FROM = 20  # ratio of the largest to the smallest value from which an axis is logarithmic
+_SIDES = ("above", "below", "none")  # of a point, for its name; the pointer shows the others
 _CELL = 30  # pixels of a cell of a matrix
 
 
-def chart(rows: Sequence[Row], height: int, **parts: Any) -> Spec:
-    """A specification with its data, as wide as the page allows."""
+def chart(rows: Sequence[Row], height: int, colour: Spec | None = None, **parts: Any) -> Spec:
+    """A specification with its data, as wide as the page allows. ``colour``: the channel that the legend explains."""
+    scale = {"domain": [], "range": []} if colour is None else colour["scale"]
     return {
+        "usermeta": {"legend": [list(pair) for pair in zip(scale["domain"], scale["range"], strict=True)]},
         "$schema": SCHEMA,
         "width": "container",
         "height": height,
@@ -64,28 +68,24 @@ def named(field: str, order: Sequence[str] | None, title: str | None = None, **m
     return {"field": field, "type": "nominal", "title": title, "sort": None if order is None else list(order), **more}
 
 
-def coloured(field: str, order: Sequence[str], **more: Any) -> Spec:
-    """Colours by name, in the order given, with a legend above the chart that wraps."""
+def coloured(field: str, order: Sequence[str]) -> Spec:
+    """Colours by name, in the order given. The page draws the legend: Vega clips one that needs several lines."""
     free = [colour for colour in COLOURS if colour not in {_OF_ROLES.get(name) for name in order}] or COLOURS
     others = [name for name in order if name not in _OF_ROLES]
     colours = [_OF_ROLES.get(name) or free[others.index(name) % len(free)] for name in order]
-    longest = max(map(len, order), default=0)
-    columns = {"expr": f"max(1, floor(width / {min(240, 40 + 7 * longest)}))"}
-    legend = {"orient": "top", "title": None, "columns": columns, "labelLimit": 210, "symbolOpacity": 1}
     return {
         "field": field,
         "type": "nominal",
         "sort": list(order),
         "scale": {"domain": list(order), "range": colours},
-        "legend": None if len(order) < 2 else legend,
-        **more,
+        "legend": None,
     }
 
 
 def score_intervals(rows: Sequence[Row], metric: str) -> Spec:
     """One line for each model: its score and the interval over rows. Rows: model, role, value, low, high."""
     order, roles = [str(row["model"]) for row in rows], list(dict.fromkeys(str(row["role"]) for row in rows))
-    y, colour = named("model", order, axis={"labelLimit": 180}), coloured("role", roles, legend=None)
+    y, colour = named("model", order, axis={"labelLimit": 180}), coloured("role", roles)
     tips = _tips(("model", None), ("value", ".4f"), ("low", ".4f"), ("high", ".4f"))
     layers = [
         {
@@ -126,12 +126,12 @@ def cost(rows: Sequence[Row], metric: str) -> Spec:
         },
     ]
     words = _placed(rows)
-    for align, side in sorted({(row["align"], row["side"]) for row in words}):
+    for align, side in sorted({(row["align"], row["side"]) for row in words if row["side"] != "none"}):
         mark = {"type": "text", "align": align, "dy": -19 if side == "above" else 21, "limit": 190}
         test = f"datum.align === '{align}' && datum.side === '{side}'"
         text = {"x": x, "y": y, "text": {"field": "model"}}
         layers.append({"transform": [{"filter": test}], "mark": mark, "encoding": text})
-    return chart(words, 300, layer=layers)
+    return chart(words, 300, colour, layer=layers)
 
 
 def _latencies(times: Sequence[float]) -> Spec:
@@ -148,16 +148,18 @@ def _placed(rows: Sequence[Row]) -> list[dict[str, Any]]:
     height = (max(values) - min(values)) or 1.0
     placed: list[dict[str, Any]] = []
     for row in sorted(rows, key=lambda row: (row["latency"], row["model"])):
-        near = [
-            other["side"]
-            for other in placed
-            if abs(float(other["latency"]) - float(row["latency"])) < 0.6 * slowest
-            and abs(float(other["value"]) - float(row["value"])) < 0.12 * height
-        ]
+        near = [other["side"] for other in placed if _collide(other, row, slowest, height)]
         share = float(row["latency"]) / slowest
         align = "left" if share < 0.25 else "right" if share > 0.75 else "center"
-        placed.append({**row, "align": align, "side": "below" if near and near[-1] == "above" else "above"})
+        placed.append({**row, "align": align, "side": _SIDES[min(len(near), 2)]})
     return placed
+
+
+def _collide(one: Row, two: Row, slowest: float, height: float) -> bool:
+    """Whether the names of two points would stand on each other: names are wide, and low."""
+    across = abs(float(one["latency"]) - float(two["latency"])) / slowest
+    up = abs(float(one["value"]) - float(two["value"])) / height
+    return up < 0.25 if across < 0.25 else across < 0.6 and up < 0.1
 
 
 def matrix(
@@ -202,7 +204,7 @@ def matrix(
     height = (30 + 12 * words if flat else 130) + (12 if many else _CELL) * len(rows)
     spec = chart(cells, height, layer=[squares] if many else [squares, numbers])
     least, most = (13, 26) if many else (step, 110) if flat else (40, 64)
-    return spec | {"usermeta": {"least": 150 + len(columns) * least, "most": 150 + len(columns) * most}}
+    return spec | {"usermeta": {"legend": [], "least": 150 + len(columns) * least, "most": 150 + len(columns) * most}}
 
 
 def reliability(curves: Mapping[str, Calibration]) -> Spec:
@@ -212,7 +214,8 @@ def reliability(curves: Mapping[str, Calibration]) -> Spec:
         for name, found in curves.items()
         for each in found.bins
     ]
-    low = max(0.0, min((min(row["confidence"], row["accuracy"]) for row in rows), default=0.0) - 0.03)
+    lowest = min((min(each[:2]) for found in curves.values() for each in found.bins), default=0.0)
+    low = max(0.0, lowest - 0.03)
     scale = {"domain": [rounded(low), 1], "nice": False, "zero": False}
     x = axis("confidence", "mean confidence") | {"scale": scale}
     y = axis("accuracy", "share of right answers") | {"scale": scale}
@@ -221,12 +224,13 @@ def reliability(curves: Mapping[str, Calibration]) -> Spec:
         "mark": {"type": "line", "color": "var(--muted)", "strokeDash": [4, 4], "strokeWidth": 1},
         "encoding": {"x": x, "y": y},
     }
+    colour = coloured("model", list(curves))
     tips = _tips(("model", None), ("confidence", ".3f"), ("accuracy", ".3f"), ("rows", ","))
     lines = {
         "mark": {"type": "line", "strokeWidth": 2, "point": {"filled": True, "size": 36}},
-        "encoding": {"x": x, "y": y, "color": coloured("model", list(curves)), "tooltip": tips},
+        "encoding": {"x": x, "y": y, "color": colour, "tooltip": tips},
     }
-    return chart(rows, 320, layer=[diagonal, lines])
+    return chart(rows, 320, colour, layer=[diagonal, lines])
 
 
 def loss_terms(shares: Shares) -> Spec:
@@ -242,14 +246,16 @@ def loss_terms(shares: Shares) -> Spec:
             for name, value in zip(shares.terms, means, strict=True)
         ]
     tips = _tips(("step", ","), ("term", None), ("share", ".1%"), ("size", ".4g"))
+    colour = coloured("term", shares.terms)
     return chart(
         rows,
         240,
+        colour,
         mark={"type": "area", "opacity": 0.9},
         encoding={
             "x": axis("step", "step") | {"scale": {"nice": False, "zero": False}},
             "y": axis("share", "share of the loss", stack="normalize", axis={"format": "%"}),
-            "color": coloured("term", shares.terms),
+            "color": colour,
             "tooltip": tips,
         },
     )
@@ -264,9 +270,9 @@ def lines(
     across, up = axis(*x) | {"axis": {"tickMinStep": 1, "format": ",d"}}, axis(*y)
     if len(values := {row[y[0]] for row in rows}) == 1:  # a flat line needs an axis around it
         up["scale"] = {"domain": [rounded(value + space) for value in values for space in (-0.05, 0.05)]}
-    return chart(
-        rows, 220, mark=mark, encoding={"x": across, "y": up, "color": coloured("name", names), "tooltip": tips}
-    )
+    colour = coloured("name", names)
+    encoding = {"x": across, "y": up, "color": colour, "tooltip": tips}
+    return chart(rows, 220, colour, mark=mark, encoding=encoding)
 
 
 def thinned(steps: Sequence[float], values: Sequence[float]) -> list[tuple[float, float]]:
@@ -281,14 +287,16 @@ def thinned(steps: Sequence[float], values: Sequence[float]) -> list[tuple[float
 
 def bars(rows: Sequence[Row], names: Sequence[str], parts: Sequence[str], title: str, shown: str = ".3~s") -> Spec:
     """Stacked bars. Rows: name, part, value."""
+    colour = coloured("part", parts)
     return chart(
         rows,
-        100 + _ROW * len(names),
+        50 + _ROW * len(names),
+        colour,
         mark={"type": "bar", "stroke": "var(--bg)"},
         encoding={
             "x": axis("value", title, zero=True, axis={"format": shown, "tickCount": 5}),
             "y": named("name", names, axis={"labelLimit": 150}),
-            "color": coloured("part", parts),
+            "color": colour,
             "order": {"field": "place", "type": "quantitative"},
             "tooltip": _tips(("name", None), ("part", None), ("value", shown)),
         },
@@ -308,7 +316,7 @@ def frontier(rows: Sequence[Row]) -> Spec:
     }
     mark = {"type": "line", "strokeWidth": 1.5, "point": {"filled": True, "size": 40}}
     curve = {"mark": mark, "encoding": {"x": x, "y": y, "color": colour, "tooltip": tips}}
-    return chart(rows, 260, layer=[curve, ring])
+    return chart(rows, 260, colour, layer=[curve, ring])
 
 
 def cells_by_setting(rows: Sequence[Row], key: str, metric: str, groups: Sequence[str], *, log: bool) -> Spec:
@@ -317,6 +325,8 @@ def cells_by_setting(rows: Sequence[Row], key: str, metric: str, groups: Sequenc
     x: Spec = axis("at", key) if numbers else named("at", list(dict.fromkeys(str(row["at"]) for row in rows)), key)
     if numbers:
         x["scale"] = {"type": "log", "nice": False, "padding": 24} if log else {"zero": False, "padding": 24}
+        if len(values := sorted({row["at"] for row in rows})) <= _TICKS:
+            x["axis"] = {"values": values, "format": "~g"}
     else:
         x["axis"] = {"labelAngle": 0 if len({row["at"] for row in rows}) < 5 else -30, "labelLimit": 140}
     y, colour = axis("value", metric), coloured("group", groups)
@@ -331,7 +341,7 @@ def cells_by_setting(rows: Sequence[Row], key: str, metric: str, groups: Sequenc
         "mark": {"type": "point", "filled": True, "size": 90, "opacity": 0.95},
         "encoding": {"x": x, "y": y, "color": colour, "tooltip": tips, **across},
     }
-    return chart(rows, 280, layer=[bar, dot])
+    return chart(rows, 280, colour, layer=[bar, dot])
 
 
 def _tips(*fields: tuple[str, str | None]) -> list[Spec]:

@@ -79,13 +79,18 @@ def comparison(runs: Runs) -> Page:
     return Page(
         " · ".join(runs) if len(runs) < 4 else f"{len(runs)} runs",
         [section for section in sections if section is not None],
-        [
-            Caution(f"{name}: {found.text}", found.hint)
-            for name, loaded in runs.items()
-            for found in cautions(loaded, load_baseline(loaded.run))
-        ],
+        _cautions(runs),
         subtitle=f"{len(runs)} runs, scored on {first.split}",
     )
+
+
+def _cautions(runs: Runs) -> list[Caution]:
+    """The warnings of all runs; one that several have occurs once, with their names."""
+    names: dict[Caution, list[str]] = {}
+    for name, loaded in runs.items():
+        for found in cautions(loaded, load_baseline(loaded.run)):
+            names.setdefault(found, []).append(name)
+    return [Caution(f"{', '.join(having)}: {found.text}", found.hint) for found, having in names.items()]
 
 
 def students(runs: Runs) -> list[Model]:
@@ -144,7 +149,13 @@ def _seeds_section(runs: Runs, split: str) -> Section | None:
                 None if difference is None else _points(difference.mean, difference.low, difference.high),
             ]
         )
-    columns = ["runs", "seeds", f"mean {split} accuracy", "spread over seeds", f"points to {groups[0][0]}, …, by seed"]
+    columns = [
+        "runs",
+        "seeds",
+        f"mean {split} accuracy",
+        "spread over seeds",
+        f"points against {groups[0][0]}, …, by seed",
+    ]
     note = "The spread is the sample standard deviation; the interval is Student's t over seeds, 95 %."
     table = Table(columns, rows, left=frozenset((0, 1)))
     return Section("seeds", "How much do seeds matter?", [table, Text(note, muted=True)])

@@ -66,8 +66,14 @@ class Figure:
     @property
     def widths(self) -> str:
         """CSS: the least width, below which the page scrolls the chart, and the greatest; empty for any width."""
-        found = self.spec.get("usermeta", {})
-        return f"min-width: {found['least']}px; max-width: {found['most']}px" if found else ""
+        found = self.spec["usermeta"]
+        return f"min-width: {found['least']}px; max-width: {found['most']}px" if "least" in found else ""
+
+    @property
+    def legend(self) -> list[tuple[str, str]]:
+        """Names and their CSS colours; empty for fewer than two."""
+        found: list[tuple[str, str]] = self.spec["usermeta"]["legend"]
+        return found if len(found) > 1 else []
 
 
 @dataclass(frozen=True)
@@ -158,7 +164,7 @@ def charting_script() -> str:
     """The script of Vega, Vega-Lite and vega-embed, 0.9 MB."""
     import vl_convert
 
-    script = str(vl_convert.javascript_bundle())
+    script = str(vl_convert.javascript_bundle(None))
     return script.replace("</script", "<\\/script").replace("<!--", "<\\!--")
 
 

@@ -36,13 +36,15 @@ def page(loaded: LoadedRun, baseline: LoadedRun | None) -> Page:
     """The contents of the page."""
     results, split = loaded.results, loaded.split
     models = models_of(loaded, baseline)
+    notes = data_notes(results)
+    cache = cache_section(loaded, notes)
     sections = [
-        score_section(models, split, [*data_notes(results), *_missing(loaded)]),
+        score_section(models, split, [*(notes if cache is None else []), *_missing(loaded)]),
         cost_section(models, split, results.get("machine", {})),
         error_section(loaded),
         agreement_section(loaded.rows, split),
         training_section(loaded, baseline),
-        cache_section(loaded),
+        cache,
         storage_section(loaded.run),
         run_section(loaded),
     ]

@@ -100,8 +100,8 @@ def _scales(stage: str, curves: Sequence[Curve]) -> Block:
     return Details(f"Scale of every logged value: {stage}", [table])
 
 
-def cache_section(loaded: LoadedRun) -> Section | None:
-    """What the cache holds and costs; None where the student had no teachers."""
+def cache_section(loaded: LoadedRun, notes: Sequence[str]) -> Section | None:
+    """What the cache holds and costs, and ``notes`` on the data; None where the student had no teachers."""
     results = loaded.results
     if not results.get("cache_identity") or not results.get("teachers"):
         return None
@@ -115,7 +115,7 @@ def cache_section(loaded: LoadedRun) -> Section | None:
     else:
         blocks += _stored(cache_facts(loaded.cache))
     blocks.append(_alignment(results))
-    blocks += [Text(line) for line in _cut_by_student(results)]
+    blocks += [Text(line, muted=True) for line in notes]
     return Section("cache", "What does the cache hold, and what does it cost?", blocks)
 
 
@@ -179,12 +179,6 @@ def _alignment(results: Mapping[str, Any]) -> Block:
     return Table(columns, rows, left=frozenset((0, 1)))
 
 
-def _cut_by_student(results: Mapping[str, Any]) -> list[str]:
-    cut = results.get("truncated", {}).get("student", {})
-    shown = ", ".join(f"{split} {format_share(share)}" for split, share in cut.items() if share)
-    return [f"Texts cut by the student's max_length of {results.get('max_length')}: {shown}."] if shown else []
-
-
 def storage_section(run: RunDirectory) -> Section | None:
     """The measurements of ``kdcache plan``, if there are any."""
     if not run.plan.exists():
@@ -223,7 +217,7 @@ def frontiers(plan: Mapping[str, Any]) -> list[Figure]:
 
 
 def _family(form: str) -> str:
-    """``trellis``, ``cut, int8`` or ``whole width``, from a form as a plan names it (``trellis 96``, ``pca 128 int8``)."""
+    """``trellis``, ``cut, int8`` or ``whole width``, from the name of a form (``trellis 96``, ``pca 128 int8``)."""
     first, *rest = form.split()
     return "whole width" if first == "none" else f"cut, {rest[-1]}" if len(rest) > 1 else first
 

@@ -90,7 +90,11 @@ def _place(value: Any) -> str | int | float:
 
 
 def _group(cell: Mapping[str, Any], colour_by: str | None) -> str:
-    return "" if colour_by is None else f"{colour_by.rpartition('.')[2]} = {short(cell['settings'].get(colour_by))}"
+    return (
+        ""
+        if colour_by is None
+        else f"{colour_by.rpartition('.')[2]} = {short(cell['settings'].get(colour_by)) or 'not set'}"
+    )
 
 
 def _few(document: Mapping[str, Any], key: str) -> bool:

@@ -8,7 +8,7 @@
     view: { stroke: null },
     axis: { ...grey, gridColor: "var(--line)", domainColor: "var(--line)", tickColor: "var(--line)", labelOverlap: true },
     axisBand: { grid: false },
-    legend: { ...grey, labelColor: "var(--fg)", symbolType: "circle" },
+    axisX: { tickCount: 8 },
     text: { color: "var(--fg)", fontSize: 12 },
     rule: { color: "var(--muted)" },
     mark: { color: "var(--c1)" },
