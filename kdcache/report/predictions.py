@@ -72,7 +72,8 @@ def write_predictions(path: Path, splits: Mapping[str, SplitPredictions]) -> Non
             arrays[f"{name}/teacher-{number}/predictions"] = answers.predictions.astype(np.int32)
             arrays[f"{name}/teacher-{number}/confidence"] = answers.confidence.astype(np.float32)
     teachers = {name: list(split.teachers) for name, split in splits.items()}
-    write_file(path, save(arrays, {"format": _FORMAT, "teachers": json.dumps(teachers, ensure_ascii=False)}))
+    record = {"format": _FORMAT, "teachers": teachers}  # one key: safetensors writes several in any order
+    write_file(path, save(arrays, {"kdcache": json.dumps(record, ensure_ascii=False)}))
 
 
 def read_predictions(path: Path) -> dict[str, SplitPredictions]:
@@ -83,11 +84,11 @@ def read_predictions(path: Path) -> dict[str, SplitPredictions]:
         return {}
     try:
         with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
+            record = json.loads((file.metadata() or {})["kdcache"])
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
-        if metadata.get("format") != _FORMAT:
-            raise ValueError(f"its format is {metadata.get('format')!r}, expected '{_FORMAT}'")
-        return {name: _split(name, list(of), arrays) for name, of in json.loads(metadata["teachers"]).items()}
+        if record["format"] != _FORMAT:
+            raise ValueError(f"its format is {record['format']!r}, expected '{_FORMAT}'")
+        return {name: _split(name, list(of), arrays) for name, of in record["teachers"].items()}
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamageError(
             f"'{path}' is not readable: {str(error)[:200]}", "Make it again: kdcache report RUN --predict"

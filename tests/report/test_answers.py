@@ -17,7 +17,7 @@ from kdcache.report.html import Page, Table
 from kdcache.report.loaded import load_baseline, load_run
 from kdcache.report.metrics import calibration_error
 from kdcache.report.page import page, write_page
-from kdcache.report.predictions import Answers, read_predictions
+from kdcache.report.predictions import Answers, read_predictions, write_predictions
 from kdcache.report.rows import agreement, by_class, calibration, counted, disagreements, most_confused
 from kdcache.runs import RunDirectory
 from tests.report.made_runs import make_run
@@ -138,6 +138,9 @@ def test_answers_are_read_as_they_were_written_and_damage_is_named(tmp_path: Pat
     assert list(found.teachers) == ["bert", "mpnet", "mean of teachers"]
     probabilities = np.exp(found.logits) / np.exp(found.logits).sum(axis=1, keepdims=True)
     assert found.student.confidence == pytest.approx(probabilities.max(axis=1), abs=1e-6)
+    again = tmp_path / "again.safetensors"
+    write_predictions(again, read_predictions(run.predictions))
+    assert again.read_bytes() == run.predictions.read_bytes()
     run.predictions.write_bytes(run.predictions.read_bytes()[:-8])
     with pytest.raises(DamageError, match=r"predictions\.safetensors"):
         load_run(run)
