@@ -2,8 +2,8 @@
 
     python benchmarks/few_labels.py data/mind-titles/train.tsv --text title --rows 4000 --output-dir data/mind-few
 
-Writes train.tsv (all columns) and rest.tsv (the text alone). Rows are chosen by the SHA-256 of their text, so the choice
-does not depend on the order of the file, and the first 2,000 are part of the first 4,000.
+Writes train.tsv (all columns) and rest.tsv (the text alone). Rows are chosen by the SHA-256 of their text, so the
+choice does not depend on the order of the file, and the first 2,000 are part of the first 4,000.
 """
 
 from __future__ import annotations

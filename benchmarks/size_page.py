@@ -15,7 +15,7 @@ import size_plot
 from page import table
 from size_forms import FORMS, Form
 
-from kdcache.report.curves import read_curves
+from kdcache.report.losses import read_curves
 
 LAST_STEPS = 50  # last steps, over which the hidden loss is averaged
 WHOLE = "float16"  # the format that the others are compared with

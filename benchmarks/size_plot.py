@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import html
+import itertools
 import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-
-from kdcache.report.frontier import family_colours
 
 WIDTH, LEFT, RIGHT, HEIGHT, GAP, TOP = 720, 60, 170, 200, 46, 30
 STYLE = (
     "text{font:11px sans-serif;fill:#57606a}path{fill:none;stroke:#8c959f}line{stroke-width:1.2}"
     "svg{background:#fff}rect{fill:#fff}"
 )
+COLOURS = ("#1f6feb", "#d9822b", "#7a8794", "#2f9e63", "#a04bbd", "#b8860b")  # families take turns
+
+
+def family_colours(families: Iterable[str]) -> dict[str, str]:
+    """A colour for each distinct family, in the order of their names."""
+    return dict(zip(sorted(set(families)), itertools.cycle(COLOURS), strict=False))
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@
       metrics.jsonl   every logged loss          student/     the student, loadable by transformers
       results.json    scores                     baseline/    the same student without teachers (a run directory itself)
       report.html     the page of the run        checkpoints/ from which an interrupted stage continues
+      predictions.safetensors                    the student's logits on validation and test, the teachers' answers
       sweep/          the students of a sweep, each a run directory itself; sweep.json, sweep.html
 
 A stage record is written when the stage is finished. It holds, by key, everything the result depends on: the values of
@@ -93,6 +94,10 @@ class RunDirectory:
     @property
     def results(self) -> Path:
         return self.root / "results.json"
+
+    @property
+    def predictions(self) -> Path:
+        return self.root / "predictions.safetensors"
 
     @property
     def report(self) -> Path:

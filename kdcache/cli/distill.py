@@ -49,7 +49,7 @@ def distill(
     Example: kdcache distill sst2.toml --cache runs/sst2/cache --set distill.seed=1 --set name="sst2-seed1"
     """
     from kdcache.methods.registry import check_method
-    from kdcache.report.page import read_results
+    from kdcache.report.loaded import read_results
     from kdcache.report.table import data_notes, remarks, result_rows, table, weak_teachers
 
     job = open_job(recipe, settings, output_dir, cache=None if cache is None else find_cache(cache, remote))

@@ -26,7 +26,7 @@ def run(
         bool, typer.Option("--no-baseline", help="Leave out the same student without teachers.")
     ] = False,
     replace: Annotated[bool, typer.Option("--replace", help="Replace a student made with other settings.")] = False,
-    json: Json = False,
+    json: Json = False,  # noqa: ARG001  (its callback switches the output)
 ) -> None:
     """Co-finetune, dump, distill and evaluate; stages that are finished with the same settings are skipped.
 
@@ -58,7 +58,7 @@ def run(
         else:
             job.progress.note(f"{stage}: {_DOES[stage]}")
             work()
-    report.report(job.run.root, json=json)
+    report.report_run(job.run)
 
 
 def _check_student(job: Job) -> None:

@@ -140,6 +140,7 @@ def _keep_or_replace(run: RunDirectory, stage: Stage, inputs: Inputs, *, replace
             if made.exists():
                 remove_directory(made)
         place.results.unlink(missing_ok=True)
+        place.predictions.unlink(missing_ok=True)
 
 
 def _cache_inputs(job: Job) -> Inputs:

@@ -9,13 +9,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from kdcache import __version__
+from kdcache.distill.predictions import mean_logits, mixture_logits, teacher_answers
 from kdcache.errors import MismatchError
-from kdcache.methods.parts.mixing import mean_probability
-from kdcache.report.curves import read_curves, scales
+from kdcache.report.losses import read_curves, scales
 from kdcache.report.metrics import scores
 
 if TYPE_CHECKING:
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     from kdcache.distill.teachers_at_hand import TeacherFacts
     from kdcache.loading.data import StudentData
     from kdcache.loading.targets import TargetSource
+    from kdcache.report.predictions import Answers
     from kdcache.students.speed import Speed
 
 STAGE = "distill"  # in metrics.jsonl
@@ -39,6 +39,7 @@ class TeacherScores:
     each: Mapping[str, Mapping[str, Mapping[str, float]]]  # teacher -> split -> metric
     mean: Mapping[str, Mapping[str, float]]  # split -> metric
     weighted: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # likewise, of their weighted mixture
+    answers: Mapping[str, Mapping[str, Answers]] = field(default_factory=dict)  # split -> teacher, and their mean
 
 
 def teacher_scores(
@@ -48,6 +49,7 @@ def teacher_scores(
     each: dict[str, dict[str, Mapping[str, float]]] = {name: {} for name in source.teachers}
     mean: dict[str, Mapping[str, float]] = {}
     weighted: dict[str, Mapping[str, float]] = {}
+    answers: dict[str, dict[str, Answers]] = {}
     for split in SCORED if source.teachers else ():
         if split not in data.splits:
             continue
@@ -60,12 +62,11 @@ def teacher_scores(
         labels = data.splits[split].labels
         for name, values in zip(source.teachers, logits, strict=True):
             each[name][split] = scores(labels, values.numpy())
-        mixed, _ = mean_probability(logits, torch.ones(logits.shape[:2]), 1.0)
-        mean[split] = scores(labels, mixed[0].numpy())
+        answers[split] = teacher_answers(source.teachers, logits, mixture)
+        mean[split] = scores(labels, mean_logits(logits))
         if mixture is not None:
-            probabilities = mixture.probabilities(logits.numpy())
-            weighted[split] = scores(labels, np.log(np.maximum(probabilities, 1e-300)))
-    return TeacherScores(each, mean, weighted)
+            weighted[split] = scores(labels, mixture_logits(mixture, logits.numpy()))
+    return TeacherScores(each, mean, weighted, answers)
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ class Measured:
     seconds: float
     truncated: Mapping[str, float] = field(default_factory=dict)  # split -> share of the texts cut to max_length
     stages: Sequence[Mapping[str, Any]] = ()  # of a training in stages: settings and outcome of each
+    term_weights: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # stage in metrics.jsonl -> term
 
 
 def build_results(training: Training, measured: Measured, metrics: Path) -> dict[str, Any]:
@@ -102,6 +104,7 @@ def build_results(training: Training, measured: Measured, metrics: Path) -> dict
         "student": _student(training, measured.speed),
         **_data(training),
         "settings": recipe.distill.model_dump(mode="json"),
+        "term_weights": {stage: dict(weights) for stage, weights in measured.term_weights.items()},
         "best_epoch": measured.best_epoch + 1,
         **({"stages": list(measured.stages)} if measured.stages else {}),
         "cache_identity": cache.identity if cache is not None else None,

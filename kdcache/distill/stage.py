@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from kdcache.cache.memory import keep_freed_blocks
 from kdcache.data.encoding import truncation_note
+from kdcache.distill.predictions import split_predictions
 from kdcache.distill.results import SCORED, STAGE, Measured, build_results, teacher_scores
 from kdcache.distill.setup import NEWER_KEYS, Training, prepare
 from kdcache.distill.teachers_at_hand import teacher_facts
@@ -32,10 +33,12 @@ from kdcache.loading.transfer import on_device
 from kdcache.methods.base import Moment, StepCounts
 from kdcache.methods.parts.projections import PROJECTIONS, rate_factor
 from kdcache.report.cards import model_card
+from kdcache.report.metrics import scores
+from kdcache.report.predictions import write_predictions
 from kdcache.runs import RunDirectory
 from kdcache.students.model import takes_full_mask
 from kdcache.students.save import save_student, student_record
-from kdcache.students.score import EncodedSplit, encode_split, selection_score, split_scores
+from kdcache.students.score import EncodedSplit, encode_split, selection_score, split_logits, split_scores
 from kdcache.students.speed import measure_speed
 from kdcache.training.best_epoch import BestEpoch
 from kdcache.training.compiled import compiled
@@ -110,7 +113,8 @@ def distill(
     trained = _train(prepared.stages, splits.get("validation"), run, progress)
     training_seconds = time.perf_counter() - training_started
 
-    of_student = {name: split_scores(student.model, split) for name, split in splits.items()}
+    logits = {name: split_logits(student.model, split) for name, split in splits.items()}
+    of_student = {name: scores(split.labels, logits[name]) for name, split in splits.items()}
     speed = measure_speed(student.model, student.tokenizer, student.max_length, training.some_texts())
     seconds = time.perf_counter() - started
     measured = Measured(
@@ -123,8 +127,10 @@ def distill(
         seconds,
         _truncated(source, splits),
         trained.stages if recipe.distill.stages else (),
+        trained.term_weights,
     )
     results = build_results(training, measured, run.metrics)
+    write_predictions(run.predictions, split_predictions(training.data, logits, of_teachers.answers))
     _save(training, results, run, progress)
     return DistillResult(run.student, results)
 
@@ -153,10 +159,14 @@ def _truncated(source: TargetSource, splits: Mapping[str, EncodedSplit]) -> dict
 
 @dataclass(frozen=True)
 class _Trained:
-    """``best_epoch`` counts from 0, over all stages; ``stages``: settings and outcome of each."""
+    """``best_epoch`` counts from 0, over all stages; ``stages``: settings and outcome of each.
+
+    ``term_weights``: by the name of the stage in metrics.jsonl.
+    """
 
     best_epoch: int
     stages: tuple[Mapping[str, Any], ...]
+    term_weights: Mapping[str, Mapping[str, float]]
 
 
 def _train(
@@ -169,6 +179,7 @@ def _train(
     """
     model: DistillationModel | None = None
     found: list[Mapping[str, Any]] = []
+    weights: dict[str, Mapping[str, float]] = {}
     begun = epochs_before = 0
     for number, stage in enumerate(stages, start=1):
         section, place, log = stage.recipe.distill, run.checkpoints / STAGE, STAGE
@@ -177,6 +188,7 @@ def _train(
             progress.note(
                 f"stage {number} of {len(stages)}: {stage.settings.method.name}, rows: {section.rows or 'all'}"
             )
+        weights[log] = {term.name: stage.settings.weight(term) for term in stage.settings.terms}
         model = stage.model(model)
         eager = default_device().type != "cpu" and not section.compile
         model.student.full_mask = eager and takes_full_mask(model.student, stage.student.max_length)
@@ -205,7 +217,7 @@ def _train(
         begun, epochs_before = begun + section.epochs, epochs_before + -(-outcome.steps // task.steps_per_epoch)
         if isinstance(stage.source, CachedBatches):
             stage.source.forget_parts()
-    return _Trained(best_epoch, tuple(found))
+    return _Trained(best_epoch, tuple(found), weights)
 
 
 def compiled_student(stage: Training) -> AbstractContextManager[None]:

@@ -78,11 +78,14 @@ def calibration_error(labels: np.ndarray, probabilities: np.ndarray, bins: int =
     """
     if not len(labels):
         return math.nan
-    confidence = probabilities.max(axis=1)
-    right = probabilities.argmax(axis=1) == labels
+    return confidence_gap(probabilities.argmax(axis=1) == labels, probabilities.max(axis=1), bins)
+
+
+def confidence_gap(right: np.ndarray, confidence: np.ndarray, bins: int = 15) -> float:
+    """The expected calibration error of answers bool[n] given with ``confidence`` float[n]; at least one row."""
     which = np.minimum((confidence * bins).astype(np.int64), bins - 1)
     gaps = np.bincount(which, weights=right - confidence, minlength=bins)
-    return float(np.abs(gaps).sum() / len(labels))
+    return float(np.abs(gaps).sum() / len(right))
 
 
 def confusion(labels: np.ndarray, predictions: np.ndarray) -> np.ndarray:

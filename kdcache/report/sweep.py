@@ -14,6 +14,7 @@ from typing import Any
 
 from kdcache.progress import format_seconds
 from kdcache.report.intervals import paired_difference, spread
+from kdcache.report.table import remarks, weak_teachers
 
 SPLIT = "validation"
 _LONGEST = 40  # characters of a value in a table
@@ -84,7 +85,23 @@ def sweep_document(
         ],
         "test": {cell.name: _compared(cell, base, teacher, metric, "test") for cell in shown},
         "cost": dict(cost),
+        "warnings": _warnings(cells, base),
     }
+
+
+def _warnings(cells: Sequence[CellResults], base: CellResults) -> list[str]:
+    """Students that learned nothing, and teachers below the student without teachers, each once."""
+    alone = next(iter(base.results.values()), None)
+    alone = alone if alone is not None and alone["method"] == "fine-tune" else None
+    found = [
+        f"{cell.name}, seed {seed}: {line}"
+        for cell in cells
+        for seed, result in cell.results.items()
+        for line in remarks({**result, "teachers": {}})
+    ]
+    if alone is not None:
+        found += [line for cell in cells for result in cell.results.values() for line in weak_teachers(result, alone)]
+    return list(dict.fromkeys(found))
 
 
 def _compared(

@@ -14,7 +14,7 @@ from kdcache.progress import format_share
 from kdcache.report.metrics import standard_error
 
 METRICS = ("accuracy", "macro_f1", "matthews")
-_TITLES = {"accuracy": "accuracy", "macro_f1": "macro-F1", "matthews": "Matthews"}
+METRIC_TITLES = {"accuracy": "accuracy", "macro_f1": "macro-F1", "matthews": "Matthews"}
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def table(rows: Sequence[ResultRow]) -> tuple[list[str], list[list[Any]]]:
     for position, split in enumerate(splits):
         for metric in METRICS if position == 0 else METRICS[:1]:
             wanted.append((split, metric))
-            columns.append(f"{split} {_TITLES[metric]}")
+            columns.append(f"{split} {METRIC_TITLES[metric]}")
     body = [
         [
             row.model,

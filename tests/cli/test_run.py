@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from kdcache.cache.reader import open_cache
+from kdcache.report.metrics import accuracy
+from kdcache.report.predictions import read_predictions
 from kdcache.runs import RunDirectory
 from tests.cli.commands import kdcache
 from tests.cli.conftest import FinishedRun
@@ -226,4 +228,30 @@ def test_report_again(finished: FinishedRun) -> None:
     said = kdcache("report", finished.root)
     assert said.code == 0
     assert said.out == finished.said.out
-    assert "<svg" in (finished.root / "report.html").read_text()
+    assert 'class="chart"' in (finished.root / "report.html").read_text()
+
+
+def test_a_run_keeps_its_answers_and_makes_them_again(copied: FinishedRun) -> None:
+    kept = {name: copied.root / name / "predictions.safetensors" for name in (".", "baseline")}
+    before = {name: path.read_bytes() for name, path in kept.items()}
+    rows = read_predictions(kept["."])["test"]
+    scores = json.loads((copied.root / "results.json").read_text())["scores"]["test"]
+    assert accuracy(rows.labels, rows.student.predictions) == scores["accuracy"]
+    for path in kept.values():
+        path.unlink()  # as in a run of kdcache 0.1.0
+    page = copied.root / "report.html"
+    assert kdcache("report", copied.root).code == 0
+    assert f"kdcache report {copied.root} --predict" in page.read_text()
+    said = kdcache("report", copied.root, "--predict")
+    assert said.code == 0, said.err
+    assert {name: path.read_bytes() for name, path in kept.items()} == before
+    assert "--predict" not in page.read_text()
+    assert "Where is it wrong?" in page.read_text()
+
+
+def test_report_compares_runs_and_writes_where_it_is_told(copied: FinishedRun, tmp_path: Path) -> None:
+    written = tmp_path / "compared.html"
+    said = kdcache("report", copied.root, copied.root / "baseline", "--page", written)
+    assert said.code == 0, said.err
+    assert "What differs between the runs?" in written.read_text()
+    assert [line.split()[0] for line in said.out.splitlines()[2:]] == ["reviews", "baseline"]

@@ -35,6 +35,7 @@ def cost_document(
     dumps: dict[tuple[str | None, str], float] = {}
     live: list[float | None] = []
     read_live = 0
+    teachers: dict[str, dict[str, Any]] = {}
     for cell, finished in students.items():
         cells[cell] = {"students": len(finished), "seconds": 0.0, "texts": 0}
         for each in finished:
@@ -42,6 +43,8 @@ def cost_document(
             texts = texts_read(each.run.metrics, each.recipe.distill.batch_size)
             cells[cell]["seconds"] += float(result["seconds"])
             cells[cell]["texts"] += texts
+            cells[cell] |= _size(result.get("student", {}))
+            teachers |= {name: {**_size(own), **own.get("scores", {})} for name, own in result["teachers"].items()}
             if result["targets"] != "cache":
                 continue
             records = {name: _record(of_cache(each.cache), name) for name in result["teachers"]}
@@ -58,7 +61,13 @@ def cost_document(
         "teacher_rates": rates,
         "dump_seconds": sum(dumps.values()),
         "cells": cells,
+        "teachers": teachers,
     }
+
+
+def _size(model: Mapping[str, Any]) -> dict[str, Any]:
+    """Latency and parameters of a model, as a student measured them."""
+    return {"latency_ms": model.get("latency_ms"), "parameters": model.get("parameters")}
 
 
 def texts_read(metrics: Path, batch_size: int) -> int:

@@ -30,7 +30,7 @@ from kdcache.errors import DamageError, RecipeError
 from kdcache.files import make_directory, remove_file, replace_file
 from kdcache.locks import exclusive
 from kdcache.methods.registry import check_method
-from kdcache.report.page import read_results
+from kdcache.report.loaded import read_results
 from kdcache.report.sweep import CellResults, sweep_document
 from kdcache.report.sweep_page import sweep_page
 
