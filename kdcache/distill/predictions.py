@@ -46,7 +46,8 @@ def mean_logits(logits: Tensor) -> np.ndarray:
 
 def mixture_logits(mixture: Mixture, logits: np.ndarray) -> np.ndarray:
     """The logarithm of the probabilities of a weighted mixture, float64 [n, C]."""
-    return np.log(np.maximum(mixture.probabilities(logits), 1e-300))
+    probabilities: np.ndarray = np.maximum(mixture.probabilities(logits), 1e-300)
+    return np.log(probabilities)
 
 
 def split_predictions(

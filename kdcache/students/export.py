@@ -31,8 +31,8 @@ from kdcache.files import make_directory, publish_directory, sync_tree
 from kdcache.progress import counted, format_share
 from kdcache.recipe import load_recipe
 from kdcache.report.cards import model_card
+from kdcache.report.loaded import read_results
 from kdcache.report.metrics import scores
-from kdcache.report.page import read_results
 from kdcache.report.table import markdown
 from kdcache.runs import RunDirectory
 from kdcache.students.onnx_student import (
