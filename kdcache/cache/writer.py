@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
     from kdcache.cache.contents import Contents
     from kdcache.cache.digests import Arrivals
+    from kdcache.cache.joint import Joint
     from kdcache.cache.journal import Journal
     from kdcache.cache.selection import LocalSelection
     from kdcache.cache.spec import Settings, TaskSpec, TeacherSpec
@@ -85,7 +86,10 @@ def open_writer(
 
 
 class CacheWriter:
-    """A cache open for writing, made by ``open_writer``. One thread at a time may write; others may read."""
+    """A cache open for writing, made by ``open_writer``, or by ``Joint`` if other processes write it too.
+
+    One thread at a time may write; others may read.
+    """
 
     def __init__(
         self,
@@ -95,9 +99,11 @@ class CacheWriter:
         journal: Journal,
         local: LocalSelection | None = None,
         arrivals: Arrivals | None = None,
+        joint: Joint | None = None,
     ) -> None:
         self.root = root
         self._local = local
+        self._joint = joint
         self.base = base  # the manifest that this run started from
         self._identity = base.identity if base else ""
         self._contents = contents
@@ -183,6 +189,17 @@ class CacheWriter:
             for layer in sorted(wanted)
         }
 
+    @contextlib.contextmanager
+    def fitting(self, name: str) -> Iterator[None]:
+        """Be the only writer that fits bases of a teacher; bases that others wrote meanwhile are there in the block."""
+        if self._joint is None:
+            yield
+            return
+        with self._joint.fitting(name):
+            self._journal.read_again(self._contents, name)
+            self._joint.check_current(self._journal)
+            yield
+
     def write_bases(self, name: str, bases: Mapping[int, Basis]) -> None:
         """Add bases. Raises MismatchError if a layer has another one: hidden states depend on it."""
         spec = self._contents.teachers[name]
@@ -211,6 +228,22 @@ class CacheWriter:
         Existing components stay. ``tokens`` are needed with hidden states per token. Returns the bytes written. Raises
         NonFiniteError (names text id and layer), ValueError (shapes contradict the declaration), StorageError.
         """
+        with self._turn(name, part.name):
+            return self._write_part(name, part, outputs, tokens, hidden)
+
+    @contextlib.contextmanager
+    def _turn(self, name: str, part: str) -> Iterator[None]:
+        if self._joint is None:
+            yield
+            return
+        with self._joint.turn(name, part):
+            self._journal.read_again(self._contents, name, part)
+            self._joint.check_current(self._journal)
+            yield
+
+    def _write_part(
+        self, name: str, part: Part, outputs: Outputs | None, tokens: Tokens | None, hidden: Mapping[int, HiddenBlock]
+    ) -> int:
         spec, info = self._contents.teachers[name], self._part(part.name)
         ids = self._texts.ids(info)
         if info.scope == "logits" and (hidden or tokens is not None):

@@ -10,6 +10,7 @@ import typer
 from kdcache.cli import stages
 from kdcache.cli.options import RUNS, Json, OutputDir, RecipeFile, Settings, TeachersDir, open_job
 from kdcache.cli.output import out
+from kdcache.errors import RecipeError
 
 
 def dump_teachers(
@@ -30,6 +31,14 @@ def dump_teachers(
     no_text: Annotated[
         bool, typer.Option("--no-text", help="Store text ids and targets, not the texts themselves.")
     ] = False,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            metavar="I/N",
+            help="Run share I of N (from 0) only; the cache is on a disk that all shards share.",
+            show_default=False,
+        ),
+    ] = None,
     json: Json = False,  # noqa: ARG001  (its callback switches the output)
 ) -> None:
     """Run each teacher once over the data and store soft labels and hidden states in a cache.
@@ -37,7 +46,12 @@ def dump_teachers(
     If interrupted, run the same command again: it continues. In a finished cache, only new teachers, layers and texts
     are dumped; data that no longer match the recipe are refused with exit code 4.
 
+    With --shard, N processes share the work; the one that ends last publishes the cache. Start a shard that failed
+    again, or run the command without --shard for what is missing.
+
     Example: kdcache dump-teachers sst2.toml --dry-run
+
+    Example: kdcache dump-teachers sst2.toml --shard $SLURM_ARRAY_TASK_ID/8
 
     Example: kdcache dump-teachers sst2.toml --repair
     """
@@ -50,8 +64,16 @@ def dump_teachers(
         for line in plan.lines():
             out.text(line)
         return
-    report = stages.dump(job, repair=repair, no_text=no_text)
+    if shard is not None:
+        if repair:
+            raise RecipeError("--repair and --shard were both given", "Repair in one process: leave out --shard.")
+        report = stages.dump_shard(job, shard, no_text=no_text)
+    else:
+        report = stages.dump(job, repair=repair, no_text=no_text)
     out.document(report.as_dict())
     for line in (*report.counts.lines(), *report.lines()):
         out.text(line)
+    if not report.published:
+        out.hint("The shard that ends last publishes the cache; or run this without --shard for what is missing.")
+        return
     out.hint(f"Distil a student from it: kdcache distill {recipe} --cache {job.cache}")

@@ -54,6 +54,26 @@ def dump(job: Job, *, repair: bool = False, no_text: bool = False) -> DumpReport
         )
 
 
+def dump_shard(job: Job, shard: str, *, no_text: bool = False) -> DumpReport:
+    """Run one shard of the dump; the run directory records the stage when the cache is published."""
+    from kdcache.dump.engines import shards
+    from kdcache.dump.stage import prepare_dump
+
+    started = time.perf_counter()
+    chosen = shards.parse_shard(shard)
+    job.run.create()
+    asked = prepare_dump(
+        job.recipe, job.teachers, job.cache, progress=job.progress, no_text=no_text, provenance=provenance()
+    )
+    report = shards.dump_shard(asked, chosen)
+    if report.published:
+        from kdcache.cache.joint import planning
+
+        with planning(job.cache):  # two shards may find the cache complete
+            _record(job, job.run, "cache", _cache_inputs(job), started)
+    return report
+
+
 def distill(job: Job, *, live_teachers: Path | None = None, replace: bool = False) -> DistillResult:
     """Train the recipe's student from the cache, or with the teachers running live."""
     from kdcache.distill.stage import distill as train
@@ -82,13 +102,20 @@ def _recorded(job: Job, place: RunDirectory, stage: Stage, inputs: Inputs) -> It
     """Make the run directory before a stage; write recipe, inputs and duration when it is complete."""
     from kdcache.files import replace_file
     from kdcache.recipe import dump_toml
-    from kdcache.runs import mark_finished
 
     started = time.perf_counter()
     place.create()
     if not place.recipe_file.exists():
         replace_file(place.recipe_file, dump_toml(job.recipe).encode())
     yield
+    _record(job, place, stage, inputs, started)
+
+
+def _record(job: Job, place: RunDirectory, stage: Stage, inputs: Inputs, started: float) -> None:
+    from kdcache.files import replace_file
+    from kdcache.recipe import dump_toml
+    from kdcache.runs import mark_finished
+
     replace_file(place.recipe_file, dump_toml(job.recipe).encode())
     mark_finished(job.run, stage, inputs, time.perf_counter() - started)
 

@@ -138,21 +138,22 @@ def _bases(
     progress: Progress,
 ) -> dict[int, Basis]:
     """The stored bases that are needed; missing ones are fitted on the sample and stored."""
-    bases = dict(writer.bases(teacher.name, {layer for task in missing for layer in task.layers}))
-    there = writer.layers_with_basis(teacher.name)
-    layers = {layer: spec for layer, spec in teacher.spec.layers.items() if layer not in there}
-    if not layers:
-        return bases
-    ids, texts = _sample(writer, teacher.spec.sample_texts)
-    progress.start(f"fit bases of {teacher.name}", len(texts), "texts")
-    batches = text_batches(teacher, texts, ids, tokens_per_batch)
-    fitted = fit_bases(batches, backend, layers, teacher.seed, progress.advance)
-    progress.finish()
-    writer.write_bases(teacher.name, fitted)
-    return bases | fitted
+    with writer.fitting(teacher.name):
+        bases = dict(writer.bases(teacher.name, {layer for task in missing for layer in task.layers}))
+        there = writer.layers_with_basis(teacher.name)
+        layers = {layer: spec for layer, spec in teacher.spec.layers.items() if layer not in there}
+        if not layers:
+            return bases
+        ids, texts = sample(writer, teacher.spec.sample_texts)
+        progress.start(f"fit bases of {teacher.name}", len(texts), "texts")
+        batches = text_batches(teacher, texts, ids, tokens_per_batch)
+        fitted = fit_bases(batches, backend, layers, teacher.seed, progress.advance)
+        progress.finish()
+        writer.write_bases(teacher.name, fitted)
+        return bases | fitted
 
 
-def _sample(writer: CacheWriter, size: int) -> tuple[np.ndarray, list[tuple[str, ...]]]:
+def sample(writer: CacheWriter, size: int) -> tuple[np.ndarray, list[tuple[str, ...]]]:
     """The first ``size`` texts of the full parts: a random sample, because parts are filled in seeded order."""
     ids: list[np.ndarray] = []
     texts: list[tuple[str, ...]] = []
