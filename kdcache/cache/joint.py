@@ -68,6 +68,9 @@ def member(root: Path) -> Iterator[Joint]:
                 )
             write_file(state / "holder.json", canonical_json({"host": socket.gethostname(), "pid": os.getpid()}))
         yield Joint(root)
+    with planning(root), attempt(state / "lock") as alone:
+        if alone:  # the last one removes what killed members left
+            remove_temporaries(root)
 
 
 class Joint:
@@ -94,18 +97,12 @@ class Joint:
         """A writer that knows only ``contents``, such as those of one part."""
         return CacheWriter(self.root, None, contents, Journal(self.root), joint=self)
 
-    @contextlib.contextmanager
-    def fitting(self, teacher: str) -> Iterator[None]:
-        """Be the only member that fits the bases of a teacher; waits for another one that does."""
-        with hold(self.root / layout.STATE / f"fit-{teacher}"):
-            yield
-
-    @contextlib.contextmanager
-    def turn(self, teacher: str, part: str) -> Iterator[None]:
-        """Be the only member that writes this part of a teacher."""
-        number = zlib.crc32(f"{teacher}/{part}".encode()) % _TURNS
-        with hold(self.root / layout.STATE / "turns" / f"{number:02d}"):
-            yield
+    def turn(self, teacher: str, part: str | None) -> AbstractContextManager[None]:
+        """Be the only member that writes this part of a teacher, or, without ``part``, that fits its bases."""
+        state = self.root / layout.STATE
+        if part is None:
+            return hold(state / f"fit-{teacher}")
+        return hold(state / "turns" / f"{zlib.crc32(f'{teacher}/{part}'.encode()) % _TURNS:02d}")
 
     def check_current(self, journal: Journal) -> None:
         """Raises SupersededError if the dump was published or replaced; called after a commit record was read.

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -139,6 +140,10 @@ class CacheWriter:
         """The texts of a part, in its order. Raises MismatchError if they were neither given nor stored."""
         return self._texts.texts(self._part(part.name))
 
+    def give_ids(self, part: Part) -> None:
+        """Set the ids of a part, instead of reading them from its file."""
+        self._texts.give_ids(part)
+
     def declare_teacher(self, spec: TeacherSpec, tokenizer_json: str) -> tuple[PartTask, ...]:
         """Declare how a teacher is run; returns what is missing of it. Raises MismatchError if existing data differ.
 
@@ -189,16 +194,9 @@ class CacheWriter:
             for layer in sorted(wanted)
         }
 
-    @contextlib.contextmanager
-    def fitting(self, name: str) -> Iterator[None]:
+    def fitting(self, name: str) -> AbstractContextManager[None]:
         """Be the only writer that fits bases of a teacher; bases that others wrote meanwhile are there in the block."""
-        if self._joint is None:
-            yield
-            return
-        with self._joint.fitting(name):
-            self._journal.read_again(self._contents, name)
-            self._joint.check_current(self._journal)
-            yield
+        return self._turn(name, None)
 
     def write_bases(self, name: str, bases: Mapping[int, Basis]) -> None:
         """Add bases. Raises MismatchError if a layer has another one: hidden states depend on it."""
@@ -232,7 +230,7 @@ class CacheWriter:
             return self._write_part(name, part, outputs, tokens, hidden)
 
     @contextlib.contextmanager
-    def _turn(self, name: str, part: str) -> Iterator[None]:
+    def _turn(self, name: str, part: str | None) -> Iterator[None]:
         if self._joint is None:
             yield
             return
@@ -347,7 +345,10 @@ class CacheWriter:
         self._contents.teachers[spec.name] = spec
 
     def _part(self, name: str) -> PartInfo:
-        for part in self._contents.parts:
+        place = layout.part_number(name)
+        if place is not None and place < len(self._contents.parts) and self._contents.parts[place].name == name:
+            return self._contents.parts[place]
+        for part in self._contents.parts:  # a writer of one part knows no other one
             if part.name == name:
                 return part
         raise ValueError(f"there is no {name} in cache '{self.root}'")

@@ -61,7 +61,7 @@ def extended_provenance(
 def _published(given: Mapping[str, Any], teachers: Mapping[str, Any], cache_dir: Path) -> dict[str, Any]:
     """``given`` with versions, time, and the records of ``teachers`` with those of their runs."""
     runs = {name: {**teachers.get(name, {}), **record} for name, record in _remembered(cache_dir).items()}
-    versions = {**_versions(), **given.get("versions", {})}
+    versions = {**library_versions(), **given.get("versions", {})}
     return {**given, "versions": versions, "published": _now(), "teachers": {**teachers, **runs}}
 
 
@@ -132,7 +132,8 @@ def _strings(scores: Mapping[str, float]) -> dict[str, str]:
     return {name: f"{value:.6g}" for name, value in scores.items()}
 
 
-def _versions() -> dict[str, str]:
+def library_versions() -> dict[str, str]:
+    """Versions of kdcache and of the libraries that the bytes of a cache depend on."""
     versions = {"kdcache": __version__}
     for name in _PACKAGES:
         with contextlib.suppress(PackageNotFoundError):

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kdcache.cache.joint import SupersededError, member
+from kdcache.cache.layout import part_number
 from kdcache.dump.dry_run import check_free_space
 from kdcache.dump.provenance import remember_run
 from kdcache.dump.run import TeacherRun, run_teacher
@@ -102,4 +103,4 @@ def _end(
 
 
 def _number(task: PartTask) -> int:
-    return int(task.part.name.rpartition("-")[2])
+    return part_number(task.part.name) or 0
