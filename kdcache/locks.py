@@ -66,4 +66,9 @@ def _try(handle: int, shared: bool) -> bool:
         fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:
+        raise StorageError(
+            f"the file system has no locks between processes: {error.strerror}",
+            "Mount it with locks (NFS 4, Lustre with -o flock), or write to another disk.",
+        ) from error
     return True

@@ -59,7 +59,7 @@ class Journal:
 
     def base(self) -> dict[str, Any] | None:
         """What an unfinished dump started from; None if there is none."""
-        return self._read(self.directory / "base.json") if (self.directory / "base.json").is_file() else None
+        return self._read_if_there(self.directory / "base.json")
 
     def clear(self) -> None:
         """Remove all records; ``base.json`` first, because the others are ignored without it."""
@@ -77,6 +77,18 @@ class Journal:
         for path in self._records():
             if path.parent != self.directory:
                 self._apply(contents, path, self._read(path))
+
+    def read_again(self, contents: Contents, teacher: str, name: str | None = None) -> None:
+        """Add what other writers recorded of a teacher meanwhile: its part ``name``, or its bases if None."""
+        directory = self.directory / "teachers" / teacher
+        for path in sorted(directory.glob("layer-*.json")) if name is None else [directory / f"{name}.json"]:
+            record = self._read_if_there(path)
+            if record is not None:
+                self._apply(contents, path, record)
+
+    def recorded_parts(self, teacher: str) -> set[str]:
+        """The parts of which a teacher has a commit record, complete or not."""
+        return {path.stem for path in (self.directory / "teachers" / teacher).glob("part-*.json")}
 
     def add_part(self, part: PartInfo, files: Mapping[str, FileDigest]) -> None:
         self._add(f"parts/{part.name}", files, scope=part.scope, texts=part.texts)
@@ -136,6 +148,14 @@ class Journal:
 
     def _write(self, name: str, record: dict[str, Any]) -> None:
         write_file(self.directory / name, canonical_json({**record, "checksum": digest_of(record)}))
+
+    def _read_if_there(self, path: Path) -> dict[str, Any] | None:
+        try:
+            return self._read(path) if path.is_file() else None
+        except DamageError:
+            if path.exists():
+                raise
+            return None  # removed after it was found: another writer published
 
     def _read(self, path: Path) -> dict[str, Any]:
         try:

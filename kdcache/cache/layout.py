@@ -28,6 +28,11 @@ def part_name(index: int) -> str:
     return f"part-{index:05d}"
 
 
+def part_number(name: str) -> int | None:
+    """The inverse of ``part_name``; None for another name."""
+    return int(name[5:]) if PART_NAME.fullmatch(name) else None
+
+
 def layer_name(layer: int) -> str:
     """``layer-04`` and so on."""
     return f"layer-{layer:02d}"

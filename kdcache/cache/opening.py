@@ -30,16 +30,23 @@ from kdcache.locks import exclusive
 @contextlib.contextmanager
 def hold_lock(root: Path) -> Iterator[None]:
     """Hold the lock of a cache directory while the block runs. Raises LockedError, which names the holder."""
-    state = root / layout.STATE
-    if state.is_symlink() or (state / "lock").is_symlink():
-        raise DamageError(f"'{state}' is a symbolic link to another place", "Remove it.")
-    make_directory(state)
-    with exclusive(state / "lock", busy=lambda: f"cache '{root}' is being written by {_holder(state)}"):
+    state = state_directory(root)
+    with exclusive(state / "lock", busy=lambda: f"cache '{root}' is being written by {holder(state)}"):
         write_file(state / "holder.json", canonical_json({"host": socket.gethostname(), "pid": os.getpid()}))
         yield
 
 
-def _holder(state: Path) -> str:
+def state_directory(root: Path) -> Path:
+    """The directory of locks and commit records, made if missing. Raises DamageError if it is a link."""
+    state = root / layout.STATE
+    if state.is_symlink() or (state / "lock").is_symlink():
+        raise DamageError(f"'{state}' is a symbolic link to another place", "Remove it.")
+    make_directory(state)
+    return state
+
+
+def holder(state: Path) -> str:
+    """The process that locked a cache directory last, for messages."""
     try:
         holder = parse_json((state / "holder.json").read_bytes())
         return f"process {holder['pid']} on {holder['host']}"
@@ -62,9 +69,12 @@ def refuse_other_directory(root: Path) -> None:
     """Raises MismatchError if a directory holds something else than a cache, DamageError if its manifest is lost."""
     if root.exists() and not root.is_dir():
         raise MismatchError(f"'{root}' is a file, not a directory", "Name another directory for the cache.")
-    if not root.is_dir() or (root / layout.MANIFEST).exists() or (root / layout.STATE / "base.json").exists():
+    if not root.is_dir():
         return
+    # Names first, then the records, then the manifest: another process may begin or publish a dump meanwhile.
     names = sorted(path.name for path in root.iterdir() if not path.name.startswith("."))
+    if (root / layout.STATE / "base.json").exists() or (root / layout.MANIFEST).exists():
+        return
     if {"texts", "teachers"} & set(names):
         raise _lost_manifest(root)
     if names:
@@ -80,9 +90,12 @@ def _lost_manifest(root: Path) -> DamageError:
 
 
 def open_contents(
-    root: Path, task: TaskSpec, settings: Settings, has_text: bool, repair: bool
+    root: Path, task: TaskSpec, settings: Settings, has_text: bool, repair: bool, *, alone: bool = True
 ) -> tuple[Manifest | None, Contents, Journal]:
-    """The manifest, if any, and the contents according to it and the commit records. The caller holds the lock."""
+    """The manifest, if any, and the contents according to it and the commit records. The caller holds the lock.
+
+    ``alone``: nobody else writes, so temporary files are leftovers and are removed.
+    """
     base = read_manifest(root) if (root / layout.MANIFEST).exists() else None
     journal = Journal(root)
     begun = journal.base()
@@ -93,7 +106,8 @@ def open_contents(
         begun = None  # published already: the writer crashed before it removed its records
     contents = base.contents.copy() if base else _begun(begun) or Contents(task, settings, has_text)
     check_task(root, (contents.task, contents.settings, contents.has_text), (task, settings, has_text))
-    remove_temporaries(root)
+    if alone:
+        remove_temporaries(root)
     if begun is None:
         journal.clear()
         journal.begin({"identity": identity, **contents.settings_record()})

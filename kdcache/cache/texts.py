@@ -46,6 +46,9 @@ class TextPlan:
             self._ids[part.name] = self._files.decode(path, lambda data: tables.decode_ids(data, part.texts))
         return self._ids[part.name]
 
+    def give_ids(self, part: Part) -> None:
+        self._ids[part.name] = part.text_ids
+
     def texts(self, part: PartInfo) -> list[tuple[str, ...]]:
         """Texts of a part: as given to ``add``, else as stored."""
         given = self._given_texts(id_list(self.ids(part)))

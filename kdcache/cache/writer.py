@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 
     from kdcache.cache.contents import Contents
     from kdcache.cache.digests import Arrivals
+    from kdcache.cache.joint import Joint
     from kdcache.cache.journal import Journal
     from kdcache.cache.selection import LocalSelection
     from kdcache.cache.spec import Settings, TaskSpec, TeacherSpec
@@ -85,7 +87,10 @@ def open_writer(
 
 
 class CacheWriter:
-    """A cache open for writing, made by ``open_writer``. One thread at a time may write; others may read."""
+    """A cache open for writing, made by ``open_writer``, or by ``Joint`` if other processes write it too.
+
+    One thread at a time may write; others may read.
+    """
 
     def __init__(
         self,
@@ -95,9 +100,11 @@ class CacheWriter:
         journal: Journal,
         local: LocalSelection | None = None,
         arrivals: Arrivals | None = None,
+        joint: Joint | None = None,
     ) -> None:
         self.root = root
         self._local = local
+        self._joint = joint
         self.base = base  # the manifest that this run started from
         self._identity = base.identity if base else ""
         self._contents = contents
@@ -132,6 +139,10 @@ class CacheWriter:
     def texts_of(self, part: Part) -> list[tuple[str, ...]]:
         """The texts of a part, in its order. Raises MismatchError if they were neither given nor stored."""
         return self._texts.texts(self._part(part.name))
+
+    def give_ids(self, part: Part) -> None:
+        """Set the ids of a part, instead of reading them from its file."""
+        self._texts.give_ids(part)
 
     def declare_teacher(self, spec: TeacherSpec, tokenizer_json: str) -> tuple[PartTask, ...]:
         """Declare how a teacher is run; returns what is missing of it. Raises MismatchError if existing data differ.
@@ -183,6 +194,10 @@ class CacheWriter:
             for layer in sorted(wanted)
         }
 
+    def fitting(self, name: str) -> AbstractContextManager[None]:
+        """Be the only writer that fits bases of a teacher; bases that others wrote meanwhile are there in the block."""
+        return self._turn(name, None)
+
     def write_bases(self, name: str, bases: Mapping[int, Basis]) -> None:
         """Add bases. Raises MismatchError if a layer has another one: hidden states depend on it."""
         spec = self._contents.teachers[name]
@@ -211,6 +226,22 @@ class CacheWriter:
         Existing components stay. ``tokens`` are needed with hidden states per token. Returns the bytes written. Raises
         NonFiniteError (names text id and layer), ValueError (shapes contradict the declaration), StorageError.
         """
+        with self._turn(name, part.name):
+            return self._write_part(name, part, outputs, tokens, hidden)
+
+    @contextlib.contextmanager
+    def _turn(self, name: str, part: str | None) -> Iterator[None]:
+        if self._joint is None:
+            yield
+            return
+        with self._joint.turn(name, part):
+            self._journal.read_again(self._contents, name, part)
+            self._joint.check_current(self._journal)
+            yield
+
+    def _write_part(
+        self, name: str, part: Part, outputs: Outputs | None, tokens: Tokens | None, hidden: Mapping[int, HiddenBlock]
+    ) -> int:
         spec, info = self._contents.teachers[name], self._part(part.name)
         ids = self._texts.ids(info)
         if info.scope == "logits" and (hidden or tokens is not None):
@@ -314,7 +345,10 @@ class CacheWriter:
         self._contents.teachers[spec.name] = spec
 
     def _part(self, name: str) -> PartInfo:
-        for part in self._contents.parts:
+        place = layout.part_number(name)
+        if place is not None and place < len(self._contents.parts) and self._contents.parts[place].name == name:
+            return self._contents.parts[place]
+        for part in self._contents.parts:  # a writer of one part knows no other one
             if part.name == name:
                 return part
         raise ValueError(f"there is no {name} in cache '{self.root}'")

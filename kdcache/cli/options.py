@@ -150,6 +150,11 @@ def open_team(url: str | None = None) -> Remote:
     return open_remote(url) if url else default_remote()
 
 
+def default_url() -> str:
+    """The URL of the team's remote, as processes on other machines open it."""
+    return os.environ.get("KDCACHE_REMOTE", "").strip()
+
+
 def require_directory(path: Path) -> None:
     """Raises RecipeError if there is no directory ``path``."""
     if not path.is_dir():

@@ -12,16 +12,17 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from dataclasses import replace as replaced
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kdcache.cli.options import Job
-from kdcache.errors import MismatchError
+from kdcache.cli.options import Job, default_url, open_team
+from kdcache.errors import MismatchError, RecipeError
 
 if TYPE_CHECKING:
     from kdcache.distill.stage import DistillResult
-    from kdcache.dump.stage import DumpReport
+    from kdcache.dump.stage import DumpJob, DumpReport
     from kdcache.runs import Inputs, RunDirectory, Stage
     from kdcache.teachers.cofinetune import CofinetuneResult
 
@@ -38,8 +39,46 @@ def cofinetune(job: Job, *, add: str | None = None) -> CofinetuneResult:
         return stage.add_teacher(job.recipe, add, job.teachers, work, progress=job.progress, metrics=job.run.metrics)
 
 
-def dump(job: Job, *, repair: bool = False, no_text: bool = False) -> DumpReport:
-    """Run each teacher once over the data; existing parts of the cache are kept."""
+@dataclass(frozen=True)
+class Where:
+    """Where a dump runs, and where its cache goes: the options of ``dump-teachers``."""
+
+    shard: str | None = None
+    engine: str = "local"
+    address: str | None = None
+    workers: int = 0
+    cpus: float = 1.0
+    gpus: float | None = None
+    to: str | None = None
+    tag: str | None = None
+    remote: str | None = None
+
+    def check(self, *, repair: bool) -> None:
+        """Raises RecipeError for options that exclude each other."""
+        if self.engine not in ("local", "ray"):
+            raise RecipeError(f"--engine is '{self.engine[:40]}'; expected local or ray", "Such as: --engine ray")
+        together = [
+            (repair, "--repair", [(self.shard, "--shard"), (self.engine == "ray", "--engine ray"), (self.to, "--to")]),
+            (self.shard, "--shard", [(self.engine == "ray", "--engine ray"), (self.to, "--to")]),
+        ]
+        for given, name, others in together:
+            for other, its_name in others:
+                if given and other:
+                    raise RecipeError(f"{name} and {its_name} were both given", f"Leave out {its_name}.")
+        if self.engine != "ray" and (self.address or self.workers or self.gpus is not None):
+            raise RecipeError("--address, --workers and --worker-gpus are for Ray", "Add --engine ray.")
+        if self.to is None and (self.tag or self.remote):
+            raise RecipeError("--tag and --remote are for a dump to a remote", "Add --to NAME.")
+
+
+def dump(job: Job, *, repair: bool = False, no_text: bool = False, where: Where | None = None) -> DumpReport:
+    """Run each teacher once over the data, here or ``where`` else; existing parts of the cache are kept."""
+    where = where or Where()
+    where.check(repair=repair)
+    if where.shard is not None:
+        return _dump_shard(job, where.shard, no_text)
+    if where.engine != "local" or where.to is not None:
+        return _dump_on_workers(job, where, no_text)
     from kdcache.dump.stage import dump_teachers
 
     with _recorded(job, job.run, "cache", _cache_inputs(job)):
@@ -52,6 +91,53 @@ def dump(job: Job, *, repair: bool = False, no_text: bool = False) -> DumpReport
             no_text=no_text,
             provenance=provenance(),
         )
+
+
+def _dump_shard(job: Job, shard: str, no_text: bool) -> DumpReport:
+    """The run directory records the stage when the cache is published."""
+    from kdcache.cache.joint import planning
+    from kdcache.dump.engines import shards
+
+    started = time.perf_counter()
+    chosen = shards.parse_shard(shard)
+    job.run.create()
+    report = shards.dump_shard(_prepared(job, no_text), chosen)
+    if report.published:
+        with planning(job.cache):  # two shards may find the cache complete
+            _record(job, job.run, "cache", _cache_inputs(job), started)
+    return report
+
+
+def _dump_on_workers(job: Job, where: Where, no_text: bool) -> DumpReport:
+    from kdcache.dump.engines import cluster
+    from kdcache.dump.engines.local import LocalEngine
+    from kdcache.dump.engines.ray_actors import RayEngine, check_engine
+
+    engine: cluster.Engine = LocalEngine()
+    if where.engine == "ray":
+        engine = ray = RayEngine(where.address, where.workers, where.cpus, where.gpus)
+        check_engine(ray)
+    target = None
+    if where.to is not None:
+        remote = open_team(where.remote)
+        url = where.remote or default_url()
+        here = url if "://" in url else str(Path(url).expanduser().absolute())  # as workers open it
+        target = cluster.Target(remote, here, where.to, where.tag)
+    with _recorded(job, job.run, "cache", _cache_inputs(job)):
+        asked = _prepared(job, no_text)
+        if target is None:
+            return cluster.dump_on_shared_disk(asked, engine)
+        report, pushed = cluster.dump_to_remote(asked, engine, target)
+    job.progress.note(f"{pushed.reference} is on {target.remote.url}")
+    return report
+
+
+def _prepared(job: Job, no_text: bool) -> DumpJob:
+    from kdcache.dump.stage import prepare_dump
+
+    return prepare_dump(
+        job.recipe, job.teachers, job.cache, progress=job.progress, no_text=no_text, provenance=provenance()
+    )
 
 
 def distill(job: Job, *, live_teachers: Path | None = None, replace: bool = False) -> DistillResult:
@@ -82,13 +168,20 @@ def _recorded(job: Job, place: RunDirectory, stage: Stage, inputs: Inputs) -> It
     """Make the run directory before a stage; write recipe, inputs and duration when it is complete."""
     from kdcache.files import replace_file
     from kdcache.recipe import dump_toml
-    from kdcache.runs import mark_finished
 
     started = time.perf_counter()
     place.create()
     if not place.recipe_file.exists():
         replace_file(place.recipe_file, dump_toml(job.recipe).encode())
     yield
+    _record(job, place, stage, inputs, started)
+
+
+def _record(job: Job, place: RunDirectory, stage: Stage, inputs: Inputs, started: float) -> None:
+    from kdcache.files import replace_file
+    from kdcache.recipe import dump_toml
+    from kdcache.runs import mark_finished
+
     replace_file(place.recipe_file, dump_toml(job.recipe).encode())
     mark_finished(job.run, stage, inputs, time.perf_counter() - started)
 

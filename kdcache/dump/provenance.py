@@ -61,18 +61,25 @@ def extended_provenance(
 def _published(given: Mapping[str, Any], teachers: Mapping[str, Any], cache_dir: Path) -> dict[str, Any]:
     """``given`` with versions, time, and the records of ``teachers`` with those of their runs."""
     runs = {name: {**teachers.get(name, {}), **record} for name, record in _remembered(cache_dir).items()}
-    versions = {**_versions(), **given.get("versions", {})}
+    versions = {**library_versions(), **given.get("versions", {})}
     return {**given, "versions": versions, "published": _now(), "teachers": {**teachers, **runs}}
 
 
-def remember_run(cache_dir: Path, run: TeacherRun) -> None:
-    """Write the record of a finished run; it outlives this process until the cache is published."""
+def remember_run(cache_dir: Path, run: TeacherRun, *, shared: bool = False) -> None:
+    """Write the record of a finished run; it outlives this process until the cache is published.
+
+    ``shared``: the run is one of several that share the work, so its counts are added to those of the others. Seconds
+    are then those of all workers together.
+    """
+    before = _remembered(cache_dir).get(run.teacher, {}) if shared else {}
+    texts = run.texts + int(before.get("texts_run", 0))
+    seconds = run.seconds + float(before.get("seconds", 0.0))
     record = {
         "dumped": _now(),
-        "texts_run": run.texts,
-        "texts_truncated": run.truncated,  # of those
-        "seconds": f"{run.seconds:.1f}",
-        "texts_per_second": f"{run.texts / run.seconds:.1f}" if run.seconds else "",
+        "texts_run": texts,
+        "texts_truncated": run.truncated + int(before.get("texts_truncated", 0)),  # of those
+        "seconds": f"{seconds:.1f}",
+        "texts_per_second": f"{texts / seconds:.1f}" if seconds else "",
         **run.record,
     }
     write_file(cache_dir / STATE / f"{run.teacher}{_SUFFIX}", json.dumps(record).encode())
@@ -125,7 +132,8 @@ def _strings(scores: Mapping[str, float]) -> dict[str, str]:
     return {name: f"{value:.6g}" for name, value in scores.items()}
 
 
-def _versions() -> dict[str, str]:
+def library_versions() -> dict[str, str]:
+    """Versions of kdcache and of the libraries that the bytes of a cache depend on."""
     versions = {"kdcache": __version__}
     for name in _PACKAGES:
         with contextlib.suppress(PackageNotFoundError):

@@ -26,11 +26,14 @@ from kdcache.teachers.backends import open_backend
 from kdcache.teachers.bundle import load_teacher, parameters_on_disk
 
 if TYPE_CHECKING:
+    from kdcache.cache.spec import TeacherSpec
+    from kdcache.cache.tokens import Outputs, Tokens
     from kdcache.cache.writer import CacheWriter, PartTask
-    from kdcache.codecs.base import Basis
+    from kdcache.codecs.base import Basis, HiddenBlock
     from kdcache.dump.specs import PreparedTeacher
     from kdcache.progress import Progress
     from kdcache.teachers.backends import TeacherBackend
+    from kdcache.teachers.teacher import Teacher
 
 OpenTeacher = Callable[["PreparedTeacher", Path], AbstractContextManager["TeacherBackend"]]
 
@@ -70,8 +73,14 @@ class TeacherRun:
 @contextmanager
 def open_teacher(teacher: PreparedTeacher, teachers_dir: Path) -> Iterator[TeacherBackend]:
     """The teacher on the device while the block runs; its memory is freed afterwards."""
-    spec = teacher.spec
-    loaded = load_teacher(teachers_dir, spec.name, trust_remote_code=teacher.trust_remote_code)
+    loaded = load_teacher(teachers_dir, teacher.name, trust_remote_code=teacher.trust_remote_code)
+    with on_device(loaded, teacher.spec) as backend:
+        yield backend
+
+
+@contextmanager
+def on_device(loaded: Teacher, spec: TeacherSpec) -> Iterator[TeacherBackend]:
+    """A loaded teacher on the device while the block runs; its memory is freed afterwards."""
     backend = open_backend(spec.backend, loaded, tuple(spec.layers), precision=spec.precision, work_dir=home())
     try:
         yield backend
@@ -107,22 +116,21 @@ def run_teacher(
 
         with BackgroundWriter("kdcache-write", on_written) as background:
             for task in missing:
-                batches = text_batches(teacher, writer.texts_of(task.part), task.part.text_ids, tokens_per_batch)
-                cut = batches.encoded.truncated_count
+                ran = run_piece(
+                    teacher, task, writer.texts_of(task.part), backend, bases, tokens_per_batch, progress.advance
+                )
                 if not truncated:  # noted with the first part, not after hours; the report has the total
                     for line in truncation_note(
-                        f"teacher '{teacher.name}'", cut, len(batches.encoded), teacher.spec.max_length
+                        f"teacher '{teacher.name}'", ran.truncated, len(task.part.text_ids), teacher.spec.max_length
                     ):
                         progress.note(line)
-                truncated += cut
-                outputs, hidden = run_part(batches, backend, teacher.spec, task.layers, bases, progress.advance)
-                spans = batches.tokens() if task.part.scope == "full" and needs_tokens(teacher.spec.layers) else None
-                tokens += 0 if spans is None else int(spans.offsets[-1])
-                background.start(_write_part(writer, teacher.name, task, outputs, spans, hidden))
+                truncated += ran.truncated
+                tokens += ran.token_count
+                background.start(_write_part(writer, teacher.name, task, ran))
         progress.finish()
         record = dict(backend.record)
         if missing and not _has_speed(writer, teacher.name):
-            record |= measured_record(backend, batches, teachers_dir)
+            record |= measured_record(backend, ran.batches, teachers_dir)
     return TeacherRun(
         teacher.name, len(missing), texts, tokens, sum(written), time.perf_counter() - started, record, truncated
     )
@@ -152,6 +160,42 @@ def _has_speed(writer: CacheWriter, name: str) -> bool:
     return writer.base is not None and "latency_ms" in subtable(writer.base.provenance, "teachers", name)
 
 
+@dataclass(frozen=True)
+class PieceResult:
+    """What one teacher gave for one part, as ``CacheWriter.write_part`` takes it."""
+
+    outputs: Outputs | None
+    tokens: Tokens | None
+    hidden: Mapping[int, HiddenBlock]
+    batches: TextBatches  # the texts as they were read
+
+    @property
+    def truncated(self) -> int:
+        """Texts that were cut to max_length."""
+        return self.batches.encoded.truncated_count
+
+    @property
+    def token_count(self) -> int:
+        """Tokens of a full part with a row per token; else 0."""
+        return 0 if self.tokens is None else int(self.tokens.offsets[-1])
+
+
+def run_piece(
+    teacher: PreparedTeacher,
+    task: PartTask,
+    texts: Sequence[tuple[str, ...]],
+    backend: TeacherBackend,
+    bases: Mapping[int, Basis],
+    tokens_per_batch: int,
+    on_batch: Callable[[int], None],
+) -> PieceResult:
+    """Run one teacher over the texts of one part. Every engine of a dump runs this. Raises NonFiniteError."""
+    batches = text_batches(teacher, texts, task.part.text_ids, tokens_per_batch)
+    outputs, hidden = run_part(batches, backend, teacher.spec, task.layers, bases, on_batch)
+    spans = batches.tokens() if task.part.scope == "full" and needs_tokens(teacher.spec.layers) else None
+    return PieceResult(outputs if task.outputs else None, spans, hidden, batches)
+
+
 def lacks_bases(writer: CacheWriter, teacher: PreparedTeacher) -> bool:
     """Whether the basis of a layer is missing."""
     return bool(teacher.spec.layers.keys() - writer.layers_with_basis(teacher.name))
@@ -166,21 +210,22 @@ def _bases(
     progress: Progress,
 ) -> dict[int, Basis]:
     """The stored bases that are needed; missing ones are fitted on the sample and stored."""
-    bases = dict(writer.bases(teacher.name, {layer for task in missing for layer in task.layers}))
-    there = writer.layers_with_basis(teacher.name)
-    layers = {layer: spec for layer, spec in teacher.spec.layers.items() if layer not in there}
-    if not layers:
-        return bases
-    ids, texts = _sample(writer, teacher.spec.sample_texts)
-    progress.start(f"fit bases of {teacher.name}", len(texts), "texts")
-    batches = text_batches(teacher, texts, ids, tokens_per_batch)
-    fitted = fit_bases(batches, backend, layers, teacher.seed, progress.advance)
-    progress.finish()
-    writer.write_bases(teacher.name, fitted)
-    return bases | fitted
+    with writer.fitting(teacher.name):
+        bases = dict(writer.bases(teacher.name, {layer for task in missing for layer in task.layers}))
+        there = writer.layers_with_basis(teacher.name)
+        layers = {layer: spec for layer, spec in teacher.spec.layers.items() if layer not in there}
+        if not layers:
+            return bases
+        ids, texts = sample(writer, teacher.spec.sample_texts)
+        progress.start(f"fit bases of {teacher.name}", len(texts), "texts")
+        batches = text_batches(teacher, texts, ids, tokens_per_batch)
+        fitted = fit_bases(batches, backend, layers, teacher.seed, progress.advance)
+        progress.finish()
+        writer.write_bases(teacher.name, fitted)
+        return bases | fitted
 
 
-def _sample(writer: CacheWriter, size: int) -> tuple[np.ndarray, list[tuple[str, ...]]]:
+def sample(writer: CacheWriter, size: int) -> tuple[np.ndarray, list[tuple[str, ...]]]:
     """The first ``size`` texts of the full parts: a random sample, because parts are filled in seeded order."""
     ids: list[np.ndarray] = []
     texts: list[tuple[str, ...]] = []
@@ -199,9 +244,6 @@ def text_batches(
     return TextBatches(encoded, text_ids, teacher.pad_token_id, tokens_per_batch, teacher.name)
 
 
-def _write_part(
-    writer: CacheWriter, name: str, task: PartTask, outputs: Any, tokens: Any, hidden: Any
-) -> Callable[[], int]:
+def _write_part(writer: CacheWriter, name: str, task: PartTask, ran: PieceResult) -> Callable[[], int]:
     """The write as a call without arguments."""
-    kept = outputs if task.outputs else None
-    return lambda: writer.write_part(name, task.part, outputs=kept, tokens=tokens, hidden=hidden)
+    return lambda: writer.write_part(name, task.part, outputs=ran.outputs, tokens=ran.tokens, hidden=ran.hidden)

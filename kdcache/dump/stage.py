@@ -32,17 +32,22 @@ from kdcache.progress import counted
 from kdcache.teachers.bundle import read_bundle
 
 if TYPE_CHECKING:
-    from kdcache.cache.writer import CacheWriter
+    from kdcache.cache.spec import TaskSpec
+    from kdcache.cache.writer import CacheWriter, PartTask
     from kdcache.data.counts import DataCounts
     from kdcache.data.task import TaskData
     from kdcache.dump.specs import PreparedTeacher, TextScopes
     from kdcache.progress import Progress
     from kdcache.recipe import Recipe
+    from kdcache.teachers.bundle import Bundle
 
 
 @dataclass(frozen=True)
 class DumpReport:
-    """The result of a dump. ``runs`` has one entry per teacher that ran."""
+    """The result of a dump. ``runs`` has one entry per teacher that ran here.
+
+    ``identity`` is empty if parts are still missing, which other processes run: then nothing is published yet.
+    """
 
     cache: Path
     identity: str
@@ -51,12 +56,19 @@ class DumpReport:
     runs: tuple[TeacherRun, ...]
     seconds: float
     counts: DataCounts
+    missing: int = 0  # parts of teachers
+
+    @property
+    def published(self) -> bool:
+        """Whether the cache is complete and published."""
+        return bool(self.identity)
 
     def as_dict(self) -> dict[str, Any]:
         """The document that ``--json`` prints."""
         return {
             "cache": str(self.cache),
-            "identity": self.identity,
+            "identity": self.identity or None,
+            "missing_parts": self.missing,
             "texts": self.texts,
             "parts": self.parts,
             "teachers": {run.teacher: run.as_dict() for run in self.runs},
@@ -67,7 +79,12 @@ class DumpReport:
     def lines(self) -> list[str]:
         """Text for the terminal."""
         ran = [run.line() for run in self.runs] or ["nothing was missing: no teacher ran"]
-        return [*ran, f"{counted(self.texts, 'text')} in {counted(self.parts, 'part')}", f"identity {self.identity}"]
+        end = (
+            f"identity {self.identity}"
+            if self.published
+            else f"not published yet: {counted(self.missing, 'part')} of teachers are missing"
+        )
+        return [*ran, f"{counted(self.texts, 'text')} in {counted(self.parts, 'part')}", end]
 
 
 def dump_teachers(
@@ -97,6 +114,48 @@ def dump_teachers(
         MismatchError: (exit 4) before anything runs, if the existing cache was made from other inputs.
         StorageError, NonFiniteError, LockedError: as they occur; committed parts stay.
     """
+    job = prepare_dump(
+        recipe, teachers_dir, cache_dir, progress=progress, no_text=no_text, provenance=provenance, opener=opener
+    )
+    with open_writer(cache_dir, job.task_spec, job.settings, store_text=job.store_text, repair=repair) as writer:
+        plan_dump(writer, job)
+        runs = run_missing(writer, job.teachers, teachers_dir, recipe.dump.tokens_per_batch, progress, opener)
+        return publish_dump(writer, job, runs)
+
+
+@dataclass(frozen=True)
+class DumpJob:
+    """What is to be dumped where, before the cache is opened. ``started``: seconds of ``time.perf_counter``."""
+
+    recipe: Recipe
+    task: TaskData
+    bundle: Bundle
+    teachers: Sequence[PreparedTeacher]
+    teachers_dir: Path
+    cache_dir: Path
+    settings: Settings
+    store_text: bool
+    provenance: Mapping[str, Any]
+    progress: Progress
+    opener: OpenTeacher
+    started: float
+
+    @property
+    def task_spec(self) -> TaskSpec:
+        return task_spec(self.task)
+
+
+def prepare_dump(
+    recipe: Recipe,
+    teachers_dir: Path,
+    cache_dir: Path,
+    *,
+    progress: Progress,
+    no_text: bool = False,
+    provenance: Mapping[str, Any] | None = None,
+    opener: OpenTeacher = open_teacher,
+) -> DumpJob:
+    """Read data and teachers, and check that they fit; writes nothing. Arguments as of ``dump_teachers``."""
     started = time.perf_counter()
     task = load_task(recipe.data)
     for line in task.counts.notes():
@@ -106,21 +165,43 @@ def dump_teachers(
     teachers = prepare_teachers(recipe, bundle, teachers_dir, len(task.label_names))
     settings = Settings(seed=recipe.dump.seed, part_size=recipe.dump.part_size)
     store_text = not no_text and _has_text(cache_dir)
-    with open_writer(cache_dir, task_spec(task), settings, store_text=store_text, repair=repair) as writer:
-        texts = scopes(task, recipe.dump.hidden_transfer, texts_in_full(writer))
-        refuse_stale(writer, teachers)
-        refuse_forgotten_teachers(writer, teachers, texts)
-        writer.add_texts(texts.full, texts.evaluation, texts.transfer)
-        runs = run_missing(writer, teachers, teachers_dir, recipe.dump.tokens_per_batch, progress, opener)
-        write_examples(writer, task)
-        record = dump_provenance(recipe, bundle, cache_dir, provenance or {})
-        record["text_ids"] = ids_digest(part.text_ids for part in writer.parts)
-        identity = writer.publish(record, card=cache_card).identity
-        forget_runs(cache_dir)
-        count = sum(len(part.text_ids) for part in writer.parts)
-        return DumpReport(
-            cache_dir, identity, count, len(writer.parts), runs, time.perf_counter() - started, task.counts
-        )
+    return DumpJob(
+        recipe, task, bundle, teachers, teachers_dir, cache_dir, settings, store_text, provenance or {}, progress,
+        opener, started,
+    )  # fmt: skip
+
+
+def plan_dump(writer: CacheWriter, job: DumpJob) -> dict[str, tuple[PartTask, ...]]:
+    """Assign the texts to parts and declare the teachers; returns what is missing of each. MismatchError if stale."""
+    texts = scopes(job.task, job.recipe.dump.hidden_transfer, texts_in_full(writer))
+    refuse_stale(writer, job.teachers)
+    refuse_forgotten_teachers(writer, job.teachers, texts)
+    writer.add_texts(texts.full, texts.evaluation, texts.transfer)
+    return declare(writer, job.teachers)
+
+
+def publish_dump(writer: CacheWriter, job: DumpJob, runs: Sequence[TeacherRun]) -> DumpReport:
+    """Write examples, card and manifest. Raises KdcacheError if a part is missing."""
+    write_examples(writer, job.task)
+    record = dump_provenance(job.recipe, job.bundle, job.cache_dir, job.provenance)
+    record["text_ids"] = ids_digest(part.text_ids for part in writer.parts)
+    identity = writer.publish(record, card=cache_card).identity
+    forget_runs(job.cache_dir)
+    return report_dump(writer, job, runs, identity)
+
+
+def report_dump(
+    writer: CacheWriter, job: DumpJob, runs: Sequence[TeacherRun], identity: str = "", missing: int = 0
+) -> DumpReport:
+    """The report of a dump; without ``identity`` there are ``missing`` parts of teachers."""
+    count = sum(len(part.text_ids) for part in writer.parts)
+    seconds = time.perf_counter() - job.started
+    return DumpReport(job.cache_dir, identity, count, len(writer.parts), tuple(runs), seconds, job.task.counts, missing)
+
+
+def declare(writer: CacheWriter, teachers: Sequence[PreparedTeacher]) -> dict[str, tuple[PartTask, ...]]:
+    """Declare the teachers; returns what is missing of each."""
+    return {teacher.name: writer.declare_teacher(teacher.spec, teacher.tokenizer_json) for teacher in teachers}
 
 
 def run_missing(
@@ -132,7 +213,7 @@ def run_missing(
     opener: OpenTeacher = open_teacher,
 ) -> tuple[TeacherRun, ...]:
     """Run one teacher after the other over its missing parts; complete teachers are not loaded."""
-    missing = {teacher.name: writer.declare_teacher(teacher.spec, teacher.tokenizer_json) for teacher in teachers}
+    missing = declare(writer, teachers)
     check_free_space(writer, teachers, missing)
     runs = []
     for teacher in teachers:

@@ -10,13 +10,15 @@ from pathlib import Path
 import pytest
 
 from kdcache.dump import run as dump_run
+from kdcache.dump.engines.shards import Shard, dump_shard
 from kdcache.dump.run import OpenTeacher, open_teacher
-from kdcache.dump.stage import DumpReport, dump_teachers
+from kdcache.dump.stage import DumpReport, dump_teachers, prepare_dump
 from kdcache.progress import SilentProgress
 from kdcache.recipe import Recipe, load_recipe
 from kdcache.students.speed import Speed
 from kdcache.teachers.backends.torch_backend import TorchBackend
 from kdcache.testing.teachers import make_teachers
+from kdcache.testing.tiny import reviews, write_reviews
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,13 @@ class Workbench:
             opener=self.opener,
         )
 
+    def shard(self, index: int, count: int, *overrides: str, cache: Path | None = None) -> DumpReport:
+        """Run one shard of a dump."""
+        job = prepare_dump(
+            self.recipe(*overrides), self.teachers, cache or self.cache, progress=SilentProgress(), opener=self.opener
+        )
+        return dump_shard(job, Shard(index, count))
+
     def only(self, *names: str) -> Workbench:
         """The same with these teachers alone."""
         head, *tables = re.split(r"^(?=\[)", self.recipe_file.read_text(), flags=re.MULTILINE)
@@ -52,6 +61,35 @@ class Workbench:
         path = self.cache.parent / f"{'-'.join(names)}.toml"
         path.write_text(re.sub(r'"(\w+\.tsv)"', rf'"{self.recipe_file.parent}/\1"', "".join([head, *kept])))
         return replace(self, recipe_file=path)
+
+
+def small_bench(directory: Path, teachers: Path) -> Workbench:
+    """Two teachers over 12 texts in parts of 2: four full parts, two with logits only."""
+    rows = reviews(12, seed=3)
+    write_reviews(directory / "train.tsv", rows[:8])
+    write_reviews(directory / "dev.tsv", rows[8:])
+    recipe = directory / "small.toml"
+    recipe.write_text("""\
+name = "small"
+[data]
+train = "train.tsv"
+validation = "dev.tsv"
+text = ["sentence"]
+label = "label"
+max_length = 32
+[[teachers]]
+name = "bert"
+model = "none"
+[[teachers]]
+name = "roberta"
+model = "none"
+[dump]
+layers = [2]
+dim = 4
+part_size = 2
+sample_texts = 6
+""")
+    return Workbench(recipe, teachers, directory / "cache")
 
 
 @pytest.fixture(scope="session")
