@@ -47,7 +47,7 @@ def mean_logits(logits: Tensor) -> np.ndarray:
 def mixture_logits(mixture: Mixture, logits: np.ndarray) -> np.ndarray:
     """The logarithm of the probabilities of a weighted mixture, float64 [n, C]."""
     probabilities: np.ndarray = np.maximum(mixture.probabilities(logits), 1e-300)
-    return np.log(probabilities)
+    return np.asarray(np.log(probabilities))
 
 
 def split_predictions(
