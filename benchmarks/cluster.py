@@ -6,7 +6,8 @@
 Both dumps run the recipe's first teacher over the same texts, each in a process of its own, into a new cache. A rate is
 texts per second between the first and the last result, so that starting processes and loading teachers, which a long
 dump does once, do not count; ``whole`` is the time of the command with them. ``--simulate`` runs the driver alone:
-made-up workers answer at once, messages are pickled as Ray would do it, and records are taken into the contents. Prints JSON.
+made-up workers answer at once, messages are pickled as Ray would do it, and records are taken into the contents.
+Prints JSON.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from kdcache.cli.options import Job, default_url, open_team
 from kdcache.errors import MismatchError, RecipeError
+from kdcache.share.keys import check_name, check_tag
 
 if TYPE_CHECKING:
     from kdcache.distill.stage import DistillResult
@@ -67,6 +68,9 @@ class Where:
                     raise RecipeError(f"{name} and {its_name} were both given", f"Leave out {its_name}.")
         if self.engine != "ray" and (self.address or self.workers or self.gpus is not None):
             raise RecipeError("--address, --workers and --worker-gpus are for Ray", "Add --engine ray.")
+        if self.to is not None:
+            check_name(self.to)
+            check_tag(self.tag or "latest")
         if self.to is None and (self.tag or self.remote):
             raise RecipeError("--tag and --remote are for a dump to a remote", "Add --to NAME.")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -44,17 +45,18 @@ class RayEngine:
         """Raises RecipeError if Ray is not installed, KdcacheError if the cluster does not answer or has no room."""
         ray = _import()
         own = not ray.is_initialized()
-        if own:
-            _connect(ray, self.address)
-        try:
-            pool = _RayPool(ray, self, job, message)
-            try:
-                yield pool
-            finally:
-                pool.close()
-        finally:
+        with contextlib.redirect_stdout(sys.stderr):  # Ray reports workers that died on stdout, which is for results
             if own:
-                ray.shutdown()
+                _connect(ray, self.address)
+            try:
+                pool = _RayPool(ray, self, job, message)
+                try:
+                    yield pool
+                finally:
+                    pool.close()
+            finally:
+                if own:
+                    ray.shutdown()
 
 
 def check_engine(engine: RayEngine) -> None:
@@ -113,7 +115,7 @@ class _RayPool:
 
     def __init__(self, ray: Any, engine: RayEngine, job: Job, message: Message) -> None:
         self._ray, self._engine, self._message = ray, engine, message
-        self._job = ray.put(job)
+        self._job = job  # by value: an actor whose arguments are in the object store cannot always be restarted
         self._actors: dict[str, Any] = {}
         self._pending: dict[Any, tuple[str, Key | None]] = {}
         self._bases: dict[str, Any] = {}
