@@ -164,7 +164,7 @@ def charting_script() -> str:
     """The script of Vega, Vega-Lite and vega-embed, 0.9 MB."""
     import vl_convert
 
-    script = str(vl_convert.javascript_bundle(None))  # type: ignore[arg-type]  # None: the libraries alone
+    script = str(vl_convert.javascript_bundle(None))  # type: ignore[arg-type]  # None: the whole; its stub omits it
     return script.replace("</script", "<\\/script").replace("<!--", "<\\!--")
 
 
