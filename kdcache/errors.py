@@ -20,7 +20,10 @@ The command line prints one line for each and exits with ``exit_code``; ``KDCACH
 
 from __future__ import annotations
 
+import re
 from typing import ClassVar
+
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")  # of messages that are made for a terminal
 
 
 class KdcacheError(Exception):
@@ -86,3 +89,8 @@ class MismatchError(KdcacheError):
     """Existing data do not match the request; nothing was changed."""
 
     exit_code = 4
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what another library says, or the name of its class where it says nothing."""
+    return (_COLOUR.sub("", str(error)).strip().splitlines() or [type(error).__name__])[0]

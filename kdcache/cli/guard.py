@@ -17,7 +17,7 @@ from typing import Any
 import typer
 
 from kdcache.cli.output import out
-from kdcache.errors import KdcacheError
+from kdcache.errors import KdcacheError, first_line
 
 INTERRUPTED = 130
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -56,12 +56,8 @@ def explain(error: BaseException) -> tuple[str, str, int]:
         return f"the disk is full{where}", "Free some space and run the same command again: what is written is kept.", 1
     if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
         return (
-            f"out of memory: {_first_line(error)}",
+            f"out of memory: {first_line(error)}",
             "Lower batch_size or dump.tokens_per_batch, or raise accumulation.",
             1,
         )
-    return f"unexpected: {type(error).__name__}: {_first_line(error)}", "See where it happened with KDCACHE_DEBUG=1.", 1
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or ["no message"])[0]
+    return f"unexpected: {type(error).__name__}: {first_line(error)}", "See where it happened with KDCACHE_DEBUG=1.", 1

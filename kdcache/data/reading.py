@@ -18,7 +18,7 @@ from itertools import compress
 from pathlib import Path
 from typing import Any
 
-from kdcache.errors import DataError
+from kdcache.errors import DataError, first_line
 from kdcache.progress import listed
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.-]*(/[\w.-]+)?)?")
@@ -186,9 +186,7 @@ def _read_parquet(path: Path) -> Rows:
     try:
         table = parquet.ParquetFile(path).read()
     except (pa.ArrowException, ValueError) as error:
-        raise DataError(
-            f"'{path}' is not readable Parquet: {str(error).splitlines()[0]}", "Write or copy it again."
-        ) from error
+        raise DataError(f"'{path}' is not readable Parquet: {first_line(error)}", "Write or copy it again.") from error
     columns = {name: table.column(index).to_pylist() for index, name in enumerate(table.column_names)}
     return Rows(str(path), columns, range(1, table.num_rows + 1), unit="row")
 

@@ -17,7 +17,7 @@ from kdcache.codecs.registry import format_of
 from kdcache.data.custom_code import code_not_run, wants_code
 from kdcache.data.encoding import TRUNCATION, padding_id, tokenizer_json
 from kdcache.dump.layers import check_names, layer_spec, resolve_layers
-from kdcache.errors import DataError, ModelError
+from kdcache.errors import DataError, ModelError, first_line
 from kdcache.teachers.bundle import load_teacher
 from kdcache.teachers.teacher import check_max_length
 from kdcache.teachers.trial import first_token_sees_only_itself
@@ -166,7 +166,7 @@ def student_depth(recipe: Recipe, teacher_depths: Mapping[str, int]) -> int | No
     except (OSError, ValueError, KeyError, TypeError) as error:
         if wants_code(error):
             raise code_not_run(origin) from error
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise ModelError(
             f"the depth of the student '{origin or student.config}', which dump.layers needs, is not known: {reason}",
             "Set student.layers, or list the layers in dump.layers.",

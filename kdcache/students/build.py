@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kdcache.data.custom_code import code_not_run, wants_code
 from kdcache.data.encoding import load_tokenizer
-from kdcache.errors import ModelError, RecipeError
+from kdcache.errors import ModelError, RecipeError, first_line
 from kdcache.students.cut import blocks_to_keep, keep_blocks, set_dropout
 from kdcache.students.model import Student, StudentModel, StudentOutput
 from kdcache.students.padding import declares_causal_attention, require_pad_token, settle_padding
@@ -172,7 +172,7 @@ def _config(section: StudentSection, source: str, revision: str | None = None) -
         config = AutoConfig.for_model(model_type, **values)
     except Exception as error:  # unknown type, or a value of the wrong kind
         raise RecipeError(
-            f"student.config is not usable: {_first_line(error)}", "Check model_type and the keys of that config."
+            f"student.config is not usable: {first_line(error)}", "Check model_type and the keys of that config."
         ) from error
     return _usable(config, source)
 
@@ -339,12 +339,7 @@ def _not_loadable(source: str, error: Exception) -> ModelError:
     if wants_code(error):
         return code_not_run(source)
     return ModelError(
-        f"no model could be loaded from '{source}': {_first_line(error)}",
+        f"no model could be loaded from '{source}': {first_line(error)}",
         "Set student.init_from to a directory with config.json and model.safetensors, or to a hub name that is within "
         "reach.",
     )
-
-
-def _first_line(error: Exception) -> str:
-    """The first line of an error of another library."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
-from kdcache.errors import ModelError
+from kdcache.errors import ModelError, first_line
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -111,7 +111,7 @@ def _as_it_will_load(encoder: PreTrainedModel, source: str) -> PreTrainedModel:
         with torch.device("meta"):
             return type(encoder)(config)
     except Exception as error:  # configs check their own values, each in its way
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise _not_to_be_cut(encoder, source, f"its config does not take them: {reason}") from error
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from kdcache.data.encoding import pad, token_budget_batches
-from kdcache.errors import ModelError
+from kdcache.errors import ModelError, first_line
 from kdcache.training.predict import EVALUATION_TOKENS
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def quantise(source: Path, target: Path) -> None:
         with _quiet_root():
             quantize_dynamic(graph, str(target), weight_type=QuantType.QInt8, per_channel=True)
     except Exception as error:  # onnx and onnxruntime raise many unrelated classes
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise ModelError(f"onnxruntime cannot quantise the student: {reason}", cure) from error
     if not any(node.op_type == "MatMulInteger" for node in onnx.load(str(target)).graph.node):
         raise ModelError("onnxruntime found no matrix product in the student that it can quantise", cure)
@@ -71,7 +71,7 @@ def open_graph(path: Path) -> Forward:
     try:
         session: Any = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's own exceptions have no public base
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise ModelError(f"onnxruntime cannot load the exported student: {reason}", "Export without --int8.") from error
     names = [node.name for node in session.get_inputs()]
 

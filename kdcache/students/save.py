@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from kdcache.data.custom_code import code_not_run, wants_code
 from kdcache.data.encoding import encode, load_tokenizer, pad
-from kdcache.errors import DamageError, ModelError, RecipeError
+from kdcache.errors import DamageError, ModelError, RecipeError, first_line
 from kdcache.files import make_directory, publish_directory, sync_tree
 from kdcache.students.build import runs_own_code, without_pooler
 from kdcache.students.model import Student, StudentModel
@@ -204,7 +204,7 @@ def _load_network(directory: Path, *, shared: bool, trusted: bool) -> PreTrained
     except Exception as error:  # transformers raises OSError, ValueError, safetensors errors …
         if wants_code(error):
             raise code_not_run(directory) from error
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise ModelError(f"no model could be loaded from '{directory}': {reason}", "Distill it again.") from error
     missing = sorted(report["missing_keys"])
     if missing:
@@ -232,7 +232,7 @@ def _with_shared_head(network: PreTrainedModel, record: StudentRecord, directory
         model.load_state_dict(encoder | state)
     except (OSError, SafetensorError, RuntimeError) as error:
         raise DamageError(
-            f"'{directory / HEAD_FILE}' is missing or damaged: {str(error).splitlines()[0]}", "Distill again."
+            f"'{directory / HEAD_FILE}' is missing or damaged: {first_line(error)}", "Distill again."
         ) from error
     return model
 

@@ -25,7 +25,7 @@ import torch
 
 from kdcache.cache.spec import Fingerprints, differing
 from kdcache.data.encoding import load_tokenizer, tokenizer_fingerprint
-from kdcache.errors import CustomCodeError, DamageError, KdcacheError, MismatchError, ModelError
+from kdcache.errors import CustomCodeError, DamageError, KdcacheError, MismatchError, ModelError, first_line
 from kdcache.files import make_directory, publish_directory, sync_tree, write_file
 from kdcache.teachers.fingerprints import (
     fingerprint_config,
@@ -303,9 +303,8 @@ def _load_tensors(path: Path, module: torch.nn.Module) -> None:
     try:
         module.load_state_dict(load_file(path))
     except (OSError, SafetensorError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
         raise DamageError(
-            f"'{path}' is missing, truncated or not what teachers.json describes: {reason}",
+            f"'{path}' is missing, truncated or not what teachers.json describes: {first_line(error)}",
             "Make the teachers again: kdcache cofinetune RECIPE",
         ) from error
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kdcache.data.custom_code import code_not_run, wants_code
-from kdcache.errors import ModelError
+from kdcache.errors import ModelError, first_line
 from kdcache.progress import listed_apart
 from kdcache.teachers.network import accepted_inputs as accepted_inputs
 from kdcache.teachers.network import at_last_token, head_reads_the_end, run_network
@@ -203,7 +203,7 @@ class _explained:  # noqa: N801 - reads as a statement
         if isinstance(error, Exception) and wants_code(error):
             raise code_not_run(self._model) from error
         if isinstance(error, Exception):
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            first = first_line(error)
             raise ModelError(
                 f"no model could be loaded from '{self._model}': {first}",
                 "Give a directory made by save_pretrained, or a hub name that is in reach or already downloaded.",

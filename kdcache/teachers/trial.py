@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from kdcache.data.encoding import EncodedTexts, encode, pad, padding_id
-from kdcache.errors import ModelError, NonFiniteError
+from kdcache.errors import ModelError, NonFiniteError, first_line
 from kdcache.teachers.network import run_network
 
 if TYPE_CHECKING:
@@ -89,9 +89,10 @@ def try_model(
     except ModelError:
         raise
     except Exception as error:  # whatever a model that was not made for this raises
-        reason = (str(error).strip().splitlines() or ["no reason given"])[0]
         raise ModelError(
-            f"{subject}: its model, of type '{kind}', fails on a made-up text: {type(error).__name__}: {reason}", hint
+            f"{subject}: its model, of type '{kind}', fails on a made-up text: "
+            f"{type(error).__name__}: {first_line(error)}",
+            hint,
         ) from error
     changes = [
         _relative_change(*pair)

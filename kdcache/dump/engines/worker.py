@@ -40,6 +40,7 @@ from kdcache.errors import (
     NonFiniteError,
     RemoteAccessError,
     StorageError,
+    first_line,
 )
 from kdcache.files import remove_file, write_file
 from kdcache.locks import attempt
@@ -249,5 +250,5 @@ def _reported(action: Callable[[], Outcome]) -> Outcome:
     except KdcacheError as error:
         return Failed(type(error).__name__, error.message, error.hint, for_good=isinstance(error, _FOR_GOOD))
     except Exception as error:  # such as out of memory: another worker may have more
-        first = (str(error).strip().splitlines() or ["no message"])[0]
+        first = first_line(error)
         return Failed("KdcacheError", f"{type(error).__name__}: {first[:300]}", "")

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from kdcache.data.encoding import encode, pad, padding_id
-from kdcache.errors import ModelError, NonFiniteError
+from kdcache.errors import ModelError, NonFiniteError, first_line
 from kdcache.files import publish_directory, sync_tree
 from kdcache.teachers.backends.base import TeacherOutput
 from kdcache.teachers.backends.onnx_graph import write_graph
@@ -129,7 +129,7 @@ def _open_session(teacher: Teacher, precision: str, work_dir: Path) -> Any:
         return _session(directory)
     except Exception as error:
         raise ModelError(
-            f"ONNX Runtime cannot load the graph of teacher '{teacher.name}': {str(error).strip().splitlines()[0]}",
+            f"ONNX Runtime cannot load the graph of teacher '{teacher.name}': {first_line(error)}",
             'Run this teacher with dump.backend = "torch".',
         ) from error
 

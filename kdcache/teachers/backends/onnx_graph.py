@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,9 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from kdcache.errors import ModelError
-
-_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+from kdcache.errors import ModelError, first_line
 
 
 def write_graph(
@@ -55,10 +52,8 @@ def write_graph(
                 raise RuntimeError("the exporter gave no program")
             program.save(str(path))
     except Exception as error:  # the exporter's passes raise many unrelated classes
-        reason = _COLOUR.sub("", str(error)).strip().splitlines()
         raise ModelError(
-            f"{subject} cannot be exported to ONNX: {type(error).__name__}: "
-            f"{reason[0] if reason else 'no reason given'}",
+            f"{subject} cannot be exported to ONNX: {type(error).__name__}: {first_line(error)}",
             cure,
         ) from error
 
