@@ -19,6 +19,7 @@ from kdcache.testing.faults import UnsyncedDisk
 from kdcache.training import checkpoints
 from kdcache.training.device import check_precision, default_device, make_accelerator
 from kdcache.training.loop import Outcome, train
+from kdcache.training.metrics_log import MetricsLog
 from kdcache.training.settings import LoopSettings
 from tests.training.test_loop import Regression
 
@@ -346,3 +347,18 @@ def test_a_precision_that_the_device_lacks_is_refused_with_others() -> None:
 def test_each_training_has_its_own_precision(precision: str) -> None:
     mixed = {"float32": "no", "bf16": "bf16"}[precision]
     assert make_accelerator(precision).mixed_precision == mixed
+
+
+def test_lines_of_steps_become_durable_with_the_next_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[int] = []
+    log = MetricsLog(tmp_path / "metrics.jsonl", "toy")
+    log({"event": "steps", "step": 1, "epoch": 1})
+    monkeypatch.setattr("os.fsync", synced.append)
+    for step in range(2, 40):
+        log({"event": "steps", "step": step, "epoch": 1})
+    assert not synced
+    log({"event": "checkpoint", "step": 39, "epoch": 1})
+    assert len(synced) == 1
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 39
