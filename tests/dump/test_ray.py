@@ -65,9 +65,8 @@ def cluster(seaweedfs: S3Server, tmp_path_factory: pytest.TempPathFactory) -> It
             import ray
             from ray.cluster_utils import Cluster
 
-            made = _patiently(
-                lambda: Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-            )
+            head = {"num_cpus": 1, "include_dashboard": False, "include_log_monitor": False, "no_monitor": True}
+            made = _patiently(lambda: Cluster(initialize_head=True, head_node_args=head))
             _patiently(lambda: made.add_node(num_cpus=1))
             ray.init(address=made.address, log_to_driver=False, configure_logging=False, logging_level="ERROR")
             try:
