@@ -102,7 +102,7 @@ def label_guesses(rows: Rows, text: Sequence[str] = ()) -> tuple[Guess, ...]:
     columns = {name: column for name, column in seen(rows).items() if name and name not in text and column.filled}
     by_name = {name.strip().lower(): column for name, column in reversed(columns.items())}
     for name in _LABELS:
-        if name in by_name and (by_name[name].short or not by_name[name].text):
+        if name in by_name and _named_label(name, by_name[name]):
             return (_by_name(by_name[name]),)
     for name in _LIKELY_LABELS:
         if name in by_name and by_name[name].classes:
@@ -112,6 +112,13 @@ def label_guesses(rows: Rows, text: Sequence[str] = ()) -> tuple[Guess, ...]:
         why = f"the only column with few different values ({_values(alike[0])})"
         return (Guess((alike[0].name,), why),)
     return tuple(Guess((column.name,), f"few different values ({_values(column)})") for column in alike)
+
+
+def _named_label(name: str, column: Column) -> bool:
+    """Whether a column of such a name is taken; scores and lists are, so that they are refused with the reason."""
+    if name in ("label", "labels") or not column.text:
+        return column.characters <= _LONGEST_CLASS
+    return column.short and column.distinct <= max(20, 0.9 * column.filled)
 
 
 def _by_name(column: Column) -> Guess:

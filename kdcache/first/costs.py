@@ -46,7 +46,7 @@ class Costs:
     def lines(self) -> list[str]:
         """Text for people."""
         return [
-            f"time on {counted(self.cores, 'processor core')}, without a GPU: teachers {_about(self.cofinetune)}, "
+            f"on {counted(self.cores, 'processor core')}, without a GPU: teachers {_about(self.cofinetune)}",
             f"dump {_about(self.dump)}, student with and without teachers {_about(self.students)}",
             f"disk: cache {format_bytes(self.cache)}, teachers {format_bytes(self.teachers)}",
         ]
@@ -80,4 +80,4 @@ def estimate(
 def _about(seconds: float) -> str:
     if seconds < 60:
         return "under a minute"
-    return f"about {seconds / 60:.0f} minutes" if seconds < 5400 else f"about {seconds / 3600:.3g} hours"
+    return f"about {counted(round(seconds / 60), 'minute')}" if seconds < 5400 else f"about {seconds / 3600:.3g} hours"

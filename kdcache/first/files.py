@@ -20,6 +20,7 @@ _NAMES: dict[str, Split] = {
     **dict.fromkeys(("test", "testing", "heldout"), "test"),
     **dict.fromkeys(("transfer", "unlabelled", "unlabeled", "unsupervised", "augmented", "extra"), "transfer"),
 }
+_SCORED: tuple[Split, Split] = ("validation", "test")
 _WITHHELD = (None, "", "-1", -1)  # no label, or GLUE's mark for one that is withheld
 
 
@@ -67,7 +68,7 @@ def read_files(sources: Sequence[str], named: Mapping[Split, Sequence[str]], lab
         split, reason = _split(source, labelled=labelled, alone=alone)
         splits[split].append(rows)
         why.append(f"{split}: {rows.source} ({len(rows):,} rows), {reason}")
-    for split in ("train", "validation", "test"):
+    for split in ("train", *_SCORED):
         if len(splits[split]) > 1:
             sources_there = listed((rows.source for rows in splits[split]), quoted=True)
             raise RecipeError(
@@ -76,8 +77,8 @@ def read_files(sources: Sequence[str], named: Mapping[Split, Sequence[str]], lab
             )
     if not splits["train"]:
         raise _no_labels([*guessed, *splits["transfer"]])
-    one = {split: (splits[split] or [None])[0] for split in ("validation", "test")}
-    return Files(splits["train"][0], one["validation"], one["test"], tuple(splits["transfer"]), tuple(why))
+    validation, test = (next(iter(splits[split]), None) for split in _SCORED)
+    return Files(splits["train"][0], validation, test, tuple(splits["transfer"]), tuple(why))
 
 
 def _split(source: str, *, labelled: bool, alone: bool) -> tuple[Split, str]:

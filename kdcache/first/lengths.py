@@ -46,7 +46,7 @@ def _counted(sample: Sequence[tuple[str, ...]], file: Path) -> list[float] | Non
         return None
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    return [float(len(tokenizer.encode(*text).ids)) for text in sample]
+    return [float(len(tokenizer.encode(text[0], text[1] if len(text) > 1 else None).ids)) for text in sample]
 
 
 def _estimated(text: tuple[str, ...], *, latin: bool) -> float:

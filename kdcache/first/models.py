@@ -132,11 +132,14 @@ def _from_config(model: str, directory: Path | None, config: Mapping[str, Any]) 
         key: next((value for name in names if isinstance(value := config.get(name), int) and value > 0), 0)
         for key, names in _SIZES.items()
     }
-    positions = sizes.pop("positions")
+    positions = sizes["positions"]
     return ModelFacts(
         model,
-        str(config.get("model_type", "")),
-        **sizes,
+        family=str(config.get("model_type", "")),
+        blocks=sizes["blocks"],
+        width=sizes["width"],
+        inner=sizes["inner"],
+        words=sizes["words"],
         positions=max(8, positions - _RESERVED_POSITIONS) if positions else None,
         classes=_classes(config),
         directory=directory,

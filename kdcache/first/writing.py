@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+_LONGEST_LINE = 90
 MOST_LABELS = 1_000  # longer lists are left out: the sorted order is the same
 
 
@@ -55,6 +56,12 @@ def quoted(value: str | float | Sequence[str]) -> str:
     return "[" + ", ".join(quoted(one) for one in value) + "]"
 
 
+def _long_list(values: Sequence[str]) -> str:
+    """A list, one value a line if it is long."""
+    line = quoted(values)
+    return line if len(line) <= _LONGEST_LINE else "[\n" + "".join(f"    {quoted(one)},\n" for one in values) + "]"
+
+
 def recipe_text(recipe: FirstRecipe) -> str:
     """The recipe with comments; ``load_recipe`` reads it."""
     parts = [_head(recipe), _data(recipe), *(_teacher(teacher) for teacher in recipe.teachers), _trainings(recipe)]
@@ -85,7 +92,7 @@ def _data(recipe: FirstRecipe) -> list[str]:
     if recipe.test is not None:
         lines.append(f"test = {quoted(recipe.test)}")
     if recipe.transfer:
-        lines.append(f"transfer = {quoted(recipe.transfer)}    # texts without labels, for distillation only")
+        lines.append(f"transfer = {_long_list(recipe.transfer)}    # texts without labels, for distillation only")
     else:
         lines.append("# transfer = []           # files of texts without labels help a student most; kdcache augment")
     lines += [
@@ -93,7 +100,7 @@ def _data(recipe: FirstRecipe) -> list[str]:
         f"label = {quoted(recipe.label)}",
     ]
     if recipe.labels:
-        lines.append(f"labels = {quoted(recipe.labels)}    # class order: number 0, 1, …")
+        lines.append(f"labels = {_long_list(recipe.labels)}    # class order: number 0, 1, …")
     return [
         *lines,
         f"max_length = {recipe.max_length}          # tokens; {recipe.lengths}",
