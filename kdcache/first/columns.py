@@ -60,7 +60,8 @@ class Column:
     @property
     def classes(self) -> bool:
         """Whether the values can be classes: few, and each of them several times."""
-        return self.short and 2 <= self.distinct <= min(_MOST_CLASSES, max(2, self.filled // 3))
+        most = min(_MOST_CLASSES, max(2, self.filled // 3), self.filled - 1)
+        return self.short and 2 <= self.distinct <= most
 
 
 def seen(rows: Rows) -> dict[str, Column]:

@@ -68,6 +68,9 @@ def understand(train: Rows, text: Sequence[str] = (), label: str | None = None, 
             "Give --text once, or twice for pairs.",
         )
     order = class_order(train, label_cells(train, label, labels), label, labels)
+    if len(order.names) < 2:
+        found = f"only the label '{order.names[0]}'" if order.names else f"no label in its column '{label}'"
+        raise DataError(f"{train.source} has {found}; a classifier needs two or more", "Name the column with --label.")
     why.append(f"{len(order.names):,} classes: {listed(order.names, most=8)}")
     return Task(tuple(text), label, tuple(order.names), tuple(why))
 

@@ -9,6 +9,7 @@ import pytest
 
 from kdcache.data.reading import Rows
 from kdcache.errors import DataError, RecipeError
+from kdcache.first import columns
 from kdcache.first.columns import label_guesses, text_guess
 from kdcache.first.files import read_files, split_named
 
@@ -44,9 +45,9 @@ CASES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("columns", "text", "labels"), CASES)
-def test_guesses(columns: dict[str, Any], text: tuple[str, ...], labels: list[str]) -> None:
-    rows = rows_of(**columns)
+@pytest.mark.parametrize(("given", "text", "labels"), CASES)
+def test_guesses(given: dict[str, Any], text: tuple[str, ...], labels: list[str]) -> None:
+    rows = rows_of(**given)
     guesses = label_guesses(rows)
     assert [guess.columns[0] for guess in guesses] == labels
     guess = text_guess(rows, labels[0] if labels else None)
@@ -54,8 +55,9 @@ def test_guesses(columns: dict[str, Any], text: tuple[str, ...], labels: list[st
     assert all(one.why for one in (guess, *guesses))
 
 
-def test_a_label_at_the_end_of_a_sorted_file_is_seen() -> None:
-    rows = Rows("f", {"text": [f"text {row}" for row in range(60_000)], "kind": ["a"] * 59_000 + ["b"] * 1_000}, [])
+def test_a_label_at_the_end_of_a_sorted_file_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(columns, "_LOOKED_AT", 60)
+    rows = Rows("f", {"text": [f"text {row}" for row in range(600)], "kind": ["a"] * 590 + ["b"] * 10}, range(600))
     assert [guess.columns for guess in label_guesses(rows)] == [("kind",)]
 
 

@@ -22,7 +22,7 @@ NAMES = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=2
 FILE = "/no/such/directory/train.tsv"
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(
     text=st.lists(NAMES, min_size=1, max_size=2, unique=True),
     label=NAMES,
@@ -65,7 +65,7 @@ def test_optional_keys() -> None:
     assert recipe.student.layers is None
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(st.text(), st.lists(st.text(), max_size=4))
 def test_names_of_recipes_and_teachers_are_allowed(stem: str, models: list[str]) -> None:
     names = teacher_names([ModelFacts(model) for model in models])
