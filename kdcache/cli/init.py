@@ -128,7 +128,7 @@ def _task(train: Rows, text: list[str], label: str | None, labels: list[str], *,
         first, *second = text_guess(train, label).columns
         text = [typer.prompt("Text column", default=first, err=True)]
         other = typer.prompt("Second text column, for pairs", default="".join(second) or "none", err=True)
-        text += [other] if other in train.columns else []
+        text += [] if other == "none" else [other]
     task = understand(train, text, label, labels)
     for line in task.why:
         out.note(line)
@@ -143,13 +143,15 @@ def _models(
         return teachers, student
     from kdcache.first.draft import propose, texts_of
 
+    usual, usual_student = propose(texts_of(train, task.text))
     if not teachers:
-        usual, _ = propose(texts_of(train, task.text))
         answer = typer.prompt("Teachers, hub names or directories", default=", ".join(usual), err=True)
         teachers = [name.strip() for name in answer.split(",") if name.strip()]
     if student is None:
-        answer = typer.prompt("Student, a hub name or directory", default="as proposed", err=True)
-        student = None if answer == "as proposed" else answer
+        local = all(Path(teacher).expanduser().is_dir() for teacher in teachers)
+        proposed = "the smallest teacher" if local else usual_student
+        answer = typer.prompt("Student, a hub name or directory", default=proposed, err=True)
+        student = None if answer == proposed else answer
     return teachers, student
 
 

@@ -88,10 +88,10 @@ def _which_label(train: Rows, candidates: Sequence[str]) -> DataError:
 
 
 def default_output(train: str) -> Path:
-    """``NAME.toml`` here, after the file, or after its directory where the file is called train."""
+    """``NAME.toml`` here, after the file, or after its directory where the file has the name of a split."""
     path = Path(train)
     stem = path.stem if path.is_file() else train.partition(":")[0].rpartition("/")[2]
-    if path.is_file() and split_named(train) is not None and len(stem) <= len("validation"):
+    if path.is_file() and split_named(train) is not None and stem.isalpha():
         stem = path.resolve().parent.name
     return Path(f"{models.plain_name(stem, 'task')}.toml")
 
