@@ -78,7 +78,8 @@ def _read(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8-sig")
     except (FileNotFoundError, NotADirectoryError) as error:
         raise RecipeError(
-            f"there is no recipe '{path.absolute()}'", "See the ones that come with kdcache: kdcache pipelines ls"
+            f"there is no recipe '{path.absolute()}'",
+            "Write one with kdcache init, or see those that come with kdcache: kdcache pipelines ls",
         ) from error
     except IsADirectoryError as error:
         raise RecipeError(
