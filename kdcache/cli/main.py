@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -20,6 +21,7 @@ from kdcache.cli import (
     evaluate,
     export,
     extend,
+    init,
     methods,
     pipelines,
     plan,
@@ -34,10 +36,17 @@ from kdcache.cli import (
 from kdcache.cli.guard import guarded
 from kdcache.cli.output import out
 
+if TYPE_CHECKING:
+    from typer.core import TyperCommand
 
-def _group(about: str) -> typer.Typer:
+
+def _group(about: str, *, completion: bool = False) -> typer.Typer:
     return typer.Typer(
-        help=about, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
+        help=about,
+        no_args_is_help=True,
+        add_completion=completion,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
     )
 
 
@@ -45,17 +54,19 @@ app = _group(
     "Multi-teacher distillation of language models from a cache: the teachers run only once.\n\n"
     "Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 failed, 2 usage or recipe, 3 damage or a "
     "difference "
-    "found, 4 refused because something does not match, 130 interrupted."
+    "found, 4 refused because something does not match, 130 interrupted.",
+    completion=True,
 )
 _cache = _group("Look at caches, check them, share them with the team.")
 _remote = _group("The remote, where a team keeps its caches.")
 _pipelines = _group("The recipes that come with kdcache.")
 
 
-def _add(group: typer.Typer, name: str, command: Callable[..., None]) -> None:
-    group.command(name)(guarded(command))
+def _add(group: typer.Typer, name: str, command: Callable[..., None], form: type[TyperCommand] | None = None) -> None:
+    group.command(name, cls=form)(guarded(command))
 
 
+_add(app, "init", init.init)
 _add(app, "cofinetune", cofinetune.cofinetune)
 _add(app, "augment", augment.augment)
 _add(app, "plan", plan.plan)
@@ -76,8 +87,9 @@ _add(_cache, "extend", extend.extend)
 _add(_cache, "export", tables.export)
 _add(_cache, "import", tables.import_)
 _add(_cache, "diff", diff.diff)
-for _name in ("push", "pull", "ls", "rm", "gc", "status"):
+for _name in ("push", "pull", "rm", "gc", "status"):
     _add(_cache, _name, getattr(share, _name))
+_add(_cache, "ls", share.ls, share.BareRemote)
 _add(_remote, "check", remote.check)
 for _name in ("ls", "cp", "validate", "prepare"):
     _add(_pipelines, _name, getattr(pipelines, _name))

@@ -6,10 +6,11 @@ from typing import Annotated, Any
 
 import typer
 
-from kdcache.cli.options import Json
+from kdcache.cli.options import Json, RemoteUrl, open_team
 from kdcache.cli.output import out
+from kdcache.errors import RecipeError
 
-RemoteUrl = Annotated[
+PlaceToCheck = Annotated[
     str | None,
     typer.Argument(
         metavar="[URL]",
@@ -20,7 +21,7 @@ RemoteUrl = Annotated[
 _ANSWERS = {True: "yes", False: "no", None: "-"}
 
 
-def check(url: RemoteUrl = None, json: Json = False) -> None:  # noqa: ARG001
+def check(url: PlaceToCheck = None, remote: RemoteUrl = None, json: Json = False) -> None:  # noqa: ARG001
     """Try what a store guarantees and what it does not; exit code 1 if it cannot be used.
 
     Writes a few small objects under probes/ and removes them.
@@ -28,9 +29,11 @@ def check(url: RemoteUrl = None, json: Json = False) -> None:  # noqa: ARG001
     Example: kdcache remote check s3://team-bucket/kdcache
     """
     from kdcache.share.stores.probe import check as probe
-    from kdcache.share.stores.registry import default_remote, open_remote
+    from kdcache.share.stores.registry import open_remote
 
-    report = probe(open_remote(url) if url is not None else default_remote())
+    if url is not None and remote is not None:
+        raise RecipeError(f"two remotes are given: '{url}' and '{remote}'", "Name one of them.")
+    report = probe(open_remote(url) if url is not None else open_team(remote))
     document: dict[str, Any] = {
         "url": report.where,
         "usable": report.usable,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from kdcache.cli.options import CachePath, Json, RemoteUrl, layer_numbers, open_team, require_directory
 from kdcache.cli.output import out
@@ -25,6 +26,19 @@ Reference = Annotated[
     str, typer.Argument(metavar="NAME", help="NAME, NAME@3, NAME@TAG or NAME@DIGEST on the remote.", show_default=False)
 ]
 _SHOWN = 20  # keys that gc lists for people; all of them are in --json
+
+
+class BareRemote(TyperCommand):
+    """A command whose ``--remote`` may stand without a URL, as in 0.1.0: the remote of KDCACHE_REMOTE."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """The arguments with ``--remote=`` where no URL follows."""
+        following: list[str | None] = [*args[1:], None]
+        given = [
+            "--remote=" if word == "--remote" and (after is None or after.startswith("-")) else word
+            for word, after in zip(args, following, strict=True)
+        ]
+        return super().parse_args(ctx, given)
 
 
 def push(
@@ -125,25 +139,35 @@ def ls(
         str | None,
         typer.Argument(metavar="[NAME]", help="All versions of this name on the remote.", show_default=False),
     ] = None,
-    remote: Annotated[bool, typer.Option("--remote", help="List the team's remote, KDCACHE_REMOTE.")] = False,
-    url: Annotated[
-        str | None, typer.Option("--url", metavar="URL", help="List this remote instead.", show_default=False)
+    remote: Annotated[
+        str | None,
+        typer.Option(
+            "--remote",
+            metavar="[URL]",
+            help="List the team's remote; without URL, that of KDCACHE_REMOTE.",
+            show_default=False,
+        ),
     ] = None,
+    url: Annotated[str | None, typer.Option("--url", metavar="URL", hidden=True)] = None,
     json: Json = False,  # noqa: ARG001
 ) -> None:
     """List the caches of this machine (runs, working directory, fetched ones), or those of the remote.
 
     Example: kdcache cache ls --remote
 
+    Example: kdcache cache ls --remote s3://team-bucket/kdcache
+
     Example: kdcache cache ls sst2-3t
     """
-    if name is None and not remote and url is None:
+    if name is None and remote is None and url is None:
         _list_here()
         return
-    from kdcache.share.keys import check_name
+    from kdcache.share.keys import NAME, check_name
     from kdcache.share.listing import names
 
-    store = open_team(url)
+    if name is None and remote and NAME.fullmatch(remote) and not Path(remote).is_dir():
+        name, remote = remote, ""  # ls --remote NAME, as in 0.1.0
+    store = open_team(remote or url)
     listed = names(store, name and check_name(name))
     out.document({"remote": store.url, "names": [_name_document(entry) for entry in listed]})
     if not listed:

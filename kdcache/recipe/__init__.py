@@ -8,7 +8,7 @@ Unknown keys are errors that name the nearest key. Paths in a recipe are relativ
 here, so later stages need not know where the file is.
 """
 
-from kdcache.recipe.loading import dump_toml, load_recipe
+from kdcache.recipe.loading import dump_toml, load_recipe, parse_recipe
 from kdcache.recipe.sections import DATA_FILE_ENDINGS, DataSection, Recipe, TeacherSection
 from kdcache.recipe.storage import DumpSection, StoredDtype
 from kdcache.recipe.sweep import SearchSection, SweepSection
@@ -34,4 +34,5 @@ __all__ = [
     "WeightsSection",
     "dump_toml",
     "load_recipe",
+    "parse_recipe",
 ]

@@ -50,6 +50,15 @@ def load_recipe(
         _apply_override(document, override)
     for key, value in (values or {}).items():
         _set_value(document, [step.strip() for step in key.split(".")], value, f"{key}={_shown(value)}")
+    return _checked(document, path)
+
+
+def parse_recipe(text: str, path: Path) -> Recipe:
+    """The recipe that ``text`` would be in the file ``path``, as ``load_recipe`` gives it. Raises RecipeError."""
+    return _checked(_parsed(text, path), path)
+
+
+def _checked(document: dict[str, Any], path: Path) -> Recipe:
     try:
         recipe = Recipe.model_validate(document, strict=True)
     except pydantic.ValidationError as error:
@@ -66,10 +75,11 @@ def dump_toml(recipe: Recipe) -> str:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        text = path.read_text(encoding="utf-8-sig")
     except (FileNotFoundError, NotADirectoryError) as error:
         raise RecipeError(
-            f"there is no recipe '{path.absolute()}'", "See the ones that come with kdcache: kdcache pipelines ls"
+            f"there is no recipe '{path.absolute()}'",
+            "Write one with kdcache init, or see those that come with kdcache: kdcache pipelines ls",
         ) from error
     except IsADirectoryError as error:
         raise RecipeError(
@@ -79,13 +89,19 @@ def _read(path: Path) -> dict[str, Any]:
         raise RecipeError(
             f"recipe '{path}' is not UTF-8: {error.reason} at byte {error.start}", "Save it as UTF-8."
         ) from error
-    except tomllib.TOMLDecodeError as error:
-        raise RecipeError(
-            f"recipe '{path}' is not TOML: {error}", "Strings need quotation marks, sections brackets."
-        ) from error
     except OSError as error:
         raise RecipeError(
             f"recipe '{path}' cannot be read: {error.strerror}", "Check the file and its permissions."
+        ) from error
+    return _parsed(text, path)
+
+
+def _parsed(text: str, path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(
+            f"recipe '{path}' is not TOML: {error}", "Strings need quotation marks, sections brackets."
         ) from error
 
 

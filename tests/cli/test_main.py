@@ -21,6 +21,7 @@ HEAVY = ("torch", "transformers", "accelerate", "onnxruntime", "datasets", "pyar
 QUICK = 0.5  # seconds of processor time
 COMMANDS = [
     *(
+        ("init",),
         ("cofinetune",),
         ("plan",),
         ("dump-teachers",),
@@ -81,6 +82,7 @@ def test_help_lists_every_command() -> None:
     said = kdcache("--help")
     assert said.code == 0
     for name in (
+        "init",
         "cofinetune",
         "plan",
         "dump-teachers",
@@ -176,3 +178,35 @@ def test_ctrl_c_leaves_with_130_and_says_how_to_continue(tmp_path: Path) -> None
         child.kill()
     assert child.returncode == 130
     assert said == f"error: interrupted\nhint: Continue with the same command: kdcache pipelines validate {recipe}\n"
+
+
+def completions(shell: str, *words: str) -> str:
+    """What the program offers a shell after ``words``, the last of which is begun."""
+    environment = {
+        **os.environ,
+        "_KDCACHE_COMPLETE": f"complete_{shell}",
+        "COMP_WORDS": " ".join(words),
+        "COMP_CWORD": str(len(words) - 1),
+        "_TYPER_COMPLETE_ARGS": " ".join(words),
+    }
+    code = "from kdcache.cli.main import main; main([])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    return done.stdout
+
+
+def test_the_shell_completes_commands_and_options() -> None:
+    assert {"cofinetune", "init"} <= set(completions("bash", "kdcache", "").split())
+    assert completions("bash", "kdcache", "pipelines", "val").split() == ["validate"]
+    assert "--teacher" in completions("bash", "kdcache", "init", "--t").split()
+
+
+def test_install_completion_writes_the_script_of_the_shell(tmp_path: Path) -> None:
+    environment = {**os.environ, "HOME": str(tmp_path), "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
+    code = "import sys; from kdcache.cli.main import main; main(sys.argv[1:])"
+    command = [sys.executable, "-c", code, "--install-completion", "bash"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "bash completion installed in" in done.stdout
+    script = tmp_path / ".bash_completions" / "kdcache.sh"
+    assert "_KDCACHE_COMPLETE=complete_bash" in script.read_text()
+    assert str(script) in (tmp_path / ".bashrc").read_text()

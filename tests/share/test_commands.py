@@ -122,12 +122,41 @@ def test_a_directory_wins_over_a_name(caches: Caches) -> None:
     assert "every file is what" in kdcache("cache", "verify", "sst2").out
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--remote",),
+        ("--remote", "--json"),
+        ("--remote", "sst2"),  # the flag and then a name, as in 0.1.0
+        ("sst2", "--remote"),
+        ("--remote", "{team}"),
+        ("--remote={team}", "sst2"),
+        ("sst2", "--remote", "{team}"),
+        ("--url", "{team}"),
+        ("sst2",),
+    ],
+    ids=" ".join,
+)
+def test_ls_takes_a_url_like_all_others_and_the_earlier_forms(
+    words: tuple[str, ...], team: Path, caches: Caches
+) -> None:
+    kdcache("cache", "push", caches["one"], "--name", "sst2")
+    given = [word.format(team=team) for word in words]
+    said = kdcache("cache", "ls", *given)
+    assert (said.code, "sst2" in said.out) == (0, True), said.err
+    assert "caches in" not in said.err
+
+
 @pytest.mark.usefixtures("team")
 def test_another_remote_than_that_of_the_environment(caches: Caches, tmp_path: Path) -> None:
     (tmp_path / "theirs").mkdir()
     kdcache("cache", "push", caches["one"], "--name", "sst2", "--remote", tmp_path / "theirs")
     assert kdcache("cache", "pull", "sst2").code == 4
     assert kdcache("cache", "ls", "--url", tmp_path / "theirs", "--json").document["names"][0]["name"] == "sst2"
+    listed = kdcache("cache", "ls", "--remote", tmp_path / "theirs", "--json").document
+    assert (listed["remote"], listed["names"][0]["name"]) == (str(tmp_path / "theirs"), "sst2")
+    assert kdcache("cache", "ls", "--remote", "--json").document["names"] == []
+    assert kdcache("remote", "check", "--remote", tmp_path / "theirs", "--json").document["usable"]
     assert kdcache("cache", "pull", "sst2", "--remote", tmp_path / "theirs").code == 0
 
 
