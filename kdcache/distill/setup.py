@@ -150,7 +150,7 @@ class Training:
         Batches follow from data, cache, batch size, seed, window and ``missing``, which are part of it. The device and
         the versions of libraries are not, since they change only rounding: a training may resume on another machine.
         """
-        section = self.recipe.distill.model_dump(mode="json", exclude={"checkpoint_steps"})
+        section = self.recipe.distill.model_dump(mode="json", exclude={"checkpoint_steps", "trackers"})
         absent = {key for key in _WEIGHTS if section[key] is None}  # so that 0.1.0, without these keys, is the same
         section = {key: value for key, value in section.items() if key not in absent}
         weights = {} if self.weights is None else {"teacher mixture": self.weights.record()}

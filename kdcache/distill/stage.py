@@ -37,6 +37,7 @@ from kdcache.training.best_epoch import BestEpoch
 from kdcache.training.device import default_device
 from kdcache.training.loop import LoopSettings, Outcome, check_evaluation, train
 from kdcache.training.metrics_log import MetricsLog
+from kdcache.training.trackers import check_trackers, tracked
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -85,6 +86,7 @@ def distill(
         StorageError: a file cannot be written.
     """
     run, started = RunDirectory(run_root), time.perf_counter()
+    check_trackers(recipe.distill, "distill")
     prepared = prepare(recipe, cache, run_root, live_teachers, progress)
     shown = next((stage for stage in prepared.stages if stage.source.teachers), prepared)
     training = replace(shown, recipe=recipe)  # whose teachers and layers the results name
@@ -187,7 +189,9 @@ def _train(
         )
         settings = LoopSettings.from_section(section, identity, NEWER_KEYS)
         settings = replace(settings, log_steps=1, lr_by_prefix=_lr_by_prefix(section, model))
-        outcome = train(task, settings, checkpoints=place, progress=progress, on_metrics=MetricsLog(run.metrics, log))
+        metrics = MetricsLog(run.metrics, log)
+        with tracked(metrics, section, name=stage.recipe.name, progress=progress) as on_metrics:
+            outcome = train(task, settings, checkpoints=place, progress=progress, on_metrics=on_metrics)
         if number == len(stages) or section.patience is not None:
             task.load_best(outcome.best_mark)
         found.append(_stage_result(stage, outcome))

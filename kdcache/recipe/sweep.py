@@ -20,6 +20,7 @@ _OWN = {
     "distill.seed": "set sweep.seeds",
     "name": "all students of a sweep are in the directory of the recipe's name",
     "distill.checkpoint_steps": "it changes no result; set it once, in [distill]",
+    "distill.trackers": "it changes no result; set it once, in [distill]",
 }
 
 Cell = dict[str, Any]  # dotted key -> value

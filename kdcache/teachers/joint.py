@@ -33,9 +33,10 @@ if TYPE_CHECKING:
     from kdcache.teachers.sources import Source
     from kdcache.teachers.teacher import TeacherModel
     from kdcache.training.metrics_log import MetricsLog
+    from kdcache.training.trackers import OnMetrics
 
 
-_FREE = {"checkpoint_steps", "gradient_checkpointing"}  # settings that do not change the outcome
+_FREE = {"checkpoint_steps", "gradient_checkpointing", "trackers"}  # settings that do not change the outcome
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def train(
     place: Path,
     *,
     progress: Progress,
-    metrics: MetricsLog,
+    metrics: OnMetrics,
 ) -> int:
     """Train ``models`` in place; they end with the weights of the best epoch, whose number (from 1) is returned."""
     train_rows, validation = labelled_rows(task, "train"), labelled_rows(task, "validation")
