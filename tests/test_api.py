@@ -56,7 +56,7 @@ def test_the_student_is_evaluated_and_the_teachers_are_weighed(tiny_run: TinyRun
     assert data is not None
     scores = kdcache.evaluate(run, data)
     assert scores["accuracy"] == pytest.approx(run.scores["test"]["accuracy"])
-    weights = kdcache.weigh(tiny_run.cache).settings()["teacher_weights"]
+    weights = kdcache.weigh(tiny_run.cache, "train").settings()["teacher_weights"]
     assert weights.keys() == {"bert", "roberta", "xlm"}
 
 
