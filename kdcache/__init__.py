@@ -1,5 +1,10 @@
 """kdcache: multi-teacher distillation from a cache; the teachers run only once.
 
+The stages of a recipe as functions (docs/python.md)::
+
+    run = kdcache.distill("sst2.toml", {"distill.seed": 1})
+    run.scores["test"]["accuracy"]
+
 In your own training loop (docs/examples)::
 
     cache = kdcache.open_cache("runs/sst2/cache")
@@ -15,14 +20,32 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kdcache.api import Run, cofinetune, dump_teachers, evaluate, open_run, weigh
     from kdcache.cache.reader import open_cache
     from kdcache.loading.cached import loader
     from kdcache.methods import losses
+    from kdcache.recipe import load_recipe
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "loader", "losses", "open_cache"]
+__all__ = [
+    "Run",
+    "__version__",
+    "cofinetune",
+    "distill",
+    "dump_teachers",
+    "evaluate",
+    "load_recipe",
+    "loader",
+    "losses",
+    "open_cache",
+    "open_run",
+    "weigh",
+]
 
 _LAZY = {
+    **{name: ("kdcache.api", name) for name in ("Run", "cofinetune", "dump_teachers", "evaluate", "open_run", "weigh")},
+    "distill": ("kdcache.distill", None),  # a package that is callable
+    "load_recipe": ("kdcache.recipe", "load_recipe"),
     "open_cache": ("kdcache.cache.reader", "open_cache"),
     "loader": ("kdcache.loading.cached", "loader"),
     "losses": ("kdcache.methods.losses", None),

@@ -1,8 +1,8 @@
 """Progress of long work on stderr: position, rate, bytes, time left, and the last loss; and formats for messages.
 
-On a terminal rich shows one live line. Elsewhere (a log file, a CI job) a plain line is printed about every ten seconds
-and at the end. stdout is reserved for results. Stages take a ``Progress``; tests and library users pass
-``SilentProgress``.
+On a terminal rich shows one live line; under the cell of a notebook a text changes in place. Elsewhere (a log file, a
+CI job) a plain line is printed about every ten seconds and at the end. stdout is reserved for results. Stages take a
+``Progress``; tests and library users pass ``SilentProgress``.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, TextIO
 
 PLAIN_SECONDS = 10.0  # between two plain lines
+NOTEBOOK_SECONDS = 0.2  # between two changes of a notebook's text
 _LONGEST_NAME = 80  # characters of a name in a message
 _WHOLE = 10  # names up to which two lists are shown in full
 _UNITS = ("B", "kB", "MB", "GB", "TB")
@@ -131,6 +132,63 @@ class RichProgress:
 
     def _print(self, line: str) -> None:
         print(line, file=self._stream, flush=True)
+
+
+class NotebookProgress:
+    """One text under a notebook's cell, which changes in place: finished tasks, notes, and the task that runs.
+
+    ``display``: that of IPython, which returns a handle with ``update``.
+    """
+
+    def __init__(self, display: Callable[..., Any], *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._display, self._clock = display, clock
+        self._handle: Any = None
+        self._lines: list[str] = []
+        self._task: _Task | None = None
+        self._shown = 0.0
+
+    def start(self, title: str, total: int, unit: str) -> None:
+        self.finish()
+        self._task = _Task(title, total, unit, began=self._clock())
+        self._show()
+
+    def advance(self, count: int, *, bytes_done: int = 0, **values: float) -> None:
+        if self._task is None:
+            return
+        self._task.done += count
+        self._task.bytes_done += bytes_done
+        self._task.values.update(values)
+        if self._clock() - self._shown >= NOTEBOOK_SECONDS:
+            self._show()
+
+    def note(self, message: str) -> None:
+        self._lines.append(message)
+        self._show()
+
+    def finish(self) -> None:
+        task, self._task = self._task, None
+        if task is not None:
+            self._lines.append(task.line(self._clock(), ended=True))
+            self._show()
+
+    def _show(self) -> None:
+        self._shown = self._clock()
+        running = [] if self._task is None else [self._task.line(self._shown)]
+        text = {"text/plain": "\n".join([*self._lines, *running])}
+        if self._handle is None:
+            self._handle = self._display(text, raw=True, display_id=True)
+        else:
+            self._handle.update(text, raw=True)
+
+
+def default_progress() -> Progress:
+    """For functions that are called from Python: in a notebook a text under the cell, else lines on stderr."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    if getattr(shell, "kernel", None) is None:  # IPython in a terminal has none
+        return RichProgress()
+    from IPython.display import display
+
+    return NotebookProgress(display)
 
 
 def _live_line(stream: TextIO) -> Any:

@@ -197,7 +197,13 @@ _SOFT = {
     "weights",
 }
 _STORED = {"layers", "per_layer"}  # keys of a teacher for the dump only
-_NEVER = {"licence", "checkpoint_steps", "checkpoint_minutes", "trust_remote_code"}  # keys that change no result
+_NEVER = {
+    "licence",
+    "checkpoint_steps",
+    "checkpoint_minutes",
+    "trust_remote_code",
+    "trackers",
+}  # keys that change no result
 
 
 def stage_inputs(recipe: Recipe, stage: Stage, *, upstream: str = "") -> Inputs:

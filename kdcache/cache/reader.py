@@ -29,6 +29,9 @@ from kdcache.cache.tokens import OTHER, Tokens
 from kdcache.errors import MismatchError
 
 if TYPE_CHECKING:
+    import pandas as pd
+    import pyarrow as pa
+
     from kdcache.cache.contents import PartInfo
     from kdcache.cache.digests import Arrivals
     from kdcache.cache.selection import LocalSelection, Selection
@@ -88,6 +91,17 @@ class Cache:
         self._parts = {part.name: part for part in manifest.contents.parts}
         self._index: tuple[IdIndex, np.ndarray, np.ndarray] | None = None
         self._index_lock = threading.Lock()
+
+    def __repr__(self) -> str:
+        from kdcache.cache.shown import as_line
+
+        return as_line(self)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: teachers and splits, from the manifest."""
+        from kdcache.cache.shown import as_html
+
+        return as_html(self)
 
     @property
     def identity(self) -> str:
@@ -228,6 +242,40 @@ class Cache:
         """The teacher's tokenizer.json, truncation and padding nulled."""
         self._teacher(teacher)
         return self._files.decode(layout.tokenizer_file(teacher), lambda data: data.decode("utf-8"))
+
+    def to_arrow(self, split: str, teachers: Sequence[str] | None = None, *, text: bool | None = None) -> pa.Table:
+        """A split as a table, one row per example, in the order of the split.
+
+        Columns, as in an exported cache: the text columns; ``label`` (int64, null without a label); for each teacher
+        ``logits_NAME`` (list of float32, one per class); ``row`` (int64, from 0); ``text_id`` (hex). The metadata
+        describe them for ``datasets.Dataset(table)``.
+
+        Args:
+            split: its name, one of ``splits``.
+            teachers: names; all if not given.
+            text: whether to read the texts; if not given, where they are stored.
+
+        Raises:
+            MismatchError: the cache has no such split or teacher, or no texts.
+            DamageError: a file is missing or damaged.
+        """
+        from kdcache.cache.frame import to_arrow
+
+        return to_arrow(self, split, teachers, text=text)
+
+    def to_batches(
+        self, split: str, teachers: Sequence[str] | None = None, *, text: bool | None = None
+    ) -> pa.RecordBatchReader:
+        """As ``to_arrow``, read part by part while it is consumed; ``row`` gives the order of the split."""
+        from kdcache.cache.frame import record_batches
+
+        return record_batches(self, split, teachers, text=text)
+
+    def to_pandas(self, split: str, teachers: Sequence[str] | None = None, *, text: bool | None = None) -> pd.DataFrame:
+        """As ``to_arrow``; a row's logits are a numpy array. Raises RecipeError if pandas is not installed."""
+        from kdcache.cache.frame import to_pandas
+
+        return to_pandas(self, split, teachers, text=text)
 
     def check_present(self, paths: list[str]) -> None:
         """Check presence and size of files, by name in the manifest; files being fetched count as present.

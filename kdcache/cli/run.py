@@ -37,10 +37,13 @@ def run(
     Example: kdcache run sst2.toml --set distill.seed=1 --set name="sst2-seed1"
     """
     from kdcache.distill.objective import objective_settings
+    from kdcache.training.trackers import check_trackers
 
     job = open_job(recipe, settings, output_dir)
     for part in (job.recipe.distill, *job.recipe.distill.in_stages()):
         objective_settings(part)  # fail before teachers are trained
+    check_trackers(job.recipe.cofinetune, "cofinetune")
+    check_trackers(job.recipe.distill, "distill")
     _check_student(job)
     todo: dict[Any, Callable[[], object]] = {
         "teachers": lambda: stages.cofinetune(job),

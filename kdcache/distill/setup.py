@@ -151,7 +151,9 @@ class Training:
         Batches follow from data, cache, batch size, seed, window and ``missing``, which are part of it. The device and
         the versions of libraries are not, since they change only rounding: a training may resume on another machine.
         """
-        section = self.recipe.distill.model_dump(mode="json", exclude={"checkpoint_steps", "checkpoint_minutes"})
+        section = self.recipe.distill.model_dump(
+            mode="json", exclude={"checkpoint_steps", "checkpoint_minutes", "trackers"}
+        )
         absent = {
             key for key in (*_WEIGHTS, *ARITHMETIC) if section[key] is None
         }  # so that 0.1.0, without these keys, is the same

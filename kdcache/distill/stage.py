@@ -46,6 +46,7 @@ from kdcache.training.device import default_device
 from kdcache.training.loop import Outcome, check_evaluation, micro_batches, train
 from kdcache.training.metrics_log import MetricsLog
 from kdcache.training.settings import LoopSettings
+from kdcache.training.trackers import check_trackers, tracked
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -94,6 +95,7 @@ def distill(
         StorageError: a file cannot be written.
     """
     run, started = RunDirectory(run_root), time.perf_counter()
+    check_trackers(recipe.distill, "distill")
     prepared = prepare(recipe, cache, run_root, live_teachers, progress)
     shown = next((stage for stage in prepared.stages if stage.source.teachers), prepared)
     training = replace(shown, recipe=recipe)  # whose teachers and layers the results name
@@ -208,8 +210,9 @@ def _train(
         settings = LoopSettings.from_section(section, identity, NEWER_KEYS)
         settings = replace(settings, log_steps=1, lr_by_prefix=_lr_by_prefix(section, model))
         metrics = MetricsLog(run.metrics, log)
-        with compiled_student(stage):
-            outcome = train(task, settings, checkpoints=place, progress=progress, on_metrics=metrics)
+        tracking = tracked(metrics, section, name=stage.recipe.name, progress=progress)
+        with tracking as on_metrics, compiled_student(stage):
+            outcome = train(task, settings, checkpoints=place, progress=progress, on_metrics=on_metrics)
         if number == len(stages) or section.patience is not None:
             task.load_best(outcome.best_mark)
         found.append(_stage_result(stage, outcome))

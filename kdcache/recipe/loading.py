@@ -66,6 +66,20 @@ def _checked(document: dict[str, Any], path: Path) -> Recipe:
     return _absolute_paths(recipe, path.resolve().parent)
 
 
+def with_values(recipe: Recipe, values: Mapping[str, Any] | None) -> Recipe:
+    """``recipe`` with other values by dotted key, checked. Raises RecipeError."""
+    if not values:
+        return recipe
+    document = recipe.model_dump(mode="json", exclude_none=True)
+    for key, value in values.items():
+        _set_value(document, [step.strip() for step in key.split(".")], value, f"{key}={_shown(value)}")
+    try:
+        changed = Recipe.model_validate(document, strict=True)
+    except pydantic.ValidationError as error:
+        raise explain(error, Path(recipe.name), document) from error
+    return _absolute_paths(changed, Path.cwd())
+
+
 def dump_toml(recipe: Recipe) -> str:
     """The resolved recipe as TOML text, which ``load_recipe`` reads back to an equal recipe."""
     import tomli_w

@@ -17,6 +17,7 @@ CACHE = "cache"  # the key of a cell that is no recipe key
 _FREE = ("distill", "student")
 _FREE_KEYS = ("data.transfer", "data.transfer_rows", CACHE)
 _OWN = {
+    "distill.trackers": "it changes no result; set it once, in [distill]",
     "distill.seed": "set sweep.seeds",
     "name": "all students of a sweep are in the directory of the recipe's name",
     "distill.checkpoint_steps": "it changes no result; set it once, in [distill]",

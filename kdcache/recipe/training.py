@@ -19,6 +19,7 @@ from kdcache.recipe.values import (
     Section,
     Seed,
     Strings,
+    Trackers,
 )
 
 
@@ -71,6 +72,7 @@ class OptimSection(Section):
     patience: Positive | None = None  # stop after so many evaluations in a row without a better score
     ema: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None  # decay of averaged weights, which are then evaluated
     seed: Seed = 0
+    trackers: Trackers | None = None  # also get the lines of metrics.jsonl
 
     @model_validator(mode="after")
     def _micro_batches_have_rows(self) -> OptimSection:

@@ -47,6 +47,8 @@ Precision = Literal["float32", "bf16", "fp16"]
 Projection = Literal["none", "pca", "random"]
 TokenSelection = Literal["all", "first", "pooled"]
 WhichLayer = Annotated[str, AfterValidator(_which_layer)]
+TrackerName = Literal["tensorboard", "wandb", "mlflow"]
+Trackers = Annotated[list[TrackerName], AfterValidator(_distinct)]
 Head = Literal["shared", "own"]
 
 

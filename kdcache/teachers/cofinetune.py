@@ -30,6 +30,7 @@ from kdcache.teachers.sources import Source, open_source, under_shared_head
 from kdcache.training.checkpoints import identity_changes
 from kdcache.training.metrics_log import MetricsLog
 from kdcache.training.seeding import seed_everything
+from kdcache.training.trackers import check_trackers, tracked
 
 if TYPE_CHECKING:
     from kdcache.progress import Progress
@@ -132,6 +133,7 @@ def add_teacher(
 
 def _load(recipe: Recipe, progress: Progress) -> TaskData:
     task = load_task(recipe.data)
+    check_trackers(recipe.cofinetune, "cofinetune")
     for line in task.counts.notes():
         progress.note(line)
     return task
@@ -170,9 +172,10 @@ def _train(job: _Job, models: Mapping[str, TeacherModel], identity: Mapping[str,
         return None
     trained = {name: job.sources[name] for name in models}
     settings = job.recipe.cofinetune
-    return joint.train(
-        settings, job.task, trained, models, identity, job.place, progress=job.progress, metrics=job.metrics
-    )
+    with tracked(job.metrics, settings, name=job.recipe.name, progress=job.progress) as metrics:
+        return joint.train(
+            settings, job.task, trained, models, identity, job.place, progress=job.progress, metrics=metrics
+        )
 
 
 def _register(

@@ -37,9 +37,15 @@ if TYPE_CHECKING:
     from kdcache.teachers.sources import Source
     from kdcache.teachers.teacher import TeacherModel
     from kdcache.training.metrics_log import MetricsLog
+    from kdcache.training.trackers import OnMetrics
 
 
-_FREE = {"checkpoint_steps", "checkpoint_minutes", "gradient_checkpointing"}  # settings that do not change the outcome
+_FREE = {
+    "checkpoint_steps",
+    "checkpoint_minutes",
+    "gradient_checkpointing",
+    "trackers",
+}  # settings that do not change the outcome
 
 
 @dataclass(frozen=True)
@@ -96,7 +102,7 @@ def train(
     place: Path,
     *,
     progress: Progress,
-    metrics: MetricsLog,
+    metrics: OnMetrics,
 ) -> int:
     """Train ``models`` in place; they end with the weights of the best epoch, whose number (from 1) is returned."""
     train_rows, validation = labelled_rows(task, "train"), labelled_rows(task, "validation")

@@ -43,6 +43,16 @@ class MetricsLog:
         if new:
             files.disk.fsync_directory(self._path.parent)
 
+    @property
+    def stage(self) -> str:
+        """The name of the stage, as in its lines."""
+        return self._stage
+
+    @property
+    def directory(self) -> Path:
+        """Where the file is."""
+        return self._path.parent
+
     def epochs(self) -> list[dict[str, Any]]:
         """The lines of this stage that end an epoch, in order; empty without a file."""
         text = self._path.read_text(encoding="utf-8") if self._path.exists() else ""
