@@ -20,7 +20,7 @@ _NAMES: dict[str, Split] = {
     **dict.fromkeys(("test", "testing", "heldout"), "test"),
     **dict.fromkeys(("transfer", "unlabelled", "unlabeled", "unsupervised", "augmented", "extra"), "transfer"),
 }
-_SCORED: tuple[Split, Split] = ("validation", "test")
+_SINGLE: tuple[Split, ...] = ("train", "validation", "test")
 _WITHHELD = (None, "", "-1", -1)  # no label, or GLUE's mark for one that is withheld
 
 
@@ -68,7 +68,7 @@ def read_files(sources: Sequence[str], named: Mapping[Split, Sequence[str]], lab
         split, reason = _split(source, labelled=labelled, alone=alone)
         splits[split].append(rows)
         why.append(f"{split}: {rows.source} ({len(rows):,} rows), {reason}")
-    for split in ("train", *_SCORED):
+    for split in _SINGLE:
         if len(splits[split]) > 1:
             sources_there = listed((rows.source for rows in splits[split]), quoted=True)
             raise RecipeError(
@@ -77,7 +77,7 @@ def read_files(sources: Sequence[str], named: Mapping[Split, Sequence[str]], lab
             )
     if not splits["train"]:
         raise _no_labels([*guessed, *splits["transfer"]])
-    validation, test = (next(iter(splits[split]), None) for split in _SCORED)
+    validation, test = (next(iter(splits[split]), None) for split in _SINGLE[1:])
     return Files(splits["train"][0], validation, test, tuple(splits["transfer"]), tuple(why))
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from kdcache.cli import init as command
 from kdcache.data.task import load_task
 from kdcache.recipe import load_recipe
 from kdcache.testing.tiny import reviews
@@ -120,7 +119,12 @@ def test_a_classifier_of_these_labels_keeps_its_head(tmp_path: Path) -> None:
     (file,) = pairs(tmp_path)
     model = tmp_path / "fine-tuned"
     model.mkdir()
-    config = {"model_type": "bert", "hidden_size": 32, "num_hidden_layers": 2, "max_position_embeddings": 80}
+    config: dict[str, object] = {
+        "model_type": "bert",
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "max_position_embeddings": 80,
+    }
     config |= {"architectures": ["BertForSequenceClassification"], "id2label": {"0": "NOT", "1": "entailment"}}
     (model / "config.json").write_text(json.dumps(config))
     said = kdcache("init", file, "--teacher", model, "--output", tmp_path / "x.toml")
@@ -151,12 +155,16 @@ def test_a_terminal_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         asked.append(question)
         return answers.get(question, default)
 
-    monkeypatch.setattr(command.typer, "prompt", prompt)
-    monkeypatch.setattr(command.typer, "confirm", lambda question, **_: asked.append(question) or False)
+    def confirm(question: str, **_: object) -> bool:
+        asked.append(question)
+        return False
+
+    monkeypatch.setattr("typer.prompt", prompt)
+    monkeypatch.setattr("typer.confirm", confirm)
     assert kdcache("init", file).out == ""
     assert not (tmp_path / "asked.toml").exists()  # not confirmed
     assert asked[0] == "Recipe to write" and asked[-1].startswith("Write ") and len(asked) == 7
-    monkeypatch.setattr(command.typer, "confirm", lambda *_, **__: True)
+    monkeypatch.setattr("typer.confirm", lambda *_, **__: True)
     assert kdcache("init", file).code == 0
     assert [teacher.model for teacher in load_recipe(tmp_path / "asked.toml").teachers] == ["org/a", "org/b"]
     asked.clear()
