@@ -54,7 +54,6 @@ def test_batches_are_read_part_by_part(tiny_run: TinyRun, monkeypatch: pytest.Mo
 
 
 def test_pandas_keeps_labels_whole(tiny_run: TinyRun) -> None:
-    pytest.importorskip("pandas")
     cache = kdcache.open_cache(tiny_run.cache)
     frame, table = cache.to_pandas("train", text=False), cache.to_arrow("train")
     assert str(frame["label"].dtype) == "Int64"

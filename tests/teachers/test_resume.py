@@ -158,8 +158,9 @@ def test_another_recipe_does_not_continue_it(recipe: Recipe, tmp_path: Path) -> 
     changed = recipe.cofinetune.model_copy(update={"learning_rate": 1e-3})
     with pytest.raises(MismatchError, match=r"cofinetune\.learning_rate"):
         run(recipe.model_copy(update={"cofinetune": changed}), tmp_path)
-    free = recipe.cofinetune.model_copy(update={"checkpoint_steps": 1})
+    free = recipe.cofinetune.model_copy(update={"checkpoint_steps": 1, "trackers": ["tensorboard"]})
     run(recipe.model_copy(update={"cofinetune": free}), tmp_path)
+    assert [path.name for path in (tmp_path / "work" / "tensorboard").iterdir()] == ["cofinetune"]
 
 
 def test_what_the_first_version_left_goes_on(recipe: Recipe, undisturbed: dict[str, bytes], tmp_path: Path) -> None:
