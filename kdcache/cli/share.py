@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -33,10 +34,9 @@ class BareRemote(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """The arguments with ``--remote=`` where no URL follows."""
-        following: list[str | None] = [*args[1:], None]
         given = [
             "--remote=" if word == "--remote" and (after is None or after.startswith("-")) else word
-            for word, after in zip(args, following, strict=True)
+            for word, after in itertools.zip_longest(args, args[1:])
         ]
         return super().parse_args(ctx, given)
 
