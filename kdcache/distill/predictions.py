@@ -46,7 +46,7 @@ def mean_logits(logits: Tensor) -> np.ndarray:
 
 def mixture_logits(mixture: Mixture, logits: np.ndarray) -> np.ndarray:
     """The logarithm of the probabilities of a weighted mixture, float64 [n, C]."""
-    return np.log(np.maximum(mixture.probabilities(logits), 1e-300))
+    return np.asarray(np.log(np.maximum(mixture.probabilities(logits), 1e-300)))
 
 
 def split_predictions(

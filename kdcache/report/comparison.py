@@ -215,8 +215,8 @@ def _training_section(runs: Runs) -> Section | None:
                 curves += [{"name": name, "step": step, "accuracy": value} for step, value in points]
     blocks: list[Block] = []
     if shares:
-        names, terms = ([*dict.fromkeys(str(row[key]) for row in shares)] for key in ("name", "part"))
-        spec = charts.bars(shares, names, terms, "share of the loss", ".0%")
+        names, parts = ([*dict.fromkeys(str(row[key]) for row in shares)] for key in ("name", "part"))
+        spec = charts.bars(shares, names, parts, "share of the loss", ".0%")
         blocks.append(Figure("Shares of the loss terms", spec, "weighted, over all steps"))
     if curves:
         names = [*dict.fromkeys(str(row["name"]) for row in curves)]
