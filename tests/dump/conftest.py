@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from kdcache import files
 from kdcache.dump import run as dump_run
 from kdcache.dump.engines.shards import Shard, dump_shard
 from kdcache.dump.run import OpenTeacher, open_teacher
@@ -17,6 +18,7 @@ from kdcache.progress import SilentProgress
 from kdcache.recipe import Recipe, load_recipe
 from kdcache.students.speed import Speed
 from kdcache.teachers.backends.torch_backend import TorchBackend
+from kdcache.testing.faults import UnsyncedDisk
 from kdcache.testing.teachers import make_teachers
 from kdcache.testing.tiny import reviews, write_reviews
 
@@ -125,3 +127,12 @@ def forward_passes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[tuple[st
     monkeypatch.setattr(TorchBackend, "run", counting_run)
     monkeypatch.setattr(dump_run, "time_forward", lambda *_: Speed("cpu", 1.0, 1.0))
     yield texts
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory: pytest.TempPathFactory, tiny_teachers: Path) -> Workbench:
+    """``small_bench`` after a dump by one process: what every other way to dump must equal. Not to be changed."""
+    bench = small_bench(tmp_path_factory.mktemp("local"), tiny_teachers)
+    with files.use_disk(UnsyncedDisk()):
+        bench.dump()
+    return bench

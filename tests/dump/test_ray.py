@@ -19,7 +19,6 @@ from typing import Any
 
 import pytest
 
-from kdcache import files
 from kdcache.cache.manifest import read_manifest
 from kdcache.cache.verify import verify
 from kdcache.dump.engines.cluster import Target, dump_on_shared_disk, dump_to_remote
@@ -33,9 +32,8 @@ from kdcache.share.intents import LeaseTiming
 from kdcache.share.pull import pull
 from kdcache.share.refs import history
 from kdcache.share.stores.registry import open_remote
-from kdcache.testing.faults import UnsyncedDisk
 from kdcache.testing.s3_server import S3Server
-from tests.dump.conftest import Workbench, small_bench
+from tests.dump.conftest import Workbench
 from tests.dump.slow_worker import MARKS, SlowWorker
 from tests.dump.test_stage import digests
 
@@ -84,15 +82,6 @@ def _patiently(start: Callable[[], Any]) -> Any:
         with contextlib.suppress(Exception):  # Ray raises this class itself
             return start()
     return start()
-
-
-@pytest.fixture(scope="module")
-def local(tmp_path_factory: pytest.TempPathFactory, tiny_teachers: Path) -> Workbench:
-    """A dump by one process. Not to be changed."""
-    bench = small_bench(tmp_path_factory.mktemp("local"), tiny_teachers)
-    with files.use_disk(UnsyncedDisk()):
-        bench.dump()
-    return bench
 
 
 @pytest.fixture

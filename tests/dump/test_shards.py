@@ -30,7 +30,7 @@ from kdcache.errors import LockedError, MismatchError, RecipeError
 from kdcache.progress import SilentProgress
 from kdcache.teachers.backends import TeacherBackend
 from kdcache.testing.faults import UnsyncedDisk
-from tests.dump.conftest import Workbench, small_bench
+from tests.dump.conftest import Workbench
 from tests.dump.test_stage import EXACT, digests
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -41,15 +41,6 @@ CONTEXT.set_forkserver_preload(["kdcache.dump.engines.shards", "kdcache.teachers
 def _fast_disk() -> object:
     with files.use_disk(UnsyncedDisk()):
         yield
-
-
-@pytest.fixture(scope="module")
-def local(tmp_path_factory: pytest.TempPathFactory, tiny_teachers: Path) -> Workbench:
-    """A dump by one process: two teachers over four full parts and two parts with logits only. Not to be changed."""
-    bench = small_bench(tmp_path_factory.mktemp("local"), tiny_teachers)
-    with files.use_disk(UnsyncedDisk()):
-        bench.dump()
-    return bench
 
 
 def _same(cache: Path, local: Workbench) -> bool:

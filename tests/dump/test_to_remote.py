@@ -33,7 +33,7 @@ from kdcache.share.refs import history
 from kdcache.share.stores.base import Remote
 from kdcache.share.stores.directory import DirectoryRemote
 from kdcache.testing.faults import UnsyncedDisk
-from tests.dump.conftest import Workbench, small_bench
+from tests.dump.conftest import Workbench
 from tests.dump.test_stage import digests
 
 TIMING = LeaseTiming(ttl=60.0, poll=0.01, patience=0.05)
@@ -43,15 +43,6 @@ TIMING = LeaseTiming(ttl=60.0, poll=0.01, patience=0.05)
 def _fast_disk() -> object:
     with files.use_disk(UnsyncedDisk()):
         yield
-
-
-@pytest.fixture(scope="module")
-def local(tmp_path_factory: pytest.TempPathFactory, tiny_teachers: Path) -> Workbench:
-    """A dump by one process into a directory. Not to be changed."""
-    bench = small_bench(tmp_path_factory.mktemp("local"), tiny_teachers)
-    with files.use_disk(UnsyncedDisk()):
-        bench.dump()
-    return bench
 
 
 @pytest.fixture
