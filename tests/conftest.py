@@ -18,6 +18,7 @@ os.environ |= {
 }  # before any import reads them
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models gain nothing from threads, and one thread repeats exactly
 
+from kdcache import files
 from kdcache.recipe import Recipe, load_recipe
 from kdcache.testing.s3_server import (
     rclone_store as rclone_store,
@@ -46,6 +47,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _home_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Nothing is read from or left in the user's home; processes that tests start inherit it."""
     os.environ["KDCACHE_HOME"] = str(tmp_path_factory.mktemp("kdcache-home"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _a_real_disk_before_and_after() -> Iterator[None]:
+    """Every module starts with system calls that reach the disk, in whatever order a worker is given the modules."""
+    assert type(files.disk) is files.Disk
+    yield
+    assert type(files.disk) is files.Disk
 
 
 @dataclass(frozen=True)

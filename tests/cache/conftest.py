@@ -15,7 +15,7 @@ from kdcache.testing.caches import Plan, dump, made_plan
 from kdcache.testing.faults import UnsyncedDisk
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)  # not of the session: other rooms run after this one
 def _unsynced() -> Iterator[None]:
     with use_disk(UnsyncedDisk()):
         yield

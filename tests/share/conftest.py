@@ -18,7 +18,7 @@ from tests.share.worlds import World
 MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)  # not of the session: other rooms run after this one
 def _unsynced() -> Iterator[None]:
     with use_disk(UnsyncedDisk()):
         yield
