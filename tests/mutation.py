@@ -2,6 +2,7 @@
 
     make mutants
     python tests/mutation.py kdcache/files.py kdcache/share/gc.py
+    python tests/mutation.py kdcache/training/loop.py --only '*save__*'     # mutants of one function
 
 ``tests/mutation.toml`` says which tests each module is held to. mutmut changes a copy of the checkout and runs, for
 each mutant, the tests that reach the changed function, in a child that is forked after the imports. Prints the score
@@ -19,6 +20,7 @@ import sys
 import tempfile
 import tomllib
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Mutation score of modules.")
     parser.add_argument("modules", nargs="*", metavar="MODULE", help=f"one of: {', '.join(known)}")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="work in DIR and leave it there, for `mutmut browse`")
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="GLOB", help="mutants with these names, as mutmut has it"
+    )
     options = parser.parse_args()
     if unknown := set(options.modules) - known.keys():
         parser.error(f"not in mutation.toml: {', '.join(sorted(unknown))}")
@@ -40,12 +45,14 @@ def main() -> int:
     for module in options.modules or known:
         with tempfile.TemporaryDirectory(prefix="kdcache-mutants-") as temporary:
             place = (options.keep or Path(temporary)) / module.replace("/", ".")
-            worst = min(worst, score(module, known[module], place))
+            worst = min(worst, score(module, known[module], place, options.only))
     return 0 if worst >= LEAST else 1
 
 
-def score(module: str, entry: dict[str, Any], place: Path) -> float:
-    """The share of the mutants of ``module`` that its tests notice; prints it with the survivors."""
+def score(module: str, entry: dict[str, Any], place: Path, only: Sequence[str] = ()) -> float:
+    """The share of the mutants of ``module``, or of those named by ``only``, that its tests notice; prints it with the
+    survivors.
+    """
     shutil.rmtree(place, ignore_errors=True)
     for name in ("kdcache", "tests", "pipelines"):
         shutil.copytree(ROOT / name, place / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -67,9 +74,11 @@ def score(module: str, entry: dict[str, Any], place: Path) -> float:
             )
         return done.stdout
 
-    mutmut("run", "--max-children", os.environ.get("WORKERS", "1"), check=True)
+    mutmut("run", "--max-children", os.environ.get("WORKERS", "1"), *only, check=True)
     lines = [line.strip() for line in mutmut("results", "--all", "true").splitlines() if ": " in line]
-    results = {name: said for name, _, said in (line.rpartition(": ") for line in lines)}
+    results = {
+        name: said for name, _, said in (line.rpartition(": ") for line in lines) if not only or said != "not checked"
+    }
     counts = Counter(results.values())
     killed = sum(count for said, count in counts.items() if said in KILLED)
     found = killed / max(1, len(results))

@@ -1,9 +1,9 @@
 """Batches with targets from a cache; no teacher runs.
 
-Two threads read and decode whole parts, a few beyond the window from which batches are drawn. One more thread puts
-batches together and holds a short queue of them. The order of rows is that of ``kdcache.loading.order``, so three
-integers (seed, epoch, step) are the state of an epoch, and any machine can resume it. The reader checks a file's digest
-before its rows are used.
+Two threads put whole parts together, a few beyond the window from which batches are drawn; their layers are read,
+checked and decoded by one thread per core. One more thread makes batches and holds a short queue of them. The order of
+rows is that of ``kdcache.loading.order``, so three integers (seed, epoch, step) are the state of an epoch, and any
+machine can resume it. The reader checks a file's digest before its rows are used.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -39,11 +40,14 @@ from kdcache.loading.prefetch import (
     PartWindow,
     bundled,
     in_background,
+    layer_readers,
     runs_of_steps,
 )
 from kdcache.loading.targets import Batch
 
 if TYPE_CHECKING:
+    from concurrent.futures import Executor
+
     from transformers import PreTrainedTokenizerBase
 
     from kdcache.cache.reader import Cache
@@ -170,13 +174,14 @@ class CachedBatches(JoinedSource):
         mine, steps = self.epochs.shares(order, first_step)
         lifetimes = PartLifetimes.of(self.epochs.parts[mine], steps)
         del mine, steps  # as long as the data; the epoch is longer
-        window = PartWindow(self._decoded, self._part_cache, lifetimes)
-        try:
-            for together in runs_of_steps(first_step, self.steps_per_epoch):
-                rows = [self.epochs.rows(order, step) for step in together]
-                yield from bundled(self._batches(rows, together, window, layers))
-        finally:
-            window.close()
+        with ThreadPoolExecutor(layer_readers(), "kdcache-layer") as pool:
+            window = PartWindow(lambda index: self._decoded(index, pool), self._part_cache, lifetimes)
+            try:
+                for together in runs_of_steps(first_step, self.steps_per_epoch):
+                    rows = [self.epochs.rows(order, step) for step in together]
+                    yield from bundled(self._batches(rows, together, window, layers))
+            finally:
+                window.close()
 
     def _batches(
         self, steps: Sequence[np.ndarray], numbers: range, window: PartWindow[DecodedPart], layers: LayerMap
@@ -197,8 +202,8 @@ class CachedBatches(JoinedSource):
         for step, (own, own_targets) in enumerate(zip(inputs, targets, strict=False)):
             yield Batch(own, labels[step], text_ids[edges[step] : edges[step + 1]], own_targets)
 
-    def _decoded(self, index: int) -> DecodedPart:
-        part = self._decode(index)
+    def _decoded(self, index: int, pool: Executor) -> DecodedPart:
+        part = self._decode(index, pool)
         alignments = [teacher.alignment for teacher in part.teachers]
         self._truncated[index] = (part.student.truncated_count, len(part.student))
         self._covered[index] = [(0, 0) if a is None else (int(a.covered.sum()), a.tokens) for a in alignments]

@@ -21,6 +21,8 @@ from kdcache.errors import DamageError, MismatchError
 from kdcache.loading.alignment import PartAlignment, local_places
 
 if TYPE_CHECKING:
+    from concurrent.futures import Executor
+
     from kdcache.cache.reader import Cache
     from kdcache.cache.tokens import Tokens
     from kdcache.codecs.base import HiddenBlock, TokenSelection
@@ -143,7 +145,7 @@ class DecodedPart:
 
 @dataclass(frozen=True, eq=False)
 class PartDecoder:
-    """Reads a part.
+    """Reads a part. The layers of a teacher are read, checked and decoded side by side, by the threads of ``pool``.
 
     Safe to call from several threads. ``layers``: per teacher, the layers to read (none: no hidden states).
     """
@@ -155,7 +157,7 @@ class PartDecoder:
     logits: bool
     texts: Texts | None = None
 
-    def __call__(self, index: int) -> DecodedPart:
+    def __call__(self, index: int, pool: Executor) -> DecodedPart:
         name, logits_only = self.cache.parts[index].name, self.cache.parts[index].scope != "full"
         text_ids = self.cache.text_ids(name)
         keep = self.texts is None or all(text_id in self.texts for text_id in id_list(text_ids))
@@ -163,7 +165,7 @@ class PartDecoder:
         if logits_only:
             teachers = tuple(self._logits_only(teacher, name, len(student)) for teacher in self.teachers)
         else:
-            teachers = tuple(self._teacher(teacher, name, text_ids, student, keep) for teacher in self.teachers)
+            teachers = tuple(self._teacher(teacher, name, text_ids, student, keep, pool) for teacher in self.teachers)
         return DecodedPart(student, teachers, text_ids, logits_only)
 
     def _logits_only(self, teacher: str, part: str, texts: int) -> TeacherPart:
@@ -176,12 +178,14 @@ class PartDecoder:
         hidden = {tokens: Interleaved.of_layers(together) for tokens, together in blocks.items()}
         return TeacherPart(logits, np.zeros(texts + 1, np.int64) if "all" in hidden else None, hidden, None)
 
-    def _teacher(self, teacher: str, part: str, text_ids: np.ndarray, student: EncodedTexts, keep: bool) -> TeacherPart:
+    def _teacher(
+        self, teacher: str, part: str, text_ids: np.ndarray, student: EncodedTexts, keep: bool, pool: Executor
+    ) -> TeacherPart:
         logits = self.cache.outputs(teacher, part).logits if self.logits else None
         layers = self.layers.get(teacher, ())
         if not layers:
             return TeacherPart(logits, None, {}, None)
-        hidden = self._hidden(teacher, part, layers)
+        hidden = self._hidden(teacher, part, layers, pool)
         if "all" not in hidden:
             return TeacherPart(logits, None, hidden, None)
         tokens = self.cache.tokens(teacher, part)
@@ -191,11 +195,15 @@ class PartDecoder:
             )
         return TeacherPart(logits, tokens.offsets, hidden, self._alignment(teacher, text_ids, student, tokens, keep))
 
-    def _hidden(self, teacher: str, part: str, layers: tuple[int, ...]) -> dict[TokenSelection, Interleaved]:
+    def _hidden(
+        self, teacher: str, part: str, layers: tuple[int, ...], pool: Executor
+    ) -> dict[TokenSelection, Interleaved]:
         blocks: dict[TokenSelection, dict[int, HiddenBlock]] = {}
-        for layer in sorted(set(layers)):
+        wanted = sorted(set(layers))
+        read = pool.map(lambda layer: self.cache.hidden(teacher, part, layer), wanted)
+        for layer, block in zip(wanted, read, strict=True):
             together = blocks.setdefault(self.cache.teachers[teacher].layers[layer].tokens, {})
-            together[layer] = block = self.cache.hidden(teacher, part, layer)
+            together[layer] = block
             expected = len(next(iter(together.values())).values)
             if len(block.values) != expected:
                 raise self._wrong(teacher, part, layer, len(block.values), f"another layer {expected}")

@@ -7,6 +7,7 @@ unchanged in the consumer. When the consumer stops, for whatever reason, the thr
 from __future__ import annotations
 
 import itertools
+import os
 import queue
 import threading
 from collections import OrderedDict
@@ -17,7 +18,10 @@ from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 
-READERS = 2  # threads that read and decode parts
+READERS = 2  # threads that put decoded parts together
+MOST_LAYER_READERS = (
+    8  # threads that read, check and decode layers: one decodes about 1.2 GB/s, sha256 taking most of it
+)
 READ_AHEAD = 2  # parts beyond those that the current batch needs
 BUNDLES_AHEAD = 2
 BUNDLE_BYTES, BUNDLE_STEPS = 2 << 20, 8  # at most per queue item: passing one costs as much as a small batch
@@ -83,6 +87,12 @@ class PartLifetimes:
             dict(zip(order, first[order].tolist(), strict=True)),
             dict(zip(order, last[order].tolist(), strict=True)),
         )
+
+
+def layer_readers() -> int:
+    """How many threads read layers: one per core that this process may use, within bounds."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(max(cores, READERS), MOST_LAYER_READERS)
 
 
 class PartWindow(Generic[S]):

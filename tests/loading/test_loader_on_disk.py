@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,11 @@ import torch
 
 from kdcache.cache.ids import id_list
 from kdcache.cache.reader import open_cache
+from kdcache.codecs.base import HiddenBlock
 from kdcache.data.encoding import encode, pad
 from kdcache.distill.setup import prepare
 from kdcache.errors import DamageError, MismatchError
+from kdcache.loading import prefetch
 from kdcache.loading.alignment import align, student_tokens
 from kdcache.loading.cached import CachedBatches, loader
 from kdcache.loading.choice import TargetChoice
@@ -201,6 +204,26 @@ def test_a_window_that_will_not_fit_is_told_of(
         progress = Listening()
         prepare(tiny_run.recipe(f"distill.window={json.dumps(window)}"), tiny_run.cache, tmp_path, None, progress)
         assert any("a smaller distill.window needs less" in note for note in progress.notes) == told
+
+
+def test_the_layers_of_a_teacher_are_read_side_by_side(tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = open_cache(tiny_run.cache)
+    plain, together = cache.hidden, threading.Barrier(2)
+
+    def both(*which: Any) -> HiddenBlock:
+        together.wait(30)  # an error where no other layer is being read
+        return plain(*which)
+
+    monkeypatch.setattr(cache, "hidden", both)
+    monkeypatch.setattr(prefetch, "READERS", 1)  # part by part
+    source = loader(cache, tiny.wordpiece_tokenizer(), student_layers=2, memory_bytes=0)
+    assert sum(len(batch) for batch in source.batches(0)) == 96 + 24
+
+
+def test_layers_are_read_by_a_thread_per_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    for cores, threads in ((1, 2), (4, 4), (64, 8)):
+        monkeypatch.setattr("os.sched_getaffinity", lambda _, cores=cores: set(range(cores)), raising=False)
+        assert prefetch.layer_readers() == threads
 
 
 def test_a_sound_copy_is_read_whole(tiny_run: TinyRun, copied: Callable[[Path], Path]) -> None:
