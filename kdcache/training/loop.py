@@ -14,7 +14,6 @@ weights are bit-equal.
 from __future__ import annotations
 
 import contextlib
-import copy
 import itertools
 import math
 import time
@@ -317,7 +316,7 @@ class _Run:
             "model": self.task.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "rest": {
-                "place": copy.deepcopy(vars(self.place)),
+                "place": dict(vars(self.place)),
                 "schedule": self.schedule.state_dict(),
                 "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
                 "rng": rng_state(),

@@ -22,7 +22,7 @@ from kdcache import files
 from kdcache.errors import DamageError, MismatchError, NonFiniteError, RecipeError, StorageError
 from kdcache.progress import SilentProgress
 from kdcache.recipe import CofinetuneSection
-from kdcache.training import checkpoints, loop
+from kdcache.training import checkpoints, device, loop
 from kdcache.training.device import check_precision, make_accelerator
 from kdcache.training.loop import Outcome, check_evaluation, micro_batches, train
 from kdcache.training.metrics_log import MetricsLog
@@ -521,6 +521,20 @@ def test_an_error_of_the_writing_thread_stops_the_training_as_one_of_its_own(
         raised.append((caught.value.exit_code, caught.value.hint, caught.value.message.split("'")[0]))
         assert task.seen < 5
     assert raised[0] == raised[1]
+
+
+def test_products_are_in_tf32_while_it_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "default_device", lambda: torch.device("cuda"))
+    before, inside = torch.get_float32_matmul_precision(), set()
+
+    class Watched(Regression):
+        def losses(self, batch: Any) -> Iterator[tuple[Tensor, Mapping[str, float | Tensor]]]:
+            inside.add(torch.get_float32_matmul_precision())
+            return super().losses(batch)
+
+    run(Watched(), tmp_path, replace(SETTINGS, tf32=True))
+    assert inside == {"high"} != {before}
+    assert torch.get_float32_matmul_precision() == before
 
 
 def test_checkpoints_are_written_by_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
