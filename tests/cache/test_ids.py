@@ -62,6 +62,20 @@ def test_index_tells_apart_ids_that_share_half() -> None:
     ]
 
 
+@pytest.mark.parametrize("alike", [0, 7, 8, 15])
+def test_index_finds_many_rows_in_blocks_also_where_ids_are_not_hashes(
+    alike: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kdcache.cache.ids._TOGETHER", 500)
+    ids = np.random.default_rng(alike).integers(0, 256, (4000, 16), np.uint8)
+    ids[:, :alike] = 200
+    places = np.random.default_rng(1).integers(0, len(ids), 3210)
+    first: dict[bytes, int] = {}
+    for row, one in enumerate(id_list(ids[:3000])):
+        first.setdefault(one, row)
+    assert IdIndex(ids[:3000]).find(ids[places]).tolist() == [first.get(one, -1) for one in id_list(ids[places])]
+
+
 def test_index_refuses_other_arrays() -> None:
     with pytest.raises(ValueError, match="uint8"):
         IdIndex(np.zeros((3, 8), np.uint8))
