@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from kdcache.methods import losses
     from kdcache.recipe import load_recipe
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "Run",
     "__version__",

@@ -65,7 +65,9 @@ class DumpSection(Section):
     # what differs in some layers: per_layer = { 12 = { dtype = "trellis", bytes = 192 } }
     per_layer: PerLayer = Field(default_factory=dict)
     pooled: bool = False  # also store the pooled vector of each text
-    hidden_transfer: Count | None = None  # transfer texts that get hidden states, by text id; None: all of them
+    hidden_transfer: Count | None = (
+        None  # transfer texts that get hidden states, by text id; all of them where not given
+    )
     part_size: Positive = 4096  # texts of a part, the unit of writing and reading
     sample_texts: Positive = 2048  # on which bases and variances are fitted
     tokens_per_batch: Positive = 4096  # padded tokens of one forward pass

@@ -97,7 +97,7 @@ class StudentSection(Section):
     init_from: NonEmpty | None = None  # a hub name, a directory, or teacher:NAME
     config: dict[str, Any] | None = None  # of a transformers model with random weights
     tokenizer: NonEmpty | None = None  # where init_from has none, or for config
-    layers: Positive | BlockNumbers | None = None  # the first K, or the (1-based) layers to keep; None keeps all
+    layers: Positive | BlockNumbers | None = None  # the first K, or the (1-based) layers to keep; all where not given
     head: Literal["standard", "shared"] = "standard"  # standard: that of transformers; shared: that of the teachers
     max_length: Positive | None = None  # data.max_length where not given
     trust_remote_code: bool = False  # run the Python code that comes with the model or its tokenizer
