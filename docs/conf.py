@@ -8,6 +8,8 @@ sys.path.insert(0, str(HERE))
 
 import generate  # noqa: E402 - beside this file
 
+import kdcache  # noqa: E402
+
 generate.write_pages(HERE)
 
 project = "kdcache"
@@ -19,7 +21,7 @@ autodoc_preserve_defaults = True
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 html_theme = "furo"
-html_title = "kdcache"
+html_title = f"kdcache {kdcache.__version__}"
 exclude_patterns = [
     "_build",
     "results-tables.md",
