@@ -7,7 +7,7 @@ MINUTES ?= 60
 VENV := .venv
 RUN := $(VENV)/bin
 
-.PHONY: setup demo test coverage fuzz mutants check lint types imports docs bench bench-size clean
+.PHONY: setup demo test coverage fuzz mutants check lint types imports docs release bench bench-size clean
 
 setup: $(VENV)/.kdcache
 
@@ -67,6 +67,23 @@ $(VENV)/.mutants: $(VENV)/.dev
 docs: $(VENV)/.docs
 	$(RUN)/sphinx-build -W --keep-going -b html docs docs/_build/html
 
+# Wheel and sdist in dist/. The wheel is made from the sdist, and must work in an environment that holds nothing else.
+release: $(VENV)-release/.tools
+	rm -rf dist $(VENV)-wheel
+	$(VENV)-release/bin/python -m build
+	$(VENV)-release/bin/python -m twine check --strict dist/*
+	$(PYTHON) -m venv $(VENV)-wheel
+	$(VENV)-wheel/bin/python -m pip install -c constraints.txt pip
+	$(VENV)-wheel/bin/python -m pip install -c constraints.txt torch
+	$(VENV)-wheel/bin/python -m pip install -c constraints.txt dist/*.whl
+	cd / && $(abspath $(VENV)-wheel)/bin/python $(abspath tests/installed.py)
+
+$(VENV)-release/.tools: constraints.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)-release
+	$(VENV)-release/bin/python -m pip install -c constraints.txt pip
+	$(VENV)-release/bin/python -m pip install -c constraints.txt --group release
+	@touch $@
+
 # Under an hour on two cores. The loader's rivals have an environment of their own, because they ask for older libraries.
 bench: $(VENV)/.dev $(VENV)-bench/.rivals
 	$(RUN)/python benchmarks/all.py --rivals-python $(VENV)-bench/bin/python
@@ -82,4 +99,4 @@ $(VENV)-bench/.rivals: benchmarks/requirements.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-bench docs/_build quickstart .coverage .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(VENV)-bench $(VENV)-release $(VENV)-wheel dist docs/_build docs/reference docs/methods-list.md quickstart .coverage .mypy_cache .ruff_cache .pytest_cache

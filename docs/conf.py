@@ -1,16 +1,27 @@
-"""Sphinx: MyST Markdown, the furo theme. Only the list of methods is generated from code, when the pages are built."""
+"""Sphinx: MyST Markdown, the furo theme. generate.py makes the reference pages from the code when the site is built."""
 
+import sys
 from pathlib import Path
 
-from kdcache.cli.methods import as_markdown
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
 
-(Path(__file__).parent / "methods-list.md").write_text(as_markdown(), encoding="utf-8")
+import generate  # noqa: E402 - beside this file
+
+import kdcache  # noqa: E402
+
+generate.write_pages(HERE)
 
 project = "kdcache"
 author = "the kdcache contributors"
-extensions = ["myst_parser"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_preserve_defaults = True
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
 html_theme = "furo"
-html_title = "kdcache"
+html_title = f"kdcache {kdcache.__version__}"
 exclude_patterns = [
     "_build",
     "results-tables.md",

@@ -2,7 +2,8 @@
 
 The stages of a recipe as functions (docs/python.md)::
 
-    run = kdcache.distill("sst2.toml", {"distill.seed": 1})
+    run = kdcache.run("sst2.toml")                             # all of them
+    run = kdcache.distill("sst2.toml", {"distill.seed": 1})    # one more student from the cache
     run.scores["test"]["accuracy"]
 
 In your own training loop (docs/examples)::
@@ -20,13 +21,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kdcache.api import Run, cofinetune, dump_teachers, evaluate, open_run, weigh
+    from kdcache.api import Run, cofinetune, dump_teachers, evaluate, open_run, run, weigh
     from kdcache.cache.reader import open_cache
     from kdcache.loading.cached import loader
     from kdcache.methods import losses
     from kdcache.recipe import load_recipe
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "Run",
     "__version__",
@@ -39,11 +40,13 @@ __all__ = [
     "losses",
     "open_cache",
     "open_run",
+    "run",
     "weigh",
 ]
 
+_STAGES = ("Run", "cofinetune", "dump_teachers", "evaluate", "open_run", "run", "weigh")
 _LAZY = {
-    **{name: ("kdcache.api", name) for name in ("Run", "cofinetune", "dump_teachers", "evaluate", "open_run", "weigh")},
+    **{name: ("kdcache.api", name) for name in _STAGES},
     "distill": ("kdcache.distill", None),  # a package that is callable
     "load_recipe": ("kdcache.recipe", "load_recipe"),
     "open_cache": ("kdcache.cache.reader", "open_cache"),

@@ -1,6 +1,7 @@
 """The stages as functions, for scripts and notebooks: the work, run directory and records of the commands.
 
-    run = kdcache.distill("sst2.toml", {"distill.seed": 1})
+    run = kdcache.run("sst2.toml")                             # all stages
+    run = kdcache.distill("sst2.toml", {"distill.seed": 1})    # one stage
     run.scores["test"]["accuracy"]
 
 A recipe is a file or a ``Recipe``; ``values`` are its overrides, as ``--set`` on the command line. A stage that is
@@ -36,7 +37,7 @@ Values = Mapping[str, Any]  # dotted key of the recipe -> value
 
 @dataclass(frozen=True, repr=False)
 class Run:
-    """A run directory with a finished student, made by ``open_run`` and ``distill``.
+    """A run directory with a finished student, made by ``run``, ``distill`` and ``open_run``.
 
     Attributes:
         paths: of everything in the directory, such as ``run.paths.student`` and ``run.paths.cache``.
@@ -209,6 +210,41 @@ def distill(
     job.recipe.require_student()
     if replace or not stages.is_finished(job, "student"):
         stages.distill(job, replace=replace)
+    return open_run(job.run.root)
+
+
+def run(
+    recipe: str | Path | Recipe,
+    values: Values | None = None,
+    *,
+    output_dir: str | Path = RUNS,
+    baseline: bool = True,
+    replace: bool = False,
+    progress: Progress | None = None,
+) -> Run:
+    """Co-finetune, dump and distill, and write the page of the run, as ``kdcache run``.
+
+    Stages that are finished with the same settings are skipped. After an interruption, the same call continues.
+
+    Args:
+        recipe: a file, or a recipe that was loaded.
+        values: overrides, such as ``{"distill.seed": 1, "name": "sst2-seed1"}``.
+        output_dir: where the run directory is.
+        baseline: also train the same student without teachers, for comparison.
+        replace: replace a student that was made with other settings.
+        progress: shows the work.
+
+    Returns:
+        The run with its results.
+
+    Raises:
+        KdcacheError: one of its classes, as the command.
+    """
+    from kdcache.report.page import write_page
+
+    job = _job(recipe, values, output_dir, progress)
+    stages.run_all(job, baseline_too=baseline, replace=replace)
+    write_page(job.run)
     return open_run(job.run.root)
 
 

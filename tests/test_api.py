@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +11,12 @@ from typing import Any
 import pytest
 
 import kdcache
+from kdcache import api
+from kdcache.cli import stages
 from kdcache.errors import MismatchError, RecipeError
 from kdcache.progress import NotebookProgress, RichProgress, SilentProgress, default_progress
 from kdcache.recipe.loading import with_values
+from kdcache.runs import mark_finished, stage_inputs
 from tests.conftest import TinyRun
 
 QUIET = SilentProgress()
@@ -68,6 +72,37 @@ def test_overrides_of_a_recipe_are_those_of_its_file(tiny_run: TinyRun) -> None:
         with_values(of_file, {"distill.sead": 3})
     with pytest.raises(RecipeError, match="the recipe is of type int"):
         kdcache.dump_teachers(3)  # type: ignore[arg-type]
+
+
+def test_run_does_all_stages_and_skips_what_is_finished(
+    tiny_run: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Teachers and cache are there; the two students are left."""
+    values = {"distill.temperature": 2.0, "student.layers": 1}
+    place = tmp_path / "reviews"
+    shutil.copytree(tiny_run.teachers, place / "teachers")
+    shutil.copytree(tiny_run.cache, place / "cache")
+    job = api._job(tiny_run.recipe_file, values, tmp_path, QUIET)
+    mark_finished(job.run, "teachers", stage_inputs(job.recipe, "teachers"), 1.0)
+    mark_finished(job.run, "cache", stages._cache_inputs(job), 1.0)
+    made = kdcache.run(tiny_run.recipe_file, values, output_dir=tmp_path, progress=QUIET)
+    assert made == kdcache.open_run(place)
+    assert made.baseline is not None
+    assert (made.results["method"], made.baseline["method"]) == ("mt-bert", "fine-tune")
+    assert made.paths.report.is_file()
+    assert all(stages.is_finished(job, stage) for stage in ("teachers", "cache", "baseline", "student"))
+    before = made.paths.results.stat().st_mtime_ns
+    assert kdcache.run(tiny_run.recipe_file, values, output_dir=tmp_path, progress=QUIET) == made
+    assert made.paths.results.stat().st_mtime_ns == before
+    assert capsys.readouterr().out == ""  # the table is the result, and the command prints it
+    with pytest.raises(MismatchError, match=r"made with other settings: distill\.seed"):
+        kdcache.run(tiny_run.recipe_file, {**values, "distill.seed": 7}, output_dir=tmp_path, progress=QUIET)
+
+
+def test_run_refuses_before_anything_is_trained(tiny_run: TinyRun, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"'mtbert'"):
+        kdcache.run(tiny_run.recipe_file, {"distill.method": "mtbert"}, output_dir=tmp_path, progress=QUIET)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_directory_without_results_is_no_run(tmp_path: Path) -> None:

@@ -9,6 +9,10 @@ from pathlib import Path
 import pytest
 
 from kdcache import __version__
+from kdcache.cache.manifest import read_manifest
+from kdcache.dump.stage import dump_teachers
+from kdcache.progress import SilentProgress
+from tests.conftest import TinyRun
 
 ROOT = Path(__file__).parent.parent
 
@@ -65,11 +69,26 @@ def test_every_dependency_is_pinned_and_within_its_bounds() -> None:
     assert pins["torch"] == "2.13.0"
 
 
-def test_versions_agree() -> None:
+def test_versions_and_dates_agree() -> None:
     assert tomllib.loads(text("pyproject.toml"))["project"]["version"] == __version__
+    released = re.search(r"^## \[([\d.]+)\] - (\d{4}-\d\d-\d\d)$", text("CHANGELOG.md"), re.MULTILINE)
+    assert released is not None
+    cited = re.search(r'^version: (.+)\ndate-released: "(.+)"$', text("CITATION.cff"), re.MULTILINE)
+    assert cited is not None
+    assert released.groups() == cited.groups() == (__version__, released[2])
 
 
-@pytest.mark.parametrize("target", ["setup", "demo", "test", "check", "docs"])
+def test_no_identity_depends_on_the_version(tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dump by another version has the same identity; its provenance says which version made it."""
+    for module in ("kdcache", "kdcache.dump.provenance"):
+        monkeypatch.setattr(f"{module}.__version__", "9.9.9")
+    dump_teachers(tiny_run.recipe(), tiny_run.teachers, tmp_path / "cache", progress=SilentProgress())
+    made, before = read_manifest(tmp_path / "cache"), read_manifest(tiny_run.cache)
+    assert made.identity == before.identity
+    assert made.provenance != before.provenance
+
+
+@pytest.mark.parametrize("target", ["setup", "demo", "test", "check", "docs", "release"])
 def test_the_makefile_has_the_target(target: str) -> None:
     assert re.search(rf"^{target}:", text("Makefile"), re.MULTILINE)
 

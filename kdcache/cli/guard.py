@@ -1,7 +1,4 @@
-"""Turns exceptions into an error line, a hint and an exit code.
-
-0 done · 1 failed · 2 usage or recipe · 3 damage or a difference found · 4 refused, does not match · 130 interrupted
-"""
+"""Turns exceptions into an error line, a hint and an exit code."""
 
 from __future__ import annotations
 
@@ -20,6 +17,14 @@ from kdcache.cli.output import out
 from kdcache.errors import KdcacheError, first_line
 
 INTERRUPTED = 130
+EXIT_CODES = {
+    0: "done",
+    1: "failed: disk full, out of memory, non-finite values, a model that cannot do what the recipe asks",
+    2: "usage or recipe error: unknown key, missing column, missing file",
+    3: "a check found damage or a difference",
+    4: "refused: what exists does not match what is requested",
+    INTERRUPTED: "interrupted; the same command continues",
+}
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import shlex
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from dataclasses import replace as replaced
@@ -165,6 +165,55 @@ def baseline(job: Job, *, replace: bool = False) -> DistillResult:
     alone = job.recipe.model_copy(update={"distill": job.recipe.distill.without_teachers()})
     with _recorded(replaced(job, recipe=alone), job.run.baseline, "baseline", inputs):
         return train(alone, cache_at_hand(job), job.run.baseline.root, progress=job.progress)
+
+
+_DOES: dict[Stage, str] = {
+    "teachers": "co-finetuning under one shared head",
+    "cache": "each teacher runs once over the data",
+    "baseline": "the student without teachers, for comparison",
+    "student": "the student is trained",
+}
+
+
+def run_all(job: Job, *, baseline_too: bool = True, replace: bool = False) -> None:
+    """All stages of a recipe; those that are finished with the same settings are skipped.
+
+    What can be refused is refused before teachers are trained. Raises KdcacheError, one of its classes.
+    """
+    from kdcache.distill.objective import objective_settings
+    from kdcache.training.trackers import check_trackers
+
+    for part in (job.recipe.distill, *job.recipe.distill.in_stages()):
+        objective_settings(part)
+    check_trackers(job.recipe.cofinetune, "cofinetune")
+    check_trackers(job.recipe.distill, "distill")
+    _check_student(job)
+    todo: dict[Stage, Callable[[], object]] = {
+        "teachers": lambda: cofinetune(job),
+        "cache": lambda: dump(job),
+        "baseline": lambda: baseline(job, replace=replace),
+        "student": lambda: distill(job, replace=replace),
+    }
+    if not job.recipe.teachers:
+        del todo["teachers"], todo["cache"]
+    if not baseline_too or job.recipe.distill.method == "fine-tune":
+        del todo["baseline"]
+    for stage, work in todo.items():
+        if is_finished(job, stage):
+            job.progress.note(f"{stage}: finished already, skipped")
+        else:
+            job.progress.note(f"{stage}: {_DOES[stage]}")
+            work()
+
+
+def _check_student(job: Job) -> None:
+    """Refuse a model that cannot be a student before teachers are trained for it."""
+    job.recipe.require_student()
+    if not job.recipe.teachers or is_finished(job, "cache"):
+        return  # the student is trained next, which checks it
+    from kdcache.students.build import check_student
+
+    check_student(job.recipe, job.teachers)
 
 
 @contextmanager

@@ -31,18 +31,18 @@ class DataSection(Section):
     """Where the examples come from. ``text`` holds one column, or two for pairs."""
 
     train: NonEmpty  # a file (tsv, csv, jsonl, parquet), or a hub data set: NAME, NAME:CONFIG, NAME:CONFIG/SPLIT
-    validation: NonEmpty | None = None
+    validation: NonEmpty | None = None  # as train; models are chosen by it
     validation_fraction: Fraction = 0.0  # split off train by text id, where there is no validation file
-    test: NonEmpty | None = None
+    test: NonEmpty | None = None  # as train; scored once, at the end
     transfer: Strings = Field(default=[])  # texts without labels, for the teachers and the distillation only
     transfer_rows: Positive | None = None  # at most so many transfer texts, chosen by text id
-    text: Annotated[Strings, Field(min_length=1, max_length=2)]
-    label: NonEmpty
-    group: NonEmpty | None = None
+    text: Annotated[Strings, Field(min_length=1, max_length=2)]  # the text column, or two columns for pairs
+    label: NonEmpty  # the label column: strings or whole numbers
+    group: NonEmpty | None = None  # a column that is kept with the examples; it changes no training
     labels: Annotated[Strings, Field(min_length=2)] | None = None  # in class order; default: sorted
-    max_length: Positive = 128
-    seed: Seed = 0
-    licence: str = ""
+    max_length: Positive = 128  # tokens; longer texts are truncated
+    seed: Seed = 0  # of validation_fraction, transfer_rows and dump.hidden_transfer
+    licence: str = ""  # of the data, for the cards of cache and student
 
     @model_validator(mode="after")
     def _keys_that_fit_together(self) -> DataSection:
@@ -56,16 +56,16 @@ class DataSection(Section):
 class TeacherSection(Section):
     """One teacher. ``head = "own"`` takes an already fine-tuned classifier as it is."""
 
-    name: Name
-    model: NonEmpty
-    head: Head = "shared"
-    revision: str | None = None
+    name: Name  # names its files, columns and settings
+    model: NonEmpty  # a hub name or a directory
+    head: Head = "shared"  # shared: co-finetuned under the shared head; own: a fine-tuned classifier as it is
+    revision: str | None = None  # of a hub name: branch, tag or commit
     trust_remote_code: bool = False  # run the Python code that comes with the model
     max_length: Positive | None = None  # data.max_length where not given
     learning_rate: AboveZero | None = None  # of its co-finetuning; cofinetune.learning_rate where not given
     layers: LayerNumbers | None = None  # dump.layers where not given
     per_layer: PerLayer = Field(default_factory=dict)  # wins over dump.per_layer
-    licence: str = ""
+    licence: str = ""  # of the model, for the cards
 
     @model_validator(mode="after")
     def _own_heads_are_not_trained(self) -> TeacherSection:
@@ -80,15 +80,15 @@ class TeacherSection(Section):
 class Recipe(Section):
     """A whole pipeline."""
 
-    name: Name
-    licence: str = ""
-    data: DataSection
-    teachers: list[TeacherSection] = Field(default=[])
-    cofinetune: CofinetuneSection = CofinetuneSection()
-    dump: DumpSection = DumpSection()
-    student: StudentSection | None = None
-    distill: DistillSection = DistillSection()
-    sweep: SweepSection | None = None
+    name: Name  # of the run directory, runs/NAME
+    licence: str = ""  # of what is made, for the cards
+    data: DataSection  # the examples
+    teachers: list[TeacherSection] = Field(default=[])  # one table for each
+    cofinetune: CofinetuneSection = CofinetuneSection()  # joint training of the teachers
+    dump: DumpSection = DumpSection()  # what the cache stores
+    student: StudentSection | None = None  # the model that learns
+    distill: DistillSection = DistillSection()  # its training
+    sweep: SweepSection | None = None  # many students from one cache
 
     @model_validator(mode="after")
     def _teachers_can_be_told_apart(self) -> Recipe:

@@ -38,11 +38,11 @@ StoredDtype = Annotated[str, AfterValidator(_storage_format)]  # a name of kdcac
 class StoredSection(Section):
     """How a layer is stored if not as in ``[dump]``; keys that are not given are as there."""
 
-    projection: Projection | None = None
-    dim: Positive | None = None
-    dtype: StoredDtype | None = None
+    projection: Projection | None = None  # as in [dump]
+    dim: Positive | None = None  # as in [dump]
+    dtype: StoredDtype | None = None  # as in [dump]
     bytes: Positive | None = None  # of a row, for dtype "trellis"
-    tokens: TokenSelection | None = None
+    tokens: TokenSelection | None = None  # as in [dump]
 
 
 PerLayer = dict[WhichLayer, StoredSection]  # "12", "last" or "all"; a number wins over "last", "last" over "all"
@@ -55,22 +55,24 @@ class DumpSection(Section):
     where they reduce the error most.
     """
 
-    backend: Literal["torch", "onnxruntime"] = "torch"
-    layers: Literal["even", "all", "last", "none"] | LayerNumbers = "even"
-    projection: Projection = "pca"
-    dim: Positive = 128
-    dtype: StoredDtype = "int8"
+    backend: Literal["torch", "onnxruntime"] = "torch"  # what runs the teachers
+    layers: Literal["even", "all", "last", "none"] | LayerNumbers = "even"  # even: those that the student will match
+    projection: Projection = "pca"  # of hidden states, fitted on a sample of the texts
+    dim: Positive = 128  # dimensions after the projection
+    dtype: StoredDtype = "int8"  # float32, float16, int8, float8 or trellis
     bytes: Positive | None = None  # of a token and layer, for dtype "trellis"
     tokens: TokenSelection = "all"  # a target for every token, for the first one, or for the mean of a text's tokens
     # what differs in some layers: per_layer = { 12 = { dtype = "trellis", bytes = 192 } }
     per_layer: PerLayer = Field(default_factory=dict)
-    pooled: bool = False
-    hidden_transfer: Count | None = None  # transfer texts that get hidden states, by text id; None: all of them
-    part_size: Positive = 4096  # texts
+    pooled: bool = False  # also store the pooled vector of each text
+    hidden_transfer: Count | None = (
+        None  # transfer texts that get hidden states, by text id; all of them where not given
+    )
+    part_size: Positive = 4096  # texts of a part, the unit of writing and reading
     sample_texts: Positive = 2048  # on which bases and variances are fitted
     tokens_per_batch: Positive = 4096  # padded tokens of one forward pass
-    precision: Precision = "float32"
-    seed: Seed = 0
+    precision: Precision = "float32"  # of the forward pass of the teachers
+    seed: Seed = 0  # of the order of the texts and of the sample
 
     @model_validator(mode="after")
     def _storage_is_consistent(self) -> DumpSection:

@@ -90,9 +90,9 @@ class _Section(BaseModel):
 class RangeSection(_Section):
     """The values of a key in a search: from ``low`` to ``high``; whole numbers where both are whole."""
 
-    low: int | float
-    high: int | float
-    log: bool = False
+    low: int | float  # the smallest value
+    high: int | float  # the largest value
+    log: bool = False  # spread evenly over orders of magnitude
 
     @model_validator(mode="after")
     def _is_a_range(self) -> RangeSection:
@@ -119,11 +119,11 @@ class SearchSection(_Section):
     processes train.
     """
 
-    trials: Annotated[int, Field(ge=1, le=100_000)]
-    space: Space
+    trials: Annotated[int, Field(ge=1, le=100_000)]  # how many cells are proposed
+    space: Space  # recipe key -> list of values, or a range
     sampler: Literal["tpe", "random"] = "tpe"  # tpe: Optuna, the extra kdcache[search]
-    batch: Annotated[int, Field(ge=1)] = 1
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    batch: Annotated[int, Field(ge=1)] = 1  # cells that are proposed together
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # of the proposals
 
 
 class SweepSection(_Section):
@@ -131,8 +131,8 @@ class SweepSection(_Section):
 
     cells: list[CellTable] = []  # each one as given; an empty table is the recipe as it is
     grid: Grid = {}  # key -> values: every combination is a cell
-    search: SearchSection | None = None
-    seeds: Seeds = [0, 1, 2]
+    search: SearchSection | None = None  # cells that are proposed from the results so far
+    seeds: Seeds = [0, 1, 2]  # values of distill.seed; each cell is trained once per seed
     baseline: CellTable | None = None  # what the others are compared with; the first cell where not given
     select_by: Literal["accuracy", "macro_f1", "matthews", "loss"] | None = None  # distill.select_by where not given
 

@@ -53,25 +53,25 @@ class OptimSection(Section):
     After a linear warm-up the learning rate falls to zero, linearly or as a cosine, or stays constant.
     """
 
-    epochs: Positive = 3
-    batch_size: Positive = 32
-    learning_rate: AboveZero = 2e-5
+    epochs: Positive = 3  # passes over the rows
+    batch_size: Positive = 32  # rows of an optimizer step
+    learning_rate: AboveZero = 2e-5  # the highest, after the warm-up
     warmup: Fraction = 0.1  # share of all optimizer steps
     schedule: Schedule = None  # after the warm-up: linear (default) or cosine to zero, or constant
-    weight_decay: NotNegative = 0.01
-    max_grad_norm: AboveZero = 1.0
+    weight_decay: NotNegative = 0.01  # of AdamW; not of biases and norms
+    max_grad_norm: AboveZero = 1.0  # longer gradients are scaled to this norm
     accumulation: Positive = 1  # micro-batches per optimizer step; batch_size is that of the step
-    precision: Precision = "float32"
+    precision: Precision = "float32"  # of the forward pass; weights stay float32
     checkpoint_steps: Positive | None = None  # write a checkpoint every so many steps
     checkpoint_minutes: AboveZero | None = None  # and every so many minutes; 5 where neither key is given
     tf32: bool | None = None  # on a GPU: float32 products with 10 bits of mantissa; torch's own default where not given
     compile: bool | None = None  # torch.compile, with texts padded to one of eight lengths
     fused_adamw: bool | None = None  # the optimizer's fused kernel; used where there is one if not given
-    select_by: Literal["accuracy", "macro_f1", "matthews", "loss"] = "accuracy"
+    select_by: Literal["accuracy", "macro_f1", "matthews", "loss"] = "accuracy"  # on validation: gives the best epoch
     evaluate_steps: Positive | None = None  # evaluate on validation every so many steps too, not only after each epoch
     patience: Positive | None = None  # stop after so many evaluations in a row without a better score
     ema: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None  # decay of averaged weights, which are then evaluated
-    seed: Seed = 0
+    seed: Seed = 0  # of weights, order of rows and dropout
     trackers: Trackers | None = None  # also get the lines of metrics.jsonl
 
     @model_validator(mode="after")
@@ -86,20 +86,20 @@ class OptimSection(Section):
 class CofinetuneSection(OptimSection):
     """Joint training of the teachers (MT-BERT, section 3.1)."""
 
-    pooling: Literal["attention", "cls", "mean", "last"] = "attention"
+    pooling: Literal["attention", "cls", "mean", "last"] = "attention"  # of the shared head
     width: Positive | None = None  # of the shared space; the widest teacher where not given
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = False  # less memory, more time
 
 
 class StudentSection(Section):
     """The student: ``init_from`` is a hub name, a directory or ``teacher:NAME``; or ``config`` for random weights."""
 
-    init_from: NonEmpty | None = None
-    config: dict[str, Any] | None = None
+    init_from: NonEmpty | None = None  # a hub name, a directory, or teacher:NAME
+    config: dict[str, Any] | None = None  # of a transformers model with random weights
     tokenizer: NonEmpty | None = None  # where init_from has none, or for config
-    layers: Positive | BlockNumbers | None = None  # the first K, or the (1-based) layers to keep; None keeps all
-    head: Literal["standard", "shared"] = "standard"
-    max_length: Positive | None = None
+    layers: Positive | BlockNumbers | None = None  # the first K, or the (1-based) layers to keep; all where not given
+    head: Literal["standard", "shared"] = "standard"  # standard: that of transformers; shared: that of the teachers
+    max_length: Positive | None = None  # data.max_length where not given
     trust_remote_code: bool = False  # run the Python code that comes with the model or its tokenizer
 
     @model_validator(mode="after")
@@ -114,9 +114,9 @@ class StudentSection(Section):
 class WeightsSection(Section):
     """Factors of the loss terms."""
 
-    task: NotNegative = 1.0
-    soft: NotNegative = 1.0
-    hidden: NotNegative = 0.1
+    task: NotNegative = 1.0  # cross-entropy with the label
+    soft: NotNegative = 1.0  # soft labels of the teachers
+    hidden: NotNegative = 0.1  # hidden states of the teachers
 
 
 class StageWeights(Section):
@@ -148,12 +148,12 @@ class StageSection(Section):
 class DistillSection(OptimSection):
     """Training of the student from cached (or live) targets."""
 
-    learning_rate: AboveZero = 5e-5
+    learning_rate: AboveZero = 5e-5  # the highest, after the warm-up
     projection_learning_rate: AboveZero | None = None  # of the W_ij; else ten times learning_rate, once with paper
-    method: str = "mt-bert"
+    method: str = "mt-bert"  # a name of kdcache methods
     paper: bool = False  # plain sums, teacher-to-student, all weights 1
-    temperature: AboveZero = 1.0
-    t_squared: bool = False
+    temperature: AboveZero = 1.0  # divides logits of teachers and student before the softmax
+    t_squared: bool = False  # multiplies the soft loss by the squared temperature
     hidden_direction: Literal["student-to-teacher", "teacher-to-student", "both", "none"] = (
         "student-to-teacher"  # of the W_ij
     )
@@ -176,7 +176,7 @@ class DistillSection(OptimSection):
     window: Positive | Literal["all"] = 8  # parts from which a batch is drawn; all: a uniform shuffle
     rows: Rows = None  # what to learn from: all (default), train without transfer texts, or labelled rows only
     dropout: Fraction | None = None  # of the student; that of its config where not given
-    weights: WeightsSection = WeightsSection()
+    weights: WeightsSection = WeightsSection()  # factors of the loss terms
     stages: Annotated[list[StageSection], Field(min_length=1)] | None = None  # trained one after the other
 
     @model_validator(mode="after")
