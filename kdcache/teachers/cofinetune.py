@@ -12,7 +12,7 @@ refused, because caches may depend on it.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,8 +27,8 @@ from kdcache.teachers.bundle import Bundle, is_bundle, load_shared_head, read_bu
 from kdcache.teachers.fingerprints import fingerprint_tensors
 from kdcache.teachers.folds import (
     assign_folds,
+    begin_folds,
     fold_directory,
-    folds_begun,
     folds_complete,
     folds_cure,
     texts_of_fold,
@@ -101,6 +101,7 @@ def cofinetune(
         if existing is not None:
             made = _reuse(job, existing, identity, existing.training.get("identity", {}))
         else:
+            _begin_folds(job)
             made = _make(job, identity)
         return _with_folds(replace(job, place=work_dir), made)
 
@@ -162,17 +163,17 @@ def _with_folds(job: _Job, made: CofinetuneResult) -> CofinetuneResult:
 
     ``job.place`` is the directory of all trainings.
     """
-    bundle, asked = read_bundle(job.teachers_dir), job.recipe.cofinetune.folds
-    record = bundle.training.get("folds") if folds_begun(job.teachers_dir) else None
-    count = asked or (record["count"] if record else None)
+    bundle = read_bundle(job.teachers_dir)
+    record = bundle.training.get("folds")
+    if record is not None and not fold_directory(job.teachers_dir, 0).is_dir():  # somebody removed the folds
+        rest = {key: value for key, value in bundle.training.items() if key != "folds"}
+        bundle, record = replace(bundle, training=rest), None
+        write_bundle(job.teachers_dir, bundle)
+    count = job.recipe.cofinetune.folds or (record["count"] if record else None)
     if count is None:
         return made
     trained = [name for name, teacher in bundle.teachers.items() if teacher.head == "shared"]
-    if not trained:
-        raise RecipeError(
-            f"cofinetune.folds is {count}, and every teacher has a head of its own: none of them is trained here",
-            'Leave out cofinetune.folds, or give a teacher without head = "own".',
-        )
+    _begin_folds(job, trained)
     if record is not None and record["count"] != count:
         raise MismatchError(
             f"the teachers in '{job.teachers_dir}' have {record['count']} folds; the recipe asks for {count}",
@@ -182,6 +183,25 @@ def _with_folds(job: _Job, made: CofinetuneResult) -> CofinetuneResult:
         record = _train_folds(job, bundle, trained, count)
         write_bundle(job.teachers_dir, replace(bundle, training={**bundle.training, "folds": record}))
     return replace(made, folds=record)
+
+
+def _begin_folds(job: _Job, trained: Collection[str] | None = None) -> None:
+    """Refuse impossible folds before a training of hours, and mark them as begun: no dump will go without them.
+
+    ``trained``: the teachers with a shared head; those of ``job`` if not given.
+    """
+    count = job.recipe.cofinetune.folds
+    if count is None:
+        return
+    if trained is None:
+        trained = [name for name, source in job.sources.items() if source.section.head == "shared"]
+    if not trained:
+        raise RecipeError(
+            f"cofinetune.folds is {count}, and every teacher has a head of its own: none of them is trained here",
+            'Leave out cofinetune.folds, or give a teacher without head = "own".',
+        )
+    assign_folds(job.task.splits["train"], count, job.recipe.cofinetune.seed)
+    begin_folds(job.teachers_dir)
 
 
 def _train_folds(job: _Job, bundle: Bundle, trained: Sequence[str], count: int) -> dict[str, Any]:

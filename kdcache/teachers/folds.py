@@ -45,8 +45,13 @@ def fold_directory(teachers_dir: Path, fold: int) -> Path:
     return teachers_dir / _FOLDS / str(fold + 1)
 
 
+def begin_folds(teachers_dir: Path) -> None:
+    """Mark that the teachers are to have folds."""
+    make_directory(teachers_dir / _FOLDS)
+
+
 def folds_begun(teachers_dir: Path) -> bool:
-    """Whether a fold was trained, or begun."""
+    """Whether the teachers have folds, or are to have them."""
     return (teachers_dir / _FOLDS).is_dir()
 
 

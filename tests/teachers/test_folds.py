@@ -31,7 +31,7 @@ from kdcache.teachers.folds import (
     rows_where,
     texts_of_fold,
 )
-from kdcache.testing.faults import UnsyncedDisk, failing_disk
+from kdcache.testing.faults import UnsyncedDisk, counting_disk, failing_disk
 from kdcache.testing.tiny import make_model
 
 from .conftest import files_in
@@ -110,13 +110,20 @@ def kept() -> dict[str, Path]:
     return {}
 
 
+@pytest.fixture(scope="module")
+def writes() -> list[str]:
+    """The steps of the disk in the run that made ``whole``."""
+    return []
+
+
 @pytest.fixture
-def whole(folded: Recipe, kept: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(folded: Recipe, kept: dict[str, Path], writes: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Teachers with two folds, made once by an undisturbed run. Not to be changed."""
     if "root" not in kept:
         kept["root"] = tmp_path_factory.mktemp("whole")
-        with files.use_disk(UnsyncedDisk()):
+        with files.use_disk(counting := counting_disk()):
             run(folded, kept["root"])
+        writes += counting.steps
     return kept["root"]
 
 
@@ -231,7 +238,7 @@ def test_the_answers_are_those_of_the_bundle_without_the_fold(folded: Recipe, wh
     assert scores["in_fold"]["loss"] < scores["out_of_fold"]["loss"]
 
 
-@pytest.mark.parametrize("after", [8, 14])
+@pytest.mark.parametrize("after", [9])
 def test_ctrl_c_in_any_training_loses_nothing(after: int, folded: Recipe, whole: Path, tmp_path: Path) -> None:
     with files.use_disk(UnsyncedDisk()):
         with pytest.raises(KeyboardInterrupt):
@@ -240,12 +247,20 @@ def test_ctrl_c_in_any_training_loses_nothing(after: int, folded: Recipe, whole:
     assert files_in(tmp_path) == files_in(whole)
 
 
-@pytest.mark.parametrize("step", [110, 131, 150])
+@pytest.mark.parametrize("share", [0.0, 0.7])
 def test_a_full_disk_at_any_write_of_the_folds_loses_nothing(
-    step: int, folded: Recipe, whole: Path, tmp_path: Path
+    share: float, folded: Recipe, whole: Path, writes: list[str], tmp_path: Path
 ) -> None:
-    with files.use_disk(failing_disk(step)), pytest.raises(StorageError):
+    """From the moment when the teachers of all rows are there, until teachers.json names the folds."""
+    first, *_, last = [
+        at for at, step in enumerate(writes, start=1) if step == f"rename {whole}/teachers/teachers.json"
+    ]
+    with (
+        files.use_disk(failing_disk(first + 1 + round(share * (last - first - 1)))),
+        pytest.raises(StorageError),
+    ):
         run(folded, tmp_path)
+    assert read_bundle(tmp_path / "teachers").training["best_epoch"]
     with pytest.raises(MismatchError, match="are not complete") as caught:
         choose_folds(tmp_path / "teachers", "bert", 32, asked=None)
     assert "dump.out_of_fold = false" in caught.value.hint
@@ -267,6 +282,17 @@ def test_a_finished_fold_is_not_trained_again(
         run(folded, copied)
     assert [name for name, _ in seen] == ["fold-2"]
     assert files_in(copied / "teachers") == files_in(whole / "teachers")
+
+
+def test_folds_that_somebody_removed_are_gone(recipe: Recipe, folded: Recipe, copied: Path) -> None:
+    shutil.rmtree(copied / "teachers" / "_folds")
+    with pytest.raises(DamageError, match="_folds/1"):
+        read_folds(copied / "teachers", "bert")
+    assert run(recipe, copied).folds == {}
+    assert read_folds(copied / "teachers", "bert") is None
+    (copied / "teachers" / "_folds").mkdir()
+    with pytest.raises(DataError, match="100 folds need as many"):
+        run(changed(folded, cofinetune={"folds": 100}), copied)
 
 
 def test_other_folds_are_refused(folded: Recipe, copied: Path) -> None:
