@@ -119,6 +119,7 @@ def cofinetune(
     *,
     output_dir: str | Path = RUNS,
     add: str | None = None,
+    folds: int | None = None,
     progress: Progress | None = None,
 ) -> CofinetuneResult:
     """Train the teachers of a recipe together, as ``kdcache cofinetune``.
@@ -128,6 +129,7 @@ def cofinetune(
         values: overrides, such as ``{"cofinetune.epochs": 2}``.
         output_dir: where the run directory is.
         add: train only this new teacher, against the frozen shared head.
+        folds: as ``cofinetune.folds``: train so many further bundles, for out-of-fold logits of the train texts.
         progress: shows the work; ``SilentProgress()`` shows nothing.
 
     Returns:
@@ -136,6 +138,8 @@ def cofinetune(
     Raises:
         KdcacheError: one of its classes, as the command.
     """
+    if folds is not None:
+        values = {**(values or {}), "cofinetune.folds": folds}
     return stages.cofinetune(_job(recipe, values, output_dir, progress), add=add)
 
 

@@ -51,7 +51,7 @@ for the distillation of small students with kdcache. {facts["bytes"] / 1e6:,.1f}
 | teacher | from | head | max. tokens | layers stored | size | validation |
 |---|---|---|---|---|---|---|
 {_rows(_teacher(name, teacher, subtable(provenance, "teachers", name)) for name, teacher in teachers.items())}
-{_mean(provenance)}
+{_mean(provenance)}{_folds(facts)}
 ## What is stored
 
 {_stored(facts)}
@@ -94,6 +94,25 @@ def _teacher(name: str, facts: Mapping[str, Any], record: Mapping[str, Any]) -> 
 def _mean(provenance: Mapping[str, Any]) -> str:
     scores = _scores(provenance, "mean_scores")
     return f"\nMean of the co-finetuned teachers' probabilities on validation: {scores}.\n" if scores else ""
+
+
+def _folds(facts: Mapping[str, Any]) -> str:
+    return "".join(f"\n{line}\n" for line in folds_lines(facts))
+
+
+def folds_lines(facts: Mapping[str, Any]) -> list[str]:
+    """A line of ``describe_manifest`` for each teacher whose train texts have out-of-fold logits."""
+    lines = []
+    for name, teacher in facts["teachers"].items():
+        if "folds" in teacher:
+            scores = subtable(facts["provenance"], "teachers", name, "train_rows")
+            unseen, seen = (_scores(scores, kind) for kind in ("out_of_fold", "in_fold"))
+            known = f" On labelled train rows: {unseen}; the teacher itself, trained on them: {seen}." if unseen else ""
+            lines.append(
+                f"{name}: the logits of {teacher['folds']['texts']:,} train texts come from "
+                f"{len(teacher['folds']['weights'])} bundles that did not see them.{known}"
+            )
+    return lines
 
 
 def _scores(record: Mapping[str, Any], key: str) -> str:

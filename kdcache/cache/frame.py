@@ -33,16 +33,16 @@ def record_batches(cache: Cache, split: str, teachers: Sequence[str] | None, *, 
     examples = cache.examples(split)
     cache.select(Selection(dict.fromkeys(names, ()), text=with_text))
     schema = _schema(cache, names, cache.task.text_columns if with_text else ())
-    parts, places = cache.locate(examples.text_ids)
-    if len(parts) and parts.min() < 0:
-        raise MismatchError(
-            f"cache '{cache.path}' lacks {int((parts < 0).sum()):,} texts of split '{split}'",
-            "Dump them with kdcache dump-teachers.",
-        )
+    parts, places = locate_rows(cache, split, examples)
 
     def batches() -> Iterator[Any]:
         for part in np.unique(parts).tolist():
-            yield pa.record_batch(_columns(cache, examples, part, parts, places, schema), schema=schema)
+            rows = np.flatnonzero(parts == part)
+            name, of_part = cache.parts[part].name, places[rows]
+            stored = cache.texts(name) if with_text else ()
+            texts = text_values(cache.task.text_columns, [stored[place] for place in of_part.tolist() if with_text])
+            values = texts | values_of_rows(cache, examples, rows, name, of_part, names)
+            yield pa.record_batch([_array(values[field.name], field) for field in schema], schema=schema)
 
     return pa.RecordBatchReader.from_batches(schema, batches())
 
@@ -68,25 +68,40 @@ def to_pandas(cache: Cache, split: str, teachers: Sequence[str] | None, *, text:
     return to_arrow(cache, split, teachers, text=text).to_pandas(types_mapper=labels.get)
 
 
-def _columns(
-    cache: Cache, examples: Examples, part: int, parts: np.ndarray, places: np.ndarray, schema: Any
-) -> list[Any]:
-    """The columns of the rows whose texts are in one part, in the order of the split."""
-    rows = np.flatnonzero(parts == part)
-    name, of_part = cache.parts[part].name, places[rows]
-    values: dict[str, Any] = {
+def locate_rows(cache: Cache, split: str, examples: Examples) -> tuple[np.ndarray, np.ndarray]:
+    """The part, and the place in it, of the text of every row, int64[n] each. MismatchError for texts not there."""
+    parts, places = cache.locate(examples.text_ids)
+    if len(parts) and parts.min() < 0:
+        raise MismatchError(
+            f"cache '{cache.path}' lacks {int((parts < 0).sum()):,} texts of split '{split}'",
+            "Dump them with kdcache dump-teachers.",
+        )
+    return parts, places
+
+
+def text_values(columns: Sequence[str], texts: Sequence[tuple[str, ...]]) -> dict[str, Any]:
+    """The text columns of rows, by name."""
+    return {column: [text[number] for text in texts] for number, column in enumerate(columns)}
+
+
+def values_of_rows(
+    cache: Cache,
+    examples: Examples,
+    rows: np.ndarray,
+    part: str,
+    places: np.ndarray,
+    teachers: Sequence[str],
+) -> dict[str, Any]:
+    """The columns of ``rows`` of a split without their texts, by name.
+
+    ``places`` are those of their texts in ``part``.
+    """
+    return {
         "label": np.asarray(examples.labels)[rows].astype(np.int64),
+        **{f"logits_{teacher}": cache.outputs(teacher, part).logits[places] for teacher in teachers},
         "row": rows.astype(np.int64),
         "text_id": [one.hex() for one in id_list(np.asarray(examples.text_ids)[rows])],
     }
-    columns = cache.task.text_columns
-    if columns[0] in schema.names:
-        stored = cache.texts(name)
-        texts = [stored[place] for place in of_part.tolist()]
-        values |= {column: [text[number] for text in texts] for number, column in enumerate(columns)}
-    for teacher in (teacher for teacher in cache.teachers if f"logits_{teacher}" in schema.names):
-        values[f"logits_{teacher}"] = cache.outputs(teacher, name).logits[of_part]
-    return [_array(values[field.name], field) for field in schema]
 
 
 def _array(values: Any, field: Any) -> Any:

@@ -16,7 +16,7 @@ from pydantic_core import PydanticCustomError
 from kdcache.cache import layout
 from kdcache.cache.canonical import NotCanonicalError, digest_of_ordered, parse_json
 from kdcache.cache.contents import Contents, PartInfo, SplitInfo
-from kdcache.cache.spec import Fingerprints, Settings, TargetSpec, TaskSpec, TeacherSpec
+from kdcache.cache.spec import Fingerprints, FoldsSpec, Settings, TargetSpec, TaskSpec, TeacherSpec
 from kdcache.codecs.base import LayerSpec
 from kdcache.codecs.registry import storage_format
 from kdcache.errors import DamageError, MismatchError
@@ -123,6 +123,12 @@ class TargetModel(Strict):
     dtype: Literal["float32"]
 
 
+class FoldsModel(Strict):
+    weights: Annotated[list[Hex], Field(min_length=2, max_length=100)]
+    logits: Hex
+    texts: Annotated[Count, Field(ge=1)]
+
+
 class TeacherModel(Strict):
     head: Literal["shared", "own"]
     fingerprints: FingerprintsModel
@@ -136,6 +142,7 @@ class TeacherModel(Strict):
     pooled: Annotated[int, Field(ge=0, le=65536)]  # 0: no pooled vector
     sample_texts: Count
     layers: Annotated[dict[Digits, LayerModel], Field(max_length=1000)]
+    folds: FoldsModel | None = None  # absent: all logits are those of the teacher
     tokens: Annotated[dict[PartName, Annotated[int, Field(ge=0, le=2**31 - 1)]], Field(max_length=100_000)]
 
 
@@ -214,13 +221,18 @@ def files_document(files: Mapping[str, FileDigest]) -> dict[str, dict[str, int |
 
 def teacher_document(spec: TeacherSpec) -> dict[str, Any]:
     """A teacher's specification as JSON values; the name is its key."""
-    values = {key: value for key, value in vars(spec).items() if key != "name"}
-    return values | {
-        "fingerprints": asdict(spec.fingerprints),
-        "target": asdict(spec.target),
-        "pooled": spec.pooled or 0,
-        "layers": {str(layer): _layer_document(layer_spec) for layer, layer_spec in spec.layers.items()},
-    }
+    values = {key: value for key, value in vars(spec).items() if key not in ("name", "folds")}
+    folds = {} if spec.folds is None else {"folds": asdict(spec.folds)}
+    return (
+        values
+        | folds
+        | {
+            "fingerprints": asdict(spec.fingerprints),
+            "target": asdict(spec.target),
+            "pooled": spec.pooled or 0,
+            "layers": {str(layer): _layer_document(layer_spec) for layer, layer_spec in spec.layers.items()},
+        }
+    )
 
 
 def _layer_document(spec: LayerSpec) -> dict[str, Any]:
@@ -244,6 +256,7 @@ def _teacher(name: str, model: TeacherModel) -> TeacherSpec:
             number: LayerSpec(layer.projection, layer.dim, layer.dtype, layer.bytes or 0, layer.tokens or "all")
             for number, layer in sorted(layers.items())
         },
+        "folds": model.folds and FoldsSpec(tuple(model.folds.weights), model.folds.logits, model.folds.texts),
     }
     return TeacherSpec(name, **values)
 

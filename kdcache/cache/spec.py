@@ -141,6 +141,22 @@ class TargetSpec:
 
 
 @dataclass(frozen=True)
+class FoldsSpec:
+    """The bundles that the logits of a teacher's train texts come from.
+
+    ``weights``: per fold the fingerprint of the teacher that did not see its texts. ``logits``: sha256 of all
+    out-of-fold logits, of which there are ``texts``.
+    """
+
+    weights: tuple[str, ...]
+    logits: str
+    texts: int
+
+    def __str__(self) -> str:
+        return f"{len(self.weights)} folds ({self.logits[:12]})"
+
+
+@dataclass(frozen=True)
 class TeacherSpec:
     """A teacher, and how it was run."""
 
@@ -157,6 +173,7 @@ class TeacherSpec:
     pooled: int | None  # width of the stored pooled vector
     sample_texts: int  # number of texts that bases and variances were fitted on
     layers: Mapping[int, LayerSpec] = field(default_factory=dict)
+    folds: FoldsSpec | None = None  # None: all logits are those of this teacher
 
     @property
     def imported(self) -> bool:

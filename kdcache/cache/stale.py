@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 _HINT = "Ask for what the cache was made with, or dump into a new directory."
 _TEACHER_HINT = "Ask for what the cache was made with, give the teacher another name, or dump into a new directory."
+_FOLDS_HINT = "Dump into a new directory; dump.out_of_fold = false stores the logits of the teacher itself."
 _OF_LAYERS = ("layers", "sample_texts")  # a teacher's outputs do not depend on these
 
 
@@ -37,6 +38,13 @@ def check_task(root: Path, old: tuple[TaskSpec, Settings, bool], new: tuple[Task
 def check_teacher(root: Path, old: TeacherSpec, new: TeacherSpec, existing_layers: set[int]) -> None:
     """Raises MismatchError if a teacher, or an existing layer of it, differs from the request."""
     for name, before, now in differing_fields(old, new, "{} (sha256)"):
+        if name == "folds":
+            shown = [str(folds or "the teacher itself") for folds in (before, now)]
+            raise MismatchError(
+                f"cache '{root}' has logits of the train texts of teacher '{old.name}' from {shown[0]}; now they come "
+                f"from {shown[1]}",
+                _FOLDS_HINT,
+            )
         if name not in _OF_LAYERS:
             raise _mismatch(root, old.name, name, before, now)
     if existing_layers and new.layers and old.sample_texts != new.sample_texts:

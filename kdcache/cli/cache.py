@@ -167,7 +167,7 @@ def _size(path: Path) -> int:
 
 def _show(description: dict[str, Any]) -> None:
     """For humans: the facts, then a line for each teacher and each of its layers."""
-    from kdcache.cache.card import stored_as
+    from kdcache.cache.card import folds_lines, stored_as
     from kdcache.cache.spec import IMPORTED
 
     apart = ("teachers", "provenance", "examples", "bytes", "selection")
@@ -195,6 +195,8 @@ def _show(description: dict[str, Any]) -> None:
     columns = ("teacher", "what", "tokens", "size", "here")
     shown = 4 if description["selection"] is None else 5
     out.table(columns[:shown], [row[:shown] for row in rows])
+    for line in folds_lines(description):
+        out.text(line)
 
 
 def _shortened(command: str) -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -23,6 +23,16 @@ def cofinetune(
             metavar="NAME", help="Train only this new teacher, against the frozen shared head.", show_default=False
         ),
     ] = None,
+    folds: Annotated[
+        int | None,
+        typer.Option(
+            metavar="K",
+            min=2,
+            max=100,
+            help="As cofinetune.folds: out-of-fold logits for train texts.",
+            show_default=False,
+        ),
+    ] = None,
     settings: Settings = None,
     output_dir: OutputDir = RUNS,
     json: Json = False,  # noqa: ARG001  (its callback switches the output)
@@ -31,12 +41,19 @@ def cofinetune(
 
     If interrupted, run the same command again: it continues.
 
+    With --folds K, the train rows are divided into K folds, and K further bundles are trained, each without one fold.
+    The dump then takes the logits of a train text from the bundle that did not see it.
+
     Example: kdcache cofinetune sst2.toml --set cofinetune.epochs=2
+
+    Example: kdcache cofinetune sst2.toml --folds 5
 
     Example: kdcache cofinetune sst2.toml --add electra
     """
     from kdcache.report.table import learned_nothing
 
+    if folds is not None:
+        settings = [*(settings or ()), f"cofinetune.folds={folds}"]
     job = open_job(recipe, settings, output_dir)
     result = stages.cofinetune(job, add=add)
     out.document(
@@ -46,11 +63,15 @@ def cofinetune(
             "mean_scores": result.mean_scores,
             "epochs": result.epochs,
         }
+        | ({"folds": result.folds} if result.folds else {})
     )
     columns = ("accuracy", "macro_f1", "matthews", "loss")
     rows = [(name, *(scores.get(column) for column in columns)) for name, scores in result.scores.items()]
     mean = [("their mean", *(result.mean_scores.get(column) for column in columns))] if result.mean_scores else []
     out.table(("teacher", *columns), [*rows, *mean])
+    if result.folds:
+        out.text()
+        _show_folds(result.folds)
     for name in (name for name, scores in result.scores.items() if learned_nothing(scores, 0)):
         out.note(
             f"teacher '{name}' learned nothing: its Matthews correlation on validation is "
@@ -60,6 +81,17 @@ def cofinetune(
     for line in () if result.reused else _better_epochs(result, job.recipe.cofinetune.select_by, add):
         out.note(line)
     out.hint(f"Run each once over the data: kdcache dump-teachers {recipe}")
+
+
+def _show_folds(folds: Mapping[str, Any]) -> None:
+    """How far the teachers have learned their train rows by heart."""
+    header = ("teacher", "train accuracy", "NLL", "out of fold: accuracy", "NLL")
+    rows = []
+    for name, teacher in folds["teachers"].items():
+        seen, unseen = teacher["scores"]["in_fold"], teacher["scores"]["out_of_fold"]
+        rows.append((name, *(scores[key] for scores in (seen, unseen) for key in ("accuracy", "loss"))))
+    out.text(f"{folds['count']} folds, scores on the {folds['rows']:,} labelled train rows:")
+    out.table(header, rows)
 
 
 def _better_epochs(result: CofinetuneResult, select_by: str, added: str | None) -> Iterator[str]:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from kdcache.cache.card import front_matter, subtable
+from kdcache.cache.frame import locate_rows, text_values, values_of_rows
 from kdcache.cache.ids import Examples, id_list
 from kdcache.cache.selection import Selection
 from kdcache.data.table_files import Column, as_jsonl, as_parquet
@@ -118,7 +119,7 @@ def export_cache(
     progress.start("export", sum(rows.values()), "rows")
     files = kept = 0
     for split, examples in splits.items():
-        parts, places = cache.locate(examples.text_ids)
+        parts, places = locate_rows(cache, split, examples)
         for file in _files(target, job, split, parts):
             files += 1
             kept += file.path.is_file()
@@ -236,24 +237,16 @@ def _table(
     rows = rows[np.argsort(places[rows], kind="stable")]
     name, of_part = job.cache.parts[part].name, places[rows]
     ids = id_list(np.asarray(examples.text_ids)[rows])
-    texts = _texts(job, name, ids, of_part)
-    table: dict[str, Sequence[Any] | np.ndarray] = {
-        column: [text[number] for text in texts] for number, column in enumerate(job.cache.task.text_columns)
-    }
-    values: dict[str, Any] = {
-        "label": examples.labels[rows],
-        "row": rows.astype(np.int64),
-        "text_id": [one.hex() for one in ids],
-        "group": [None if examples.groups is None else examples.groups[row] for row in rows.tolist()],
-    }
-    for teacher in job.choice.teachers or ():
-        outputs = job.cache.outputs(teacher, name)
-        logits = outputs.logits[of_part]
-        values[f"logits_{teacher}"] = logits
+    texts, teachers = _texts(job, name, ids, of_part), job.choice.teachers or ()
+    values = values_of_rows(job.cache, examples, rows, name, of_part, teachers)
+    values["group"] = [None if examples.groups is None else examples.groups[row] for row in rows.tolist()]
+    for teacher in teachers:
         if job.choice.values == "probabilities":
-            values[f"probabilities_{teacher}"] = _softmax(logits, job.choice.temperature)
-        if outputs.pooled is not None:
-            values[f"pooled_{teacher}"] = outputs.pooled[of_part]
+            values[f"probabilities_{teacher}"] = _softmax(values[f"logits_{teacher}"], job.choice.temperature)
+        pooled = job.cache.outputs(teacher, name).pooled if job.choice.pooled else None
+        if pooled is not None:
+            values[f"pooled_{teacher}"] = pooled[of_part]
+    table = text_values(job.cache.task.text_columns, texts)
     return table | {column.name: values[column.name] for column in job.columns}
 
 

@@ -62,11 +62,14 @@ def open_source(
         )
     from kdcache.loading.live import LiveBatches
     from kdcache.teachers.bundle import load_teacher
+    from kdcache.teachers.folds import folds_of_cache
 
+    folds = {name: folds_of_cache(live_teachers, name, cache.teachers[name].folds) for name in choice.teachers}
     teachers = [load_teacher(live_teachers, name, trust_remote_code=name in trusted) for name in choice.teachers]
     return LiveBatches(
-        cache, student.tokenizer, batches, choice, teachers, splits=splits, examples=data.examples, texts=texts
-    )
+        cache, student.tokenizer, batches, choice, teachers, splits=splits, examples=data.examples, texts=texts,
+        out_of_fold={name: found for name, found in folds.items() if found is not None},
+    )  # fmt: skip
 
 
 def choose(section: DistillSection, settings: ObjectiveSettings, cache: Cache, student_layers: int) -> TargetChoice:

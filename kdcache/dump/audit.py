@@ -20,6 +20,7 @@ from kdcache.cache.spec import differing, needs_tokens
 from kdcache.codecs.token_selection import select_tokens
 from kdcache.data.encoding import EncodedTexts, encode, padding_id
 from kdcache.dump.engine import TextBatches
+from kdcache.dump.live_folds import LiveFolds, open_folds
 from kdcache.dump.tolerance import (
     Comparison,
     Tolerance,
@@ -63,7 +64,8 @@ class Row:
 class Finding:
     """A fault of one component of a teacher, its worst rows first.
 
-    ``component``: ``weights``, ``padding`` (outputs depend on it), ``tokens``, ``logits`` or ``layer N``.
+    ``component``: ``weights``, ``padding`` (outputs depend on it), ``folds`` (a bundle was trained on the texts of its
+    fold, or is not the cache's), ``tokens``, ``logits`` or ``layer N``.
     """
 
     teacher: str
@@ -134,15 +136,27 @@ def audit(
         )
     chosen = choose_rows(cache, rows, seed)
     audits = tuple(  # one teacher in memory at a time
-        _audit_teacher(cache, load_teacher(teachers_dir, name, trust_remote_code=trust_remote_code), chosen, progress)
+        _audit_teacher(
+            cache,
+            open_folds(cache, teachers_dir, name, chosen, trusted=trust_remote_code),
+            load_teacher(teachers_dir, name, trust_remote_code=trust_remote_code),
+            chosen,
+            progress,
+        )
         for name in there
     )
     return AuditReport(cache.path, audits, tuple(name for name in cache.teachers if name not in there))
 
 
-def _audit_teacher(cache: Cache, teacher: Teacher, chosen: Sequence[PartRows], progress: Progress) -> TeacherAudit:
+def _audit_teacher(
+    cache: Cache, folds: LiveFolds | None, teacher: Teacher, chosen: Sequence[PartRows], progress: Progress
+) -> TeacherAudit:
     spec = cache.teachers[teacher.name]
     result = TeacherAudit(teacher.name, findings=_other_weights(spec, teacher))
+    if folds is not None and folds.fault is not None:
+        result.findings.append(Finding(spec.name, "folds", folds.fault))
+    elif folds is not None and not folds.unchecked:
+        result.worst["folds"] = 0.0
     if (teacher.depth, teacher.width) != (spec.depth, spec.width):
         return result
     backend = open_backend(spec.backend, teacher, tuple(spec.layers), precision=spec.precision, work_dir=home())
@@ -154,7 +168,7 @@ def _audit_teacher(cache: Cache, teacher: Teacher, chosen: Sequence[PartRows], p
         result.findings += _depends_on_padding(spec, *noise)
         compared: dict[str, list[_Compared]] = {}
         for live in parts:
-            for piece in _compare_part(cache, live, backend, result.tolerance):
+            for piece in _compare_part(cache, live, backend, result.tolerance, folds):
                 compared.setdefault(piece.component, []).append(piece)
             result.texts += len(live.chosen)
             progress.advance(len(live.chosen))
@@ -223,11 +237,15 @@ class _Compared:
         return max(float(self.times.max(initial=0.0)), 0.0 if self.comparison is None else self.comparison.excess)
 
 
-def _compare_part(cache: Cache, live: LivePart, backend: TeacherBackend, allowed: Tolerance) -> list[_Compared]:
+def _compare_part(
+    cache: Cache, live: LivePart, backend: TeacherBackend, allowed: Tolerance, folds: LiveFolds | None
+) -> list[_Compared]:
     """Compare every component of the rows of one part with what is stored."""
     spec, part, rows = live.spec, live.chosen.part, live.chosen.rows
     layers = spec.layers if live.chosen.full else {}
     logits, hidden = live.gather(backend, tuple(layers))
+    if folds is not None:
+        logits = folds.instead_of(logits, live.chosen.text_ids)
     change = logits_change(logits, cache.outputs(spec.name, part).logits[rows])
     pieces = [_Compared("logits", live, change / allowed.logits)]
     places: tuple[np.ndarray, np.ndarray] | None = None

@@ -27,6 +27,7 @@ from kdcache.dump.run import open_teacher, text_batches
 from kdcache.dump.specs import (
     PreparedTeacher,
     check_task,
+    folds_notes,
     hidden_bytes,
     outputs_bytes,
     prepare_teachers,
@@ -161,6 +162,8 @@ def estimate_dump(recipe: Recipe, teachers_dir: Path, cache_dir: Path, *, progre
     bundle = read_bundle(teachers_dir)
     check_task(task, bundle, teachers_dir)
     teachers = prepare_teachers(recipe, bundle, teachers_dir, len(task.label_names))
+    for line in folds_notes(teachers):
+        progress.note(line)
     cache = _published(cache_dir)
     if cache is not None:
         _refuse_stale(cache, recipe, task_spec(task), teachers)

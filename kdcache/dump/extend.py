@@ -24,7 +24,7 @@ from kdcache.cache.writer import open_writer
 from kdcache.dump.additions import open_additions, validation_scores
 from kdcache.dump.imported import imported_record, refuse_missing, write_answers
 from kdcache.dump.layers import check_layer, spec_like
-from kdcache.dump.provenance import extended_provenance, forget_runs, inherit_run
+from kdcache.dump.provenance import extended_provenance, forget_runs, inherit_run, with_folds
 from kdcache.dump.specs import PreparedTeacher, TextScopes, layer_specs, prepare, scopes, student_depth
 from kdcache.dump.stage import count_new_texts, refuse_stale, run_missing, texts_in_full, write_examples
 from kdcache.errors import DamageError, MismatchError, RecipeError
@@ -150,7 +150,7 @@ def extend_cache(
             write_examples(writer, task)
         records = {name: _scored(writer, name, addition.record, contents) for name, addition in additions.items()}
         records |= {name: imported_record(writer, name, imported) for name, imported in wanted.answers.items()}
-        record = extended_provenance(old.provenance, records, cache_dir, provenance or {})
+        record = with_folds(extended_provenance(old.provenance, records, cache_dir, provenance or {}), teachers)
         record["text_ids"] = ids_digest(part.text_ids for part in writer.parts)
         new = writer.publish(record, card=cache_card)
         forget_runs(cache_dir)
@@ -221,6 +221,8 @@ def _prepare(
     section = _section(name, recipe)
     like = known or _example(others)
     dump = recipe.dump if recipe is not None and known is None else _settings_of(like, contents)
+    if known is not None:
+        dump = dump.model_copy(update={"out_of_fold": known.folds is not None})
     max_length = known.max_length if known else (section.max_length if section else None) or _max_length(wanted, others)
 
     def layers(teacher: Teacher) -> dict[int, LayerSpec]:

@@ -28,6 +28,7 @@ from kdcache.data.encoding import encode
 from kdcache.data.task import load_task
 from kdcache.dump.fidelity import Fidelity, candidates, measure, rebuilt, soft_label_kl
 from kdcache.dump.fitting import Sample, fit_basis
+from kdcache.dump.fold_costs import FoldsPlan, folds_plan, without_folds
 from kdcache.dump.run import text_batches
 from kdcache.dump.specs import (
     PreparedTeacher,
@@ -47,7 +48,6 @@ from kdcache.teachers.bundle import load_teacher, read_bundle
 
 if TYPE_CHECKING:
     from kdcache.codecs.base import LayerSpec
-    from kdcache.dump.fidelity import Fidelity
     from kdcache.progress import Progress
     from kdcache.recipe import Recipe
     from kdcache.teachers.teacher import Teacher
@@ -90,6 +90,7 @@ class StoragePlan:
     truncated: Mapping[str, TruncationPlan] = field(default_factory=dict)  # per teacher
     student: TruncationPlan | None = None
     logits_texts: int = 0  # texts with logits only
+    folds: FoldsPlan | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The document that ``--json`` prints and the report draws."""
@@ -103,6 +104,7 @@ class StoragePlan:
                 "teachers": {name: plan.as_dict() for name, plan in self.truncated.items()},
                 "student": None if self.student is None else self.student.as_dict(),
             },
+            **({} if self.folds is None else {"folds": self.folds.as_dict()}),
             "layers": [layer.as_dict() for layer in self.layers],
             "recommendation": None if self.recommendation is None else self.recommendation.as_dict(),
         }
@@ -115,6 +117,7 @@ class StoragePlan:
             f"{self.texts:,} texts with hidden states, {self.logits_texts:,} with logits only; logits, pooled vectors "
             f"and spans take {format_bytes(self.fixed)} in any case",
             f"the dump takes about {format_seconds(total)} in any format ({per_teacher})",
+            *(() if self.folds is None else self.folds.lines()),
             *(line for name, plan in self.truncated.items() for line in plan.lines(f"teacher '{name}'")),
             *(() if self.student is None else self.student.lines()),
         ]
@@ -134,7 +137,7 @@ def plan_storage(
         progress.note(line)
     bundle = read_bundle(teachers_dir)
     check_task(task, bundle, teachers_dir)
-    teachers = prepare_teachers(recipe, bundle, teachers_dir, len(task.label_names))
+    teachers = prepare_teachers(without_folds(recipe), bundle, teachers_dir, len(task.label_names))
     if not any(teacher.spec.layers for teacher in teachers):
         raise RecipeError(
             "the recipe stores no hidden states: there is nothing to plan", 'Set dump.layers, for example to "even".'
@@ -143,7 +146,7 @@ def plan_storage(
     full, logits_only = wanted.full, wanted.logits_only
     sample = _sample(list(full.values()), recipe.dump.sample_texts, unseen, recipe.dump.seed)
     layers: list[LayerCandidates] = []
-    seconds: dict[str, float] = {}
+    forward: dict[str, float] = {}  # seconds per text
     truncated: dict[str, TruncationPlan] = {}
     fixed = 0
     for teacher in teachers:
@@ -154,16 +157,19 @@ def plan_storage(
         fixed += outputs_bytes(len(full) + len(logits_only), teacher.spec)
         fixed += tokens_bytes(tokens, len(full)) if needs_tokens(teacher.spec.layers) else 0
         measured, per_text = _measured(teacher, teachers_dir, sample, recipe.dump.tokens_per_batch, progress)
-        seconds[teacher.name] = per_text * (len(full) + len(logits_only) + min(recipe.dump.sample_texts, len(full)))
+        forward[teacher.name] = per_text
         for layer, formats in measured.items():
             sizes = tuple(hidden_bytes(tokens, len(full), kept.spec) for kept in formats)
             asked = [place for place, kept in enumerate(formats) if kept.spec == teacher.spec.layers[layer]]
             layers.append(LayerCandidates(teacher.name, layer, tuple(formats), sizes, asked[0] if asked else -1))
     student = student_truncation(recipe, teachers_dir, teachers, wanted.trained_on)
+    texts = len(full) + len(logits_only) + min(recipe.dump.sample_texts, len(full))
+    seconds = {name: per_text * texts for name, per_text in forward.items()}
     recommended = recommend(layers, None if budget is None else budget - fixed, fixed)
     return StoragePlan(
-        tuple(layers), len(full), fixed, seconds, budget, recommended, truncated, student, len(logits_only)
-    )
+        tuple(layers), len(full), fixed, seconds, budget, recommended, truncated, student, len(logits_only),
+        folds_plan(recipe, task, bundle, forward),
+    )  # fmt: skip
 
 
 def _truncated(teacher: PreparedTeacher, texts: Sequence[tuple[str, ...]]) -> int:

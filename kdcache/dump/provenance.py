@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ from kdcache.files import remove_file, write_file
 
 if TYPE_CHECKING:
     from kdcache.dump.run import TeacherRun
+    from kdcache.dump.specs import PreparedTeacher
     from kdcache.recipe import Recipe
     from kdcache.teachers.bundle import Bundle, TeacherRecord
 
@@ -56,6 +57,23 @@ def extended_provenance(
         stated = {key: value for key, value in _origin(origin).items() if value}
         teachers[name] = {**teachers.get(name, {}), **stated}
     return {**before, **_published(given, teachers, cache_dir)}
+
+
+def with_folds(provenance: dict[str, Any], teachers: Iterable[PreparedTeacher]) -> dict[str, Any]:
+    """``provenance`` with accuracy and NLL on the labelled train rows, of teachers with out-of-fold logits.
+
+    ``in_fold``: of the teacher itself, which was trained on them. ``out_of_fold``: of the logits in the cache.
+    """
+    records = dict(provenance["teachers"])
+    for teacher in teachers:
+        if teacher.out_of_fold is not None:
+            scores = teacher.out_of_fold.facts["scores"]
+            on_train = {
+                kind: _strings({"accuracy": values["accuracy"], "nll": values["loss"]})
+                for kind, values in scores.items()
+            }
+            records[teacher.name] = {**records.get(teacher.name, {}), "train_rows": on_train}
+    return {**provenance, "teachers": records}
 
 
 def _published(given: Mapping[str, Any], teachers: Mapping[str, Any], cache_dir: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -189,9 +189,16 @@ def run_piece(
     tokens_per_batch: int,
     on_batch: Callable[[int], None],
 ) -> PieceResult:
-    """Run one teacher over the texts of one part. Every engine of a dump runs this. Raises NonFiniteError."""
+    """Run one teacher over the texts of one part. Every engine of a dump runs this. Raises NonFiniteError.
+
+    With out-of-fold teachers, the logits of train texts are those of the bundle that did not see them; pooled vectors
+    and hidden states are always those of the teacher, in whose space the bases are.
+    """
     batches = text_batches(teacher, texts, task.part.text_ids, tokens_per_batch)
     outputs, hidden = run_part(batches, backend, teacher.spec, task.layers, bases, on_batch)
+    if teacher.out_of_fold is not None:
+        logits = teacher.out_of_fold.instead_of(outputs.logits, np.asarray(task.part.text_ids))
+        outputs = replace(outputs, logits=logits)
     spans = batches.tokens() if task.part.scope == "full" and needs_tokens(teacher.spec.layers) else None
     return PieceResult(outputs if task.outputs else None, spans, hidden, batches)
 

@@ -7,7 +7,7 @@ bytes are exact for a given number of texts and tokens.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +19,7 @@ from kdcache.data.encoding import TRUNCATION, padding_id, tokenizer_json
 from kdcache.dump.layers import check_names, layer_spec, resolve_layers
 from kdcache.errors import DataError, ModelError, first_line
 from kdcache.teachers.bundle import load_teacher
+from kdcache.teachers.folds import choose_folds
 from kdcache.teachers.teacher import check_max_length
 from kdcache.teachers.trial import first_token_sees_only_itself
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from kdcache.data.task import TaskData
     from kdcache.recipe import DumpSection, Recipe, TeacherSection
     from kdcache.teachers.bundle import Bundle
+    from kdcache.teachers.folds import FoldLogits
     from kdcache.teachers.teacher import Teacher
 
 
@@ -70,6 +72,7 @@ class PreparedTeacher:
     tokenizer_json: str
     seed: int  # of random projections
     trust_remote_code: bool = False
+    out_of_fold: FoldLogits | None = None  # the logits of train texts, where bundles without them were trained
 
     @property
     def name(self) -> str:
@@ -128,9 +131,13 @@ def prepare_teachers(recipe: Recipe, bundle: Bundle, teachers_dir: Path, classes
             f"recipe '{recipe.name}' names no teachers: there is nothing to dump", "Add a [[teachers]] table."
         )
     student_layers = student_depth(recipe, {name: record.depth for name, record in bundle.teachers.items()})
+    asked = recipe.dump.out_of_fold
+    if asked is None and recipe.cofinetune.folds is not None:
+        asked = True  # a recipe with folds is not dumped without them
+    dump = recipe.dump.model_copy(update={"out_of_fold": asked})
     teachers = [
         prepare(
-            section.name, teachers_dir, recipe.dump, classes,
+            section.name, teachers_dir, dump, classes,
             max_length=section.max_length or recipe.data.max_length,
             layers=lambda teacher, section=section: layer_specs(recipe, section, teacher, student_layers),  # type: ignore[misc]
             trust_remote_code=section.trust_remote_code,
@@ -142,6 +149,16 @@ def prepare_teachers(recipe: Recipe, bundle: Bundle, teachers_dir: Path, classes
         recipe.dump.per_layer, everywhere, "dump.per_layer", "' or '".join(teacher.name for teacher in teachers)
     )
     return teachers
+
+
+def folds_notes(teachers: Sequence[PreparedTeacher]) -> Iterator[str]:
+    """A line for each teacher whose train texts get out-of-fold logits."""
+    for teacher in teachers:
+        if teacher.spec.folds is not None:
+            yield (
+                f"teacher '{teacher.name}': the logits of {teacher.spec.folds.texts:,} train texts come from "
+                f"{len(teacher.spec.folds.weights)} bundles that did not see them"
+            )
 
 
 def student_depth(recipe: Recipe, teacher_depths: Mapping[str, int]) -> int | None:
@@ -190,6 +207,7 @@ def prepare(
     """
     teacher = load_teacher(teachers_dir, name, trust_remote_code=trust_remote_code)
     check_max_length(name, teacher.model.encoder, max_length)
+    folds = choose_folds(teachers_dir, name, max_length, asked=dump.out_of_fold)
     spec = TeacherSpec(
         name=name,
         head=teacher.head_kind,
@@ -204,10 +222,13 @@ def prepare(
         pooled=_pooled_width(teacher) if dump.pooled else None,
         sample_texts=dump.sample_texts,
         layers=layers(teacher),
+        folds=None if folds is None else folds.spec,
     )
     _check_first_token(teacher, spec)
     teacher.model.to("meta")  # frees the weights before the next teacher is loaded
-    return PreparedTeacher(spec, teacher.tokenizer, tokenizer_json(teacher.tokenizer), dump.seed, trust_remote_code)
+    return PreparedTeacher(
+        spec, teacher.tokenizer, tokenizer_json(teacher.tokenizer), dump.seed, trust_remote_code, folds
+    )
 
 
 def _check_first_token(teacher: Teacher, spec: TeacherSpec) -> None:

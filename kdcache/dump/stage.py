@@ -24,9 +24,9 @@ from kdcache.cache.spec import Settings
 from kdcache.cache.writer import open_writer
 from kdcache.data.task import load_task
 from kdcache.dump.dry_run import check_free_space
-from kdcache.dump.provenance import dump_provenance, forget_runs, remember_run
+from kdcache.dump.provenance import dump_provenance, forget_runs, remember_run, with_folds
 from kdcache.dump.run import OpenTeacher, TeacherRun, lacks_bases, open_teacher, run_teacher
-from kdcache.dump.specs import check_task, prepare_teachers, scopes, task_spec
+from kdcache.dump.specs import check_task, folds_notes, prepare_teachers, scopes, task_spec
 from kdcache.errors import DamageError, MismatchError
 from kdcache.progress import counted
 from kdcache.teachers.bundle import read_bundle
@@ -163,6 +163,8 @@ def prepare_dump(
     bundle = read_bundle(teachers_dir)
     check_task(task, bundle, teachers_dir)
     teachers = prepare_teachers(recipe, bundle, teachers_dir, len(task.label_names))
+    for line in folds_notes(teachers):
+        progress.note(line)
     settings = Settings(seed=recipe.dump.seed, part_size=recipe.dump.part_size)
     store_text = not no_text and _has_text(cache_dir)
     return DumpJob(
@@ -183,7 +185,7 @@ def plan_dump(writer: CacheWriter, job: DumpJob) -> dict[str, tuple[PartTask, ..
 def publish_dump(writer: CacheWriter, job: DumpJob, runs: Sequence[TeacherRun]) -> DumpReport:
     """Write examples, card and manifest. Raises KdcacheError if a part is missing."""
     write_examples(writer, job.task)
-    record = dump_provenance(job.recipe, job.bundle, job.cache_dir, job.provenance)
+    record = with_folds(dump_provenance(job.recipe, job.bundle, job.cache_dir, job.provenance), job.teachers)
     record["text_ids"] = ids_digest(part.text_ids for part in writer.parts)
     identity = writer.publish(record, card=cache_card).identity
     forget_runs(job.cache_dir)

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from kdcache.loading.order import BatchSettings
     from kdcache.methods.parts.layer_map import LayerMap
     from kdcache.teachers.backends import TeacherBackend, TeacherOutput
+    from kdcache.teachers.folds import FoldLogits
     from kdcache.teachers.teacher import Teacher
 
 _TOKENS_PER_PASS = 4096  # padded tokens of one forward pass over a split
@@ -93,10 +94,11 @@ class _Stored:
 class LiveBatches(JoinedSource):
     """A ``TargetSource`` whose teachers run on every batch. The cache gives texts, examples, order and variances.
 
-    ``teachers`` are the loaded teachers of ``choice``, in its order. ``backends`` may
-    say, per name, what runs them (torch in float32 by default). With ``project`` hidden states go through the stored
-    bases, else they come at full width. The other arguments, and the errors, are those of ``CachedBatches``;
-    MismatchError too where a teacher is not the one that the cache was dumped from.
+    ``teachers`` are the loaded teachers of ``choice``, in its order. ``backends`` may say, per name, what runs them
+    (torch in float32 by default). ``out_of_fold`` has, per name, the logits of train texts where those of the cache
+    come from bundles that did not see these texts. With ``project`` hidden states go through the stored bases, else
+    they come at full width. The other arguments, and the errors, are those of ``CachedBatches``; MismatchError too
+    where a teacher is not the one that the cache was dumped from.
     """
 
     def __init__(
@@ -111,12 +113,14 @@ class LiveBatches(JoinedSource):
         examples: ExamplesOf | None = None,
         texts: Texts | None = None,
         backends: Mapping[str, TeacherBackend] | None = None,
+        out_of_fold: Mapping[str, FoldLogits] | None = None,
         project: bool = True,
     ) -> None:
         super().__init__(cache, settings, choice, splits, examples, texts)
         self._student = StudentTokens(student_tokenizer, settings.max_length)
         self._project = project
         self._running = [self._ready(teacher, (backends or {}).get(teacher.name)) for teacher in teachers]
+        self._out_of_fold = out_of_fold or {}
         self._part_texts: dict[int, Sequence[tuple[str, ...]]] = {}
         self._covered = np.zeros((len(teachers), 2), np.int64)
         self._truncated = np.zeros(2, np.int64)  # rows cut to max_length, and all rows
@@ -160,7 +164,8 @@ class LiveBatches(JoinedSource):
         for index, running in enumerate(self._running):
             encoded = encode(running.teacher.tokenizer, texts, running.teacher.max_length)
             for rows in token_budget_batches(encoded.lengths, _TOKENS_PER_PASS):
-                found[index, torch.from_numpy(rows)] = running.run(encoded, rows, ()).logits.cpu()
+                logits = running.run(encoded, rows, ()).logits
+                found[index, torch.from_numpy(rows)] = self._unseen(running, logits, examples.text_ids[rows]).cpu()
         return found
 
     def _ready(self, teacher: Teacher, backend: TeacherBackend | None) -> _Running:
@@ -191,6 +196,13 @@ class LiveBatches(JoinedSource):
             storage.encoder(spec, basis, device),
         )
 
+    def _unseen(self, running: _Running, logits: torch.Tensor, text_ids: np.ndarray) -> torch.Tensor:
+        """``logits`` [n, C]; those of train texts from the bundle that did not see them, where there are folds."""
+        folds = self._out_of_fold.get(running.teacher.name)
+        if folds is None:
+            return logits
+        return torch.from_numpy(folds.instead_of(logits.float().cpu().numpy(), text_ids)).to(logits.device)
+
     def _texts_at(self, examples: JoinedExamples, places: np.ndarray) -> list[tuple[str, ...]]:
         found = []
         for part, row in zip(examples.parts[places].tolist(), examples.rows[places].tolist(), strict=True):
@@ -207,9 +219,10 @@ class LiveBatches(JoinedSource):
         order = longest_first(student.lengths)
         examples, texts, student = examples[order], [texts[place] for place in order], student.select(order)
         logits_only = None if joined.logits_only is None else joined.logits_only[examples]
-        targets = self._targets(texts, student, logits_only, layers) if self._choice.has_targets else None
+        ids = joined.text_ids[examples]
+        targets = self._targets(texts, student, logits_only, layers, ids) if self._choice.has_targets else None
         (inputs,) = student_inputs(_one_step(student), int(self._student.tokenizer.pad_token_id or 0))
-        return Batch(inputs, torch.from_numpy(joined.labels[examples]), joined.text_ids[examples], targets)
+        return Batch(inputs, torch.from_numpy(joined.labels[examples]), ids, targets)
 
     def _targets(
         self,
@@ -217,6 +230,7 @@ class LiveBatches(JoinedSource):
         student: EncodedTexts,
         logits_only: np.ndarray | None,
         layers: LayerMap,
+        text_ids: np.ndarray,
     ) -> Targets:
         """The targets of ``texts``; those where ``logits_only`` [rows] is true get no hidden states."""
         logits: list[torch.Tensor] = []
@@ -224,7 +238,7 @@ class LiveBatches(JoinedSource):
         for index, running in enumerate(self._running):
             encoded = encode(running.teacher.tokenizer, texts, running.teacher.max_length)
             output = running.run(encoded, np.arange(len(texts)), running.layers)
-            logits.append(output.logits.clone())
+            logits.append(self._unseen(running, output.logits.clone(), text_ids))
             if running.layers:
                 made = self._hidden(index, running, student, encoded, logits_only, output)
                 wanted = enumerate(layers[running.teacher.name], start=1)

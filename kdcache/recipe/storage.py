@@ -65,6 +65,7 @@ class DumpSection(Section):
     # what differs in some layers: per_layer = { 12 = { dtype = "trellis", bytes = 192 } }
     per_layer: PerLayer = Field(default_factory=dict)
     pooled: bool = False  # also store the pooled vector of each text
+    out_of_fold: bool | None = None  # logits of train texts from cofinetune.folds; where there are folds if not given
     hidden_transfer: Count | None = (
         None  # transfer texts that get hidden states, by text id; all of them where not given
     )

@@ -89,6 +89,7 @@ class CofinetuneSection(OptimSection):
     pooling: Literal["attention", "cls", "mean", "last"] = "attention"  # of the shared head
     width: Positive | None = None  # of the shared space; the widest teacher where not given
     gradient_checkpointing: bool = False  # less memory, more time
+    folds: Annotated[int, Field(ge=2, le=100)] | None = None  # train so many further bundles, each without a fold
 
 
 class StudentSection(Section):

@@ -2,6 +2,7 @@
 
     kdcache cofinetune RECIPE              all teachers of the recipe
     kdcache cofinetune RECIPE --add NAME   one new teacher against the frozen shared head; other caches stay valid
+    kdcache cofinetune RECIPE --folds 5    then five further bundles, each without a fifth of the train rows
 
 Teachers with ``head = "own"`` are fine-tuned already: they are scored and registered, not trained. The same command
 continues an interrupted training, and returns at once if the teachers exist. A bundle with other settings or data is
@@ -11,8 +12,8 @@ refused, because caches may depend on it.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +25,17 @@ from kdcache.locks import exclusive
 from kdcache.teachers import joint
 from kdcache.teachers.bundle import Bundle, is_bundle, load_shared_head, read_bundle, write_bundle
 from kdcache.teachers.fingerprints import fingerprint_tensors
+from kdcache.teachers.folds import (
+    assign_folds,
+    begin_folds,
+    fold_directory,
+    folds_complete,
+    folds_cure,
+    texts_of_fold,
+    without_fold,
+)
 from kdcache.teachers.head import Pooling, SharedHead
-from kdcache.teachers.registration import save_teachers, scored
+from kdcache.teachers.registration import fold_logits, folds_record, save_teachers, scored
 from kdcache.teachers.sources import Source, open_source, under_shared_head
 from kdcache.training.checkpoints import identity_changes
 from kdcache.training.metrics_log import MetricsLog
@@ -52,6 +62,7 @@ class CofinetuneResult:
     best_epoch: int | None
     epochs: Mapping[str, Sequence[Mapping[str, float]]]
     reused: bool
+    folds: Mapping[str, Any] = field(default_factory=dict)  # ``training.folds`` of teachers.json; empty without folds
 
 
 @dataclass(frozen=True)
@@ -88,14 +99,11 @@ def cofinetune(
         job = _Job(recipe, task, sources, teachers_dir, work_dir / "joint", log, progress)
         identity = joint.identity(recipe, task, sources)
         if existing is not None:
-            return _reuse(job, existing, identity, existing.training.get("identity", {}))
-        head, models = _new_models(job)
-        best = _train(job, models, identity)
-        bundle = Bundle(task.label_names, task.text_columns, {})
-        if head is not None:
-            bundle = replace(bundle, pooling=head.pooling_name, width=head.width, dropout=head.dropout_rate)
-        bundle = replace(bundle, training={"identity": identity, "best_epoch": best, "added": {}})
-        return _register(job, bundle, head, models, best)
+            made = _reuse(job, existing, identity, existing.training.get("identity", {}))
+        else:
+            _begin_folds(job)
+            made = _make(job, identity)
+        return _with_folds(replace(job, place=work_dir), made)
 
 
 def add_teacher(
@@ -120,15 +128,144 @@ def add_teacher(
         identity = joint.identity(recipe, task, sources, shared_head=digest)
         added = bundle.training.get("added", {})
         if name in bundle.teachers:
-            return _reuse(job, bundle, identity, added.get(name, {}))
-        models: dict[str, TeacherModel] = {}
-        if head is not None:
-            head.requires_grad_(False)
-            seed_everything(recipe.cofinetune.seed)
-            models = under_shared_head(sources, head)
-        best = _train(job, models, identity)
-        bundle = replace(bundle, training={**bundle.training, "added": {**added, name: identity}})
-        return _register(job, bundle, None, models, best)
+            made = _reuse(job, bundle, identity, added.get(name, {}))
+        else:
+            made = _make_added(job, bundle, head, identity)
+        return _with_folds(replace(job, place=work_dir), made)
+
+
+def _make(job: _Job, identity: Mapping[str, Any]) -> CofinetuneResult:
+    """Train the teachers of ``job`` together under a new shared head, and write the bundle."""
+    head, models = _new_models(job)
+    best = _train(job, models, identity)
+    bundle = Bundle(job.task.label_names, job.task.text_columns, {})
+    if head is not None:
+        bundle = replace(bundle, pooling=head.pooling_name, width=head.width, dropout=head.dropout_rate)
+    bundle = replace(bundle, training={"identity": identity, "best_epoch": best, "added": {}})
+    return _register(job, bundle, head, models, best)
+
+
+def _make_added(job: _Job, bundle: Bundle, head: SharedHead | None, identity: Mapping[str, Any]) -> CofinetuneResult:
+    """Train the one teacher of ``job`` against the frozen ``head``, and add it to the bundle."""
+    (name,) = job.sources
+    models: dict[str, TeacherModel] = {}
+    if head is not None:
+        head.requires_grad_(False)
+        seed_everything(job.recipe.cofinetune.seed)
+        models = under_shared_head(job.sources, head)
+    best = _train(job, models, identity)
+    added = {**bundle.training.get("added", {}), name: identity}
+    return _register(job, replace(bundle, training={**bundle.training, "added": added}), None, models, best)
+
+
+def _with_folds(job: _Job, made: CofinetuneResult) -> CofinetuneResult:
+    """Train what is missing of the folds that the recipe asks for, or that the teachers have; ``made`` with them.
+
+    ``job.place`` is the directory of all trainings.
+    """
+    bundle = read_bundle(job.teachers_dir)
+    record = bundle.training.get("folds")
+    if record is not None and not fold_directory(job.teachers_dir, 0).is_dir():  # somebody removed the folds
+        rest = {key: value for key, value in bundle.training.items() if key != "folds"}
+        bundle, record = replace(bundle, training=rest), None
+        write_bundle(job.teachers_dir, bundle)
+    count = job.recipe.cofinetune.folds or (record["count"] if record else None)
+    if count is None:
+        return made
+    trained = [name for name, teacher in bundle.teachers.items() if teacher.head == "shared"]
+    _begin_folds(job, trained)
+    if record is not None and record["count"] != count:
+        raise MismatchError(
+            f"the teachers in '{job.teachers_dir}' have {record['count']} folds; the recipe asks for {count}",
+            folds_cure(job.teachers_dir),
+        )
+    if record is None or not folds_complete(job.teachers_dir, trained, record):
+        record = _train_folds(job, bundle, trained, count)
+        write_bundle(job.teachers_dir, replace(bundle, training={**bundle.training, "folds": record}))
+    return replace(made, folds=record)
+
+
+def _begin_folds(job: _Job, trained: Collection[str] | None = None) -> None:
+    """Refuse impossible folds before a training of hours, and mark them as begun: no dump will go without them.
+
+    ``trained``: the teachers with a shared head; those of ``job`` if not given.
+    """
+    count = job.recipe.cofinetune.folds
+    if count is None:
+        return
+    if trained is None:
+        trained = [name for name, source in job.sources.items() if source.section.head == "shared"]
+    if not trained:
+        raise RecipeError(
+            f"cofinetune.folds is {count}, and every teacher has a head of its own: none of them is trained here",
+            'Leave out cofinetune.folds, or give a teacher without head = "own".',
+        )
+    assign_folds(job.task.splits["train"], count, job.recipe.cofinetune.seed)
+    begin_folds(job.teachers_dir)
+
+
+def _train_folds(job: _Job, bundle: Bundle, trained: Sequence[str], count: int) -> dict[str, Any]:
+    """Train the bundles of all folds, and compute the logits of the texts that each has not seen; their record."""
+    assigned = assign_folds(job.task.splits["train"], count, job.recipe.cofinetune.seed)
+    job.progress.note(
+        f"{count} folds: {count - 1} times the steps of the training on all rows, and one pass over the train texts"
+    )
+    weights: dict[str, list[str]] = {name: [] for name in trained}
+    for fold in range(count):
+        task = without_fold(job.task, assigned, fold)
+        there = _fold_bundle(replace(job, task=task), bundle, fold, count)
+        ids = texts_of_fold(job.task, assigned, fold)
+        for name, made_by in fold_logits(job.recipe, job.task, fold_directory(job.teachers_dir, fold), there, ids):
+            weights[name].append(made_by)
+    job.progress.note("the teachers trained on all rows are scored on them, to compare")
+    return folds_record(job.recipe, job.task, job.teachers_dir, bundle, weights)
+
+
+def _fold_bundle(job: _Job, full: Bundle, fold: int, count: int) -> Bundle:
+    """The bundle without the rows of ``fold``: trained as ``full`` was, teacher added by teacher added."""
+    directory = fold_directory(job.teachers_dir, fold)
+    apart = {"data.train": joint.examples_digest(job.task.splits["train"]), "folds": count, "fold": fold + 1}
+    own = {name for name, record in full.teachers.items() if record.head == "own"}
+    added: Mapping[str, Mapping[str, Any]] = full.training.get("added", {})
+    identity = {**full.training["identity"], **apart}
+    names = [name for name in full.teachers if name not in own and name not in added]
+    there = read_bundle(directory) if is_bundle(directory) else None
+    if there is not None:
+        _refuse_other_fold(directory, there.training["identity"], identity)
+    elif names:
+        _make(_of_fold(job, names, fold, count), identity)
+    for name in (name for name in added if name not in own):
+        there = read_bundle(directory)
+        head = load_shared_head(directory, there)
+        digest = fingerprint_tensors(head.state_dict().items())
+        identity = {**added[name], **apart, "shared_head": digest}
+        if name in there.teachers:
+            _refuse_other_fold(directory, there.training["added"][name], identity)
+        else:
+            _make_added(_of_fold(job, [name], fold, count, there.pooling), there, head, identity)
+    return read_bundle(directory)
+
+
+def _of_fold(job: _Job, names: Sequence[str], fold: int, count: int, pooling: Pooling | None = None) -> _Job:
+    """The training of teachers ``names`` without the rows of ``fold``; ``pooling`` for one that is added."""
+    where = f"{'cofinetune' if pooling is None else f'add {names[0]}'}, fold {fold + 1} of {count}"
+    job.progress.note(where)
+    return replace(
+        job,
+        sources=_open(job.recipe, job.task, [job.recipe.teacher(name) for name in names], pooling),
+        teachers_dir=fold_directory(job.teachers_dir, fold),
+        place=job.place / (f"fold-{fold + 1}" if pooling is None else f"fold-{fold + 1}-add-{names[0]}"),
+        metrics=MetricsLog(job.metrics.path, where),
+    )
+
+
+def _refuse_other_fold(directory: Path, existing: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+    differing = list(identity_changes(existing, identity))
+    if differing:
+        raise MismatchError(
+            f"the fold in '{directory}' was made with other inputs; what differs: {', '.join(differing[:6])}",
+            folds_cure(directory.parent.parent),
+        )
 
 
 def _load(recipe: Recipe, progress: Progress) -> TaskData:

@@ -45,6 +45,7 @@ _FREE = {
     "checkpoint_minutes",
     "gradient_checkpointing",
     "trackers",
+    "folds",
 }  # settings that do not change the outcome
 
 
@@ -75,7 +76,9 @@ def identity(
     """
     settings = recipe.cofinetune.model_dump(mode="json", exclude=_FREE)
     settings = {key: value for key, value in settings.items() if key not in ARITHMETIC or value is not None}
-    splits = {f"data.{name}": _digest(task.splits[name]) for name in ("train", "validation") if name in task.splits}
+    splits = {
+        f"data.{name}": examples_digest(task.splits[name]) for name in ("train", "validation") if name in task.splits
+    }
     teachers = {
         f"teachers.{name}.{key}": value for name, source in sources.items() for key, value in source.identity().items()
     }
@@ -89,7 +92,8 @@ def newer_keys(identity: Mapping[str, Any]) -> frozenset[str]:
     return frozenset(key for key in identity if key.startswith("teachers.") and key.endswith(f".{TOKEN_TYPES}"))
 
 
-def _digest(examples: Examples) -> str:
+def examples_digest(examples: Examples) -> str:
+    """sha256 (hex) of the rows of a split: text ids and labels, in their order."""
     return hashlib.sha256(examples.text_ids.tobytes() + examples.labels.astype("<i8").tobytes()).hexdigest()
 
 

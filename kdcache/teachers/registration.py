@@ -5,13 +5,20 @@ Fingerprints and scores are computed from the saved files, as every later proces
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import replace
+import hashlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from kdcache.cache.ids import id_list
 from kdcache.cache.spec import Fingerprints
 from kdcache.data.encoding import encode, padding_id
+from kdcache.errors import NonFiniteError
+from kdcache.report.metrics import scores
+from kdcache.teachers import joint
 from kdcache.teachers.bundle import (
     Bundle,
     TeacherRecord,
@@ -20,12 +27,15 @@ from kdcache.teachers.bundle import (
     save_shared_head,
     save_teacher,
 )
+from kdcache.teachers.folds import gather_folds, has_fold_logits, write_fold_logits
 from kdcache.teachers.joint import MEAN, score_teachers
 from kdcache.teachers.teacher import TeacherModel
 from kdcache.training.device import default_device
 from kdcache.training.predict import predict
 
 if TYPE_CHECKING:
+    from kdcache.data.task import TaskData
+    from kdcache.recipe import Recipe
     from kdcache.teachers.head import SharedHead
     from kdcache.teachers.joint import LabelledRows
     from kdcache.teachers.sources import Source
@@ -78,11 +88,61 @@ def scored(directory: Path, bundle: Bundle, validation: LabelledRows | None, tru
     """
     if validation is None:
         return bundle
-    logits = {}
-    for name in bundle.teachers:
-        teacher = load_teacher(directory, name, bundle, trust_remote_code=name in trusted)
-        encoded = encode(teacher.tokenizer, validation.texts, teacher.max_length)
-        logits[name] = predict(teacher.model.to(default_device()), encoded, padding_id(teacher.tokenizer))
+    logits = {name: present_logits(directory, name, bundle, validation.texts, trusted) for name in bundle.teachers}
     found = score_teachers(logits, validation.labels)
     records = {name: replace(record, scores=found[name]) for name, record in bundle.teachers.items()}
     return replace(bundle, teachers=records, mean_scores=found[MEAN])
+
+
+def present_logits(
+    directory: Path, name: str, bundle: Bundle, texts: Sequence[tuple[str, ...]], trusted: Collection[str]
+) -> np.ndarray:
+    """Logits float32[n, classes] of a saved teacher; its weights are freed afterwards."""
+    teacher = load_teacher(directory, name, bundle, trust_remote_code=name in trusted)
+    encoded = encode(teacher.tokenizer, texts, teacher.max_length)
+    return predict(teacher.model.to(default_device()), encoded, padding_id(teacher.tokenizer))
+
+
+def fold_logits(
+    recipe: Recipe, task: TaskData, directory: Path, bundle: Bundle, text_ids: np.ndarray
+) -> Iterator[tuple[str, str]]:
+    """Write what each teacher of a fold answers on the texts of the fold, uint8[n, 16], unless it is there.
+
+    Yields the name and the fingerprint of each. Raises NonFiniteError.
+    """
+    texts = [task.texts[one] for one in id_list(text_ids)]
+    for name, record in bundle.teachers.items():
+        prints = record.fingerprints
+        made_by = hashlib.sha256(f"{prints.weights} {prints.head}".encode()).hexdigest()
+        if not has_fold_logits(directory, name, text_ids, made_by):
+            logits = present_logits(directory, name, bundle, texts, recipe.trusted())
+            if not np.isfinite(logits).all():
+                raise NonFiniteError(
+                    f"teacher '{name}' in '{directory}' gives NaN or infinity",
+                    'Train with a smaller cofinetune.learning_rate, or with cofinetune.precision = "float32".',
+                )
+            write_fold_logits(directory, name, text_ids, logits, made_by)
+        yield name, made_by
+
+
+def folds_record(
+    recipe: Recipe, task: TaskData, teachers_dir: Path, bundle: Bundle, weights: Mapping[str, Sequence[str]]
+) -> dict[str, Any]:
+    """``training.folds`` of teachers.json: per teacher fingerprints, and its scores on the labelled train rows.
+
+    ``in_fold``: of the teacher that was trained on them. ``out_of_fold``: of the bundles that were not.
+    """
+    rows = joint.labelled_rows(task, "train")
+    assert rows is not None
+    examples = task.splits["train"]
+    ids, teachers = examples.text_ids[examples.labels >= 0], {}
+    for name, made_by in weights.items():
+        found = gather_folds(teachers_dir, name, made_by, {})
+        trained = present_logits(teachers_dir, name, bundle, rows.texts, recipe.trusted())
+        unseen = found.logits[found.places(ids)]
+        teachers[name] = {
+            **asdict(found.spec),
+            "weights": list(made_by),
+            "scores": {"in_fold": scores(rows.labels, trained), "out_of_fold": scores(rows.labels, unseen)},
+        }
+    return {"count": len(made_by), "rows": len(ids), "teachers": teachers}

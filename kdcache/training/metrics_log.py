@@ -49,6 +49,11 @@ class MetricsLog:
         return self._stage
 
     @property
+    def path(self) -> Path:
+        """The file."""
+        return self._path
+
+    @property
     def directory(self) -> Path:
         """Where the file is."""
         return self._path.parent

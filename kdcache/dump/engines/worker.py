@@ -48,6 +48,7 @@ from kdcache.share.keys import file_key
 from kdcache.share.parallel import Stop, for_each
 from kdcache.share.transfer import send_file
 from kdcache.teachers.bundle import load_teacher
+from kdcache.teachers.folds import folds_of_cache
 
 if TYPE_CHECKING:
     from kdcache.codecs.base import Basis
@@ -176,7 +177,8 @@ class Worker:
                 f"{differing(asked.spec.fingerprints, loaded.fingerprints)}",
                 "Copy the driver's teachers to the same path on this machine.",
             )
-        prepared = PreparedTeacher(asked.spec, loaded.tokenizer, "", asked.seed, asked.trust_remote_code)
+        folds = folds_of_cache(self._job.teachers_dir, name, asked.spec.folds)
+        prepared = PreparedTeacher(asked.spec, loaded.tokenizer, "", asked.seed, asked.trust_remote_code, folds)
         self._teacher = prepared, self._loaded.enter_context(on_device(loaded, asked.spec))
         return self._teacher
 
