@@ -85,7 +85,7 @@ class Contest:
     def __init__(self, writer: CacheWriter, teacher: PreparedTeacher, backend: TeacherBackend, recipe: Recipe) -> None:
         self.teacher, self.backend = teacher, backend
         self.layers = tuple(teacher.spec.layers)
-        self.tokens_per_batch = recipe.dump.tokens_per_batch
+        self.tokens_per_batch = recipe.dump.shared_batch_tokens
         self.parts = [(part, writer.texts_of(part)) for part in writer.parts]
         self.writer = writer
         self.writing: list[float] = []
