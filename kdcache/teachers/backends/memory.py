@@ -1,11 +1,13 @@
 """Forward passes within the memory of a device: how many tokens fit, and what happens if they do not.
 
 A batch that does not fit runs in pieces of its rows, which keep the padding of the batch. On a CPU, where it was tried,
-every bit is then the same. A GPU may select other kernels for fewer rows, as another GPU does (docs/decisions/0017).
+every bit is then the same, apart from the logits of pieces of one to three rows. A GPU may select other kernels for
+fewer rows, as another GPU does (docs/decisions/0017).
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -70,9 +72,11 @@ class FittingBackend:
         rows = len(inputs["input_ids"])
         if size >= rows:
             return self._backend.run(inputs, layers, pooled)
+        count = -(-rows // size)
+        borders = [rows * number // count for number in range(count + 1)]  # no small rest: few rows have other kernels
         pieces = [
-            self._backend.run({name: tensor[first : first + size] for name, tensor in inputs.items()}, layers, pooled)
-            for first in range(0, rows, size)
+            self._backend.run({name: tensor[first:last] for name, tensor in inputs.items()}, layers, pooled)
+            for first, last in itertools.pairwise(borders)
         ]
         vectors = [piece.pooled for piece in pieces if piece.pooled is not None]
         return TeacherOutput(
