@@ -11,7 +11,6 @@ from gpu_material import BATCH
 from page import number, table
 
 Results = Mapping[str, Mapping[str, Any]]
-BEGIN, END = "<!-- measured: begin -->\n", "<!-- measured: end -->\n"
 EPOCHS, ROWS = 3, 100_000  # of the students whose cost is compared
 NOTHING = "Nothing has been measured on a GPU yet.\n"
 
@@ -19,11 +18,15 @@ NOTHING = "Nothing has been measured on a GPU yet.\n"
 def write(results: Path, page: Path) -> None:
     """Replace what is between the marks of ``page``."""
     found = {name: entry["found"] for name, entry in pieces.known(results).items() if "found" in entry}
-    before, rest = page.read_text(encoding="utf-8").split(BEGIN)
-    after = rest.split(END)[1]
     sections = [section(found) for section in (machine, steps, options, dump, students, cofinetune)]
-    measured = "\n".join(section for section in sections if section) or NOTHING
-    page.write_text(f"{before}{BEGIN}\n{measured}\n{END}{after}", encoding="utf-8")
+    replace_between(page, "measured", "\n".join(section for section in sections if section) or NOTHING)
+
+
+def replace_between(page: Path, mark: str, text: str) -> None:
+    """Put ``text`` between ``<!-- MARK: begin -->`` and ``<!-- MARK: end -->``."""
+    begin, end = f"<!-- {mark}: begin -->\n", f"<!-- {mark}: end -->\n"
+    before, rest = page.read_text(encoding="utf-8").split(begin)
+    page.write_text(f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}", encoding="utf-8")
 
 
 def machine(found: Results) -> str:
