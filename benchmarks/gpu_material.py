@@ -83,7 +83,7 @@ def main() -> None:
 def texts(path: Path, rows: int, words: int, seed: int) -> None:
     """Labelled lines of about ``words`` words, from half to one and a half times as many."""
     generator = random.Random(seed)
-    lines = {}
+    lines: dict[str, int] = {}
     while len(lines) < rows:
         count = generator.randint(max(1, words // 2), words + words // 2)
         lines[" ".join(generator.choices(WORDS, k=count))] = generator.randrange(2)

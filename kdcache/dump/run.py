@@ -114,42 +114,64 @@ def run_teacher(
     """
     started = time.perf_counter()
     texts = sum(len(task.part.text_ids) for task in missing)
-    tokens = truncated = 0
     with opener(teacher, teachers_dir) as opened:
         backend = FittingBackend(opened, teacher.name, progress.note)
         chosen = {} if tokens_per_batch is not None else _chosen_batch(writer, teacher, backend)
         tokens_per_batch = tokens_per_batch or int(chosen.get(BATCH, TOKENS_PER_BATCH))
         bases = _bases(writer, teacher, missing, backend, tokens_per_batch, progress)
         progress.start(f"dump {teacher.name}", texts, "texts")
-        written = _Written(progress)
-        encoders = layer_encoders(
-            teacher.spec, {layer for task in missing for layer in task.layers}, bases, backend.device
-        )
-        with (
-            BackgroundWriter("kdcache-write", written.add) as writing,
-            store_thread(backend.device) as store,
-            contextlib.closing(_tokenised(writer, teacher, missing, tokens_per_batch)) as tokenised,
-        ):
-            for task, batches in tokenised:
-                part = PartRun(batches, backend, teacher.spec, task.layers, encoders)
-                part.run(store, written.advance)
-                cut = batches.encoded.truncated_count
-                if not truncated:  # noted with the first part, not after hours; the report has the total
-                    for line in truncation_note(
-                        f"teacher '{teacher.name}'", cut, len(task.part.text_ids), teacher.spec.max_length
-                    ):
-                        progress.note(line)
-                truncated += cut
-                tokens += _token_count(teacher, task, batches)
-                store.start(functools.partial(_hand_over, writing, writer, teacher, task, part))
-        written.advance(0)
+        ran = _run_parts(writer, teacher, missing, backend, bases, tokens_per_batch, progress)
         progress.finish()
         record = {**backend.record, **chosen}
-        if missing and not _has_speed(writer, teacher.name):
-            record |= measured_record(backend, batches, teachers_dir)
-    return TeacherRun(
-        teacher.name, len(missing), texts, tokens, written.total, time.perf_counter() - started, record, truncated
-    )
+        if ran.last is not None and not _has_speed(writer, teacher.name):
+            record |= measured_record(backend, ran.last, teachers_dir)
+    seconds = time.perf_counter() - started
+    return TeacherRun(teacher.name, len(missing), texts, ran.tokens, ran.bytes, seconds, record, ran.truncated)
+
+
+@dataclass
+class _Parts:
+    """What the parts of a teacher came to. ``last``: the batches of the last one."""
+
+    tokens: int = 0
+    truncated: int = 0
+    bytes: int = 0
+    last: TextBatches | None = None
+
+
+def _run_parts(
+    writer: CacheWriter,
+    teacher: PreparedTeacher,
+    missing: Sequence[PartTask],
+    backend: TeacherBackend,
+    bases: Mapping[int, Basis],
+    tokens_per_batch: int,
+    progress: Progress,
+) -> _Parts:
+    """Run and write the parts, each step of a part beside other steps of others."""
+    written, found = _Written(progress), _Parts()
+    layers = {layer for task in missing for layer in task.layers}
+    encoders = layer_encoders(teacher.spec, layers, bases, backend.device)
+    with (
+        BackgroundWriter("kdcache-write", written.add) as writing,
+        store_thread(backend.device) as store,
+        contextlib.closing(_tokenised(writer, teacher, missing, tokens_per_batch)) as tokenised,
+    ):
+        for task, batches in tokenised:
+            part = PartRun(batches, backend, teacher.spec, task.layers, encoders)
+            part.run(store, written.advance)
+            cut = batches.encoded.truncated_count
+            if not found.truncated:  # noted with the first part, not after hours; the report has the total
+                reader, texts = f"teacher '{teacher.name}'", len(task.part.text_ids)
+                for line in truncation_note(reader, cut, texts, teacher.spec.max_length):
+                    progress.note(line)
+            found.truncated += cut
+            found.tokens += _token_count(teacher, task, batches)
+            found.last = batches
+            store.start(functools.partial(_hand_over, writing, writer, teacher, task, part))
+    written.advance(0)
+    found.bytes = written.total
+    return found
 
 
 def _chosen_batch(writer: CacheWriter, teacher: PreparedTeacher, backend: TeacherBackend) -> dict[str, str]:
