@@ -119,6 +119,7 @@ class StorageFormat(ABC):
     by_bytes: ClassVar[bool] = False  # whether `bytes` of the recipe sets the size of a row, or `dim`
     coarse: ClassVar[bool] = False  # whether live targets are encoded too, since the loss exceeds rounding
     needs_basis: ClassVar[bool] = False  # whether decoding needs tensors of the basis
+    searches: ClassVar[bool] = False  # whether encoding takes thousands of operations on a device
     sample_rows: ClassVar[int] = 0  # hidden states of the sample that ``fit`` needs
     basis_bytes: ClassVar[int] = 0  # largest size of the format's own tensors in a basis
 

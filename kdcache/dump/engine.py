@@ -3,8 +3,8 @@
 Texts run sorted by length, in batches of a token budget, because padding is wasted work. Results go back to the places
 of their texts. Batches are a pure function of the part and the settings: a part that is dumped again after a crash gets
 the same bytes. Each batch is projected and encoded on its device before it goes to the host, so a part is never in
-memory at full width. On the CPU a thread does this while the next batch runs; on an accelerator it is queued right
-after the forward pass, and the thread waits for the result.
+memory at full width. On an accelerator this is queued right after the forward pass, and a thread waits for the result.
+On the CPU, and where encoding is a search of thousands of operations, the thread does it while the next batch runs.
 """
 
 from __future__ import annotations
@@ -131,17 +131,22 @@ def run_part(
     Raises NonFiniteError, naming teacher, text id and layer, for values that are not finite or exceed the stored type.
     """
     part = PartRun(batches, backend, spec, layers, layer_encoders(spec, layers, bases, backend.device))
-    with store_thread(backend.device) as store:
+    with store_thread(spec, backend.device) as store:
         part.run(store, on_batch)
     return part.results()
 
 
-_STORED_BEHIND = 4  # batches of an accelerator that may wait for the host: they are encoded already
+_STORED_BEHIND = 4  # batches that may wait for the host if they are encoded already
 
 
-def store_thread(device: str) -> BackgroundWriter[None]:
-    """The thread that stores batches; on the CPU one behind, because they wait there at full width."""
-    return BackgroundWriter("kdcache-store", ahead=1 if device == "cpu" else _STORED_BEHIND)
+def store_thread(spec: TeacherSpec, device: str) -> BackgroundWriter[None]:
+    """The thread that stores batches; one behind if they wait for it at full width."""
+    return BackgroundWriter("kdcache-store", ahead=1 if _encodes_behind(spec, device) else _STORED_BEHIND)
+
+
+def _encodes_behind(spec: TeacherSpec, device: str) -> bool:
+    """Whether the storing thread encodes, and not the one that runs the teacher."""
+    return device == "cpu" or any(format_of(layer).searches for layer in spec.layers.values())
 
 
 class PartRun:
@@ -161,11 +166,12 @@ class PartRun:
         self._hidden = {layer: encoders[layer].empty(batches.row_count(spec.layers[layer])) for layer in layers}
         self._logits = np.empty((texts, *spec.target.shape), np.float32)
         self._pooled = None if spec.pooled is None else np.empty((texts, spec.pooled), np.float32)
+        self._behind = _encodes_behind(spec, backend.device)
 
     def run(self, store: BackgroundWriter[None], on_batch: OnBatch) -> None:
         """Run all batches. The results are complete when ``store`` has done all that it was given."""
         for rows, output in self.batches.run(self._backend, self._layers, pooled=self._pooled is not None):
-            if self._backend.device == "cpu":
+            if self._behind:
                 store.start(functools.partial(self._encode_and_put, rows, output))
             else:
                 store.start(functools.partial(self._put, rows, fetch(self._encoded(rows, output))))

@@ -154,7 +154,7 @@ def _run_parts(
     encoders = layer_encoders(teacher.spec, layers, bases, backend.device)
     with (
         BackgroundWriter("kdcache-write", written.add) as writing,
-        store_thread(backend.device) as store,
+        store_thread(teacher.spec, backend.device) as store,
         contextlib.closing(_tokenised(writer, teacher, missing, tokens_per_batch)) as tokenised,
     ):
         for task, batches in tokenised:

@@ -16,6 +16,7 @@ import torch
 from kdcache.cache.reader import open_cache
 from kdcache.cache.writer import CacheWriter
 from kdcache.codecs.base import TokenSelection
+from kdcache.codecs.registry import format_of
 from kdcache.dump import run as dump_run
 from kdcache.dump.behind import BackgroundWriter, fetch
 from kdcache.dump.engine import TextBatches, fit_bases, run_part
@@ -81,13 +82,15 @@ class NumbersElsewhere(Numbers):
 
 
 @pytest.mark.parametrize("tokens", ["all", "first", "pooled"])
-def test_an_accelerator_is_waited_for_once_per_batch(tokens: TokenSelection) -> None:
+@pytest.mark.parametrize("searches", [False, True])  # in the thread that stores
+def test_an_accelerator_is_waited_for_once_per_batch(tokens: TokenSelection, searches: bool) -> None:
     """Whatever the number of layers; and what arrives is what the CPU makes, byte by byte.
 
     Of two rows of a trellis with equal errors, the search on a device may take the other one.
     """
     batches: TextBatches = exact_texts()
-    layers = {number: replace(form, tokens=tokens) for number, form in enumerate(FORMS.values())}
+    forms = [form for form in FORMS.values() if searches or not format_of(form).searches]
+    layers = {number: replace(form, tokens=tokens) for number, form in enumerate(forms)}
     teacher, bases = exact_teacher(layers), {layer: basis(spec) for layer, spec in layers.items()}
     expected, stored = run_part(batches, Numbers(), teacher, tuple(layers), bases, lambda _: None)
     passes = list[int]()

@@ -65,6 +65,7 @@ class Trellis(StorageFormat):
     by_bytes = True
     coarse = True
     needs_basis = True
+    searches = True
     sample_rows = 4096  # tokens on which tables are trained
     basis_bytes = 1 << 24
 
