@@ -75,7 +75,7 @@ def _usual(recipe: Path, teachers: Path, cache: Path) -> list[Piece]:
         dump(f"onnxruntime, {precision}, int8", f"--set dump.precision={precision}", "onnxruntime")
         for precision in ("float32", "fp16")
     ]
-    return [*found, _piece("cofinetune", f"{HERE / 'cofinetune.py'} {recipe} --rows 1024 --rounds 3")]
+    return [*found, _piece("cofinetune", f"{HERE / 'cofinetune.py'} {recipe} --rows 512 --rounds 2")]
 
 
 def _quick(recipe: Path, teachers: Path, cache: Path) -> list[Piece]:
