@@ -7,7 +7,7 @@ MINUTES ?= 60
 VENV := .venv
 RUN := $(VENV)/bin
 
-.PHONY: setup demo test coverage fuzz mutants check lint types imports docs release bench bench-size clean
+.PHONY: setup demo test coverage fuzz mutants check lint types imports docs release bench bench-gpu bench-size clean
 
 setup: $(VENV)/.kdcache
 
@@ -87,6 +87,10 @@ $(VENV)-release/.tools: constraints.txt pyproject.toml
 # Under an hour on two cores. The loader's rivals have an environment of their own, because they ask for older libraries.
 bench: $(VENV)/.dev $(VENV)-bench/.rivals
 	$(RUN)/python benchmarks/all.py --rivals-python $(VENV)-bench/bin/python
+
+# On a machine with a GPU, in pieces of ten minutes: run it until it says that nothing is left.
+bench-gpu: $(VENV)/.dev
+	$(RUN)/python benchmarks/gpu.py
 
 # Students from ten forms of the same hidden states, three seeds each: hours on two cores. Continues where it was stopped.
 bench-size: $(VENV)/.dev

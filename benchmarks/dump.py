@@ -6,27 +6,33 @@ For each teacher and backend the two are interleaved. `bare` runs the model over
 only the logits. `dump` does the work of `kdcache dump-teachers` for the same texts, into a new cache with bases. The
 pass that fits the bases is timed separately, and so is the writer thread, which overlaps with the next part. Storing
 overlaps with the next forward pass if a core is free, so the ratio of CPU times is reported besides that of wall times.
-onnxruntime is measured if it is installed; its export is not timed. Prints JSON.
+onnxruntime is measured if it is installed; its export is not timed. ``--only`` takes some of the recipe's teachers.
+Prints JSON.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 from measure import machine, ratio, rounds, summary
 
 from kdcache.cache.spec import Settings
 from kdcache.cache.writer import CacheWriter, open_writer
 from kdcache.data.task import load_task
-from kdcache.dump.engine import fit_bases, run_part
-from kdcache.dump.run import open_teacher, text_batches
-from kdcache.dump.specs import PreparedTeacher, prepare_teachers, scopes, task_spec
+from kdcache.dump import run as dump_run
+from kdcache.dump.engine import fit_bases
+from kdcache.dump.run import open_teacher, run_teacher, text_batches
+from kdcache.dump.specs import PreparedTeacher, Texts, prepare_teachers, scopes, task_spec
+from kdcache.progress import SilentProgress
 from kdcache.recipe import Recipe, load_recipe
 from kdcache.teachers.bundle import read_bundle
 
@@ -41,6 +47,7 @@ def main() -> None:
     parser.add_argument("--teachers", type=Path, required=True, help="directory of the co-finetuned teachers")
     parser.add_argument("--texts", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", nargs="*", metavar="TEACHER")
     parser.add_argument("--backends", nargs="*", default=["torch", "onnxruntime"])
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
     arguments = parser.parse_args()
@@ -48,6 +55,9 @@ def main() -> None:
     for backend in arguments.backends:
         sizes = f"dump.part_size={max(1, arguments.texts // 4)}"
         recipe = load_recipe(arguments.recipe, [*arguments.overrides, f"dump.backend={backend}", sizes])
+        if arguments.only:
+            kept = [teacher for teacher in recipe.teachers if teacher.name in arguments.only]
+            recipe = recipe.model_copy(update={"teachers": kept})
         report[backend] = measure_backend(recipe, arguments)
     if {"torch", "onnxruntime"} <= report.keys():
         report["onnxruntime / torch, rows per second of the bare loop"] = {
@@ -75,17 +85,27 @@ def measure_backend(recipe: Recipe, arguments: argparse.Namespace) -> dict[str, 
             writer.add_texts(texts, {})
             writer.declare_teacher(teacher.spec, teacher.tokenizer_json)
             with open_teacher(teacher, arguments.teachers) as backend:
-                found[teacher.name] = Contest(writer, teacher, backend, recipe).run(arguments.rounds)
+                contest = Contest(writer, teacher, backend, recipe, arguments.teachers, texts)
+                found[teacher.name] = contest.run(arguments.rounds)
     return found
 
 
 class Contest:
     """The bare loop and the dump of one teacher, over the same parts."""
 
-    def __init__(self, writer: CacheWriter, teacher: PreparedTeacher, backend: TeacherBackend, recipe: Recipe) -> None:
+    def __init__(
+        self,
+        writer: CacheWriter,
+        teacher: PreparedTeacher,
+        backend: TeacherBackend,
+        recipe: Recipe,
+        teachers_dir: Path,
+        texts: Texts,
+    ) -> None:
         self.teacher, self.backend = teacher, backend
+        self.teachers_dir, self.texts = teachers_dir, texts
         self.layers = tuple(teacher.spec.layers)
-        self.tokens_per_batch = recipe.dump.tokens_per_batch
+        self.tokens_per_batch = recipe.dump.shared_batch_tokens
         self.parts = [(part, writer.texts_of(part)) for part in writer.parts]
         self.writer = writer
         self.writing: list[float] = []
@@ -124,41 +144,42 @@ class Contest:
         return time.perf_counter() - began
 
     def dump(self, bases: dict[int, Any]) -> float:
-        """The same, with projection, quantisation, and the files of every part, written during the next part."""
-        from concurrent.futures import Future, ThreadPoolExecutor
-
-        began, processor, writing, pending = time.perf_counter(), time.process_time(), 0.0, None
-        with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(1) as thread:
-            for part, texts in self.parts:
-                batches = self.batches(texts, part.text_ids)
-                outputs, hidden = run_part(batches, self.backend, self.teacher.spec, self.layers, bases, lambda _: None)
-                writing += 0.0 if pending is None else pending.result()
-                pending = thread.submit(self.write, Path(folder), part.name, batches, outputs, hidden)
-            assert isinstance(pending, Future)
-            writing += pending.result()
+        """What ``kdcache dump-teachers`` does for a teacher that is loaded and has its bases."""
+        name, seconds = self.teacher.name, [0.0]
+        with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as patches:
+            writer = patches.enter_context(
+                open_writer(Path(folder) / "cache", self.writer.contents.task, self.writer.contents.settings)
+            )
+            writer.add_texts(self.texts, {})
+            missing = writer.declare_teacher(self.teacher.spec, self.teacher.tokenizer_json)
+            writer.write_bases(name, bases)
+            patches.enter_context(mock.patch.object(dump_run, "measured_record", lambda *_: {}))  # of seconds
+            patches.enter_context(mock.patch.object(writer, "write_part", timed(writer.write_part, seconds)))
+            began, processor = time.perf_counter(), time.process_time()
+            run_teacher(
+                writer, self.teacher, missing, self.teachers_dir, self.tokens_per_batch, SilentProgress(),
+                lambda *_: contextlib.nullcontext(self.backend),
+            )  # fmt: skip
             taken = time.perf_counter() - began
-        self.processor["dump"].append(time.process_time() - processor)
-        self.writing.append(writing)
+            self.processor["dump"].append(time.process_time() - processor)
+        self.writing.append(seconds[0])
         return taken
-
-    def write(self, folder: Path, name: str, batches: TextBatches, outputs: Any, hidden: Any) -> float:
-        """Write the files of a part as a cache writer does, durably and with digests; returns seconds."""
-        from kdcache.cache import layout, tables
-        from kdcache.cache.hidden import encode_layers
-        from kdcache.files import write_file
-
-        began, spec, tokens = time.perf_counter(), self.teacher.spec, batches.tokens()
-        files: dict[str, Any] = {
-            layout.outputs_file(spec.name, name): tables.encode_outputs(outputs),
-            layout.tokens_file(spec.name, name): tables.encode_tokens(tokens),
-            **encode_layers(spec, name, batches.text_ids, tokens.offsets, hidden),
-        }
-        for path, data in files.items():
-            write_file(folder / path, data)
-        return time.perf_counter() - began
 
     def batches(self, texts: Any, text_ids: Any) -> TextBatches:
         return text_batches(self.teacher, texts, text_ids, self.tokens_per_batch)
+
+
+def timed(action: Callable[..., int], seconds: list[float]) -> Callable[..., int]:
+    """``action``, which adds the time that it takes to the one number of ``seconds``."""
+
+    def run(*arguments: Any, **named: Any) -> int:
+        began = time.perf_counter()
+        try:
+            return action(*arguments, **named)
+        finally:
+            seconds[0] += time.perf_counter() - began
+
+    return run
 
 
 if __name__ == "__main__":

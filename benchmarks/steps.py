@@ -4,6 +4,7 @@
     python benchmarks/steps.py RECIPE --teachers runs/sst2/teachers --cache runs/sst2/cache --set KEY=VALUE ...
     python benchmarks/steps.py ... --contenders cached --set distill.compile=true   # or tf32, fused_adamw=false
     python benchmarks/steps.py ... --contenders cached --dense-embeddings   # gradients of all rows, as in 0.1.0
+    python benchmarks/steps.py ... --free-running      # on a GPU: as in training, without waiting between the phases
 
 Every contender trains the same student on the same rows. Contenders are interleaved: some steps of one, then some of
 the next. Plain fine-tuning has its own order of rows, so a turn must be long enough to have batches of all lengths.
@@ -11,6 +12,10 @@ the next. Plain fine-tuning has its own order of rows, so a turn must be long en
 `ideal` for `cached` against `fine-tune` is student FLOPs / (student + projection FLOPs), counted by torch. `predicted`
 for `live` is a step plus the teachers' forward passes, measured alone on the same batches. Peak memory is that of a
 process with one contender. Prints JSON.
+
+With ``--free-running`` the host never waits for a GPU, and the next batch is copied while a step runs, as in training.
+Instead of phases there is the idle share of the GPU: 1 - the time in which a kernel runs, of some steps under torch's
+profiler.
 """
 
 from __future__ import annotations
@@ -34,7 +39,7 @@ from kdcache.cache.memory import keep_freed_blocks
 from kdcache.cache.reader import open_cache
 from kdcache.distill.setup import Training, prepare
 from kdcache.distill.stage import compiled_student
-from kdcache.loading.transfer import pack
+from kdcache.loading.transfer import on_device, pack
 from kdcache.progress import SilentProgress
 from kdcache.recipe import load_recipe
 from kdcache.students.model import takes_full_mask
@@ -83,6 +88,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--dense-embeddings", action="store_true", help="on a CPU: a gradient of all rows in each micro-batch"
     )
+    parser.add_argument(
+        "--free-running", action="store_true", help="do not wait for a GPU between the phases of a step"
+    )
     parser.add_argument("--alone", choices=CONTENDERS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     there = len(open_cache(arguments.cache).teachers)
@@ -112,7 +120,10 @@ def compare(arguments: argparse.Namespace, count: int) -> dict[str, Any]:
     found["ratio of steps per second"] = {
         f"{one} / {other}": ratio(rates[one], rates[other]) for one, other in pairs if one in rates and other in rates
     }
-    found["share of time"] = {name: runner.shares() for name, runner in runners.items()}
+    if not arguments.free_running:
+        found["share of time"] = {name: runner.shares() for name, runner in runners.items()}
+    elif torch.cuda.is_available():
+        found["idle share of the GPU"] = {name: runner.idle(steps[name]) for name, runner in runners.items()}
     if "cached" in runners and "fine-tune" in runners:
         plain, taught = runners["fine-tune"].flops(), runners["cached"].flops()
         found["ideal cached / fine-tune by FLOPs"] = plain / taught
@@ -122,6 +133,7 @@ def compare(arguments: argparse.Namespace, count: int) -> dict[str, Any]:
         runner.close()
     settings = [flag for override in arguments.overrides for flag in ("--set", override)]
     settings += ["--dense-embeddings"] if arguments.dense_embeddings else []
+    settings += ["--free-running"] if arguments.free_running else []
     common = [arguments.recipe, "--teachers", str(arguments.teachers), "--cache", str(arguments.cache), *settings]
     found["peak memory, MB"] = {
         name: in_a_process("steps.py", [*common, "--counts", str(count), "--steps", "10", "--alone", name])
@@ -159,7 +171,9 @@ class Runner:
     device: torch.device
     rows: RowGradients | None  # of word embeddings
     settings: contextlib.ExitStack  # compiled graphs and TF32, until it is closed
+    free: bool = False  # the host does not wait for the device
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+    fed: Iterator[tuple[Any, Sequence[Batch]]] | None = None  # counts and pieces of steps, on their way to the device
 
     @classmethod
     def of(cls, name: str, arguments: argparse.Namespace, count: int) -> Runner:
@@ -195,6 +209,7 @@ class Runner:
             device,
             None if plain else RowGradients(model),
             options,
+            arguments.free_running,
         )
 
     def steps(self, count: int) -> float:
@@ -202,14 +217,37 @@ class Runner:
         began = time.perf_counter()
         for _ in range(count):
             self.step()
+        if self.free and self.device.type == "cuda":
+            torch.cuda.synchronize()
         return time.perf_counter() - began
 
-    def step(self) -> None:
-        clock = Clock(self.seconds, self.device)
-        batch = next(self.batches)
-        counts, pieces = self.model.counts([batch]), batch.split(self.accumulation)
+    def idle(self, count: int) -> float:
+        """The share of the time of ``count`` steps in which no kernel runs on the GPU."""
+        from torch.profiler import ProfilerActivity, profile
+
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            seconds = self.steps(count)
+        spans = [event.time_range for event in profiler.events() if event.device_type.name == "CUDA"]
+        return 1 - busy([(span.start, span.end) for span in spans]) / (1e6 * seconds)
+
+    def pieces(self) -> tuple[Any, Sequence[Batch]]:
+        """Counts of the next step, and its micro-batches on the device."""
+        if self.free and self.device.type != "cpu" and self.name != "memory":
+            if self.fed is None:
+                self.fed = on_device(self.on_host, self.device, in_thread=self.name != "live")
+            return next(self.fed)
+        counts, pieces = next(self.on_host())
         if self.device.type != "cpu":
             pieces = pack(pieces, pin=self.device.type == "cuda").to(self.device)
+        return counts, pieces
+
+    def on_host(self) -> Iterator[tuple[Any, tuple[Batch, ...]]]:
+        for batch in self.batches:
+            yield self.model.counts([batch]), batch.split(self.accumulation)
+
+    def step(self) -> None:
+        clock = Clock(self.seconds, self.device, wait=not self.free)
+        counts, pieces = self.pieces()
         clock.lap("data")
         for piece in pieces:
             precision = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocast)
@@ -252,6 +290,8 @@ class Runner:
 
     def close(self) -> None:
         self.settings.close()
+        if self.fed is not None:
+            self.fed.close()  # type: ignore[attr-defined]  # a generator, whose thread reads ``batches``
         close = getattr(self.batches, "close", None)
         if close is not None:
             close()
@@ -260,11 +300,11 @@ class Runner:
 class Clock:
     """Wait for the device, and add the time since the last lap to a phase."""
 
-    def __init__(self, seconds: dict[str, float], device: torch.device) -> None:
-        self._seconds, self._device, self._last = seconds, device, time.perf_counter()
+    def __init__(self, seconds: dict[str, float], device: torch.device, *, wait: bool = True) -> None:
+        self._seconds, self._wait, self._last = seconds, wait and device.type == "cuda", time.perf_counter()
 
     def lap(self, phase: str) -> None:
-        if self._device.type == "cuda":
+        if self._wait:
             torch.cuda.synchronize()
         now = time.perf_counter()
         self._seconds[phase] += now - self._last
@@ -282,6 +322,15 @@ class after:  # noqa: N801 - reads as a phrase
 
     def __exit__(self, *_: object) -> None:
         self._handle.remove()
+
+
+def busy(spans: Sequence[tuple[float, float]]) -> float:
+    """The length of the union of ``spans``."""
+    total, end = 0.0, float("-inf")
+    for first, last in sorted(spans):
+        total += max(0.0, last - max(first, end))
+        end = max(end, last)
+    return total
 
 
 def endless(batches: Callable[[int], Iterator[Batch]]) -> Iterator[Batch]:

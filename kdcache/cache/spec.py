@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 Scope = Literal["full", "logits"]
 HeadKind = Literal["shared", "own"]
 IMPORTED = "imported"  # the backend of a teacher whose logits come from a file; its precision names their kind
+# ends the precision of a teacher whose head ran in float32 behind an encoder in half precision; without it the head ran
+# as the encoder, as in 0.1.0
+FLOAT32_HEAD = "+float32-head"
 _INTEGER = re.compile(r"-?[0-9]+")
 
 
@@ -168,12 +171,17 @@ class TeacherSpec:
     max_length: int  # tokens
     truncation: str  # such as 'longest_first'
     backend: str  # 'torch' or 'onnxruntime'
-    precision: str  # of the forward pass
+    precision: str  # of the forward pass; may end with FLOAT32_HEAD
     target: TargetSpec
     pooled: int | None  # width of the stored pooled vector
     sample_texts: int  # number of texts that bases and variances were fitted on
     layers: Mapping[int, LayerSpec] = field(default_factory=dict)
     folds: FoldsSpec | None = None  # None: all logits are those of this teacher
+
+    @property
+    def encoder_precision(self) -> str:
+        """The precision without regard to the head: ``float32``, ``bf16`` or ``fp16``."""
+        return self.precision.removesuffix(FLOAT32_HEAD)
 
     @property
     def imported(self) -> bool:

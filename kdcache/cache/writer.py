@@ -148,11 +148,14 @@ class CacheWriter:
         """Declare how a teacher is run; returns what is missing of it. Raises MismatchError if existing data differ.
 
         Existing layers that ``spec`` does not name stay; if they lack some texts, that is a MismatchError too.
+        Existing data also decide whether the head runs in float32; ``contents`` has the result.
         """
         old = self._contents.teachers.get(spec.name)
         published = self.base.contents if self.base else None
         existing = existing_layers(self._contents, published, spec.name)
         if old is not None and (existing or has_any(self._contents, published, spec.name)):
+            if spec.encoder_precision == old.encoder_precision:
+                spec = replace(spec, precision=old.precision)
             check_teacher(self.root, old, spec, existing)
             kept = {layer: old.layers[layer] for layer in existing}
             if existing and not spec.layers:

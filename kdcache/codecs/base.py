@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 Projection = Literal["none", "pca", "random"]
 TokenSelection = Literal["all", "first", "pooled"]
 Encoder = Callable[["torch.Tensor"], "HiddenBlock"]  # of float32 [rows, dim], on the device that it was made for
+OnDevice = Callable[
+    ["torch.Tensor"], "tuple[torch.Tensor, ...]"
+]  # of float32 [rows, dim]; does not wait for the device
+OnHost = Callable[["Sequence[np.ndarray]"], "HiddenBlock"]
 Decoder = Callable[["torch.Tensor"], "torch.Tensor"]  # stored values [rows, ...] -> float32 [rows, dim], before scales
 TensorShape = tuple[str, tuple[int, ...]]  # dtype and shape, as safetensors names them
 
@@ -115,6 +119,7 @@ class StorageFormat(ABC):
     by_bytes: ClassVar[bool] = False  # whether `bytes` of the recipe sets the size of a row, or `dim`
     coarse: ClassVar[bool] = False  # whether live targets are encoded too, since the loss exceeds rounding
     needs_basis: ClassVar[bool] = False  # whether decoding needs tensors of the basis
+    searches: ClassVar[bool] = False  # whether encoding takes thousands of operations on a device
     sample_rows: ClassVar[int] = 0  # hidden states of the sample that ``fit`` needs
     basis_bytes: ClassVar[int] = 0  # largest size of the format's own tensors in a basis
 
@@ -204,8 +209,17 @@ class StorageFormat(ABC):
         """Encode ``values`` float32 [rows, dim]. Raises NonFiniteError as ``check_storable``."""
 
     @abstractmethod
+    def encoder_steps(self, spec: LayerSpec, basis: Basis, device: torch.device | str) -> tuple[OnDevice, OnHost]:
+        """Two functions that together do the same, bit for bit, for rows that can be stored.
+
+        The first one computes on the device and does not wait for it; the second one gets its tensors as arrays. Rows
+        that cannot be stored may give any codes, but no error in the first one.
+        """
+
     def encoder(self, spec: LayerSpec, basis: Basis, device: torch.device | str) -> Encoder:
-        """A function that does the same on a device, bit for bit, for rows that can be stored."""
+        """``encoder_steps`` as one function."""
+        on_device, on_host = self.encoder_steps(spec, basis, device)
+        return lambda values: on_host([tensor.cpu().numpy() for tensor in on_device(values)])
 
     # decoding
 
@@ -300,18 +314,18 @@ class RowScaledFormat(StorageFormat):
         numbers = values / np.where(scales > 0.0, scales, np.float32(np.inf))[:, None]
         return HiddenBlock(self.codes(numbers), scales)
 
-    def encoder(self, spec: LayerSpec, basis: Basis, device: torch.device | str) -> Encoder:
+    def encoder_steps(self, spec: LayerSpec, basis: Basis, device: torch.device | str) -> tuple[OnDevice, OnHost]:
         import torch
 
         limit = torch.full((1,), self.limit, device=device)  # a GPU divides by a scalar differently
 
-        def encoded(values: torch.Tensor) -> HiddenBlock:
+        def on_device(values: torch.Tensor) -> tuple[torch.Tensor, ...]:
             scales = values.abs().amax(dim=1) / limit
-            scales[scales < _SMALLEST_SCALE] = 0.0
+            scales = scales.masked_fill_(scales < _SMALLEST_SCALE, 0.0)
             numbers = values / torch.where(scales > 0.0, scales, torch.inf)[:, None]
-            return HiddenBlock(self.codes_on_device(numbers).cpu().numpy(), scales.cpu().numpy())
+            return self.codes_on_device(numbers), scales
 
-        return encoded
+        return on_device, lambda arrays: HiddenBlock(*arrays)
 
     def rounding(self, block: HiddenBlock, projected: np.ndarray, spec: LayerSpec, basis: Basis) -> Rounding:
         assert block.scales is not None
@@ -325,7 +339,6 @@ def largest_of(values: np.ndarray) -> np.ndarray:
     return largest
 
 
-def largest_on_device(values: torch.Tensor) -> np.ndarray:
+def largest_on_device(values: torch.Tensor) -> torch.Tensor:
     """The same of a tensor on a device."""
-    largest: np.ndarray = values.abs().amax(dim=1).cpu().numpy()
-    return largest
+    return values.abs().amax(dim=1)

@@ -11,7 +11,7 @@ from kdcache.codecs.base import HiddenBlock, Rounding, StorageFormat, StoredArra
 if TYPE_CHECKING:
     import torch
 
-    from kdcache.codecs.base import Basis, Encoder, LayerSpec
+    from kdcache.codecs.base import Basis, LayerSpec, OnDevice, OnHost
 
 _FLOAT16_LIMIT = 65520.0  # values from here on round to infinity
 _HALF_ULP, _HALF_LEAST = 2.0**-11, 2.0**-25  # of float16: relative, and below its normal numbers
@@ -29,11 +29,11 @@ class Float32(StorageFormat):
         self.check_storable(largest_of(values))
         return HiddenBlock(np.ascontiguousarray(values, dtype=self.name))
 
-    def encoder(self, spec: LayerSpec, basis: Basis, device: torch.device | str) -> Encoder:
+    def encoder_steps(self, spec: LayerSpec, basis: Basis, device: torch.device | str) -> tuple[OnDevice, OnHost]:
         import torch
 
         dtype = getattr(torch, self.name)
-        return lambda values: HiddenBlock(values.to(dtype).cpu().numpy())
+        return lambda values: (values.to(dtype),), lambda arrays: HiddenBlock(*arrays)
 
     def rounding(self, block: HiddenBlock, projected: np.ndarray, spec: LayerSpec, basis: Basis) -> Rounding:
         zero = np.zeros(len(block))

@@ -17,8 +17,12 @@ def select_tokens(hidden: Tensor, lengths: np.ndarray, selection: TokenSelection
         return hidden
     import torch
 
-    counts = torch.as_tensor(lengths, dtype=torch.int64, device=hidden.device)
+    counts = torch.as_tensor(lengths, dtype=torch.int64)
+    if hidden.device.type == "cuda":
+        counts = counts.pin_memory()  # else the copy waits for the device
+    counts = counts.to(hidden.device, non_blocking=True)
     starts = counts.cumsum(0) - counts
     if selection == "first":
         return hidden[starts]
-    return torch.segment_reduce(hidden.float(), "mean", lengths=counts, axis=0)
+    # unsafe: without a check of the lengths, for which the host would wait for the device
+    return torch.segment_reduce(hidden.float(), "mean", lengths=counts, axis=0, unsafe=True)

@@ -174,7 +174,7 @@ def estimate_dump(recipe: Recipe, teachers_dir: Path, cache_dir: Path, *, progre
     counted = []
     for teacher in teachers:
         groups = _missing_groups(cache, teacher.spec, new_full, new_logits)
-        counted.append(_count_teacher(teacher, cache, groups, teachers_dir, recipe.dump.tokens_per_batch, progress))
+        counted.append(_count_teacher(teacher, cache, groups, teachers_dir, recipe.dump.shared_batch_tokens, progress))
     existing = tuple(cache.teachers) if cache is not None else ()
     known = len(full) + len(logits_only) - len(new_full) - len(new_logits)
     student = student_truncation(recipe, teachers_dir, teachers, wanted.trained_on)

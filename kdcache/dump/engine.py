@@ -2,18 +2,17 @@
 
 Texts run sorted by length, in batches of a token budget, because padding is wasted work. Results go back to the places
 of their texts. Batches are a pure function of the part and the settings: a part that is dumped again after a crash gets
-the same bytes. A thread projects and encodes each batch on the device while the next one runs, so a part is never in
-memory at full width.
+the same bytes. Each batch is projected and encoded on its device before it goes to the host, so a part is never in
+memory at full width. On an accelerator this is queued right after the forward pass, and a thread waits for the result.
+On the CPU, and where encoding is a search of thousands of operations, the thread does it while the next batch runs.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import TracebackType
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -24,6 +23,7 @@ from kdcache.codecs.projection import Projector
 from kdcache.codecs.registry import format_of
 from kdcache.codecs.token_selection import select_tokens
 from kdcache.data.encoding import EncodedTexts, pad, token_budget_batches
+from kdcache.dump.behind import BackgroundWriter, fetch
 from kdcache.dump.fitting import LayerFit
 from kdcache.errors import NonFiniteError
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from kdcache.cache.spec import TeacherSpec
     from kdcache.codecs.base import Basis, HiddenBlock, LayerSpec, StorageFormat
+    from kdcache.dump.behind import Arrays
     from kdcache.teachers.backends import TeacherBackend, TeacherOutput
 
 
@@ -96,16 +97,24 @@ def fit_bases(
     kept: memory does not grow with the sample.
     """
     fits: dict[int, LayerFit] = {}
-    for rows, output in batches.run(backend, tuple(layers)):
+
+    def add(rows: np.ndarray, output: TeacherOutput) -> None:
         for layer, spec in layers.items():
             hidden = output.hidden[layer]
-            _refuse_hidden(batches, rows, hidden, FLOAT32, layer)
+            _refuse_hidden(batches, rows, largest_on_device(hidden).cpu().numpy(), FLOAT32, layer)
             if layer not in fits:
                 fits[layer] = LayerFit(spec, hidden.shape[1], batches.row_count(spec), seed)
             fits[layer].add(
                 select_tokens(hidden, batches.encoded.lengths[rows], spec.tokens), batches.places(rows, spec)
             )
-        on_batch(len(rows))
+
+    with BackgroundWriter[None]("kdcache-fit") as behind:
+        for rows, output in batches.run(backend, tuple(layers)):
+            if backend.device == "cpu":
+                add(rows, output)
+            else:  # the sums wait for the device, the next forward pass does not
+                behind.start(functools.partial(add, rows, output))
+            on_batch(len(rows))
     return {layer: fit.basis(name=batches.teacher, layer=layer) for layer, fit in fits.items()}
 
 
@@ -121,44 +130,104 @@ def run_part(
 
     Raises NonFiniteError, naming teacher, text id and layer, for values that are not finite or exceed the stored type.
     """
-    texts = len(batches.encoded)
-    encoders = {layer: _LayerEncoder(spec.layers[layer], bases[layer], backend.device) for layer in layers}
-    hidden = {layer: encoders[layer].empty(batches.row_count(spec.layers[layer])) for layer in layers}
-    logits = np.empty((texts, *spec.target.shape), np.float32)
-    pooled = None if spec.pooled is None else np.empty((texts, spec.pooled), np.float32)
+    part = PartRun(batches, backend, spec, layers, layer_encoders(spec, layers, bases, backend.device))
+    with store_thread(spec, backend.device) as store:
+        part.run(store, on_batch)
+    return part.results()
 
-    def store(rows: np.ndarray, output: TeacherOutput) -> None:
-        logits[rows] = _finite_rows(batches, rows, output.logits.cpu().numpy(), "logits")
-        if pooled is not None and output.pooled is not None:
-            pooled[rows] = _finite_rows(batches, rows, output.pooled.cpu().numpy(), "pooled vector")
-        for layer in layers:
-            hidden[layer].put(batches.places(rows, spec.layers[layer]), encoders[layer](batches, rows, output, layer))
 
-    with BackgroundWriter[None]("kdcache-store") as writer:
-        for rows, output in batches.run(backend, layers, pooled=pooled is not None):
-            writer.start(functools.partial(store, rows, output))
+_STORED_BEHIND = 4  # batches that may wait for the host if they are encoded already
+
+
+def store_thread(spec: TeacherSpec, device: str) -> BackgroundWriter[None]:
+    """The thread that stores batches; one behind if they wait for it at full width."""
+    return BackgroundWriter("kdcache-store", ahead=1 if _encodes_behind(spec, device) else _STORED_BEHIND)
+
+
+def _encodes_behind(spec: TeacherSpec, device: str) -> bool:
+    """Whether the storing thread encodes, and not the one that runs the teacher."""
+    return device == "cpu" or any(format_of(layer).searches for layer in spec.layers.values())
+
+
+class PartRun:
+    """One teacher over the texts of one part: forward passes here, results in the thread of ``store``."""
+
+    def __init__(
+        self,
+        batches: TextBatches,
+        backend: TeacherBackend,
+        spec: TeacherSpec,
+        layers: Sequence[int],
+        encoders: Mapping[int, LayerEncoder],
+    ) -> None:
+        self.batches = batches
+        self._backend, self._spec, self._layers, self._encoders = backend, spec, tuple(layers), encoders
+        texts = len(batches.encoded)
+        self._hidden = {layer: encoders[layer].empty(batches.row_count(spec.layers[layer])) for layer in layers}
+        self._logits = np.empty((texts, *spec.target.shape), np.float32)
+        self._pooled = None if spec.pooled is None else np.empty((texts, spec.pooled), np.float32)
+        self._behind = _encodes_behind(spec, backend.device)
+
+    def run(self, store: BackgroundWriter[None], on_batch: OnBatch) -> None:
+        """Run all batches. The results are complete when ``store`` has done all that it was given."""
+        for rows, output in self.batches.run(self._backend, self._layers, pooled=self._pooled is not None):
+            if self._behind:
+                store.start(functools.partial(self._encode_and_put, rows, output))
+            else:
+                store.start(functools.partial(self._put, rows, fetch(self._encoded(rows, output))))
             on_batch(len(rows))
-    return Outputs(logits, pooled), hidden
+
+    def results(self) -> tuple[Outputs, dict[int, HiddenBlock]]:
+        """Outputs, and encoded hidden states by layer, in the part's order."""
+        return Outputs(self._logits, self._pooled), self._hidden
+
+    def _encode_and_put(self, rows: np.ndarray, output: TeacherOutput) -> None:
+        self._put(rows, fetch(self._encoded(rows, output)))
+
+    def _encoded(self, rows: np.ndarray, output: TeacherOutput) -> list[Sequence[torch.Tensor]]:
+        """What goes to the host: logits, pooled vectors, then what each layer's encoder gives; does not wait."""
+        groups: list[Sequence[torch.Tensor]] = [(output.logits,)]
+        if self._pooled is not None and output.pooled is not None:
+            groups.append((output.pooled,))
+        lengths = self.batches.encoded.lengths[rows]
+        return groups + [self._encoders[layer].on_device(output.hidden[layer], lengths) for layer in self._layers]
+
+    def _put(self, rows: np.ndarray, fetched: Callable[[], Arrays]) -> None:
+        """Check what arrived and put it in place."""
+        groups, batches = fetched(), self.batches
+        first = len(groups) - len(self._layers)  # 1, or 2 with pooled vectors
+        self._logits[rows] = _finite_rows(batches, rows, groups[0][0], "logits")
+        if self._pooled is not None and first > 1:
+            self._pooled[rows] = _finite_rows(batches, rows, groups[1][0], "pooled vector")
+        for layer, (largest, *arrays) in zip(self._layers, groups[first:], strict=True):
+            spec, encoder = self._spec.layers[layer], self._encoders[layer]
+            _refuse_hidden(batches, rows, largest, encoder.format, layer, per_text=spec.per_text)
+            self._hidden[layer].put(batches.places(rows, spec), encoder.on_host(arrays))
 
 
-class _LayerEncoder:
-    """Projects and encodes one layer of teacher outputs."""
+def layer_encoders(
+    spec: TeacherSpec, layers: Iterable[int], bases: Mapping[int, Basis], device: str
+) -> dict[int, LayerEncoder]:
+    """The encoders of ``layers``, for all parts."""
+    return {layer: LayerEncoder(spec.layers[layer], bases[layer], device) for layer in layers}
+
+
+class LayerEncoder:
+    """Projects and encodes one layer of teacher outputs: on the device, then on the host."""
 
     def __init__(self, spec: LayerSpec, basis: Basis, device: str) -> None:
-        self._spec, self._format = spec, format_of(spec)
+        self._spec, self.format = spec, format_of(spec)
         self._project = Projector(basis, device)
-        self._encode = self._format.encoder(spec, basis, device)
+        self._on_device, self.on_host = self.format.encoder_steps(spec, basis, device)
 
     def empty(self, rows: int) -> HiddenBlock:
         """A block for a part with that many rows, to be filled."""
-        return self._format.empty(self._spec, rows)
+        return self.format.empty(self._spec, rows)
 
-    def __call__(self, batches: TextBatches, rows: np.ndarray, output: TeacherOutput, layer: int) -> HiddenBlock:
-        """The encoded rows of texts ``rows``: one per token, or one per text. Raises NonFiniteError."""
-        selected = select_tokens(output.hidden[layer], batches.encoded.lengths[rows], self._spec.tokens)
-        projected = self._project(selected)
-        _refuse_hidden(batches, rows, projected, self._format, layer, per_text=self._spec.per_text)
-        return self._encode(projected)
+    def on_device(self, hidden: torch.Tensor, lengths: np.ndarray) -> tuple[torch.Tensor, ...]:
+        """The largest values [rows] of the stored rows of packed ``hidden`` [tokens, width], then what is encoded."""
+        projected = self._project(select_tokens(hidden, lengths, self._spec.tokens))
+        return largest_on_device(projected), *self._on_device(projected)
 
 
 def _finite_rows(batches: TextBatches, rows: np.ndarray, values: np.ndarray, what: str) -> np.ndarray:
@@ -172,51 +241,14 @@ def _finite_rows(batches: TextBatches, rows: np.ndarray, values: np.ndarray, wha
 def _refuse_hidden(
     batches: TextBatches,
     rows: np.ndarray,
-    values: torch.Tensor,
+    largest: np.ndarray,
     storage: StorageFormat,
     layer: int,
     *,
     per_text: bool = False,
 ) -> None:
-    unstorable = storage.unstorable(largest_on_device(values))
+    unstorable = storage.unstorable(largest)
     if unstorable is not None:
         place, reason = unstorable
         text = batches.text_of_row(int(rows[place])) if per_text else batches.text_of_token(rows, place)
         raise NonFiniteError(f"teacher '{batches.teacher}', text {text}, layer {layer}: {reason}", storage.cure)
-
-
-T = TypeVar("T")
-
-
-class BackgroundWriter(Generic[T]):
-    """Runs actions in order in one thread, at most one at a time.
-
-    ``on_done`` gets the result of each. An error of an action is raised by the next ``start``, or at the end.
-    """
-
-    def __init__(self, name: str, on_done: Callable[[T], None] = lambda _: None) -> None:
-        self._on_done = on_done
-        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
-        self._pending: Future[T] | None = None
-
-    def start(self, action: Callable[[], T]) -> None:
-        """Wait for the previous action, then start ``action``."""
-        self._settle()
-        self._pending = self._executor.submit(action)
-
-    def __enter__(self) -> BackgroundWriter[T]:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            if kind is None:
-                self._settle()
-        finally:
-            self._executor.shutdown(wait=True)  # after an error of the caller, too, the last action ends
-
-    def _settle(self) -> None:
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            self._on_done(pending.result())

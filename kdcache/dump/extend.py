@@ -26,7 +26,7 @@ from kdcache.dump.imported import imported_record, refuse_missing, write_answers
 from kdcache.dump.layers import check_layer, spec_like
 from kdcache.dump.provenance import extended_provenance, forget_runs, inherit_run, with_folds
 from kdcache.dump.specs import PreparedTeacher, TextScopes, layer_specs, prepare, scopes, student_depth
-from kdcache.dump.stage import count_new_texts, refuse_stale, run_missing, texts_in_full, write_examples
+from kdcache.dump.stage import as_declared, count_new_texts, refuse_stale, run_missing, texts_in_full, write_examples
 from kdcache.errors import DamageError, MismatchError, RecipeError
 from kdcache.methods.parts.layer_map import even_layers
 from kdcache.recipe import DumpSection, TeacherSection
@@ -140,6 +140,7 @@ def extend_cache(
             _prepare(addition, wanted, contents, like or contents, new_texts > 0) for addition in additions.values()
         ]
         refuse_stale(writer, teachers)
+        teachers = [as_declared(writer, teacher) for teacher in teachers]
         for name, imported in wanted.answers.items():
             refuse_missing(name, imported, cache_dir, writer, task)
         writer.add_texts(texts.full, texts.evaluation, texts.transfer)
@@ -290,7 +291,7 @@ def _settings_of(like: TeacherSpec | None, contents: Contents) -> DumpSection:
         return DumpSection(seed=contents.settings.seed)
     return DumpSection.model_validate(
         {
-            "backend": like.backend, "precision": like.precision, "pooled": like.pooled is not None,
+            "backend": like.backend, "precision": like.encoder_precision, "pooled": like.pooled is not None,
             "seed": contents.settings.seed, "sample_texts": max(1, like.sample_texts),
         }
     )  # fmt: skip
@@ -329,7 +330,7 @@ def _run(
     wanted: Wanted,
     progress: Progress,
 ) -> tuple[TeacherRun, ...]:
-    tokens = (wanted.recipe.dump if wanted.recipe is not None else DumpSection()).tokens_per_batch
+    tokens = (wanted.recipe.dump if wanted.recipe is not None else DumpSection()).batch_tokens
     runs: list[TeacherRun] = []
     for teacher in teachers:
         runs += run_missing(writer, [teacher], additions[teacher.name].directory, tokens, progress)

@@ -81,7 +81,7 @@ def through(spec: LayerSpec, basis: Basis, unseen: torch.Tensor) -> torch.Tensor
     basis = unprojected(basis) if spec.projection == "none" else leading(basis, spec.dim)
     projector = Projector(basis, unseen.device)
     projected = projector(unseen)
-    storage.check_storable(largest_on_device(projected))
+    storage.check_storable(largest_on_device(projected).cpu().numpy())
     block = storage.encoder(spec, basis, unseen.device)(projected)
     return projector.back(torch.from_numpy(storage.decode(block, basis)).to(unseen.device))
 

@@ -156,7 +156,7 @@ def plan_storage(
         truncated[teacher.name] = TruncationPlan(len(wanted.trained_on), cut, teacher.spec.max_length)
         fixed += outputs_bytes(len(full) + len(logits_only), teacher.spec)
         fixed += tokens_bytes(tokens, len(full)) if needs_tokens(teacher.spec.layers) else 0
-        measured, per_text = _measured(teacher, teachers_dir, sample, recipe.dump.tokens_per_batch, progress)
+        measured, per_text = _measured(teacher, teachers_dir, sample, recipe.dump.shared_batch_tokens, progress)
         forward[teacher.name] = per_text
         for layer, formats in measured.items():
             sizes = tuple(hidden_bytes(tokens, len(full), kept.spec) for kept in formats)

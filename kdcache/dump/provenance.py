@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "zarr", "pyarrow", "numpy", "safetensors")
 _OF_ORIGIN = ("source", "revision", "licence", "scores")  # of a teacher, not of its run
+BATCH = "tokens_per_batch"  # in the record of a run, if it was chosen by the memory of a GPU
 _SUFFIX = ".run"  # of records in the directory of a dump in progress
 
 
@@ -101,6 +102,21 @@ def remember_run(cache_dir: Path, run: TeacherRun, *, shared: bool = False) -> N
         **run.record,
     }
     write_file(cache_dir / STATE / f"{run.teacher}{_SUFFIX}", json.dumps(record).encode())
+
+
+def remember_batch(cache_dir: Path, name: str, tokens: int) -> None:
+    """Write the size of a teacher's batches before its first part: what comes later takes the same."""
+    record = {**_remembered(cache_dir).get(name, {}), BATCH: str(tokens)}
+    write_file(cache_dir / STATE / f"{name}{_SUFFIX}", json.dumps(record).encode())
+
+
+def remembered_batch(cache_dir: Path, name: str) -> int | None:
+    """The size of batches that was chosen for a teacher's parts; None if there was nothing to choose."""
+    for record in (_remembered(cache_dir).get(name), dict(_earlier(cache_dir).get("teachers", {})).get(name)):
+        given = record.get(BATCH) if isinstance(record, Mapping) else None
+        if isinstance(given, str) and given.isascii() and given.isdigit() and 0 < int(given) < 2**31:
+            return int(given)
+    return None
 
 
 def inherit_run(source: Path, cache_dir: Path, name: str) -> None:

@@ -1,13 +1,16 @@
 """One teacher over all its missing parts: load it, fit its bases, run the parts, free it.
 
-A thread writes each part while the next one runs; at most one part waits. An error of the thread stops the run at the
-next part. Parts that were committed before stay.
+Nothing but the teacher itself runs in the calling thread, so a device has no pause between parts. One thread reads and
+tokenises the next part, one stores the batches of this part (``engine``), one writes the part before; at most one part
+waits for each. An error of a thread stops the run. Parts that were committed before stay.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,11 +21,16 @@ import numpy as np
 from kdcache.cache.card import subtable
 from kdcache.cache.spec import needs_tokens
 from kdcache.data.encoding import encode, truncation_note
-from kdcache.dump.engine import BackgroundWriter, TextBatches, fit_bases, run_part
+from kdcache.dump.behind import BackgroundWriter
+from kdcache.dump.engine import PartRun, TextBatches, fit_bases, layer_encoders, run_part, store_thread
+from kdcache.dump.provenance import BATCH, remember_batch, remembered_batch
+from kdcache.loading.prefetch import in_background
 from kdcache.progress import counted, format_bytes, format_rate, format_seconds, format_share
+from kdcache.recipe.storage import TOKENS_PER_BATCH
 from kdcache.runs import home
 from kdcache.students.speed import time_forward
 from kdcache.teachers.backends import open_backend
+from kdcache.teachers.backends.memory import FittingBackend, tokens_that_fit
 from kdcache.teachers.bundle import load_teacher, parameters_on_disk
 
 if TYPE_CHECKING:
@@ -94,46 +102,85 @@ def run_teacher(
     teacher: PreparedTeacher,
     missing: Sequence[PartTask],
     teachers_dir: Path,
-    tokens_per_batch: int,
+    tokens_per_batch: int | None,
     progress: Progress,
     opener: OpenTeacher = open_teacher,
 ) -> TeacherRun:
     """Run the ``missing`` parts on the backend from ``opener`` and write them.
 
+    ``tokens_per_batch``: None takes what the teacher's parts so far had, else what fits into the memory of the GPU.
+
     Raises NonFiniteError (teacher, text, layer), StorageError, and the backend's errors.
     """
     started = time.perf_counter()
     texts = sum(len(task.part.text_ids) for task in missing)
-    tokens = truncated = 0
-    with opener(teacher, teachers_dir) as backend:
+    with opener(teacher, teachers_dir) as opened:
+        backend = FittingBackend(opened, teacher.name, progress.note)
+        chosen = {} if tokens_per_batch is not None else _chosen_batch(writer, teacher, backend)
+        tokens_per_batch = tokens_per_batch or int(chosen.get(BATCH, TOKENS_PER_BATCH))
         bases = _bases(writer, teacher, missing, backend, tokens_per_batch, progress)
         progress.start(f"dump {teacher.name}", texts, "texts")
-        written: list[int] = []
-
-        def on_written(count: int) -> None:
-            written.append(count)
-            progress.advance(0, bytes_done=count)
-
-        with BackgroundWriter("kdcache-write", on_written) as background:
-            for task in missing:
-                ran = run_piece(
-                    teacher, task, writer.texts_of(task.part), backend, bases, tokens_per_batch, progress.advance
-                )
-                if not truncated:  # noted with the first part, not after hours; the report has the total
-                    for line in truncation_note(
-                        f"teacher '{teacher.name}'", ran.truncated, len(task.part.text_ids), teacher.spec.max_length
-                    ):
-                        progress.note(line)
-                truncated += ran.truncated
-                tokens += ran.token_count
-                background.start(_write_part(writer, teacher.name, task, ran))
+        ran = _run_parts(writer, teacher, missing, backend, bases, tokens_per_batch, progress)
         progress.finish()
-        record = dict(backend.record)
-        if missing and not _has_speed(writer, teacher.name):
-            record |= measured_record(backend, ran.batches, teachers_dir)
-    return TeacherRun(
-        teacher.name, len(missing), texts, tokens, sum(written), time.perf_counter() - started, record, truncated
-    )
+        record = {**backend.record, **chosen}
+        if ran.last is not None and not _has_speed(writer, teacher.name):
+            record |= measured_record(backend, ran.last, teachers_dir)
+    seconds = time.perf_counter() - started
+    return TeacherRun(teacher.name, len(missing), texts, ran.tokens, ran.bytes, seconds, record, ran.truncated)
+
+
+@dataclass
+class _Parts:
+    """What the parts of a teacher came to. ``last``: the batches of the last one."""
+
+    tokens: int = 0
+    truncated: int = 0
+    bytes: int = 0
+    last: TextBatches | None = None
+
+
+def _run_parts(
+    writer: CacheWriter,
+    teacher: PreparedTeacher,
+    missing: Sequence[PartTask],
+    backend: TeacherBackend,
+    bases: Mapping[int, Basis],
+    tokens_per_batch: int,
+    progress: Progress,
+) -> _Parts:
+    """Run and write the parts, each step of a part beside other steps of others."""
+    written, found = _Written(progress), _Parts()
+    layers = {layer for task in missing for layer in task.layers}
+    encoders = layer_encoders(teacher.spec, layers, bases, backend.device)
+    with (
+        BackgroundWriter("kdcache-write", written.add) as writing,
+        store_thread(teacher.spec, backend.device) as store,
+        contextlib.closing(_tokenised(writer, teacher, missing, tokens_per_batch)) as tokenised,
+    ):
+        for task, batches in tokenised:
+            part = PartRun(batches, backend, teacher.spec, task.layers, encoders)
+            part.run(store, written.advance)
+            cut = batches.encoded.truncated_count
+            if not found.truncated:  # noted with the first part, not after hours; the report has the total
+                reader, texts = f"teacher '{teacher.name}'", len(task.part.text_ids)
+                for line in truncation_note(reader, cut, texts, teacher.spec.max_length):
+                    progress.note(line)
+            found.truncated += cut
+            found.tokens += _token_count(teacher, task, batches)
+            found.last = batches
+            store.start(functools.partial(_hand_over, writing, writer, teacher, task, part))
+    written.advance(0)
+    found.bytes = written.total
+    return found
+
+
+def _chosen_batch(writer: CacheWriter, teacher: PreparedTeacher, backend: TeacherBackend) -> dict[str, str]:
+    """For the provenance: the size of batches of the parts so far, else what fits, remembered before it is used."""
+    tokens = remembered_batch(writer.root, teacher.name) or tokens_that_fit(backend, teacher.spec)
+    if tokens is None:
+        return {}
+    remember_batch(writer.root, teacher.name, tokens)
+    return {BATCH: str(tokens)}
 
 
 def measured_record(backend: TeacherBackend, batches: TextBatches, teachers_dir: Path) -> dict[str, str]:
@@ -160,6 +207,45 @@ def _has_speed(writer: CacheWriter, name: str) -> bool:
     return writer.base is not None and "latency_ms" in subtable(writer.base.provenance, "teachers", name)
 
 
+class _Written:
+    """Bytes that the writing thread has written; the calling thread shows them."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.total = self._shown = 0
+        self._progress = progress
+
+    def add(self, count: int) -> None:
+        """Called by one thread alone."""
+        self.total += count
+
+    def advance(self, texts: int) -> None:
+        total = self.total
+        self._progress.advance(texts, bytes_done=total - self._shown)
+        self._shown = total
+
+
+def _tokenised(
+    writer: CacheWriter, teacher: PreparedTeacher, missing: Sequence[PartTask], tokens_per_batch: int
+) -> Generator[tuple[PartTask, TextBatches]]:
+    """The parts in the teacher's tokens; a thread reads and tokenises the next one."""
+
+    def parts() -> Iterator[tuple[PartTask, TextBatches]]:
+        for task in missing:
+            yield task, text_batches(teacher, writer.texts_of(task.part), task.part.text_ids, tokens_per_batch)
+
+    return in_background(parts, ahead=1)
+
+
+def _hand_over(
+    writing: BackgroundWriter[int], writer: CacheWriter, teacher: PreparedTeacher, task: PartTask, part: PartRun
+) -> None:
+    """Queue the write of a part whose batches are all stored."""
+    ran = _piece_result(teacher, task, part.batches, *part.results())
+    writing.start(
+        lambda: writer.write_part(teacher.name, task.part, outputs=ran.outputs, tokens=ran.tokens, hidden=ran.hidden)
+    )
+
+
 @dataclass(frozen=True)
 class PieceResult:
     """What one teacher gave for one part, as ``CacheWriter.write_part`` takes it."""
@@ -181,26 +267,38 @@ class PieceResult:
 
 
 def run_piece(
+    teacher: PreparedTeacher, task: PartTask, batches: TextBatches, backend: TeacherBackend, bases: Mapping[int, Basis]
+) -> PieceResult:
+    """Run one teacher over the texts of one part. Every engine with workers runs this. Raises NonFiniteError."""
+    ran = run_part(batches, backend, teacher.spec, task.layers, bases, lambda _: None)
+    return _piece_result(teacher, task, batches, *ran)
+
+
+def _piece_result(
     teacher: PreparedTeacher,
     task: PartTask,
-    texts: Sequence[tuple[str, ...]],
-    backend: TeacherBackend,
-    bases: Mapping[int, Basis],
-    tokens_per_batch: int,
-    on_batch: Callable[[int], None],
+    batches: TextBatches,
+    outputs: Outputs,
+    hidden: Mapping[int, HiddenBlock],
 ) -> PieceResult:
-    """Run one teacher over the texts of one part. Every engine of a dump runs this. Raises NonFiniteError.
+    """The outputs of a part as they are written.
 
     With out-of-fold teachers, the logits of train texts are those of the bundle that did not see them; pooled vectors
     and hidden states are always those of the teacher, in whose space the bases are.
     """
-    batches = text_batches(teacher, texts, task.part.text_ids, tokens_per_batch)
-    outputs, hidden = run_part(batches, backend, teacher.spec, task.layers, bases, on_batch)
     if teacher.out_of_fold is not None:
         logits = teacher.out_of_fold.instead_of(outputs.logits, np.asarray(task.part.text_ids))
         outputs = replace(outputs, logits=logits)
-    spans = batches.tokens() if task.part.scope == "full" and needs_tokens(teacher.spec.layers) else None
+    spans = batches.tokens() if _has_tokens(teacher, task) else None
     return PieceResult(outputs if task.outputs else None, spans, hidden, batches)
+
+
+def _has_tokens(teacher: PreparedTeacher, task: PartTask) -> bool:
+    return task.part.scope == "full" and needs_tokens(teacher.spec.layers)
+
+
+def _token_count(teacher: PreparedTeacher, task: PartTask, batches: TextBatches) -> int:
+    return int(batches.encoded.offsets[-1]) if _has_tokens(teacher, task) else 0
 
 
 def lacks_bases(writer: CacheWriter, teacher: PreparedTeacher) -> bool:
@@ -249,8 +347,3 @@ def text_batches(
     """``texts``, with ids uint8 [n, 16], in the teacher's tokens."""
     encoded = encode(teacher.tokenizer, texts, teacher.spec.max_length)
     return TextBatches(encoded, text_ids, teacher.pad_token_id, tokens_per_batch, teacher.name)
-
-
-def _write_part(writer: CacheWriter, name: str, task: PartTask, ran: PieceResult) -> Callable[[], int]:
-    """The write as a call without arguments."""
-    return lambda: writer.write_part(name, task.part, outputs=ran.outputs, tokens=ran.tokens, hidden=ran.hidden)

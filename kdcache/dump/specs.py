@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kdcache.cache.spec import TargetSpec, TaskSpec, TeacherSpec, check_same_task
+from kdcache.cache.spec import FLOAT32_HEAD, TargetSpec, TaskSpec, TeacherSpec, check_same_task
 from kdcache.codecs.registry import format_of
 from kdcache.data.custom_code import code_not_run, wants_code
 from kdcache.data.encoding import TRUNCATION, padding_id, tokenizer_json
@@ -20,6 +20,7 @@ from kdcache.dump.layers import check_names, layer_spec, resolve_layers
 from kdcache.errors import DataError, ModelError, first_line
 from kdcache.teachers.bundle import load_teacher
 from kdcache.teachers.folds import choose_folds
+from kdcache.teachers.head import head_modules
 from kdcache.teachers.teacher import check_max_length
 from kdcache.teachers.trial import first_token_sees_only_itself
 
@@ -217,7 +218,7 @@ def prepare(
         max_length=max_length,
         truncation=TRUNCATION,
         backend=dump.backend,
-        precision=dump.precision,
+        precision=_with_head(dump.precision, teacher),
         target=TargetSpec(shape=(classes,)),
         pooled=_pooled_width(teacher) if dump.pooled else None,
         sample_texts=dump.sample_texts,
@@ -229,6 +230,11 @@ def prepare(
     return PreparedTeacher(
         spec, teacher.tokenizer, tokenizer_json(teacher.tokenizer), dump.seed, trust_remote_code, folds
     )
+
+
+def _with_head(precision: str, teacher: Teacher) -> str:
+    """The precision of a new dump; logits of half precision would be rounded, so the head runs in float32."""
+    return precision + FLOAT32_HEAD if precision != "float32" and head_modules(teacher.model) else precision
 
 
 def _check_first_token(teacher: Teacher, spec: TeacherSpec) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -119,7 +119,7 @@ def dump_teachers(
     )
     with open_writer(cache_dir, job.task_spec, job.settings, store_text=job.store_text, repair=repair) as writer:
         plan_dump(writer, job)
-        runs = run_missing(writer, job.teachers, teachers_dir, recipe.dump.tokens_per_batch, progress, opener)
+        runs = run_missing(writer, job.teachers, teachers_dir, recipe.dump.batch_tokens, progress, opener)
         return publish_dump(writer, job, runs)
 
 
@@ -210,7 +210,7 @@ def run_missing(
     writer: CacheWriter,
     teachers: Sequence[PreparedTeacher],
     teachers_dir: Path,
-    tokens_per_batch: int,
+    tokens_per_batch: int | None,
     progress: Progress,
     opener: OpenTeacher = open_teacher,
 ) -> tuple[TeacherRun, ...]:
@@ -220,10 +220,19 @@ def run_missing(
     runs = []
     for teacher in teachers:
         if missing[teacher.name] or lacks_bases(writer, teacher):
-            run = run_teacher(writer, teacher, missing[teacher.name], teachers_dir, tokens_per_batch, progress, opener)
+            run = run_teacher(
+                writer, as_declared(writer, teacher), missing[teacher.name], teachers_dir, tokens_per_batch, progress,
+                opener,
+            )  # fmt: skip
             remember_run(writer.root, run)
             runs.append(run)
     return tuple(runs)
+
+
+def as_declared(writer: CacheWriter, teacher: PreparedTeacher) -> PreparedTeacher:
+    """A declared teacher with the precision of the data that the cache has of it: its head may not be in float32."""
+    declared = writer.contents.teachers[teacher.name]
+    return replace(teacher, spec=replace(teacher.spec, precision=declared.precision))
 
 
 def refuse_stale(writer: CacheWriter, teachers: Sequence[PreparedTeacher]) -> None:

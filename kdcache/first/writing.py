@@ -136,6 +136,7 @@ def _trainings(recipe: FirstRecipe) -> list[str]:
         'projection = "pca"',
         f"dim = {recipe.dim}",
         'dtype = "int8"',
+        '# tokens_per_batch = "auto"    # on a GPU: batches by its memory; else 4096 tokens',
         "",
         "[student]",
         f"init_from = {quoted(recipe.student)}    # a hub name, a directory, or teacher:NAME",

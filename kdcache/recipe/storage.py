@@ -48,6 +48,9 @@ class StoredSection(Section):
 PerLayer = dict[WhichLayer, StoredSection]  # "12", "last" or "all"; a number wins over "last", "last" over "all"
 
 
+TOKENS_PER_BATCH = 4096
+
+
 class DumpSection(Section):
     """What the cache stores of each teacher.
 
@@ -71,7 +74,9 @@ class DumpSection(Section):
     )
     part_size: Positive = 4096  # texts of a part, the unit of writing and reading
     sample_texts: Positive = 2048  # on which bases and variances are fitted
-    tokens_per_batch: Positive = 4096  # padded tokens of one forward pass
+    tokens_per_batch: Positive | Literal["auto"] = (
+        TOKENS_PER_BATCH  # padded tokens of one forward pass; "auto": by memory of a GPU
+    )
     precision: Precision = "float32"  # of the forward pass of the teachers
     seed: Seed = 0  # of the order of the texts and of the sample
 
@@ -81,6 +86,16 @@ class DumpSection(Section):
         for which, section in self.per_layer.items():
             check_stored(overlaid(self.stored(), section), f"per_layer.{which}: ")
         return self
+
+    @property
+    def batch_tokens(self) -> int | None:
+        """``tokens_per_batch``; None for "auto"."""
+        return None if self.tokens_per_batch == "auto" else self.tokens_per_batch
+
+    @property
+    def shared_batch_tokens(self) -> int:
+        """The same where machines share the work, or nothing is stored: "auto" is the default."""
+        return self.batch_tokens or TOKENS_PER_BATCH
 
     def stored(self) -> StoredSection:
         """How a layer without ``per_layer`` keys is stored."""

@@ -6,13 +6,18 @@ teachers a consistent target for one student.
 
 from __future__ import annotations
 
-from typing import Literal
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from kdcache.errors import ModelError
 from kdcache.teachers.network import at_last_token
+
+if TYPE_CHECKING:
+    from kdcache.teachers.teacher import TeacherModel
 
 Pooling = Literal["attention", "cls", "mean", "last"]
 POOLINGS: tuple[Pooling, ...] = ("attention", "cls", "mean", "last")
@@ -106,3 +111,45 @@ def new_adapter(encoder_width: int, shared_width: int) -> nn.Linear | None:
     adapter = nn.Linear(encoder_width, shared_width, bias=False)
     nn.init.orthogonal_(adapter.weight)
     return adapter
+
+
+def head_modules(model: TeacherModel) -> tuple[nn.Module, ...]:
+    """The modules that make logits of the last hidden states; none for a classifier that does not set its head apart.
+
+    They are the adapter and the shared head, or the modules of a classifier behind its encoder.
+    """
+    if model.head is not None:
+        return tuple(module for module in (model.adapter, model.head) if module is not None)
+    network, base = model.encoder, model.encoder.base_model
+    if base is network:
+        return ()
+    own = [child for child in network.children() if child is not base]
+    own += [child for name, child in base.named_children() if name == "pooler"]
+    return tuple(own) if any(True for child in own for _ in child.parameters()) else ()
+
+
+@contextlib.contextmanager
+def in_float32(modules: Sequence[nn.Module], device: str) -> Iterator[None]:
+    """While the block runs, ``modules`` get their floating point inputs in float32 and run without autocast."""
+    for module in modules:
+        module.forward = _in_float32(module.forward, device)
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.forward  # that of the class is there again
+
+
+def _in_float32(forward: Callable[..., Any], device: str) -> Callable[..., Any]:
+    def run(*inputs: Any, **named: Any) -> Any:
+        inputs, named = tuple(map(_float32, inputs)), {name: _float32(value) for name, value in named.items()}
+        if not torch.is_autocast_enabled(device):
+            return forward(*inputs, **named)
+        with torch.autocast(device, enabled=False):
+            return forward(*inputs, **named)
+
+    return run
+
+
+def _float32(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value

@@ -49,7 +49,10 @@ def recorded_transfers() -> Iterator[list[int]]:
 
 @contextlib.contextmanager
 def recorded_reads() -> Iterator[list[str]]:
-    """The names of operations in the block that copy values of the accelerator to the host, which waits for them."""
+    """The names of operations in the block that copy values of the accelerator to the host, which waits for them.
+
+    That includes those whose result has as many rows as a mask on the accelerator has true values.
+    """
     first = len(_reads)
     recorded: list[str] = []
     try:
@@ -154,6 +157,8 @@ def _run(func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
         real_kwargs["device"] = torch.device("cpu") if asked == DEVICE else asked
     result = func(*real_args, **real_kwargs)
     _transfers.extend(_sent(func, flat, goes_there=bool(there) if asked is None else asked == DEVICE))
+    if _counts_on_device(func, args):
+        _reads.append(str(func))
     if func is _ATEN.copy_.default:
         if there and not isinstance(args[0], Elsewhere):
             _reads.append(str(func))
@@ -171,6 +176,14 @@ def _run(func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
         return known[id(one)] if id(one) in known else Elsewhere(one)  # an operation in place returns its input
 
     return tree_map(placed, result)
+
+
+def _counts_on_device(func: Any, args: Any) -> bool:
+    """Whether the size of the result depends on values of the accelerator."""
+    if func in (_ATEN.nonzero.default, _ATEN.masked_select.default):
+        return any(isinstance(one, Elsewhere) for one in args)
+    masks = args[1] if func is _ATEN.index.Tensor else ()
+    return any(isinstance(one, Elsewhere) and one.dtype == torch.bool for one in masks)
 
 
 def _sent(func: Any, flat: Sequence[Any], *, goes_there: bool) -> list[int]:

@@ -173,9 +173,19 @@ _TOKENIZERS: dict[Family, Callable[[], Any]] = {
 
 
 def make_model(
-    directory: Path, family: Family, *, width: int = 16, depth: int = 4, seed: int = 0, classes: int | None = None
+    directory: Path,
+    family: Family,
+    *,
+    width: int = 16,
+    depth: int = 4,
+    seed: int = 0,
+    classes: int | None = None,
+    **others: Any,
 ) -> Path:
-    """Save a random encoder (or, with ``classes``, a sequence classifier) and its tokenizer to ``directory``."""
+    """Save a random encoder (or, with ``classes``, a sequence classifier) and its tokenizer to ``directory``.
+
+    ``others`` are keys of the config that replace those of tiny models.
+    """
     import torch
     from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
@@ -196,7 +206,7 @@ def make_model(
         }
     if classes is not None:
         sizes["num_labels"] = classes
-    config = AutoConfig.for_model(family, **sizes)
+    config = AutoConfig.for_model(family, **{**sizes, **others})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         auto: Any = AutoModel if classes is None else AutoModelForSequenceClassification

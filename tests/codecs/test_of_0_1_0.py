@@ -162,41 +162,47 @@ class Numbers:
         return TeacherOutput(torch.zeros(len(inputs["input_ids"]), 2), None, hidden)
 
 
-def encoded() -> dict[str, str]:
+def exact_texts() -> TextBatches:
+    """Texts of ``LENGTHS`` tokens, no two of them alike, in three batches."""
     total = int(LENGTHS.sum())
     small = np.zeros(total, np.int8)
-    offsets = np.concatenate([[0], np.cumsum(LENGTHS)])
     texts = EncodedTexts(
         input_ids=np.arange(total, dtype=np.int32),
-        offsets=offsets,
+        offsets=np.concatenate([[0], np.cumsum(LENGTHS)]),
         starts=small.astype(np.int32),
         ends=small.astype(np.int32),
         segments=small,
         roles=small,
         token_type_ids=None,
     )
-    batches = TextBatches(texts, np.zeros((len(LENGTHS), 16), np.uint8), 0, 20, "exact")
+    return TextBatches(texts, np.zeros((len(LENGTHS), 16), np.uint8), 0, 20, "exact")
+
+
+def exact_teacher(layers: dict[int, LayerSpec]) -> TeacherSpec:
+    return TeacherSpec(
+        "exact",
+        "own",
+        Fingerprints("", "", "", ""),
+        len(layers),
+        WIDTH,
+        32,
+        "longest_first",
+        "torch",
+        "float32",
+        TargetSpec(shape=(2,)),
+        None,
+        8,
+        layers,
+    )
+
+
+def encoded() -> dict[str, str]:
     found: dict[str, str] = {}
     selections: tuple[TokenSelection, ...] = ("all", "first", "pooled")
     for tokens in selections:
         layers = {number: replace(form, tokens=tokens) for number, form in enumerate(FORMS.values())}
-        teacher = TeacherSpec(
-            "exact",
-            "own",
-            Fingerprints("", "", "", ""),
-            len(layers),
-            WIDTH,
-            32,
-            "longest_first",
-            "torch",
-            "float32",
-            TargetSpec(shape=(2,)),
-            None,
-            8,
-            layers,
-        )
         bases = {layer: basis(spec) for layer, spec in layers.items()}
-        _, hidden = run_part(batches, Numbers(), teacher, tuple(layers), bases, lambda _: None)
+        _, hidden = run_part(exact_texts(), Numbers(), exact_teacher(layers), tuple(layers), bases, lambda _: None)
         for form, block in zip(FORMS, hidden.values(), strict=True):
             for name, array in (("values", block.values), ("scales", block.scales)):
                 if array is not None:

@@ -14,9 +14,8 @@ from kdcache.cache.reader import open_cache
 from kdcache.cache.tokens import Outputs
 from kdcache.cache.verify import verify
 from kdcache.codecs.base import HiddenBlock
-from kdcache.dump import run
 from kdcache.dump.audit import AuditReport, audit
-from kdcache.dump.engine import TextBatches, run_part
+from kdcache.dump.engine import PartRun, TextBatches
 from kdcache.errors import MismatchError
 from kdcache.progress import SilentProgress
 from kdcache.teachers.backends.torch_backend import TorchBackend
@@ -94,10 +93,8 @@ def test_a_wrong_layer_is_named(bench: Workbench, monkeypatch: pytest.MonkeyPatc
 def _dump_changed(
     bench: Workbench, monkeypatch: pytest.MonkeyPatch, change: Callable[[Outputs, dict[int, HiddenBlock]], Any]
 ) -> None:
-    def changed(*arguments: Any) -> Any:
-        return change(*run_part(*arguments))
-
-    monkeypatch.setattr(run, "run_part", changed)
+    results = PartRun.results
+    monkeypatch.setattr(PartRun, "results", lambda self: change(*results(self)))
     bench.only("bert").dump("dump.layers=[2]")
     monkeypatch.undo()
     assert verify(bench.cache) == []

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from kdcache.dump.engine import BackgroundWriter
+from kdcache.dump.behind import BackgroundWriter
 
 
 def test_actions_run_in_order_and_what_they_give_back_arrives() -> None:

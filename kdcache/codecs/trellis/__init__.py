@@ -31,7 +31,7 @@ from kdcache.errors import ModelError
 if TYPE_CHECKING:
     import torch
 
-    from kdcache.codecs.base import Encoder, LayerSpec
+    from kdcache.codecs.base import LayerSpec, OnDevice, OnHost
     from kdcache.codecs.trellis.codebook import Codebook
 
 _MAX_LEVELS = 8 << 8  # entries of the tables of all depths, 1 to 8 bits
@@ -65,6 +65,7 @@ class Trellis(StorageFormat):
     by_bytes = True
     coarse = True
     needs_basis = True
+    searches = True
     sample_rows = 4096  # tokens on which tables are trained
     basis_bytes = 1 << 24
 
@@ -117,11 +118,11 @@ class Trellis(StorageFormat):
         self.check_storable(largest_of(values))
         return self.encoder(spec, basis, "cpu")(torch.from_numpy(values))
 
-    def encoder(self, spec: LayerSpec, basis: Basis, device: torch.device | str) -> Encoder:
+    def encoder_steps(self, spec: LayerSpec, basis: Basis, device: torch.device | str) -> tuple[OnDevice, OnHost]:
         from kdcache.codecs.trellis.coder import Coder
 
         coder = Coder(codebook_of(basis), spec.bytes, device)
-        return lambda values: HiddenBlock(coder(values))
+        return lambda values: (coder.on_device(values),), lambda arrays: HiddenBlock(coder.on_host(*arrays))
 
     def decode(self, block: HiddenBlock, basis: Basis) -> np.ndarray:
         from kdcache.codecs.trellis.codebook import decode_rows

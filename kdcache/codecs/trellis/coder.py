@@ -38,12 +38,19 @@ class Coder:
 
     def __call__(self, coordinates: Tensor) -> np.ndarray:
         """The rows with the least squared error from ``coordinates`` (float32, finite)."""
+        return self.on_host(self.on_device(coordinates).cpu().numpy())
+
+    def on_device(self, coordinates: Tensor) -> Tensor:
+        """The first step: on a GPU the search, uint8 [dim, n]; on the CPU nothing but float32 [n, dim]."""
         if self._viterbi is not None:
-            windows = self._viterbi.windows_of(coordinates.float())
-        else:
-            entries = search_on_device(coordinates, self._levels, self._bits, self._codebook.window)
-            windows = entries.T.to(torch.uint8).cpu().numpy()
-        return pack_windows(windows, self._codebook.bits, self._row_bytes)
+            return coordinates.float()
+        return search_on_device(coordinates, self._levels, self._bits, self._codebook.window).T.to(torch.uint8)
+
+    def on_host(self, found: np.ndarray) -> np.ndarray:
+        """The second step: what ``on_device`` gave to rows of bits; on the CPU with the search."""
+        if self._viterbi is not None:
+            found = self._viterbi.windows_of(torch.from_numpy(found))
+        return pack_windows(found, self._codebook.bits, self._row_bytes)
 
 
 class RowDecoder:

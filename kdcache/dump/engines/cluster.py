@@ -128,7 +128,7 @@ def _job(job: DumpJob, writer: CacheWriter) -> Job:
     }
     return Job(
         job.task_spec, job.settings, job.store_text, teachers, job.teachers_dir.absolute(),
-        job.recipe.dump.tokens_per_batch, driver_versions(),
+        job.recipe.dump.shared_batch_tokens, driver_versions(),
     )  # fmt: skip
 
 

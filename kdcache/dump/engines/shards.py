@@ -17,7 +17,7 @@ from kdcache.cache.layout import part_number
 from kdcache.dump.dry_run import check_free_space
 from kdcache.dump.provenance import remember_run
 from kdcache.dump.run import TeacherRun, run_teacher
-from kdcache.dump.stage import DumpReport, declare, plan_dump, publish_dump, report_dump
+from kdcache.dump.stage import DumpReport, as_declared, declare, plan_dump, publish_dump, report_dump
 from kdcache.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -83,8 +83,8 @@ def _run(
     for teacher in (*job.teachers[first:], *job.teachers[:first]):
         tasks = own[teacher.name]
         if tasks:
-            tokens = job.recipe.dump.tokens_per_batch
-            runs.append(run_teacher(writer, teacher, tasks, job.teachers_dir, tokens, job.progress, job.opener))
+            tokens, declared = job.recipe.dump.shared_batch_tokens, as_declared(writer, teacher)
+            runs.append(run_teacher(writer, declared, tasks, job.teachers_dir, tokens, job.progress, job.opener))
 
 
 def _end(

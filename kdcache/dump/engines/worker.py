@@ -47,11 +47,13 @@ from kdcache.locks import attempt
 from kdcache.share.keys import file_key
 from kdcache.share.parallel import Stop, for_each
 from kdcache.share.transfer import send_file
+from kdcache.teachers.backends.memory import FittingBackend
 from kdcache.teachers.bundle import load_teacher
 from kdcache.teachers.folds import folds_of_cache
 
 if TYPE_CHECKING:
     from kdcache.codecs.base import Basis
+    from kdcache.dump.engine import TextBatches
     from kdcache.dump.engines.messages import Job
     from kdcache.files import FileDigest
     from kdcache.share.stores.base import Remote
@@ -148,20 +150,30 @@ class Worker:
 
     def _run(self, piece: Piece, bases: Mapping[int, bytes]) -> Written:
         self._enter()
+        batches = self._tokenised(piece)
         with self._compute:
             began = time.perf_counter()
             teacher, backend = self._load(piece.teacher)
+            batches = batches or text_batches(
+                teacher, piece.texts, piece.task.part.text_ids, self._job.tokens_per_batch
+            )
             if piece.task.layers and not self._bases:
                 specs, width = teacher.spec.layers, teacher.spec.width
                 self._bases = {layer: decode_basis(data, specs[layer], width) for layer, data in bases.items()}
-            tokens = self._job.tokens_per_batch
-            ran = run_piece(teacher, piece.task, piece.texts, backend, self._bases, tokens, lambda _: None)
+            ran = run_piece(teacher, piece.task, batches, backend, self._bases)
             record, seconds = dict(backend.record), time.perf_counter() - began
         files, count, size = self._write(piece, ran)
         return Written(
             piece.teacher, piece.task.part.name, count, files, len(piece.texts), ran.truncated, ran.token_count, size,
             seconds, record,
         )  # fmt: skip
+
+    def _tokenised(self, piece: Piece) -> TextBatches | None:
+        """The piece in the teacher's tokens, made while another piece runs; None if another teacher is loaded."""
+        loaded = self._teacher
+        if loaded is None or loaded[0].name != piece.teacher:
+            return None
+        return text_batches(loaded[0], piece.texts, piece.task.part.text_ids, self._job.tokens_per_batch)
 
     def _load(self, name: str) -> tuple[PreparedTeacher, TeacherBackend]:
         """The teacher on the device; frees the one before."""
@@ -179,7 +191,8 @@ class Worker:
             )
         folds = folds_of_cache(self._job.teachers_dir, name, asked.spec.folds)
         prepared = PreparedTeacher(asked.spec, loaded.tokenizer, "", asked.seed, asked.trust_remote_code, folds)
-        self._teacher = prepared, self._loaded.enter_context(on_device(loaded, asked.spec))
+        backend = self._loaded.enter_context(on_device(loaded, asked.spec))
+        self._teacher = prepared, FittingBackend(backend, name, lambda _: None)  # the record has what it would say
         return self._teacher
 
     def _write(self, piece: Piece, ran: PieceResult) -> tuple[dict[str, FileDigest], int | None, int]:

@@ -20,6 +20,8 @@ def open_backend(
 ) -> TeacherBackend:
     """A backend for ``teacher`` that can return ``layers``; exported graphs are stored in ``work_dir``.
 
+    With a ``precision`` such as ``bf16+float32-head``, adapter, pooling and prediction run in float32.
+
     Raises ModelError for a layer that the teacher lacks, an unknown kind, or a precision that the kind lacks.
     """
     for layer in layers:

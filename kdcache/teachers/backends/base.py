@@ -24,6 +24,19 @@ class TeacherOutput:
     hidden: Mapping[int, Tensor]  # by layer: float32 [tokens, width], the valid tokens of all texts in order
 
 
+def valid_places(attention_mask: Tensor) -> Tensor:
+    """Places int64 [tokens] of the valid tokens of a mask [batch, tokens], counted over the whole batch.
+
+    For a mask on the host: an accelerator would have to say how many there are, and the host would wait.
+    """
+    return attention_mask.reshape(-1).nonzero().squeeze(1)
+
+
+def packed(states: Tensor, places: Tensor) -> Tensor:
+    """The rows [tokens, width] of ``states`` [batch, tokens, width] at ``places`` of ``valid_places``."""
+    return states.flatten(0, 1).index_select(0, places)
+
+
 class TeacherBackend(Protocol):
     """A teacher that is ready to run, without gradients and without dropout."""
 

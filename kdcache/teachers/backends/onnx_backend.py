@@ -2,6 +2,8 @@
 
 ONNX Runtime lists the GPU providers that it was built with, and falls back to the CPU without an error. So CUDA is
 requested only if libcuda loads, and the device is the one that the session reports.
+
+Inputs and outputs are tensors of torch on that device (IO binding), so hidden states are projected and encoded there.
 """
 
 from __future__ import annotations
@@ -17,21 +19,24 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from kdcache.cache.spec import FLOAT32_HEAD
 from kdcache.data.encoding import encode, pad, padding_id
 from kdcache.errors import ModelError, NonFiniteError, first_line
 from kdcache.files import publish_directory, sync_tree
-from kdcache.teachers.backends.base import TeacherOutput
+from kdcache.teachers.backends.base import TeacherOutput, packed, valid_places
 from kdcache.teachers.backends.onnx_graph import write_graph
+from kdcache.teachers.head import head_modules, in_float32
 
 if TYPE_CHECKING:
     from kdcache.teachers.teacher import Teacher, TeacherModel
 
 
 # largest difference from torch in float32, relative to the largest value (at least 1)
-TOLERANCE = {"float32": 1e-4, "fp16": 3e-2}
+TOLERANCE = {"float32": 1e-4, "fp16": 3e-2, f"fp16{FLOAT32_HEAD}": 3e-2}
 
 
 class OnnxBackend:
@@ -50,7 +55,9 @@ class OnnxBackend:
         self._session = _open_session(teacher, precision, work_dir)
         self.device = "cuda" if "CUDAExecutionProvider" in self._session.get_providers() else "cpu"
         self._inputs = [node.name for node in self._session.get_inputs()]
-        self._outputs = {node.name for node in self._session.get_outputs()}
+        pooled = {"pooled": teacher.width if teacher.model.head is None else teacher.model.head.width}
+        widths = {"logits": len(teacher.label_names), **pooled}
+        self._widths = {node.name: widths.get(node.name, teacher.width) for node in self._session.get_outputs()}
         self._parity = self._check_parity(teacher)
 
     @property
@@ -65,15 +72,29 @@ class OnnxBackend:
         }
 
     def run(self, inputs: dict[str, Tensor], layers: Sequence[int], pooled: bool) -> TeacherOutput:
-        wanted = ["logits", *(f"hidden_{layer}" for layer in layers)]
-        with_pooled = pooled and "pooled" in self._outputs
-        arrays = self._session.run(
-            [*wanted, *(["pooled"] if with_pooled else [])], {name: inputs[name].cpu().numpy() for name in self._inputs}
-        )
-        tensors = [torch.from_numpy(array) for array in arrays]
-        valid = inputs["attention_mask"].cpu().bool()
-        hidden = {layer: tensors[1 + k][valid] for k, layer in enumerate(layers)}
-        return TeacherOutput(tensors[0], tensors[-1] if with_pooled else None, hidden)
+        batch, tokens = inputs["input_ids"].shape
+        shapes: dict[str, tuple[int, ...]] = {"logits": (batch,)}
+        if pooled and "pooled" in self._widths:
+            shapes["pooled"] = (batch,)
+        shapes |= {f"hidden_{layer}": (batch, tokens) for layer in layers}
+        found = self._bound(inputs, {name: (*shape, self._widths[name]) for name, shape in shapes.items()})
+        places = valid_places(inputs["attention_mask"]).to(self.device)
+        hidden = {layer: packed(found[f"hidden_{layer}"], places) for layer in layers}
+        return TeacherOutput(found["logits"], found.get("pooled"), hidden)
+
+    def _bound(self, inputs: dict[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+        """Run on tensors of the device; the outputs float32 of ``shapes`` stay there."""
+        taken = {name: inputs[name].to(self.device).contiguous() for name in self._inputs}
+        given = {name: torch.empty(shape, dtype=torch.float32, device=self.device) for name, shape in shapes.items()}
+        binding = self._session.io_binding()
+        for name, tensor in taken.items():
+            binding.bind_input(name, self.device, 0, np.int64, tuple(tensor.shape), tensor.data_ptr())
+        for name, tensor in given.items():
+            binding.bind_output(name, self.device, 0, np.float32, tuple(tensor.shape), tensor.data_ptr())
+        if self.device == "cuda":
+            torch.cuda.current_stream().synchronize()  # ONNX Runtime has a stream of its own, and waits at its end
+        self._session.run_with_iobinding(binding)
+        return given
 
     def close(self) -> None:
         self._session = None
@@ -97,7 +118,7 @@ class OnnxBackend:
         ):
             if not bool(torch.isfinite(reference).all()):
                 raise NonFiniteError(f"teacher '{self._teacher_name}' gives NaN or infinity on a simple test sentence")
-            difference = float((mine - reference).abs().max())
+            difference = float((mine.cpu() - reference).abs().max())
             allowed = TOLERANCE[self.precision] * max(1.0, float(reference.abs().max()))
             if not difference <= allowed:
                 raise ModelError(
@@ -201,8 +222,11 @@ def _encode(teacher: Teacher, texts: Sequence[str]) -> dict[str, Tensor]:
 
 def _export(teacher: Teacher, precision: str, target: Path) -> None:
     model = teacher.model.cpu().eval()
-    if precision == "fp16":
+    if precision != "float32":
         model = copy.deepcopy(model).half()
+    float32 = head_modules(model) if precision.endswith(FLOAT32_HEAD) else ()
+    for module in float32:
+        module.float()
     batch = _encode(teacher, _EXPORT_TEXTS)
     wrapper = OnnxTeacher(model, list(batch)).eval()
 
@@ -210,14 +234,15 @@ def _export(teacher: Teacher, precision: str, target: Path) -> None:
         pooled = ["pooled"] if len(wrapper(*batch.values())) == teacher.depth + 3 else []
         return ["logits", *pooled, *(f"hidden_{layer}" for layer in range(teacher.depth + 1))]
 
-    write_graph(
-        wrapper,
-        batch,
-        outputs,
-        target,
-        subject=f"teacher '{teacher.name}'",
-        cure='Run this teacher with dump.backend = "torch".',
-    )
+    with in_float32(float32, "cpu"):
+        write_graph(
+            wrapper,
+            batch,
+            outputs,
+            target,
+            subject=f"teacher '{teacher.name}'",
+            cure='Run this teacher with dump.backend = "torch".',
+        )
 
 
 def _key(teacher: Teacher, precision: str) -> str:

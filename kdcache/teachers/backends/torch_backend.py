@@ -1,7 +1,9 @@
 """Runs a teacher with PyTorch: the reference for the other backends.
 
 Lower precisions run under autocast: weights, layer norms and softmax stay in float32. So a dump in bf16 is as close to
-float32 as the tensor cores allow.
+float32 as the tensor cores allow. With a float32 head, logits are what float32 gives for the last hidden states.
+
+``run`` starts work and waits for nothing, apart from what the network itself waits for.
 """
 
 from __future__ import annotations
@@ -13,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from kdcache.cache.spec import FLOAT32_HEAD
 from kdcache.errors import ModelError
-from kdcache.teachers.backends.base import TeacherOutput
+from kdcache.teachers.backends.base import TeacherOutput, packed, valid_places
+from kdcache.teachers.head import head_modules, in_float32
 from kdcache.training.device import default_device
 
 if TYPE_CHECKING:
@@ -29,14 +33,16 @@ class TorchBackend:
     name = "torch"
 
     def __init__(self, teacher: Teacher, *, precision: str) -> None:
-        if precision not in _AUTOCAST:
+        encoder = precision.removesuffix(FLOAT32_HEAD)
+        if encoder not in _AUTOCAST:
             raise ModelError(
                 f"precision '{precision}' is not known; expected float32, bf16 or fp16", "Set dump.precision."
             )
         self.precision = precision
         self.device = default_device().type
-        self._dtype = _AUTOCAST[precision]
+        self._dtype = _AUTOCAST[encoder]
         self._model = teacher.model.to(self.device).eval()
+        self._float32 = head_modules(teacher.model) if precision != encoder else ()
 
     @property
     def record(self) -> Mapping[str, str]:
@@ -44,13 +50,18 @@ class TorchBackend:
         return {"device": name}
 
     def run(self, inputs: dict[str, Tensor], layers: Sequence[int], pooled: bool) -> TeacherOutput:
-        placed = {name: tensor.to(self.device) for name, tensor in inputs.items()}
-        with torch.inference_mode(), self._autocast():
+        placed = {name: self._sent(tensor) for name, tensor in inputs.items()}
+        places = self._sent(valid_places(inputs["attention_mask"]))
+        with torch.inference_mode(), self._autocast(), in_float32(self._float32, self.device):
             forward = self._model(placed, hidden_states=bool(layers))
-        valid = placed["attention_mask"].bool()
-        hidden = {layer: forward.hidden_states[layer][valid].float() for layer in layers}
+        hidden = {layer: packed(forward.hidden_states[layer], places).float() for layer in layers}
         vector = forward.pooled.float() if pooled and forward.pooled is not None else None
         return TeacherOutput(forward.logits.float(), vector, hidden)
+
+    def _sent(self, tensor: Tensor) -> Tensor:
+        if self.device != "cuda" or tensor.device.type != "cpu":
+            return tensor.to(self.device)
+        return tensor.pin_memory().to(self.device, non_blocking=True)
 
     def close(self) -> None:
         if self.device == "cuda":

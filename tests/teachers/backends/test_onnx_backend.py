@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 import torch
 
-from kdcache.data.encoding import encode, pad
+from kdcache.data.encoding import encode, pad, padding_id
 from kdcache.errors import ModelError, NonFiniteError
 from kdcache.teachers.backends import onnx_backend, open_backend
 from kdcache.teachers.backends import onnx_backend as onnx_export
+from kdcache.teachers.backends.onnx_backend import OnnxBackend
 from kdcache.teachers.bundle import load_teacher
 from kdcache.teachers.fingerprints import fingerprint_teacher
 from kdcache.teachers.teacher import Teacher
@@ -134,6 +135,64 @@ def test_half_precision(bundle: Path, kept: Path) -> None:
     exact = open_backend("torch", teacher, [2], precision="float32", work_dir=kept).run(inputs, [2], False)
     assert output.hidden[2].dtype == torch.float32
     torch.testing.assert_close(output.hidden[2], exact.hidden[2].cpu(), atol=0.05, rtol=0.05)
+
+
+def test_bound_outputs_are_those_that_a_session_returns(bundle: Path, kept: Path) -> None:
+    """Tensors of torch that ONNX Runtime writes into; a GPU's states so stay there."""
+    teacher = load_teacher(bundle, "distil")
+    backend = open_backend("onnxruntime", teacher, [0, 2], precision="float32", work_dir=kept)
+    encoded = encode(teacher.tokenizer, TEXTS, teacher.max_length)
+    inputs = pad(encoded, range(len(TEXTS)), int(teacher.tokenizer.pad_token_id))
+    output = backend.run(inputs, [2, 0], True)
+    session = onnx_export._session(onnx_export.exported(teacher, precision="float32", work_dir=kept))
+    given = {node.name: inputs[node.name].numpy() for node in session.get_inputs()}
+    logits, pooled, last, first = session.run(["logits", "pooled", "hidden_2", "hidden_0"], given)
+    valid = inputs["attention_mask"].bool().numpy()
+    for found, expected in (
+        (output.logits, logits),
+        (output.pooled, pooled),
+        (output.hidden[2], last[valid]),
+        (output.hidden[0], first[valid]),
+    ):
+        assert found is not None
+        np.testing.assert_array_equal(found.cpu().numpy(), expected)
+
+
+def test_what_is_not_asked_for_is_not_bound(bundle: Path, kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher = load_teacher(bundle, "distil")
+    backend = open_backend("onnxruntime", teacher, [2], precision="float32", work_dir=kept)
+    bound = list[dict[str, tuple[int, ...]]]()
+    run = OnnxBackend._bound
+
+    def noting(self: OnnxBackend, inputs: dict[str, torch.Tensor], shapes: dict[str, tuple[int, ...]]) -> object:
+        bound.append(dict(shapes))
+        return run(self, inputs, shapes)
+
+    monkeypatch.setattr(OnnxBackend, "_bound", noting)
+    inputs = pad(encode(teacher.tokenizer, TEXTS, teacher.max_length), [0, 1], int(teacher.tokenizer.pad_token_id))
+    backend.run(inputs, [2], False)
+    tokens = inputs["input_ids"].shape[1]
+    assert bound == [{"logits": (2, len(teacher.label_names)), "hidden_2": (2, tokens, teacher.width)}]
+
+
+@pytest.mark.parametrize("name", ["distil", "own"])
+def test_half_precision_with_a_float32_head(bundle: Path, kept: Path, name: str) -> None:
+    teacher = load_teacher(bundle, name)
+    layer = teacher.depth
+    inputs = pad(encode(teacher.tokenizer, TEXTS, teacher.max_length), range(len(TEXTS)), padding_id(teacher.tokenizer))
+    backend = open_backend("onnxruntime", teacher, [layer], precision="fp16+float32-head", work_dir=kept)
+    output = backend.run(inputs, [layer], True)
+    mask = inputs["attention_mask"].bool()
+    states = torch.zeros(*mask.shape, teacher.width)
+    states[mask] = output.hidden[layer].cpu()
+    with torch.no_grad():
+        if teacher.model.head is not None:
+            logits, _ = teacher.model.head(states, inputs["attention_mask"])
+        else:
+            logits = teacher.model.encoder.classifier(states)
+    # on a CPU, ONNX Runtime computes in float32 and may hand the head states that are not rounded yet
+    torch.testing.assert_close(output.logits.cpu(), logits, rtol=3e-2, atol=3e-2)
+    assert not torch.equal(output.logits.half().float(), output.logits)  # as the head in fp16 would give them
 
 
 def test_bf16_is_refused_with_the_cure(bundle: Path, tmp_path: Path) -> None:
