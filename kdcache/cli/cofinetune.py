@@ -29,7 +29,9 @@ def cofinetune(
 ) -> None:
     """Train the teachers together on the task, sharing one pooling and one prediction layer.
 
-    If interrupted, run the same command again: it continues.
+    If interrupted, run the same command again: it continues. Start it with torchrun to train in several processes.
+
+    Example: torchrun --nproc-per-node 4 -m kdcache cofinetune sst2.toml
 
     Example: kdcache cofinetune sst2.toml --set cofinetune.epochs=2
 
@@ -37,6 +39,7 @@ def cofinetune(
     """
     from kdcache.report.table import learned_nothing
 
+    stages.join_processes()
     job = open_job(recipe, settings, output_dir)
     result = stages.cofinetune(job, add=add)
     out.document(

@@ -17,14 +17,18 @@ from typing import Any
 import typer
 
 from kdcache.cli.output import out
-from kdcache.errors import KdcacheError, first_line
+from kdcache.errors import KdcacheError, LostProcessError, first_line
+from kdcache.training import processes
 
 INTERRUPTED = 130
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def guarded(command: Callable[..., None]) -> Callable[..., None]:
-    """Wrap ``command``: report its exceptions, and give typer only an exit code."""
+    """Wrap ``command``: report its exceptions, and give typer only an exit code.
+
+    Of several processes of a training, one reports, and all have its exit code.
+    """
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
@@ -39,7 +43,11 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
             message, hint, code = explain(error)
             if os.environ.get("KDCACHE_DEBUG") == "1":
                 traceback.print_exc()
-            out.error(message, hint)
+            lost = isinstance(error, LostProcessError)
+            speaks, code = processes.ending(code, lost=lost)
+            if speaks:
+                out.error(message, hint)
+            processes.close(spoke=speaks, lost=lost)
             raise typer.Exit(code) from None
 
     return run

@@ -9,6 +9,7 @@ import typer
 
 from kdcache.cli import report, stages
 from kdcache.cli.options import RUNS, Job, Json, OutputDir, RecipeFile, Settings, open_job
+from kdcache.training.processes import check_alone
 
 _DOES = {
     "teachers": "co-finetuning under one shared head",
@@ -39,6 +40,7 @@ def run(
     from kdcache.distill.objective import objective_settings
     from kdcache.training.trackers import check_trackers
 
+    check_alone("kdcache run")
     job = open_job(recipe, settings, output_dir)
     for part in (job.recipe.distill, *job.recipe.distill.in_stages()):
         objective_settings(part)  # fail before teachers are trained

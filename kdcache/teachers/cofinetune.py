@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from kdcache.data.task import TaskData, load_task
 from kdcache.errors import MismatchError, RecipeError
 from kdcache.files import remove_leftovers
 from kdcache.locks import exclusive
+from kdcache.progress import SilentProgress
 from kdcache.teachers import joint
 from kdcache.teachers.bundle import Bundle, is_bundle, load_shared_head, read_bundle, write_bundle
 from kdcache.teachers.fingerprints import fingerprint_tensors
@@ -29,6 +31,7 @@ from kdcache.teachers.registration import save_teachers, scored
 from kdcache.teachers.sources import Source, open_source, under_shared_head
 from kdcache.training.checkpoints import identity_changes
 from kdcache.training.metrics_log import MetricsLog
+from kdcache.training.processes import current
 from kdcache.training.seeding import seed_everything
 from kdcache.training.trackers import check_trackers, tracked
 
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
     from kdcache.progress import Progress
     from kdcache.recipe import Recipe, TeacherSection
     from kdcache.teachers.teacher import TeacherModel
+    from kdcache.training.processes import Processes
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,9 @@ def cofinetune(
     """
     if not recipe.teachers:
         raise RecipeError(f"recipe '{recipe.name}' has no teachers", "Add a [[teachers]] table with name and model.")
-    with exclusive(work_dir / ".lock", busy=lambda: f"another process is training the teachers in '{work_dir}'"):
+    processes = current()
+    progress = progress if processes.first else SilentProgress()
+    with _locked(work_dir, processes):
         existing = read_bundle(teachers_dir) if is_bundle(teachers_dir) else None
         added = existing.training.get("added", {}) if existing else {}
         task = _load(recipe, progress)
@@ -95,7 +101,7 @@ def cofinetune(
         if head is not None:
             bundle = replace(bundle, pooling=head.pooling_name, width=head.width, dropout=head.dropout_rate)
         bundle = replace(bundle, training={"identity": identity, "best_epoch": best, "added": {}})
-        return _register(job, bundle, head, models, best)
+        return processes.from_first(lambda: _register(job, bundle, head, models, best))
 
 
 def add_teacher(
@@ -106,8 +112,9 @@ def add_teacher(
     Besides the new teacher, only teachers.json changes. Raises as ``cofinetune``, and MismatchError if the recipe's
     labels or text columns are not those of the bundle.
     """
-    section = recipe.teacher(name)
-    with exclusive(work_dir / ".lock", busy=lambda: f"another process is training the teachers in '{work_dir}'"):
+    section, processes = recipe.teacher(name), current()
+    progress = progress if processes.first else SilentProgress()
+    with _locked(work_dir, processes):
         bundle = read_bundle(teachers_dir)
         task = _load(recipe, progress)
         cure = "Use the recipe that these teachers were made with, or another --output-dir."
@@ -128,7 +135,14 @@ def add_teacher(
             models = under_shared_head(sources, head)
         best = _train(job, models, identity)
         bundle = replace(bundle, training={**bundle.training, "added": {**added, name: identity}})
-        return _register(job, bundle, None, models, best)
+        return processes.from_first(lambda: _register(job, bundle, None, models, best))
+
+
+def _locked(work_dir: Path, processes: Processes) -> AbstractContextManager[None]:
+    """The lock of the directory, which the first process holds for all."""
+    if not processes.first:
+        return nullcontext()
+    return exclusive(work_dir / ".lock", busy=lambda: f"another process is training the teachers in '{work_dir}'")
 
 
 def _load(recipe: Recipe, progress: Progress) -> TaskData:
@@ -209,7 +223,8 @@ def _reuse(job: _Job, bundle: Bundle, identity: Mapping[str, Any], existing: Map
             f"{', '.join(differing[:6])}{more}",
             f"Restore these, give another --output-dir, or make the teachers again after: rm -r '{job.teachers_dir}'",
         )
-    shutil.rmtree(job.place, ignore_errors=True)
+    if current().first:
+        shutil.rmtree(job.place, ignore_errors=True)
     return _result(job.teachers_dir, bundle, bundle.training.get("best_epoch"), reused=True)
 
 
