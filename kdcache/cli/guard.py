@@ -58,6 +58,8 @@ def explain(error: BaseException) -> tuple[str, str, int]:
     if isinstance(error, KdcacheError):
         return error.message, error.hint, error.exit_code
     if isinstance(error, KeyboardInterrupt):
+        if processes.current().world > 1:
+            return "interrupted", "Continue with the same command, in as many processes as you like.", INTERRUPTED
         return "interrupted", f"Continue with the same command: {shlex.join(['kdcache', *sys.argv[1:]])}", INTERRUPTED
     if isinstance(error, OSError) and error.errno in _FULL:
         where = f" while writing '{error.filename}'" if error.filename else ""

@@ -40,6 +40,7 @@ def run(
     from kdcache.distill.objective import objective_settings
     from kdcache.training.trackers import check_trackers
 
+    stages.join_processes()
     check_alone("kdcache run")
     job = open_job(recipe, settings, output_dir)
     for part in (job.recipe.distill, *job.recipe.distill.in_stages()):

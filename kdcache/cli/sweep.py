@@ -64,6 +64,7 @@ def sweep(
     from kdcache.distill.sweep.stage import sweep as run_sweep
     from kdcache.recipe import load_recipe
 
+    stages.join_processes()
     check_alone("kdcache sweep")
     job = open_job(recipe, settings, output_dir)
     job.recipe.require_student()

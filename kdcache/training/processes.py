@@ -167,6 +167,7 @@ def join() -> Processes:
     """
     global _joined
     if _joined is None and asked() > 1:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings show the stack of a connection that ends
         _joined = _join()
         atexit.register(_leave)
     return current()
@@ -273,9 +274,11 @@ def _together() -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
+        reason = "did not answer in time" if "timed out" in str(error).lower() else "ended without a message"
         raise LostProcessError(
-            f"another process of this training ended or does not answer: {first_line(error)}",
-            "Look for its message, or for the system ending it for lack of memory. The same command continues.",
+            f"another process of this training {reason}",
+            "Was it killed, for lack of memory perhaps, or is its machine gone? The same command continues from the "
+            "last checkpoint.",
         ) from error
 
 
