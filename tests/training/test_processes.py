@@ -114,7 +114,7 @@ def test_other_inputs_are_named_with_the_process(monkeypatch: pytest.MonkeyPatch
 
 def test_every_process_draws_its_own_numbers_and_one_alone_those_of_before() -> None:
     assert own_seed(7, ALONE) == 7
-    seeds = [own_seed(seed, Processes(rank, 3), step) for seed in (0, 7) for rank in range(3) for step in (None, 0, 5)]
+    seeds = [own_seed(seed, Processes(rank, 3), step) for seed in (0, 7) for rank in range(3) for step in (None, 1, 5)]
     assert len(set(seeds)) == len(seeds)
     assert all(0 <= seed < 2**63 for seed in seeds)
     assert seeds[0] == own_seed(0, Processes(0, 2))  # whatever their number
