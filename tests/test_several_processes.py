@@ -24,6 +24,8 @@ from kdcache.training import checkpoints
 from tests.conftest import TinyRun
 from tests.several import Ended, Scenario, run_all
 
+pytestmark = pytest.mark.timeout(1200)  # a fixture runs ten trainings
+
 # Of 120 rows: 7 steps of 17 rows, and one of a single row, of which the first process has none.
 STEPS = ["distill.batch_size=17", "distill.checkpoint_steps=3"]
 EQUAL = {

@@ -32,7 +32,10 @@ if TYPE_CHECKING:
 
 def join_processes() -> None:
     """Find the processes that torchrun started with this one. Only the first of them prints, but for errors."""
-    out.quiet = not processes.join().first
+    group = processes.join()
+    out.quiet = not group.first
+    if group.world > 1:
+        out.note(f"{group.world} processes were started; each gets its share of every step")
 
 
 def cofinetune(job: Job, *, add: str | None = None) -> CofinetuneResult:

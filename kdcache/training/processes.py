@@ -34,7 +34,7 @@ T = TypeVar("T")
 _START = timedelta(minutes=10)  # until all processes must have joined
 _ANSWER = timedelta(minutes=30)  # others wait so long while the first one evaluates and writes
 _REASON_SECONDS = 3.0  # to wait for the message of a process that ended
-_FAREWELL_SECONDS = 5.0  # to wait for the others to end too
+_FAREWELL_SECONDS = 20.0  # to wait for the others to end too: the store may be in this process
 _BUCKET = 1 << 25  # elements that are summed at once
 _FAILED, _CODE, _GONE = "kdcache/failed", "kdcache/code", "kdcache/gone"
 

@@ -47,4 +47,6 @@ class StepSums:
         return dict(zip(names, terms.unbind(), strict=True)), bool(is_due)
 
     def _scalar(self, value: float | Tensor) -> Tensor:
-        return torch.as_tensor(value, dtype=torch.float32, device=self._device)
+        if isinstance(value, Tensor):
+            return value.to(self._device, torch.float32)
+        return torch.full((), value, dtype=torch.float32, device=self._device)  # no copy, which would wait
