@@ -8,6 +8,7 @@
     ├── NonFiniteError      1  a teacher or a loss gave NaN or infinity
     ├── StorageError        1  the disk is full, or a file cannot be written
     ├── LockedError         1  another process is writing the same directory
+    ├── LostProcessError    1  another process of the same training ended or does not answer
     ├── RemoteError         1  a remote could not be reached, or refused
     │   ├── RemoteAccessError   1  the credentials do not allow it
     │   └── MissingObjectError  1  the remote has no such object
@@ -65,6 +66,10 @@ class StorageError(KdcacheError, OSError):
 
 class LockedError(KdcacheError):
     """Another process holds the lock of the directory."""
+
+
+class LostProcessError(KdcacheError):
+    """Another process of the same training ended, or does not answer."""
 
 
 class RemoteError(KdcacheError):

@@ -39,7 +39,9 @@ def cofinetune(
 ) -> None:
     """Train the teachers together on the task, sharing one pooling and one prediction layer.
 
-    If interrupted, run the same command again: it continues.
+    If interrupted, run the same command again: it continues. Start it with torchrun to train in several processes.
+
+    Example: torchrun --nproc-per-node 4 -m kdcache cofinetune sst2.toml
 
     With --folds K, the train rows are divided into K folds, and K further bundles are trained, each without one fold.
     The dump then takes the logits of a train text from the bundle that did not see it.
@@ -52,6 +54,7 @@ def cofinetune(
     """
     from kdcache.report.table import learned_nothing
 
+    stages.join_processes()
     if folds is not None:
         settings = [*(settings or ()), f"cofinetune.folds={folds}"]
     job = open_job(recipe, settings, output_dir)

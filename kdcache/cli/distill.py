@@ -42,9 +42,11 @@ def distill(
     """Train the recipe's student on targets streamed from a cache; no teacher is loaded.
 
     With a name, the needed files are fetched while the student trains, and kept. If interrupted, run the same command
-    again: it continues.
+    again: it continues. Start it with torchrun to train in several processes.
 
     Example: kdcache distill sst2.toml --cache sst2-3t
+
+    Example: torchrun --nproc-per-node 4 -m kdcache distill sst2.toml --cache sst2-3t
 
     Example: kdcache distill sst2.toml --cache runs/sst2/cache --set distill.seed=1 --set name="sst2-seed1"
     """
@@ -52,6 +54,7 @@ def distill(
     from kdcache.report.loaded import read_results
     from kdcache.report.table import data_notes, remarks, result_rows, table, weak_teachers
 
+    stages.join_processes()
     job = open_job(recipe, settings, output_dir, cache=None if cache is None else find_cache(cache, remote))
     job.recipe.require_student()
     for stage in (job.recipe.distill, *job.recipe.distill.in_stages()):
@@ -60,6 +63,8 @@ def distill(
         job.progress.note("student: finished already with these settings, skipped")
     else:
         stages.distill(job, live_teachers=live_teachers, replace=replace)
+    if out.quiet:  # the first process says what came of it
+        return
     results = read_results(job.run)
     out.document(results)
     out.table(*table(result_rows(results)))

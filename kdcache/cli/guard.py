@@ -14,7 +14,8 @@ from typing import Any
 import typer
 
 from kdcache.cli.output import out
-from kdcache.errors import KdcacheError, first_line
+from kdcache.errors import KdcacheError, LostProcessError, first_line
+from kdcache.training import processes
 
 INTERRUPTED = 130
 EXIT_CODES = {
@@ -29,7 +30,10 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def guarded(command: Callable[..., None]) -> Callable[..., None]:
-    """Wrap ``command``: report its exceptions, and give typer only an exit code."""
+    """Wrap ``command``: report its exceptions, and give typer only an exit code.
+
+    Of several processes of a training, one reports, and all have its exit code.
+    """
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
@@ -44,7 +48,11 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
             message, hint, code = explain(error)
             if os.environ.get("KDCACHE_DEBUG") == "1":
                 traceback.print_exc()
-            out.error(message, hint)
+            lost = isinstance(error, LostProcessError)
+            speaks, code = processes.ending(code, lost=lost)
+            if speaks:
+                out.error(message, hint)
+            processes.close(spoke=speaks, lost=lost)
             raise typer.Exit(code) from None
 
     return run
@@ -55,6 +63,8 @@ def explain(error: BaseException) -> tuple[str, str, int]:
     if isinstance(error, KdcacheError):
         return error.message, error.hint, error.exit_code
     if isinstance(error, KeyboardInterrupt):
+        if processes.current().world > 1:
+            return "interrupted", "Continue with the same command, in as many processes as you like.", INTERRUPTED
         return "interrupted", f"Continue with the same command: {shlex.join(['kdcache', *sys.argv[1:]])}", INTERRUPTED
     if isinstance(error, OSError) and error.errno in _FULL:
         where = f" while writing '{error.filename}'" if error.filename else ""

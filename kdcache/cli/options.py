@@ -92,7 +92,7 @@ def open_job(
     cache: Path | RemoteCache | None = None,
 ) -> Job:
     """Read the recipe and find its run directory; writes nothing."""
-    from kdcache.progress import RichProgress
+    from kdcache.progress import RichProgress, SilentProgress
     from kdcache.recipe import load_recipe
     from kdcache.runs import RunDirectory
 
@@ -100,7 +100,7 @@ def open_job(
     run = RunDirectory(output_dir / loaded.name)
     through = None if cache is None or isinstance(cache, Path) else cache
     place = cache if isinstance(cache, Path) else run.cache
-    return Job(loaded, run, teachers or run.teachers, place, RichProgress(), through)
+    return Job(loaded, run, teachers or run.teachers, place, SilentProgress() if out.quiet else RichProgress(), through)
 
 
 def layer_numbers(text: str | None) -> tuple[int, ...] | None:

@@ -19,40 +19,45 @@ _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e
 
 
 class Output:
-    """``json`` is set by ``--json``; streams are looked up at each use, so tests can replace them."""
+    """``json`` is set by ``--json``; streams are looked up at each use, so tests can replace them.
+
+    ``quiet``: nothing but errors is printed, as in all processes of a training but the first.
+    """
 
     def __init__(self) -> None:
         self.json = False
+        self.quiet = False
 
     def document(self, data: Any) -> None:
         """The result as data: JSON on stdout, in JSON mode only. NaN becomes null."""
-        if self.json:
+        if self.json and not self.quiet:
             _print(sys.stdout, json.dumps(_finite(data), indent=2, ensure_ascii=False))
 
     def text(self, line: str = "") -> None:
         """A line of the result."""
-        if not self.json:
+        if not self.json and not self.quiet:
             _print(sys.stdout, line)
 
     def dict(self, values: Mapping[str, Any]) -> None:
         """One aligned ``key  value`` line per entry; nested tables are indented under their key."""
-        if not self.json:
+        if not self.json and not self.quiet:
             for line in _lines(values):
                 _print(sys.stdout, line)
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """Columns aligned, numbers to the right."""
-        if not self.json:
+        if not self.json and not self.quiet:
             for line in table_lines(columns, rows):
                 _print(sys.stdout, line)
 
     def note(self, line: str) -> None:
         """A remark that is not part of the result."""
-        _print(sys.stderr, line)
+        if not self.quiet:
+            _print(sys.stderr, line)
 
     def hint(self, line: str) -> None:
         """What to do next."""
-        if line:
+        if line and not self.quiet:
             _print(sys.stderr, f"hint: {line}")
 
     def error(self, message: str, hint: str = "") -> None:
@@ -61,7 +66,8 @@ class Output:
             _print(sys.stderr, json.dumps({"error": message, "hint": hint}, ensure_ascii=False))
             return
         _print(sys.stderr, "error: " + " ".join(message.split("\n")))
-        self.hint(hint)
+        if hint:
+            _print(sys.stderr, f"hint: {hint}")
 
 
 out = Output()

@@ -8,6 +8,7 @@ import typer
 
 from kdcache.cli import report, stages
 from kdcache.cli.options import RUNS, Json, OutputDir, RecipeFile, Settings, open_job
+from kdcache.training.processes import check_alone
 
 
 def run(
@@ -28,6 +29,8 @@ def run(
 
     Example: kdcache run sst2.toml --set distill.seed=1 --set name="sst2-seed1"
     """
+    stages.join_processes()
+    check_alone("kdcache run")
     job = open_job(recipe, settings, output_dir)
     stages.run_all(job, baseline_too=not no_baseline, replace=replace)
     report.report_run(job.run)

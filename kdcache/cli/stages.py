@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdcache.cli.options import Job, default_url, open_team
+from kdcache.cli.output import out
 from kdcache.errors import MismatchError, RecipeError
 from kdcache.share.keys import check_name, check_tag
+from kdcache.training import processes
 
 if TYPE_CHECKING:
     from kdcache.distill.stage import DistillResult
@@ -28,11 +30,20 @@ if TYPE_CHECKING:
     from kdcache.teachers.cofinetune import CofinetuneResult
 
 
+def join_processes() -> None:
+    """Find the processes that torchrun started with this one. Only the first of them prints, but for errors."""
+    group = processes.join()
+    out.quiet = not group.first
+    if group.world > 1:
+        out.note(f"{group.world} processes were started; each gets its share of every step")
+
+
 def cofinetune(job: Job, *, add: str | None = None) -> CofinetuneResult:
     """Co-finetune all teachers, or ``add`` one to the existing ones."""
     from kdcache.runs import stage_inputs
     from kdcache.teachers import cofinetune as stage
 
+    processes.join()
     work = job.run.checkpoints / "cofinetune"
     with _recorded(job, job.run, "teachers", stage_inputs(job.recipe, "teachers")):
         if add is None:
@@ -148,8 +159,9 @@ def distill(job: Job, *, live_teachers: Path | None = None, replace: bool = Fals
     """Train the recipe's student from the cache, or with the teachers running live."""
     from kdcache.distill.stage import distill as train
 
+    group = processes.join()
     inputs = student_inputs(job, live=live_teachers is not None)
-    _keep_or_replace(job.run, "student", inputs, replace=replace)
+    group.from_first(lambda: _keep_or_replace(job.run, "student", inputs, replace=replace))
     source = job.remote_cache.read(job.progress) if job.remote_cache else nullcontext(cache_at_hand(job))
     with _recorded(job, job.run, "student", inputs), source as cache:
         return train(job.recipe, cache, job.run.root, live_teachers=live_teachers, progress=job.progress)
@@ -218,16 +230,21 @@ def _check_student(job: Job) -> None:
 
 @contextmanager
 def _recorded(job: Job, place: RunDirectory, stage: Stage, inputs: Inputs) -> Iterator[None]:
-    """Make the run directory before a stage; write recipe, inputs and duration when it is complete."""
+    """Make the run directory before a stage; write recipe, inputs and duration when it is complete.
+
+    Of several processes, the first does.
+    """
     from kdcache.files import replace_file
     from kdcache.recipe import dump_toml
 
-    started = time.perf_counter()
-    place.create()
-    if not place.recipe_file.exists():
+    started, first = time.perf_counter(), processes.current().first
+    if first:
+        place.create()
+    if first and not place.recipe_file.exists():
         replace_file(place.recipe_file, dump_toml(job.recipe).encode())
     yield
-    _record(job, place, stage, inputs, started)
+    if first:
+        _record(job, place, stage, inputs, started)
 
 
 def _record(job: Job, place: RunDirectory, stage: Stage, inputs: Inputs, started: float) -> None:

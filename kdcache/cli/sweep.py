@@ -27,6 +27,7 @@ from kdcache.cli.options import (
 )
 from kdcache.cli.output import out
 from kdcache.errors import KdcacheError
+from kdcache.training.processes import check_alone
 
 if TYPE_CHECKING:
     from kdcache.cache.manifest import Manifest
@@ -63,6 +64,8 @@ def sweep(
     from kdcache.distill.sweep.stage import sweep as run_sweep
     from kdcache.recipe import load_recipe
 
+    stages.join_processes()
+    check_alone("kdcache sweep")
     job = open_job(recipe, settings, output_dir)
     job.recipe.require_student()
     caches = _open_caches(job, recipe, cache, remote)

@@ -7,6 +7,7 @@ are used through ``kdcache.methods.base`` only; no method or term is known here 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -31,12 +32,14 @@ from kdcache.methods.base import (
 from kdcache.methods.parts.layer_map import EVEN, LAYER_MAPPINGS, LayerMapping
 from kdcache.methods.parts.weighting import constants, teacher_weights
 from kdcache.methods.registry import find_method
+from kdcache.training.processes import current
 
 if TYPE_CHECKING:
     from kdcache.distill.teacher_weights import WeightedTeachers
     from kdcache.loading.targets import Batch, Targets
     from kdcache.recipe import DistillSection
     from kdcache.students.model import StudentModel
+    from kdcache.training.processes import Processes
 
 
 @dataclass(frozen=True)
@@ -78,8 +81,8 @@ class ObjectiveSettings:
 def objective_settings(section: DistillSection) -> ObjectiveSettings:
     """From a recipe. ``paper = true`` means: plain sums, the teacher's side projected, all weights 1, no factor T².
 
-    Raises RecipeError for an unknown method, a layer map that the method does not take, and micro-batches of a method
-    that compares the rows of a batch.
+    Raises RecipeError for an unknown method, a layer map that the method does not take, and micro-batches or several
+    processes for a method that compares the rows of a batch.
     """
     method = find_method(section.method)
     layer_map = _layer_map(section, method)
@@ -98,6 +101,12 @@ def objective_settings(section: DistillSection) -> ObjectiveSettings:
             f"the term '{across[0]}' of method '{method.name}' compares the rows of a batch with each other, "
             f"and distill.accumulation = {section.accumulation} cuts batches into micro-batches",
             "Set distill.accumulation = 1, with a smaller distill.batch_size where memory is short.",
+        )
+    if across and current().world > 1:
+        raise RecipeError(
+            f"the term '{across[0]}' of method '{method.name}' compares the rows of a batch with each other, "
+            f"and the training was started in {current().world} processes, which divide the batches",
+            "Start it in one process, without torchrun.",
         )
     return settings
 
@@ -183,6 +192,19 @@ class DistillationModel(nn.Module):
                     totals[pair] = totals.get(pair, 0) + count
         labelled = sum(int((batch.labels >= 0).sum()) for batch in batches)
         return StepCounts(sum(len(batch.labels) for batch in batches), labelled, vectors)
+
+    def counts_of_all(self, own: StepCounts, processes: Processes) -> StepCounts:
+        """The counts of a step over all processes, from those of each one's share."""
+        if processes.world == 1:
+            return own
+        pairs = list(itertools.product(range(len(self.teachers)), range(self.student.depth + 1)))
+        places = [(name, pair) for name in own.vectors for pair in pairs]
+        mine = [own.vectors[name].get(pair, 0) for name, pair in places]
+        rows, labelled, *found = processes.sums([own.rows, own.labelled, *mine])
+        vectors: dict[str, dict[Pair, int]] = {name: {} for name in own.vectors}
+        for (name, pair), count in zip(places, found, strict=True):
+            vectors[name][pair] = count
+        return StepCounts(rows, labelled, vectors)
 
     def forward(
         self, batch: Batch, counts: StepCounts, moment: Moment | None = None

@@ -16,6 +16,7 @@ from kdcache.distill.predictions import mean_logits, mixture_logits, teacher_ans
 from kdcache.errors import MismatchError
 from kdcache.report.losses import read_curves, scales
 from kdcache.report.metrics import scores
+from kdcache.training.processes import current
 
 if TYPE_CHECKING:
     from kdcache.cache.reader import Cache
@@ -115,6 +116,7 @@ def build_results(training: Training, measured: Measured, metrics: Path) -> dict
         "skipped_rows": source.skipped,
         "joined": {join.split: join.as_dict() for join in training.joins},
         "scales": scales([curve for curve in read_curves(metrics, "steps") if curve.stage.startswith(STAGE)]),
+        **({"processes": current().world} if current().world > 1 else {}),
         "training_seconds": round(measured.training_seconds, 1),
         "seconds": round(measured.seconds, 1),
         "machine": machine(measured.speed.device),

@@ -32,6 +32,7 @@ from kdcache.loading.live import LiveBatches
 from kdcache.loading.transfer import on_device
 from kdcache.methods.base import Moment, StepCounts
 from kdcache.methods.parts.projections import PROJECTIONS, rate_factor
+from kdcache.progress import SilentProgress
 from kdcache.report.cards import model_card
 from kdcache.report.metrics import scores
 from kdcache.report.predictions import write_predictions
@@ -40,6 +41,7 @@ from kdcache.students.model import takes_full_mask
 from kdcache.students.save import save_student, student_record
 from kdcache.students.score import EncodedSplit, encode_split, selection_score, split_logits, split_scores
 from kdcache.students.speed import measure_speed
+from kdcache.training import processes as together
 from kdcache.training.best_epoch import BestEpoch
 from kdcache.training.compiled import compiled
 from kdcache.training.device import default_device
@@ -56,6 +58,7 @@ if TYPE_CHECKING:
     from kdcache.loading.targets import Batch, TargetSource
     from kdcache.progress import Progress
     from kdcache.recipe import DistillSection, Recipe
+    from kdcache.training.processes import Processes
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,9 @@ def distill(
         NonFiniteError: the loss is not finite.
         StorageError: a file cannot be written.
     """
-    run, started = RunDirectory(run_root), time.perf_counter()
+    run, started, processes = RunDirectory(run_root), time.perf_counter(), together.current()
+    if not processes.first:
+        return _help(prepare(recipe, cache, run_root, live_teachers, SilentProgress()), run, processes)
     check_trackers(recipe.distill, "distill")
     prepared = prepare(recipe, cache, run_root, live_teachers, progress)
     shown = next((stage for stage in prepared.stages if stage.source.teachers), prepared)
@@ -114,6 +119,7 @@ def distill(
     training_started = time.perf_counter()
     trained = _train(prepared.stages, splits.get("validation"), run, progress)
     training_seconds = time.perf_counter() - training_started
+    source.count_together(processes)
 
     logits = {name: split_logits(student.model, split) for name, split in splits.items()}
     of_student = {name: scores(split.labels, logits[name]) for name, split in splits.items()}
@@ -134,7 +140,18 @@ def distill(
     results = build_results(training, measured, run.metrics)
     write_predictions(run.predictions, split_predictions(training.data, logits, of_teachers.answers))
     _save(training, results, run, progress)
-    return DistillResult(run.student, results)
+    return DistillResult(run.student, processes.from_first(lambda: results))
+
+
+def _help(prepared: Training, run: RunDirectory, processes: Processes) -> DistillResult:
+    """``distill`` in processes other than the first: they train with it, and wait for its results."""
+    for stage in prepared.stages:
+        check_evaluation(stage.recipe.distill, "distill", validation="validation" in prepared.data.splits)
+    if default_device().type == "cpu":
+        keep_freed_blocks()
+    _train(prepared.stages, None, run, SilentProgress())
+    next((stage for stage in prepared.stages if stage.source.teachers), prepared).source.count_together(processes)
+    return DistillResult(run.student, processes.from_first(dict))
 
 
 def _encoded_splits(training: Training, progress: Progress) -> dict[str, EncodedSplit]:
@@ -228,7 +245,8 @@ def compiled_student(stage: Training) -> AbstractContextManager[None]:
     section = stage.recipe.distill
     if not section.compile:
         return nullcontext()
-    rows = {part.stop - part.start for part in micro_batches(section.batch_size, section.accumulation)}
+    share = together.current().share(section.batch_size)
+    rows = {part.stop - part.start for part in micro_batches(share.stop - share.start, section.accumulation)}
     return compiled(stage.student.model.network, rows=rows, max_length=stage.student.max_length)
 
 
@@ -313,6 +331,7 @@ class DistillTask:
         self._total_steps, self._seed = epochs * source.steps_per_epoch, seed
         self._accumulation = accumulation
         self._select_by = select_by
+        self._processes = together.current()
         self._first_epoch = first_epoch  # of this stage, so that no two stages have the same order of rows
 
     def batches(self, epoch: int, first_step: int) -> Iterator[Step]:
@@ -320,21 +339,34 @@ class DistillTask:
         device = next(self.model.parameters()).device
         if device.type == "cpu":
             for step, pieces in self._on_host(epoch, first_step):
-                yield replace(step, pieces=pieces)
+                yield self._complete(step, pieces)
             return
         live = isinstance(self._source, LiveBatches)
         steps = on_device(lambda: self._on_host(epoch, first_step), device, in_thread=not live)
         for step, pieces in steps:
-            yield replace(step, pieces=pieces)
+            yield self._complete(step, pieces)
+
+    def _complete(self, step: Step, pieces: tuple[Batch, ...]) -> Step:
+        return replace(step, pieces=pieces, counts=self._distillation.counts_of_all(step.counts, self._processes))
 
     def _on_host(self, epoch: int, first_step: int) -> Iterator[tuple[Step, tuple[Batch, ...]]]:
-        before, number = epoch * self.steps_per_epoch, self._first_epoch + epoch
-        for step, batch in enumerate(self._source.batches(number, first_step), start=before + first_step):
-            counts = self._distillation.counts([batch])
-            yield Step((), counts, Moment(step, self._total_steps, number, self._seed)), batch.split(self._accumulation)
+        """The counts are those of this process's share."""
+        before, number, done = epoch * self.steps_per_epoch, self._first_epoch + epoch, first_step
+        for batch in self._source.batches(number, first_step):
+            moment = Moment(before + done, self._total_steps, number, self._seed)
+            yield Step((), self._distillation.counts([batch]), moment), batch.split(self._accumulation)
+            done += 1
+        if self._processes.world > 1 and done < self.steps_per_epoch:  # without a row of the last step
+            yield (
+                Step((), self._distillation.counts([]), Moment(before + done, self._total_steps, number, self._seed)),
+                (),
+            )
 
     def losses(self, step: Step) -> Iterator[tuple[Tensor, dict[str, float | Tensor]]]:
-        """The loss of each micro-batch, divided by the counts of the whole step, and its terms before their weights."""
+        """The loss of each micro-batch of this process, divided by the counts of the whole step, and its terms.
+
+        Terms are those before their weights.
+        """
         for piece in step.pieces:
             loss, terms = self.model(piece, step.counts, step.moment)
             yield loss, dict(terms)
@@ -356,5 +388,7 @@ class DistillTask:
         self._best.settle(mark)
 
     def load_best(self, mark: int) -> None:
-        """Put the weights kept under ``mark`` back into the student."""
-        self._student.load_state_dict(self._best.load(mark)["student"])
+        """Put the weights kept under ``mark`` back into the student, in all processes."""
+        if self._processes.first:
+            self._student.load_state_dict(self._best.load(mark)["student"])
+        self._processes.copy_from_first(list(self._student.state_dict().values()))

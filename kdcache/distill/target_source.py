@@ -18,6 +18,7 @@ from kdcache.loading.order import BatchSettings
 from kdcache.loading.without_targets import PlainBatches
 from kdcache.methods.parts.features import FITS
 from kdcache.methods.parts.layer_map import TeacherLayers
+from kdcache.training.processes import current
 
 if TYPE_CHECKING:
     from kdcache.cache.reader import Cache
@@ -40,11 +41,22 @@ def open_source(
 ) -> TargetSource:
     """The source that the recipe asks for. Methods without teachers take no transfer texts, which have no labels.
 
-    ``trusted``: names of the teachers whose own Python code may be run. Raises RecipeError where a method needs
-    teachers and there is no cache; MismatchError where the cache lacks something.
+    With several processes, it gives the share of this one. ``trusted``: names of the teachers whose own Python code
+    may be run. Raises RecipeError where a method needs teachers and there is no cache; MismatchError where the cache
+    lacks something.
     """
     uses_teachers = settings.method.uses_teachers
-    batches = BatchSettings(section.batch_size, student.max_length, section.seed, section.window, section.missing)
+    processes = current()
+    batches = BatchSettings(
+        section.batch_size,
+        student.max_length,
+        section.seed,
+        section.window,
+        section.missing,
+        processes.rank,
+        processes.world,
+        every_row=True,
+    )
     if cache is None:
         if uses_teachers:
             raise RecipeError(

@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from kdcache.loading.order import Window
     from kdcache.loading.targets import Targets
     from kdcache.methods.parts.layer_map import LayerMap
+    from kdcache.training.processes import Processes
 
 MEMORY_BYTES = 2 << 30
 
@@ -152,6 +153,11 @@ class CachedBatches(JoinedSource):
         finally:
             bundles.close()
 
+    def count_together(self, processes: Processes) -> None:
+        """From here on ``coverage`` and ``truncated`` are over the parts that any process read."""
+        for covered, truncated in processes.gathered((self._covered, self._truncated)):
+            self._covered, self._truncated = self._covered | covered, self._truncated | truncated
+
     def forget_parts(self) -> None:
         """Free the memory of decoded parts; they are read again when they are needed."""
         self._part_cache = PartCache(self._part_cache.limit)
@@ -177,7 +183,7 @@ class CachedBatches(JoinedSource):
         with ThreadPoolExecutor(layer_readers(), "kdcache-layer") as pool:
             window = PartWindow(lambda index: self._decoded(index, pool), self._part_cache, lifetimes)
             try:
-                for together in runs_of_steps(first_step, self.steps_per_epoch):
+                for together in runs_of_steps(first_step, self.epochs.steps_here(order, first_step).stop):
                     rows = [self.epochs.rows(order, step) for step in together]
                     yield from bundled(self._batches(rows, together, window, layers))
             finally:

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from kdcache.teachers.backends import TeacherBackend, TeacherOutput
     from kdcache.teachers.folds import FoldLogits
     from kdcache.teachers.teacher import Teacher
+    from kdcache.training.processes import Processes
 
 _TOKENS_PER_PASS = 4096  # padded tokens of one forward pass over a split
 
@@ -137,13 +138,18 @@ class LiveBatches(JoinedSource):
         cut, rows = self._truncated.tolist()
         return cut / rows if rows else None
 
+    def count_together(self, processes: Processes) -> None:
+        """From here on ``coverage`` and ``truncated`` are over the batches of all processes."""
+        covered, truncated = zip(*processes.gathered((self._covered, self._truncated)), strict=True)
+        self._covered, self._truncated = np.sum(covered, axis=0), np.sum(truncated, axis=0)
+
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """The share of process ``rank`` of every step of ``epoch`` from ``first_step`` on.
 
         Targets lie on the teachers' device.
         """
         order, layers = self.epochs.order(epoch), self.layers_at(epoch)
-        for step in range(first_step, self.steps_per_epoch):
+        for step in self.epochs.steps_here(order, first_step):
             yield self._batch(self.epochs.rows(order, step), layers)
 
     def target_dim(self, teacher: str, layer: int) -> int:

@@ -109,6 +109,7 @@ class BatchSettings:
         missing: ``"skip"`` leaves out examples whose text the cache lacks.
         rank: this process, which takes its share of every step.
         world: how many processes there are.
+        every_row: a last step with fewer rows than processes is kept; those without a row get no batch for it.
     """
 
     batch_size: int
@@ -118,6 +119,7 @@ class BatchSettings:
     missing: Literal["error", "skip"] = "error"
     rank: int = 0
     world: int = 1
+    every_row: bool = False
 
     def __post_init__(self) -> None:
         if self.window != "all" and self.window < 1:
@@ -146,7 +148,8 @@ class Epochs:
     @property
     def steps(self) -> int:
         """Steps of an epoch."""
-        return step_count(len(self.parts), self.settings.batch_size, self.settings.world)
+        world = 1 if self.settings.every_row else self.settings.world
+        return step_count(len(self.parts), self.settings.batch_size, world)
 
     def order(self, epoch: int) -> np.ndarray:
         """All examples in the order of ``epoch``."""
@@ -160,6 +163,11 @@ class Epochs:
         """The share of this process in a step, as positions in the examples."""
         settings = self.settings
         return step_rows(order, step, settings.batch_size, rank=settings.rank, world=settings.world)
+
+    def steps_here(self, order: np.ndarray, first_step: int) -> range:
+        """The steps from ``first_step`` on in which this process has rows: all but perhaps the last."""
+        empty = self.steps > first_step and not len(self.rows(order, self.steps - 1))
+        return range(first_step, self.steps - empty)
 
     def shares(self, order: np.ndarray, first_step: int) -> tuple[np.ndarray, np.ndarray]:
         """All of this process's examples from ``first_step`` on, and the step of each."""

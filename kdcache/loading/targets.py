@@ -19,6 +19,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from kdcache.codecs.base import Decoder
     from kdcache.methods.parts.layer_map import LayerMap
+    from kdcache.training.processes import Processes
 
 
 @dataclass(frozen=True, eq=False)
@@ -313,7 +314,14 @@ class TargetSource(Protocol):
     def truncated(self) -> float | None: ...
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
-        """One process's share of every global batch of ``epoch`` from ``first_step`` on."""
+        """One process's share of every global batch of ``epoch`` from ``first_step`` on.
+
+        If it has no row of the last step, there is no batch for that step.
+        """
+        ...
+
+    def count_together(self, processes: Processes) -> None:
+        """From here on ``coverage`` and ``truncated`` are over what all processes read. Called once, by all of them."""
         ...
 
     def layers_at(self, epoch: int) -> LayerMap:

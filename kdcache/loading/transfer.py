@@ -153,4 +153,5 @@ def _wait(item: _Moved[Any], device: torch.device) -> None:
     """The present stream waits for the copy, and its memory is not used again before that stream is done with it."""
     present = torch.cuda.current_stream(device)
     present.wait_event(item.copied)
-    item.batches[0].labels.record_stream(present)  # all views have the storage of the buffer
+    for batch in item.batches[:1]:
+        batch.labels.record_stream(present)  # all views have the storage of the buffer

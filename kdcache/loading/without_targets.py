@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from kdcache.loading.data import StudentData
     from kdcache.loading.order import BatchSettings
     from kdcache.methods.parts.layer_map import LayerMap
+    from kdcache.training.processes import Processes
 
 
 class PlainBatches:
@@ -53,11 +54,14 @@ class PlainBatches:
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """The batches of ``epoch`` from ``first_step`` on."""
         order, train = self._epochs.order(epoch), self._train
-        for step in range(first_step, self.steps_per_epoch):
+        for step in self._epochs.steps_here(order, first_step):
             rows = self._epochs.rows(order, step)
             rows = rows[longest_first(self._encoded.lengths[rows])]
             inputs = pad(self._encoded, rows, self._pad_token_id)
             yield Batch(inputs, torch.from_numpy(train.labels[rows]), train.text_ids[rows], None)
+
+    def count_together(self, processes: Processes) -> None:
+        """Every process counts all rows anyway."""
 
     def layers_at(self, epoch: int) -> LayerMap:  # noqa: ARG002 - of the protocol
         """There are no teachers."""

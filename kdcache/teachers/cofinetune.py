@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from kdcache.data.task import TaskData, load_task
 from kdcache.errors import MismatchError, RecipeError
 from kdcache.files import remove_leftovers
 from kdcache.locks import exclusive
+from kdcache.progress import SilentProgress
 from kdcache.teachers import joint
 from kdcache.teachers.bundle import Bundle, is_bundle, load_shared_head, read_bundle, write_bundle
 from kdcache.teachers.fingerprints import fingerprint_tensors
@@ -39,6 +41,7 @@ from kdcache.teachers.registration import fold_logits, folds_record, save_teache
 from kdcache.teachers.sources import Source, open_source, under_shared_head
 from kdcache.training.checkpoints import identity_changes
 from kdcache.training.metrics_log import MetricsLog
+from kdcache.training.processes import current
 from kdcache.training.seeding import seed_everything
 from kdcache.training.trackers import check_trackers, tracked
 
@@ -46,6 +49,7 @@ if TYPE_CHECKING:
     from kdcache.progress import Progress
     from kdcache.recipe import Recipe, TeacherSection
     from kdcache.teachers.teacher import TeacherModel
+    from kdcache.training.processes import Processes
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,9 @@ def cofinetune(
     """
     if not recipe.teachers:
         raise RecipeError(f"recipe '{recipe.name}' has no teachers", "Add a [[teachers]] table with name and model.")
-    with exclusive(work_dir / ".lock", busy=lambda: f"another process is training the teachers in '{work_dir}'"):
+    processes = current()
+    progress = progress if processes.first else SilentProgress()
+    with _locked(work_dir, processes):
         existing = read_bundle(teachers_dir) if is_bundle(teachers_dir) else None
         added = existing.training.get("added", {}) if existing else {}
         task = _load(recipe, progress)
@@ -114,8 +120,9 @@ def add_teacher(
     Besides the new teacher, only teachers.json changes. Raises as ``cofinetune``, and MismatchError if the recipe's
     labels or text columns are not those of the bundle.
     """
-    section = recipe.teacher(name)
-    with exclusive(work_dir / ".lock", busy=lambda: f"another process is training the teachers in '{work_dir}'"):
+    section, processes = recipe.teacher(name), current()
+    progress = progress if processes.first else SilentProgress()
+    with _locked(work_dir, processes):
         bundle = read_bundle(teachers_dir)
         task = _load(recipe, progress)
         cure = "Use the recipe that these teachers were made with, or another --output-dir."
@@ -142,7 +149,7 @@ def _make(job: _Job, identity: Mapping[str, Any]) -> CofinetuneResult:
     if head is not None:
         bundle = replace(bundle, pooling=head.pooling_name, width=head.width, dropout=head.dropout_rate)
     bundle = replace(bundle, training={"identity": identity, "best_epoch": best, "added": {}})
-    return _register(job, bundle, head, models, best)
+    return current().from_first(lambda: _register(job, bundle, head, models, best))
 
 
 def _make_added(job: _Job, bundle: Bundle, head: SharedHead | None, identity: Mapping[str, Any]) -> CofinetuneResult:
@@ -155,7 +162,15 @@ def _make_added(job: _Job, bundle: Bundle, head: SharedHead | None, identity: Ma
         models = under_shared_head(job.sources, head)
     best = _train(job, models, identity)
     added = {**bundle.training.get("added", {}), name: identity}
-    return _register(job, replace(bundle, training={**bundle.training, "added": added}), None, models, best)
+    bundle = replace(bundle, training={**bundle.training, "added": added})
+    return current().from_first(lambda: _register(job, bundle, None, models, best))
+
+
+def _locked(work_dir: Path, processes: Processes) -> AbstractContextManager[None]:
+    """The lock of the directory, which the first process holds for all."""
+    if not processes.first:
+        return nullcontext()
+    return exclusive(work_dir / ".lock", busy=lambda: f"another process is training the teachers in '{work_dir}'")
 
 
 def _with_folds(job: _Job, made: CofinetuneResult) -> CofinetuneResult:
@@ -163,6 +178,8 @@ def _with_folds(job: _Job, made: CofinetuneResult) -> CofinetuneResult:
 
     ``job.place`` is the directory of all trainings.
     """
+    if current().world > 1:  # folds that are asked for were refused
+        return made
     bundle = read_bundle(job.teachers_dir)
     record = bundle.training.get("folds")
     if record is not None and not fold_directory(job.teachers_dir, 0).is_dir():  # somebody removed the folds
@@ -193,6 +210,11 @@ def _begin_folds(job: _Job, trained: Collection[str] | None = None) -> None:
     count = job.recipe.cofinetune.folds
     if count is None:
         return
+    if current().world > 1:
+        raise RecipeError(
+            f"cofinetune.folds is {count}, and folds are trained in one process; there are {current().world}",
+            "Train the teachers in several processes without cofinetune.folds, then the folds in one: --folds K.",
+        )
     if trained is None:
         trained = [name for name, source in job.sources.items() if source.section.head == "shared"]
     if not trained:
@@ -346,7 +368,8 @@ def _reuse(job: _Job, bundle: Bundle, identity: Mapping[str, Any], existing: Map
             f"{', '.join(differing[:6])}{more}",
             f"Restore these, give another --output-dir, or make the teachers again after: rm -r '{job.teachers_dir}'",
         )
-    shutil.rmtree(job.place, ignore_errors=True)
+    if current().first:
+        shutil.rmtree(job.place, ignore_errors=True)
     return _result(job.teachers_dir, bundle, bundle.training.get("best_epoch"), reused=True)
 
 

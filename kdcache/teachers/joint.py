@@ -25,6 +25,7 @@ from kdcache.training.best_epoch import BestEpoch
 from kdcache.training.compiled import compiled
 from kdcache.training.loop import micro_batches
 from kdcache.training.predict import predict
+from kdcache.training.processes import current
 from kdcache.training.settings import LoopSettings
 
 if TYPE_CHECKING:
@@ -141,7 +142,8 @@ def train(
         decay_by_prefix=True,
     )
     with contextlib.ExitStack() as graphs:
-        rows = {part.stop - part.start for part in micro_batches(settings.batch_size, settings.accumulation)}
+        share = current().share(settings.batch_size)
+        rows = {part.stop - part.start for part in micro_batches(share.stop - share.start, settings.accumulation)}
         for name, model in models.items() if settings.compile else ():
             graphs.enter_context(compiled(model.encoder, rows=rows, max_length=sources[name].max_length))
         outcome = loop.train(
@@ -217,21 +219,22 @@ class CofinetuneTask:
         self.steps_per_epoch = math.ceil(len(labels.train) / batch_size)
         self._models, self._texts, self._labels = models, texts, labels
         self._batch_size, self._accumulation, self._select_by, self._seed = batch_size, accumulation, select_by, seed
-        self._best, self._note = best, note
+        self._best, self._note, self._processes = best, note, current()
 
     def batches(self, epoch: int, first_step: int) -> Iterator[np.ndarray]:
-        """Rows of each batch, in an order that is a pure function of seed and epoch."""
+        """Rows of each batch over all processes, in an order that is a pure function of seed and epoch."""
         order = np.random.default_rng([self._seed, epoch]).permutation(len(self._labels.train))
         for first in range(first_step * self._batch_size, len(order), self._batch_size):
             yield order[first : first + self._batch_size]
 
     def losses(self, batch: np.ndarray) -> Iterator[tuple[Tensor, Mapping[str, float | Tensor]]]:
-        """Losses by teacher and micro-batch; their sum is L_cf of the batch."""
-        for name, model in self._models.items():
+        """Losses by teacher and micro-batch of this process's share; their sum over all is L_cf of the batch."""
+        share = batch[self._processes.share(len(batch))]
+        for name, model in self._models.items() if len(share) else ():
             texts = self._texts[name]
-            rows = batch[np.argsort(texts.train.lengths[batch], kind="stable")]
+            rows = share[np.argsort(texts.train.lengths[share], kind="stable")]
             for part in micro_batches(len(rows), self._accumulation):
-                loss = self._cross_entropy(model, texts, rows[part]) * (len(rows[part]) / len(rows))
+                loss = self._cross_entropy(model, texts, rows[part]) * (len(rows[part]) / len(batch))
                 yield loss, {f"ce.{name}": loss.detach()}
 
     def _cross_entropy(self, model: TeacherModel, texts: TeacherTexts, rows: np.ndarray) -> Tensor:
@@ -277,8 +280,9 @@ class CofinetuneTask:
         self._best.settle(mark)
 
     def load_best(self, mark: int) -> None:
-        """Load the weights kept under ``mark`` into the teachers."""
-        self.model.load_state_dict(self._best.load(mark)["model"])
+        """Load the weights kept under ``mark`` into the teachers; the first process does, since it saves them."""
+        if self._processes.first:
+            self.model.load_state_dict(self._best.load(mark)["model"])
 
 
 def scores_by_epoch(metrics: MetricsLog, names: Iterable[str]) -> dict[str, list[dict[str, float]]]:

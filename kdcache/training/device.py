@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from kdcache.errors import RecipeError
+from kdcache.training import processes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -41,18 +42,18 @@ def float32_products(tf32: bool | None) -> Iterator[None]:
 
 
 def make_accelerator(precision: str) -> Accelerator:
-    """An accelerator of one process; RecipeError if the device cannot train in ``precision``."""
+    """The accelerator of this process; RecipeError if the device cannot train in ``precision``.
+
+    RecipeError also where several processes were started and did not join.
+    """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
+    if processes.current().world == 1:
+        processes.check_alone("this command")
     mixed = {"float32": "no", "bf16": "bf16", "fp16": "fp16"}[precision]
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed:
         AcceleratorState._reset_state()  # accelerate fixes the precision per process, but stages may differ
     accelerator = Accelerator(mixed_precision=mixed)
     check_precision(precision, accelerator.device)
-    if accelerator.num_processes > 1:
-        raise RecipeError(
-            f"kdcache trains in one process; it was started in {accelerator.num_processes}",
-            "Start it with python, not accelerate launch.",
-        )
     return accelerator

@@ -1,4 +1,4 @@
-"""The training loop of co-finetuning and distillation: one process, any device, exact resume.
+"""The training loop of co-finetuning and distillation: any device, one process or several, exact resume.
 
 A ``TrainingTask`` gives the model, the batches and the losses. The loop owns the optimizer, the schedule, mixed
 precision (through accelerate), clipping, checkpoints and the choice of the best epoch. A task yields the losses of a
@@ -9,6 +9,10 @@ losses of a task must sum to the loss of the whole batch.
 Resume is exact because a checkpoint holds all that the next step depends on: weights, moments, schedule, the states of
 the random generators, the position in the epoch and the running sums of the log. On the CPU in float32, the resumed
 weights are bit-equal.
+
+With several processes, the losses of a task are those of this process's share of a step, divided by the counts of the
+whole step. Gradients and losses are added up over the processes once per step, before clipping. The first process
+evaluates and writes; the others get its metrics.
 """
 
 from __future__ import annotations
@@ -27,12 +31,15 @@ from torch import Tensor, nn
 
 from kdcache.errors import RecipeError
 from kdcache.locks import exclusive
+from kdcache.progress import SilentProgress
 from kdcache.training import checkpoints as checkpoint_files
+from kdcache.training import processes as together
 from kdcache.training.device import float32_products, make_accelerator
 from kdcache.training.optim import AveragedWeights, WarmupSchedule, adamw
 from kdcache.training.row_gradients import RowGradients
-from kdcache.training.seeding import restore_rng_state, rng_state, seed_everything
+from kdcache.training.seeding import own_seed, restore_own, rng_state, seed_everything
 from kdcache.training.step_log import Place, StepLog
+from kdcache.training.step_sums import StepSums
 
 if TYPE_CHECKING:
     from kdcache.progress import Progress
@@ -55,9 +62,9 @@ class TrainingTask(Protocol):
         """The batches of ``epoch`` (from 0), one per optimizer step, from its step ``first_step`` on."""
 
     def losses(self, batch: Any) -> Iterator[tuple[Tensor, Mapping[str, float | Tensor]]]:
-        """Scalar losses whose sum is the batch's loss, each with its terms for the log.
+        """Scalar losses whose sum, over all processes, is the batch's loss, each with its terms for the log.
 
-        The backward pass of each runs before the next is requested.
+        The backward pass of each runs before the next is requested. A process without rows in this step has none.
         """
 
     def evaluate(self, epoch: int) -> Metrics:
@@ -113,12 +120,17 @@ def train(
 
     Raises:
         NonFiniteError: for NaN or infinity, naming step and term.
-        MismatchError: if the checkpoint belongs to another training.
+        MismatchError: if the checkpoint belongs to another training, or the processes have different inputs.
         LockedError: if another process trains there.
+        LostProcessError: if another process of this training ended.
         DamageError, StorageError: for unreadable checkpoints and failing writes.
     """
+    first = together.current().first
+    if not first:
+        progress, on_metrics = SilentProgress(), lambda _line: None
     busy = f"another process is training in '{checkpoints}'"
-    with exclusive(checkpoints / ".lock", busy=lambda: busy), float32_products(settings.tf32):
+    locked = exclusive(checkpoints / ".lock", busy=lambda: busy) if first else contextlib.nullcontext()
+    with locked, float32_products(settings.tf32):
         run = _Run(task, settings, checkpoints, progress, on_metrics)
         try:
             run.resume()
@@ -166,7 +178,7 @@ class _Run:
     ) -> None:
         self.task, self.settings, self.checkpoints = task, settings, checkpoints
         self.progress, self.on_metrics = progress, on_metrics
-        self.place = Place()
+        self.place, self.processes = Place(), together.current()
         self.identity = settings.full_identity(task.steps_per_epoch)
         self.accelerator = make_accelerator(settings.precision)
         task.model.to(self.accelerator.device)
@@ -193,7 +205,9 @@ class _Run:
         self.saved_at = time.monotonic()
         self.rows = None if settings.compile else RowGradients(task.model)
         self.log = StepLog(self.place, progress, on_metrics, task.steps_per_epoch, settings.log_steps, every)
-        seed_everything(settings.seed)
+        self.sums = StepSums(self.processes, self.parameters, self.accelerator.device)
+        self.save_is_due = False  # says the clock of the first process
+        seed_everything(own_seed(settings.seed, self.processes))
 
     @property
     def best_mark(self) -> int:
@@ -228,11 +242,17 @@ class _Run:
         return place.stopped
 
     def _checkpoint_is_due(self) -> bool:
-        steps, minutes = self.settings.checkpoint_steps, self.settings.checkpoint_minutes
+        steps = self.settings.checkpoint_steps
         if steps is not None and self.place.step % steps == 0:
             return True
+        if self.processes.world > 1:
+            return self.save_is_due
+        return self._time_has_come()
+
+    def _time_has_come(self) -> bool:
+        minutes = self.settings.checkpoint_minutes
         if minutes is None:
-            minutes = _CHECKPOINT_MINUTES if steps is None else math.inf
+            minutes = _CHECKPOINT_MINUTES if self.settings.checkpoint_steps is None else math.inf
         return time.monotonic() - self.saved_at >= 60 * minutes
 
     def close(self) -> None:
@@ -264,10 +284,14 @@ class _Run:
             del item, loss, parts
         if self.rows is not None:
             self.rows.gather()
+        terms = {"loss": torch.stack(losses).sum() if losses else 0.0, **terms}
+        if self.processes.world > 1:
+            due = self.processes.first and self._time_has_come()
+            terms, self.save_is_due = self.sums.add(terms, due=due)
         norm = self.accelerator.clip_grad_norm_(self.parameters, self.settings.max_grad_norm)
         place.step += 1
         place.step_in_epoch += 1
-        values = {"loss": torch.stack(losses).sum(), "grad_norm": norm, **terms}
+        values = {"loss": terms.pop("loss"), "grad_norm": norm, **terms}
         # before the update: on a CPU, where every step is read, weights stay finite
         self.log.add(values, self.schedule.learning_rate, scaled=self.accelerator.scaler is not None)
         self.optimizer.step()
@@ -281,8 +305,7 @@ class _Run:
         place = self.place
         self.task.model.eval()
         with contextlib.nullcontext() if self.average is None else self.average.in_place():
-            with torch.no_grad(), self.accelerator.autocast():
-                metrics = self.task.evaluate(place.epoch)
+            metrics = self.processes.from_first(self._metrics)
             score = metrics.get("score", math.nan)
             better = math.isnan(score) or score > place.best_score or place.best_epoch < 0
             if better:
@@ -290,11 +313,16 @@ class _Run:
                 place.best_score = -math.inf if math.isnan(score) else score
                 self._say("checkpoint")
                 self.writer.wait()  # it may still remove what was the best before
-                self.task.keep_best(self.best_mark, metrics)
+                if self.processes.first:
+                    self.task.keep_best(self.best_mark, metrics)
         place.without_better = 0 if better else place.without_better + 1
         place.stopped = place.without_better == self.settings.patience
         self._say(event, **metrics)
         self._note_evaluation(event, score)
+
+    def _metrics(self) -> Metrics:
+        with torch.no_grad(), self.accelerator.autocast():
+            return self.task.evaluate(self.place.epoch)
 
     def _note_evaluation(self, event: str, score: float) -> None:
         place, every = self.place, self.settings.evaluate_steps
@@ -311,17 +339,23 @@ class _Run:
     def save(self, *, settle: bool) -> None:
         """Write a checkpoint; metrics up to it are durable before. ``settle``: then remove all but the best weights."""
         self.log.read()
+        self.saved_at = time.monotonic()
+        generators = self.processes.gathered(rng_state())
+        if not self.processes.first:
+            return
         self._say("checkpoint")
-        state = {
+        state: dict[str, Any] = {
             "model": self.task.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "rest": {
                 "place": dict(vars(self.place)),
                 "schedule": self.schedule.state_dict(),
                 "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
-                "rng": rng_state(),
+                "rng": generators[0],
             },
         }
+        if self.processes.world > 1:
+            state["rest"]["processes"] = generators  # of each
         if self.average is not None:
             state["average"] = self.average.state_dict()
         step, best = self.place.step, self.best_mark
@@ -351,6 +385,9 @@ class _Run:
             if self.accelerator.scaler and rest["scaler"]:
                 self.accelerator.scaler.load_state_dict(rest["scaler"])
             vars(self.place).update(rest["place"])
-            restore_rng_state(rest["rng"])
+            note = restore_own(rest, self.settings.seed, self.processes, self.place.step)
+            if note:
+                self.progress.note(note)
             self.progress.note(f"resumed at step {self.place.step} (epoch {self.place.epoch + 1})")
+        together.start(self.processes, self.identity, self.place.step, self.task.model.state_dict().values())
         self.on_metrics({"event": "start", "step": self.place.step, "epoch": self.place.epoch + 1})

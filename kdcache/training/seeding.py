@@ -6,10 +6,26 @@ Dropout draws from torch's generator, so an exact resume within an epoch needs i
 from __future__ import annotations
 
 import random
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from kdcache.training.processes import Processes
+
+
+def own_seed(seed: int, processes: Processes, step: int | None = None) -> int:
+    """The seed of this process's generators: ``seed`` itself for one process that starts at the beginning.
+
+    ``step``: where a training continues with another number of processes.
+    """
+    if processes.world == 1 and step is None:
+        return seed
+    entropy = [seed, processes.rank] if step is None else [seed, processes.rank, step]
+    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]) % 2**63
 
 
 def seed_everything(seed: int) -> None:
@@ -49,3 +65,19 @@ def restore_rng_state(state: dict[str, Any]) -> None:
     if "cuda" in state and torch.cuda.is_available():
         for device, saved in zip(range(torch.cuda.device_count()), state["cuda"], strict=False):
             torch.cuda.set_rng_state(saved, device)
+
+
+def restore_own(saved: Mapping[str, Any], seed: int, processes: Processes, step: int) -> str:
+    """The states of this process from ``rng`` or ``processes`` of a checkpoint of ``step``.
+
+    Where it was written by another number of processes, new states and a line that says so.
+    """
+    states = saved.get("processes") or [saved["rng"]]
+    if len(states) == processes.world:
+        restore_rng_state(states[processes.rank])
+        return ""
+    seed_everything(own_seed(seed, processes, step))
+    return (
+        f"the number of processes is {processes.world} now, and was {len(states)} when the checkpoint was written: the "
+        "random numbers of dropout start anew"
+    )

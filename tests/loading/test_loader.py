@@ -12,18 +12,21 @@ import numpy as np
 import pytest
 import torch
 
-from kdcache.cache.ids import text_id
+from kdcache.cache.ids import Examples, text_id
 from kdcache.data.encoding import encode, pad
 from kdcache.errors import DamageError, MismatchError, RecipeError
 from kdcache.loading.alignment import align, student_tokens
 from kdcache.loading.assembly import PaddedBatches, StepRows, student_inputs
 from kdcache.loading.cached import CachedBatches, loader
 from kdcache.loading.choice import TargetChoice
+from kdcache.loading.data import StudentData
 from kdcache.loading.examples import join_examples, stored_logits
 from kdcache.loading.order import BatchSettings
 from kdcache.loading.parts import DecodedPart
+from kdcache.loading.without_targets import PlainBatches
 from kdcache.testing import tiny
 from kdcache.testing.memory_cache import MemoryCache, MemoryTeacher, Text, truth, truth_logits
+from kdcache.training.processes import ALONE, Processes
 
 if TYPE_CHECKING:
     from kdcache.loading.targets import Batch
@@ -221,6 +224,53 @@ def test_a_last_step_too_short_for_all_processes_is_left_out(tokenizers: dict[st
     assert len(list(source.batches(0))) == 1
     with pytest.raises(RecipeError, match="cannot be shared"):
         batches_of(cache, tokenizers, batch_size=1, rank=1, world=2)
+
+
+@pytest.mark.parametrize("first_step", [0, 1])
+def test_a_training_keeps_it_and_those_without_a_row_get_no_batch(tokenizers: dict[str, Any], first_step: int) -> None:
+    cache = cache_of(tokenizers)
+    rows = sum(map(len, cache.split_rows.values()))
+    settings = {"batch_size": rows - 1, "world": 3, "every_row": True}
+    ranks = [batches_of(cache, tokenizers, rank=rank, **settings) for rank in range(3)]
+    assert [source.steps_per_epoch for source in ranks] == [2, 2, 2]
+    found = [list(source.batches(0, first_step)) for source in ranks]
+    assert [len(batches) for batches in found] == [1 - first_step, 1 - first_step, 2 - first_step]
+    assert len(found[2][-1]) == 1
+
+
+def test_batches_without_targets_are_shared_too(tokenizers: dict[str, Any]) -> None:
+    lines = texts(11)
+    ids = np.stack([np.frombuffer(text_id(text), np.uint8) for text in lines])
+    split = Examples(ids, np.arange(11, dtype=np.int64) % 2, None)
+    data = StudentData({text_id(text): text for text in lines}, {"train": split}, ("0", "1"), ("sentence",), "recipe")
+
+    def rows(rank: int, world: int) -> list[list[bytes]]:
+        settings = BatchSettings(5, 64, rank=rank, world=world, every_row=True)
+        source = PlainBatches(data, tokenizers["student"], settings)
+        assert source.steps_per_epoch == 3
+        source.count_together(ALONE)
+        return [list(map(bytes, batch.text_ids)) for batch in source.batches(0)]
+
+    alone, first, second = rows(0, 1), rows(0, 2), rows(1, 2)
+    assert [len(step) for step in first] == [2, 2]
+    assert [len(step) for step in second] == [3, 3, 1]
+    shared = [[*mine, *theirs] for mine, theirs in zip([*first, []], second, strict=True)]
+    assert [sorted(step) for step in shared] == [sorted(step) for step in alone]
+
+
+def test_what_was_read_is_counted_over_all_processes(tokenizers: dict[str, Any]) -> None:
+    """A process that read no part at all has the coverage of all."""
+    cache = cache_of(tokenizers)
+    alone, idle = batches_of(cache, tokenizers), batches_of(cache, tokenizers)
+    list(alone.batches(0))
+
+    class Both(Processes):
+        def gathered(self, value: Any) -> list[Any]:
+            return [value, (alone._covered, alone._truncated)]
+
+    assert idle.truncated is None
+    idle.count_together(Both(1, 2))
+    assert (idle.coverage, idle.truncated) == (alone.coverage, alone.truncated)
 
 
 def test_only_what_is_asked_for_is_read(tokenizers: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdcache.loading.order import epoch_order, step_count, step_rows
+from kdcache.loading.order import BatchSettings, Epochs, epoch_order, step_count, step_rows
 
 
 def parts_of(texts: int, part_size: int, seed: int = 0) -> np.ndarray:
@@ -50,6 +50,27 @@ def test_processes_share_each_step_whatever_their_number(world: int) -> None:
         shares = [step_rows(order, step, 32, rank=rank, world=world) for rank in range(world)]
         assert np.concatenate(shares).tolist() == step_rows(order, step, 32).tolist()
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+@given(examples=st.integers(0, 60), world=st.integers(1, 5), more=st.integers(0, 12), first=st.integers(0, 3))
+def test_with_every_row_the_steps_are_those_of_one_process(examples: int, world: int, more: int, first: int) -> None:
+    """The last step too, of which some processes may have no row; these have no batch for it."""
+    parts = np.zeros(examples, np.int32)
+    alone = Epochs(parts, BatchSettings(world + more, 8))
+    order = alone.order(0)
+    ranks = [Epochs(parts, BatchSettings(world + more, 8, rank=r, world=world, every_row=True)) for r in range(world)]
+    found: dict[int, list[int]] = {step: [] for step in range(first, alone.steps)}
+    for own in ranks:
+        assert own.steps == alone.steps
+        steps = own.steps_here(order, first)
+        for step in steps:
+            assert len(own.rows(order, step))
+            found[step] += own.rows(order, step).tolist()
+        assert set(range(first, own.steps)) - set(steps) <= {own.steps - 1}
+        rows, of_steps = own.shares(order, first)
+        assert rows.tolist() == [row for step in steps for row in own.rows(order, step).tolist()]
+        assert of_steps.tolist() == [step for step in steps for _ in own.rows(order, step)]
+    assert found == {step: alone.rows(order, step).tolist() for step in found}
 
 
 @pytest.mark.parametrize(("window", "part_size"), [(1, 256), (2, 512), (8, 1024)])

@@ -332,12 +332,13 @@ def test_parameters_with_a_rate_of_their_own_learn_at_it(tmp_path: Path) -> None
     assert max(moved["0.weight"], moved["0.bias"]) < 1e-6 < 1e-2 < min(moved["2.weight"], moved["2.bias"])
 
 
-def test_two_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("accelerate.Accelerator.num_processes", 2)
+def test_processes_that_did_not_find_each_other_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(RecipeError) as caught:
         make_accelerator("float32")
-    assert caught.value.message == "kdcache trains in one process; it was started in 2"
-    assert caught.value.hint == "Start it with python, not accelerate launch."
+    assert caught.value.message == "this command runs in one process; it was started in 2"
+    assert "torchrun" in caught.value.hint
 
 
 def test_an_accelerator_refuses_a_precision_that_its_device_lacks() -> None:
