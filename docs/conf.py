@@ -30,4 +30,5 @@ exclude_patterns = [
 ]  # included in other pages
 myst_enable_extensions = ["dollarmath", "colon_fence"]
 myst_heading_anchors = 3
+smartquotes = False  # "--flag" stays as it is
 suppress_warnings = ["myst.xref_missing"]  # links to files of the repository outside docs/

@@ -290,9 +290,9 @@ def _cell(text: str) -> str:
 
 
 def _prose(text: str) -> str:
-    """Plain text of the code as Markdown: double backticks become single ones, stars and angle brackets stay."""
-    parts = re.split(r"(``.+?``|`[^`]+`)", " ".join(text.split()) if "\n" in text else text)
+    """Plain text of the code as Markdown: double backticks become single ones, and options become code."""
+    parts = re.split(r"(``.+?``|`[^`]+`|(?<!\S)--[a-z][a-z-]*)", " ".join(text.split()) if "\n" in text else text)
     return "".join(
-        f"`{part.strip('`')}`" if part.startswith("`") else part.replace("*", "\\*").replace("<", "&lt;")
+        f"`{part.strip('`')}`" if part.startswith(("`", "--")) else part.replace("*", "\\*").replace("<", "&lt;")
         for part in parts
     )

@@ -29,7 +29,7 @@ def cofinetune(
             metavar="K",
             min=2,
             max=100,
-            help="As cofinetune.folds: out-of-fold logits for train texts.",
+            help="Train K further bundles, for out-of-fold logits of train texts.",
             show_default=False,
         ),
     ] = None,

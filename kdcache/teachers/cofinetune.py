@@ -109,7 +109,9 @@ def cofinetune(
         else:
             _begin_folds(job)
             made = _make(job, identity)
-        return _with_folds(replace(job, place=work_dir), made)
+        rest = replace(job, place=work_dir, sources={})
+        del job, sources  # frees the models before others are trained
+        return _with_folds(rest, made)
 
 
 def add_teacher(
@@ -138,7 +140,9 @@ def add_teacher(
             made = _reuse(job, bundle, identity, added.get(name, {}))
         else:
             made = _make_added(job, bundle, head, identity)
-        return _with_folds(replace(job, place=work_dir), made)
+        rest = replace(job, place=work_dir, sources={})
+        del job, sources
+        return _with_folds(rest, made)
 
 
 def _make(job: _Job, identity: Mapping[str, Any]) -> CofinetuneResult:
@@ -190,6 +194,7 @@ def _with_folds(job: _Job, made: CofinetuneResult) -> CofinetuneResult:
     if count is None:
         return made
     trained = [name for name, teacher in bundle.teachers.items() if teacher.head == "shared"]
+    _refuse_other_rows(job, bundle, trained)
     _begin_folds(job, trained)
     if record is not None and record["count"] != count:
         raise MismatchError(
@@ -200,6 +205,18 @@ def _with_folds(job: _Job, made: CofinetuneResult) -> CofinetuneResult:
         record = _train_folds(job, bundle, trained, count)
         write_bundle(job.teachers_dir, replace(bundle, training={**bundle.training, "folds": record}))
     return replace(made, folds=record)
+
+
+def _refuse_other_rows(job: _Job, bundle: Bundle, trained: Collection[str]) -> None:
+    """MismatchError for a teacher that was added with other train rows: these may be of every fold."""
+    rows = joint.examples_digest(job.task.splits["train"])
+    for name, identity in bundle.training.get("added", {}).items():
+        if name in trained and identity["data.train"] != rows:
+            raise MismatchError(
+                f"teacher '{name}' was added with other train rows than the recipe's, so it may have seen texts of "
+                "every fold",
+                "Use the recipe that it was added with, or train the teachers together in another --output-dir.",
+            )
 
 
 def _begin_folds(job: _Job, trained: Collection[str] | None = None) -> None:

@@ -351,6 +351,22 @@ def test_a_newcomer_gets_folds_against_the_heads_of_the_folds(
     assert found is not None and found.spec.texts == 96
 
 
+def test_a_newcomer_that_saw_other_rows_has_no_folds(
+    recipe: Recipe, tmp_path: Path, shallow_models: Mapping[str, Path]
+) -> None:
+    rows = Path(recipe.data.train).read_text().splitlines()
+    (tmp_path / "fewer.tsv").write_text("\n".join(rows[:60]) + "\n")
+    new = {"name": "new", "model": str(shallow_models["distilbert"])}
+    short = changed(recipe, cofinetune={"epochs": 1})
+    larger = with_teachers(short, *(teacher.model_dump() for teacher in recipe.teachers), new)
+    with files.use_disk(UnsyncedDisk()):
+        run(short, tmp_path)
+        fewer = changed(larger, data={"train": str(tmp_path / "fewer.tsv")})
+        add_teacher(fewer, "new", tmp_path / "teachers", tmp_path / "work", progress=SilentProgress())
+        with pytest.raises(MismatchError, match="'new' was added with other train rows"):
+            run(changed(larger, cofinetune={"folds": 2}), tmp_path)
+
+
 def test_ready_classifiers_have_no_folds(recipe: Recipe, tmp_path: Path, shallow_models: Mapping[str, Path]) -> None:
     model = str(make_model(tmp_path / "ready", "bert", depth=1, classes=2))
     ready = {"name": "ready", "model": model, "head": "own"}
