@@ -26,7 +26,7 @@ from kdcache.testing.accelerator import DEVICE, fake_accelerator, recorded_reads
 from tests.codecs.test_of_0_1_0 import FORMS, Numbers, basis, exact_teacher, exact_texts
 from tests.dump.conftest import Workbench
 
-SECONDS = 20.0  # of patience; a machine may be busy
+SECONDS = 60.0  # of patience; a machine may be busy
 
 
 def _becomes(true: Callable[[], bool]) -> bool:
