@@ -76,6 +76,7 @@ def _start(scenario: Scenario, rank: int, port: int, place: Path) -> int:
     child = os.fork()
     if child:
         return child
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts tests in the background ignores it
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(place / f"{name}.{rank}", os.O_CREAT | os.O_WRONLY), number)
     if scenario.world > 1:

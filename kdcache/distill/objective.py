@@ -1,8 +1,8 @@
 """The total loss of a step: the weighted sum of a method's terms.
 
-The student and the modules of the terms (the matrices W) are in one module whose ``forward`` returns the loss. Several
-processes (accelerate) only synchronize parameters that ``forward`` uses, and one checkpoint holds all of them. Terms
-are used through ``kdcache.methods.base`` only; no method or term is known here by name.
+The student and the modules of the terms (the matrices W) are in one module whose ``forward`` returns the loss, so one
+checkpoint holds all of them. Terms are used through ``kdcache.methods.base`` only; no method or term is known here by
+name.
 """
 
 from __future__ import annotations

@@ -237,17 +237,22 @@ def ending(code: int, *, lost: bool) -> tuple[bool, int]:
 
 
 def close(*, spoke: bool, lost: bool) -> None:
-    """Wake the processes that wait for this one. The one that ``spoke`` stays until the others have gone."""
+    """Wake the processes that wait for this one.
+
+    The one that ``spoke`` stays until the others have gone, and so does the first, which may hold the store.
+    """
     group = _joined
     if group is None:
         return
+    atexit.unregister(_leave)  # NCCL would wait for sums that the others never join
     with contextlib.suppress(RuntimeError):
         import torch.distributed as dist
 
         dist.destroy_process_group(group.hosts)
         gone = group.store.add(_GONE, 1)
         until = time.monotonic() + _FAREWELL_SECONDS
-        while spoke and gone < group.processes.world - lost and time.monotonic() < until:
+        stays = spoke or group.processes.first
+        while stays and gone < group.processes.world - lost and time.monotonic() < until:
             time.sleep(0.02)
             gone = group.store.add(_GONE, 0)
 
