@@ -41,12 +41,12 @@ def cofinetune(
 
     If interrupted, run the same command again: it continues. Start it with torchrun to train in several processes.
 
-    Example: torchrun --nproc-per-node 4 -m kdcache cofinetune sst2.toml
-
     With --folds K, the train rows are divided into K folds, and K further bundles are trained, each without one fold.
     The dump then takes the logits of a train text from the bundle that did not see it.
 
     Example: kdcache cofinetune sst2.toml --set cofinetune.epochs=2
+
+    Example: torchrun --nproc-per-node 4 -m kdcache cofinetune sst2.toml
 
     Example: kdcache cofinetune sst2.toml --folds 5
 
