@@ -31,9 +31,9 @@ def cofinetune(
 
     If interrupted, run the same command again: it continues. Start it with torchrun to train in several processes.
 
-    Example: torchrun --nproc-per-node 4 -m kdcache cofinetune sst2.toml
-
     Example: kdcache cofinetune sst2.toml --set cofinetune.epochs=2
+
+    Example: torchrun --nproc-per-node 4 -m kdcache cofinetune sst2.toml
 
     Example: kdcache cofinetune sst2.toml --add electra
     """
