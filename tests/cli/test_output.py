@@ -39,5 +39,22 @@ def test_json_mode_prints_one_document_on_stdout(capsys: pytest.CaptureFixture[s
     assert json.loads(captured.err) == {"error": "broke", "hint": "mend it"}
 
 
+@pytest.mark.parametrize("json_mode", [False, True])
+def test_a_quiet_process_prints_errors_alone(capsys: pytest.CaptureFixture[str], json_mode: bool) -> None:
+    out = Output()
+    out.json, out.quiet = json_mode, True
+    out.document({"a": 1})
+    out.text("a line")
+    out.dict({"a": 1})
+    out.table(("a",), [(1,)])
+    out.note("a note")
+    out.hint("a hint")
+    assert capsys.readouterr() == ("", "")
+    out.error("wrong", "cure")
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err == ('{"error": "wrong", "hint": "cure"}\n' if json_mode else "error: wrong\nhint: cure\n")
+
+
 def test_numbers_stand_to_the_right() -> None:
     assert table_lines(("n", "rows"), [("a", 1), ("b", 100)]) == ["n  rows", "-  ----", "a     1", "b   100"]
