@@ -241,20 +241,23 @@ def close(*, spoke: bool, lost: bool) -> None:
 
     The one that ``spoke`` stays until the others have gone, and so does the first, which may hold the store.
     """
-    group = _joined
+    global _joined
+    group, _joined = _joined, None
     if group is None:
         return
     atexit.unregister(_leave)  # NCCL would wait for sums that the others never join
+    processes, store = group.processes, group.store
     with contextlib.suppress(RuntimeError):
         import torch.distributed as dist
 
         dist.destroy_process_group(group.hosts)
-        gone = group.store.add(_GONE, 1)
+        del group  # the connections are closed with the last reference
+        gone = store.add(_GONE, 1)
         until = time.monotonic() + _FAREWELL_SECONDS
-        stays = spoke or group.processes.first
-        while stays and gone < group.processes.world - lost and time.monotonic() < until:
+        stays = spoke or processes.first
+        while stays and gone < processes.world - lost and time.monotonic() < until:
             time.sleep(0.02)
-            gone = group.store.add(_GONE, 0)
+            gone = store.add(_GONE, 0)
 
 
 def _leave() -> None:
