@@ -195,6 +195,7 @@ _SOFT = {
     "student_scores",
     "missing",
     "weights",
+    "task_mean",
 }
 _STORED = {"layers", "per_layer"}  # keys of a teacher for the dump only
 _NEVER = {

@@ -56,6 +56,7 @@ class ObjectiveSettings:
     paper: bool = False  # plain sums over teachers and layers instead of balanced means
     layer_map: LayerMapping = EVEN
     student_scores: Mapping[str, float] = field(default_factory=dict)  # teacher -> score of a student of it alone
+    task_over_rows: bool = False  # the task loss is divided by all rows of a step, not by those with a label
 
     def weight(self, term: Term) -> float:
         """The weight of a term, from the recipe."""
@@ -94,7 +95,9 @@ def objective_settings(section: DistillSection) -> ObjectiveSettings:
         task, soft, hidden = section.weights.task, section.weights.soft, section.weights.hidden
         scale, direction = (section.temperature, section.t_squared), section.hidden_direction
         settings = ObjectiveSettings(method, *scale, task, soft, hidden, direction, layer_map=layer_map)
-    settings = replace(settings, student_scores=section.student_scores or {})
+    settings = replace(
+        settings, student_scores=section.student_scores or {}, task_over_rows=section.task_mean == "rows"
+    )
     across = [term.name for term in settings.terms if term.scope == "batch"]
     if across and section.accumulation > 1:
         raise RecipeError(
@@ -163,6 +166,7 @@ class DistillationModel(nn.Module):
             student_scores=settings.student_scores,
             validation_scores=scores,
             unproject=unproject,
+            task_over_rows=settings.task_over_rows,
         )
         self._weighting, self._choice = settings.method.bound_weighting(setup), settings.method.bound_teachers(setup)
         self._terms = [(term, term.bind(setup)) for term in settings.terms]

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from kdcache.loading.targets import TargetSource
     from kdcache.methods.base import Pair
     from kdcache.progress import Progress
-    from kdcache.recipe import Recipe
+    from kdcache.recipe import DistillSection, Recipe
     from kdcache.students.model import Student
 
 
@@ -51,7 +51,8 @@ NEWER_KEYS = frozenset(
     )
 )  # fmt: skip
 
-_WEIGHTS = ("teacher_weights", "teacher_temperatures", "teacher_class_weights")
+_FEW_LABELS = 0.2  # share of the rows
+_OPTIONAL = ("teacher_weights", "teacher_temperatures", "teacher_class_weights", "task_mean")
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ class Training:
             mode="json", exclude={"checkpoint_steps", "checkpoint_minutes", "trackers"}
         )
         absent = {
-            key for key in (*_WEIGHTS, *ARITHMETIC) if section[key] is None
+            key for key in (*_OPTIONAL, *ARITHMETIC) if section[key] is None
         }  # so that 0.1.0, without these keys, is the same
         section = {key: value for key, value in section.items() if key not in absent}
         weights = {} if self.weights is None else {"teacher mixture": self.weights.record()}
@@ -217,6 +218,8 @@ def prepare(
     if opened is not None and uses_teachers:
         _note_logits_only(data, opened, progress)
     teachers_dir = live_teachers or teachers_beside(None if opened is None else opened.path, run_root)
+    if uses_teachers:
+        _note_few_labels(recipe.distill, data, progress)
     student = build_student(
         wanted,
         data.label_names,
@@ -250,6 +253,17 @@ def _note_logits_only(data: StudentData, cache: Cache, progress: Progress) -> No
     if not full.all():
         progress.note(
             f"{int((~full).sum()):,} of {len(full):,} transfer texts are stored with logits only (dump.hidden_transfer)"
+        )
+
+
+def _note_few_labels(section: DistillSection, data: StudentData, progress: Progress) -> None:
+    """Say where the few labelled rows of a step weigh as much as all its other rows together."""
+    labels = np.concatenate([data.splits[name].labels for name in ("train", TRANSFER) if name in data.splits])
+    labelled, rows = int((labels >= 0).sum()), len(labels)
+    if section.task_mean is None and not section.stages and section.weights.task and 0 < labelled < rows * _FEW_LABELS:
+        progress.note(
+            f"{labelled:,} of {rows:,} rows have a label, and the task loss is the mean over these: one of them weighs "
+            f'as much as {rows / labelled:.0f} others; distill.task_mean = "rows" weighs all alike'
         )
 
 

@@ -122,6 +122,7 @@ class Setup:
         validation_scores: The score of each teacher on the validation texts, from its logits; higher is better. Raises
             RecipeError or MismatchError where there is none. Computed when called.
         student_scores: ``distill.student_scores``: teacher -> score of a student that was distilled from it alone.
+        task_over_rows: Whether the task loss is divided by all rows of a step, not by those with a label.
         unproject: Maps targets ``[n, dim]`` of a layer pair back to hidden states ``[n, width]`` of the teacher, as far
             as the stored projection kept them.
     """
@@ -138,6 +139,7 @@ class Setup:
     validation_scores: Callable[[], tuple[float, ...]] = no_scores
     student_scores: Mapping[str, float] = field(default_factory=dict)
     unproject: Callable[[Pair, Tensor], Tensor] = as_stored
+    task_over_rows: bool = False
 
 
 @dataclass(frozen=True, eq=False)

@@ -178,6 +178,9 @@ class DistillSection(OptimSection):
     rows: Rows = None  # what to learn from: all (default), train without transfer texts, or labelled rows only
     dropout: Fraction | None = None  # of the student; that of its config where not given
     weights: WeightsSection = WeightsSection()  # factors of the loss terms
+    task_mean: Literal["labelled", "rows"] | None = (
+        None  # rows that the task loss of a step is divided by; else labelled
+    )
     stages: Annotated[list[StageSection], Field(min_length=1)] | None = None  # trained one after the other
 
     @model_validator(mode="after")
@@ -202,7 +205,7 @@ class DistillSection(OptimSection):
         """The settings of the baseline: the same training on gold labels alone, in as many stages."""
         of_teachers = {"method": None, "temperature": None, "t_squared": None, "weights": StageWeights()}
         stages = self.stages and [stage.model_copy(update=of_teachers) for stage in self.stages]
-        return self.model_copy(update={"method": "fine-tune", "paper": False, "stages": stages})
+        return self.model_copy(update={"method": "fine-tune", "paper": False, "task_mean": None, "stages": stages})
 
     @model_validator(mode="after")
     def _teacher_weights_fit_together(self) -> DistillSection:

@@ -128,7 +128,7 @@ def mt_bert_in_loops(model: DistillationModel, batch: Batch) -> tuple[Tensor, di
         softened = (output.logits[row] / temperature).softmax(dim=0)
         label = int(batch.labels[row])
         if label >= 0:
-            task = task - q[label].log() / len(labelled)
+            task = task - q[label].log() / (ROWS if settings.task_over_rows else len(labelled))
         for teacher in range(len(TEACHERS)):
             logits = batch.targets.logits[teacher, row]
             weight = 1.0 if label < 0 else 1.0 / (1.0 - float(logits.softmax(dim=0)[label].log()))
@@ -162,9 +162,10 @@ def mt_bert_in_loops(model: DistillationModel, batch: Batch) -> tuple[Tensor, di
         DistillSection(),
         DistillSection(paper=True),
         DistillSection(hidden_direction="teacher-to-student"),
+        DistillSection(task_mean="rows"),
         DistillSection(temperature=2.0, t_squared=True, weights=WeightsSection(task=0.5, soft=2.0, hidden=0.0)),
     ],
-    ids=["default", "paper", "teachers projected", "no hidden"],
+    ids=["default", "paper", "teachers projected", "task over all rows", "no hidden"],
 )
 def test_the_module_trains_on_the_loss_of_mt_bert(batch: Batch, section: DistillSection, pieces: int) -> None:
     """Loss, terms and gradients of a step, through forward and backward of its micro-batches, some rows of it without a

@@ -206,6 +206,20 @@ def test_a_window_that_will_not_fit_is_told_of(
         assert any("a smaller distill.window needs less" in note for note in progress.notes) == told
 
 
+def test_few_labelled_rows_are_told_of(tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def notes(*overrides: str) -> list[str]:
+        progress = Listening()
+        prepare(tiny_run.recipe(*overrides), tiny_run.cache, tmp_path, None, progress)
+        return [note for note in progress.notes if "have a label" in note]
+
+    assert not notes()  # 96 of 120
+    monkeypatch.setattr("kdcache.distill.setup._FEW_LABELS", 0.9)
+    (note,) = notes()
+    assert note.startswith("96 of 120 rows have a label") and 'distill.task_mean = "rows"' in note
+    for others in ('distill.task_mean="rows"', "distill.weights.task=0", "data.transfer=[]"):
+        assert not notes(others)
+
+
 def test_the_layers_of_a_teacher_are_read_side_by_side(tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = open_cache(tiny_run.cache)
     plain, together = cache.hidden, threading.Barrier(2)

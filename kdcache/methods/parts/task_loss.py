@@ -44,18 +44,26 @@ class TaskLoss:
     def needs(self) -> Needs:
         return Needs(labels=True)
 
-    def bind(self, _setup: Setup, /) -> BoundTaskLoss:
-        """Independent of the setup."""
-        return BoundTaskLoss()
+    def bind(self, setup: Setup, /) -> BoundTaskLoss:
+        """For the rows that the mean is over."""
+        return BoundTaskLoss(setup.task_over_rows)
 
 
 class BoundTaskLoss:
-    """The bound term, without parameters."""
+    """The bound term, without parameters.
+
+    ``over_rows``: the sum over labelled rows is divided by all rows of the step. A row with a label then weighs as much
+    as in a step whose rows all have one. Without it, few labelled rows weigh as much as all others together.
+    """
 
     owned: Mapping[str, Owned] = {}
+
+    def __init__(self, over_rows: bool = False) -> None:
+        self._over_rows = over_rows
 
     def count(self, _batch: Batch, /) -> Mapping[Pair, int]:
         return {}
 
     def __call__(self, view: View, _log: dict[str, Tensor], /) -> Tensor:
-        return task_loss(view.student_logits, view.labels, view.counts.labelled)
+        counts = view.counts
+        return task_loss(view.student_logits, view.labels, counts.rows if self._over_rows else counts.labelled)
