@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
@@ -35,6 +36,7 @@ class Watch:
         default_factory=list
     )  # of the call and the path below the root, in their order
     _safe: dict[int, State] = field(default_factory=dict)  # by inode, when it was last fsynced
+    _one: threading.Lock = field(default_factory=threading.Lock)  # thread that fsyncs
 
     def lost(self, place: Path | None = None) -> list[str]:
         """The names and the file contents below ``place`` (default: the root) that a power cut would lose now."""
@@ -119,8 +121,9 @@ def watched(root: Path, *, unsafe: tuple[str, ...] = ()) -> Iterator[Watch]:
 
 def _syncing(watch: Watch, real: Callable[..., Any]) -> Callable[..., Any]:
     def call(handle: Any) -> None:
-        real(handle)
-        watch._synced(_number(handle))
+        with watch._one:  # else a thread may overwrite the names of a directory with those of a moment before
+            real(handle)
+            watch._synced(_number(handle))
 
     return call
 
