@@ -109,5 +109,7 @@ def _root(context: typer.Context, version: bool = typer.Option(False, "--version
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the program and leave with its exit code."""
-    out.json = out.quiet = False
-    app(args=list(sys.argv[1:] if arguments is None else arguments), prog_name="kdcache")
+    try:
+        app(args=list(sys.argv[1:] if arguments is None else arguments), prog_name="kdcache")
+    finally:  # a Python program may call this more than once
+        out.json = out.quiet = False
