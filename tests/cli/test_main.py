@@ -14,6 +14,7 @@ import pytest
 
 from kdcache import __version__
 from kdcache.cli.main import app
+from kdcache.cli.output import out
 from tests.cli.commands import kdcache
 from tests.cli.conftest import FinishedRun
 
@@ -151,6 +152,11 @@ def test_env_as_json() -> None:
     assert "CPUExecutionProvider" in document["onnxruntime"]
     assert document["devices"][-1].startswith("cpu")
     assert not said.err
+
+
+def test_the_mode_of_a_command_ends_with_it() -> None:
+    assert kdcache("env", "--json").code == 0
+    assert (out.json, out.quiet) == (False, False)  # for what the same Python program does next
 
 
 def test_env_for_humans() -> None:
