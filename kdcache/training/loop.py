@@ -205,7 +205,7 @@ class _Run:
         self.saved_at = time.monotonic()
         self.rows = None if settings.compile else RowGradients(task.model)
         self.log = StepLog(self.place, progress, on_metrics, task.steps_per_epoch, settings.log_steps, every)
-        self.sums = StepSums(self.processes, self.parameters, self.accelerator.device)
+        self.sums = StepSums(self.processes, self.parameters, self.accelerator.device, self.rows)
         self.save_is_due = False  # says the clock of the first process
         seed_everything(own_seed(settings.seed, self.processes))
 

@@ -30,6 +30,10 @@ class RowGradients:
         for lookup in self._lookups:
             lookup.gather()
 
+    def changed(self) -> dict[Tensor, Tensor | None]:
+        """For each matrix: ids [n] of the rows that the last ``gather`` may have changed from zero; None: all."""
+        return {lookup.weight: lookup.changed for lookup in self._lookups}
+
     def close(self) -> None:
         """The embeddings are as they were."""
         for lookup in self._lookups:
@@ -49,6 +53,8 @@ class _Lookup:
     def __init__(self, module: nn.Embedding) -> None:
         self._module = module
         self._rows: list[tuple[Tensor, Tensor]] = []  # distinct ids [n], their gradients [n, width]
+        self.weight = module.weight
+        self.changed: Tensor | None = None
         plain: Callable[[Tensor], Tensor] = module.forward
 
         def forward(input: Tensor) -> Tensor:  # noqa: A002 - the name of torch
@@ -69,7 +75,9 @@ class _Lookup:
 
     def gather(self) -> None:
         rows, self._rows = self._rows, []
-        weight = self._module.weight
+        weight = self.weight
+        read = [torch.empty(0, dtype=torch.int64), *(ids for ids, _ in rows)]
+        self.changed = torch.cat(read) if weight.grad is None else None  # a matrix that is used in another way, too
         if rows and weight.grad is None:
             weight.grad = torch.zeros_like(weight)
         for ids, gradient in rows:

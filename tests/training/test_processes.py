@@ -6,7 +6,7 @@ import random
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from kdcache.errors import MismatchError, RecipeError
 from kdcache.training import processes
 from kdcache.training.processes import ALONE, Processes
+from kdcache.training.row_gradients import RowGradients
 from kdcache.training.seeding import own_seed, restore_own, rng_state, seed_everything
 from kdcache.training.step_sums import StepSums
 
@@ -86,6 +87,46 @@ def test_gradients_are_summed_and_a_parameter_without_one_stays_so() -> None:
         assert gradients[2] is None
         assert sums == {"loss": 4.5, "task": 6.0}
         assert due
+
+
+@dataclass(frozen=True)
+class Counting(Thread):
+    """A process that notes how many numbers it adds up."""
+
+    added: list[int] = field(default_factory=list)
+
+    def add(self, tensors: Sequence[Tensor]) -> None:
+        self.added.append(sum(tensor.numel() for tensor in tensors))
+        super().add(tensors)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_of_word_embeddings_the_rows_that_any_process_read_are_summed(tied: bool) -> None:
+    texts = [torch.tensor([[3, 3, 9]]), torch.tensor([[9, 1400], [0, 7]]), None]  # the third process has no row
+
+    def gradient(mine: Sequence[Tensor | None], own: Counting | None) -> tuple[Tensor | None, list[int]]:
+        generator = torch.Generator().manual_seed(0)
+        words = nn.Embedding(1500, 4, _weight=torch.randn(1500, 4, generator=generator))
+        rows = RowGradients(words)
+        for ids in mine:
+            if ids is not None:
+                states = words(ids)
+                loss = (states @ words.weight.T).logsumexp(-1).sum() if tied else states.square().sum()
+                loss.backward()
+        rows.gather()
+        if own is not None:
+            StepSums(own, [words.weight], torch.device("cpu"), rows).add({"loss": 1.0}, due=False)
+        rows.close()
+        return words.weight.grad, [] if own is None else own.added
+
+    meeting = Meeting(3)
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(lambda rank: gradient([texts[rank]], Counting(rank, 3, meeting)), range(3)))
+    expected, _ = gradient(texts, None)
+    assert expected is not None
+    for summed, added in found:
+        torch.testing.assert_close(summed, expected)
+        assert added == [1500 * 4 + 1 if tied else 5 * 4 + 1]  # ids 0, 3, 7, 9 and 1400; the loss
 
 
 def test_terms_that_one_process_does_not_have_are_added_by_name() -> None:
