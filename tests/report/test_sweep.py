@@ -132,7 +132,7 @@ def test_columns_are_the_keys_that_vary() -> None:
         cell("b", {0: (0.9, 0.7)}, **{"distill.method": "mt-bert", "distill.epochs": 3}),
     ]
     columns, rows = sweep_table(document(*cells, seeds=[0]))
-    assert columns == ["cell", "method", "seeds", "mean", "spread", "difference", "95 %"]
+    assert columns == ["cell", "method", "seeds", "mean", "spread", "difference", "95%"]
     assert rows[1] == ["b*", "mt-bert", 1, "0.9000", "", "+0.1000", ""]
 
 
