@@ -58,3 +58,19 @@ def test_a_quiet_process_prints_errors_alone(capsys: pytest.CaptureFixture[str],
 
 def test_numbers_stand_to_the_right() -> None:
     assert table_lines(("n", "rows"), [("a", 1), ("b", 100)]) == ["n  rows", "-  ----", "a     1", "b   100"]
+
+
+def test_a_table_that_is_too_wide_for_the_terminal_stacks_its_header() -> None:
+    columns, rows = (
+        ("model", "test accuracy", "ms/text"),
+        [("teacher bert", "0.5", 3), ("student, mt-bert", "0.75", 10)],
+    )
+    assert table_lines(columns, rows, 40) == table_lines(columns, rows)
+    assert table_lines(columns, rows, 39) == [
+        "                  test",
+        "model             accuracy  ms/text",
+        "----------------  --------  -------",
+        "teacher bert      0.5             3",
+        "student, mt-bert  0.75           10",
+    ]
+    assert table_lines((), [], 1) == ["", ""]
