@@ -11,6 +11,7 @@ import math
 import re
 import shutil
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
@@ -76,7 +77,10 @@ out = Output()
 
 
 def table_lines(columns: Sequence[str], rows: Sequence[Sequence[Any]], room: int | None = None) -> list[str]:
-    """An aligned plain-text table; one wider than ``room`` characters has a line per word of its header."""
+    """An aligned plain-text table.
+
+    One wider than ``room`` characters gets a line per word of its header, and then breaks the texts of its first column.
+    """
     head = [[str(column) for column in columns]]
     body = [[_cell(value) for value in row] for row in rows]
     if room is not None and _width(head + body) > room:
@@ -84,6 +88,9 @@ def table_lines(columns: Sequence[str], rows: Sequence[Sequence[Any]], room: int
         lines = max(map(len, words), default=1)
         stacked = [[""] * (lines - len(column)) + column for column in words]
         head = [[column[line] for column in stacked] for line in range(lines)]
+        excess = _width(head + body) - room
+        most = _widths(head + body)[0] - excess
+        body = [line for row in body for line in _broken(row, most)] if excess > 0 else body
     widths = _widths(head + body)
     right = [
         all(isinstance(row[position], int | float) or row[position] is None for row in rows)
@@ -98,6 +105,12 @@ def table_lines(columns: Sequence[str], rows: Sequence[Sequence[Any]], room: int
         return "  ".join(padded).rstrip()
 
     return [*map(line, head), "  ".join("-" * width for width in widths), *map(line, body)]
+
+
+def _broken(row: Sequence[str], most: int) -> list[list[str]]:
+    """A row whose first cell has at most ``most`` characters in a line, if its words allow."""
+    first = textwrap.wrap(row[0], max(1, most), break_long_words=False, break_on_hyphens=False) or [""]
+    return [[first[0], *row[1:]], *([f"  {more}", *[""] * (len(row) - 1)] for more in first[1:])]
 
 
 def _widths(cells: Sequence[Sequence[str]]) -> list[int]:
