@@ -79,7 +79,7 @@ out = Output()
 def table_lines(columns: Sequence[str], rows: Sequence[Sequence[Any]], room: int | None = None) -> list[str]:
     """An aligned plain-text table.
 
-    One wider than ``room`` characters gets a line per word of its header, and then breaks the texts of its first column.
+    One wider than ``room`` characters gets a line per word of its header, then breaks the texts of its first column.
     """
     head = [[str(column) for column in columns]]
     body = [[_cell(value) for value in row] for row in rows]
