@@ -74,6 +74,26 @@ def test_every_link_leads_somewhere(pages: dict[str, str]) -> None:
     assert broken == []
 
 
+SITES = (  # looked at when they came in; Sphinx's linkcheck fetches them, with a network (CONTRIBUTING.md)
+    r"https://arxiv\.org/abs/\d\d(0[1-9]|1[0-2])\.\d{5}",
+    r"https://keepachangelog\.com/en/1\.1\.0/",
+    r"https://semver\.org/spec/v2\.0\.0\.html",
+    r"https://mutmut\.readthedocs\.io",
+)
+
+
+def test_links_to_other_sites_have_the_form_of_known_ones(pages: dict[str, str]) -> None:
+    links = {
+        (name, link)
+        for name, text in pages.items()
+        for link in re.findall(r"\]\(([a-z]+:[^)\s]*)\)|<(https?:[^>\s]*)>", without_code(text))
+        for link in link
+        if link
+    }
+    assert sum("arxiv.org" in link for _, link in links) >= 3
+    assert sorted(each for each in links if not any(re.fullmatch(site, each[1]) for site in SITES)) == []
+
+
 def test_every_page_is_in_a_table_of_contents(pages: dict[str, str]) -> None:
     listed = set(
         re.findall(

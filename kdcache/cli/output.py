@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
@@ -45,9 +47,10 @@ class Output:
                 _print(sys.stdout, line)
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """Columns aligned, numbers to the right."""
+        """Columns aligned, numbers to the right. In a terminal, a table that is too wide gets a narrower header."""
         if not self.json and not self.quiet:
-            for line in table_lines(columns, rows):
+            room = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+            for line in table_lines(columns, rows, room):
                 _print(sys.stdout, line)
 
     def note(self, line: str) -> None:
@@ -73,22 +76,50 @@ class Output:
 out = Output()
 
 
-def table_lines(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
-    """An aligned plain-text table."""
-    cells = [[str(column) for column in columns], *([_cell(value) for value in row] for row in rows)]
-    widths = [max(len(row[position]) for row in cells) for position in range(len(columns))]
+def table_lines(columns: Sequence[str], rows: Sequence[Sequence[Any]], room: int | None = None) -> list[str]:
+    """An aligned plain-text table.
+
+    One wider than ``room`` characters gets a line per word of its header, then breaks the texts of its first column.
+    """
+    head = [[str(column) for column in columns]]
+    body = [[_cell(value) for value in row] for row in rows]
+    if room is not None and _width(head + body) > room:
+        words = [column.split(" ") for column in head[0]]
+        lines = max(map(len, words), default=1)
+        stacked = [[""] * (lines - len(column)) + column for column in words]
+        head = [[column[line] for column in stacked] for line in range(lines)]
+        excess = _width(head + body) - room
+        most = _widths(head + body)[0] - excess
+        body = [line for row in body for line in _broken(row, most)] if excess > 0 else body
+    widths = _widths(head + body)
     right = [
         all(isinstance(row[position], int | float) or row[position] is None for row in rows)
         for position in range(len(columns))
     ]
-    lines = []
-    for row in cells:
+
+    def line(row: Sequence[str]) -> str:
         padded = (
             cell.rjust(width) if number else cell.ljust(width)
             for cell, width, number in zip(row, widths, right, strict=True)
         )
-        lines.append("  ".join(padded).rstrip())
-    return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]
+        return "  ".join(padded).rstrip()
+
+    return [*map(line, head), "  ".join("-" * width for width in widths), *map(line, body)]
+
+
+def _broken(row: Sequence[str], most: int) -> list[list[str]]:
+    """A row whose first cell has at most ``most`` characters in a line, if its words allow."""
+    first = textwrap.wrap(row[0], max(1, most), break_long_words=False, break_on_hyphens=False) or [""]
+    return [[first[0], *row[1:]], *([f"  {more}", *[""] * (len(row) - 1)] for more in first[1:])]
+
+
+def _widths(cells: Sequence[Sequence[str]]) -> list[int]:
+    return [max(map(len, column)) for column in zip(*cells, strict=True)]
+
+
+def _width(cells: Sequence[Sequence[str]]) -> int:
+    widths = _widths(cells)
+    return sum(widths) + 2 * max(0, len(widths) - 1)
 
 
 def _cell(value: Any) -> str:

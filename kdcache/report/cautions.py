@@ -62,7 +62,7 @@ def _idle_terms(loaded: LoadedRun) -> Iterator[Caution]:
         for term, share in ({} if shares is None or len(shares.terms) < 2 else shares.of_all()).items():
             if share < NO_EFFECT:
                 yield Caution(
-                    f"The loss term '{term}' has hardly an effect: it is {100 * share:.2g} % of the loss ({stage}).",
+                    f"The loss term '{term}' has hardly an effect: it is {100 * share:.2g}% of the loss ({stage}).",
                     "Raise its weight in [distill.weights], or set it to 0: its targets are then not read.",
                 )
 
@@ -71,7 +71,7 @@ def _coverage(results: Mapping[str, Any]) -> Iterator[Caution]:
     for teacher, share in results.get("coverage", {}).items():
         if share < COVERAGE:
             yield Caution(
-                f"Only {100 * share:.1f} % of the student's tokens have a hidden target of teacher {teacher}.",
+                f"Only {100 * share:.1f}% of the student's tokens have a hidden target of teacher {teacher}.",
                 "Its tokenizer may lose text, or its max_length cuts texts that the student reads: raise "
                 "teachers.max_length.",
             )

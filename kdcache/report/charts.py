@@ -6,6 +6,7 @@ occur as values of fields only, never as names of fields, because Vega-Lite read
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -33,7 +34,8 @@ _POINTS = 160  # of a curve, at most: more are averaged
 _TICKS = 9  # values of a setting, up to which each has a tick
 _ROW = 26  # pixels of a bar or of a model's line
 _LOG_FROM = 20  # ratio of the largest to the smallest value from which an axis is logarithmic
-_SIDES = ("above", "below", "none")  # of a point, for its name; the pointer shows the others
+_NARROW = 520  # pixels of a plot, below which fewer names have room; the pointer shows the others
+_TALL = 180  # pixels between the lowest and the highest point of a plot with names
 _CELL = 30  # pixels of a cell of a matrix
 
 
@@ -126,9 +128,9 @@ def cost(rows: Sequence[Row], metric: str) -> Spec:
         },
     ]
     words = _placed(rows)
-    for align, side in sorted({(row["align"], row["side"]) for row in words if row["side"] != "none"}):
+    for align, side in itertools.product(sorted({row["align"] for row in words}), ("above", "below")):
         mark = {"type": "text", "align": align, "dy": -19 if side == "above" else 21, "limit": 190}
-        test = f"datum.align === '{align}' && datum.side === '{side}'"
+        test = f"datum.align === '{align}' && (width < {_NARROW} ? datum.narrow : datum.wide) === '{side}'"
         text = {"x": x, "y": y, "text": {"field": "model"}}
         layers.append({"transform": [{"filter": test}], "mark": mark, "encoding": text})
     return chart(words, 300, colour, layer=layers)
@@ -142,24 +144,53 @@ def _latencies(times: Sequence[float]) -> Spec:
 
 
 def _placed(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Where the name of each point stands: models of about the same latency and score in turn above and below it."""
-    slowest = max(float(row["latency"]) for row in rows)
+    """The points, and on which side of each its name stands, on a wide and on a narrow page."""
+    times = [float(row["latency"]) for row in rows]
+    low, high = _latencies(times)["domain"]
+    log = low > 0
     values = [float(row["value"]) for row in rows]
     height = (max(values) - min(values)) or 1.0
-    placed: list[dict[str, Any]] = []
-    for row in sorted(rows, key=lambda row: (row["latency"], row["model"])):
-        near = [other["side"] for other in placed if _collide(other, row, slowest, height)]
-        share = float(row["latency"]) / slowest
-        align = "left" if share < 0.25 else "right" if share > 0.75 else "center"
-        placed.append({**row, "align": align, "side": _SIDES[min(len(near), 2)]})
-    return placed
+    points = [
+        {
+            **row,
+            "across": math.log(time / low) / math.log(high / low) if log else time / high,
+            "up": (value - min(values)) / height,
+        }
+        for row, time, value in sorted(
+            zip(rows, times, values, strict=True), key=lambda each: (each[1], each[0]["model"])
+        )
+    ]
+    for point in points:
+        share = point["across"]
+        point["align"] = "left" if share < 0.22 else "right" if share > 0.67 else "center"
+    wide, narrow = _sides(points, _NARROW), _sides(points, _NARROW // 2)
+    hidden = ("across", "up")
+    return [
+        {key: value for key, value in point.items() if key not in hidden} | {"wide": one, "narrow": two}
+        for point, one, two in zip(points, wide, narrow, strict=True)
+    ]
 
 
-def _collide(one: Row, two: Row, slowest: float, height: float) -> bool:
-    """Whether the names of two points would stand on each other: names are wide, and low."""
-    across = abs(float(one["latency"]) - float(two["latency"])) / slowest
-    up = abs(float(one["value"]) - float(two["value"])) / height
-    return up < 0.25 if across < 0.25 else across < 0.6 and up < 0.1
+def _sides(points: Sequence[Row], width: int) -> list[str]:
+    """For each point the first side on which its name meets no circle and no other name, in a plot ``width`` wide."""
+    places = [(point["across"] * width, point["up"] * _TALL) for point in points]
+    circles = [(x - 12, x + 12, y - 12, y + 12) for x, y in places]
+    names: list[tuple[float, float, float, float]] = []
+    sides = []
+    for number, (point, (x, y)) in enumerate(zip(points, places, strict=True)):
+        length = 6.2 * min(len(str(point["model"])), 30)
+        left = x - {"left": 0.0, "center": 0.5, "right": 1.0}[point["align"]] * length
+        boxes = {"above": (left, left + length, y + 14, y + 26), "below": (left, left + length, y - 27, y - 15)}
+        others = [*circles[:number], *circles[number + 1 :], *names]
+        free = [side for side, box in boxes.items() if not any(_meet(box, other) for other in others)]
+        sides.append(free[0] if free else "none")
+        names += [boxes[side] for side in free[:1]]
+    return sides
+
+
+def _meet(one: tuple[float, float, float, float], two: tuple[float, float, float, float]) -> bool:
+    """Whether two boxes (left, right, bottom, top) overlap."""
+    return one[0] < two[1] and two[0] < one[1] and one[2] < two[3] and two[2] < one[3]
 
 
 def matrix(
@@ -168,7 +199,7 @@ def matrix(
     """A table of numbers with shaded cells. Cells: row, column, shade (0 to 1), value; ``digits`` formats the value."""
     many, flat = len(columns) > 20, len(columns) < 8
     longest = max((len(word) for name in columns for word in name.split(" ")), default=0)
-    step = max(56, min(100, 14 + 7 * longest))
+    step = max(56, min(100, 10 + 6 * longest))
     labels: Spec = {"labelAngle": 0 if flat else -90, "labelLimit": step - 4 if flat else 110}
     if flat:  # one line for each word
         labels |= {"labelExpr": "slice(split(datum.label, ' '), 0, 3)", "labelLineHeight": 12}
@@ -204,7 +235,8 @@ def matrix(
     height = (30 + 12 * words if flat else 130) + (12 if many else _CELL) * len(rows)
     spec = chart(cells, height, layer=[squares] if many else [squares, numbers])
     least, most = (13, 26) if many else (step, 110) if flat else (40, 64)
-    return spec | {"usermeta": {"legend": [], "least": 150 + len(columns) * least, "most": 150 + len(columns) * most}}
+    names = min(150, 20 + 6 * max((len(name) for name in rows), default=0))
+    return spec | {"usermeta": {"legend": [], "least": names + len(columns) * least, "most": 150 + len(columns) * most}}
 
 
 def reliability(curves: Mapping[str, Calibration]) -> Spec:
@@ -326,12 +358,12 @@ def cells_by_setting(rows: Sequence[Row], key: str, metric: str, groups: Sequenc
     if numbers:
         x["scale"] = {"type": "log", "nice": False, "padding": 24} if log else {"zero": False, "padding": 24}
         if len(values := sorted({row["at"] for row in rows})) <= _TICKS:
-            x["axis"] = {"values": values, "format": "~g"}
+            x["axis"] = {"values": values, "format": ".6~g"}  # without digits, few ticks make 10 a 1e+1
     else:
         x["axis"] = {"labelAngle": 0 if len({row["at"] for row in rows}) < 5 else -30, "labelLimit": 140}
     y, colour = axis("value", metric), coloured("group", groups)
-    across = {} if len(groups) < 2 else {"xOffset": {"field": "group", "sort": list(groups)}}
-    across = {} if numbers else across
+    beside = len({(row["at"], row["group"]) for row in rows}) > len({row["at"] for row in rows})
+    across = {"xOffset": {"field": "group", "sort": list(groups)}} if beside and not numbers else {}
     tips = _tips(("name", None), ("settings", None), ("value", ".4f"), ("low", ".4f"), ("high", ".4f"))
     bar = {
         "mark": {"type": "rule", "strokeWidth": 2, "opacity": 0.5},

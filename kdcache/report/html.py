@@ -130,8 +130,8 @@ def noted(text: str, note: str) -> dict[str, str]:
 
 
 def percent(value: float | None) -> str:
-    """0.8437 -> ``84.4 %``; nothing for None."""
-    return "" if value is None else f"{100 * value:.1f} %"
+    """0.8437 -> ``84.4%``; nothing for None."""
+    return "" if value is None else f"{100 * value:.1f}%"
 
 
 def render(page: Page) -> str:

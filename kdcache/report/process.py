@@ -8,7 +8,7 @@ from typing import Any
 
 from kdcache.cache.card import stored_as, subtable
 from kdcache.errors import DamageError
-from kdcache.progress import format_bytes, format_share
+from kdcache.progress import counted, format_bytes, format_share
 from kdcache.report import charts
 from kdcache.report.html import Block, Code, Details, Figure, Section, Side, Table, Text, percent
 from kdcache.report.loaded import LoadedRun, cache_facts
@@ -121,13 +121,15 @@ def cache_section(loaded: LoadedRun, notes: Sequence[str]) -> Section | None:
 
 def _stored(facts: Mapping[str, Any]) -> list[Block]:
     teachers: Mapping[str, Any] = facts["teachers"]
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"name": name, "part": part, "value": size, "place": place}
         for name, teacher in teachers.items()
         for place, (part, size) in enumerate(_parts(teacher))
         if size
     ]
-    parts = sorted({str(row["part"]) for row in rows}, key=lambda part: (not part.startswith("layer"), len(part), part))
+    places: dict[str, int] = {row["part"]: row["place"] for row in rows}
+    layers = sorted((part for part in places if part.startswith("layer")), key=lambda part: (len(part), part))
+    parts = [*layers, *sorted(places.keys() - layers, key=places.__getitem__)]
     table = Table(
         ["teacher and layer", "stored as", "bytes per row", "bytes", "variance kept"],
         [
@@ -138,7 +140,7 @@ def _stored(facts: Mapping[str, Any]) -> list[Block]:
         ],
         left=frozenset((0, 1)),
     )  # fmt: skip
-    whole = f"{format_bytes(facts['bytes'])} for {facts['texts']:,} texts and {len(teachers)} teachers"
+    whole = f"{format_bytes(facts['bytes'])} for {facts['texts']:,} texts and {counted(len(teachers), 'teacher')}"
     seconds = [subtable(facts["provenance"], "teachers", name).get("seconds") for name in teachers]
     made = f"; the teachers ran {sum(map(_number, seconds)):,.0f} s for it" if all(map(_number, seconds)) else ""
     figure = Figure(f"{whole}{made}", charts.bars(rows, list(teachers), parts, "bytes", ".3~s"))

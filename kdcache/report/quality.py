@@ -106,7 +106,9 @@ def score_section(models: Sequence[Model], split: str, notes: Sequence[str]) -> 
     known = [model for model in models if intervals[model.name]]
     if known:
         drawn = [_point(model, intervals[model.name]["accuracy"]) for model in known]
-        figure = Figure(f"{split} accuracy", charts.score_intervals(drawn, f"{split} accuracy"), _interval_note())
+        figure = Figure(
+            f"{split.capitalize()} accuracy", charts.score_intervals(drawn, f"{split} accuracy"), _interval_note()
+        )
         differences = difference_table(known)
         blocks.append(Side([figure, differences]) if differences is not None else figure)
     return Section("scores", "How good is the student?", [*blocks, *(Text(note, muted=True) for note in notes)])
@@ -169,10 +171,10 @@ def cost_section(models: Sequence[Model], split: str, machine: Mapping[str, Any]
     if not points:
         return None
     where = ", ".join(str(machine[key]) for key in ("device_name", "system") if machine.get(key))
-    note = (
-        f"measured on {where}, {machine.get('threads', '?')} threads; the area of a circle is the number of parameters"
-    )
-    title = f"{split} accuracy against latency and size"
+    count = machine.get("threads", "?")
+    threads = f"{count} thread{'' if count == 1 else 's'}"
+    note = f"measured on {where}, {threads}; the area of a circle is the number of parameters"
+    title = f"{split.capitalize()} accuracy against latency and size"
     return Section("cost", "What does it cost?", [Figure(title, charts.cost(points, f"{split} accuracy"), note)])
 
 
@@ -262,7 +264,7 @@ def _disagreements(loaded: LoadedRun, rows: SplitPredictions, names: Sequence[st
     titles = {"student wrong": f"The student is wrong, {every} right", "teachers wrong": f"The student is right, {no}"}
     blocks: list[Block] = []
     for kind, (count, shown) in found.items():
-        title = f"{titles[kind]}: {count:,} rows, {100 * count / whole:.1f} %"
+        title = f"{titles[kind]}: {count:,} rows, {percent(count / whole)}"
         if not shown:
             blocks.append(Text(f"{title}."))
             continue

@@ -8,11 +8,11 @@ from scores, because they differ from run to run.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from kdcache.progress import format_seconds
+from kdcache.progress import counted, format_seconds
 from kdcache.report.intervals import paired_difference, spread
 from kdcache.report.table import remarks, weak_teachers
 
@@ -148,7 +148,7 @@ def sweep_table(document: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]
     cells = document["cells"]
     keys = varying_keys(document)
     gap = any(cell["gap_closed"] is not None for cell in cells)
-    columns = ["cell", *(key.removeprefix("distill.") for key in keys), "seeds", "mean", "spread", "difference", "95 %"]
+    columns = ["cell", *(key.removeprefix("distill.") for key in keys), "seeds", "mean", "spread", "difference", "95%"]
     rows = []
     for cell in cells:
         mark = "*" if cell["cell"] == document["chosen"] else ""
@@ -169,12 +169,13 @@ def sweep_lines(document: Mapping[str, Any]) -> list[str]:
     """What the table says: the chosen cell, its test score, failures, and the cost."""
     cells = {cell["cell"]: cell for cell in document["cells"]}
     lines = [
-        f"{document['metric']} on {document['split']}; difference from {document['baseline']} by seed, with a "
-        f"confidence interval over {len(document['seeds'])} seeds (t). It does not include the error of the rows."
+        f"Scores are {document['metric']} on {document['split']}. Differences from {document['baseline']} are paired "
+        f"by seed, with a confidence interval over {counted(len(document['seeds']), 'seed')} (Student's t). It does "
+        "not include the error of the rows."
     ]
     chosen = cells.get(document["chosen"] or "")
     if chosen is not None:
-        settings = ", ".join(f"{key} = {short(chosen['settings'].get(key))}" for key in varying_keys(document))
+        settings = settings_text(chosen["settings"], varying_keys(document))
         lines.append(f"Chosen on {document['split']} (*): {chosen['cell']}{f' ({settings})' if settings else ''}.")
     for name, test in document["test"].items():
         role = "the chosen cell" if name == document["chosen"] else "the baseline"
@@ -208,12 +209,25 @@ def cost_lines(cost: Mapping[str, Any]) -> list[str]:
 
 def short(value: Any) -> str:
     """A value for a table; a path is its last part."""
+    text = _text(value)
+    return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
+
+
+def _text(value: Any) -> str:
     if value is None:
         return ""
     if isinstance(value, float):
         return f"{value:g}"
-    text = value.rstrip("/").rpartition("/")[2] if isinstance(value, str) else str(value)
-    return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_text, value))}]"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{key} = {_text(each)}' for key, each in value.items())}}}"
+    return value.rstrip("/").rpartition("/")[2] if isinstance(value, str) else str(value)
+
+
+def settings_text(settings: Mapping[str, Any], keys: Iterable[str]) -> str:
+    """The settings of a cell that are set, of ``keys``: ``distill.method = kd, distill.epochs = 4``."""
+    return ", ".join(f"{key} = {short(settings[key])}" for key in keys if settings.get(key) is not None)
 
 
 def _difference(cell: Mapping[str, Any]) -> tuple[str, str]:

@@ -6,25 +6,26 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kdcache.report import charts
-from kdcache.report.html import Block, Caution, Figure, Page, Section, Side, Table, Text, render
-from kdcache.report.sweep import short, sweep_lines, sweep_table, varying_keys
+from kdcache.report.html import Block, Caution, Figure, Page, Section, Side, Table, Text, noted, render
+from kdcache.report.sweep import settings_text, short, sweep_lines, sweep_table, varying_keys
 from kdcache.report.table import millions
 
 _LOG_FROM = 20  # ratio of the largest to the smallest value from which an axis is logarithmic
 _MOST_COLOURS = 6
+_NOT_SET = "not set"
 _MOST_CELLS = 60  # in the chart of all cells
 
 
 def sweep_page(document: Mapping[str, Any]) -> str:
     """The whole HTML document, from the contents of sweep.json."""
     keys = varying_keys(document)
-    columns, rows = sweep_table(document)
+    columns, rows = _joined(*sweep_table(document))
     strong = frozenset(place for place, cell in enumerate(document["cells"]) if cell["cell"] == document["chosen"])
     left = frozenset(range(1 + len(keys)))
     blocks: list[Block] = [Table(columns, rows, left, strong), *(Text(line) for line in sweep_lines(document))]
     scored = [cell for cell in document["cells"] if cell["mean"] is not None]
     if scored:
-        title = f"{document['split']} {document['metric']} of each cell"
+        title = f"{document['split'].capitalize()} {document['metric']} of each cell"
         note = "one standard deviation over seeds"
         blocks.insert(1, Figure(title, charts.score_intervals(_ranked(document, scored), document["metric"]), note))
     figures = [figure for key in keys if (figure := _by_key(document, key, keys)) is not None]
@@ -35,6 +36,13 @@ def sweep_page(document: Mapping[str, Any]) -> str:
     ]
     warnings = [Caution(text) for text in document.get("warnings", [])]
     return render(Page(f"{document['name']}: sweep", sections, warnings, subtitle=_subtitle(document)))
+
+
+def _joined(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> tuple[list[str], list[list[Any]]]:
+    """The table with each interval below its difference, so that it fits the page."""
+    at = columns.index("difference")
+    joined = [[*row[:at], noted(row[at], row[at + 1]), *row[at + 2 :]] for row in rows]
+    return [*columns[: at + 1], *columns[at + 2 :]], joined
 
 
 def _subtitle(document: Mapping[str, Any]) -> str:
@@ -60,7 +68,7 @@ def _ranked(document: Mapping[str, Any], scored: Sequence[Mapping[str, Any]]) ->
 
 
 def _by_key(document: Mapping[str, Any], key: str, keys: Sequence[str]) -> Figure | None:
-    """The cells that have a score and a value for ``key``, coloured by another key that has few values."""
+    """The scores of the cells against ``key``, coloured by another key with few values; None for a single value."""
     colour_by = next((other for other in keys if other != key and _few(document, other)), None)
     rows = [
         {
@@ -70,15 +78,17 @@ def _by_key(document: Mapping[str, Any], key: str, keys: Sequence[str]) -> Figur
             "low": cell["mean"] - (cell["spread"] or 0.0),
             "high": cell["mean"] + (cell["spread"] or 0.0),
             "group": _group(cell, colour_by),
-            "settings": ", ".join(f"{name} = {short(value)}" for name, value in cell["settings"].items()),
+            "settings": settings_text(cell["settings"], cell["settings"]),
         }
         for cell in document["cells"]
-        if cell["mean"] is not None and cell["settings"].get(key) is not None
+        if cell["mean"] is not None
     ]
-    if not rows:
-        return None
-    if not all(isinstance(row["at"], int | float) for row in rows):
+    if all(isinstance(row["at"], int | float) for row in rows if row["at"] != _NOT_SET):
+        rows = [row for row in rows if row["at"] != _NOT_SET]  # an axis of numbers has no place for it
+    else:
         rows = [row | {"at": str(row["at"])} for row in rows]
+    if len({row["at"] for row in rows}) < 2:
+        return None
     groups = list(dict.fromkeys(str(row["group"]) for row in rows))
     values = [row["at"] for row in rows if isinstance(row["at"], int | float)]
     log = len(values) == len(rows) and min(values) > 0 and max(values) / min(values) >= _LOG_FROM
@@ -86,6 +96,8 @@ def _by_key(document: Mapping[str, Any], key: str, keys: Sequence[str]) -> Figur
 
 
 def _place(value: Any) -> str | int | float:
+    if value is None:
+        return _NOT_SET
     return value if isinstance(value, int | float) and not isinstance(value, bool) else short(value)
 
 
@@ -93,7 +105,7 @@ def _group(cell: Mapping[str, Any], colour_by: str | None) -> str:
     return (
         ""
         if colour_by is None
-        else f"{colour_by.rpartition('.')[2]} = {short(cell['settings'].get(colour_by)) or 'not set'}"
+        else f"{colour_by.rpartition('.')[2]} = {short(cell['settings'].get(colour_by)) or _NOT_SET}"
     )
 
 
@@ -116,7 +128,7 @@ def _cost(document: Mapping[str, Any]) -> list[Block]:
     found = [point for point in points if point is not None]
     blocks: list[Block] = []
     if len({point["latency"] for point in found}) > 1:
-        title = f"{split} {metric} against latency and size"
+        title = f"{split.capitalize()} {metric} against latency and size"
         blocks.append(Figure(title, charts.cost(found, metric), "the area of a circle is the number of parameters"))
     rows = [
         [name, entry["students"], f"{entry['seconds']:,.1f}", f"{entry['texts']:,}"]

@@ -123,7 +123,7 @@ class _Follower:
             action()
         except Exception as error:  # of a package with errors of its own kinds: the network, a quota, a full disk
             self._failed, self._tracker = True, None
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
             self._progress.note(
                 f"tracker '{self._kind}' failed and is left out from here: {reason}. The training goes on; all metrics "
                 "are in metrics.jsonl"

@@ -89,15 +89,23 @@ def test_files_of_five_kinds(make: Callable[[Path], list[Path]], tmp_path: Path,
     assert loaded.data.max_length <= 72  # what the models have room for
 
 
-def test_a_written_recipe_runs(tmp_path: Path, tiny_models: dict[str, Path], _few_texts_are_timed: None) -> None:
+@pytest.mark.parametrize("make", KINDS, ids=lambda make: make.__name__)
+def test_a_written_recipe_runs_to_its_end(
+    make: Callable[[Path], list[Path]], tmp_path: Path, tiny_models: dict[str, Path], _few_texts_are_timed: None
+) -> None:
     recipe = tmp_path / "mine.toml"
-    files = unlabelled(tmp_path)
     given = [word for name in ("bert", "xlm") for word in ("--teacher", tiny_models[name])]
-    assert kdcache("init", *files, *given, "--output", recipe).code == 0
+    assert kdcache("init", *make(tmp_path), *given, "--output", recipe).code == 0
     short = ("--set", "cofinetune.epochs=1", "--set", "distill.epochs=1")
     said = kdcache("run", recipe, "--output-dir", tmp_path / "runs", *short)
     assert said.code == 0, said.err
     assert "student, mt-bert" in said.out
+    results = json.loads((tmp_path / "runs" / "mine" / "results.json").read_text())
+    assert len(results["label_names"]) == KINDS[make][2]
+    assert results["rows"]["train"] > 0
+    assert ("transfer" in results["rows"]) == (make is unlabelled)
+    assert "accuracy" in results["scores"]["test" if make is parquet else "validation"]
+    assert (tmp_path / "runs" / "mine" / "report.html").stat().st_size < 2_000_000
 
 
 def test_models_are_proposed_and_flags_are_taken(tmp_path: Path) -> None:

@@ -58,3 +58,44 @@ def test_a_quiet_process_prints_errors_alone(capsys: pytest.CaptureFixture[str],
 
 def test_numbers_stand_to_the_right() -> None:
     assert table_lines(("n", "rows"), [("a", 1), ("b", 100)]) == ["n  rows", "-  ----", "a     1", "b   100"]
+
+
+def test_a_table_that_is_too_wide_for_the_terminal_stacks_its_header() -> None:
+    columns, rows = (
+        ("model", "test accuracy", "ms/text"),
+        [("teacher bert", "0.5", 3), ("student, mt-bert", "0.75", 10)],
+    )
+    assert table_lines(columns, rows, 40) == table_lines(columns, rows)
+    assert table_lines(columns, rows, 39) == [
+        "                  test",
+        "model             accuracy  ms/text",
+        "----------------  --------  -------",
+        "teacher bert      0.5             3",
+        "student, mt-bert  0.75           10",
+    ]
+    assert table_lines(columns, rows, 30) == [
+        "           test",
+        "model      accuracy  ms/text",
+        "---------  --------  -------",
+        "teacher    0.5             3",
+        "  bert",
+        "student,   0.75           10",
+        "  mt-bert",
+    ]
+    assert table_lines((), [], 1) == ["", ""]
+
+
+def test_results_of_three_models_fit_eighty_columns() -> None:
+    columns = (
+        "model",
+        "parameters",
+        "ms/text",
+        "test accuracy",
+        "test macro-F1",
+        "test Matthews",
+        "validation accuracy",
+    )
+    rows = [
+        (model, "17.4M", "12.0", "0.9", "0.9", "0.8", "0.9") for model in ("student without teachers", "teacher bert")
+    ]
+    assert max(map(len, table_lines(columns, rows, 80))) <= 80 < max(map(len, table_lines(columns, rows)))

@@ -90,7 +90,7 @@ def test_warnings_come_for_one_class_idle_terms_coverage_and_lacking_classes(tmp
     found = warnings(make_run(tmp_path / "run", classes=4, known=3, answer=1))
     assert "The student answers 'class 1' to all 60 rows of validation." in found
     assert "The loss term 'hidden' has hardly an effect" in found
-    assert "Only 82.0 % of the student's tokens have a hidden target of teacher mpnet." in found
+    assert "Only 82.0% of the student's tokens have a hidden target of teacher mpnet." in found
     assert "Validation has no row of 1 of 4 classes: 'class 3'." in found
 
 

@@ -132,7 +132,7 @@ def test_columns_are_the_keys_that_vary() -> None:
         cell("b", {0: (0.9, 0.7)}, **{"distill.method": "mt-bert", "distill.epochs": 3}),
     ]
     columns, rows = sweep_table(document(*cells, seeds=[0]))
-    assert columns == ["cell", "method", "seeds", "mean", "spread", "difference", "95 %"]
+    assert columns == ["cell", "method", "seeds", "mean", "spread", "difference", "95%"]
     assert rows[1] == ["b*", "mt-bert", 1, "0.9000", "", "+0.1000", ""]
 
 
@@ -150,6 +150,46 @@ def test_the_page_holds_the_table_and_a_plot_for_each_key_and_nothing_from_outsi
     hidden = by_key["distill.weights.hidden"]
     assert hidden["layer"][-1]["encoding"]["x"]["scale"]["type"] == "log"
     assert [(row["at"], row["value"]) for row in hidden["data"]["values"]] == [(0.001, 0.8), (1.0, 0.9), (0.1, 0.85)]
+
+
+def specs_of(page: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads(page.split('id="charts">')[1].split("</script>")[0])
+    return found
+
+
+def test_charts_of_settings_show_cells_that_lack_the_key_and_leave_out_single_values() -> None:
+    keys = ("distill.method", "distill.teachers", "distill.epochs", "data.transfer")
+    settings = [
+        ("fine-tune", None, 10, []),
+        ("kd", None, 4, ["/far/rest.tsv"]),
+        ("kd", ["mpnet"], 4, ["/far/rest.tsv"]),
+    ]
+    cells = [
+        cell(f"c{number}", {0: (0.8 + number / 100, 0.7)}, **dict(zip(keys, each, strict=True)))
+        for number, each in enumerate(settings)
+    ]
+    made = document(*cells, seeds=[0])
+    specs = {spec["layer"][-1]["encoding"]["x"]["title"]: spec for spec in specs_of(sweep_page(made))}
+    assert [row["at"] for row in specs["distill.teachers"]["data"]["values"]] == ["not set", "not set", "[mpnet]"]
+    assert [row["at"] for row in specs["data.transfer"]["data"]["values"]] == ["[]", "[rest.tsv]", "[rest.tsv]"]
+    epochs = specs["distill.epochs"]["layer"][-1]["encoding"]["x"]["axis"]
+    assert (epochs["values"], epochs["format"]) == ([4, 10], ".6~g")  # "~g" writes 1e+1 where there are two ticks
+    # points stand beside each other only where several groups share a value
+    assert "xOffset" not in specs["data.transfer"]["layer"][-1]["encoding"]
+    assert "xOffset" in specs["distill.teachers"]["layer"][-1]["encoding"]
+    assert "(distill.method = kd, distill.teachers = [mpnet]," in " ".join(sweep_lines(made))
+    once = [cell("a", {0: (0.8, 0.7)}, weight=None), cell("b", {0: (0.9, 0.7)}, weight=0.5)]
+    assert "weight" not in {
+        spec["layer"][-1]["encoding"]["x"]["title"] for spec in specs_of(sweep_page(document(*once, seeds=[0])))
+    }
+
+
+def test_an_interval_stands_below_its_difference() -> None:
+    columns, rows = sweep_table(document(ALONE, BETTER))
+    page = sweep_page(document(ALONE, BETTER))
+    at = columns.index("95%")
+    assert f"<td>{rows[1][at - 1]} <small>{rows[1][at]}</small></td>" in page
+    assert "<th>95%</th>" not in page
 
 
 def test_warnings_of_a_sweep_name_teachers_below_the_student_alone_and_students_that_learned_nothing() -> None:

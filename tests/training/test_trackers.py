@@ -44,7 +44,7 @@ class Fake:
     def _call(self, name: str, *values: Any) -> None:
         self.calls.append((name, *values))
         if name in self.fails:
-            raise ConnectionError("no route to host\nTraceback: and more")
+            raise ConnectionError("no route to host.\nTraceback: and more")
 
     def start(self) -> None:
         self._call("start")
