@@ -3,13 +3,7 @@
 from __future__ import annotations
 
 import random
-import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -21,44 +15,7 @@ from kdcache.training import processes
 from kdcache.training.processes import ALONE, Processes
 from kdcache.training.seeding import own_seed, restore_own, rng_state, seed_everything
 from kdcache.training.step_sums import StepSums
-
-
-class Meeting:
-    """Where threads in the place of processes exchange values."""
-
-    def __init__(self, world: int) -> None:
-        self.values: list[Any] = [None] * world
-        self._barrier = threading.Barrier(world, timeout=20)
-
-    def exchange(self, rank: int, value: Any) -> list[Any]:
-        self.values[rank] = value
-        self._barrier.wait()
-        found = list(self.values)
-        self._barrier.wait()
-        return found
-
-
-@dataclass(frozen=True)
-class Thread(Processes):
-    meeting: Meeting | None = None
-
-    def gathered(self, value: Any) -> list[Any]:
-        assert self.meeting is not None
-        return self.meeting.exchange(self.rank, value)
-
-    def largest(self, values: Sequence[int]) -> list[int]:
-        return np.stack(self.gathered(np.array(values))).max(axis=0).tolist()  # type: ignore[no-any-return]
-
-    def add(self, tensors: Sequence[Tensor]) -> None:
-        every = self.gathered([tensor.clone() for tensor in tensors])
-        for tensor, *others in zip(tensors, *every, strict=True):
-            tensor.copy_(torch.stack(others).sum(dim=0))
-
-
-def in_threads(world: int, action: Callable[[Processes], Any]) -> list[Any]:
-    meeting = Meeting(world)
-    with ThreadPoolExecutor(world) as pool:
-        return list(pool.map(action, [Thread(rank, world, meeting) for rank in range(world)]))
+from tests.training.threads import in_threads
 
 
 @given(rows=st.integers(0, 50), world=st.integers(1, 9))
