@@ -42,10 +42,12 @@ EQUAL = {
 }
 WORLDS = {"hidden states of a code": 3}  # else 2
 
-# Of 96 rows: 5 steps of 19 rows, and one of a single row. Every step is clipped; one teacher has a rate of its own.
+# Of 96 rows: 5 steps of 19 rows, and one of a single row. Every step is clipped; one teacher has a rate of its own; the
+# best weights are not the last ones.
 TEACHERS = [
     *("cofinetune.batch_size=19", "cofinetune.accumulation=2", "cofinetune.epochs=2", "cofinetune.checkpoint_steps=3"),
     *("cofinetune.max_grad_norm=0.1", "cofinetune.ema=0.8", "teachers.roberta.learning_rate=3e-3"),
+    *("cofinetune.evaluate_steps=4", "cofinetune.select_by=loss"),
 ]
 APART = [*TEACHERS, "cofinetune.placement=teacher"]
 
