@@ -144,8 +144,8 @@ def _ending(losses: Callable[..., Any], kind: str, at: int) -> Callable[..., Any
 
 def _parameters() -> int:
     """The numbers in all parameters that this process has in memory."""
-    found = [each for each in gc.get_objects() if isinstance(each, torch.nn.Parameter) and each.device.type != "meta"]
-    return sum(parameter.numel() for parameter in found)
+    objects = [each for each in gc.get_objects() if issubclass(type(each), torch.nn.Parameter)]
+    return sum(parameter.numel() for parameter in objects if parameter.device.type != "meta")
 
 
 def main(scenarios: str) -> None:

@@ -76,7 +76,9 @@ def test_more_processes_than_teachers_to_train_are_refused() -> None:
 
 def test_processes_with_other_recipes_are_told() -> None:
     def refused(processes: Any) -> None:
-        with pytest.raises(MismatchError, match=r"differ in 'cofinetune\.placement': (rows in process 0|teacher in process 1)"):
+        with pytest.raises(
+            MismatchError, match=r"differ in 'cofinetune\.placement': (rows in process 0|teacher in process 1)"
+        ):
             place(sections({"a": 1, "b": 1}), "teacher" if processes.rank else None, processes)
 
     in_threads(2, refused)
