@@ -118,7 +118,7 @@ def place(sections: Sequence[TeacherSection], placement: str | None, processes: 
         raise RecipeError(
             f"cofinetune.placement is 'teacher', and there are {processes.world} processes for "
             f"{counted(trained, 'teacher')} to train",
-            f"Start {max(trained, 1)} or fewer, or let them share rows: --set cofinetune.placement=rows",
+            f"Start at most {max(trained, 1)}, or let them share rows: --set cofinetune.placement=rows",
         )
     return processes.from_first(lambda: _balanced(sections, processes.world))
 

@@ -68,7 +68,7 @@ def test_more_processes_than_teachers_to_train_are_refused() -> None:
         in_threads(2, refused)
         == [
             "cofinetune.placement is 'teacher', and there are 2 processes for 1 teacher to train; "
-            "Start 1 or fewer, or let them share rows: --set cofinetune.placement=rows"
+            "Start at most 1, or let them share rows: --set cofinetune.placement=rows"
         ]
         * 2
     )
