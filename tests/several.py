@@ -29,6 +29,7 @@ from kdcache.distill.stage import DistillTask
 from kdcache.students import speed
 from kdcache.teachers.joint import CofinetuneTask
 from kdcache.training import checkpoints
+from tests.distill.killed import import_all
 
 _SECONDS = 120.0  # after which a process hangs: far more than any needs on a busy machine
 
@@ -149,21 +150,9 @@ def _parameters() -> int:
 
 
 def main(scenarios: str) -> None:
-    import accelerate
     import torch.distributed.rendezvous
-    import zarr
-    from transformers import (
-        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-        MODEL_MAPPING,
-        BertConfig,
-        RobertaConfig,
-        XLMRobertaConfig,
-    )
 
-    assert accelerate
-    assert zarr
-    assert MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[BertConfig]
-    assert [MODEL_MAPPING[kind] for kind in (BertConfig, RobertaConfig, XLMRobertaConfig)]
+    import_all()
     speed._LATENCY_TEXTS, speed._THROUGHPUT_TEXTS = 2, 4
     torch.nn.Dropout.forward = lambda _self, states: states  # type: ignore[method-assign,assignment]
     print(json.dumps([[asdict(ended) for ended in _run(Scenario(**given))] for given in json.loads(scenarios)]))
