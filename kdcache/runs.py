@@ -204,6 +204,7 @@ _NEVER = {
     "checkpoint_minutes",
     "trust_remote_code",
     "trackers",
+    "placement",
 }  # keys that change no result
 
 

@@ -24,7 +24,7 @@ from kdcache.testing.s3_server import (
     rclone_store as rclone_store,
 )  # fixtures of real servers, started when first asked for
 from kdcache.testing.s3_server import seaweedfs as seaweedfs
-from kdcache.testing.tiny import make_model, reviews, write_reviews
+from kdcache.testing.tiny import make_model, recipe_text, reviews, write_reviews
 
 # The same examples on every run, and no time limit per example: the first one pays for imports.
 settings.register_profile("kdcache", deadline=None, derandomize=True, database=None)
@@ -110,19 +110,8 @@ def _few_texts_are_timed() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def review_recipe(review_task: ReviewTask, tiny_models: dict[str, Path], _few_texts_are_timed: None) -> Path:
     """A recipe over the review task with the tiny teachers; copy it with overrides (``load_recipe(path, [...])``)."""
-    teachers = "".join(f'[[teachers]]\nname = "{name}"\nmodel = "{path}"\n' for name, path in tiny_models.items())
     path = review_task.directory / "reviews.toml"
-    path.write_text(f"""\
-name = "reviews"
-[data]
-train = "train.tsv"
-validation = "dev.tsv"
-test = "test.tsv"
-transfer = ["more.tsv"]
-text = ["sentence"]
-label = "label"
-max_length = 32
-{teachers}
+    sections = """\
 [cofinetune]
 epochs = 1
 batch_size = 16
@@ -140,7 +129,9 @@ epochs = 1
 batch_size = 16
 learning_rate = 1e-3
 window = 2
-""")
+"""
+    every = ("train", "validation", "test", "transfer")
+    path.write_text(recipe_text("reviews", tiny_models, sections, files=every))
     return path
 
 

@@ -19,22 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = Path(sys.executable).with_name("kdcache")
-RECIPE = """\
-name = "reviews"
-[data]
-train = "train.tsv"
-validation = "dev.tsv"
-test = "test.tsv"
-transfer = ["more.tsv"]
-text = ["sentence"]
-label = "label"
-max_length = 32
-[[teachers]]
-name = "bert"
-model = "models/bert"
-[[teachers]]
-name = "roberta"
-model = "models/roberta"
+SECTIONS = """\
 [cofinetune]
 epochs = 1
 batch_size = 16
@@ -91,7 +76,7 @@ def _is_installed() -> str:
 
 
 def _make_task() -> None:
-    from kdcache.testing.tiny import make_model, reviews, write_reviews
+    from kdcache.testing.tiny import make_model, recipe_text, reviews, write_reviews
 
     rows = reviews(216, seed=1)
     for name, chosen in (("train", rows[:96]), ("dev", rows[96:160]), ("test", rows[160:192])):
@@ -99,7 +84,8 @@ def _make_task() -> None:
     write_reviews(Path("more.tsv"), rows[192:], labelled=False)
     make_model(Path("models/bert"), "bert", seed=1)
     make_model(Path("models/roberta"), "roberta", width=24, seed=2)
-    Path("reviews.toml").write_text(RECIPE, encoding="utf-8")
+    teachers, every = {"bert": "models/bert", "roberta": "models/roberta"}, ("train", "validation", "test", "transfer")
+    Path("reviews.toml").write_text(recipe_text("reviews", teachers, SECTIONS, files=every), encoding="utf-8")
 
 
 def _kdcache(*arguments: str) -> str:

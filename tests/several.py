@@ -8,6 +8,7 @@ which takes a fraction of a second. Prints a JSON list: per scenario and rank, e
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -21,17 +22,25 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from kdcache.cli.main import main as kdcache
 from kdcache.distill.stage import DistillTask
 from kdcache.students import speed
 from kdcache.teachers.joint import CofinetuneTask
+from kdcache.training import checkpoints
+from tests.distill.killed import import_all
 
 _SECONDS = 120.0  # after which a process hangs: far more than any needs on a busy machine
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """A command in ``world`` processes. ``at``: rank -> ``kill:N``, ``raise:N`` or ``interrupt:N`` in its step N."""
+    """A command in ``world`` processes.
+
+    ``at``: rank -> ``kill:N``, ``raise:N`` or ``interrupt:N`` in its step N; ``write:N`` is killed before its N-th file
+    of a checkpoint; ``count:N`` says in step N how many numbers the parameters of the process have.
+    """
 
     command: Sequence[str]
     world: int = 1
@@ -84,8 +93,11 @@ def _start(scenario: Scenario, rank: int, port: int, place: Path) -> int:
         os.environ |= {name: str(value) for name, value in given.items()}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     kind, _, number = scenario.at.get(str(rank), "").partition(":")
-    for task in (DistillTask, CofinetuneTask) if kind else ():
-        task.losses = _ending(task.losses, kind, int(number))  # type: ignore[attr-defined]
+    if kind == "write":
+        checkpoints._write = _ending(checkpoints._write, "kill", int(number))
+    else:
+        for task in (DistillTask, CofinetuneTask) if kind else ():
+            task.losses = _ending(task.losses, kind, int(number))  # type: ignore[attr-defined]
     code = 1
     try:
         kdcache(scenario.command)
@@ -113,7 +125,7 @@ def _wait(children: Sequence[int]) -> list[int]:
 
 
 def _ending(losses: Callable[..., Any], kind: str, at: int) -> Callable[..., Any]:
-    """``losses``, but the process ends in its call number ``at``."""
+    """``losses``, but the process ends in its call number ``at``, or counts."""
     calls = 0
 
     def called(*args: Any) -> Any:
@@ -122,28 +134,25 @@ def _ending(losses: Callable[..., Any], kind: str, at: int) -> Callable[..., Any
         if calls == at:
             if kind == "raise":
                 raise ValueError("no luck")
+            if kind == "count":
+                print(f"parameters: {_parameters()}")
+                return losses(*args)
             os.kill(os.getpid(), signal.SIGKILL if kind == "kill" else signal.SIGINT)
         return losses(*args)
 
     return called
 
 
-def main(scenarios: str) -> None:
-    import accelerate
-    import torch.distributed.rendezvous
-    import zarr
-    from transformers import (
-        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-        MODEL_MAPPING,
-        BertConfig,
-        RobertaConfig,
-        XLMRobertaConfig,
-    )
+def _parameters() -> int:
+    """The numbers in all parameters that this process has in memory."""
+    objects = [each for each in gc.get_objects() if issubclass(type(each), torch.nn.Parameter)]
+    return sum(parameter.numel() for parameter in objects if parameter.device.type != "meta")
 
-    assert accelerate
-    assert zarr
-    assert MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[BertConfig]
-    assert [MODEL_MAPPING[kind] for kind in (BertConfig, RobertaConfig, XLMRobertaConfig)]
+
+def main(scenarios: str) -> None:
+    import torch.distributed.rendezvous
+
+    import_all()
     speed._LATENCY_TEXTS, speed._THROUGHPUT_TEXTS = 2, 4
     torch.nn.Dropout.forward = lambda _self, states: states  # type: ignore[method-assign,assignment]
     print(json.dumps([[asdict(ended) for ended in _run(Scenario(**given))] for given in json.loads(scenarios)]))

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from kdcache.dump.stage import dump_teachers
 from kdcache.progress import SilentProgress
+from kdcache.teachers.bundle import parameters_on_disk
 from kdcache.training import checkpoints
 from tests.conftest import TinyRun
 from tests.several import Ended, Scenario, run_all
@@ -40,6 +41,15 @@ EQUAL = {
     ],
 }
 WORLDS = {"hidden states of a code": 3}  # else 2
+
+# Of 96 rows: 5 steps of 19 rows, and one of a single row. Every step is clipped; one teacher has a rate of its own; the
+# best weights are not the last ones.
+TEACHERS = [
+    *("cofinetune.batch_size=19", "cofinetune.accumulation=2", "cofinetune.epochs=2", "cofinetune.checkpoint_steps=3"),
+    *("cofinetune.max_grad_norm=0.1", "cofinetune.ema=0.8", "teachers.roberta.learning_rate=3e-3"),
+    *("cofinetune.evaluate_steps=4", "cofinetune.select_by=loss"),
+]
+APART = [*TEACHERS, "cofinetune.placement=teacher"]
 
 
 @dataclass(frozen=True)
@@ -110,10 +120,11 @@ def done(bench: Bench) -> dict[str, Done]:
         for world in (1, WORLDS.get(name, 2)):
             given = bench.scenario(f"{name} {world}", "distill", *overrides, world=world)
             scenarios[f"{name} in {world}"] = given
-    teachers = ["cofinetune.batch_size=19", "cofinetune.accumulation=2"]
     for world in (1, 2):
-        given = bench.scenario(f"cofinetune {world}", "cofinetune", *teachers, world=world)
+        given = bench.scenario(f"cofinetune {world}", "cofinetune", *TEACHERS, world=world)
         scenarios[f"cofinetune in {world}"] = given
+    counting = {"0": "count:2", "1": "count:2"}
+    scenarios["cofinetune apart"] = bench.scenario("cofinetune apart", "cofinetune", *APART, at=counting)
     return run_scenarios(scenarios)
 
 
@@ -124,6 +135,9 @@ def disturbed(bench: Bench) -> dict[str, Done]:
     def distilled(place: str, world: int = 2, **at: str) -> tuple[Path, Scenario]:
         ranks = {rank.removeprefix("rank"): point for rank, point in at.items()}
         return bench.scenario(place, "distill", *EQUAL["mt-bert"], world=world, at=ranks)
+
+    def cofinetuned(place: str, *more: str, world: int = 2, at: dict[str, str] | None = None) -> tuple[Path, Scenario]:
+        return bench.scenario(place, "cofinetune", *APART, *more, world=world, at=at)
 
     return run_scenarios(
         {
@@ -138,6 +152,14 @@ def disturbed(bench: Bench) -> dict[str, Done]:
             "over the batch": bench.scenario("batch", "distill", "distill.method=rkd"),
             "too few rows": bench.scenario("rows", "distill", "distill.batch_size=1"),
             "run": bench.scenario("run", "run"),
+            "apart, killed in a write": cofinetuned("moved", at={"0": "write:6"}),
+            "apart, killed in three": cofinetuned("moved", world=3, at={"2": "kill:5"}),
+            "apart, killed alone": cofinetuned("moved", world=1, at={"0": "kill:5"}),
+            "apart, continued": cofinetuned("moved"),
+            "apart, error in 1": cofinetuned("apart error", at={"1": "raise:2"}),
+            "apart, not finite": cofinetuned("not finite", "teachers.xlm.learning_rate=1e30"),
+            "apart, too many": cofinetuned("too many", world=4),
+            "apart, folds": cofinetuned("folds", "cofinetune.folds=2"),
         }
     )
 
@@ -192,12 +214,66 @@ def test_two_processes_train_the_teachers_of_one(done: dict[str, Done]) -> None:
     one, several = done["cofinetune in 1"], done["cofinetune in 2"]
     assert (one.codes, several.codes) == ([0], [0, 0])
     assert several.ended[1].out + several.ended[1].err == ""
-    for ours, theirs in zip(metrics(several.root), metrics(one.root), strict=True):
+    assert_same_teachers(several, one)
+
+
+def assert_same_teachers(found: Done, one: Done) -> None:
+    for ours, theirs in zip(metrics(found.root), metrics(one.root), strict=True):
         assert_close(ours, theirs, 2e-4)
-    files = sorted(path.relative_to(one.root) for path in (one.root / "teachers").rglob("*.safetensors"))
-    assert len(files) == 6  # three teachers, the adapters of two, and the shared head
-    for file in files:
-        torch.testing.assert_close(load_file(several.root / file), load_file(one.root / file), rtol=1e-4, atol=5e-5)
+    files = sorted(path.relative_to(one.root) for path in (one.root / "teachers").rglob("*") if path.is_file())
+    assert files == sorted(
+        path.relative_to(found.root) for path in (found.root / "teachers").rglob("*") if path.is_file()
+    )
+    weights = [file for file in files if file.suffix == ".safetensors"]
+    assert len(weights) == 6  # three teachers, the adapters of two, and the shared head
+    for file in weights:
+        torch.testing.assert_close(load_file(found.root / file), load_file(one.root / file), rtol=1e-4, atol=5e-5)
+    ours, theirs = (json.loads((each.root / "teachers" / "teachers.json").read_text()) for each in (found, one))
+    assert list(ours["teachers"]) == list(theirs["teachers"])
+    assert ours["training"]["identity"] == theirs["training"]["identity"]
+    assert ours["training"]["best_epoch"] == theirs["training"]["best_epoch"]
+    for name, record in theirs["teachers"].items():
+        assert_close(ours["teachers"][name].pop("scores"), record.pop("scores"), 2e-4)
+        assert {key: ours["teachers"][name][key] for key in record if key != "fingerprints"} == {
+            key: record[key] for key in record if key != "fingerprints"
+        }
+    assert not (found.root / "checkpoints" / "cofinetune" / "joint").exists()
+
+
+def test_processes_with_their_own_teachers_train_those_of_one(done: dict[str, Done]) -> None:
+    """And have parameters of their own teachers and the shared head alone."""
+    one, apart = done["cofinetune in 1"], done["cofinetune apart"]
+    assert apart.codes == [0, 0]
+    assert apart.ended[1].err == ""
+    assert_same_teachers(apart, one)
+    said = [line for line in apart.ended[0].err.splitlines() if "whole batches" in line]
+    assert said == ["whole batches for each teacher: process 0 has roberta; process 1 has bert, xlm"]
+    directory = apart.root / "teachers"
+    head = sum(tensor.numel() for tensor in load_file(directory / "shared_head.safetensors").values())
+    own = {name: parameters_on_disk(directory, name) - head for name in ("bert", "roberta", "xlm")}
+    expected = [own["roberta"] + head, own["bert"] + own["xlm"] + head]
+    for ended, count in zip(apart.ended, expected, strict=True):
+        assert f"parameters: {count}" in ended.out.splitlines()
+
+
+def test_teachers_held_apart_continue_anywhere(done: dict[str, Done], disturbed: dict[str, Done]) -> None:
+    """Killed in the write of a checkpoint, killed in three, killed alone with all teachers, ended in two."""
+    assert disturbed["apart, killed in a write"].codes == [-signal.SIGKILL, 1]
+    assert disturbed["apart, killed in three"].codes == [1, 1, -signal.SIGKILL]
+    assert disturbed["apart, killed alone"].codes == [-signal.SIGKILL]
+    resumed = ["resumed at step 3", "resumed at step 6", "resumed at step 9"]
+    for line, name in zip(resumed, ("killed in three", "killed alone", "continued"), strict=True):
+        assert line in disturbed[f"apart, {name}"].ended[0].err
+    assert disturbed["apart, continued"].codes == [0, 0]
+    assert_same_teachers(disturbed["apart, continued"], done["cofinetune in 1"])
+
+
+def test_what_goes_wrong_with_one_teacher_ends_all_with_one_message(disturbed: dict[str, Done]) -> None:
+    assert disturbed["apart, error in 1"].codes == [1, 1]
+    assert disturbed["apart, error in 1"].errors == ["error: unexpected: ValueError: no luck"]
+    assert disturbed["apart, not finite"].codes == [1, 1]
+    (line,) = disturbed["apart, not finite"].errors
+    assert "training is not finite at step 2 (epoch 1): ce.xlm = nan" in line
 
 
 def test_a_training_continues_with_another_number(done: dict[str, Done], disturbed: dict[str, Done]) -> None:
@@ -249,11 +325,14 @@ def test_an_interrupt_ends_all_with_one_message(disturbed: dict[str, Done], who:
         ("over the batch", "compares the rows of a batch with each other, and the training was started in 2 processes"),
         ("too few rows", "a batch of 1 rows cannot be shared by process"),
         ("run", "kdcache run runs in one process; it was started in 2"),
+        ("apart, too many", "cofinetune.placement is 'teacher', and there are 4 processes for 3 teachers to train"),
+        ("apart, folds", "cofinetune.folds is 2, and folds are trained in one process; there are 2"),
     ],
 )
 def test_what_several_processes_cannot_do_is_refused_once(disturbed: dict[str, Done], name: str, said: str) -> None:
     found = disturbed[name]
-    assert found.codes == [2, 2]
+    assert set(found.codes) == {2}
     (line,) = found.errors
     assert said in line
     assert not (found.root / "student").exists()
+    assert not (found.root / "teachers").exists()

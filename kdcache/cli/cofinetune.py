@@ -39,7 +39,8 @@ def cofinetune(
 ) -> None:
     """Train the teachers together on the task, sharing one pooling and one prediction layer.
 
-    If interrupted, run the same command again: it continues. Start it with torchrun to train in several processes.
+    If interrupted, run the same command again: it continues. Start it with torchrun to train in several processes. With
+    cofinetune.placement=teacher, each of them holds its own teachers.
 
     With --folds K, the train rows are divided into K folds, and K further bundles are trained, each without one fold.
     The dump then takes the logits of a train text from the bundle that did not see it.
@@ -47,6 +48,8 @@ def cofinetune(
     Example: kdcache cofinetune sst2.toml --set cofinetune.epochs=2
 
     Example: torchrun --nproc-per-node 4 -m kdcache cofinetune sst2.toml
+
+    Example: torchrun --nproc-per-node 3 -m kdcache cofinetune sst2.toml --set cofinetune.placement=teacher
 
     Example: kdcache cofinetune sst2.toml --folds 5
 

@@ -35,7 +35,7 @@ def join_processes() -> None:
     group = processes.join()
     out.quiet = not group.first
     if group.world > 1:
-        out.note(f"{group.world} processes were started; each gets its share of every step")
+        out.note(f"{group.world} processes were started; each gets its share of the work")
 
 
 def cofinetune(job: Job, *, add: str | None = None) -> CofinetuneResult:

@@ -45,9 +45,9 @@ from kdcache.training import processes as together
 from kdcache.training.best_epoch import BestEpoch
 from kdcache.training.compiled import compiled
 from kdcache.training.device import default_device
-from kdcache.training.loop import Outcome, check_evaluation, micro_batches, train
+from kdcache.training.loop import Outcome, micro_batches, train
 from kdcache.training.metrics_log import MetricsLog
-from kdcache.training.settings import LoopSettings
+from kdcache.training.settings import LoopSettings, check_evaluation
 from kdcache.training.trackers import check_trackers, tracked
 
 if TYPE_CHECKING:

@@ -42,6 +42,7 @@ def _unless(usual: str) -> AfterValidator:
 AnySchedule = Literal["linear", "cosine", "constant"]
 Schedule = Annotated[AnySchedule | None, _unless("linear")]
 Rows = Annotated[Literal["all", "train", "labelled"] | None, _unless("all")]
+Placement = Annotated[Literal["rows", "teacher"] | None, _unless("rows")]
 
 
 ARITHMETIC = frozenset(("tf32", "compile", "fused_adamw"))  # keys that are no part of an identity where not given
@@ -90,6 +91,7 @@ class CofinetuneSection(OptimSection):
     width: Positive | None = None  # of the shared space; the widest teacher where not given
     gradient_checkpointing: bool = False  # less memory, more time
     folds: Annotated[int, Field(ge=2, le=100)] | None = None  # train so many further bundles, each without a fold
+    placement: Placement = None  # what each of several processes has: rows of every step (default), or whole teachers
 
 
 class StudentSection(Section):

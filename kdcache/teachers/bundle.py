@@ -13,10 +13,11 @@ synced and renamed.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,9 +38,10 @@ from kdcache.teachers.fingerprints import (
 from kdcache.teachers.head import Pooling, SharedHead
 from kdcache.teachers.sources import TOKEN_TYPES
 from kdcache.teachers.teacher import HeadKind, Teacher, TeacherModel, load_classifier, load_encoder
+from kdcache.training.processes import current
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 RECORD = "teachers.json"
 HEAD_FILE = "shared_head.safetensors"
@@ -132,7 +134,8 @@ def save_teacher(directory: Path, name: str, model: TeacherModel, tokenizer: Pre
     make_directory(directory)
     temporary = directory / f".{name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
-    model.encoder.save_pretrained(temporary)
+    with _in_this_process(model.encoder):
+        model.encoder.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
     if model.adapter is not None:
         save_file(
@@ -140,6 +143,19 @@ def save_teacher(directory: Path, name: str, model: TeacherModel, tokenizer: Pre
         )
     sync_tree(temporary)
     publish_directory(temporary, directory / name)
+
+
+@contextlib.contextmanager
+def _in_this_process(network: PreTrainedModel) -> Iterator[None]:
+    """While the block runs, ``save_pretrained`` writes in any process; transformers 5 writes in the first one alone."""
+    if current().first:
+        yield
+        return
+    vars(network)["should_save_on_this_rank"] = lambda is_main_process: is_main_process  # not of its class
+    try:
+        yield
+    finally:
+        del vars(network)["should_save_on_this_rank"]
 
 
 def save_shared_head(directory: Path, head: SharedHead) -> None:

@@ -36,9 +36,9 @@ from kdcache.teachers.folds import (
     texts_of_fold,
     without_fold,
 )
-from kdcache.teachers.head import Pooling, SharedHead
-from kdcache.teachers.registration import fold_logits, folds_record, save_teachers, scored
-from kdcache.teachers.sources import Source, open_source, under_shared_head
+from kdcache.teachers.placement import Opened, new_models, open_teachers
+from kdcache.teachers.registration import fold_logits, folds_record, save_apart, save_teachers, scored
+from kdcache.teachers.sources import open_source, under_shared_head
 from kdcache.training.checkpoints import identity_changes
 from kdcache.training.metrics_log import MetricsLog
 from kdcache.training.processes import current
@@ -48,6 +48,8 @@ from kdcache.training.trackers import check_trackers, tracked
 if TYPE_CHECKING:
     from kdcache.progress import Progress
     from kdcache.recipe import Recipe, TeacherSection
+    from kdcache.teachers.head import Pooling, SharedHead
+    from kdcache.teachers.sources import Source
     from kdcache.teachers.teacher import TeacherModel
     from kdcache.training.processes import Processes
 
@@ -75,7 +77,7 @@ class _Job:
 
     recipe: Recipe
     task: TaskData
-    sources: Mapping[str, Source]
+    teachers: Opened
     teachers_dir: Path
     place: Path
     metrics: MetricsLog
@@ -100,17 +102,17 @@ def cofinetune(
         existing = read_bundle(teachers_dir) if is_bundle(teachers_dir) else None
         added = existing.training.get("added", {}) if existing else {}
         task = _load(recipe, progress)
-        sources = _open(recipe, task, [section for section in recipe.teachers if section.name not in added])
+        teachers = _open(recipe, task, [section for section in recipe.teachers if section.name not in added])
         log = MetricsLog(metrics or work_dir / "metrics.jsonl", "cofinetune")
-        job = _Job(recipe, task, sources, teachers_dir, work_dir / "joint", log, progress)
-        identity = joint.identity(recipe, task, sources)
+        job = _Job(recipe, task, teachers, teachers_dir, work_dir / "joint", log, progress)
+        identity = joint.identity(recipe, task, teachers.identities())
         if existing is not None:
             made = _reuse(job, existing, identity, existing.training.get("identity", {}))
         else:
             _begin_folds(job)
             made = _make(job, identity)
-        rest = replace(job, place=work_dir, sources={})
-        del job, sources  # frees the models before others are trained
+        rest = replace(job, place=work_dir, teachers=Opened({}, {}))
+        del job, teachers  # frees the models before others are trained
         return _with_folds(rest, made)
 
 
@@ -129,45 +131,45 @@ def add_teacher(
         task = _load(recipe, progress)
         cure = "Use the recipe that these teachers were made with, or another --output-dir."
         check_same_task(task, bundle, ("the recipe's data", f"the teachers in '{teachers_dir}'"), cure)
-        sources = _open(recipe, task, [section], bundle.pooling)
+        teachers = _open(recipe, task, [section], bundle.pooling)
         head = load_shared_head(teachers_dir, bundle) if section.head == "shared" else None
         digest = fingerprint_tensors(head.state_dict().items()) if head is not None else None
         log = MetricsLog(metrics or work_dir / "metrics.jsonl", f"add {name}")
-        job = _Job(recipe, task, sources, teachers_dir, work_dir / f"add-{name}", log, progress)
-        identity = joint.identity(recipe, task, sources, shared_head=digest)
+        job = _Job(recipe, task, teachers, teachers_dir, work_dir / f"add-{name}", log, progress)
+        identity = joint.identity(recipe, task, teachers.identities(), shared_head=digest)
         added = bundle.training.get("added", {})
         if name in bundle.teachers:
             made = _reuse(job, bundle, identity, added.get(name, {}))
         else:
             made = _make_added(job, bundle, head, identity)
-        rest = replace(job, place=work_dir, sources={})
-        del job, sources
+        rest = replace(job, place=work_dir, teachers=Opened({}, {}))
+        del job, teachers
         return _with_folds(rest, made)
 
 
 def _make(job: _Job, identity: Mapping[str, Any]) -> CofinetuneResult:
     """Train the teachers of ``job`` together under a new shared head, and write the bundle."""
-    head, models = _new_models(job)
+    head, models = new_models(job.teachers, job.recipe.cofinetune, len(job.task.label_names))
     best = _train(job, models, identity)
     bundle = Bundle(job.task.label_names, job.task.text_columns, {})
     if head is not None:
         bundle = replace(bundle, pooling=head.pooling_name, width=head.width, dropout=head.dropout_rate)
     bundle = replace(bundle, training={"identity": identity, "best_epoch": best, "added": {}})
-    return current().from_first(lambda: _register(job, bundle, head, models, best))
+    return _register(job, bundle, head, models, best)
 
 
 def _make_added(job: _Job, bundle: Bundle, head: SharedHead | None, identity: Mapping[str, Any]) -> CofinetuneResult:
     """Train the one teacher of ``job`` against the frozen ``head``, and add it to the bundle."""
-    (name,) = job.sources
+    (name,) = job.teachers.known
     models: dict[str, TeacherModel] = {}
     if head is not None:
         head.requires_grad_(False)
         seed_everything(job.recipe.cofinetune.seed)
-        models = under_shared_head(job.sources, head)
+        models = under_shared_head(job.teachers.own, head)
     best = _train(job, models, identity)
     added = {**bundle.training.get("added", {}), name: identity}
     bundle = replace(bundle, training={**bundle.training, "added": added})
-    return current().from_first(lambda: _register(job, bundle, None, models, best))
+    return _register(job, bundle, None, models, best)
 
 
 def _locked(work_dir: Path, processes: Processes) -> AbstractContextManager[None]:
@@ -233,7 +235,7 @@ def _begin_folds(job: _Job, trained: Collection[str] | None = None) -> None:
             "Train the teachers in several processes without cofinetune.folds, then the folds in one: --folds K.",
         )
     if trained is None:
-        trained = [name for name, source in job.sources.items() if source.section.head == "shared"]
+        trained = list(job.teachers.trained)
     if not trained:
         raise RecipeError(
             f"cofinetune.folds is {count}, and every teacher has a head of its own: none of them is trained here",
@@ -291,7 +293,7 @@ def _of_fold(job: _Job, names: Sequence[str], fold: int, count: int, pooling: Po
     job.progress.note(where)
     return replace(
         job,
-        sources=_open(job.recipe, job.task, [job.recipe.teacher(name) for name in names], pooling),
+        teachers=_open(job.recipe, job.task, [job.recipe.teacher(name) for name in names], pooling),
         teachers_dir=fold_directory(job.teachers_dir, fold),
         place=job.place / (f"fold-{fold + 1}" if pooling is None else f"fold-{fold + 1}-add-{names[0]}"),
         metrics=MetricsLog(job.metrics.path, where),
@@ -315,42 +317,27 @@ def _load(recipe: Recipe, progress: Progress) -> TaskData:
     return task
 
 
-def _open(
-    recipe: Recipe, task: TaskData, sections: Sequence[TeacherSection], pooling: Pooling | None = None
-) -> dict[str, Source]:
+def _open(recipe: Recipe, task: TaskData, sections: Sequence[TeacherSection], pooling: Pooling | None = None) -> Opened:
     """The models of ``sections``, for a shared head with ``pooling`` or the recipe's."""
-    length, names, declared = recipe.data.max_length, task.label_names, task.labels_declared
-    columns, pooling = len(task.text_columns), pooling or recipe.cofinetune.pooling
-    return {
-        section.name: open_source(section, length, names, columns, pooling, labels_declared=declared)
-        for section in sections
-    }
+    length, names, columns = recipe.data.max_length, task.label_names, len(task.text_columns)
+    declared, pooling = task.labels_declared, pooling or recipe.cofinetune.pooling
 
+    def load(section: TeacherSection) -> Source:
+        return open_source(section, length, names, columns, pooling, labels_declared=declared)
 
-def _new_models(job: _Job) -> tuple[SharedHead | None, dict[str, TeacherModel]]:
-    """A new shared head over the encoders to train; new weights are drawn from the recipe's seed, in its order."""
-    shared = {name: source for name, source in job.sources.items() if source.section.head == "shared"}
-    if not shared:
-        return None, {}
-    settings = job.recipe.cofinetune
-    seed_everything(settings.seed)
-    width = settings.width or max(source.width for source in shared.values())
-    head = SharedHead(width, len(job.task.label_names), settings.pooling)
-    return head, under_shared_head(shared, head)
+    return open_teachers(sections, recipe.cofinetune, load)
 
 
 def _train(job: _Job, models: Mapping[str, TeacherModel], identity: Mapping[str, Any]) -> int | None:
     """The best epoch; None if every teacher is fine-tuned already."""
-    for source in job.sources.values():
-        if source.note:
-            job.progress.note(source.note)
+    for line in job.teachers.notes():
+        job.progress.note(line)
     if not models:
         return None
-    trained = {name: job.sources[name] for name in models}
     settings = job.recipe.cofinetune
     with tracked(job.metrics, settings, name=job.recipe.name, progress=job.progress) as metrics:
         return joint.train(
-            settings, job.task, trained, models, identity, job.place, progress=job.progress, metrics=metrics
+            settings, job.task, job.teachers, models, identity, job.place, progress=job.progress, metrics=metrics
         )
 
 
@@ -358,20 +345,30 @@ def _register(
     job: _Job, bundle: Bundle, new_head: SharedHead | None, models: Mapping[str, TeacherModel], best: int | None
 ) -> CofinetuneResult:
     """Save and score the teachers, write teachers.json, then remove the checkpoints."""
-    remove_leftovers(job.teachers_dir)
-    bundle = save_teachers(job.teachers_dir, bundle, new_head, job.sources, models)
-    epochs = bundle.training.get("epochs", {}) | joint.scores_by_epoch(job.metrics, models)
+    directory, teachers = job.teachers_dir, job.teachers
+    current().from_first(lambda: remove_leftovers(directory))
+    if teachers.apart:
+        saved = save_apart(directory, bundle, new_head, teachers, models)
+    else:
+        saved = current().from_first(lambda: save_teachers(directory, bundle, new_head, teachers.sources, models))
+    return current().from_first(lambda: _finish(job, saved, best))
+
+
+def _finish(job: _Job, bundle: Bundle, best: int | None) -> CofinetuneResult:
+    """What the first of several processes does when all teachers are saved."""
+    trained = list(job.teachers.trained)
+    epochs = bundle.training.get("epochs", {}) | joint.scores_by_epoch(job.metrics, trained)
     bundle = replace(bundle, training={**bundle.training, "epochs": epochs})
     bundle = scored(job.teachers_dir, bundle, joint.labelled_rows(job.task, "validation"), job.recipe.trusted())
     write_bundle(job.teachers_dir, bundle)
     shutil.rmtree(job.place, ignore_errors=True)
-    job.progress.note(f"teachers {', '.join(job.sources)} written to {job.teachers_dir}")
+    job.progress.note(f"teachers {', '.join(job.teachers.known)} written to {job.teachers_dir}")
     return _result(job.teachers_dir, bundle, best, reused=False)
 
 
 def _reuse(job: _Job, bundle: Bundle, identity: Mapping[str, Any], existing: Mapping[str, Any]) -> CofinetuneResult:
     """The existing teachers; MismatchError if they were not made with ``identity``."""
-    newcomers = [name for name in job.sources if name not in bundle.teachers]
+    newcomers = [name for name in job.teachers.known if name not in bundle.teachers]
     if newcomers:
         raise MismatchError(
             f"'{job.teachers_dir}' holds the teachers {', '.join(bundle.teachers)}, and not {', '.join(newcomers)}",

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from kdcache.data.encoding import EncodedTexts, encode, pad, padding_id, truncat
 from kdcache.errors import DataError
 from kdcache.recipe.training import ARITHMETIC
 from kdcache.report.metrics import scores
+from kdcache.teachers.placement import united
 from kdcache.teachers.sources import TOKEN_TYPES
 from kdcache.training import loop
 from kdcache.training.best_epoch import BestEpoch
@@ -26,7 +28,7 @@ from kdcache.training.compiled import compiled
 from kdcache.training.loop import micro_batches
 from kdcache.training.predict import predict
 from kdcache.training.processes import current
-from kdcache.training.settings import LoopSettings
+from kdcache.training.settings import LoopSettings, check_evaluation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from kdcache.data.task import TaskData
     from kdcache.progress import Progress
     from kdcache.recipe import CofinetuneSection, Recipe
+    from kdcache.teachers.placement import Opened
     from kdcache.teachers.sources import Source
     from kdcache.teachers.teacher import TeacherModel
     from kdcache.training.metrics_log import MetricsLog
@@ -47,6 +50,7 @@ _FREE = {
     "gradient_checkpointing",
     "trackers",
     "folds",
+    "placement",
 }  # settings that do not change the outcome
 
 
@@ -69,20 +73,18 @@ def labelled_rows(task: TaskData, split: str) -> LabelledRows | None:
 
 
 def identity(
-    recipe: Recipe, task: TaskData, sources: Mapping[str, Source], *, shared_head: str | None = None
+    recipe: Recipe, task: TaskData, sources: Mapping[str, Mapping[str, Any]], *, shared_head: str | None = None
 ) -> dict[str, Any]:
     """All inputs of the teachers as a flat dict, so that a mismatch names one key.
 
-    ``shared_head`` is the digest of a frozen head.
+    ``sources`` gives the identity of each teacher's source; ``shared_head`` is the digest of a frozen head.
     """
     settings = recipe.cofinetune.model_dump(mode="json", exclude=_FREE)
     settings = {key: value for key, value in settings.items() if key not in ARITHMETIC or value is not None}
     splits = {
         f"data.{name}": examples_digest(task.splits[name]) for name in ("train", "validation") if name in task.splits
     }
-    teachers = {
-        f"teachers.{name}.{key}": value for name, source in sources.items() for key, value in source.identity().items()
-    }
+    teachers = {f"teachers.{name}.{key}": value for name, source in sources.items() for key, value in source.items()}
     head = {} if shared_head is None else {"shared_head": shared_head}
     names = {"data.labels": list(task.label_names), "data.text": list(task.text_columns)}
     return {**{f"cofinetune.{key}": value for key, value in settings.items()}, **names, **splits, **teachers, **head}
@@ -101,7 +103,7 @@ def examples_digest(examples: Examples) -> str:
 def train(
     settings: CofinetuneSection,
     task: TaskData,
-    sources: Mapping[str, Source],
+    teachers: Opened,
     models: Mapping[str, TeacherModel],
     identity: Mapping[str, Any],
     place: Path,
@@ -109,19 +111,29 @@ def train(
     progress: Progress,
     metrics: OnMetrics,
 ) -> int:
-    """Train ``models`` in place; they end with the weights of the best epoch, whose number (from 1) is returned."""
+    """Train ``models``, those of ``teachers`` that this process holds, in place.
+
+    They end with the weights of the best epoch, whose number (from 1) is returned.
+    """
+    sources, apart = teachers.own, teachers.apart
     train_rows, validation = labelled_rows(task, "train"), labelled_rows(task, "validation")
     if train_rows is None:
         raise DataError("train has no row with a label", "Co-finetuning needs labels; check data.label.")
-    loop.check_evaluation(settings, "cofinetune", validation=validation is not None)
+    check_evaluation(settings, "cofinetune", validation=validation is not None)
     if validation is None:
         progress.note("there is no validation data: the last epoch is kept")
     texts = {name: _encoded(source, train_rows, validation) for name, source in sources.items()}
-    for name, encoded in texts.items():
-        for line in truncation_note(
-            f"teacher '{name}'", encoded.train.truncated_count, len(encoded.train), sources[name].max_length
-        ):
-            progress.note(line)
+    lines = {
+        name: list(
+            truncation_note(
+                f"teacher '{name}'", encoded.train.truncated_count, len(encoded.train), sources[name].max_length
+            )
+        )
+        for name, encoded in texts.items()
+    }
+    lines = united(lines) if apart else lines
+    for line in itertools.chain(*(lines[name] for name in teachers.trained)):
+        progress.note(line)
     if settings.gradient_checkpointing:
         for source in sources.values():
             _checkpoint_activations(source.network)
@@ -135,19 +147,25 @@ def train(
         seed=settings.seed,
         best=BestEpoch(place / "best", place, identity),
         note=progress.note,
+        every=list(teachers.trained) if apart else None,
     )
     loop_settings = replace(
         LoopSettings.from_section(settings, identity, newer_keys(identity)),
-        lr_by_prefix=_own_rates(sources, models),
+        lr_by_prefix=_own_rates(teachers),
         decay_by_prefix=True,
     )
     with contextlib.ExitStack() as graphs:
-        share = current().share(settings.batch_size)
+        share = slice(0, settings.batch_size) if apart else current().share(settings.batch_size)
         rows = {part.stop - part.start for part in micro_batches(share.stop - share.start, settings.accumulation)}
         for name, model in models.items() if settings.compile else ():
             graphs.enter_context(compiled(model.encoder, rows=rows, max_length=sources[name].max_length))
         outcome = loop.train(
-            training, loop_settings, checkpoints=place / "checkpoints", progress=progress, on_metrics=metrics
+            training,
+            loop_settings,
+            checkpoints=place / "checkpoints",
+            progress=progress,
+            on_metrics=metrics,
+            shared=_head(models) if apart else None,
         )
     if settings.evaluate_steps is not None or outcome.best_epoch + 1 != settings.epochs:
         training.load_best(outcome.best_mark)
@@ -162,18 +180,25 @@ def _encoded(source: Source, train_rows: LabelledRows, validation: LabelledRows 
     )
 
 
-def _own_rates(sources: Mapping[str, Source], models: Mapping[str, TeacherModel]) -> dict[str, float]:
+def _own_rates(teachers: Opened) -> dict[str, float]:
     """The learning rates of teachers that have one of their own, by prefix of their parameters in the joint model.
 
     The shared head keeps ``cofinetune.learning_rate``.
     """
-    rates = {name: source.section.learning_rate for name, source in sources.items()}
+    rates = [known.section.learning_rate for known in teachers.trained.values()]
     return {
-        f"{index}.{module}.": rate
-        for index, name in enumerate(models)
+        f"{number}.{module}.": rate
+        for number, rate in enumerate(rates)
         for module in ("encoder", "adapter")
-        if (rate := rates[name]) is not None
+        if rate is not None
     }
+
+
+def _head(models: Mapping[str, TeacherModel]) -> list[nn.Parameter]:
+    """The parameters of the shared head, which all ``models`` have."""
+    head = next(iter(models.values())).head
+    assert head is not None
+    return list(head.parameters())
 
 
 def _checkpoint_activations(network: PreTrainedModel) -> None:
@@ -200,7 +225,10 @@ class Labels:
 
 
 class CofinetuneTask:
-    """Trains ``models`` together; frozen parameters stay frozen."""
+    """Trains ``models`` together; frozen parameters stay frozen.
+
+    ``every``: the names of the teachers of all processes, where each process has others; None where each has them all.
+    """
 
     def __init__(
         self,
@@ -214,8 +242,11 @@ class CofinetuneTask:
         seed: int,
         best: BestEpoch,
         note: Callable[[str], None],
+        every: Sequence[str] | None = None,
     ) -> None:
-        self.model: nn.Module = nn.ModuleList(models.values())
+        self._apart, self._names = every is not None, list(models if every is None else every)
+        numbers = {name: str(number) for number, name in enumerate(self._names)}
+        self.model: nn.Module = nn.ModuleDict({numbers[name]: model for name, model in models.items()})
         self.steps_per_epoch = math.ceil(len(labels.train) / batch_size)
         self._models, self._texts, self._labels = models, texts, labels
         self._batch_size, self._accumulation, self._select_by, self._seed = batch_size, accumulation, select_by, seed
@@ -229,13 +260,14 @@ class CofinetuneTask:
 
     def losses(self, batch: np.ndarray) -> Iterator[tuple[Tensor, Mapping[str, float | Tensor]]]:
         """Losses by teacher and micro-batch of this process's share; their sum over all is L_cf of the batch."""
-        share = batch[self._processes.share(len(batch))]
+        share = batch if self._apart else batch[self._processes.share(len(batch))]
+        others = {f"ce.{name}": 0.0 for name in self._names} if self._apart else {}  # the same terms in all processes
         for name, model in self._models.items() if len(share) else ():
             texts = self._texts[name]
             rows = share[np.argsort(texts.train.lengths[share], kind="stable")]
             for part in micro_batches(len(rows), self._accumulation):
                 loss = self._cross_entropy(model, texts, rows[part]) * (len(rows[part]) / len(batch))
-                yield loss, {f"ce.{name}": loss.detach()}
+                yield loss, {**others, f"ce.{name}": loss.detach()}
 
     def _cross_entropy(self, model: TeacherModel, texts: TeacherTexts, rows: np.ndarray) -> Tensor:
         device = next(model.parameters()).device
@@ -252,9 +284,12 @@ class CofinetuneTask:
         if self._labels.validation is None:
             return {}
         logits = {name: self._validation_logits(name) for name in self._models}
+        if self._apart:
+            every = united(logits)
+            logits = {name: every[name] for name in self._names}
         by_teacher = score_teachers(logits, self._labels.validation)
         sign = -1.0 if self._select_by == "loss" else 1.0
-        score = sign * sum(by_teacher[name][self._select_by] for name in self._models) / len(self._models)
+        score = sign * sum(by_teacher[name][self._select_by] for name in self._names) / len(self._names)
         shown = ", ".join(f"{name} {values[self._select_by]:.4f}" for name, values in by_teacher.items())
         self._note(f"epoch {epoch + 1}, {self._select_by} on validation: {shown}")
         return {
@@ -273,16 +308,20 @@ class CofinetuneTask:
 
     def keep_best(self, mark: int, metrics: Mapping[str, float]) -> None:
         """Keep the weights of all teachers and their scores."""
-        self._best.keep(mark, {"model": self.model.state_dict(), "metrics": dict(metrics)})
+        state, scores = {"model": self.model.state_dict()}, {"metrics": dict(metrics)}
+        if self._apart:
+            self._best.keep_pieces(mark, scores, state, self._processes)
+        else:
+            self._best.keep(mark, state | scores)
 
     def settle_best(self, mark: int) -> None:
         """Remove the weights kept under other marks."""
         self._best.settle(mark)
 
     def load_best(self, mark: int) -> None:
-        """Load the weights kept under ``mark`` into the teachers; the first process does, since it saves them."""
-        if self._processes.first:
-            self.model.load_state_dict(self._best.load(mark)["model"])
+        """Load the weights kept under ``mark`` into the teachers, in the processes that save them."""
+        if self._processes.first or self._apart:
+            self.model.load_state_dict(self._best.model(mark, self.model.state_dict().keys(), self._processes.rank))
 
 
 def scores_by_epoch(metrics: MetricsLog, names: Iterable[str]) -> dict[str, list[dict[str, float]]]:

@@ -29,15 +29,18 @@ from kdcache.teachers.bundle import (
 )
 from kdcache.teachers.folds import gather_folds, has_fold_logits, write_fold_logits
 from kdcache.teachers.joint import MEAN, score_teachers
+from kdcache.teachers.placement import united
 from kdcache.teachers.teacher import TeacherModel
 from kdcache.training.device import default_device
 from kdcache.training.predict import predict
+from kdcache.training.processes import current
 
 if TYPE_CHECKING:
     from kdcache.data.task import TaskData
     from kdcache.recipe import Recipe
     from kdcache.teachers.head import SharedHead
     from kdcache.teachers.joint import LabelledRows
+    from kdcache.teachers.placement import Opened
     from kdcache.teachers.sources import Source
 
 
@@ -62,6 +65,20 @@ def save_teachers(
         record = _record(source, model)
         records[name] = replace(record, fingerprints=fingerprints_on_disk(directory, name, record, bundle))
     return replace(bundle, teachers=records)
+
+
+def save_apart(
+    directory: Path,
+    bundle: Bundle,
+    new_head: SharedHead | None,
+    teachers: Opened,
+    models: Mapping[str, TeacherModel],
+) -> Bundle:
+    """``save_teachers`` by processes that hold different teachers: each writes its own, the first one the head."""
+    current().from_first(lambda: save_teachers(directory, bundle, new_head, {}, {}))
+    saved = save_teachers(directory, bundle, None, teachers.sources, models)
+    records = united({name: saved.teachers[name] for name in teachers.sources})
+    return replace(bundle, teachers={**bundle.teachers, **{name: records[name] for name in teachers.known}})
 
 
 def _record(source: Source, model: TeacherModel) -> TeacherRecord:

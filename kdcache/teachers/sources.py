@@ -121,9 +121,17 @@ def _check_vocabulary(name: str, network: PreTrainedModel, tokenizer: PreTrained
         )
 
 
-def under_shared_head(sources: Mapping[str, Source], head: SharedHead) -> dict[str, TeacherModel]:
-    """Models under the shared ``head``; adapters for other widths are drawn from torch's generator, in order."""
+def under_shared_head(
+    sources: Mapping[str, Source], head: SharedHead, widths: Mapping[str, int] | None = None
+) -> dict[str, TeacherModel]:
+    """Models under the shared ``head``; adapters for other widths are drawn from torch's generator, in order.
+
+    ``widths``: of all teachers, where ``sources`` are only some of them: every adapter is drawn, for equal numbers.
+    """
+    widths = widths or {name: source.width for name, source in sources.items()}
+    adapters = {name: new_adapter(width, head.width) for name, width in widths.items()}
     return {
-        name: TeacherModel(source.network, new_adapter(source.width, head.width), head)
-        for name, source in sources.items()
+        name: TeacherModel(sources[name].network, adapter, head)
+        for name, adapter in adapters.items()
+        if name in sources
     }

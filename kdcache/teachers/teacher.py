@@ -103,7 +103,7 @@ def load_encoder(model: str, revision: str | None = None, *, trust_remote_code: 
     ``trust_remote_code`` allows it to run Python code that comes with the model; CustomCodeError if it needs to and is
     not allowed.
     """
-    from transformers import MODEL_FOR_TEXT_ENCODING_MAPPING, MODEL_MAPPING, AutoConfig, AutoModel
+    from transformers import AutoConfig, AutoModel
 
     be_quiet()
     with _explained(model):
@@ -111,9 +111,33 @@ def load_encoder(model: str, revision: str | None = None, *, trust_remote_code: 
     _check_type(model, config)
     if trust_remote_code and "AutoModel" in (getattr(config, "auto_map", None) or {}):
         return _load(AutoModel, model, revision, config, {"trust_remote_code": True})
+    model_class = _encoder_class(model, config)
+    options = {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(model_class).parameters else {}
+    return _load(model_class, model, revision, config, options)
+
+
+def count_parameters(model: str, revision: str | None = None, *, trust_remote_code: bool = False) -> int:
+    """How many parameters the encoder has, by its config: no weights are read. Raises as ``load_encoder``."""
+    from transformers import AutoConfig, AutoModel
+
+    be_quiet()
+    with _explained(model):
+        config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
+    _check_type(model, config)
+    own_code = trust_remote_code and "AutoModel" in (getattr(config, "auto_map", None) or {})
+    make: Any = None if own_code else _encoder_class(model, config)._from_config
+    with _explained(model), torch.device("meta"):
+        network = AutoModel.from_config(config, trust_remote_code=True) if own_code else make(config)
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def _encoder_class(model: str, config: Any) -> Any:
+    """The class of transformers for the encoder alone; ModelError if there is none."""
+    from transformers import MODEL_FOR_TEXT_ENCODING_MAPPING, MODEL_MAPPING
+
     seq2seq = getattr(config, "is_encoder_decoder", False)
     try:
-        model_class: Any = (MODEL_FOR_TEXT_ENCODING_MAPPING if seq2seq else MODEL_MAPPING)[type(config)]
+        return (MODEL_FOR_TEXT_ENCODING_MAPPING if seq2seq else MODEL_MAPPING)[type(config)]
     except KeyError as error:
         if seq2seq:
             raise ModelError(
@@ -124,8 +148,6 @@ def load_encoder(model: str, revision: str | None = None, *, trust_remote_code: 
         raise ModelError(
             f"'{model}' ({config.model_type}) is not a model that AutoModel knows", "Choose an encoder, e.g. BERT."
         ) from error
-    options = {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(model_class).parameters else {}
-    return _load(model_class, model, revision, config, options)
 
 
 def load_classifier(model: str, revision: str | None = None, *, trust_remote_code: bool = False) -> PreTrainedModel:

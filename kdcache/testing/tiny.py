@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -54,6 +54,25 @@ def write_reviews(path: Path, rows: Sequence[tuple[str, int]], *, labelled: bool
     lines = [f"{text}\t{label}" if labelled else text for text, label in rows]
     path.write_text("\n".join([header, *lines]) + "\n", encoding="utf-8")
     return path
+
+
+def recipe_text(
+    name: str,
+    teachers: Mapping[str, object],
+    sections: str,
+    *,
+    files: Sequence[str] = ("train", "validation"),
+) -> str:
+    """A recipe in TOML over files of ``write_reviews``, with ``teachers`` (name -> model), followed by ``sections``.
+
+    ``files``: train.tsv, dev.tsv, test.tsv and more.tsv, as ``train``, ``validation``, ``test`` and ``transfer``.
+    """
+    named = {"train": '"train.tsv"', "validation": '"dev.tsv"', "test": '"test.tsv"', "transfer": '["more.tsv"]'}
+    lines = [f'name = "{name}"', "[data]", *(f"{key} = {named[key]}" for key in files)]
+    lines += ['text = ["sentence"]', 'label = "label"', "max_length = 32"]
+    for teacher, model in teachers.items():
+        lines += ["[[teachers]]", f'name = "{teacher}"', f'model = "{model}"']
+    return "\n".join(lines) + "\n" + sections
 
 
 def corpus() -> list[str]:

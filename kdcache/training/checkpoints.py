@@ -4,6 +4,8 @@ A checkpoint is a directory with one file per key of the state. It is written un
 synced, then it is renamed: under its final name it is complete. ``checkpoint.json`` lists every file with size and
 SHA-256, and the ``identity`` of the training, so that a run with other settings refuses the checkpoint. Older
 checkpoints are removed only after the new one is durable. Files are streamed, without a second copy in memory.
+
+Where processes hold different modules (``training/apart.py``), each of them writes one of these files, its piece.
 """
 
 from __future__ import annotations
@@ -15,8 +17,9 @@ import pickle
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch.utils._pytree import tree_map_only
@@ -24,8 +27,12 @@ from torch.utils._pytree import tree_map_only
 from kdcache.errors import DamageError, MismatchError
 from kdcache.files import DurableFile, make_directory, publish_directory, remove_directory
 
+if TYPE_CHECKING:
+    from kdcache.training.processes import Processes
+
 RECORD = "checkpoint.json"
 _PREFIX = "step-"
+_PIECE = "piece-"
 
 
 def save(
@@ -40,15 +47,55 @@ def save(
 
     Values must survive ``torch.save`` and ``torch.load(weights_only=True)``. Raises StorageError.
     """
+    temporary = _begin(directory, step)
+    files = {f"{key}.pt": _write(temporary / f"{key}.pt", value) for key, value in state.items()}
+    return _publish(temporary, step, identity, files, keep)
+
+
+def save_pieces(
+    directory: Path,
+    state: Mapping[str, Any],
+    piece: Mapping[str, Any],
+    *,
+    step: int,
+    identity: Mapping[str, Any],
+    keep: int | None = 1,
+    processes: Processes,
+) -> None:
+    """As ``save``, by all processes together: each writes its ``piece``, the first one ``state`` and the record.
+
+    When it returns, the checkpoint is durable. Raises StorageError; LostProcessError if another process ended.
+    """
+    temporary = directory / _temporary_name(step)
+    processes.from_first(lambda: _begin(directory, step))
+    name = f"{_PIECE}{processes.rank:04d}.pt"
+    pieces = processes.gathered((name, _write(temporary / name, dict(piece))))
+
+    def publish() -> None:
+        files = {f"{key}.pt": _write(temporary / f"{key}.pt", value) for key, value in state.items()}
+        _publish(temporary, step, identity, {**files, **dict(pieces)}, keep)
+
+    processes.from_first(publish)
+
+
+def _begin(directory: Path, step: int) -> Path:
+    """A new directory for the files of a checkpoint."""
     make_directory(directory)
     clean(directory)
-    final = directory / _step_name(step)
-    temporary = directory / f".{final.name}.tmp"
+    temporary = directory / _temporary_name(step)
     temporary.mkdir()
-    files = {f"{key}.pt": _write(temporary / f"{key}.pt", value) for key, value in state.items()}
+    return temporary
+
+
+def _publish(
+    temporary: Path, step: int, identity: Mapping[str, Any] | None, files: Mapping[str, Any], keep: int | None
+) -> Path:
+    """Write the record of ``files``, rename the directory, and remove older checkpoints."""
+    directory = temporary.parent
     record = {"format": 1, "step": step, "identity": dict(identity or {}), "files": files}
     with DurableFile(temporary / RECORD) as file:
         file.write(json.dumps(record, indent=1).encode())
+    final = directory / _step_name(step)
     publish_directory(temporary, final)
     for old in _steps(directory)[:-keep] if keep is not None else ():
         remove_directory(old)
@@ -105,19 +152,72 @@ def keep_only(directory: Path, step: int) -> None:
             remove_directory(path)
 
 
-def load_latest(
+@dataclass(frozen=True)
+class Saved:
+    """A complete checkpoint, whose files are read one by one."""
+
+    path: Path
+    files: Mapping[str, Mapping[str, Any]]
+
+    @property
+    def keys(self) -> list[str]:
+        """The keys of the state, without pieces."""
+        return [key for key in map(_key, self.files) if not key.startswith(_PIECE)]
+
+    @property
+    def pieces(self) -> list[str]:
+        """The keys of the pieces, by the process that wrote them; empty where one process wrote everything."""
+        return sorted(key for key in map(_key, self.files) if key.startswith(_PIECE))
+
+    def read(self, key: str) -> Any:
+        """The value of ``key``, on the CPU. DamageError, naming the file, if it is missing or changed."""
+        return _read(self.path / f"{key}.pt", self.files[f"{key}.pt"])
+
+    def read_pieces(self, wanted: Mapping[str, Collection[str]], rank: int) -> dict[str, dict[str, Any]]:
+        """What is ``wanted`` of each dict in the pieces, one of which is in memory at a time; DamageError as ``read``.
+
+        The piece of process ``rank`` comes first, and others only until all of ``model`` is found: what else belongs to
+        a parameter is in the same piece.
+        """
+        found: dict[str, dict[str, Any]] = {kind: {} for kind in wanted}
+        first = rank % len(self.pieces)
+        for piece in (*self.pieces[first:], *self.pieces[:first]):
+            content = self.read(piece)
+            for kind, names in wanted.items():
+                found[kind] |= {name: value for name, value in content[kind].items() if name in names}
+            if len(found["model"]) == len(wanted["model"]):
+                break
+        return found
+
+
+def open_latest(
     directory: Path, *, identity: Mapping[str, Any] | None = None, newer_keys: Collection[str] = ()
-) -> dict[str, Any] | None:
-    """The newest complete checkpoint as saved, or None; half-written ones are ignored.
+) -> Saved | None:
+    """The newest complete checkpoint, or None; half-written ones are ignored.
 
     ``newer_keys``: keys of ``identity`` that earlier versions did not write; such a key is compared only if the
     checkpoint has it. All other keys must exist and be equal.
 
-    Raises DamageError, naming the missing, truncated or changed file; MismatchError (exit 4), naming what differs from
-    ``identity``.
+    Raises DamageError for an unreadable record; MismatchError (exit 4), naming what differs from ``identity``.
     """
     steps = _steps(directory)
-    return load(steps[-1], identity=identity, newer_keys=newer_keys) if steps else None
+    return _open(steps[-1], identity, newer_keys) if steps else None
+
+
+def open_step(directory: Path, step: int) -> Saved:
+    """The checkpoint of that step; DamageError if it is missing."""
+    return _open(directory / _step_name(step), None, ())
+
+
+def load_latest(
+    directory: Path, *, identity: Mapping[str, Any] | None = None, newer_keys: Collection[str] = ()
+) -> dict[str, Any] | None:
+    """The newest complete checkpoint as saved, or None; arguments and errors as in ``open_latest``.
+
+    Raises DamageError too for a missing, truncated or changed file.
+    """
+    saved = open_latest(directory, identity=identity, newer_keys=newer_keys)
+    return None if saved is None else _all(saved)
 
 
 def load_step(directory: Path, step: int) -> dict[str, Any]:
@@ -128,11 +228,23 @@ def load_step(directory: Path, step: int) -> dict[str, Any]:
 def load(
     checkpoint: Path, *, identity: Mapping[str, Any] | None = None, newer_keys: Collection[str] = ()
 ) -> dict[str, Any]:
-    """One checkpoint, verified before anything is decoded; arguments and errors as in ``load_latest``."""
+    """One checkpoint, each file verified before it is decoded; arguments and errors as in ``load_latest``."""
+    return _all(_open(checkpoint, identity, newer_keys))
+
+
+def _open(checkpoint: Path, identity: Mapping[str, Any] | None, newer_keys: Collection[str]) -> Saved:
     record = _read_record(checkpoint)
     if identity is not None:
         _check_identity(checkpoint, record["identity"], identity, newer_keys)
-    return {name.removesuffix(".pt"): _read(checkpoint / name, entry) for name, entry in record["files"].items()}
+    return Saved(checkpoint, record["files"])
+
+
+def _all(saved: Saved) -> dict[str, Any]:
+    return {key: saved.read(key) for key in map(_key, saved.files)}
+
+
+def _key(file: str) -> str:
+    return file.removesuffix(".pt")
 
 
 def clean(directory: Path) -> None:
@@ -143,6 +255,10 @@ def clean(directory: Path) -> None:
 
 def _step_name(step: int) -> str:
     return f"{_PREFIX}{step:08d}"
+
+
+def _temporary_name(step: int) -> str:
+    return f".{_step_name(step)}.tmp"
 
 
 def _steps(directory: Path) -> list[Path]:

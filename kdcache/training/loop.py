@@ -12,7 +12,8 @@ weights are bit-equal.
 
 With several processes, the losses of a task are those of this process's share of a step, divided by the counts of the
 whole step. Gradients and losses are added up over the processes once per step, before clipping. The first process
-evaluates and writes; the others get its metrics.
+evaluates and writes; the others get its metrics. Where processes hold different modules (``apart.py``), each computes
+the losses of its own, and evaluates and writes them.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import contextlib
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -29,21 +30,21 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from kdcache.errors import RecipeError
 from kdcache.locks import exclusive
 from kdcache.progress import SilentProgress
 from kdcache.training import checkpoints as checkpoint_files
 from kdcache.training import processes as together
+from kdcache.training.apart import Apart
 from kdcache.training.device import float32_products, make_accelerator
 from kdcache.training.optim import AveragedWeights, WarmupSchedule, adamw
 from kdcache.training.row_gradients import RowGradients
-from kdcache.training.seeding import own_seed, restore_own, rng_state, seed_everything
+from kdcache.training.seeding import own_seed, rng_state, seed_everything
+from kdcache.training.state import TrainingState
 from kdcache.training.step_log import Place, StepLog
 from kdcache.training.step_sums import StepSums
 
 if TYPE_CHECKING:
     from kdcache.progress import Progress
-    from kdcache.recipe import OptimSection
     from kdcache.training.settings import LoopSettings
 
 
@@ -104,6 +105,7 @@ def train(
     checkpoints: Path,
     progress: Progress,
     on_metrics: Callable[[dict[str, Any]], None],
+    shared: Sequence[nn.Parameter] | None = None,
 ) -> Outcome:
     """Train to the end, from the newest checkpoint if there is one.
 
@@ -117,6 +119,8 @@ def train(
         on_metrics: gets a dict every ``log_steps`` steps and one per epoch, with ``event``, ``step`` and ``epoch``. The
             first is ``{"event": "start", "step": n}``: later lines of an earlier run are superseded. The event
             ``checkpoint`` says that a checkpoint or the best weights follow.
+        shared: of several processes that hold different modules, the parameters that all of them hold, in the same
+            order. None where each holds the whole model.
 
     Raises:
         NonFiniteError: for NaN or infinity, naming step and term.
@@ -131,7 +135,7 @@ def train(
     busy = f"another process is training in '{checkpoints}'"
     locked = exclusive(checkpoints / ".lock", busy=lambda: busy) if first else contextlib.nullcontext()
     with locked, float32_products(settings.tf32):
-        run = _Run(task, settings, checkpoints, progress, on_metrics)
+        run = _Run(task, settings, checkpoints, progress, on_metrics, shared)
         try:
             run.resume()
             progress.start("train", settings.epochs * task.steps_per_epoch, "steps")
@@ -145,17 +149,6 @@ def train(
         run.finish()
     place = run.place
     return Outcome(place.best_epoch, place.step, run.best_mark, place.best_score, place.stopped)
-
-
-def check_evaluation(section: OptimSection, name: str, *, validation: bool) -> None:
-    """RecipeError if section ``name`` has keys that need validation rows, and there are none."""
-    for key in ("patience", "evaluate_steps"):
-        value = getattr(section, key)
-        if value is not None and not validation:
-            raise RecipeError(
-                f"{name}.{key} = {value} needs labelled validation rows, and there are none",
-                "Name a file with data.validation, or set data.validation_fraction.",
-            )
 
 
 def micro_batches(rows: int, count: int) -> list[slice]:
@@ -175,6 +168,7 @@ class _Run:
         checkpoints: Path,
         progress: Progress,
         on_metrics: Callable[[dict[str, Any]], None],
+        shared: Sequence[nn.Parameter] | None,
     ) -> None:
         self.task, self.settings, self.checkpoints = task, settings, checkpoints
         self.progress, self.on_metrics = progress, on_metrics
@@ -198,16 +192,26 @@ class _Run:
         if settings.ema is not None:
             self.average = AveragedWeights(task.model.named_parameters(), settings.ema)
         every = settings.read_steps or (1 if self.accelerator.device.type == "cpu" else _READ_STEPS)
-        in_thread = settings.write_in_thread
-        self.writer = checkpoint_files.CheckpointWriter(
-            in_thread=self.accelerator.device.type != "cpu" if in_thread is None else in_thread
+        threads = (
+            self.accelerator.device.type != "cpu" if settings.write_in_thread is None else settings.write_in_thread
         )
+        self.writer = checkpoint_files.CheckpointWriter(in_thread=threads and shared is None)
         self.saved_at = time.monotonic()
         self.rows = None if settings.compile else RowGradients(task.model)
         self.log = StepLog(self.place, progress, on_metrics, task.steps_per_epoch, settings.log_steps, every)
-        self.sums = StepSums(self.processes, self.parameters, self.accelerator.device, self.rows)
+        self.apart = None
+        if shared is not None:
+            self.apart = Apart(self.processes, task.model, shared, settings, self.accelerator.device)
+        self.sums = self.apart or StepSums(self.processes, self.parameters, self.accelerator.device, self.rows)
         self.save_is_due = False  # says the clock of the first process
         seed_everything(own_seed(settings.seed, self.processes))
+
+    @property
+    def state(self) -> TrainingState:
+        """What a checkpoint holds of this process."""
+        names = {} if self.apart is None else self.apart.names
+        model, scaler = self.task.model, self.accelerator.scaler
+        return TrainingState(model, self.optimizer, self.schedule, scaler, self.average, self.place, names)
 
     @property
     def best_mark(self) -> int:
@@ -288,7 +292,7 @@ class _Run:
         if self.processes.world > 1:
             due = self.processes.first and self._time_has_come()
             terms, self.save_is_due = self.sums.add(terms, due=due)
-        norm = self.accelerator.clip_grad_norm_(self.parameters, self.settings.max_grad_norm)
+        norm = self._clip(self.settings.max_grad_norm)
         place.step += 1
         place.step_in_epoch += 1
         values = {"loss": terms.pop("loss"), "grad_norm": norm, **terms}
@@ -300,12 +304,18 @@ class _Run:
             self.average.update(place.step)
         self.schedule.step()
 
+    def _clip(self, longest: float) -> Tensor:
+        if self.apart is not None:
+            return self.apart.clip(self.accelerator, longest)
+        norm: Tensor = self.accelerator.clip_grad_norm_(self.parameters, longest)
+        return norm
+
     def evaluate(self, event: str) -> None:
         """Evaluate the present weights, or the averaged ones, and keep them if they are the best so far."""
         place = self.place
         self.task.model.eval()
         with contextlib.nullcontext() if self.average is None else self.average.in_place():
-            metrics = self.processes.from_first(self._metrics)
+            metrics = self._metrics()
             score = metrics.get("score", math.nan)
             better = math.isnan(score) or score > place.best_score or place.best_epoch < 0
             if better:
@@ -313,7 +323,7 @@ class _Run:
                 place.best_score = -math.inf if math.isnan(score) else score
                 self._say("checkpoint")
                 self.writer.wait()  # it may still remove what was the best before
-                if self.processes.first:
+                if self.processes.first or self.apart is not None:
                     self.task.keep_best(self.best_mark, metrics)
         place.without_better = 0 if better else place.without_better + 1
         place.stopped = place.without_better == self.settings.patience
@@ -321,8 +331,14 @@ class _Run:
         self._note_evaluation(event, score)
 
     def _metrics(self) -> Metrics:
-        with torch.no_grad(), self.accelerator.autocast():
-            return self.task.evaluate(self.place.epoch)
+        def evaluate() -> Metrics:
+            with torch.no_grad(), self.accelerator.autocast():
+                return self.task.evaluate(self.place.epoch)
+
+        if self.apart is None:
+            return self.processes.from_first(evaluate)
+        found = evaluate()
+        return self.processes.from_first(lambda: found)
 
     def _note_evaluation(self, event: str, score: float) -> None:
         place, every = self.place, self.settings.evaluate_steps
@@ -341,23 +357,12 @@ class _Run:
         self.log.read()
         self.saved_at = time.monotonic()
         generators = self.processes.gathered(rng_state())
-        if not self.processes.first:
-            return
         self._say("checkpoint")
-        state: dict[str, Any] = {
-            "model": self.task.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "rest": {
-                "place": dict(vars(self.place)),
-                "schedule": self.schedule.state_dict(),
-                "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
-                "rng": generators[0],
-            },
-        }
-        if self.processes.world > 1:
-            state["rest"]["processes"] = generators  # of each
-        if self.average is not None:
-            state["average"] = self.average.state_dict()
+        if self.apart is not None:
+            self._save_pieces(generators, settle=settle)
+        if self.apart is not None or not self.processes.first:
+            return
+        state = self.state.whole(generators)
         step, best = self.place.step, self.best_mark
         self.writer.wait()  # before the copy, so that there is one at a time
         saved = checkpoint_files.copied(state) if self.writer.in_thread else state
@@ -370,24 +375,25 @@ class _Run:
         self.writer.start(write)
         self.saved_at = time.monotonic()
 
+    def _save_pieces(self, generators: list[dict[str, Any]], *, settle: bool) -> None:
+        files, rest, piece = self.checkpoints, {"rest": self.state.rest(generators)}, self.state.piece()
+        step, identity = self.place.step, self.identity
+        checkpoint_files.save_pieces(files, rest, piece, step=step, identity=identity, processes=self.processes)
+        if settle and self.processes.first:
+            self.task.settle_best(self.best_mark)
+        self.saved_at = time.monotonic()
+
     def resume(self) -> None:
         """Load the newest checkpoint, if there is one."""
-        state = checkpoint_files.load_latest(
+        saved = checkpoint_files.open_latest(
             self.checkpoints, identity=self.identity, newer_keys=self.settings.newer_keys
         )
-        if state is not None:
-            self.task.model.load_state_dict(state.pop("model"))
-            self.optimizer.load_state_dict(state.pop("optimizer"))
-            if self.average is not None:
-                self.average.load_state_dict(state.pop("average"))
-            rest = state.pop("rest")
-            self.schedule.load_state_dict(rest["schedule"])
-            if self.accelerator.scaler and rest["scaler"]:
-                self.accelerator.scaler.load_state_dict(rest["scaler"])
-            vars(self.place).update(rest["place"])
-            note = restore_own(rest, self.settings.seed, self.processes, self.place.step)
+        if saved is not None:
+            order = None if self.apart is None else self.apart.order
+            note = self.state.load(saved, self.settings.seed, self.processes, order)
             if note:
                 self.progress.note(note)
             self.progress.note(f"resumed at step {self.place.step} (epoch {self.place.epoch + 1})")
-        together.start(self.processes, self.identity, self.place.step, self.task.model.state_dict().values())
+        alike = self.task.model.state_dict().values() if self.apart is None else self.apart.shared
+        together.start(self.processes, self.identity, self.place.step, alike)
         self.on_metrics({"event": "start", "step": self.place.step, "epoch": self.place.epoch + 1})

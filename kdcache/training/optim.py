@@ -32,7 +32,19 @@ def adamw(
     ``decay_by_prefix`` treats them as all others. ``fused``: the kernel that updates all parameters at once; None uses
     it where there is one.
     """
-    rates = lr_by_prefix or {}
+    groups = parameter_groups(named_parameters, weight_decay, lr_by_prefix or {}, decay_by_prefix=decay_by_prefix)
+    there = all(parameter.device.type in ("cpu", "cuda") for group in groups for parameter in group["params"])
+    return torch.optim.AdamW(groups, lr=learning_rate, fused=there and fused is not False)
+
+
+def parameter_groups(
+    named_parameters: Iterable[tuple[str, torch.nn.Parameter]],
+    weight_decay: float,
+    rates: Mapping[str, float],
+    *,
+    decay_by_prefix: bool = False,
+) -> list[dict[str, Any]]:
+    """The groups of ``adamw``, without empty ones."""
     shared: list[torch.nn.Parameter] = []
     apart: dict[str, list[torch.nn.Parameter]] = {prefix: [] for prefix in rates}
     for name, parameter in named_parameters:
@@ -43,9 +55,7 @@ def adamw(
     for prefix, rate in rates.items():
         own = _by_dimensions(apart[prefix], weight_decay) if decay_by_prefix else [_group(apart[prefix], 0.0)]
         groups += [group | {"lr": rate} for group in own]
-    groups = [group for group in groups if group["params"]]
-    there = all(parameter.device.type in ("cpu", "cuda") for group in groups for parameter in group["params"])
-    return torch.optim.AdamW(groups, lr=learning_rate, fused=there and fused is not False)
+    return [group for group in groups if group["params"]]
 
 
 def _by_dimensions(parameters: Sequence[torch.nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from kdcache.errors import RecipeError
+
 if TYPE_CHECKING:
     from kdcache.recipe import OptimSection
     from kdcache.training.optim import ScheduleName
@@ -77,3 +79,14 @@ class LoopSettings:
         """What a checkpoint must match; when checkpoints are written may change."""
         settings = {_KEYS.get(name, name): value for name, value in vars(self).items() if name not in _FREE}
         return {**settings, "steps_per_epoch": steps_per_epoch, **self.identity}
+
+
+def check_evaluation(section: OptimSection, name: str, *, validation: bool) -> None:
+    """RecipeError if section ``name`` has keys that need validation rows, and there are none."""
+    for key in ("patience", "evaluate_steps"):
+        value = getattr(section, key)
+        if value is not None and not validation:
+            raise RecipeError(
+                f"{name}.{key} = {value} needs labelled validation rows, and there are none",
+                "Name a file with data.validation, or set data.validation_fraction.",
+            )

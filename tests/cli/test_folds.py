@@ -9,7 +9,7 @@ import pytest
 
 from kdcache import files
 from kdcache.testing.faults import UnsyncedDisk
-from kdcache.testing.tiny import make_model, reviews, write_reviews
+from kdcache.testing.tiny import make_model, recipe_text, reviews, write_reviews
 from tests.cli.commands import kdcache
 
 
@@ -24,17 +24,7 @@ def _recipe(place: Path) -> Path:
     write_reviews(place / "train.tsv", rows[:24])
     write_reviews(place / "dev.tsv", rows[24:])
     model = make_model(place / "model", "bert", depth=1, seed=1)
-    (place / "small.toml").write_text(f"""\
-name = "small"
-[data]
-train = "train.tsv"
-validation = "dev.tsv"
-text = ["sentence"]
-label = "label"
-max_length = 32
-[[teachers]]
-name = "bert"
-model = "{model}"
+    sections = """\
 [cofinetune]
 epochs = 1
 batch_size = 16
@@ -48,7 +38,8 @@ init_from = "teacher:bert"
 [distill]
 epochs = 1
 batch_size = 16
-""")
+"""
+    (place / "small.toml").write_text(recipe_text("small", {"bert": model}, sections))
     return place / "small.toml"
 
 

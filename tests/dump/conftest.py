@@ -20,7 +20,7 @@ from kdcache.students.speed import Speed
 from kdcache.teachers.backends.torch_backend import TorchBackend
 from kdcache.testing.faults import UnsyncedDisk
 from kdcache.testing.teachers import make_teachers
-from kdcache.testing.tiny import reviews, write_reviews
+from kdcache.testing.tiny import recipe_text, reviews, write_reviews
 
 
 @dataclass(frozen=True)
@@ -71,26 +71,14 @@ def small_bench(directory: Path, teachers: Path) -> Workbench:
     write_reviews(directory / "train.tsv", rows[:8])
     write_reviews(directory / "dev.tsv", rows[8:])
     recipe = directory / "small.toml"
-    recipe.write_text("""\
-name = "small"
-[data]
-train = "train.tsv"
-validation = "dev.tsv"
-text = ["sentence"]
-label = "label"
-max_length = 32
-[[teachers]]
-name = "bert"
-model = "none"
-[[teachers]]
-name = "roberta"
-model = "none"
+    sections = """\
 [dump]
 layers = [2]
 dim = 4
 part_size = 2
 sample_texts = 6
-""")
+"""
+    recipe.write_text(recipe_text("small", {"bert": "none", "roberta": "none"}, sections))
     return Workbench(recipe, teachers, directory / "cache")
 
 

@@ -34,7 +34,7 @@ from kdcache.testing.faults import (
     flip_bit,
     truncate,
 )
-from kdcache.testing.tiny import reviews, write_reviews
+from kdcache.testing.tiny import recipe_text, reviews, write_reviews
 from tests.dump.conftest import Workbench
 
 
@@ -46,25 +46,13 @@ def small(tmp_path_factory: pytest.TempPathFactory, tiny_teachers: Path) -> Work
     write_reviews(directory / "train.tsv", rows[:6])
     write_reviews(directory / "dev.tsv", rows[6:])
     recipe = directory / "small.toml"
-    recipe.write_text("""\
-name = "small"
-[data]
-train = "train.tsv"
-validation = "dev.tsv"
-text = ["sentence"]
-label = "label"
-max_length = 32
-[[teachers]]
-name = "bert"
-model = "none"
-[[teachers]]
-name = "roberta"
-model = "none"
+    sections = """\
 [dump]
 layers = [2]
 dim = 4
 part_size = 4
-""")
+"""
+    recipe.write_text(recipe_text("small", {"bert": "none", "roberta": "none"}, sections))
     return Workbench(recipe, tiny_teachers, directory / "cache")
 
 

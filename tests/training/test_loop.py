@@ -24,9 +24,9 @@ from kdcache.progress import SilentProgress
 from kdcache.recipe import CofinetuneSection
 from kdcache.training import checkpoints, device, loop
 from kdcache.training.device import check_precision, make_accelerator
-from kdcache.training.loop import Outcome, check_evaluation, micro_batches, train
+from kdcache.training.loop import Outcome, micro_batches, train
 from kdcache.training.metrics_log import MetricsLog
-from kdcache.training.settings import LoopSettings
+from kdcache.training.settings import LoopSettings, check_evaluation
 
 SETTINGS = LoopSettings(epochs=3, learning_rate=0.05, checkpoint_steps=2, log_steps=2, seed=3, identity={"data": "a"})
 

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import random
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -22,44 +19,7 @@ from kdcache.training.processes import ALONE, Processes
 from kdcache.training.row_gradients import RowGradients
 from kdcache.training.seeding import own_seed, restore_own, rng_state, seed_everything
 from kdcache.training.step_sums import StepSums
-
-
-class Meeting:
-    """Where threads in the place of processes exchange values."""
-
-    def __init__(self, world: int) -> None:
-        self.values: list[Any] = [None] * world
-        self._barrier = threading.Barrier(world, timeout=20)
-
-    def exchange(self, rank: int, value: Any) -> list[Any]:
-        self.values[rank] = value
-        self._barrier.wait()
-        found = list(self.values)
-        self._barrier.wait()
-        return found
-
-
-@dataclass(frozen=True)
-class Thread(Processes):
-    meeting: Meeting | None = None
-
-    def gathered(self, value: Any) -> list[Any]:
-        assert self.meeting is not None
-        return self.meeting.exchange(self.rank, value)
-
-    def largest(self, values: Sequence[int]) -> list[int]:
-        return np.stack(self.gathered(np.array(values))).max(axis=0).tolist()  # type: ignore[no-any-return]
-
-    def add(self, tensors: Sequence[Tensor]) -> None:
-        every = self.gathered([tensor.clone() for tensor in tensors])
-        for tensor, *others in zip(tensors, *every, strict=True):
-            tensor.copy_(torch.stack(others).sum(dim=0))
-
-
-def in_threads(world: int, action: Callable[[Processes], Any]) -> list[Any]:
-    meeting = Meeting(world)
-    with ThreadPoolExecutor(world) as pool:
-        return list(pool.map(action, [Thread(rank, world, meeting) for rank in range(world)]))
+from tests.training.threads import Meeting, Thread, in_threads
 
 
 @given(rows=st.integers(0, 50), world=st.integers(1, 9))
@@ -119,7 +79,7 @@ def test_of_word_embeddings_the_rows_that_any_process_read_are_summed(tied: bool
         rows.close()
         return words.weight.grad, [] if own is None else own.added
 
-    meeting = Meeting(3)
+    meeting = Meeting(3, seconds=20)
     with ThreadPoolExecutor(3) as pool:
         found = list(pool.map(lambda rank: gradient([texts[rank]], Counting(rank, 3, meeting)), range(3)))
     expected, _ = gradient(texts, None)
