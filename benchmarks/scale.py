@@ -1,6 +1,10 @@
 """Measures what grows with the number of rows: opening, first batch, resident memory, bytes of the manifest.
 
     python benchmarks/scale.py --rows 10000 100000 1000000
+    python benchmarks/scale.py --rows 10000 100000 1000000 10000000 --directory /a/disk/with/25/GB
+
+Making the largest takes about twenty minutes of a core; a directory in which it was interrupted is completed. Decades
+after ten million rows are computed from what was measured (growth.py).
 
 The caches are synthetic: three teachers, three layers of 8 int8 values per token each, texts of about 12 tokens. Only
 the number of texts, parts and files matters. A separate process opens each cache and reads batches until well after the
@@ -18,12 +22,15 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import growth
 import numpy as np
 from measure import in_a_process, machine, peak_memory_mb, resident_mb
+
+from kdcache.cache.spec import LARGEST_PART_SIZE
 
 if TYPE_CHECKING:
     from kdcache.cache.spec import TeacherSpec
@@ -31,7 +38,7 @@ if TYPE_CHECKING:
     from kdcache.loading.cached import CachedBatches
     from kdcache.loading.targets import Batch
 
-TEACHERS, LAYERS, DIM, WORDS, PART, WINDOW = 3, 3, 8, 5, 4096, 2
+TEACHERS, LAYERS, DIM, WORDS, WINDOW = 3, 3, 8, 5, 2
 MAX_LENGTH = 32
 
 
@@ -43,6 +50,7 @@ def main() -> None:
     )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--directory", type=Path, help="keep the caches there, and use those that are there")
+    parser.add_argument("--part-size", type=int, help="texts of a part; that of a dump of so many texts by default")
     parser.add_argument("--read", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.read:
@@ -55,10 +63,12 @@ def main() -> None:
             print(f"{rows:,} rows", file=sys.stderr, flush=True)
             cache = (arguments.directory or Path(folder)) / str(rows)
             if not (cache / "manifest.json").exists():
-                write(cache, rows)
+                write(cache, rows, arguments.part_size)
             report[f"{rows} rows"] = measured(cache, arguments.steps, arguments.repeats)
     for few, many in itertools.pairwise(f"{rows} rows" for rows in arguments.rows):
         report[many]["resident / that of fewer rows"] = report[many]["resident, MB"] / report[few]["resident, MB"]
+    if report[f"{max(arguments.rows)} rows"]["part size"] == LARGEST_PART_SIZE:
+        report |= growth.computed({rows: report[f"{rows} rows"] for rows in arguments.rows})
     json.dump(report, sys.stdout, indent=2)
     print()
 
@@ -76,10 +86,37 @@ def measured(cache: Path, steps: int, repeats: int) -> dict[str, Any]:
     }
 
 
-def write(path: Path, rows: int) -> None:
-    """A valid cache of ``rows`` short texts."""
-    from kdcache.cache.ids import id_array, text_id
-    from kdcache.cache.spec import Settings, TaskSpec
+class Generated(Mapping[bytes, tuple[str, ...]]):
+    """Texts by id, each put together when it is asked for: ten million tuples of strings would take 2 GB."""
+
+    def __init__(self, words: np.ndarray) -> None:
+        from kdcache.cache.ids import text_id
+
+        self._words = words
+        self._rows = {text_id(self._text(row)): row for row in range(len(words))}
+
+    def _text(self, row: int) -> tuple[str]:
+        from kdcache.testing import tiny
+
+        return (f"{' '.join([tiny.WORDS[word] for word in self._words[row].tolist()])} {row}",)
+
+    def __getitem__(self, text_id: bytes) -> tuple[str]:
+        return self._text(self._rows[text_id])
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __contains__(self, text_id: object) -> bool:
+        return text_id in self._rows
+
+
+def write(path: Path, rows: int, part_size: int | None) -> None:
+    """A valid cache of ``rows`` short texts. A directory in which this was interrupted is completed."""
+    from kdcache.cache.ids import id_array
+    from kdcache.cache.spec import Settings, TaskSpec, chosen_part_size
     from kdcache.cache.writer import open_writer
     from kdcache.data.encoding import tokenizer_json
     from kdcache.files import use_disk
@@ -88,15 +125,14 @@ def write(path: Path, rows: int) -> None:
 
     rng = np.random.default_rng(0)
     tokenizer, specs = tiny.wordpiece_tokenizer(), teachers()
-    words = np.array(tiny.WORDS)[rng.integers(0, len(tiny.WORDS), (rows, WORDS))]
-    texts = [(f"{' '.join(line)} {index}",) for index, line in enumerate(words)]
-    ids = [text_id(text) for text in texts]
-    with use_disk(UnsyncedDisk()), open_writer(path, TaskSpec(("sentence",), ("0", "1")), Settings(0, PART)) as writer:
-        writer.add_texts(dict(zip(ids, texts, strict=True)), {})
+    texts = Generated(rng.integers(0, len(tiny.WORDS), (rows, WORDS)).astype(np.uint8))
+    settings = Settings(0, part_size or chosen_part_size(rows))
+    with use_disk(UnsyncedDisk()), open_writer(path, TaskSpec(("sentence",), ("0", "1")), settings) as writer:
+        writer.add_texts(texts, {})
         for spec in specs:
             writer.declare_teacher(spec, tokenizer_json(tokenizer))
         write_targets(writer, specs, rng)
-        writer.write_examples("train", id_array(ids), rng.integers(0, 2, rows), None)
+        writer.write_examples("train", id_array(texts), rng.integers(0, 2, rows), None)
         writer.publish({})
 
 
@@ -129,7 +165,10 @@ def write_targets(writer: CacheWriter, specs: list[TeacherSpec], rng: np.random.
     tokenizer = tiny.wordpiece_tokenizer()
     for spec in specs:
         writer.write_bases(spec.name, {layer: Basis(None, None, None, 1.0, 1.0) for layer in spec.layers})
-    for part in writer.parts:
+    missing = {task.part.name: task.part for spec in specs for task in writer.missing(spec.name)}
+    for done, part in enumerate(missing.values()):
+        if done % 32 == 0:
+            print(f"part {done} of {len(missing)}", file=sys.stderr, flush=True)
         encoded = encode(tokenizer, writer.texts_of(part), MAX_LENGTH)
         count = int(encoded.offsets[-1])
         for spec in specs:
@@ -159,15 +198,28 @@ def read(path: Path, steps: int) -> dict[str, float]:
     first, first_cpu = time.perf_counter(), time.process_time()
     resident = [resident_mb() for _ in itertools.islice(batches, steps)]
     batches.close()  # ends its threads
+    peak = peak_memory_mb()
     return {
         "open, s": opened - began,
         "open, s of the processor": opened_cpu - began_cpu,
         "first batch, s": first - opened,
         "first batch, s of the processor": first_cpu - opened_cpu,
+        "order of an epoch, s of the processor": ordered(source),
+        "part size": source.cache.settings.part_size,
         "before opening, MB": before,
-        "resident, MB": statistics.median(resident[WINDOW * PART // 32 :] or resident),
-        "peak, MB": peak_memory_mb(),
+        "resident, MB": statistics.median(resident[WINDOW * source.cache.settings.part_size // 32 :] or resident),
+        "peak, MB": peak,
     }
+
+
+def ordered(source: CachedBatches) -> float:
+    """Seconds of the processor for what an epoch computes of all its rows before its first batch."""
+    from kdcache.loading.prefetch import PartLifetimes
+
+    began = time.process_time()
+    rows, steps = source.epochs.shares(source.epochs.order(1), 0)
+    PartLifetimes.of(source.epochs.parts[rows], steps)
+    return time.process_time() - began
 
 
 def endless(source: CachedBatches) -> Generator[Batch]:

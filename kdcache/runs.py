@@ -207,6 +207,9 @@ _NEVER = {
 }  # keys that change no result
 
 
+_PART_SIZE = 4096  # where a recipe has none: the default of 0.1.0, whose finished dumps stay finished
+
+
 def stage_inputs(recipe: Recipe, stage: Stage, *, upstream: str = "") -> Inputs:
     """Everything the stage's result depends on; ``upstream``: the identity of the previous stage's result."""
     document = recipe.model_dump(mode="json")
@@ -220,7 +223,7 @@ def stage_inputs(recipe: Recipe, stage: Stage, *, upstream: str = "") -> Inputs:
         "cache": {
             "data": data,
             "teachers": document["teachers"],
-            "dump": document["dump"],
+            "dump": {**document["dump"], "part_size": document["dump"]["part_size"] or _PART_SIZE},
             "student": _layers(document),
         },
         "student": {"data": data, "student": document["student"], "distill": distill},

@@ -127,8 +127,60 @@ class IdIndex:
         return np.where((self._high[here] == high) & (self._low[here] == low), self._order[here], -1)
 
 
+def find_sorted(ids: np.ndarray, query: np.ndarray) -> np.ndarray:
+    """``IdIndex(ids).find(query)`` for a search that is done once: both sides are sorted, so no index is made.
+
+    A sort key is one word: the first bits of an id, and behind them its row. So values are sorted and no permutation,
+    and sorted queries walk through sorted keys in the order of memory. Ten million ids of ten million take a second,
+    an index five. Needs 16 bytes per row of each side.
+    """
+    rows = np.full(len(query), -1, dtype=np.int64)
+    if not len(ids) or not len(query):
+        return rows
+    bits = max(len(ids), len(query)).bit_length()
+    with ThreadPoolExecutor(_SEARCHERS, "kdcache-ids") as pool:
+        keys, asked = pool.map(lambda side: _sorted_keys(side, bits), (ids, query))
+        if not ((keys[_ALIKE:] ^ keys[:-_ALIKE]) >> np.uint64(bits)).all():  # no hashes: an index bounds the steps
+            return IdIndex(ids).find(query)
+        words = _pairs(ids), _pairs(query)
+
+        def some(first: int) -> None:
+            _find_block(words, keys, asked[first : first + _TOGETHER], bits, rows)
+
+        list(pool.map(some, range(0, len(asked), _TOGETHER)))
+    return rows
+
+
+def _sorted_keys(ids: np.ndarray, bits: int) -> np.ndarray:
+    """uint64[n], ascending: the first bits of each id, and its row in the last ``bits``."""
+    keys = _first_word(ids)
+    keys >>= np.uint64(bits)
+    keys <<= np.uint64(bits)
+    keys |= np.arange(len(ids), dtype=np.uint64)
+    keys.sort()
+    return keys
+
+
+def _find_block(
+    words: tuple[np.ndarray, np.ndarray], keys: np.ndarray, asked: np.ndarray, bits: int, rows: np.ndarray
+) -> None:
+    """Write the row of each id of ``asked`` into ``rows``; ids that share their first bits are compared one by one."""
+    number = np.uint64((1 << bits) - 1)
+    first_bits, mine = asked & ~number, (asked & number).astype(np.int64)
+    place, wanted = np.searchsorted(keys, first_bits), words[1][mine]
+    while len(mine):
+        key = keys[np.minimum(place, len(keys) - 1)]
+        candidate = (key & number).astype(np.int64)
+        found = words[0][candidate]
+        equal = (found[:, 0] == wanted[:, 0]) & (found[:, 1] == wanted[:, 1])
+        rows[mine[equal]] = candidate[equal]
+        going = np.flatnonzero(~equal & ((key & ~number) == first_bits) & (place + 1 < len(keys)))
+        mine, wanted, first_bits, place = mine[going], wanted[going], first_bits[going], place[going] + 1
+
+
 _TOGETHER = 1 << 16  # ids of one search
 _SEARCHERS = 2  # threads
+_ALIKE = 64  # ids with the same first bits that are compared one by one
 
 
 def _by_words(high: np.ndarray, low: np.ndarray) -> np.ndarray:
@@ -148,7 +200,16 @@ def _by_words(high: np.ndarray, low: np.ndarray) -> np.ndarray:
 
 
 def _words(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return _first_word(ids), _pairs(ids).view(">u8")[:, 1].astype(np.uint64)
+
+
+def _first_word(ids: np.ndarray) -> np.ndarray:
+    """The first eight bytes of each id as a number, uint64[n]."""
+    return _pairs(ids).view(">u8")[:, 0].astype(np.uint64)
+
+
+def _pairs(ids: np.ndarray) -> np.ndarray:
+    """Both words of each id in the machine's byte order, for comparisons: uint64[n, 2]."""
     if ids.ndim != 2 or ids.shape[1] != ID_BYTES or ids.dtype != np.uint8:
         raise ValueError(f"ids must be uint8[n, {ID_BYTES}], not {ids.dtype}{list(ids.shape)}")
-    words = np.ascontiguousarray(ids).view(">u8")
-    return words[:, 0].astype(np.uint64), words[:, 1].astype(np.uint64)
+    return np.ascontiguousarray(ids).view(np.uint64)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,7 @@ from kdcache.cache import layout, tables
 from kdcache.cache.bases import decode_basis
 from kdcache.cache.digests import CheckedFiles
 from kdcache.cache.hidden import decode_layer
-from kdcache.cache.ids import ID_BYTES, Examples, IdIndex
+from kdcache.cache.ids import ID_BYTES, Examples, IdIndex, find_sorted
 from kdcache.cache.manifest import Manifest, read_manifest
 from kdcache.cache.selection import local_selection
 from kdcache.cache.tokens import OTHER, Tokens
@@ -39,7 +40,8 @@ if TYPE_CHECKING:
     from kdcache.cache.tokens import Outputs
     from kdcache.codecs.base import Basis, HiddenBlock, LayerSpec
 
-_KEPT = 1 << 18  # texts up to which the index is cached (5 MB); a larger one is rebuilt: a second per two million
+_KEPT = 1 << 18  # texts up to which an index of their ids stays in memory (5 MB); more are sorted for each search
+_READERS = 2  # threads that read the ids
 
 
 def open_cache(path: str | Path, *, arrivals: Arrivals | None = None, incomplete: bool = False) -> Cache:
@@ -89,7 +91,7 @@ class Cache:
             path, manifest.contents.files, trust_earlier=trust_earlier, local=local, arrivals=arrivals
         )
         self._parts = {part.name: part for part in manifest.contents.parts}
-        self._index: tuple[IdIndex, np.ndarray, np.ndarray] | None = None
+        self._index: IdIndex | None = None
         self._index_lock = threading.Lock()
 
     def __repr__(self) -> str:
@@ -182,8 +184,8 @@ class Cache:
         Returns:
             Index into ``parts`` and row in that part, both ``int32[m]``; -1 for a text that the cache lacks.
         """
-        index, order, bounds = self._text_index()
-        places = index.find(ids)
+        order, bounds = self._parts_in_order()
+        places = self._places(ids, order, bounds)
         which = np.searchsorted(bounds, places, side="right") - 1
         rows = np.where(places < 0, -1, places - bounds[which]).astype(np.int32)
         return np.where(places < 0, -1, order[which]).astype(np.int32), rows
@@ -303,19 +305,31 @@ class Cache:
         if self._arrivals is not None:
             self._arrivals.expect(paths)
 
-    def _text_index(self) -> tuple[IdIndex, np.ndarray, np.ndarray]:
-        """Index of all ids with full parts first, the order of the parts, and the first position of each."""
+    def _parts_in_order(self) -> tuple[np.ndarray, np.ndarray]:
+        """The parts with full ones first, and -1; the first position of each among all texts, and their number."""
+        parts = self._contents.parts
+        order = sorted(range(len(parts)), key=lambda index: parts[index].scope != "full")
+        return np.array([*order, -1], np.int32), np.cumsum([0, *(parts[index].texts for index in order)])
+
+    def _places(self, ids: np.ndarray, order: np.ndarray, bounds: np.ndarray) -> np.ndarray:
+        """Position of each id among all texts, int64[m]; -1 if it is absent."""
+        if bounds[-1] > _KEPT:
+            return find_sorted(self._all_ids(order, bounds), ids)
         with self._index_lock:
-            if self._index is not None:
-                return self._index
-            order = sorted(range(len(self.parts)), key=lambda index: self.parts[index].scope != "full")
-            ids = [self.text_ids(self.parts[index].name) for index in order]
-            bounds = np.cumsum([0, *(len(part_ids) for part_ids in ids)])
-            index = IdIndex(np.concatenate([np.zeros((0, ID_BYTES), dtype=np.uint8), *ids]))
-            made = index, np.array([*order, -1], dtype=np.int32), bounds
-            if len(index) <= _KEPT:
-                self._index = made
-            return made
+            if self._index is None:
+                self._index = IdIndex(self._all_ids(order, bounds))
+        return self._index.find(ids)
+
+    def _all_ids(self, order: np.ndarray, bounds: np.ndarray) -> np.ndarray:
+        """The ids of all parts in ``order``, uint8[n, 16]."""
+        ids = np.empty((int(bounds[-1]), ID_BYTES), np.uint8)
+
+        def read(place: int) -> None:
+            ids[bounds[place] : bounds[place + 1]] = self.text_ids(self._contents.parts[order[place]].name)
+
+        with ThreadPoolExecutor(_READERS, "kdcache-ids") as pool:
+            list(pool.map(read, range(len(bounds) - 1)))
+        return ids
 
     def _part(self, name: str) -> PartInfo:
         if name not in self._parts:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdcache.loading.order import BatchSettings, Epochs, epoch_order, step_count, step_rows
+from kdcache.loading.order import BatchSettings, Epochs, _stable_order, epoch_order, step_count, step_rows
 
 
 def parts_of(texts: int, part_size: int, seed: int = 0) -> np.ndarray:
@@ -105,6 +105,14 @@ def test_the_order_is_that_of_every_other_machine() -> None:
 
 
 GOLDEN = [14, 10, 11, 12, 8, 6, 5, 7, 13, 4, 0, 9, 1, 3, 2, 18, 15, 17, 19, 16]
+
+
+@pytest.mark.parametrize("distinct", [1, 3, 900, 10**9])
+def test_equal_keys_keep_their_order(distinct: int) -> None:
+    """A resumed epoch needs the order that 0.1.0 gave, also where two of millions of keys are equal."""
+    key = np.random.default_rng(distinct).integers(0, distinct, 1000).astype(np.float64)
+    assert _stable_order(key).tolist() == np.argsort(key, kind="stable").tolist()
+    assert _stable_order(key[:0]).tolist() == []
 
 
 def test_another_process_finds_the_same_order() -> None:
