@@ -8,6 +8,7 @@ Of the first batch only the order of the epoch grows. Memory is what stays of ev
 from __future__ import annotations
 
 import html
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -62,7 +63,11 @@ def plot(report: Report) -> str:
     drawn = []
     for number, (title, key, without, bar) in enumerate(PANELS):
         points = [
-            (rows, (report[name][key] - (libraries if without else 0)) / (1e6 if "bytes" in key else 1), "computed" in name)
+            (
+                rows,
+                (report[name][key] - (libraries if without else 0)) / (1e6 if "bytes" in key else 1),
+                "computed" in name,
+            )
             for rows, name in sorted(sizes.items())
             if key in report[name]
         ]
@@ -94,7 +99,7 @@ def _panel(title: str, points: Sequence[tuple[int, float, bool]], bar: float | N
         drawn.append(f'<text x="{at:.1f}" y="{y + HEIGHT + 15}" text-anchor="middle">{_power(rows)}</text>')
     if bar:
         drawn.append(f'<path class="goal" d="M{x} {place(points[0][0], bar)[1]:.1f}h{WIDTH}"/>')
-    for (rows, value, _), (later, more, guessed) in zip(points, points[1:], strict=False):
+    for (rows, value, _), (later, more, guessed) in itertools.pairwise(points):
         start, end = place(rows, value), place(later, more)
         kind = "ours computed" if guessed else "ours"
         drawn.append(f'<path class="{kind}" d="M{start[0]:.1f} {start[1]:.1f}L{end[0]:.1f} {end[1]:.1f}"/>')

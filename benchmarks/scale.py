@@ -1,13 +1,14 @@
 """Measures what grows with the number of rows: opening, first batch, resident memory, bytes of the manifest.
 
     python benchmarks/scale.py --rows 10000 100000 1000000
-    python benchmarks/scale.py --rows 10000 100000 1000000 10000000 --directory /a/disk/with/25/GB
+    python benchmarks/scale.py --rows 10000 100000 1000000 10000000 --directory DIRECTORY
 
-Making the largest takes about twenty minutes of a core; a directory in which it was interrupted is completed. Decades
+Making the largest takes some minutes. Decades
 after ten million rows are computed from what was measured (growth.py).
 
-The caches are synthetic: three teachers, three layers of 8 int8 values per token each, texts of about 12 tokens. Only
-the number of texts, parts and files matters. A separate process opens each cache and reads batches until well after the
+The caches are synthetic: three teachers, three layers of 8 int8 values per token each, texts of 12 tokens. Only
+the number of texts, parts and files matters. Texts differ; parts have the same teacher outputs, as hard links, so ten
+million rows take 2 GB of the disk and not 18. A separate process opens each cache and reads batches until well after the
 window is full. Only the window stays decoded, so memory consists of the window and of what grows with the rows.
 `resident` is the median over the batches after the window is full. Prints JSON.
 """
@@ -22,7 +23,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,10 +36,13 @@ from kdcache.cache.spec import LARGEST_PART_SIZE
 if TYPE_CHECKING:
     from kdcache.cache.spec import TeacherSpec
     from kdcache.cache.writer import CacheWriter
+    from kdcache.files import FileDigest
     from kdcache.loading.cached import CachedBatches
     from kdcache.loading.targets import Batch
 
-TEACHERS, LAYERS, DIM, WORDS, WINDOW = 3, 3, 8, 5, 2
+TEACHERS, LAYERS, DIM, WINDOW = 3, 3, 8, 2
+TOKENS = 12  # of a text
+WORDS = ("film", "plot", "good", "fine", "warm", "dull", "weak", "cold")  # one token each
 MAX_LENGTH = 32
 
 
@@ -86,36 +90,8 @@ def measured(cache: Path, steps: int, repeats: int) -> dict[str, Any]:
     }
 
 
-class Generated(Mapping[bytes, tuple[str, ...]]):
-    """Texts by id, each put together when it is asked for: ten million tuples of strings would take 2 GB."""
-
-    def __init__(self, words: np.ndarray) -> None:
-        from kdcache.cache.ids import text_id
-
-        self._words = words
-        self._rows = {text_id(self._text(row)): row for row in range(len(words))}
-
-    def _text(self, row: int) -> tuple[str]:
-        from kdcache.testing import tiny
-
-        return (f"{' '.join([tiny.WORDS[word] for word in self._words[row].tolist()])} {row}",)
-
-    def __getitem__(self, text_id: bytes) -> tuple[str]:
-        return self._text(self._rows[text_id])
-
-    def __iter__(self) -> Iterator[bytes]:
-        return iter(self._rows)
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __contains__(self, text_id: object) -> bool:
-        return text_id in self._rows
-
-
 def write(path: Path, rows: int, part_size: int | None) -> None:
     """A valid cache of ``rows`` short texts. A directory in which this was interrupted is completed."""
-    from kdcache.cache.ids import id_array
     from kdcache.cache.spec import Settings, TaskSpec, chosen_part_size
     from kdcache.cache.writer import open_writer
     from kdcache.data.encoding import tokenizer_json
@@ -125,15 +101,43 @@ def write(path: Path, rows: int, part_size: int | None) -> None:
 
     rng = np.random.default_rng(0)
     tokenizer, specs = tiny.wordpiece_tokenizer(), teachers()
-    texts = Generated(rng.integers(0, len(tiny.WORDS), (rows, WORDS)).astype(np.uint8))
     settings = Settings(0, part_size or chosen_part_size(rows))
     with use_disk(UnsyncedDisk()), open_writer(path, TaskSpec(("sentence",), ("0", "1")), settings) as writer:
-        writer.add_texts(texts, {})
+        add_texts(writer, rng.permutation(rows))
         for spec in specs:
             writer.declare_teacher(spec, tokenizer_json(tokenizer))
         write_targets(writer, specs, rng)
-        writer.write_examples("train", id_array(texts), rng.integers(0, 2, rows), None)
+        ids = np.concatenate([part.text_ids for part in writer.parts])
+        writer.write_examples("train", ids[rng.permutation(rows)], rng.integers(0, 2, rows), None)
         writer.publish({})
+
+
+def add_texts(writer: CacheWriter, order: np.ndarray) -> None:
+    """Texts in this order: the number of a row in ten words for its digits to the base 8, so each has twelve tokens.
+
+    ``CacheWriter.add_texts`` takes all texts at once, and ten million of them would need 8 GB.
+    """
+    from kdcache.cache import layout, tables
+    from kdcache.cache.contents import PartInfo
+    from kdcache.cache.ids import id_array, text_id
+    from kdcache.cache.writer import Part
+    from kdcache.files import write_file
+
+    half = [" ".join(words) for words in itertools.product(WORDS, repeat=5)]
+    contents, size = writer.contents, writer.contents.settings.part_size
+    for start in range(size * len(contents.parts), len(order), size):
+        texts = [(f"{half[row >> 15]} {half[row & 32767]}",) for row in order[start : start + size].tolist()]
+        ids = id_array(map(text_id, texts))
+        part = PartInfo(layout.part_name(len(contents.parts)), "full", len(texts))
+        files = {
+            layout.ids_file(part.name): tables.encode_ids(ids),
+            layout.text_file(part.name): tables.encode_text(contents.task.text_columns, texts),
+        }
+        written = {path: write_file(writer.root / path, data) for path, data in files.items()}
+        writer.journal.add_part(part, written)
+        contents.files.update(written)
+        contents.parts.append(part)
+        writer.give_ids(Part(part.name, part.scope, ids))
 
 
 def teachers() -> list[TeacherSpec]:
@@ -156,28 +160,51 @@ def teachers() -> list[TeacherSpec]:
 
 
 def write_targets(writer: CacheWriter, specs: list[TeacherSpec], rng: np.random.Generator) -> None:
-    """Write random outputs and hidden states of every teacher and part; each part is tokenised once."""
+    """Write random outputs and hidden states of every teacher; parts of the same length share them by hard links."""
     from kdcache.cache.tokens import Outputs
     from kdcache.codecs.base import Basis, HiddenBlock
     from kdcache.data.encoding import encode
     from kdcache.testing import tiny
 
-    tokenizer = tiny.wordpiece_tokenizer()
     for spec in specs:
         writer.write_bases(spec.name, {layer: Basis(None, None, None, 1.0, 1.0) for layer in spec.layers})
-    missing = {task.part.name: task.part for spec in specs for task in writer.missing(spec.name)}
-    for done, part in enumerate(missing.values()):
-        if done % 32 == 0:
-            print(f"part {done} of {len(missing)}", file=sys.stderr, flush=True)
-        encoded = encode(tokenizer, writer.texts_of(part), MAX_LENGTH)
-        count = int(encoded.offsets[-1])
-        for spec in specs:
+        written: dict[int, tuple[str, dict[str, FileDigest]]] = {}  # by length: a part, and its files
+        for part in [task.part for task in writer.missing(spec.name)]:
+            length = len(part.text_ids)
+            if length in written:
+                link_part(writer, spec.name, part.name, *written[length], tokens=length * TOKENS)
+                continue
+            tokens = encode(tiny.wordpiece_tokenizer(), writer.texts_of(part), MAX_LENGTH).tokens
+            count = int(tokens.offsets[-1])
+            assert count == length * TOKENS
             blocks = {
                 layer: HiddenBlock(rng.integers(-127, 128, (count, DIM), np.int8), rng.random(count, np.float32) + 0.01)
                 for layer in spec.layers
             }
-            outputs = Outputs(rng.standard_normal((len(encoded), 2), dtype=np.float32))
-            writer.write_part(spec.name, part, outputs=outputs, tokens=encoded.tokens, hidden=blocks)
+            outputs = Outputs(rng.standard_normal((length, 2), dtype=np.float32))
+            writer.write_part(spec.name, part, outputs=outputs, tokens=tokens, hidden=blocks)
+            own = f"teachers/{spec.name}/"
+            files = {
+                path: digest
+                for path, digest in writer.contents.files.items()
+                if path.startswith(own) and f"/{part.name}." in path
+            }
+            written[length] = part.name, files
+
+
+def link_part(
+    writer: CacheWriter, teacher: str, part: str, other: str, files: Mapping[str, FileDigest], *, tokens: int
+) -> None:
+    """Commit a part of a teacher whose files are those of another part."""
+    names = {path: path.replace(f"/{other}.", f"/{part}.") for path in files}
+    for path, name in names.items():
+        (writer.root / name).parent.mkdir(parents=True, exist_ok=True)
+        (writer.root / name).unlink(missing_ok=True)  # of a run that was interrupted
+        os.link(writer.root / path, writer.root / name)
+    linked = {name: files[path] for path, name in names.items()}
+    writer.journal.add_teacher_part(teacher, part, tokens, linked)
+    writer.contents.files.update(linked)
+    writer.contents.tokens.setdefault(teacher, {})[part] = tokens
 
 
 def read(path: Path, steps: int) -> dict[str, float]:

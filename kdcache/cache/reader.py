@@ -12,8 +12,7 @@ views.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +22,7 @@ from kdcache.cache import layout, tables
 from kdcache.cache.bases import decode_basis
 from kdcache.cache.digests import CheckedFiles
 from kdcache.cache.hidden import decode_layer
-from kdcache.cache.ids import ID_BYTES, Examples, IdIndex, find_sorted
+from kdcache.cache.ids import ID_BYTES, Examples, IdIndex, matches
 from kdcache.cache.manifest import Manifest, read_manifest
 from kdcache.cache.selection import local_selection
 from kdcache.cache.tokens import OTHER, Tokens
@@ -41,7 +40,6 @@ if TYPE_CHECKING:
     from kdcache.codecs.base import Basis, HiddenBlock, LayerSpec
 
 _KEPT = 1 << 18  # texts up to which an index of their ids stays in memory (5 MB); more are sorted for each search
-_READERS = 2  # threads that read the ids
 
 
 def open_cache(path: str | Path, *, arrivals: Arrivals | None = None, incomplete: bool = False) -> Cache:
@@ -185,10 +183,13 @@ class Cache:
             Index into ``parts`` and row in that part, both ``int32[m]``; -1 for a text that the cache lacks.
         """
         order, bounds = self._parts_in_order()
-        places = self._places(ids, order, bounds)
-        which = np.searchsorted(bounds, places, side="right") - 1
-        rows = np.where(places < 0, -1, places - bounds[which]).astype(np.int32)
-        return np.where(places < 0, -1, order[which]).astype(np.int32), rows
+        parts, rows = np.full(len(ids), -1, np.int32), np.full(len(ids), -1, np.int32)
+        place_of = np.repeat(np.arange(len(order), dtype=np.int32), np.diff(bounds))  # in ``order``, of every text
+        for asked, found in self._matches(ids, order, bounds):
+            places = place_of[found]
+            parts[asked] = order[places]
+            rows[asked] = found - bounds[places]
+        return parts, rows
 
     def outputs(self, teacher: str, part_name: str) -> Outputs:
         """Logits ``float32[n, classes]`` and pooled vectors ``float32[n, width]`` (or None) of a part."""
@@ -306,29 +307,29 @@ class Cache:
             self._arrivals.expect(paths)
 
     def _parts_in_order(self) -> tuple[np.ndarray, np.ndarray]:
-        """The parts with full ones first, and -1; the first position of each among all texts, and their number."""
+        """The parts with full ones first; the first position of each among all texts, and their number."""
         parts = self._contents.parts
         order = sorted(range(len(parts)), key=lambda index: parts[index].scope != "full")
-        return np.array([*order, -1], np.int32), np.cumsum([0, *(parts[index].texts for index in order)])
+        return np.array(order, np.int64), np.cumsum([0, *(parts[index].texts for index in order)])
 
-    def _places(self, ids: np.ndarray, order: np.ndarray, bounds: np.ndarray) -> np.ndarray:
-        """Position of each id among all texts, int64[m]; -1 if it is absent."""
+    def _matches(
+        self, ids: np.ndarray, order: np.ndarray, bounds: np.ndarray
+    ) -> Iterable[tuple[np.ndarray, np.ndarray]]:
+        """Rows of ``ids``, and the position of each among all texts; rows that the cache lacks do not come."""
         if bounds[-1] > _KEPT:
-            return find_sorted(self._all_ids(order, bounds), ids)
+            return matches(self._all_ids(order, bounds), ids)
         with self._index_lock:
             if self._index is None:
                 self._index = IdIndex(self._all_ids(order, bounds))
-        return self._index.find(ids)
+        places = self._index.find(ids)
+        there = np.flatnonzero(places >= 0)
+        return [(there, places[there])]
 
     def _all_ids(self, order: np.ndarray, bounds: np.ndarray) -> np.ndarray:
         """The ids of all parts in ``order``, uint8[n, 16]."""
         ids = np.empty((int(bounds[-1]), ID_BYTES), np.uint8)
-
-        def read(place: int) -> None:
-            ids[bounds[place] : bounds[place + 1]] = self.text_ids(self._contents.parts[order[place]].name)
-
-        with ThreadPoolExecutor(_READERS, "kdcache-ids") as pool:
-            list(pool.map(read, range(len(bounds) - 1)))
+        for place, index in enumerate(order.tolist()):
+            ids[bounds[place] : bounds[place + 1]] = self.text_ids(self._contents.parts[index].name)
         return ids
 
     def _part(self, name: str) -> PartInfo:
@@ -352,3 +353,4 @@ class Cache:
         return MismatchError(
             f"cache '{self.path}' has no {what} {name!r}; it has: {', '.join(there) or 'none'}", "Name one of these."
         )
+

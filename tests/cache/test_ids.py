@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdcache.cache.ids import IdIndex, find_sorted, id_array, id_list, seeded_order, text_id
+from kdcache.cache.ids import IdIndex, id_array, id_list, matches, seeded_order, text_id
 from kdcache.errors import DataError
 
 
@@ -27,6 +27,15 @@ def test_worked_vector() -> None:
 
 def test_columns_are_kept_apart() -> None:
     assert len({text_id(columns) for columns in (["ab", "c"], ["a", "bc"], ["abc"], ["abc", ""], ["", "abc"])}) == 5
+
+
+def find_sorted(ids: np.ndarray, query: np.ndarray) -> np.ndarray:
+    """What ``IdIndex(ids).find(query)`` gives, from ``matches``."""
+    rows = np.full(len(query), -1)
+    for asked, found in matches(ids, query):
+        assert (rows[asked] == -1).all()
+        rows[asked] = found
+    return rows
 
 
 def test_half_a_surrogate_pair_is_an_error() -> None:
@@ -82,4 +91,4 @@ def test_index_refuses_other_arrays() -> None:
     with pytest.raises(ValueError, match="uint8"):
         IdIndex(np.zeros((3, 8), np.uint8))
     with pytest.raises(ValueError, match="uint8"):
-        find_sorted(np.zeros((3, 8), np.uint8), np.zeros((3, 16), np.uint8))
+        list(matches(np.zeros((3, 8), np.uint8), np.zeros((3, 16), np.uint8)))

@@ -18,7 +18,7 @@ from kdcache.dump.specs import settings_of
 from kdcache.dump.stage import prepare_dump
 from kdcache.errors import MismatchError, RecipeError
 from kdcache.progress import SilentProgress
-from kdcache.runs import stage_inputs
+from kdcache.runs import stage_inputs, student_digest
 from kdcache.testing.faults import UnsyncedDisk
 from kdcache.testing.tiny import reviews, write_reviews
 from tests.dump.conftest import Workbench
@@ -141,6 +141,10 @@ def test_a_run_that_was_finished_with_the_former_default_stays_finished(local: W
     bench = without_size(local, tmp_path, tmp_path / "cache")
     assert stage_inputs(bench.recipe(), "cache") == stage_inputs(bench.recipe("dump.part_size=4096"), "cache")
     assert stage_inputs(bench.recipe(), "cache")["dump.part_size"] == "4096"
+    for stage in ("student", "baseline"):
+        assert stage_inputs(bench.recipe(), stage) == stage_inputs(bench.recipe("distill.window=8"), stage)
+        assert stage_inputs(bench.recipe(), stage)["distill.window"] == "8"
+    assert student_digest(bench.recipe()) == student_digest(bench.recipe("distill.window=8"))
 
 
 def test_a_cache_with_too_many_files_is_refused_before_a_teacher_runs(
@@ -157,5 +161,6 @@ def test_a_cache_with_too_many_files_is_refused_before_a_teacher_runs(
     with pytest.raises(RecipeError):
         estimate_dump(local.recipe(), local.teachers, tmp_path / "new", progress=SilentProgress())
     monkeypatch.setattr("kdcache.dump.specs.MAX_PARTS", 5)
-    with pytest.raises(RecipeError, match="in 5 parts"):
+    with pytest.raises(RecipeError, match="files in 5 parts"):
         local.dump(cache=tmp_path / "new")
+    assert len(forward_passes) == 4  # of the dump that fits: two teachers, with hidden states and without
