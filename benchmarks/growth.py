@@ -91,12 +91,12 @@ def _panel(title: str, points: Sequence[tuple[int, float, bool]], bar: float | N
 
     drawn = [f'<text class="title" x="{x}" y="{y - 10}">{html.escape(title)}</text>']
     for power in range(low, high + 1):
-        at = place(points[0][0], 10.0**power)[1]
-        drawn.append(f'<path class="grid" d="M{x} {at:.1f}h{WIDTH}"/>')
-        drawn.append(f'<text x="{x - 5}" y="{at + 4:.1f}" text-anchor="end">{10.0**power:g}</text>')
+        height = place(points[0][0], 10.0**power)[1]
+        drawn.append(f'<path class="grid" d="M{x} {height:.1f}h{WIDTH}"/>')
+        drawn.append(f'<text x="{x - 5}" y="{height + 4:.1f}" text-anchor="end">{10.0**power:g}</text>')
     for rows, _, _ in points:
-        at = place(rows, values[0])[0]
-        drawn.append(f'<text x="{at:.1f}" y="{y + HEIGHT + 15}" text-anchor="middle">{_power(rows)}</text>')
+        across = place(rows, values[0])[0]
+        drawn.append(f'<text x="{across:.1f}" y="{y + HEIGHT + 15}" text-anchor="middle">{_power(rows)}</text>')
     if bar:
         drawn.append(f'<path class="goal" d="M{x} {place(points[0][0], bar)[1]:.1f}h{WIDTH}"/>')
     for (rows, value, _), (later, more, guessed) in itertools.pairwise(points):

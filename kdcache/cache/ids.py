@@ -131,24 +131,26 @@ def matches(ids: np.ndarray, query: np.ndarray) -> Iterator[tuple[np.ndarray, np
     """``IdIndex(ids).find(query)`` for a search that is done once: both sides are sorted, and no index is made.
 
     A sort key is one word: the first bits of an id, and behind them its row. So values are sorted and no permutation,
-    and sorted queries walk through sorted keys in the order of memory. Needs 8 bytes per row of each side.
+    and sorted queries walk through sorted keys in the order of memory. Needs 8 bytes per row of ``ids``.
 
     Yields:
         Some rows of ``query``, and the first row of ``ids`` that has the id of each; rows without one never come.
     """
     if not len(ids) or not len(query):
         return
-    bits = max(len(ids), len(query)).bit_length()
-    with ThreadPoolExecutor(_SEARCHERS, "kdcache-ids") as pool:
-        keys, asked = pool.map(lambda side: _sorted_keys(side, bits), (ids, query))
+    bits = max(len(ids), _QUERIES).bit_length()
+    keys = _sorted_keys(ids, bits)
     if not ((keys[_ALIKE:] ^ keys[:-_ALIKE]) >> np.uint64(bits)).all():  # no hashes: an index bounds the steps
         rows = IdIndex(ids).find(query)
         there = np.flatnonzero(rows >= 0)
         yield there, rows[there]
         return
-    values = _values(ids), _values(query)
-    for first in range(0, len(asked), _BLOCK):
-        yield _matches_of(values, keys, asked[first : first + _BLOCK], bits)
+    for first in range(0, len(query), _QUERIES):
+        some = query[first : first + _QUERIES]
+        asked, values = _sorted_keys(some, bits), (_values(ids), _values(some))
+        for start in range(0, len(asked), _BLOCK):
+            mine, found = _matches_of(values, keys, asked[start : start + _BLOCK], bits)
+            yield mine + first, found
 
 
 def _sorted_keys(ids: np.ndarray, bits: int) -> np.ndarray:
@@ -178,7 +180,10 @@ def _matches_of(
         candidate = (key & number).astype(np.int64)
         here, sought = (value.view(np.uint64).reshape(-1, 2) for value in (values[0][candidate], wanted))
         equal = (here[:, 0] == sought[:, 0]) & (here[:, 1] == sought[:, 1])
-        found.append((mine, candidate) if equal.all() else (mine[equal], candidate[equal]))
+        if equal.all():  # nearly always, at once
+            found.append((mine, candidate))
+            break
+        found.append((mine[equal], candidate[equal]))
         going = np.flatnonzero(~equal & ((key & ~number) == first_bits) & (place + 1 < len(keys)))
         mine, wanted, first_bits, place = mine[going], wanted[going], first_bits[going], place[going] + 1
     return found[0] if len(found) == 1 else (np.concatenate([a for a, _ in found]), np.concatenate([b for _, b in found]))
@@ -186,6 +191,7 @@ def _matches_of(
 
 _TOGETHER = 1 << 16  # ids of one search
 _BLOCK = 1 << 13  # of a search in sorted ids: its arrays stay below the size from which malloc maps fresh pages
+_QUERIES = 1 << 20  # that are sorted together
 _SEARCHERS = 2  # threads
 _ALIKE = 64  # ids with the same first bits that are compared one by one
 

@@ -184,7 +184,8 @@ class Cache:
         """
         order, bounds = self._parts_in_order()
         parts, rows = np.full(len(ids), -1, np.int32), np.full(len(ids), -1, np.int32)
-        place_of = np.repeat(np.arange(len(order), dtype=np.int32), np.diff(bounds))  # in ``order``, of every text
+        numbers = np.arange(len(order), dtype=np.min_scalar_type(len(order)))
+        place_of = np.repeat(numbers, np.diff(bounds))  # of every text: the place of its part in ``order``
         for asked, found in self._matches(ids, order, bounds):
             places = place_of[found]
             parts[asked] = order[places]

@@ -76,6 +76,8 @@ def test_index_finds_many_rows_in_blocks_also_where_ids_are_not_hashes(
     alike: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("kdcache.cache.ids._TOGETHER", 500)
+    monkeypatch.setattr("kdcache.cache.ids._BLOCK", 300)
+    monkeypatch.setattr("kdcache.cache.ids._QUERIES", 1000)
     ids = np.random.default_rng(alike).integers(0, 256, (4000, 16), np.uint8)
     ids[:, :alike] = 200
     places = np.random.default_rng(1).integers(0, len(ids), 3210)
