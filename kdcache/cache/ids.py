@@ -186,7 +186,9 @@ def _matches_of(
         found.append((mine[equal], candidate[equal]))
         going = np.flatnonzero(~equal & ((key & ~number) == first_bits) & (place + 1 < len(keys)))
         mine, wanted, first_bits, place = mine[going], wanted[going], first_bits[going], place[going] + 1
-    return found[0] if len(found) == 1 else (np.concatenate([a for a, _ in found]), np.concatenate([b for _, b in found]))
+    return (
+        found[0] if len(found) == 1 else (np.concatenate([a for a, _ in found]), np.concatenate([b for _, b in found]))
+    )
 
 
 _TOGETHER = 1 << 16  # ids of one search

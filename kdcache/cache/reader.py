@@ -354,4 +354,3 @@ class Cache:
         return MismatchError(
             f"cache '{self.path}' has no {what} {name!r}; it has: {', '.join(there) or 'none'}", "Name one of these."
         )
-
