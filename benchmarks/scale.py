@@ -8,8 +8,8 @@ after ten million rows are computed from what was measured (growth.py).
 
 The caches are synthetic: three teachers, three layers of 8 int8 values per token each, texts of 12 tokens. Only
 the number of texts, parts and files matters. Texts differ; parts have the same teacher outputs, as hard links, so ten
-million rows take 2 GB of the disk and not 18. A separate process opens each cache and reads batches until well after the
-window is full. Only the window stays decoded, so memory consists of the window and of what grows with the rows.
+million rows take 2 GB of the disk and not 18. A separate process opens each cache and reads batches until well after
+the window is full. Only the window stays decoded, so memory consists of the window and of what grows with the rows.
 `resident` is the median over the batches after the window is full. Prints JSON.
 """
 
