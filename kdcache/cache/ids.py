@@ -7,7 +7,7 @@ depends only on the text. So examples, targets and students are joined by id on 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -127,30 +127,37 @@ class IdIndex:
         return np.where((self._high[here] == high) & (self._low[here] == low), self._order[here], -1)
 
 
-def matches(ids: np.ndarray, query: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+Take = Callable[[np.ndarray, np.ndarray], None]
+
+
+def match(ids: np.ndarray, query: np.ndarray, take: Take) -> None:
     """``IdIndex(ids).find(query)`` for a search that is done once: both sides are sorted, and no index is made.
 
     A sort key is one word: the first bits of an id, and behind them its row. So values are sorted and no permutation,
     and sorted queries walk through sorted keys in the order of memory. Needs 8 bytes per row of ``ids``.
 
-    Yields:
-        Some rows of ``query``, and the first row of ``ids`` that has the id of each; rows without one never come.
+    ``take`` gets some rows of ``query`` and the first row of ``ids`` that has the id of each, in several calls, and from
+    two threads; each row comes once, rows without one never.
     """
     if not len(ids) or not len(query):
         return
     bits = max(len(ids), _QUERIES).bit_length()
-    keys = _sorted_keys(ids, bits)
+    keys, values = _sorted_keys(ids, bits), _values(ids)
     if not ((keys[_ALIKE:] ^ keys[:-_ALIKE]) >> np.uint64(bits)).all():  # no hashes: an index bounds the steps
         rows = IdIndex(ids).find(query)
         there = np.flatnonzero(rows >= 0)
-        yield there, rows[there]
+        take(there, rows[there])
         return
-    for first in range(0, len(query), _QUERIES):
-        some = query[first : first + _QUERIES]
-        asked, values = _sorted_keys(some, bits), (_values(ids), _values(some))
+
+    def some(first: int) -> None:
+        own = query[first : first + _QUERIES]
+        asked, sought = _sorted_keys(own, bits), _values(own)
         for start in range(0, len(asked), _BLOCK):
-            mine, found = _matches_of(values, keys, asked[start : start + _BLOCK], bits)
-            yield mine + first, found
+            mine, found = _matches_of((values, sought), keys, asked[start : start + _BLOCK], bits)
+            take(mine + first, found)
+
+    with ThreadPoolExecutor(_SEARCHERS, "kdcache-ids") as pool:
+        list(pool.map(some, range(0, len(query), _QUERIES)))
 
 
 def _sorted_keys(ids: np.ndarray, bits: int) -> np.ndarray:
@@ -170,7 +177,7 @@ def _sorted_keys(ids: np.ndarray, bits: int) -> np.ndarray:
 def _matches_of(
     values: tuple[np.ndarray, np.ndarray], keys: np.ndarray, asked: np.ndarray, bits: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """``matches`` of a block of sorted queries; ids that share their first bits are compared one after the other."""
+    """``match`` of a block of sorted queries; ids that share their first bits are compared one after the other."""
     number = np.uint64((1 << bits) - 1)
     first_bits, mine = asked & ~number, (asked & number).astype(np.int64)
     place, wanted = np.searchsorted(keys, first_bits), values[1][mine]

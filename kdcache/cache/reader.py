@@ -12,7 +12,7 @@ views.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +22,7 @@ from kdcache.cache import layout, tables
 from kdcache.cache.bases import decode_basis
 from kdcache.cache.digests import CheckedFiles
 from kdcache.cache.hidden import decode_layer
-from kdcache.cache.ids import ID_BYTES, Examples, IdIndex, matches
+from kdcache.cache.ids import ID_BYTES, Examples, IdIndex, match
 from kdcache.cache.manifest import Manifest, read_manifest
 from kdcache.cache.selection import local_selection
 from kdcache.cache.tokens import OTHER, Tokens
@@ -186,10 +186,18 @@ class Cache:
         parts, rows = np.full(len(ids), -1, np.int32), np.full(len(ids), -1, np.int32)
         numbers = np.arange(len(order), dtype=np.min_scalar_type(len(order)))
         place_of = np.repeat(numbers, np.diff(bounds))  # of every text: the place of its part in ``order``
-        for asked, found in self._matches(ids, order, bounds):
+
+        def take(asked: np.ndarray, found: np.ndarray) -> None:
             places = place_of[found]
             parts[asked] = order[places]
             rows[asked] = found - bounds[places]
+
+        if bounds[-1] > _KEPT:
+            match(self._all_ids(order, bounds), ids, take)
+        else:
+            places = self._kept_index(order, bounds).find(ids)
+            there = np.flatnonzero(places >= 0)
+            take(there, places[there])
         return parts, rows
 
     def outputs(self, teacher: str, part_name: str) -> Outputs:
@@ -313,18 +321,12 @@ class Cache:
         order = sorted(range(len(parts)), key=lambda index: parts[index].scope != "full")
         return np.array(order, np.int64), np.cumsum([0, *(parts[index].texts for index in order)])
 
-    def _matches(
-        self, ids: np.ndarray, order: np.ndarray, bounds: np.ndarray
-    ) -> Iterable[tuple[np.ndarray, np.ndarray]]:
-        """Rows of ``ids``, and the position of each among all texts; rows that the cache lacks do not come."""
-        if bounds[-1] > _KEPT:
-            return matches(self._all_ids(order, bounds), ids)
+    def _kept_index(self, order: np.ndarray, bounds: np.ndarray) -> IdIndex:
+        """The index of all ids, made at its first use."""
         with self._index_lock:
             if self._index is None:
                 self._index = IdIndex(self._all_ids(order, bounds))
-        places = self._index.find(ids)
-        there = np.flatnonzero(places >= 0)
-        return [(there, places[there])]
+            return self._index
 
     def _all_ids(self, order: np.ndarray, bounds: np.ndarray) -> np.ndarray:
         """The ids of all parts in ``order``, uint8[n, 16]."""

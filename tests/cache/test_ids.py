@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdcache.cache.ids import IdIndex, id_array, id_list, matches, seeded_order, text_id
+from kdcache.cache.ids import IdIndex, id_array, id_list, match, seeded_order, text_id
 from kdcache.errors import DataError
 
 
@@ -30,11 +30,14 @@ def test_columns_are_kept_apart() -> None:
 
 
 def find_sorted(ids: np.ndarray, query: np.ndarray) -> np.ndarray:
-    """What ``IdIndex(ids).find(query)`` gives, from ``matches``."""
+    """What ``IdIndex(ids).find(query)`` gives, from ``match``."""
     rows = np.full(len(query), -1)
-    for asked, found in matches(ids, query):
+
+    def take(asked: np.ndarray, found: np.ndarray) -> None:
         assert (rows[asked] == -1).all()
         rows[asked] = found
+
+    match(ids, query, take)
     return rows
 
 
@@ -93,4 +96,4 @@ def test_index_refuses_other_arrays() -> None:
     with pytest.raises(ValueError, match="uint8"):
         IdIndex(np.zeros((3, 8), np.uint8))
     with pytest.raises(ValueError, match="uint8"):
-        list(matches(np.zeros((3, 8), np.uint8), np.zeros((3, 16), np.uint8)))
+        find_sorted(np.zeros((3, 8), np.uint8), np.zeros((3, 16), np.uint8))
