@@ -136,8 +136,8 @@ def match(ids: np.ndarray, query: np.ndarray, take: Take) -> None:
     A sort key is one word: the first bits of an id, and behind them its row. So values are sorted and no permutation,
     and sorted queries walk through sorted keys in the order of memory. Needs 8 bytes per row of ``ids``.
 
-    ``take`` gets some rows of ``query`` and the first row of ``ids`` that has the id of each. It is called several times
-    and from two threads; each row comes once, a row without an id in ``ids`` never.
+    ``take`` gets some rows of ``query`` and the first row of ``ids`` that has the id of each. It is called several
+    times and from two threads; each row comes once, a row without an id in ``ids`` never.
     """
     if not len(ids) or not len(query):
         return
