@@ -25,7 +25,7 @@ from unittest import mock
 
 from measure import machine, ratio, rounds, summary
 
-from kdcache.cache.spec import Settings
+from kdcache.cache.spec import PART_SIZE, Settings
 from kdcache.cache.writer import CacheWriter, open_writer
 from kdcache.data.task import load_task
 from kdcache.dump import run as dump_run
@@ -77,7 +77,7 @@ def measure_backend(recipe: Recipe, arguments: argparse.Namespace) -> dict[str, 
     found = {}
     for teacher in prepare_teachers(recipe, bundle, arguments.teachers, len(task.label_names)):
         print(f"{recipe.dump.backend}: {teacher.name}", file=sys.stderr, flush=True)
-        settings = Settings(recipe.dump.seed, recipe.dump.part_size)
+        settings = Settings(recipe.dump.seed, recipe.dump.part_size or PART_SIZE)
         with (
             tempfile.TemporaryDirectory() as folder,
             open_writer(Path(folder) / "cache", task_spec(task), settings) as writer,

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import growth
 from bars import bars, short
 
 Report = Mapping[str, Any]
@@ -169,16 +170,14 @@ def scale(report: Report) -> Section:
     text = opening(
         "Growth with the number of rows",
         report,
-        "Three teachers, three layers of 8 int8 values, parts of 4,096 texts, a window of two parts and nothing else "
-        "kept decoded: "
-        "what grows, not how much. Ten thousand rows are three parts, which never fill the window and what is read "
-        "ahead.",
+        "Three teachers, three layers of 8 int8 values, a window of two parts and nothing else kept decoded: what "
+        "grows, not how much. Ten thousand rows are three parts, which never fill the window and what is read "
+        "ahead. What it means is in [Past ten million texts](scale.md).",
     )
-    sizes = [key for key in report if key.endswith(" rows")]
-    rows = [
-        [key, *(short(report[size][key]) if key in report[size] else "" for size in sizes)] for key in report[sizes[-1]]
-    ]
-    return text + table(["", *sizes], rows), []
+    sizes = [key for key in report if " rows" in key]
+    keys = list(dict.fromkeys(key for size in sizes for key in report[size]))
+    rows = [[key, *(short(report[size][key]) if key in report[size] else "" for size in sizes)] for key in keys]
+    return text + table(["", *sizes], rows), [growth.plot(report)]
 
 
 def loader(title: str) -> Callable[[Report], Section]:

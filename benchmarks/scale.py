@@ -1,10 +1,15 @@
 """Measures what grows with the number of rows: opening, first batch, resident memory, bytes of the manifest.
 
     python benchmarks/scale.py --rows 10000 100000 1000000
+    python benchmarks/scale.py --rows 10000 100000 1000000 10000000 --directory DIRECTORY
 
-The caches are synthetic: three teachers, three layers of 8 int8 values per token each, texts of about 12 tokens. Only
-the number of texts, parts and files matters. A separate process opens each cache and reads batches until well after the
-window is full. Only the window stays decoded, so memory consists of the window and of what grows with the rows.
+Making the largest takes some minutes. Decades
+after ten million rows are computed from what was measured (growth.py).
+
+The caches are synthetic: three teachers, three layers of 8 int8 values per token each, texts of 12 tokens. Only
+the number of texts, parts and files matters. Texts differ; parts have the same teacher outputs, as hard links, so ten
+million rows take 2 GB of the disk and not 18. A separate process opens each cache and reads batches until well after
+the window is full. Only the window stays decoded, so memory consists of the window and of what grows with the rows.
 `resident` is the median over the batches after the window is full. Prints JSON.
 """
 
@@ -18,20 +23,26 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import growth
 import numpy as np
 from measure import in_a_process, machine, peak_memory_mb, resident_mb
+
+from kdcache.cache.spec import LARGEST_PART_SIZE
 
 if TYPE_CHECKING:
     from kdcache.cache.spec import TeacherSpec
     from kdcache.cache.writer import CacheWriter
+    from kdcache.files import FileDigest
     from kdcache.loading.cached import CachedBatches
     from kdcache.loading.targets import Batch
 
-TEACHERS, LAYERS, DIM, WORDS, PART, WINDOW = 3, 3, 8, 5, 4096, 2
+TEACHERS, LAYERS, DIM, WINDOW = 3, 3, 8, 2
+TOKENS = 12  # of a text
+WORDS = ("film", "plot", "good", "fine", "warm", "dull", "weak", "cold")  # one token each
 MAX_LENGTH = 32
 
 
@@ -43,6 +54,7 @@ def main() -> None:
     )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--directory", type=Path, help="keep the caches there, and use those that are there")
+    parser.add_argument("--part-size", type=int, help="texts of a part; that of a dump of so many texts by default")
     parser.add_argument("--read", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.read:
@@ -55,10 +67,12 @@ def main() -> None:
             print(f"{rows:,} rows", file=sys.stderr, flush=True)
             cache = (arguments.directory or Path(folder)) / str(rows)
             if not (cache / "manifest.json").exists():
-                write(cache, rows)
+                write(cache, rows, arguments.part_size)
             report[f"{rows} rows"] = measured(cache, arguments.steps, arguments.repeats)
     for few, many in itertools.pairwise(f"{rows} rows" for rows in arguments.rows):
         report[many]["resident / that of fewer rows"] = report[many]["resident, MB"] / report[few]["resident, MB"]
+    if report[f"{max(arguments.rows)} rows"]["part size"] == LARGEST_PART_SIZE:
+        report |= growth.computed({rows: report[f"{rows} rows"] for rows in arguments.rows})
     json.dump(report, sys.stdout, indent=2)
     print()
 
@@ -76,10 +90,9 @@ def measured(cache: Path, steps: int, repeats: int) -> dict[str, Any]:
     }
 
 
-def write(path: Path, rows: int) -> None:
-    """A valid cache of ``rows`` short texts."""
-    from kdcache.cache.ids import id_array, text_id
-    from kdcache.cache.spec import Settings, TaskSpec
+def write(path: Path, rows: int, part_size: int | None) -> None:
+    """A valid cache of ``rows`` short texts. A directory in which this was interrupted is completed."""
+    from kdcache.cache.spec import Settings, TaskSpec, chosen_part_size
     from kdcache.cache.writer import open_writer
     from kdcache.data.encoding import tokenizer_json
     from kdcache.files import use_disk
@@ -88,16 +101,43 @@ def write(path: Path, rows: int) -> None:
 
     rng = np.random.default_rng(0)
     tokenizer, specs = tiny.wordpiece_tokenizer(), teachers()
-    words = np.array(tiny.WORDS)[rng.integers(0, len(tiny.WORDS), (rows, WORDS))]
-    texts = [(f"{' '.join(line)} {index}",) for index, line in enumerate(words)]
-    ids = [text_id(text) for text in texts]
-    with use_disk(UnsyncedDisk()), open_writer(path, TaskSpec(("sentence",), ("0", "1")), Settings(0, PART)) as writer:
-        writer.add_texts(dict(zip(ids, texts, strict=True)), {})
+    settings = Settings(0, part_size or chosen_part_size(rows))
+    with use_disk(UnsyncedDisk()), open_writer(path, TaskSpec(("sentence",), ("0", "1")), settings) as writer:
+        add_texts(writer, rng.permutation(rows))
         for spec in specs:
             writer.declare_teacher(spec, tokenizer_json(tokenizer))
         write_targets(writer, specs, rng)
-        writer.write_examples("train", id_array(ids), rng.integers(0, 2, rows), None)
+        ids = np.concatenate([part.text_ids for part in writer.parts])
+        writer.write_examples("train", ids[rng.permutation(rows)], rng.integers(0, 2, rows), None)
         writer.publish({})
+
+
+def add_texts(writer: CacheWriter, order: np.ndarray) -> None:
+    """Texts in this order: the number of a row in ten words for its digits to the base 8, so each has twelve tokens.
+
+    ``CacheWriter.add_texts`` takes all texts at once, and ten million of them would need 8 GB.
+    """
+    from kdcache.cache import layout, tables
+    from kdcache.cache.contents import PartInfo
+    from kdcache.cache.ids import id_array, text_id
+    from kdcache.cache.writer import Part
+    from kdcache.files import write_file
+
+    half = [" ".join(words) for words in itertools.product(WORDS, repeat=5)]
+    contents, size = writer.contents, writer.contents.settings.part_size
+    for start in range(size * len(contents.parts), len(order), size):
+        texts = [(f"{half[row >> 15]} {half[row & 32767]}",) for row in order[start : start + size].tolist()]
+        ids = id_array(map(text_id, texts))
+        part = PartInfo(layout.part_name(len(contents.parts)), "full", len(texts))
+        files = {
+            layout.ids_file(part.name): tables.encode_ids(ids),
+            layout.text_file(part.name): tables.encode_text(contents.task.text_columns, texts),
+        }
+        written = {path: write_file(writer.root / path, data) for path, data in files.items()}
+        writer.journal.add_part(part, written)
+        contents.files.update(written)
+        contents.parts.append(part)
+        writer.give_ids(Part(part.name, part.scope, ids))
 
 
 def teachers() -> list[TeacherSpec]:
@@ -120,25 +160,51 @@ def teachers() -> list[TeacherSpec]:
 
 
 def write_targets(writer: CacheWriter, specs: list[TeacherSpec], rng: np.random.Generator) -> None:
-    """Write random outputs and hidden states of every teacher and part; each part is tokenised once."""
+    """Write random outputs and hidden states of every teacher; parts of the same length share them by hard links."""
     from kdcache.cache.tokens import Outputs
     from kdcache.codecs.base import Basis, HiddenBlock
     from kdcache.data.encoding import encode
     from kdcache.testing import tiny
 
-    tokenizer = tiny.wordpiece_tokenizer()
     for spec in specs:
         writer.write_bases(spec.name, {layer: Basis(None, None, None, 1.0, 1.0) for layer in spec.layers})
-    for part in writer.parts:
-        encoded = encode(tokenizer, writer.texts_of(part), MAX_LENGTH)
-        count = int(encoded.offsets[-1])
-        for spec in specs:
+        written: dict[int, tuple[str, dict[str, FileDigest]]] = {}  # by length: a part, and its files
+        for part in [task.part for task in writer.missing(spec.name)]:
+            length = len(part.text_ids)
+            if length in written:
+                link_part(writer, spec.name, part.name, *written[length], tokens=length * TOKENS)
+                continue
+            tokens = encode(tiny.wordpiece_tokenizer(), writer.texts_of(part), MAX_LENGTH).tokens
+            count = int(tokens.offsets[-1])
+            assert count == length * TOKENS
             blocks = {
                 layer: HiddenBlock(rng.integers(-127, 128, (count, DIM), np.int8), rng.random(count, np.float32) + 0.01)
                 for layer in spec.layers
             }
-            outputs = Outputs(rng.standard_normal((len(encoded), 2), dtype=np.float32))
-            writer.write_part(spec.name, part, outputs=outputs, tokens=encoded.tokens, hidden=blocks)
+            outputs = Outputs(rng.standard_normal((length, 2), dtype=np.float32))
+            writer.write_part(spec.name, part, outputs=outputs, tokens=tokens, hidden=blocks)
+            own = f"teachers/{spec.name}/"
+            files = {
+                path: digest
+                for path, digest in writer.contents.files.items()
+                if path.startswith(own) and f"/{part.name}." in path
+            }
+            written[length] = part.name, files
+
+
+def link_part(
+    writer: CacheWriter, teacher: str, part: str, other: str, files: Mapping[str, FileDigest], *, tokens: int
+) -> None:
+    """Commit a part of a teacher whose files are those of another part."""
+    names = {path: path.replace(f"/{other}.", f"/{part}.") for path in files}
+    for path, name in names.items():
+        (writer.root / name).parent.mkdir(parents=True, exist_ok=True)
+        (writer.root / name).unlink(missing_ok=True)  # of a run that was interrupted
+        os.link(writer.root / path, writer.root / name)
+    linked = {name: files[path] for path, name in names.items()}
+    writer.journal.add_teacher_part(teacher, part, tokens, linked)
+    writer.contents.files.update(linked)
+    writer.contents.tokens.setdefault(teacher, {})[part] = tokens
 
 
 def read(path: Path, steps: int) -> dict[str, float]:
@@ -159,15 +225,28 @@ def read(path: Path, steps: int) -> dict[str, float]:
     first, first_cpu = time.perf_counter(), time.process_time()
     resident = [resident_mb() for _ in itertools.islice(batches, steps)]
     batches.close()  # ends its threads
+    peak = peak_memory_mb()
     return {
         "open, s": opened - began,
         "open, s of the processor": opened_cpu - began_cpu,
         "first batch, s": first - opened,
         "first batch, s of the processor": first_cpu - opened_cpu,
+        "order of an epoch, s of the processor": ordered(source),
+        "part size": source.cache.settings.part_size,
         "before opening, MB": before,
-        "resident, MB": statistics.median(resident[WINDOW * PART // 32 :] or resident),
-        "peak, MB": peak_memory_mb(),
+        "resident, MB": statistics.median(resident[WINDOW * source.cache.settings.part_size // 32 :] or resident),
+        "peak, MB": peak,
     }
+
+
+def ordered(source: CachedBatches) -> float:
+    """Seconds of the processor for what an epoch computes of all its rows before its first batch."""
+    from kdcache.loading.prefetch import PartLifetimes
+
+    began = time.process_time()
+    rows, steps = source.epochs.shares(source.epochs.order(1), 0)
+    PartLifetimes.of(source.epochs.parts[rows], steps)
+    return time.process_time() - began
 
 
 def endless(source: CachedBatches) -> Generator[Batch]:

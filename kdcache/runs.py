@@ -208,11 +208,16 @@ _NEVER = {
 }  # keys that change no result
 
 
+_PART_SIZE, _WINDOW = 4096, 8  # where a recipe has none: the defaults of 0.1.0, whose finished stages stay finished
+
+
 def stage_inputs(recipe: Recipe, stage: Stage, *, upstream: str = "") -> Inputs:
     """Everything the stage's result depends on; ``upstream``: the identity of the previous stage's result."""
     document = recipe.model_dump(mode="json")
     data, distill = document["data"], document["distill"]
     alone = recipe.distill.without_teachers().model_dump(mode="json") if stage == "baseline" else distill
+    for section in (distill, alone):
+        section["window"] = section["window"] or _WINDOW
     labelled = {key: value for key, value in data.items() if key not in _TRANSFER}
     trained = [{key: value for key, value in teacher.items() if key not in _STORED} for teacher in document["teachers"]]
     optimisation = {key: value for key, value in alone.items() if key not in _SOFT}
@@ -221,7 +226,7 @@ def stage_inputs(recipe: Recipe, stage: Stage, *, upstream: str = "") -> Inputs:
         "cache": {
             "data": data,
             "teachers": document["teachers"],
-            "dump": document["dump"],
+            "dump": {**document["dump"], "part_size": document["dump"]["part_size"] or _PART_SIZE},
             "student": _layers(document),
         },
         "student": {"data": data, "student": document["student"], "distill": distill},
@@ -236,7 +241,10 @@ def student_digest(recipe: Recipe, *, upstream: str = "") -> str:
     As ``stage_inputs``, without keys that have their default: a key that a later version adds changes no digest.
     """
     document = recipe.model_dump(mode="json", exclude_defaults=True, include={"data", "student", "distill"})
-    document.get("distill", {}).pop("seed", None)
+    section = document.get("distill", {})
+    section.pop("seed", None)
+    if section.get("window") == _WINDOW:  # was a default
+        del section["window"]
     return digest(dict(_flatten(document)) | {"upstream": upstream})
 
 

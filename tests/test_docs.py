@@ -221,7 +221,7 @@ def test_the_reference_has_every_key_with_its_meaning(pages: dict[str, str]) -> 
     assert models_in(Recipe) <= shown
     assert rows["[data]", "train"] == ("text", "required")
     assert rows["[distill]", "learning_rate"] == ("number > 0", "`5e-05`")
-    assert rows["[distill]", "window"] == ('whole number ≥ 1 or `"all"`', "`8`")
+    assert rows["[distill]", "window"] == ('whole number ≥ 1 or `"all"`', "")
     assert ("[distill]", "epochs") not in rows  # it is one of the keys of both trainings
     assert "| `epochs` | whole number ≥ 1 | `3` |" in page
     assert parse_recipe('name = "a"\n[data]\ntrain = "t.tsv"\ntext = "x"\nlabel = "y"', Path("a.toml"))

@@ -102,7 +102,7 @@ def test_defaults_are_those_of_the_documentation(tmp_path: Path) -> None:
         "pca",
         128,
         "int8",
-        4096,
+        None,
     )
     assert (recipe.distill.method, recipe.distill.paper, recipe.distill.weights.hidden) == ("mt-bert", False, 0.1)
     assert (recipe.cofinetune.learning_rate, recipe.distill.learning_rate) == (2e-5, 5e-5)

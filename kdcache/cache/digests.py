@@ -76,7 +76,7 @@ class CheckedFile:
         while filled < len(view):
             count = os.readv(self._handle, [view[filled:]])
             if not count:
-                raise DamageError(f"'{self._path}' ends too early", REPAIR_HINT)
+                raise self._too_short()
             filled += count
         self._left -= filled
         if self.checking:
@@ -84,10 +84,20 @@ class CheckedFile:
 
     def read_rest(self) -> bytes:
         """The bytes that were not read yet."""
+        pieces = []
         with enough_memory(self._path, self._left):
-            data = bytearray(self._left)
-            self.readinto(memoryview(data))
-            return bytes(data)
+            while self._left:
+                piece = os.read(self._handle, self._left)  # all of it, so that a forged size fails at once
+                if not piece:
+                    raise self._too_short()
+                self._left -= len(piece)
+                if self.checking:
+                    self.hasher.update(piece)
+                pieces.append(piece)
+            return pieces[0] if len(pieces) == 1 else b"".join(pieces)  # an array of millions of ids is not copied
+
+    def _too_short(self) -> DamageError:
+        return DamageError(f"'{self._path}' ends too early", REPAIR_HINT)
 
     @property
     def left(self) -> int:

@@ -128,6 +128,14 @@ def _begun(record: dict[str, Any] | None) -> Contents | None:
     )
 
 
+def existing_settings(root: Path) -> Settings | None:
+    """Seed and part size of a published cache, or of a dump that was begun in ``root``; None if there is neither."""
+    if (root / layout.MANIFEST).is_file():
+        return read_manifest(root).contents.settings
+    begun = _begun(Journal(root).base())
+    return None if begun is None else begun.settings
+
+
 def drop_damaged(root: Path, contents: Contents, journal: Journal) -> None:
     """Read every file and remove the damaged ones from ``contents``, durably."""
     local = read_local(root)

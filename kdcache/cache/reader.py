@@ -22,7 +22,7 @@ from kdcache.cache import layout, tables
 from kdcache.cache.bases import decode_basis
 from kdcache.cache.digests import CheckedFiles
 from kdcache.cache.hidden import decode_layer
-from kdcache.cache.ids import ID_BYTES, Examples, IdIndex
+from kdcache.cache.ids import ID_BYTES, Examples, IdIndex, match
 from kdcache.cache.manifest import Manifest, read_manifest
 from kdcache.cache.selection import local_selection
 from kdcache.cache.tokens import OTHER, Tokens
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from kdcache.cache.tokens import Outputs
     from kdcache.codecs.base import Basis, HiddenBlock, LayerSpec
 
-_KEPT = 1 << 18  # texts up to which the index is cached (5 MB); a larger one is rebuilt: a second per two million
+_KEPT = 1 << 18  # texts up to which an index of their ids stays in memory (5 MB); more are sorted for each search
 
 
 def open_cache(path: str | Path, *, arrivals: Arrivals | None = None, incomplete: bool = False) -> Cache:
@@ -89,7 +89,7 @@ class Cache:
             path, manifest.contents.files, trust_earlier=trust_earlier, local=local, arrivals=arrivals
         )
         self._parts = {part.name: part for part in manifest.contents.parts}
-        self._index: tuple[IdIndex, np.ndarray, np.ndarray] | None = None
+        self._index: IdIndex | None = None
         self._index_lock = threading.Lock()
 
     def __repr__(self) -> str:
@@ -182,11 +182,23 @@ class Cache:
         Returns:
             Index into ``parts`` and row in that part, both ``int32[m]``; -1 for a text that the cache lacks.
         """
-        index, order, bounds = self._text_index()
-        places = index.find(ids)
-        which = np.searchsorted(bounds, places, side="right") - 1
-        rows = np.where(places < 0, -1, places - bounds[which]).astype(np.int32)
-        return np.where(places < 0, -1, order[which]).astype(np.int32), rows
+        order, bounds = self._parts_in_order()
+        parts, rows = np.full(len(ids), -1, np.int32), np.full(len(ids), -1, np.int32)
+        numbers = np.arange(len(order), dtype=np.min_scalar_type(len(order)))
+        place_of = np.repeat(numbers, np.diff(bounds))  # of every text: the place of its part in ``order``
+
+        def take(asked: np.ndarray, found: np.ndarray) -> None:
+            places = place_of[found]
+            parts[asked] = order[places]
+            rows[asked] = found - bounds[places]
+
+        if bounds[-1] > _KEPT:
+            match(self._all_ids(order, bounds), ids, take)
+        else:
+            places = self._kept_index(order, bounds).find(ids)
+            there = np.flatnonzero(places >= 0)
+            take(there, places[there])
+        return parts, rows
 
     def outputs(self, teacher: str, part_name: str) -> Outputs:
         """Logits ``float32[n, classes]`` and pooled vectors ``float32[n, width]`` (or None) of a part."""
@@ -303,19 +315,25 @@ class Cache:
         if self._arrivals is not None:
             self._arrivals.expect(paths)
 
-    def _text_index(self) -> tuple[IdIndex, np.ndarray, np.ndarray]:
-        """Index of all ids with full parts first, the order of the parts, and the first position of each."""
+    def _parts_in_order(self) -> tuple[np.ndarray, np.ndarray]:
+        """The parts with full ones first; the first position of each among all texts, and their number."""
+        parts = self._contents.parts
+        order = sorted(range(len(parts)), key=lambda index: parts[index].scope != "full")
+        return np.array(order, np.int64), np.cumsum([0, *(parts[index].texts for index in order)])
+
+    def _kept_index(self, order: np.ndarray, bounds: np.ndarray) -> IdIndex:
+        """The index of all ids, made at its first use."""
         with self._index_lock:
-            if self._index is not None:
-                return self._index
-            order = sorted(range(len(self.parts)), key=lambda index: self.parts[index].scope != "full")
-            ids = [self.text_ids(self.parts[index].name) for index in order]
-            bounds = np.cumsum([0, *(len(part_ids) for part_ids in ids)])
-            index = IdIndex(np.concatenate([np.zeros((0, ID_BYTES), dtype=np.uint8), *ids]))
-            made = index, np.array([*order, -1], dtype=np.int32), bounds
-            if len(index) <= _KEPT:
-                self._index = made
-            return made
+            if self._index is None:
+                self._index = IdIndex(self._all_ids(order, bounds))
+            return self._index
+
+    def _all_ids(self, order: np.ndarray, bounds: np.ndarray) -> np.ndarray:
+        """The ids of all parts in ``order``, uint8[n, 16]."""
+        ids = np.empty((int(bounds[-1]), ID_BYTES), np.uint8)
+        for place, index in enumerate(order.tolist()):
+            ids[bounds[place] : bounds[place + 1]] = self.text_ids(self._contents.parts[index].name)
+        return ids
 
     def _part(self, name: str) -> PartInfo:
         if name not in self._parts:

@@ -26,6 +26,8 @@ FORMAT = "kdcache"
 VERSION = 1
 UNKNOWN_FORMAT = "unknown_storage_format"  # the ``type`` of this error in pydantic
 
+MAX_PARTS, MAX_FILES = 100_000, 1_000_000  # of a cache
+
 Count = Annotated[int, Field(ge=0, le=2**40)]
 Size = Annotated[int, Field(ge=1, le=2**20)]
 Hex = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -157,10 +159,10 @@ class ManifestModel(Strict):
     task: TaskModel
     settings: SettingsModel
     text: Literal["stored", "absent"]
-    parts: Annotated[list[PartModel], Field(max_length=100_000)]
+    parts: Annotated[list[PartModel], Field(max_length=MAX_PARTS)]
     splits: Annotated[dict[SplitName, SplitModel], Field(max_length=64)]
     teachers: Annotated[dict[TeacherName, TeacherModel], Field(max_length=1000)]
-    files: Annotated[dict[Path_, FileModel], Field(max_length=1_000_000)]
+    files: Annotated[dict[Path_, FileModel], Field(max_length=MAX_FILES)]
     provenance: dict[str, Any]
     identity: Hex
     checksum: Hex

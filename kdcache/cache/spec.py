@@ -101,6 +101,21 @@ class Settings:
     part_size: int
 
 
+PART_SIZE, LARGEST_PART_SIZE = 4096, 16384  # texts of a part that nobody chose
+_PARTS = 1024  # from which on parts become larger
+
+
+def chosen_part_size(texts: int) -> int:
+    """The part size of a new cache of so many texts: 4,096, doubled up to 16,384 while that makes over 1,024 parts.
+
+    The manifest and the number of files grow with the parts, and the memory of a loader with the part size.
+    """
+    size = PART_SIZE
+    while texts > _PARTS * size and size < LARGEST_PART_SIZE:
+        size *= 2
+    return size
+
+
 @dataclass(frozen=True)
 class Fingerprints:
     """sha256 (hex) of a teacher's weights, config, head and tokenizer."""

@@ -18,6 +18,7 @@ from kdcache.distill.teacher_weights import TeacherWeights, WeightedTeachers, ch
 from kdcache.distill.teachers_at_hand import teachers_beside
 from kdcache.errors import RecipeError
 from kdcache.loading.cached import CachedBatches
+from kdcache.loading.choice import chosen_window
 from kdcache.loading.data import SplitJoin, StudentData, join_counts, student_data, with_rows
 from kdcache.loading.examples import TRANSFER
 from kdcache.progress import format_bytes
@@ -205,10 +206,11 @@ def prepare(
 
     Raises what ``stage.distill`` raises.
     """
-    stages = recipe.distill.in_stages()
-    settings, wanted = [objective_settings(stage) for stage in stages], recipe.require_student()
+    settings, wanted = [objective_settings(stage) for stage in recipe.distill.in_stages()], recipe.require_student()
     uses_teachers = any(own.method.uses_teachers for own in settings)
     opened = _open(cache)
+    recipe = with_window(recipe, opened)
+    stages = recipe.distill.in_stages()
     data = student_data(recipe.data, opened)
     for note in data.notes:
         progress.note(note)
@@ -242,6 +244,13 @@ def prepare(
     windows = [training.source.window_bytes for training in trainings if isinstance(training.source, CachedBatches)]
     _note_memory(max(windows, default=0), progress)
     return replace(trainings[0], later=tuple(trainings[1:]))
+
+
+def with_window(recipe: Recipe, cache: Cache | None) -> Recipe:
+    """``recipe`` with the number of parts that batches are drawn from, which is part of a training's identity."""
+    if recipe.distill.window is not None:
+        return recipe
+    return recipe.model_copy(update={"distill": recipe.distill.model_copy(update={"window": chosen_window(cache)})})
 
 
 def _note_logits_only(data: StudentData, cache: Cache, progress: Progress) -> None:

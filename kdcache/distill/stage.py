@@ -24,7 +24,7 @@ from kdcache.cache.memory import keep_freed_blocks
 from kdcache.data.encoding import truncation_note
 from kdcache.distill.predictions import split_predictions
 from kdcache.distill.results import SCORED, STAGE, Measured, build_results, teacher_scores
-from kdcache.distill.setup import NEWER_KEYS, Training, prepare
+from kdcache.distill.setup import NEWER_KEYS, Training, prepare, with_window
 from kdcache.distill.teachers_at_hand import teacher_facts
 from kdcache.files import remove_directory, write_file
 from kdcache.loading.cached import CachedBatches
@@ -103,7 +103,7 @@ def distill(
     check_trackers(recipe.distill, "distill")
     prepared = prepare(recipe, cache, run_root, live_teachers, progress)
     shown = next((stage for stage in prepared.stages if stage.source.teachers), prepared)
-    training = replace(shown, recipe=recipe)  # whose teachers and layers the results name
+    training = replace(shown, recipe=with_window(recipe, shown.cache))  # whose teachers and layers the results name
     source, student = training.source, training.student
     facts = teacher_facts(training.teachers_dir, training.cache, source.teachers, recipe.trusted())
     mixture = None if training.weights is None else training.weights.of_used

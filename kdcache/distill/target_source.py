@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from kdcache.cache.selection import Selection
 from kdcache.errors import MismatchError, RecipeError
 from kdcache.loading.cached import CachedBatches
-from kdcache.loading.choice import TargetChoice, check_teacher_names, target_dim
+from kdcache.loading.choice import TargetChoice, check_teacher_names, chosen_window, target_dim
 from kdcache.loading.order import BatchSettings
 from kdcache.loading.without_targets import PlainBatches
 from kdcache.methods.parts.features import FITS
@@ -51,7 +51,7 @@ def open_source(
         section.batch_size,
         student.max_length,
         section.seed,
-        section.window,
+        chosen_window(cache) if section.window is None else section.window,
         section.missing,
         processes.rank,
         processes.world,

@@ -26,12 +26,14 @@ from kdcache.data.task import load_task
 from kdcache.dump.run import open_teacher, text_batches
 from kdcache.dump.specs import (
     PreparedTeacher,
+    check_counts,
     check_task,
     folds_notes,
     hidden_bytes,
     outputs_bytes,
     prepare_teachers,
     scopes,
+    settings_of,
     task_spec,
     tokens_bytes,
 )
@@ -169,6 +171,7 @@ def estimate_dump(recipe: Recipe, teachers_dir: Path, cache_dir: Path, *, progre
         _refuse_stale(cache, recipe, task_spec(task), teachers)
     there = () if cache is None else {one for ids in _ids(cache, "full") for one in id_list(ids)}
     wanted = scopes(task, recipe.dump.hidden_transfer, there)
+    check_counts(settings_of(recipe.dump, len(task.texts), cache_dir), teachers, wanted)
     full, logits_only = wanted.full, wanted.logits_only
     new_full, new_logits = _unknown(cache, full, "full"), _unknown(cache, logits_only, "logits")
     counted = []
@@ -235,7 +238,7 @@ def _published(cache_dir: Path) -> Cache | None:
 
 
 def _refuse_stale(cache: Cache, recipe: Recipe, task: TaskSpec, teachers: Sequence[PreparedTeacher]) -> None:
-    settings = Settings(recipe.dump.seed, recipe.dump.part_size)
+    settings = Settings(recipe.dump.seed, recipe.dump.part_size or cache.settings.part_size)
     check_cache_task(cache.path, (cache.task, cache.settings, cache.has_text), (task, settings, cache.has_text))
     for teacher in teachers:
         old = cache.teachers.get(teacher.name)

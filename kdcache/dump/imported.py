@@ -23,14 +23,14 @@ import numpy as np
 from kdcache.cache.card import cache_card
 from kdcache.cache.ids import ID_BYTES, IdIndex, id_array, id_list, ids_digest
 from kdcache.cache.reader import open_cache
-from kdcache.cache.spec import IMPORTED, Fingerprints, Settings, TargetSpec, TeacherSpec
+from kdcache.cache.spec import IMPORTED, Fingerprints, TargetSpec, TeacherSpec
 from kdcache.cache.tokens import Outputs
 from kdcache.cache.writer import open_writer
 from kdcache.data.task import load_task
 from kdcache.dump.additions import validation_scores
 from kdcache.dump.provenance import extended_provenance, forget_runs, remember_run
 from kdcache.dump.run import TeacherRun
-from kdcache.dump.specs import scopes, task_spec
+from kdcache.dump.specs import scopes, settings_of, task_spec
 from kdcache.dump.stage import write_examples
 from kdcache.errors import MismatchError
 from kdcache.files import write_file
@@ -202,7 +202,7 @@ def import_into_new_cache(
     lacking = _lacking(imported, id_array(sorted(known)))
     if len(lacking):
         _refuse(name, imported, lacking, task.splits, known, task.text_columns)
-    settings = Settings(seed=recipe.dump.seed, part_size=recipe.dump.part_size)
+    settings = settings_of(recipe.dump, len(known), cache_dir)
     with open_writer(cache_dir, task_spec(task), settings) as writer:
         writer.add_texts(texts.full, texts.evaluation, texts.transfer)
         run = write_answers(writer, name, imported)

@@ -12,12 +12,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kdcache.cache.spec import FLOAT32_HEAD, TargetSpec, TaskSpec, TeacherSpec, check_same_task
+from kdcache.cache.opening import existing_settings
+from kdcache.cache.schema import MAX_FILES, MAX_PARTS
+from kdcache.cache.spec import (
+    FLOAT32_HEAD,
+    Settings,
+    TargetSpec,
+    TaskSpec,
+    TeacherSpec,
+    check_same_task,
+    chosen_part_size,
+    needs_tokens,
+)
 from kdcache.codecs.registry import format_of
 from kdcache.data.custom_code import code_not_run, wants_code
 from kdcache.data.encoding import TRUNCATION, padding_id, tokenizer_json
 from kdcache.dump.layers import check_names, layer_spec, resolve_layers
-from kdcache.errors import DataError, ModelError, first_line
+from kdcache.errors import DataError, ModelError, RecipeError, first_line
 from kdcache.teachers.bundle import load_teacher
 from kdcache.teachers.folds import choose_folds
 from kdcache.teachers.head import head_modules
@@ -114,6 +125,42 @@ def scopes(task: TaskData, hidden_transfer: int | None = None, in_full: Collecti
         {one: text for one, text in evaluation.items() if one not in full},
         {one: task.texts[one] for one in transfer if one not in chosen},
     )
+
+
+def settings_of(dump: DumpSection, texts: int, cache_dir: Path) -> Settings:
+    """Seed and part size: as the recipe has it, else that of the cache or dump in ``cache_dir``, else by ``texts``.
+
+    So a dump that was begun continues in its parts, also where more texts would get larger ones now.
+    """
+    if dump.part_size is not None:
+        return Settings(dump.seed, dump.part_size)
+    there = existing_settings(cache_dir)
+    return Settings(dump.seed, chosen_part_size(texts) if there is None else there.part_size)
+
+
+def check_counts(settings: Settings, teachers: Sequence[PreparedTeacher], texts: TextScopes) -> None:
+    """RecipeError if the cache would have more parts or files than one may have: before any teacher runs."""
+
+    def parts(count: int) -> int:
+        return -(-count // settings.part_size)
+
+    full, logits = parts(len(texts.full)), parts(len(texts.evaluation)) + parts(len(texts.transfer))
+    files = (2 + len(teachers)) * (full + logits) + full * sum(_files_of_layers(teacher.spec) for teacher in teachers)
+    if full + logits > MAX_PARTS or files > MAX_FILES:
+        enough = settings.part_size
+        while max((full + logits) / MAX_PARTS, files / MAX_FILES) * settings.part_size > enough:
+            enough *= 2
+        raise RecipeError(
+            f"the cache would have {files:,} files in {full + logits:,} parts of {settings.part_size:,} texts; it may "
+            f"have {MAX_FILES:,} files in {MAX_PARTS:,} parts",
+            f"Set dump.part_size = {enough} for a new cache, store fewer layers, or divide the texts among caches.",
+        )
+
+
+def _files_of_layers(spec: TeacherSpec) -> int:
+    """Files of a teacher's layers in a part, with that of its tokens."""
+    arrays = sum(len(format_of(layer).arrays(layer, 1)) for layer in spec.layers.values())
+    return bool(arrays) + 2 * arrays + needs_tokens(spec.layers)
 
 
 def check_task(task: TaskData, bundle: Bundle, teachers_dir: Path) -> None:

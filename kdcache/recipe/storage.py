@@ -72,7 +72,7 @@ class DumpSection(Section):
     hidden_transfer: Count | None = (
         None  # transfer texts that get hidden states, by text id; all of them where not given
     )
-    part_size: Positive = 4096  # texts of a part, the unit of writing and reading
+    part_size: Positive | None = None  # texts of a part; where not given as in the cache, 4096 to 16384 in a new one
     sample_texts: Positive = 2048  # on which bases and variances are fitted
     tokens_per_batch: Positive | Literal["auto"] = (
         TOKENS_PER_BATCH  # padded tokens of one forward pass; "auto": by memory of a GPU

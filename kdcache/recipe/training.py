@@ -176,7 +176,9 @@ class DistillSection(OptimSection):
         None  # per teacher one for each class that the mixture by teacher_weights predicts
     )
     missing: Literal["error", "skip"] = "error"  # train rows whose text the cache lacks
-    window: Positive | Literal["all"] = 8  # parts from which a batch is drawn; all: a uniform shuffle
+    # parts from which a batch is drawn; all: a uniform shuffle; where not given 8, or fewer of the larger parts that a
+    # dump of over 4.2 million texts has
+    window: Positive | Literal["all"] | None = None
     rows: Rows = None  # what to learn from: all (default), train without transfer texts, or labelled rows only
     dropout: Fraction | None = None  # of the student; that of its config where not given
     weights: WeightsSection = WeightsSection()  # factors of the loss terms

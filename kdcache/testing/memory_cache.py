@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kdcache.cache.ids import IdIndex, id_array, text_id
-from kdcache.cache.spec import Fingerprints, TargetSpec, TaskSpec, TeacherSpec
+from kdcache.cache.spec import Fingerprints, Settings, TargetSpec, TaskSpec, TeacherSpec
 from kdcache.cache.tokens import Outputs
 from kdcache.codecs.base import Basis, HiddenBlock, LayerSpec
 from kdcache.codecs.registry import format_of
@@ -68,6 +68,7 @@ class MemoryCache:
             SimpleNamespace(name=f"part-{index:05}", scope=scope, texts=len(texts))
             for index, (texts, scope) in enumerate(zip(self.part_texts, scopes, strict=True))
         )
+        self.settings = Settings(0, max(len(texts) for texts in self.part_texts))
         self.task = TaskSpec(("text",), ("negative", "positive"))
         self.teachers = {name: self._spec(name, teacher) for name, teacher in self.memory_teachers.items()}
         self.splits = tuple(self.split_rows)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdcache.cache.ids import IdIndex, id_array, id_list, seeded_order, text_id
+from kdcache.cache.ids import IdIndex, id_array, id_list, match, seeded_order, text_id
 from kdcache.errors import DataError
 
 
@@ -27,6 +27,18 @@ def test_worked_vector() -> None:
 
 def test_columns_are_kept_apart() -> None:
     assert len({text_id(columns) for columns in (["ab", "c"], ["a", "bc"], ["abc"], ["abc", ""], ["", "abc"])}) == 5
+
+
+def find_sorted(ids: np.ndarray, query: np.ndarray) -> np.ndarray:
+    """What ``IdIndex(ids).find(query)`` gives, from ``match``."""
+    rows = np.full(len(query), -1)
+
+    def take(asked: np.ndarray, found: np.ndarray) -> None:
+        assert (rows[asked] == -1).all()
+        rows[asked] = found
+
+    match(ids, query, take)
+    return rows
 
 
 def test_half_a_surrogate_pair_is_an_error() -> None:
@@ -49,33 +61,39 @@ def test_seeded_order_depends_on_ids_and_seed_alone() -> None:
 )
 def test_index_finds_first_row_or_nothing(ids: list[bytes], others: list[bytes], data: st.DataObject) -> None:
     query = others + (data.draw(st.lists(st.sampled_from(ids))) if ids else [])
-    found = IdIndex(id_array(ids)).find(id_array(query))
-    assert found.tolist() == [ids.index(one) if one in ids else -1 for one in query]
+    rows = [ids.index(one) if one in ids else -1 for one in query]
+    assert IdIndex(id_array(ids)).find(id_array(query)).tolist() == rows
+    assert find_sorted(id_array(ids), id_array(query)).tolist() == rows
     assert id_list(id_array(ids)) == ids
 
 
 def test_index_tells_apart_ids_that_share_half() -> None:
     ids = [b"A" * 8 + bytes([number]) * 8 for number in range(20)]
-    assert IdIndex(id_array(ids)).find(id_array([*ids[::-1], b"A" * 8 + b"\xff" * 8])).tolist() == [
-        *range(19, -1, -1),
-        -1,
-    ]
+    query = id_array([*ids[::-1], b"A" * 8 + b"\xff" * 8])
+    assert IdIndex(id_array(ids)).find(query).tolist() == [*range(19, -1, -1), -1]
+    assert find_sorted(id_array(ids), query).tolist() == [*range(19, -1, -1), -1]
 
 
-@pytest.mark.parametrize("alike", [0, 7, 8, 15])
+@pytest.mark.parametrize("alike", [0, 5, 7, 8, 15])
 def test_index_finds_many_rows_in_blocks_also_where_ids_are_not_hashes(
     alike: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("kdcache.cache.ids._TOGETHER", 500)
+    monkeypatch.setattr("kdcache.cache.ids._BLOCK", 300)
+    monkeypatch.setattr("kdcache.cache.ids._QUERIES", 1000)
     ids = np.random.default_rng(alike).integers(0, 256, (4000, 16), np.uint8)
     ids[:, :alike] = 200
     places = np.random.default_rng(1).integers(0, len(ids), 3210)
     first: dict[bytes, int] = {}
     for row, one in enumerate(id_list(ids[:3000])):
         first.setdefault(one, row)
-    assert IdIndex(ids[:3000]).find(ids[places]).tolist() == [first.get(one, -1) for one in id_list(ids[places])]
+    rows = [first.get(one, -1) for one in id_list(ids[places])]
+    assert IdIndex(ids[:3000]).find(ids[places]).tolist() == rows
+    assert find_sorted(ids[:3000], ids[places]).tolist() == rows
 
 
 def test_index_refuses_other_arrays() -> None:
     with pytest.raises(ValueError, match="uint8"):
         IdIndex(np.zeros((3, 8), np.uint8))
+    with pytest.raises(ValueError, match="uint8"):
+        find_sorted(np.zeros((3, 8), np.uint8), np.zeros((3, 16), np.uint8))

@@ -242,3 +242,13 @@ def test_layers_are_read_by_a_thread_per_core(monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_sound_copy_is_read_whole(tiny_run: TinyRun, copied: Callable[[Path], Path]) -> None:
     assert epoch(copied(tiny_run.cache)) == 96 + 24
+
+
+def test_a_window_that_nobody_chose_is_part_of_the_training(tiny_run: TinyRun, tmp_path: Path) -> None:
+    """Its identity and its results name the number, as those of 0.1.0 do."""
+    recipe = tiny_run.recipe()
+    recipe = recipe.model_copy(update={"distill": recipe.distill.model_copy(update={"window": None})})
+    training = prepare(recipe, tiny_run.cache, tmp_path, None, Listening())
+    assert training.recipe.distill.window == 8
+    assert isinstance(training.source, CachedBatches)
+    assert training.source.epochs.settings.window == 8

@@ -2,13 +2,17 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdcache.loading.order import BatchSettings, Epochs, epoch_order, step_count, step_rows
+from kdcache.cache.spec import Settings
+from kdcache.loading.choice import chosen_window
+from kdcache.loading.order import BatchSettings, Epochs, _stable_order, epoch_order, step_count, step_rows
 
 
 def parts_of(texts: int, part_size: int, seed: int = 0) -> np.ndarray:
@@ -107,6 +111,14 @@ def test_the_order_is_that_of_every_other_machine() -> None:
 GOLDEN = [14, 10, 11, 12, 8, 6, 5, 7, 13, 4, 0, 9, 1, 3, 2, 18, 15, 17, 19, 16]
 
 
+@pytest.mark.parametrize("distinct", [1, 3, 900, 10**9])
+def test_equal_keys_keep_their_order(distinct: int) -> None:
+    """A resumed epoch needs the order that 0.1.0 gave, also where two of millions of keys are equal."""
+    key = np.random.default_rng(distinct).integers(0, distinct, 1000).astype(np.float64)
+    assert _stable_order(key).tolist() == np.argsort(key, kind="stable").tolist()
+    assert _stable_order(key[:0]).tolist() == []
+
+
 def test_another_process_finds_the_same_order() -> None:
     code = (
         "import numpy as np; from kdcache.loading.order import epoch_order;"
@@ -114,3 +126,24 @@ def test_another_process_finds_the_same_order() -> None:
     )
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert printed.strip() == str(epoch_order(np.arange(300) // 50, seed=11, epoch=4, window=3).tolist())
+
+
+@pytest.mark.parametrize(
+    ("texts", "part_size", "window"),
+    [
+        (10**7, 16384, 2),
+        (5 * 10**6, 8192, 4),
+        (10**7, 8192, 4),  # a cache of five million texts that grew
+        (10**7, 4096, 8),  # of 0.1.0
+        (10**6, 16384, 8),  # somebody chose it
+        (10**7, 65536, 8),
+        (100, 4, 8),
+    ],
+)
+def test_a_window_that_nobody_chose_has_as_many_texts_whatever_the_parts(
+    texts: int, part_size: int, window: int
+) -> None:
+    parts = [SimpleNamespace(texts=texts // 4)] * 4
+    cache: Any = SimpleNamespace(settings=Settings(0, part_size), parts=parts)
+    assert chosen_window(cache) == window
+    assert chosen_window(None) == 8
