@@ -416,6 +416,11 @@ class _HeldFile(CheckedFile):
         view[:] = self._data[start : start + len(view)]
         self._left -= len(view)
 
+    def read_rest(self) -> bytes:
+        rest = bytes(self._data[len(self._data) - self._left :])
+        self._left = 0
+        return rest
+
 
 def _victim(place: Path) -> Cache:
     dump(place / "cache", PLAN)
