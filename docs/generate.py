@@ -54,6 +54,7 @@ TABLES = (
     Table("[distill.weights]", training.WeightsSection),
     Table("[[distill.stages]]", training.StageSection, as_in=(training.OptimSection, training.DistillSection)),
     Table("[distill.stages.weights]", training.StageWeights, as_in=(training.WeightsSection,)),
+    Table("[baseline]", training.BaselineSection, as_in=(training.OptimSection,)),
     Table("[sweep]", sweep.SweepSection),
     Table("[sweep.search]", sweep.SearchSection),
     Table("[sweep.search.space]", sweep.RangeSection),

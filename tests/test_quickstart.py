@@ -121,12 +121,11 @@ def test_snippets_are_cleaned_and_labelled_by_sign() -> None:
         quickstart.parse("1\t2.5\tok\r\n2\tno number\tHm\r\n")
 
 
-def test_splits_have_their_sizes_share_no_text_and_leave_out_the_undecided() -> None:
+def test_splits_have_their_sizes_share_no_text_and_every_other_snippet_is_a_transfer_text() -> None:
     cut = quickstart.split(quickstart.parse(lines(400)), {"test": 100, "train": 150})
-    assert {name: len(rows) for name, rows in cut.items()} == {"test": 100, "train": 150}
-    texts = [row.text for rows in cut.values() for row in rows]
-    assert len(set(texts)) == 250
-    assert all(abs(row.rating) >= 0.5 for rows in cut.values() for row in rows)
+    assert {name: len(rows) for name, rows in cut.items()} == {"test": 100, "train": 150, "transfer": 150}
+    assert len({row.text for rows in cut.values() for row in rows}) == 400
+    assert all(abs(row.rating) >= 0.5 for name in ("test", "train") for row in cut[name])
     with pytest.raises(DamageError, match="300 snippets with a clear rating; expected at least 999"):
         quickstart.split(quickstart.parse(lines(400)), {"test": 999})
 
@@ -144,10 +143,12 @@ def test_copies_that_differ_in_case_or_punctuation_are_one_text() -> None:
             quickstart.Snippet("A fine film.", 2.0),
             quickstart.Snippet("a FINE film!", 2.0),
             quickstart.Snippet("Other", 1.0),
+            quickstart.Snippet("OTHER?", 0.0),
         ],
         {"test": 2},
     )
     assert len({row.text.lower().strip(".!") for row in cut["test"]}) == 2
+    assert not cut["transfer"]
 
 
 def test_tsv_of_labelled_and_of_transfer_rows() -> None:

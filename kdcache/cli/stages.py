@@ -168,13 +168,13 @@ def distill(job: Job, *, live_teachers: Path | None = None, replace: bool = Fals
 
 
 def baseline(job: Job, *, replace: bool = False) -> DistillResult:
-    """Train the same student without teachers in ``baseline/``: same seed, settings and order of rows."""
+    """Train the same student without teachers in ``baseline/``: same seed and order of rows, settings of [baseline]."""
     from kdcache.distill.stage import distill as train
     from kdcache.runs import stage_inputs
 
     inputs = stage_inputs(job.recipe, "baseline")
     _keep_or_replace(job.run, "baseline", inputs, replace=replace)
-    alone = job.recipe.model_copy(update={"distill": job.recipe.distill.without_teachers()})
+    alone = job.recipe.model_copy(update={"distill": job.recipe.without_teachers(), "baseline": None})
     with _recorded(replaced(job, recipe=alone), job.run.baseline, "baseline", inputs):
         return train(alone, cache_at_hand(job), job.run.baseline.root, progress=job.progress)
 

@@ -12,11 +12,19 @@ from kdcache.recipe.loading import dump_toml, load_recipe, parse_recipe
 from kdcache.recipe.sections import DATA_FILE_ENDINGS, DataSection, Recipe, TeacherSection
 from kdcache.recipe.storage import DumpSection, StoredDtype
 from kdcache.recipe.sweep import SearchSection, SweepSection
-from kdcache.recipe.training import CofinetuneSection, DistillSection, OptimSection, StudentSection, WeightsSection
+from kdcache.recipe.training import (
+    BaselineSection,
+    CofinetuneSection,
+    DistillSection,
+    OptimSection,
+    StudentSection,
+    WeightsSection,
+)
 from kdcache.recipe.values import Head, Precision, Projection
 
 __all__ = [
     "DATA_FILE_ENDINGS",
+    "BaselineSection",
     "CofinetuneSection",
     "DataSection",
     "DistillSection",

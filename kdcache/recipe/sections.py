@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from kdcache.errors import RecipeError
 from kdcache.recipe.storage import DumpSection, PerLayer, StoredSection, check_stored, overlaid
 from kdcache.recipe.sweep import SweepSection  # noqa: TC001 - pydantic reads annotations at run time
-from kdcache.recipe.training import CofinetuneSection, DistillSection, StudentSection
+from kdcache.recipe.training import BaselineSection, CofinetuneSection, DistillSection, StudentSection
 from kdcache.recipe.values import (
     AboveZero,
     Fraction,
@@ -88,6 +88,7 @@ class Recipe(Section):
     dump: DumpSection = DumpSection()  # what the cache stores
     student: StudentSection | None = None  # the model that learns
     distill: DistillSection = DistillSection()  # its training
+    baseline: BaselineSection | None = None  # its training without teachers, for comparison, where it differs
     sweep: SweepSection | None = None  # many students from one cache
 
     @model_validator(mode="after")
@@ -104,11 +105,20 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _baseline_is_possible(self) -> Recipe:
+        self.without_teachers()
+        return self
+
+    @model_validator(mode="after")
     def _storage_of_teachers_is_consistent(self) -> Recipe:
         for teacher in self.teachers:
             for which in teacher.per_layer:
                 check_stored(self.stored(teacher, (which,)), f"teachers.{teacher.name}.per_layer.{which}: ")
         return self
+
+    def without_teachers(self) -> DistillSection:
+        """The training of the baseline: the student without teachers."""
+        return self.distill.without_teachers(self.baseline)
 
     def stored(self, teacher: TeacherSection, names: Sequence[str]) -> StoredSection:
         """How a layer is stored whose ``per_layer`` keys may be ``names``; later names and the teacher's table win."""

@@ -148,6 +148,22 @@ class StageSection(Section):
     weights: StageWeights = StageWeights()
 
 
+class BaselineSection(Section):
+    """Training of the same student without teachers; keys that are not given are as in ``[distill]``.
+
+    With any key it is one training, also where ``[distill]`` has stages.
+    """
+
+    epochs: Positive | None = None
+    batch_size: Positive | None = None
+    accumulation: Positive | None = None
+    learning_rate: AboveZero | None = None
+    warmup: Fraction | None = None
+    schedule: AnySchedule | None = None
+    evaluate_steps: Positive | None = None
+    patience: Positive | None = None
+
+
 class DistillSection(OptimSection):
     """Training of the student from cached (or live) targets."""
 
@@ -205,11 +221,25 @@ class DistillSection(OptimSection):
         weights = self.weights.model_copy(update=stage.weights.model_dump(exclude_none=True))
         return self.model_copy(update={**changed, "weights": weights})
 
-    def without_teachers(self) -> DistillSection:
-        """The settings of the baseline: the same training on gold labels alone, in as many stages."""
+    def without_teachers(self, own: BaselineSection | None = None) -> DistillSection:
+        """The settings of the baseline: the same training on gold labels alone, in as many stages, or its ``own``.
+
+        Raises ValueError where its own batch has fewer rows than micro-batches.
+        """
         of_teachers = {"method": None, "temperature": None, "t_squared": None, "weights": StageWeights()}
-        stages = self.stages and [stage.model_copy(update=of_teachers) for stage in self.stages]
-        return self.model_copy(update={"method": "fine-tune", "paper": False, "task_mean": None, "stages": stages})
+        given = own.model_dump(exclude_none=True) if own else {}
+        stages = self.stages and [stage.model_copy(update=of_teachers) for stage in self.stages] if not given else None
+        if given.get("schedule") == "linear":
+            given["schedule"] = None  # as for the key outside of this section
+        alone = self.model_copy(
+            update={"method": "fine-tune", "paper": False, "task_mean": None, "stages": stages, **given}
+        )
+        if alone.accumulation > alone.batch_size:
+            raise ValueError(
+                f"[baseline] has batches of {alone.batch_size} rows in {alone.accumulation} micro-batches "
+                "(batch_size and accumulation, those of [distill] where not given)"
+            )
+        return alone
 
     @model_validator(mode="after")
     def _teacher_weights_fit_together(self) -> DistillSection:

@@ -181,6 +181,26 @@ def test_the_baseline_has_the_stages_without_their_methods(tiny_run: TinyRun) ->
     assert stage_inputs(recipe, "baseline") == stage_inputs(other, "baseline")
 
 
+def test_the_baseline_can_have_settings_of_its_own(tiny_run: TinyRun, tmp_path: Path) -> None:
+    own = ("baseline.epochs=9", "baseline.batch_size=4", "baseline.learning_rate=3e-4", "baseline.schedule=linear")
+    usual, recipe = tiny_run.recipe(*STAGES), tiny_run.recipe(*STAGES, *own)
+    alone = recipe.without_teachers()
+    assert (alone.method, alone.epochs, alone.batch_size, alone.learning_rate) == ("fine-tune", 9, 4, 3e-4)
+    assert alone.in_stages() == (alone,)
+    assert alone.seed == usual.distill.seed
+    for stage in ("teachers", "cache", "student"):
+        assert stage_inputs(recipe, stage) == stage_inputs(usual, stage)  # type: ignore[arg-type]
+    assert (
+        stage_inputs(recipe, "baseline")
+        == stage_inputs(usual.model_copy(update={"distill": alone}), "baseline")
+        != stage_inputs(usual, "baseline")
+    )
+    (tmp_path / "again.toml").write_text(dump_toml(recipe))
+    assert load_recipe(tmp_path / "again.toml") == recipe
+    with pytest.raises(RecipeError, match=r"\[baseline\] has batches of 2 rows in 4 micro-batches"):
+        tiny_run.recipe("baseline.batch_size=2", "baseline.accumulation=4")
+
+
 def test_a_recipe_with_stages_survives_its_file(tiny_run: TinyRun, tmp_path: Path) -> None:
     recipe = tiny_run.recipe(*STAGES)
     (tmp_path / "again.toml").write_text(dump_toml(recipe))
