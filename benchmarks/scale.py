@@ -245,7 +245,7 @@ def ordered(source: CachedBatches) -> float:
 
     began = time.process_time()
     rows, steps = source.epochs.shares(source.epochs.order(1), 0)
-    PartLifetimes.of(source.epochs.parts[rows], steps)
+    PartLifetimes.of(source.epochs.parts_of(rows), steps)
     return time.process_time() - began
 
 
