@@ -15,11 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kdcache.cache.ids import Examples, IdIndex, id_list
+from kdcache.cache import buckets
+from kdcache.cache.ids import Examples, IdIndex, id_list, match
 from kdcache.cache.spec import check_same_task
 from kdcache.data.task import load_task
 from kdcache.errors import DataError, MismatchError
 from kdcache.loading.examples import TRANSFER
+from kdcache.loading.order import blocks
+from kdcache.runs import home
 
 if TYPE_CHECKING:
     from kdcache.cache.reader import Cache
@@ -156,13 +159,50 @@ def join_counts(data: StudentData, cache: Cache | None) -> tuple[SplitJoin, ...]
 
 def _join(data: StudentData, cache: Cache, split: str) -> SplitJoin:
     ids = np.asarray(data.splits[split].text_ids)
+    if len(ids) > buckets.LARGE and _own_ids(cache, split, ids):
+        return SplitJoin(split, len(ids), 0, 0)  # a cache has the texts of its examples
     missing = np.flatnonzero(cache.locate(ids)[0] < 0)
-    stored = np.unique(cache.examples(split).text_ids, axis=0) if split in cache.splits else ids[:0]
-    extra = np.flatnonzero(IdIndex(ids).find(stored) < 0)
+    extra = _extra(ids, cache, split) if split in cache.splits else ids[:0]
     first = ""
     if len(missing):
         text_id = ids[missing[0]].tobytes()
         first = f"{text_id.hex()} {' | '.join(data.texts[text_id])[:60]!r}"
     return SplitJoin(
-        split, len(ids), len(missing), len(extra), first, stored[extra[0]].tobytes().hex() if len(extra) else ""
+        split, len(ids), len(missing), len(extra), first, extra[0].tobytes().hex() if len(extra) else ""
     )
+
+
+def _own_ids(cache: Cache, split: str, ids: np.ndarray) -> bool:
+    """Whether ``ids`` are those of the cache's own examples, in their order."""
+    if split not in cache.splits or cache.example_count(split) != len(ids):
+        return False
+    first = 0
+    for own in cache.example_ids(split):
+        if not np.array_equal(own, ids[first : first + len(own)]):
+            return False
+        first += len(own)
+    return True
+
+
+def _extra(ids: np.ndarray, cache: Cache, split: str) -> np.ndarray:
+    """The distinct ids of the cache's ``split`` that are not in ``ids``, in their order."""
+    if max(len(ids), cache.example_count(split)) <= buckets.LARGE:
+        stored = cache.examples(split).text_ids
+        return np.unique(stored[IdIndex(ids).find(stored) < 0], axis=0)
+    lacking = np.ones(cache.example_count(split), np.bool_)
+
+    def take(asked: np.ndarray, _: np.ndarray) -> None:
+        lacking[asked] = False
+
+    known, own = (ids[some] for some in blocks(len(ids))), cache.example_ids(split)
+    try:
+        buckets.match_in_buckets(
+            buckets.numbered(known), buckets.numbered(own), len(ids), home() / "joins", take
+        )
+    except buckets.NoRoomError:
+        match(ids, cache.examples(split).text_ids, take)
+    found, first = [ids[:0]], 0
+    for own in cache.example_ids(split):
+        found.append(own[lacking[first : first + len(own)]])
+        first += len(own)
+    return np.unique(np.concatenate(found), axis=0)
