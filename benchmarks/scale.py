@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 import growth
 import numpy as np
-from measure import in_a_process, machine, peak_memory_mb, resident_mb
+from measure import forget_peak, in_a_process, machine, own_mb, peak_memory_mb, resident_mb
 
 from kdcache.cache.spec import LARGEST_PART_SIZE
 
@@ -77,16 +77,20 @@ def main() -> None:
     print()
 
 
+FIRST = ("open, s", "open, s of the processor", "first batch, s", "peak while opening, MB")  # joins and tokenizes
+
+
 def measured(cache: Path, steps: int, repeats: int) -> dict[str, Any]:
-    """Read a cache in ``repeats`` processes, one after the other; the first one has no stored student tokens."""
+    """Read a cache in ``repeats`` processes, one after the other; the first one finds nothing kept by others."""
     turns = [in_a_process("scale.py", ["--read", str(cache), "--steps", str(steps)]) for _ in range(repeats)]
+    later = turns[1:] or turns
     files = [file for file in cache.rglob("*") if file.is_file()]
     return {
         "files": len(files),
         "data bytes": sum(file.stat().st_size for file in files),
         "manifest bytes": (cache / "manifest.json").stat().st_size,
-        **{key: statistics.median(turn[key] for turn in turns) for key in turns[0]},
-        "first process: first batch, s": turns[0]["first batch, s"],
+        **{key: statistics.median(turn[key] for turn in later) for key in turns[0]},
+        **{f"first process: {key}": turns[0][key] for key in FIRST},
     }
 
 
@@ -216,26 +220,33 @@ def read(path: Path, steps: int) -> dict[str, float]:
 
     torch.set_num_threads(1)
     tokenizer = tiny.wordpiece_tokenizer()
-    before = resident_mb()
+    before, own = resident_mb(), own_mb()
+    forget_peak()
     began, began_cpu = time.perf_counter(), time.process_time()
     source = loader(path, tokenizer, student_layers=LAYERS, max_length=MAX_LENGTH, memory_bytes=0, window=WINDOW)
     opened, opened_cpu = time.perf_counter(), time.process_time()
+    opening = peak_memory_mb()
+    forget_peak()
+    began_first, began_first_cpu = time.perf_counter(), time.process_time()
     batches = endless(source)
     next(batches)
     first, first_cpu = time.perf_counter(), time.process_time()
-    resident = [resident_mb() for _ in itertools.islice(batches, steps)]
-    batches.close()  # ends its threads
     peak = peak_memory_mb()
+    resident = [resident_mb() for _ in itertools.islice(batches, steps)]
+    owned = own_mb()
+    batches.close()  # ends its threads
     return {
         "open, s": opened - began,
         "open, s of the processor": opened_cpu - began_cpu,
-        "first batch, s": first - opened,
-        "first batch, s of the processor": first_cpu - opened_cpu,
+        "first batch, s": first - began_first,
+        "first batch, s of the processor": first_cpu - began_first_cpu,
         "order of an epoch, s of the processor": ordered(source),
         "part size": source.cache.settings.part_size,
         "before opening, MB": before,
         "resident, MB": statistics.median(resident[WINDOW * source.cache.settings.part_size // 32 :] or resident),
-        "peak, MB": peak,
+        "without mapped files, more than before, MB": owned - own,
+        "peak while opening, MB": opening,
+        "peak of the first batch, MB": peak,
     }
 
 

@@ -21,10 +21,12 @@ from kdcache.cache.reader import open_cache
 from kdcache.cache.spec import Settings, needs_tokens
 from kdcache.cache.stale import check_task as check_cache_task
 from kdcache.cache.stale import check_teacher
+from kdcache.cache.text_table import ids_of_texts, look_up
 from kdcache.data.encoding import encode, truncation_note
 from kdcache.data.task import load_task
 from kdcache.dump.run import open_teacher, text_batches
 from kdcache.dump.specs import (
+    NO_IDS,
     PreparedTeacher,
     check_counts,
     check_task,
@@ -169,7 +171,7 @@ def estimate_dump(recipe: Recipe, teachers_dir: Path, cache_dir: Path, *, progre
     cache = _published(cache_dir)
     if cache is not None:
         _refuse_stale(cache, recipe, task_spec(task), teachers)
-    there = () if cache is None else {one for ids in _ids(cache, "full") for one in id_list(ids)}
+    there = np.concatenate([NO_IDS, *(_ids(cache, "full") if cache is not None else ())])
     wanted = scopes(task, recipe.dump.hidden_transfer, there)
     check_counts(settings_of(recipe.dump, len(task.texts), cache_dir), teachers, wanted)
     full, logits_only = wanted.full, wanted.logits_only
@@ -254,8 +256,8 @@ def _unknown(cache: Cache | None, texts: Mapping[bytes, Text], scope: Scope) -> 
     if not known:
         return list(texts.values())
     index = IdIndex(np.concatenate(known))
-    absent = index.find(id_array(texts)) < 0
-    return [text for text, new in zip(texts.values(), absent.tolist(), strict=True) if new]
+    ids = ids_of_texts(texts)
+    return [text for text in look_up(texts, id_list(ids[index.find(ids) < 0])) if text is not None]
 
 
 def _ids(cache: Cache, scope: Scope) -> list[np.ndarray]:

@@ -18,6 +18,7 @@ import numpy as np
 from kdcache.cache import buckets
 from kdcache.cache.ids import Examples, IdIndex, id_list, match
 from kdcache.cache.spec import check_same_task
+from kdcache.cache.text_table import look_up
 from kdcache.data.task import load_task
 from kdcache.errors import DataError, MismatchError
 from kdcache.loading.examples import TRANSFER
@@ -52,7 +53,12 @@ class StudentData:
 
     def texts_of(self, split: str) -> list[tuple[str, ...]]:
         """The text of every example of ``split``, in its order."""
-        return [self.texts[identity] for identity in id_list(self.splits[split].text_ids)]
+        ids = self.splits[split].text_ids
+        found = [text for some in blocks(len(ids)) for text in look_up(self.texts, id_list(ids[some]))]
+        texts = [text for text in found if text is not None]
+        if len(texts) < len(found):
+            raise KeyError(ids[found.index(None)].tobytes())
+        return texts
 
     def digest(self) -> str:
         """sha256 over ids and labels of every split; a resumed training must have the same."""
@@ -167,9 +173,7 @@ def _join(data: StudentData, cache: Cache, split: str) -> SplitJoin:
     if len(missing):
         text_id = ids[missing[0]].tobytes()
         first = f"{text_id.hex()} {' | '.join(data.texts[text_id])[:60]!r}"
-    return SplitJoin(
-        split, len(ids), len(missing), len(extra), first, extra[0].tobytes().hex() if len(extra) else ""
-    )
+    return SplitJoin(split, len(ids), len(missing), len(extra), first, extra[0].tobytes().hex() if len(extra) else "")
 
 
 def _own_ids(cache: Cache, split: str, ids: np.ndarray) -> bool:
@@ -196,9 +200,7 @@ def _extra(ids: np.ndarray, cache: Cache, split: str) -> np.ndarray:
 
     known, own = (ids[some] for some in blocks(len(ids))), cache.example_ids(split)
     try:
-        buckets.match_in_buckets(
-            buckets.numbered(known), buckets.numbered(own), len(ids), home() / "joins", take
-        )
+        buckets.match_in_buckets(buckets.numbered(known), buckets.numbered(own), len(ids), home() / "joins", take)
     except buckets.NoRoomError:
         match(ids, cache.examples(split).text_ids, take)
     found, first = [ids[:0]], 0
