@@ -55,8 +55,16 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--directory", type=Path, help="keep the caches there, and use those that are there")
     parser.add_argument("--part-size", type=int, help="texts of a part; that of a dump of so many texts by default")
+    parser.add_argument(
+        "--data", type=int, nargs="*", default=[], help="rows of data files that are read, as dump-teachers does"
+    )
     parser.add_argument("--read", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--read-data", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--in-memory", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.read_data:
+        json.dump(read_data(arguments.read_data, in_memory=arguments.in_memory), sys.stdout)
+        return
     if arguments.read:
         json.dump(read(arguments.read, arguments.steps), sys.stdout)
         return
@@ -69,9 +77,12 @@ def main() -> None:
             if not (cache / "manifest.json").exists():
                 write(cache, rows, arguments.part_size)
             report[f"{rows} rows"] = measured(cache, arguments.steps, arguments.repeats)
+        for rows in arguments.data:
+            print(f"{rows:,} rows of data", file=sys.stderr, flush=True)
+            report[f"{rows} rows of data"] = measured_data(Path(folder) / f"{rows}.tsv", rows)
     for few, many in itertools.pairwise(f"{rows} rows" for rows in arguments.rows):
         report[many]["resident / that of fewer rows"] = report[many]["resident, MB"] / report[few]["resident, MB"]
-    if report[f"{max(arguments.rows)} rows"]["part size"] == LARGEST_PART_SIZE:
+    if arguments.rows and report[f"{max(arguments.rows)} rows"]["part size"] == LARGEST_PART_SIZE:
         report |= growth.computed({rows: report[f"{rows} rows"] for rows in arguments.rows})
     json.dump(report, sys.stdout, indent=2)
     print()
@@ -91,6 +102,49 @@ def measured(cache: Path, steps: int, repeats: int) -> dict[str, Any]:
         "manifest bytes": (cache / "manifest.json").stat().st_size,
         **{key: statistics.median(turn[key] for turn in later) for key in turns[0]},
         **{f"first process: {key}": turns[0][key] for key in FIRST},
+    }
+
+
+IN_MEMORY = 2_000_000  # rows; more would need gigabytes
+
+
+def measured_data(path: Path, rows: int) -> dict[str, Any]:
+    """Read a data file of ``rows`` in a process of its own: with all texts as objects, mapped, and mapped again."""
+    half = [" ".join(words) for words in itertools.product(WORDS, repeat=5)]
+    with path.open("w", encoding="utf-8") as file:
+        file.write("sentence\tlabel\n")
+        for row in np.random.default_rng(0).permutation(rows).tolist():
+            file.write(f"{half[row >> 15]} {half[row & 32767]}\t{row % 2}\n")
+    found: dict[str, Any] = {"bytes of the file": path.stat().st_size}
+    turns = {"objects": ["--in-memory"]} if rows <= IN_MEMORY else {}
+    for name, flags in {**turns, "mapped, first": [], "mapped, later": []}.items():
+        one = in_a_process("scale.py", ["--read-data", str(path), *flags])
+        found |= {f"{name}: {key}": value for key, value in one.items()}
+    path.unlink()
+    return found
+
+
+def read_data(path: Path, *, in_memory: bool) -> dict[str, float]:
+    """The data of a recipe, and what of it stays in memory; a file of any size is read as a large one."""
+    from kdcache.data import large
+    from kdcache.data.task import load_task
+    from kdcache.recipe import DataSection
+
+    large.LARGE = sys.maxsize if in_memory else 0
+    section = DataSection(train=str(path), text=["sentence"], label="label")
+    before, own = resident_mb(), own_mb()
+    forget_peak()
+    began, began_cpu = time.perf_counter(), time.process_time()
+    task = load_task(section)
+    seconds, cpu = time.perf_counter() - began, time.process_time() - began_cpu
+    peak = peak_memory_mb()
+    assert task.texts[next(iter(task.texts))]
+    return {
+        "s": seconds,
+        "s of the processor": cpu,
+        "peak, MB": peak - before,
+        "stays without mapped files, MB": own_mb() - own,
+        "bytes of a row that stay": 1e6 * (own_mb() - own) / len(task.texts),
     }
 
 

@@ -63,7 +63,7 @@ class TextTable(Mapping[bytes, Text]):
         for column in range(self._columns):
             offsets, values = self._arrays[f"offsets.{column}"], self._arrays[f"values.{column}"]
             edges = zip(offsets[places].tolist(), offsets[places + 1].tolist(), strict=True)
-            columns.append([str(values[start:end], "utf-8") for start, end in edges])
+            columns.append([str(values[start:end].data, "utf-8") for start, end in edges])
         found = iter(zip(*columns, strict=True))
         return [next(found) if one else None for one in there.tolist()]
 

@@ -21,13 +21,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kdcache.cache.buckets import NoRoomError
 from kdcache.cache.ids import ID_BYTES, Examples, id_array, id_list, id_words, order_of_words
 from kdcache.cache.text_table import TextTable
 from kdcache.data.counts import DataCounts
 from kdcache.data.labels import NO_LABEL, ClassOrder, label_cells, label_numbers, label_warnings
 from kdcache.data.reading import Rows, read_batches
 from kdcache.data.task import TaskData, column_texts, has_text, ids_of, no_text, ordered_classes, seeded_keys, unsplit
-from kdcache.files import make_directory
 from kdcache.kept import Kept, kept_or_made
 from kdcache.runs import home
 
@@ -47,7 +47,10 @@ def is_large(section: DataSection) -> bool:
 
 
 def load_large_task(section: DataSection) -> TaskData:
-    """``load_task`` for files; raises as it does. With several faults in a file another one may be told of first."""
+    """``load_task`` for files; raises as it does. With several faults in a file another one may be told of first.
+
+    Raises NoRoomError where the home directory takes no files.
+    """
     kept = kept_or_made(_KIND, _key(section), partial(_read_task, section))
     arrays, document = kept.arrays, kept.document
     splits = {}
@@ -87,17 +90,21 @@ class _Spool:
     def __init__(self, files: ExitStack, dtype: Any, width: int = 0) -> None:
         self._dtype, self._width = np.dtype(dtype), width
         try:
-            make_directory(home() / _KIND)
-            self._file = files.enter_context(tempfile.TemporaryFile(dir=home() / _KIND))  # noqa: SIM115
-        except OSError:
-            self._file = files.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
+            (home() / _KIND).mkdir(parents=True, exist_ok=True)
+            self._file = files.enter_context(tempfile.TemporaryFile(dir=home() / _KIND, buffering=0))  # noqa: SIM115
+        except OSError as error:
+            raise NoRoomError(str(error)) from error
 
     def add(self, values: Any) -> None:
-        self._file.write(np.ascontiguousarray(values, self._dtype).reshape(-1).view(np.uint8).data)
+        view = np.ascontiguousarray(values, self._dtype).reshape(-1).view(np.uint8).data
+        while len(view):
+            try:
+                view = view[self._file.write(view) or 0 :]
+            except OSError as error:
+                raise NoRoomError(str(error)) from error
 
     def array(self) -> np.ndarray:
         """All values so far, mapped."""
-        self._file.flush()
         shape = (-1, self._width) if self._width else (-1,)
         if not self._file.tell():
             return np.zeros(0, self._dtype).reshape(shape)
@@ -185,7 +192,8 @@ class _Split:
         rows, names, codes = self.first_labels()
         numbers = np.full(len(self.label_names), NO_LABEL, np.int64)
         numbers[codes] = label_numbers(rows, names, order, column, scored=scored)
-        return numbers[self.labels]
+        found: np.ndarray = numbers[self.labels]
+        return found
 
 
 def _read_task(section: DataSection) -> Kept:
@@ -296,7 +304,8 @@ def _taken(ids: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """``ids[rows]``; a view where the rows follow each other."""
     if len(rows) and rows[-1] - rows[0] == len(rows) - 1 and bool((rows[1:] > rows[:-1]).all()):
         return ids[int(rows[0]) : int(rows[-1]) + 1]
-    return ids[rows]
+    taken: np.ndarray = ids[rows]
+    return taken
 
 
 def _split_off(train: _Split, ids: np.ndarray, section: DataSection) -> tuple[_Split, _Split]:

@@ -206,7 +206,8 @@ def _csv_tables(path: Path, reader: Any) -> Iterator[tuple[list[int], list[list[
     """The values of some rows, with their first lines."""
     line, left = 1, True
     while left:
-        table, numbers = [], []
+        table: list[list[str]] = []
+        numbers: list[int] = []
         limit = csv.field_size_limit(_LONGEST_CSV_FIELD)
         try:
             while left and len(table) < _BATCH:
@@ -232,7 +233,9 @@ def _read_jsonl(path: Path) -> Iterator[Rows]:
         while some := list(itertools.islice(lines, _BATCH)):
             records = {number: _record(path, number, line.removesuffix("\n")) for number, line in some if line.strip()}
             names = dict.fromkeys(name for record in records.values() for name in record)
-            columns = {name: [record.get(name) for record in records.values()] for name in names}
+            columns: dict[str, Sequence[Any]] = {
+                name: [record.get(name) for record in records.values()] for name in names
+            }
             yield Rows(str(path), columns, list(records))
 
 

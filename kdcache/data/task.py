@@ -14,6 +14,7 @@ empty column is a valid text.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kdcache.cache.buckets import NoRoomError
 from kdcache.cache.ids import Examples, id_array, text_id
 from kdcache.data.counts import DataCounts, count_rows
 from kdcache.data.labels import NO_LABEL, ClassOrder, class_order, label_cells, label_numbers, label_warnings
@@ -31,6 +33,9 @@ from kdcache.errors import DataError
 if TYPE_CHECKING:
     from kdcache.data.reading import Rows
     from kdcache.recipe import DataSection
+
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,10 @@ def load_task(section: DataSection) -> TaskData:
     from kdcache.data.large import is_large, load_large_task
 
     if is_large(section):
-        return load_large_task(section)
+        try:
+            return load_large_task(section)
+        except NoRoomError as error:
+            log.warning("the data are read into memory, about 0.6 KB of a row: %s", error)
     splits = {"train": _read_split(section, section.train, "train")}
     order = ordered_classes(section, splits["train"].rows, splits["train"].labels)
     names = order.names

@@ -198,9 +198,9 @@ def _extra(ids: np.ndarray, cache: Cache, split: str) -> np.ndarray:
     def take(asked: np.ndarray, _: np.ndarray) -> None:
         lacking[asked] = False
 
-    known, own = (ids[some] for some in blocks(len(ids))), cache.example_ids(split)
+    known = buckets.numbered(ids[some] for some in blocks(len(ids)))
     try:
-        buckets.match_in_buckets(buckets.numbered(known), buckets.numbered(own), len(ids), home() / "joins", take)
+        buckets.match_in_buckets(known, buckets.numbered(cache.example_ids(split)), len(ids), home() / "joins", take)
     except buckets.NoRoomError:
         match(ids, cache.examples(split).text_ids, take)
     found, first = [ids[:0]], 0

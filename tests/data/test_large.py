@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -157,7 +158,10 @@ def test_what_the_result_depends_on_makes_it_another(tmp_path: Path, monkeypatch
 
 @pytest.mark.parametrize("damage", [lambda data: data[:200], lambda data: data[:90] + b"!" + data[91:]])
 def test_damage_and_a_home_that_takes_nothing_change_nothing(
-    damage: Callable[[bytes], bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    damage: Callable[[bytes], bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     data = section(tmp_path, ".tsv")
     wanted = load_task(data)
@@ -172,7 +176,29 @@ def test_damage_and_a_home_that_takes_nothing_change_nothing(
     assert file.read_bytes() == sound
     (tmp_path / "a file").write_bytes(b"")
     monkeypatch.setenv("KDCACHE_HOME", str(tmp_path / "a file"))
-    assert same(load_task(data), wanted)
+    found = load_task(data)
+    assert isinstance(found.texts, dict) and list(found.texts.items()) == list(wanted.texts.items())
+    assert "read into memory" in caplog.text
+
+
+def test_a_disk_that_is_full_while_reading_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = section(tmp_path, ".tsv")
+    wanted = load_task(data)
+    monkeypatch.setattr(large, "LARGE", 10)
+    real = large.tempfile.TemporaryFile
+
+    def full(**arguments: Any) -> Any:
+        file = real(**arguments)
+        with Path("/dev/full").open("wb") as device:
+            os.dup2(device.fileno(), file.fileno())
+        return file
+
+    monkeypatch.setattr(large.tempfile, "TemporaryFile", full)
+    found = load_task(data)
+    assert list(found.texts.items()) == list(wanted.texts.items()) and "No space left" in caplog.text
+    assert not list((home() / "data").glob("*.bin"))
 
 
 FAULTS: list[tuple[str, Callable[[list[dict[str, Any]]], object], dict[str, Any]]] = [
