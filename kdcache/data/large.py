@@ -23,6 +23,7 @@ import numpy as np
 
 from kdcache.cache.buckets import NoRoomError
 from kdcache.cache.ids import ID_BYTES, Examples, id_array, id_list, id_words, order_of_words
+from kdcache.cache.memory import give_back_freed
 from kdcache.cache.text_table import TextTable
 from kdcache.data.counts import DataCounts
 from kdcache.data.labels import NO_LABEL, ClassOrder, label_cells, label_numbers, label_warnings
@@ -52,6 +53,7 @@ def load_large_task(section: DataSection) -> TaskData:
     Raises NoRoomError where the home directory takes no files.
     """
     kept = kept_or_made(_KIND, _key(section), partial(_read_task, section))
+    give_back_freed()
     arrays, document = kept.arrays, kept.document
     splits = {}
     for split, names in document["groups"].items():
