@@ -3,6 +3,8 @@
     python benchmarks/scale.py --rows 10000 100000 1000000
     python benchmarks/scale.py --rows 10000 100000 1000000 10000000 --directory DIRECTORY
 
+    python benchmarks/scale.py --rows --data 1000000 10000000
+
 Making the largest takes some minutes. Decades
 after ten million rows are computed from what was measured (growth.py).
 
@@ -10,7 +12,11 @@ The caches are synthetic: three teachers, three layers of 8 int8 values per toke
 the number of texts, parts and files matters. Texts differ; parts have the same teacher outputs, as hard links, so ten
 million rows take 2 GB of the disk and not 18. A separate process opens each cache and reads batches until well after
 the window is full. Only the window stays decoded, so memory consists of the window and of what grows with the rows.
-`resident` is the median over the batches after the window is full. Prints JSON.
+`resident` is the median over the batches after the window is full. The first process joins the ids and encodes texts,
+and keeps both; values without `first process` are those of the processes after it. Prints JSON.
+
+With `--data`, data files of so many rows are read as `dump-teachers` and `distill` do: with objects for all texts (up
+to two million rows), into mapped arrays, and again by a process that finds them.
 """
 
 from __future__ import annotations
@@ -79,7 +85,7 @@ def main() -> None:
             report[f"{rows} rows"] = measured(cache, arguments.steps, arguments.repeats)
         for rows in arguments.data:
             print(f"{rows:,} rows of data", file=sys.stderr, flush=True)
-            report[f"{rows} rows of data"] = measured_data(Path(folder) / f"{rows}.tsv", rows)
+            report[f"data file, {rows}"] = measured_data(Path(folder) / f"{rows}.tsv", rows)
     for few, many in itertools.pairwise(f"{rows} rows" for rows in arguments.rows):
         report[many]["resident / that of fewer rows"] = report[many]["resident, MB"] / report[few]["resident, MB"]
     if arguments.rows and report[f"{max(arguments.rows)} rows"]["part size"] == LARGEST_PART_SIZE:
