@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import mmap
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -21,23 +19,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kdcache.cache.buckets import NoRoomError
-from kdcache.cache.ids import ID_BYTES, Examples, id_array, id_list, id_words, order_of_words
+from kdcache.cache.ids import Examples, id_list, id_words, order_of_words
 from kdcache.cache.memory import give_back_freed
 from kdcache.cache.text_table import TextTable
 from kdcache.data.counts import DataCounts
 from kdcache.data.labels import NO_LABEL, ClassOrder, label_cells, label_numbers, label_warnings
 from kdcache.data.reading import Rows, read_batches
+from kdcache.data.spools import KIND, CodeSpool, Spool, TextSpool
 from kdcache.data.task import TaskData, column_texts, has_text, ids_of, no_text, ordered_classes, seeded_keys, unsplit
 from kdcache.kept import Kept, kept_or_made
-from kdcache.runs import home
 
 if TYPE_CHECKING:
     from kdcache.recipe import DataSection
 
 LARGE = 250_000_000  # bytes of the data files from which they are read in this way: two million rows
 _FORMAT = 1  # of what is kept: raise it when the same files give another result
-_KIND = "data"
 _TOGETHER = 1 << 16
 
 
@@ -52,7 +48,7 @@ def load_large_task(section: DataSection) -> TaskData:
 
     Raises NoRoomError where the home directory takes no files.
     """
-    kept = kept_or_made(_KIND, _key(section), partial(_read_task, section))
+    kept = kept_or_made(KIND, _key(section), partial(_read_task, section))
     give_back_freed()
     arrays, document = kept.arrays, kept.document
     splits = {}
@@ -84,82 +80,6 @@ def _key(section: DataSection) -> str:
     names = ("validation_fraction", "transfer_rows", "text", "label", "group", "labels", "seed")
     document = [_FORMAT, files, *(getattr(section, name) for name in names)]
     return hashlib.sha256(json.dumps(document).encode()).hexdigest()
-
-
-class _Spool:
-    """An array that grows in a file without a name."""
-
-    def __init__(self, files: ExitStack, dtype: Any, width: int = 0) -> None:
-        self._dtype, self._width = np.dtype(dtype), width
-        try:
-            (home() / _KIND).mkdir(parents=True, exist_ok=True)
-            self._file = files.enter_context(tempfile.TemporaryFile(dir=home() / _KIND, buffering=0))  # noqa: SIM115
-        except OSError as error:
-            raise NoRoomError(str(error)) from error
-
-    def add(self, values: Any) -> None:
-        view = np.ascontiguousarray(values, self._dtype).reshape(-1).view(np.uint8).data
-        while len(view):
-            try:
-                view = view[self._file.write(view) or 0 :]
-            except OSError as error:
-                raise NoRoomError(str(error)) from error
-
-    def array(self) -> np.ndarray:
-        """All values so far, mapped."""
-        shape = (-1, self._width) if self._width else (-1,)
-        if not self._file.tell():
-            return np.zeros(0, self._dtype).reshape(shape)
-        data = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
-        return np.frombuffer(data, self._dtype).reshape(shape)
-
-
-class _Texts:
-    """Ids and columns of all rows with text, one file after the other."""
-
-    def __init__(self, files: ExitStack, columns: int) -> None:
-        self.rows = 0
-        self._ids = _Spool(files, np.uint8, ID_BYTES)
-        self._ends = [0] * columns
-        self._offsets = [_Spool(files, "<i8") for _ in range(columns)]
-        self._values = [_Spool(files, "u1") for _ in range(columns)]
-        for offsets in self._offsets:
-            offsets.add([0])
-
-    def add(self, ids: Sequence[bytes], texts: Sequence[tuple[str, ...]]) -> None:
-        self._ids.add(id_array(ids))
-        for column, (offsets, values) in enumerate(zip(self._offsets, self._values, strict=True)):
-            encoded = [text[column].encode() for text in texts]
-            ends = self._ends[column] + np.cumsum([len(one) for one in encoded], dtype=np.int64)
-            offsets.add(ends)
-            values.add(np.frombuffer(b"".join(encoded), np.uint8))
-            self._ends[column] = int(ends[-1]) if len(ends) else self._ends[column]
-        self.rows += len(ids)
-
-    def ids(self) -> np.ndarray:
-        return self._ids.array()
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        pairs = enumerate(zip(self._offsets, self._values, strict=True))
-        return {
-            name: spool.array()
-            for column, (offsets, values) in pairs
-            for name, spool in ((f"offsets.{column}", offsets), (f"values.{column}", values))
-        }
-
-
-class _Codes:
-    """A column of few distinct values, as numbers in the order of their first use."""
-
-    def __init__(self, files: ExitStack) -> None:
-        self.names: dict[Any, int] = {}
-        self._spool = _Spool(files, "<i4")
-
-    def add(self, values: Sequence[Any]) -> None:
-        self._spool.add([self.names.setdefault(value, len(self.names)) for value in values])
-
-    def array(self) -> np.ndarray:
-        return self._spool.array()
 
 
 @dataclass(frozen=True)
@@ -204,7 +124,7 @@ def _read_task(section: DataSection) -> Kept:
 
 
 def _read_files(section: DataSection, files: ExitStack) -> Kept:
-    texts = _Texts(files, len(section.text))
+    texts = TextSpool(files, len(section.text))
     splits = {"train": _read_split(section, files, texts, "train")}
     rows, names, _ = splits["train"].first_labels()
     order = ordered_classes(section, rows, names)
@@ -236,12 +156,12 @@ def _read_files(section: DataSection, files: ExitStack) -> Kept:
 
 
 def _read_split(
-    section: DataSection, files: ExitStack, texts: _Texts, split: str, known: Sequence[str] | None = None
+    section: DataSection, files: ExitStack, texts: TextSpool, split: str, known: Sequence[str] | None = None
 ) -> _Split:
     source = Path(getattr(section, split)).expanduser()
     wanted = (*section.text, *([section.group] if section.group else []), section.label)
-    first, lines, empty, named = texts.rows, _Spool(files, "<i8"), 0, Rows("", {}, [])
-    labels, groups = _Codes(files), _Codes(files)
+    first, lines, empty, named = texts.rows, Spool(files, "<i8"), 0, Rows("", {}, [])
+    labels, groups = CodeSpool(files), CodeSpool(files)
     for rows in _batches(source, wanted, section):
         found = column_texts(rows, section.text)
         keep = [has_text(text) for text in found]
@@ -276,7 +196,7 @@ def _batches(path: Path, wanted: Sequence[str], section: DataSection) -> Iterato
         every.column(name, "group" if name == section.group else "label" if name == section.label else "text")
 
 
-def _read_transfer(section: DataSection, texts: _Texts) -> tuple[np.ndarray, int]:
+def _read_transfer(section: DataSection, texts: TextSpool) -> tuple[np.ndarray, int]:
     """Numbers of the rows of transfer files, and how many more have no text."""
     first, empty = texts.rows, 0
     for source in section.transfer:

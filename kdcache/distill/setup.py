@@ -268,8 +268,8 @@ def _note_logits_only(data: StudentData, cache: Cache, progress: Progress) -> No
 
 def _note_few_labels(section: DistillSection, data: StudentData, progress: Progress) -> None:
     """Say where the few labelled rows of a step weigh as much as all its other rows together."""
-    labels = np.concatenate([data.splits[name].labels for name in ("train", TRANSFER) if name in data.splits])
-    labelled, rows = int((labels >= 0).sum()), len(labels)
+    labels = [data.splits[name].labels for name in ("train", TRANSFER) if name in data.splits]
+    labelled, rows = sum(int(np.count_nonzero(own >= 0)) for own in labels), sum(map(len, labels))
     if section.task_mean is None and not section.stages and section.weights.task and 0 < labelled < rows * _FEW_LABELS:
         progress.note(
             f"{labelled:,} of {rows:,} rows have a label, and the task loss is the mean over these: one of them weighs "

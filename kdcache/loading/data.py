@@ -65,7 +65,9 @@ class StudentData:
         digest = hashlib.sha256()
         for name in sorted(self.splits):
             split = self.splits[name]
-            digest.update(name.encode() + split.text_ids.tobytes() + split.labels.astype(np.int64).tobytes())
+            digest.update(name.encode())
+            for array in (split.text_ids, split.labels.astype(np.int64, copy=False)):
+                digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
 
 

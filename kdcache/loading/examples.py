@@ -170,8 +170,8 @@ class _Table:
             found = cache.locate_blocks(self.ids, len(self.labels))
             if found is not None:
                 return found
-        blocks = list(self.ids())
-        return cache.locate(blocks[0] if len(blocks) == 1 else np.concatenate(blocks))
+        ids = list(self.ids())
+        return cache.locate(ids[0] if len(ids) == 1 else np.concatenate([np.zeros((0, ID_BYTES), np.uint8), *ids]))
 
 
 def _table(cache: Cache, examples: ExamplesOf | None, splits: Sequence[str]) -> _Table:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from kdcache import kept
 from kdcache.cache.ids import id_array, text_id
 from kdcache.cache.text_table import TextTable, ids_of_texts, look_up
-from kdcache.data import large
+from kdcache.data import large, spools
 from kdcache.data.task import TaskData, load_task
 from kdcache.errors import DataError
 from kdcache.recipe import DataSection
@@ -187,7 +187,7 @@ def test_a_disk_that_is_full_while_reading_changes_nothing(
     data = section(tmp_path, ".tsv")
     wanted = load_task(data)
     monkeypatch.setattr(large, "LARGE", 10)
-    real = large.tempfile.TemporaryFile
+    real = spools.tempfile.TemporaryFile
 
     def full(**arguments: Any) -> Any:
         file = real(**arguments)
@@ -195,7 +195,7 @@ def test_a_disk_that_is_full_while_reading_changes_nothing(
             os.dup2(device.fileno(), file.fileno())
         return file
 
-    monkeypatch.setattr(large.tempfile, "TemporaryFile", full)
+    monkeypatch.setattr(spools.tempfile, "TemporaryFile", full)
     found = load_task(data)
     assert list(found.texts.items()) == list(wanted.texts.items()) and "No space left" in caplog.text
     assert not list((home() / "data").glob("*.bin"))
@@ -261,7 +261,7 @@ def test_bytes_that_are_no_text_are_told_of_with_their_line(tmp_path: Path) -> N
 def test_a_table_is_a_dict(texts: list[tuple[str, str]], data: st.DataObject) -> None:
     plain = {text_id(text): text for text in texts}
     with ExitStack() as files:
-        spool = large._Texts(files, 2)
+        spool = spools.TextSpool(files, 2)
         spool.add(list(plain), list(plain.values()))
         rows = np.arange(len(plain))
         numbers, distinct = large._numbered(spool.ids())
