@@ -32,10 +32,7 @@ def computed(found: Mapping[int, Report]) -> dict[str, Any]:
     for size in DECADES:
         times = size / rows
         files = round(last["files"] * times)
-
-        def more(bytes_of: Mapping[str, int]) -> float:
-            return ((size - rows) * bytes_of["row"] + (files - last["files"]) * bytes_of["file"]) / 1e6  # noqa: B023
-
+        new = {"row": size - rows, "file": files - last["files"]}
         report[f"{size} rows, computed"] = {
             "part size": last["part size"],
             "files": files,
@@ -44,12 +41,17 @@ def computed(found: Mapping[int, Report]) -> dict[str, Any]:
             OPENED: least[OPENED] + (last[OPENED] - least[OPENED]) * times,
             BATCHED: last[BATCHED] + last[ORDERED] * (times - 1),
             ORDERED: last[ORDERED] * times,
-            "resident, MB": last["resident, MB"] + more(RESIDENT),
-            PEAK: last[PEAK] + more(MAPPING),
+            "resident, MB": last["resident, MB"] + _mb(RESIDENT, new),
+            PEAK: last[PEAK] + _mb(MAPPING, new),
             JOINED: least[JOINED] + (last[JOINED] - least[JOINED]) * times,
-            JOINED_PEAK: last[JOINED_PEAK] + more(JOINING),
+            JOINED_PEAK: last[JOINED_PEAK] + _mb(JOINING, new),
         }
     return report
+
+
+def _mb(bytes_of: Mapping[str, int], new: Mapping[str, int]) -> float:
+    """What so many more rows and files need, MB."""
+    return sum(bytes_of[what] * new[what] for what in bytes_of) / 1e6
 
 
 WIDTH, HEIGHT, LEFT, GAP, TOP = 340, 190, 46, 40, 34
