@@ -85,7 +85,10 @@ def seeded_rows(ids: np.ndarray, seed: int) -> np.ndarray:
 def ids_digest(parts: Iterable[np.ndarray]) -> str:
     """The fingerprint of a set of texts: sha256 (hex) over the sorted distinct ids, however they are cut into parts."""
     ids = np.concatenate([np.zeros((0, ID_BYTES), np.uint8), *parts])
-    return hashlib.sha256(np.unique(ids, axis=0).tobytes()).hexdigest()
+    ids = gather_ids(ids, order_of_words(*id_words(ids)))  # np.unique takes ten times as long
+    new = np.ones(len(ids), np.bool_)
+    new[1:] = (ids[1:] != ids[:-1]).any(axis=1)
+    return hashlib.sha256(ids[new].data).hexdigest()
 
 
 def gather_ids(ids: np.ndarray, rows: np.ndarray) -> np.ndarray:

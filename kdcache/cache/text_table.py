@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
+from typing import overload
 
 import numpy as np
 
@@ -54,6 +55,10 @@ class TextTable(Mapping[bytes, Text]):
             raise KeyError(key)
         return text
 
+    def texts(self) -> TextList:
+        """The texts alone, in their order."""
+        return TextList(self)
+
     def lookup(self, ids: np.ndarray) -> list[Text | None]:
         """The texts of ``ids`` uint8 [m, 16]; None where there is none."""
         numbers = self.numbers(ids)
@@ -96,6 +101,34 @@ class TextTable(Mapping[bytes, Text]):
         blocks = range(0, len(self.ids), _TOGETHER)
         numbers = [self.numbers(self.ids[start : start + _TOGETHER]).astype(np.int32) for start in blocks]
         return np.sort(np.concatenate([np.zeros(0, np.int32), *numbers]))
+
+
+class TextList(Sequence[Text]):
+    """The texts of a table; they are made when they are asked for."""
+
+    def __init__(self, table: TextTable) -> None:
+        self._table = table
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    @overload
+    def __getitem__(self, which: int) -> Text: ...
+    @overload
+    def __getitem__(self, which: slice) -> list[Text]: ...
+    def __getitem__(self, which: int | slice) -> Text | list[Text]:
+        if isinstance(which, slice):
+            return [text for text in self._table.lookup(self._table.ids[which]) if text is not None]
+        return self._table[bytes(self._table.ids[which])]
+
+    def __iter__(self) -> Iterator[Text]:
+        for start in range(0, len(self), _TOGETHER):
+            yield from self[start : start + _TOGETHER]
+
+
+def list_of(texts: Mapping[bytes, Text]) -> Sequence[Text]:
+    """The texts alone, in their order."""
+    return texts.texts() if isinstance(texts, TextTable) else list(texts.values())
 
 
 def ids_of_texts(texts: Mapping[bytes, Text]) -> np.ndarray:

@@ -77,8 +77,10 @@ class TextScopes:
         return {**self.evaluation, **self.transfer}
 
     @property
-    def trained_on(self) -> list[tuple[str, ...]]:
+    def trained_on(self) -> Sequence[tuple[str, ...]]:
         """Train and transfer texts."""
+        if isinstance(self.full, TextTable) and isinstance(self.transfer, TextTable):
+            return (self.full | self.transfer).texts()
         return [*self.full.values(), *self.transfer.values()]
 
 

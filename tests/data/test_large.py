@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from kdcache import kept
 from kdcache.cache.ids import id_array, text_id
-from kdcache.cache.text_table import TextTable, ids_of_texts, look_up
+from kdcache.cache.text_table import TextTable, ids_of_texts, list_of, look_up
 from kdcache.data import large, spools
 from kdcache.data.task import TaskData, load_task
 from kdcache.errors import DataError
@@ -279,6 +279,10 @@ def test_a_table_is_a_dict(texts: list[tuple[str, str]], data: st.DataObject) ->
         table[bytes(16)]
     both = view | table.view(id_array(rest))
     assert dict(both) == plain and list(both) == [*some, *rest]
+    listed = both.texts()
+    assert list(listed) == [plain[one] for one in both]
+    assert len(listed) == len(plain) and listed[0] == next(iter(both.values()))
+    assert listed[1:7] == list(listed)[1:7] and list(list_of(both)) == list(listed)
 
 
 def test_ids_that_share_half_are_told_apart() -> None:

@@ -97,7 +97,7 @@ def test_scopes_of_mapped_texts_are_those_of_a_dict(
 
     def groups(found: TextScopes) -> list[list[Any]]:
         every = (found.full, found.evaluation, found.transfer, found.logits_only)
-        return [*(list(group.items()) for group in every), found.trained_on]
+        return [*(list(group.items()) for group in every), list(found.trained_on)]
 
     wanted = groups(scopes(load_task(section), asked, ids))
     from_here()
