@@ -2,6 +2,7 @@
 
 Parts have their largest size from ten million rows on, so parts, files and bytes of the manifest grow with the rows
 from there. Seconds of opening are those of the smallest cache, which any cache needs, and the rest grows with the rows.
+Memory while a cache is opened is that of a row and of a file; the buckets of the join have the same size at any number.
 Of the first batch only the order of the epoch grows. Memory is what stays of every further row and file.
 """
 
@@ -16,6 +17,10 @@ from typing import Any
 Report = Mapping[str, Any]
 DECADES = (10**8, 10**9)
 RESIDENT = {"row": 11, "file": 900}  # bytes: part, row, label and order; an entry of the manifest (decisions/0013)
+JOINING = {"row": 13, "file": 900}  # bytes of the peak: places, label and marks of a row; buckets have one size
+JOINED, JOINED_PEAK = "first process: open, s of the processor", "first process: peak while opening, MB"
+MAPPING = {"row": 4, "file": 900}  # the parts of all rows are looked at
+PEAK = "peak while opening, MB"
 OPENED, BATCHED = "open, s of the processor", "first batch, s of the processor"
 ORDERED = "order of an epoch, s of the processor"
 
@@ -27,7 +32,7 @@ def computed(found: Mapping[int, Report]) -> dict[str, Any]:
     for size in DECADES:
         times = size / rows
         files = round(last["files"] * times)
-        more = (size - rows) * RESIDENT["row"] + (files - last["files"]) * RESIDENT["file"]
+        new = {"row": size - rows, "file": files - last["files"]}
         report[f"{size} rows, computed"] = {
             "part size": last["part size"],
             "files": files,
@@ -36,9 +41,17 @@ def computed(found: Mapping[int, Report]) -> dict[str, Any]:
             OPENED: least[OPENED] + (last[OPENED] - least[OPENED]) * times,
             BATCHED: last[BATCHED] + last[ORDERED] * (times - 1),
             ORDERED: last[ORDERED] * times,
-            "resident, MB": last["resident, MB"] + more / 1e6,
+            "resident, MB": last["resident, MB"] + _mb(RESIDENT, new),
+            PEAK: last[PEAK] + _mb(MAPPING, new),
+            JOINED: least[JOINED] + (last[JOINED] - least[JOINED]) * times,
+            JOINED_PEAK: last[JOINED_PEAK] + _mb(JOINING, new),
         }
     return report
+
+
+def _mb(bytes_of: Mapping[str, int], new: Mapping[str, int]) -> float:
+    """What so many more rows and files need, MB."""
+    return sum(bytes_of[what] * new[what] for what in bytes_of) / 1e6
 
 
 WIDTH, HEIGHT, LEFT, GAP, TOP = 340, 190, 46, 40, 34

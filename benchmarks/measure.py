@@ -6,6 +6,7 @@ interleaved. A ratio is computed within each round, then its median is taken. Th
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -52,6 +53,18 @@ def peak_memory_mb() -> float:
     except OSError:
         scale = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB elsewhere
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 1e6
+
+
+def forget_peak() -> None:
+    """``peak_memory_mb`` counts from now on, where the system can forget."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+
+
+def own_mb() -> float:
+    """Resident memory of this process without mapped files, which processes share and the system may take back, MB."""
+    memory = _process().memory_info()
+    return float(memory.rss - getattr(memory, "shared", 0)) / 1e6
 
 
 def resident_mb() -> float:

@@ -175,9 +175,15 @@ def scale(report: Report) -> Section:
         "ahead. What it means is in [Past ten million texts](scale.md).",
     )
     sizes = [key for key in report if " rows" in key]
+    files = [key for key in report if key.startswith("data file, ")]
+    read = list(dict.fromkeys(key for file in files for key in report[file]))
+    of_files = [[key, *(short(report[file][key]) if key in report[file] else "" for file in files)] for key in read]
     keys = list(dict.fromkeys(key for size in sizes for key in report[size]))
     rows = [[key, *(short(report[size][key]) if key in report[size] else "" for size in sizes)] for key in keys]
-    return text + table(["", *sizes], rows), [growth.plot(report)]
+    found = text + table(["", *sizes], rows)
+    if files:
+        found += "\n" + table(["", *(f"{file} rows" for file in files)], of_files)
+    return found, [growth.plot(report)]
 
 
 def loader(title: str) -> Callable[[Report], Section]:

@@ -3,6 +3,8 @@
     python benchmarks/scale.py --rows 10000 100000 1000000
     python benchmarks/scale.py --rows 10000 100000 1000000 10000000 --directory DIRECTORY
 
+    python benchmarks/scale.py --rows --data 1000000 10000000
+
 Making the largest takes some minutes. Decades
 after ten million rows are computed from what was measured (growth.py).
 
@@ -10,7 +12,11 @@ The caches are synthetic: three teachers, three layers of 8 int8 values per toke
 the number of texts, parts and files matters. Texts differ; parts have the same teacher outputs, as hard links, so ten
 million rows take 2 GB of the disk and not 18. A separate process opens each cache and reads batches until well after
 the window is full. Only the window stays decoded, so memory consists of the window and of what grows with the rows.
-`resident` is the median over the batches after the window is full. Prints JSON.
+`resident` is the median over the batches after the window is full. The first process joins the ids and encodes texts,
+and keeps both; values without `first process` are those of the processes after it. Prints JSON.
+
+With `--data`, data files of so many rows are read as `dump-teachers` and `distill` do: with objects for all texts (up
+to two million rows), into mapped arrays, and again by a process that finds them.
 """
 
 from __future__ import annotations
@@ -29,7 +35,7 @@ from typing import TYPE_CHECKING, Any
 
 import growth
 import numpy as np
-from measure import in_a_process, machine, peak_memory_mb, resident_mb
+from measure import forget_peak, in_a_process, machine, own_mb, peak_memory_mb, resident_mb
 
 from kdcache.cache.spec import LARGEST_PART_SIZE
 
@@ -55,8 +61,16 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--directory", type=Path, help="keep the caches there, and use those that are there")
     parser.add_argument("--part-size", type=int, help="texts of a part; that of a dump of so many texts by default")
+    parser.add_argument(
+        "--data", type=int, nargs="*", default=[], help="rows of data files that are read, as dump-teachers does"
+    )
     parser.add_argument("--read", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--read-data", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--in-memory", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.read_data:
+        json.dump(read_data(arguments.read_data, in_memory=arguments.in_memory), sys.stdout)
+        return
     if arguments.read:
         json.dump(read(arguments.read, arguments.steps), sys.stdout)
         return
@@ -69,24 +83,74 @@ def main() -> None:
             if not (cache / "manifest.json").exists():
                 write(cache, rows, arguments.part_size)
             report[f"{rows} rows"] = measured(cache, arguments.steps, arguments.repeats)
+        for rows in arguments.data:
+            print(f"{rows:,} rows of data", file=sys.stderr, flush=True)
+            report[f"data file, {rows}"] = measured_data(Path(folder) / f"{rows}.tsv", rows)
     for few, many in itertools.pairwise(f"{rows} rows" for rows in arguments.rows):
         report[many]["resident / that of fewer rows"] = report[many]["resident, MB"] / report[few]["resident, MB"]
-    if report[f"{max(arguments.rows)} rows"]["part size"] == LARGEST_PART_SIZE:
+    if arguments.rows and report[f"{max(arguments.rows)} rows"]["part size"] == LARGEST_PART_SIZE:
         report |= growth.computed({rows: report[f"{rows} rows"] for rows in arguments.rows})
     json.dump(report, sys.stdout, indent=2)
     print()
 
 
+FIRST = ("open, s", "open, s of the processor", "first batch, s", "peak while opening, MB")  # joins and tokenizes
+
+
 def measured(cache: Path, steps: int, repeats: int) -> dict[str, Any]:
-    """Read a cache in ``repeats`` processes, one after the other; the first one has no stored student tokens."""
+    """Read a cache in ``repeats`` processes, one after the other; the first one finds nothing kept by others."""
     turns = [in_a_process("scale.py", ["--read", str(cache), "--steps", str(steps)]) for _ in range(repeats)]
+    later = turns[1:] or turns
     files = [file for file in cache.rglob("*") if file.is_file()]
     return {
         "files": len(files),
         "data bytes": sum(file.stat().st_size for file in files),
         "manifest bytes": (cache / "manifest.json").stat().st_size,
-        **{key: statistics.median(turn[key] for turn in turns) for key in turns[0]},
-        "first process: first batch, s": turns[0]["first batch, s"],
+        **{key: statistics.median(turn[key] for turn in later) for key in turns[0]},
+        **{f"first process: {key}": turns[0][key] for key in FIRST},
+    }
+
+
+IN_MEMORY = 2_000_000  # rows; more would need gigabytes
+
+
+def measured_data(path: Path, rows: int) -> dict[str, Any]:
+    """Read a data file of ``rows`` in a process of its own: with all texts as objects, mapped, and mapped again."""
+    half = [" ".join(words) for words in itertools.product(WORDS, repeat=5)]
+    with path.open("w", encoding="utf-8") as file:
+        file.write("sentence\tlabel\n")
+        for row in np.random.default_rng(0).permutation(rows).tolist():
+            file.write(f"{half[row >> 15]} {half[row & 32767]}\t{row % 2}\n")
+    found: dict[str, Any] = {"bytes of the file": path.stat().st_size}
+    turns = {"objects": ["--in-memory"]} if rows <= IN_MEMORY else {}
+    for name, flags in {**turns, "mapped, first": [], "mapped, later": []}.items():
+        one = in_a_process("scale.py", ["--read-data", str(path), *flags])
+        found |= {f"{name}: {key}": value for key, value in one.items()}
+    path.unlink()
+    return found
+
+
+def read_data(path: Path, *, in_memory: bool) -> dict[str, float]:
+    """The data of a recipe, and what of it stays in memory; a file of any size is read as a large one."""
+    from kdcache.data import large
+    from kdcache.data.task import load_task
+    from kdcache.recipe import DataSection
+
+    large.LARGE = sys.maxsize if in_memory else 0
+    section = DataSection(train=str(path), text=["sentence"], label="label")
+    before, own = resident_mb(), own_mb()
+    forget_peak()
+    began, began_cpu = time.perf_counter(), time.process_time()
+    task = load_task(section)
+    seconds, cpu = time.perf_counter() - began, time.process_time() - began_cpu
+    peak = peak_memory_mb()
+    assert task.texts[next(iter(task.texts))]
+    return {
+        "s": seconds,
+        "s of the processor": cpu,
+        "peak, MB": peak - before,
+        "stays without mapped files, MB": own_mb() - own,
+        "bytes of a row that stay": 1e6 * (own_mb() - own) / len(task.texts),
     }
 
 
@@ -216,26 +280,33 @@ def read(path: Path, steps: int) -> dict[str, float]:
 
     torch.set_num_threads(1)
     tokenizer = tiny.wordpiece_tokenizer()
-    before = resident_mb()
+    before, own = resident_mb(), own_mb()
+    forget_peak()
     began, began_cpu = time.perf_counter(), time.process_time()
     source = loader(path, tokenizer, student_layers=LAYERS, max_length=MAX_LENGTH, memory_bytes=0, window=WINDOW)
     opened, opened_cpu = time.perf_counter(), time.process_time()
+    opening = peak_memory_mb()
+    forget_peak()
+    began_first, began_first_cpu = time.perf_counter(), time.process_time()
     batches = endless(source)
     next(batches)
     first, first_cpu = time.perf_counter(), time.process_time()
-    resident = [resident_mb() for _ in itertools.islice(batches, steps)]
-    batches.close()  # ends its threads
     peak = peak_memory_mb()
+    resident = [resident_mb() for _ in itertools.islice(batches, steps)]
+    owned = own_mb()
+    batches.close()  # ends its threads
     return {
         "open, s": opened - began,
         "open, s of the processor": opened_cpu - began_cpu,
-        "first batch, s": first - opened,
-        "first batch, s of the processor": first_cpu - opened_cpu,
+        "first batch, s": first - began_first,
+        "first batch, s of the processor": first_cpu - began_first_cpu,
         "order of an epoch, s of the processor": ordered(source),
         "part size": source.cache.settings.part_size,
         "before opening, MB": before,
         "resident, MB": statistics.median(resident[WINDOW * source.cache.settings.part_size // 32 :] or resident),
-        "peak, MB": peak,
+        "without mapped files, more than before, MB": owned - own,
+        "peak while opening, MB": opening,
+        "peak of the first batch, MB": peak,
     }
 
 
@@ -245,7 +316,7 @@ def ordered(source: CachedBatches) -> float:
 
     began = time.process_time()
     rows, steps = source.epochs.shares(source.epochs.order(1), 0)
-    PartLifetimes.of(source.epochs.parts[rows], steps)
+    PartLifetimes.of(source.epochs.parts_of(rows), steps)
     return time.process_time() - began
 
 

@@ -16,6 +16,7 @@ footer, "ARROW1". A message is ff ff ff ff, the length of its metadata, the meta
 from __future__ import annotations
 
 import functools
+import mmap
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -60,6 +61,9 @@ _DTYPES: dict[str, np.dtype[Any]] = {
     "int64": np.dtype("<i8"),
     "float": np.dtype("<f4"),
 }
+
+
+Data = bytes | mmap.mmap
 
 
 class TableDamageError(ValueError):
@@ -117,7 +121,7 @@ class Column:
         return [text if valid else "" for text, valid in zip(texts, self.valid.tolist(), strict=True)]
 
 
-def read_columns(data: bytes, fields: tuple[Field, ...], rows: int) -> list[Column]:
+def read_columns(data: Data, fields: tuple[Field, ...], rows: int) -> list[Column]:
     """The columns of a file with exactly these fields and so many rows. Raises TableDamageError."""
     if data[:8] != _MAGIC + b"\0\0" or data[-6:] != _MAGIC:
         raise TableDamageError("is not an Arrow file")
@@ -127,7 +131,7 @@ def read_columns(data: bytes, fields: tuple[Field, ...], rows: int) -> list[Colu
         raise TableDamageError("is not readable: its metadata refer to positions beyond its end") from error
 
 
-def _read(data: bytes, fields: tuple[Field, ...], rows: int) -> list[Column]:
+def _read(data: Data, fields: tuple[Field, ...], rows: int) -> list[Column]:
     schema, schema_end = _metadata(data, 8)
     _check_schema_message(schema, fields)
     if data[schema_end : schema_end + 8] == _CONTINUATION + bytes(4):
@@ -139,7 +143,7 @@ def _read(data: bytes, fields: tuple[Field, ...], rows: int) -> list[Column]:
     return _Batch(data, metadata, batch, body, body_bytes).columns(fields, rows)
 
 
-def _metadata(data: bytes, at: int) -> tuple[bytes, int]:
+def _metadata(data: Data, at: int) -> tuple[bytes, int]:
     """The metadata of the message at position ``at``, and the position of its body."""
     if data[at : at + 4] != _CONTINUATION:
         raise TableDamageError("is not readable: there is no message at the expected position")
@@ -170,7 +174,7 @@ def _check_schema_message(metadata: bytes, fields: tuple[Field, ...]) -> None:
     _check_schema(metadata, header, fields)
 
 
-def _check_footer(data: bytes, after: int, block: tuple[int, int, int], fields: tuple[Field, ...]) -> None:
+def _check_footer(data: Data, after: int, block: tuple[int, int, int], fields: tuple[Field, ...]) -> None:
     """Check the end of the stream and the footer, where other readers of Arrow files begin."""
     if data[after : after + 8] != _CONTINUATION + bytes(4):
         raise TableDamageError("has more than one record batch, or no end of its stream")
@@ -253,7 +257,7 @@ def _wanted(field: Field) -> tuple[int, tuple[int, ...]]:
 class _Batch:
     """The nodes (length and nulls) and buffers of a record batch; they are read in the order of the fields."""
 
-    def __init__(self, data: bytes, metadata: bytes, table: int, body: int, body_bytes: int) -> None:
+    def __init__(self, data: Data, metadata: bytes, table: int, body: int, body_bytes: int) -> None:
         self._data, self._body, self._body_bytes = data, body, body_bytes
         self._rows = _number(metadata, table, 0, _I64)
         if _slot(metadata, table, 3) is not None:

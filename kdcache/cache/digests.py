@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import mmap
 import os
 import stat
 import threading
@@ -95,6 +96,13 @@ class CheckedFile:
                     self.hasher.update(piece)
                 pieces.append(piece)
             return pieces[0] if len(pieces) == 1 else b"".join(pieces)  # an array of millions of ids is not copied
+
+    def mapped(self) -> mmap.mmap:
+        """All bytes of the file as mapped memory; those that were not hashed yet are hashed first."""
+        block = memoryview(bytearray(1 << 20))
+        while self._left and self.checking:
+            self.readinto(block[: min(self._left, len(block))])
+        return mmap.mmap(self._handle, 0, access=mmap.ACCESS_READ)
 
     def _too_short(self) -> DamageError:
         return DamageError(f"'{self._path}' ends too early", REPAIR_HINT)
@@ -231,8 +239,19 @@ class CheckedFiles:
     def decode(self, path: str, decode: Callable[[bytes], T]) -> T:
         """``decode(bytes of the file)``; errors of ``decode`` become a DamageError that names the file."""
         data = self.read(path)
-        try:
+        with self.naming(path):
             return decode(data)
+
+    def map(self, path: str) -> mmap.mmap:
+        """The bytes of a file as mapped memory, which is nobody's as long as it is not read. Raises DamageError."""
+        with self.open(path) as file:
+            return file.mapped()
+
+    @contextlib.contextmanager
+    def naming(self, path: str) -> Iterator[None]:
+        """Errors of a decoder become a DamageError that names the file."""
+        try:
+            yield
         except (TableDamageError, BasisDamageError, UnicodeDecodeError) as error:
             raise self.damage(path, error) from error
 

@@ -70,10 +70,31 @@ def seeded_order(ids: Iterable[bytes], seed: int) -> list[bytes]:
     return sorted(ids, key=lambda id_: (hashlib.blake2b(id_, digest_size=ID_BYTES, key=key).digest(), id_))
 
 
+def seeded_rows(ids: np.ndarray, seed: int) -> np.ndarray:
+    """The rows of distinct ``ids`` uint8[n, 16] in the order of ``seeded_order``, without an object for each."""
+    key = seed.to_bytes(8, "little", signed=True)
+    digests = np.empty((len(ids), ID_BYTES), np.uint8)
+    for start in range(0, len(ids), _TOGETHER):
+        some = id_list(ids[start : start + _TOGETHER])
+        digests[start : start + len(some)] = id_array(
+            hashlib.blake2b(one, digest_size=ID_BYTES, key=key).digest() for one in some
+        )
+    return order_of_words(*id_words(digests))
+
+
 def ids_digest(parts: Iterable[np.ndarray]) -> str:
     """The fingerprint of a set of texts: sha256 (hex) over the sorted distinct ids, however they are cut into parts."""
     ids = np.concatenate([np.zeros((0, ID_BYTES), np.uint8), *parts])
-    return hashlib.sha256(np.unique(ids, axis=0).tobytes()).hexdigest()
+    ids = gather_ids(ids, order_of_words(*id_words(ids)))  # np.unique takes ten times as long
+    new = np.ones(len(ids), np.bool_)
+    new[1:] = (ids[1:] != ids[:-1]).any(axis=1)
+    return hashlib.sha256(ids[new].data).hexdigest()
+
+
+def gather_ids(ids: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """``ids[rows]`` of ids uint8[n, 16], in a sixth of the time."""
+    gathered: np.ndarray = _values(ids)[rows].view(np.uint8).reshape(-1, ID_BYTES)
+    return gathered
 
 
 class IdIndex:
@@ -84,8 +105,8 @@ class IdIndex:
     """
 
     def __init__(self, ids: np.ndarray) -> None:
-        high, low = _words(ids)
-        self._order = _by_words(high, low)
+        high, low = id_words(ids)
+        self._order = order_of_words(high, low)
         self._high, self._low = high[self._order], low[self._order]
         bits = min(max(1, len(ids).bit_length() - 2), 32)
         self._shift = np.uint64(64 - bits)
@@ -100,7 +121,7 @@ class IdIndex:
         rows = np.full(len(query), -1, dtype=np.int64)
 
         def some(first: int) -> None:
-            rows[first : first + _TOGETHER] = self._find(*_words(query[first : first + _TOGETHER]))
+            rows[first : first + _TOGETHER] = self._find(*id_words(query[first : first + _TOGETHER]))
 
         blocks = range(0, len(query) if len(self) else 0, _TOGETHER)
         if len(blocks) < _SEARCHERS:
@@ -205,7 +226,7 @@ _SEARCHERS = 2  # threads
 _ALIKE = 64  # ids with the same first bits that are compared one by one
 
 
-def _by_words(high: np.ndarray, low: np.ndarray) -> np.ndarray:
+def order_of_words(high: np.ndarray, low: np.ndarray) -> np.ndarray:
     """Rows sorted by both words, then by number, so that of equal ids the first row is found; int32 if possible.
 
     Rows are sorted by the first word, and the few rows that share it are sorted again. Sorting all rows by both words
@@ -221,7 +242,8 @@ def _by_words(high: np.ndarray, low: np.ndarray) -> np.ndarray:
     return order
 
 
-def _words(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def id_words(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The two halves of each id as numbers, uint64[n]; they sort as ids do."""
     return _first_word(ids), _whole(ids).view(">u8")[:, 1].astype(np.uint64)
 
 

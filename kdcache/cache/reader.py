@@ -11,35 +11,32 @@ views.
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from kdcache.cache import layout, tables
 from kdcache.cache.bases import decode_basis
 from kdcache.cache.digests import CheckedFiles
 from kdcache.cache.hidden import decode_layer
-from kdcache.cache.ids import ID_BYTES, Examples, IdIndex, match
+from kdcache.cache.ids import Examples
 from kdcache.cache.manifest import Manifest, read_manifest
+from kdcache.cache.places import TextPlaces
 from kdcache.cache.selection import local_selection
 from kdcache.cache.tokens import OTHER, Tokens
 from kdcache.errors import MismatchError
 
 if TYPE_CHECKING:
+    import numpy as np
     import pandas as pd
     import pyarrow as pa
 
-    from kdcache.cache.contents import PartInfo
+    from kdcache.cache.contents import PartInfo, SplitInfo
     from kdcache.cache.digests import Arrivals
     from kdcache.cache.selection import LocalSelection, Selection
     from kdcache.cache.spec import Settings, TaskSpec, TeacherSpec
     from kdcache.cache.tokens import Outputs
     from kdcache.codecs.base import Basis, HiddenBlock, LayerSpec
-
-_KEPT = 1 << 18  # texts up to which an index of their ids stays in memory (5 MB); more are sorted for each search
 
 
 def open_cache(path: str | Path, *, arrivals: Arrivals | None = None, incomplete: bool = False) -> Cache:
@@ -89,8 +86,7 @@ class Cache:
             path, manifest.contents.files, trust_earlier=trust_earlier, local=local, arrivals=arrivals
         )
         self._parts = {part.name: part for part in manifest.contents.parts}
-        self._index: IdIndex | None = None
-        self._index_lock = threading.Lock()
+        self._places = TextPlaces(manifest.contents.parts, self.text_ids)
 
     def __repr__(self) -> str:
         from kdcache.cache.shown import as_line
@@ -145,13 +141,27 @@ class Cache:
 
     def examples(self, split: str) -> Examples:
         """The examples of a split. Raises MismatchError if there is no such split, DamageError."""
-        if split not in self._contents.splits:
-            raise self._no("split", split, self._contents.splits)
-        info = self._contents.splits[split]
+        info = self._split(split)
         classes = len(self.task.label_names)
         return Examples(
             *self._files.decode(info.file, lambda data: tables.decode_examples(data, info.examples, classes))
         )
+
+    def example_count(self, split: str) -> int:
+        """The number of examples of a split, from the manifest."""
+        return self._split(split).examples
+
+    def example_ids(self, split: str) -> Iterator[np.ndarray]:
+        """The ids of ``examples``, ``uint8[m, 16]`` block by block, for splits that are too large to be in memory."""
+        info = self._split(split)
+        with self._files.naming(info.file):
+            yield from tables.id_blocks(self._files.map(info.file), info.examples)
+
+    def example_labels(self, split: str) -> np.ndarray:
+        """The labels of ``examples`` in the smallest integers that hold them, for splits as in ``example_ids``."""
+        info = self._split(split)
+        with self._files.naming(info.file):
+            return tables.compact_labels(self._files.map(info.file), info.examples, len(self.task.label_names))
 
     def text_ids(self, part_name: str) -> np.ndarray:
         """The text ids of a part, ``uint8[n, 16]``, in its order."""
@@ -174,7 +184,8 @@ class Cache:
         """Find texts by id.
 
         A text that is in a 'full' and in a 'logits' part is found in the full one. The first call reads all text ids;
-        in a cache of more than ``_KEPT`` texts every call does.
+        in a cache of many texts every call does. Millions of ids are joined in temporary files of the
+        home directory.
 
         Args:
             ids: ``uint8[m, 16]``.
@@ -182,23 +193,13 @@ class Cache:
         Returns:
             Index into ``parts`` and row in that part, both ``int32[m]``; -1 for a text that the cache lacks.
         """
-        order, bounds = self._parts_in_order()
-        parts, rows = np.full(len(ids), -1, np.int32), np.full(len(ids), -1, np.int32)
-        numbers = np.arange(len(order), dtype=np.min_scalar_type(len(order)))
-        place_of = np.repeat(numbers, np.diff(bounds))  # of every text: the place of its part in ``order``
+        return self._places.locate(ids)
 
-        def take(asked: np.ndarray, found: np.ndarray) -> None:
-            places = place_of[found]
-            parts[asked] = order[places]
-            rows[asked] = found - bounds[places]
-
-        if bounds[-1] > _KEPT:
-            match(self._all_ids(order, bounds), ids, take)
-        else:
-            places = self._kept_index(order, bounds).find(ids)
-            there = np.flatnonzero(places >= 0)
-            take(there, places[there])
-        return parts, rows
+    def locate_blocks(
+        self, blocks: Callable[[], Iterable[np.ndarray]], count: int
+    ) -> tuple[np.ndarray, np.ndarray] | None:
+        """``locate`` of ``count`` ids that come block by block; None where no temporary files can be written."""
+        return self._places.locate_blocks(blocks, count)
 
     def outputs(self, teacher: str, part_name: str) -> Outputs:
         """Logits ``float32[n, classes]`` and pooled vectors ``float32[n, width]`` (or None) of a part."""
@@ -315,25 +316,10 @@ class Cache:
         if self._arrivals is not None:
             self._arrivals.expect(paths)
 
-    def _parts_in_order(self) -> tuple[np.ndarray, np.ndarray]:
-        """The parts with full ones first; the first position of each among all texts, and their number."""
-        parts = self._contents.parts
-        order = sorted(range(len(parts)), key=lambda index: parts[index].scope != "full")
-        return np.array(order, np.int64), np.cumsum([0, *(parts[index].texts for index in order)])
-
-    def _kept_index(self, order: np.ndarray, bounds: np.ndarray) -> IdIndex:
-        """The index of all ids, made at its first use."""
-        with self._index_lock:
-            if self._index is None:
-                self._index = IdIndex(self._all_ids(order, bounds))
-            return self._index
-
-    def _all_ids(self, order: np.ndarray, bounds: np.ndarray) -> np.ndarray:
-        """The ids of all parts in ``order``, uint8[n, 16]."""
-        ids = np.empty((int(bounds[-1]), ID_BYTES), np.uint8)
-        for place, index in enumerate(order.tolist()):
-            ids[bounds[place] : bounds[place + 1]] = self.text_ids(self._contents.parts[index].name)
-        return ids
+    def _split(self, name: str) -> SplitInfo:
+        if name not in self._contents.splits:
+            raise self._no("split", name, self._contents.splits)
+        return self._contents.splits[name]
 
     def _part(self, name: str) -> PartInfo:
         if name not in self._parts:

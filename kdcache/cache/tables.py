@@ -6,16 +6,19 @@ Arrow's own reader. Decoding copies nothing: arrays are read-only views of the b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import mmap
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from kdcache.cache.arrow_file import Field, TableDamageError, read_columns
+from kdcache.cache.arrow_file import Column, Field, TableDamageError, read_columns
 from kdcache.cache.ids import ID_BYTES
 from kdcache.cache.tokens import Outputs, Tokens
 
 __all__ = ["TableDamageError"]
+
+BLOCK = 1 << 18  # rows that are read together out of a mapped file
 
 _IDS = (Field("text_id", "fixed_size_binary", size=ID_BYTES),)
 _EXAMPLES = (*_IDS, Field("label", "int64", nullable=True), Field("group", "string", nullable=True))
@@ -108,10 +111,41 @@ def decode_text(data: bytes, columns: Sequence[str], rows: int) -> list[tuple[st
 def decode_examples(data: bytes, rows: int, classes: int) -> tuple[np.ndarray, np.ndarray, tuple[str, ...] | None]:
     """Ids, labels (-1: no label; else below ``classes``), and groups (None if no example has one)."""
     ids, label, group = read_columns(data, _EXAMPLES, rows)
-    labels = label.values if label.valid is None else np.where(label.valid, label.values, -1)
-    if rows and not -1 <= labels.min() <= labels.max() < classes:
-        raise TableDamageError(f"has a label that is not one of the {classes} of the task")
+    labels = _labels(label, slice(None), classes)
     return ids.values, labels, None if group.null_count == rows else tuple(group.strings())
+
+
+def _labels(column: Column, which: slice, classes: int) -> np.ndarray:
+    values = column.values[which]
+    labels = values if column.valid is None else np.where(column.valid[which], values, -1)
+    if len(labels) and not -1 <= labels.min() <= labels.max() < classes:
+        raise TableDamageError(f"has a label that is not one of the {classes} of the task")
+    return labels
+
+
+def id_blocks(data: mmap.mmap, rows: int) -> Iterator[np.ndarray]:
+    """The ids of examples in a mapped file, uint8[m, 16] block by block; what was read takes no memory afterwards."""
+    ids = read_columns(data, _EXAMPLES, rows)[0].values
+    for start in range(0, rows, BLOCK):
+        yield ids[start : start + BLOCK].copy()
+        _forget(data)
+
+
+def compact_labels(data: mmap.mmap, rows: int, classes: int) -> np.ndarray:
+    """The labels of examples in a mapped file, in the smallest integers [rows], -1: no label."""
+    column = read_columns(data, _EXAMPLES, rows)[1]
+    labels = np.empty(rows, np.min_scalar_type(-max(classes, 2)))
+    for start in range(0, rows, BLOCK):
+        which = slice(start, start + BLOCK)
+        labels[which] = _labels(column, which, classes)
+        _forget(data)
+    return labels
+
+
+def _forget(data: mmap.mmap) -> None:
+    """Take the pages of a mapped file out of this process; the system still has them."""
+    if hasattr(mmap, "MADV_DONTNEED"):
+        data.madvise(mmap.MADV_DONTNEED)
 
 
 def decode_outputs(data: bytes, rows: int, classes: int, pooled: int | None) -> Outputs:

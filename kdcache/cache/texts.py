@@ -7,20 +7,21 @@ as without it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from kdcache.cache import layout, tables
 from kdcache.cache.contents import Contents, PartInfo
-from kdcache.cache.ids import id_array, id_list, seeded_order, text_id
+from kdcache.cache.ids import IdIndex, gather_ids, id_array, id_list, seeded_order, seeded_rows, text_id
+from kdcache.cache.text_table import ids_of_texts, look_up
 from kdcache.errors import DamageError, MismatchError
 from kdcache.files import digest_bytes, write_file
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from kdcache.cache.digests import CheckedFiles
     from kdcache.cache.journal import Journal
     from kdcache.cache.spec import Scope
@@ -68,9 +69,9 @@ class TextPlan:
         """
         self._given += [full, *logits_only]
         self._restore(full, logits_only)
-        self._append("full", full.keys() - self._known("full"))
+        self._append("full", self._new(full, "full"))
         for group in logits_only:
-            self._append("logits", group.keys() - self._known("full") - self._known("logits"))
+            self._append("logits", self._new(group, "full", "logits"))
 
     def _stored(self, part: PartInfo) -> list[tuple[str, ...]]:
         columns = self._contents.task.text_columns
@@ -78,13 +79,19 @@ class TextPlan:
             layout.text_file(part.name), lambda data: tables.decode_text(data, columns, part.texts)
         )
 
-    def _append(self, scope: Scope, ids: Iterable[bytes]) -> None:
-        ordered = seeded_order(ids, self._contents.settings.seed)
+    def _new(self, texts: Texts, *scopes: Scope) -> np.ndarray:
+        """The ids of those ``texts`` that no part of ``scopes`` has."""
+        ids = ids_of_texts(texts)
+        known = [self.ids(part) for part in self._contents.parts if part.scope in scopes]
+        return ids[IdIndex(np.concatenate(known)).find(ids) < 0] if known else ids
+
+    def _append(self, scope: Scope, ids: np.ndarray) -> None:
+        ordered = gather_ids(ids, seeded_rows(ids, self._contents.settings.seed))
         size = self._contents.settings.part_size
         for start in range(0, len(ordered), size):
-            chunk = ordered[start : start + size]
+            array = ordered[start : start + size]
+            chunk = id_list(array)
             part = PartInfo(layout.part_name(len(self._contents.parts)), scope, len(chunk))
-            array = id_array(chunk)
             self._check(chunk)
             files = {layout.ids_file(part.name): tables.encode_ids(array)}
             if self._contents.has_text:
@@ -100,27 +107,28 @@ class TextPlan:
             part, {path: self._contents.files[path] for path in paths if path in self._contents.files}
         )
 
-    def _check(self, ids: Iterable[bytes]) -> None:
+    def _check(self, ids: Sequence[bytes]) -> None:
         columns = len(self._contents.task.text_columns)
-        for identity in ids:
-            text = self._find(identity) or ()
+        for identity, found in zip(ids, self._find(ids), strict=True):
+            text = found or ()
             if len(text) != columns or text_id(text) != identity:
                 raise ValueError(f"text {identity.hex()} is not the {columns} columns that its id is the hash of")
 
-    def _encode_text(self, ids: Iterable[bytes]) -> bytes:
+    def _encode_text(self, ids: Sequence[bytes]) -> bytes:
         return tables.encode_text(self._contents.task.text_columns, self._given_texts(ids))
 
-    def _given_texts(self, ids: Iterable[bytes]) -> list[tuple[str, ...]]:
+    def _given_texts(self, ids: Sequence[bytes]) -> list[tuple[str, ...]]:
         """The texts of ``ids`` without those that were not given."""
-        return [text for identity in ids if (text := self._find(identity)) is not None]
+        return [text for text in self._find(ids) if text is not None]
 
-    def _find(self, identity: bytes) -> tuple[str, ...] | None:
-        return next((given[identity] for given in self._given if identity in given), None)
-
-    def _known(self, scope: Scope) -> set[bytes]:
-        return {
-            identity for part in self._contents.parts if part.scope == scope for identity in id_list(self.ids(part))
-        }
+    def _find(self, ids: Sequence[bytes]) -> list[tuple[str, ...] | None]:
+        """The given texts of ``ids``."""
+        found: list[tuple[str, ...] | None] = [None] * len(ids)
+        for given in self._given:
+            open_ = [place for place, text in enumerate(found) if text is None]
+            for place, text in zip(open_, look_up(given, [ids[place] for place in open_]), strict=True):
+                found[place] = text
+        return found
 
     def _restore(self, full: Texts, logits_only: Sequence[Texts]) -> None:
         """Write damaged text files again. Each must equal the old file, or targets would belong to other texts."""

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 TRUNCATION = "longest_first"  # from the right; part of a cache's identity
 _CHUNK = 4096  # texts whose Encoding objects exist at once
+_COUNTED = 1 << 16  # texts that are encoded together to be counted
 _PER_TOKEN = ("input_ids", "starts", "ends", "segments", "roles", "token_type_ids")  # arrays of EncodedTexts
 _truncating = threading.Lock()  # truncation is state of a tokenizer: set, used and restored under this lock
 
@@ -157,6 +158,17 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[tuple[str, ...]],
                 encodings = [encoding if len(encoding) else stand_in for encoding in encodings]
             chunks.append(_pack(encodings, roles, truncated, with_types=with_types))
     return _joined(chunks)
+
+
+def count_tokens(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[tuple[str, ...]], max_length: int
+) -> tuple[int, int]:
+    """How many tokens ``encode`` gives for all texts, and how many of them it truncates; nothing is kept."""
+    tokens = truncated = 0
+    for first in range(0, len(texts), _COUNTED):
+        encoded = encode(tokenizer, texts[first : first + _COUNTED], max_length)
+        tokens, truncated = tokens + int(encoded.lengths.sum()), truncated + encoded.truncated_count
+    return tokens, truncated
 
 
 @dataclass(frozen=True)

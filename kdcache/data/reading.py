@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import compress
 from pathlib import Path
@@ -22,6 +23,8 @@ from kdcache.errors import DataError, first_line
 from kdcache.progress import listed
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.-]*(/[\w.-]+)?)?")
+_BATCH = 1 << 16  # rows that are read together
+_BLOCK = 1 << 24  # bytes
 _LONGEST_CSV_FIELD = 2**30  # characters; the default of the csv module, 131,072, is too small for long documents
 
 
@@ -81,114 +84,186 @@ def read_rows(source: str, split: str = "train") -> Rows:
     return read_hub(source, split)
 
 
-def _read_file(path: Path) -> Rows:
+def read_batches(path: Path) -> Iterator[Rows]:
+    """The rows of a file, at most ``_BATCH`` at a time. Columns of JSON lines are those that a batch has.
+
+    Raises DataError as ``read_rows``, also for a file without rows.
+    """
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
         raise DataError(
             f"'{path}' has the ending '{path.suffix}', which is not known; known are {_KNOWN}", "Rename or convert it."
         )
+    columns = rows = 0
     try:
-        rows = reader(path)
+        for batch in reader(path):
+            columns, rows = columns + len(batch.columns), rows + len(batch)
+            if len(batch):
+                yield batch
     except OSError as error:
         raise DataError(
             f"'{path}' cannot be read: {error.strerror or error}", "Check the file and its permissions."
         ) from error
-    if not rows.columns:
+    if not columns:
         raise DataError(f"'{path}' is empty; a header and rows were expected")
-    if not len(rows):
+    if not rows:
         raise DataError(f"'{path}' holds no rows, only a header")
-    return rows
 
 
-def _read_text(path: Path) -> str:
+def _read_file(path: Path) -> Rows:
+    batches = list(read_batches(path))
+    if len(batches) == 1:
+        return batches[0]
+    names = dict.fromkeys(name for batch in batches for name in batch.columns)
+    columns: dict[str, Sequence[Any]] = {
+        name: [value for batch in batches for value in batch.columns.get(name, [None] * len(batch))] for name in names
+    }
+    return replace(batches[0], columns=columns, lines=[line for batch in batches for line in batch.lines])
+
+
+def _open_text(path: Path, newline: str) -> io.TextIOWrapper:
     """The file as UTF-8, without a byte order mark; bad bytes and NULs are errors with their line."""
-    content = path.read_bytes()
-    nul = content.find(0)
-    if nul >= 0:
-        line = content.count(b"\n", 0, nul) + 1
-        raise DataError(
-            f"{path}, line {line} holds a NUL byte; text was expected",
-            "Is it UTF-16, or a binary file? Save it as UTF-8.",
-        )
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        bad = content[error.start]
-        raise DataError(f"{path}, line {line} is not UTF-8: byte 0x{bad:02x}", "Save the file as UTF-8.") from error
+    with path.open("rb") as file:
+        before = 0
+        while block := file.read(_BLOCK):
+            if (nul := block.find(0)) >= 0:
+                line = before + block.count(b"\n", 0, nul) + 1
+                raise DataError(
+                    f"{path}, line {line} holds a NUL byte; text was expected",
+                    "Is it UTF-16, or a binary file? Save it as UTF-8.",
+                )
+            before += block.count(b"\n")
+        file.seek(0)
+        before = 1
+        for block in _whole_lines(file):
+            try:
+                block.decode("utf-8")
+            except UnicodeDecodeError as error:
+                line = before + block.count(b"\n", 0, error.start)
+                raise DataError(
+                    f"{path}, line {line} is not UTF-8: byte 0x{block[error.start]:02x}", "Save the file as UTF-8."
+                ) from error
+            before += block.count(b"\n")
+    return path.open(encoding="utf-8-sig", newline=newline)
 
 
-def _read_tsv(path: Path) -> Rows:
-    lines = [line.removesuffix("\r") for line in _read_text(path).split("\n")]
-    while lines and not lines[-1]:
-        lines.pop()
-    if not lines:
-        return Rows(str(path), {}, [])
-    header = _checked_header(path, lines[0].split("\t"))
-    table = [line.split("\t") for line in lines[1:]]
-    numbers = range(2, len(lines) + 1)
-    for number, values in zip(numbers, table, strict=True):
-        _check_width(path, number, values, header, "tabs")
-    return Rows(str(path), _transposed(header, table), numbers)
+def _whole_lines(file: io.BufferedReader) -> Iterator[bytes]:
+    """The bytes of a file in blocks that end with a line."""
+    rest = b""
+    while block := file.read(_BLOCK):
+        end = block.rfind(b"\n") + 1
+        if end:
+            yield rest + block[:end]
+            rest = block[end:]
+        else:
+            rest += block
+    yield rest
 
 
-def _read_csv(path: Path) -> Rows:
-    reader = csv.reader(io.StringIO(_read_text(path), newline=""), strict=True)
-    limit = csv.field_size_limit(_LONGEST_CSV_FIELD)
-    table, numbers, line = [], [], 1
-    try:
-        for values in reader:
-            if values:  # blank lines are skipped
-                table.append(values)
-                numbers.append(line)
-            line = reader.line_num + 1
-    except csv.Error as error:
-        raise DataError(
-            f"{path}, line {line} is not CSV: {error}",
-            "Double the quotation marks inside of a quoted field, or save it as TSV.",
-        ) from error
-    finally:
-        csv.field_size_limit(limit)
-    if not table:
-        return Rows(str(path), {}, [])
-    header = _checked_header(path, table.pop(0))
-    for number, values in zip(numbers[1:], table, strict=True):
-        _check_width(path, number, values, header, "commas")
-    return Rows(str(path), _transposed(header, table), numbers[1:])
+def _read_tsv(path: Path) -> Iterator[Rows]:
+    with _open_text(path, "\n") as file:
+        lines = _without_blank_end(line.removesuffix("\n").removesuffix("\r") for line in file)
+        first = next(lines, None)
+        if first is None:
+            return
+        header = _checked_header(path, first.split("\t"))
+        yield Rows(str(path), _transposed(header, []), [])
+        start = 2
+        while table := [line.split("\t") for line in itertools.islice(lines, _BATCH)]:
+            numbers = range(start, start + len(table))
+            for number, values in zip(numbers, table, strict=True):
+                _check_width(path, number, values, header, "tabs")
+            yield Rows(str(path), _transposed(header, table), numbers)
+            start += len(table)
 
 
-def _read_jsonl(path: Path) -> Rows:
-    records: list[dict[str, Any]] = []
-    numbers = []
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
-        if not line.strip():
+def _without_blank_end(lines: Iterable[str]) -> Iterator[str]:
+    """All lines but the empty ones at the end."""
+    blank = 0
+    for line in lines:
+        if not line:
+            blank += 1
             continue
+        yield from itertools.repeat("", blank)
+        blank = 0
+        yield line
+
+
+def _read_csv(path: Path) -> Iterator[Rows]:
+    header: list[str] | None = None
+    with _open_text(path, "") as file:
+        for numbers, table in _csv_tables(path, csv.reader(file, strict=True)):
+            if header is None:
+                header = _checked_header(path, table.pop(0))
+                yield Rows(str(path), _transposed(header, []), numbers[:0])
+                del numbers[0]
+            for number, values in zip(numbers, table, strict=True):
+                _check_width(path, number, values, header, "commas")
+            yield Rows(str(path), _transposed(header, table), numbers)
+
+
+def _csv_tables(path: Path, reader: Any) -> Iterator[tuple[list[int], list[list[str]]]]:
+    """The values of some rows, with their first lines."""
+    line, left = 1, True
+    while left:
+        table: list[list[str]] = []
+        numbers: list[int] = []
+        limit = csv.field_size_limit(_LONGEST_CSV_FIELD)
         try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            while left and len(table) < _BATCH:
+                values = next(reader, None)
+                if values:  # blank lines are skipped
+                    table.append(values)
+                    numbers.append(line)
+                left, line = values is not None, reader.line_num + 1
+        except csv.Error as error:
             raise DataError(
-                f"{path}, line {number} is not JSON: {error}", "Each line holds one JSON object."
+                f"{path}, line {line} is not CSV: {error}",
+                "Double the quotation marks inside of a quoted field, or save it as TSV.",
             ) from error
-        if not isinstance(record, dict):
-            raise DataError(
-                f"{path}, line {number} is not a JSON object but: {line[:60]}", 'Write {"text": …, "label": …}.'
-            )
-        records.append(record)
-        numbers.append(number)
-    names = dict.fromkeys(name for record in records for name in record)
-    return Rows(str(path), {name: [record.get(name) for record in records] for name in names}, numbers)
+        finally:
+            csv.field_size_limit(limit)
+        if table:
+            yield numbers, table
 
 
-def _read_parquet(path: Path) -> Rows:
+def _read_jsonl(path: Path) -> Iterator[Rows]:
+    with _open_text(path, "\n") as file:
+        lines = enumerate(file, start=1)
+        while some := list(itertools.islice(lines, _BATCH)):
+            records = {number: _record(path, number, line.removesuffix("\n")) for number, line in some if line.strip()}
+            names = dict.fromkeys(name for record in records.values() for name in record)
+            columns: dict[str, Sequence[Any]] = {
+                name: [record.get(name) for record in records.values()] for name in names
+            }
+            yield Rows(str(path), columns, list(records))
+
+
+def _record(path: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}, line {number} is not JSON: {error}", "Each line holds one JSON object.") from error
+    if not isinstance(record, dict):
+        raise DataError(
+            f"{path}, line {number} is not a JSON object but: {line[:60]}", 'Write {"text": …, "label": …}.'
+        )
+    return record
+
+
+def _read_parquet(path: Path) -> Iterator[Rows]:
     import pyarrow as pa
     from pyarrow import parquet
 
     try:
-        table = parquet.ParquetFile(path).read()
+        file, first = parquet.ParquetFile(path), 1
+        yield Rows(str(path), dict.fromkeys(file.schema_arrow.names, ()), range(1, 1), unit="row")
+        for batch in file.iter_batches(_BATCH):
+            columns = {name: batch.column(index).to_pylist() for index, name in enumerate(batch.schema.names)}
+            yield Rows(str(path), columns, range(first, first + batch.num_rows), unit="row")
+            first += batch.num_rows
     except (pa.ArrowException, ValueError) as error:
         raise DataError(f"'{path}' is not readable Parquet: {first_line(error)}", "Write or copy it again.") from error
-    columns = {name: table.column(index).to_pylist() for index, name in enumerate(table.column_names)}
-    return Rows(str(path), columns, range(1, table.num_rows + 1), unit="row")
 
 
 def _checked_header(path: Path, header: list[str]) -> list[str]:
@@ -211,7 +286,7 @@ def _transposed(header: list[str], table: list[list[str]]) -> dict[str, Sequence
     return dict(zip(header, columns, strict=True))
 
 
-_READERS: dict[str, Callable[[Path], Rows]] = {
+_READERS: dict[str, Callable[[Path], Iterator[Rows]]] = {
     ".tsv": _read_tsv,
     ".csv": _read_csv,
     ".jsonl": _read_jsonl,

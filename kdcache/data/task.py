@@ -14,7 +14,8 @@ empty column is a valid text.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from itertools import compress
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kdcache.cache.buckets import NoRoomError
 from kdcache.cache.ids import Examples, id_array, text_id
 from kdcache.data.counts import DataCounts, count_rows
 from kdcache.data.labels import NO_LABEL, ClassOrder, class_order, label_cells, label_numbers, label_warnings
@@ -33,11 +35,14 @@ if TYPE_CHECKING:
     from kdcache.recipe import DataSection
 
 
+log = logging.getLogger(__name__)
+
+
 @dataclass(frozen=True)
 class TaskData:
     """The data of a recipe, read and checked."""
 
-    texts: dict[bytes, tuple[str, ...]]  # each distinct text by its id, in order of first use
+    texts: Mapping[bytes, tuple[str, ...]]  # each distinct text by its id, in order of first use
     splits: dict[str, Examples]  # those of 'train', 'validation', 'test', 'transfer' that exist
     label_names: tuple[str, ...]  # in class order
     text_columns: tuple[str, ...]
@@ -78,9 +83,19 @@ class _Split:
 
 
 def load_task(section: DataSection) -> TaskData:
-    """Read every file of the section. Raises DataError (exit 2) with file, line and hint."""
+    """Read every file of the section. Raises DataError (exit 2) with file, line and hint.
+
+    Hundreds of megabytes of data files are read into mapped arrays, which are kept (large.py).
+    """
+    from kdcache.data.large import is_large, load_large_task
+
+    if is_large(section):
+        try:
+            return load_large_task(section)
+        except NoRoomError as error:
+            log.warning("the data are read into memory, about 0.6 KB of a row: %s", error)
     splits = {"train": _read_split(section, section.train, "train")}
-    order = _class_order(section, splits["train"])
+    order = ordered_classes(section, splits["train"].rows, splits["train"].labels)
     names = order.names
     if section.validation_fraction:
         splits["train"], splits["validation"] = _split_off(splits["train"], section.validation_fraction, section.seed)
@@ -141,16 +156,17 @@ def _read_split(section: DataSection, source: str, split: str, known: Sequence[s
     return _Split(rows, texts, ids_of(rows, texts), label_cells(rows, section.label, known), groups, empty)
 
 
-def _class_order(section: DataSection, train: _Split) -> ClassOrder:
-    order = class_order(train.rows, train.labels, section.label, section.labels)
-    if all(label is None for label in train.labels):
+def ordered_classes(section: DataSection, rows: Rows, labels: Sequence[str | None]) -> ClassOrder:
+    """The classes of the training rows. Raises DataError where these are fewer than two."""
+    order = class_order(rows, labels, section.label, section.labels)
+    if all(label is None for label in labels):
         raise DataError(
-            f"{train.rows.source} has no label in its column '{section.label}'; training needs labelled rows",
+            f"{rows.source} has no label in its column '{section.label}'; training needs labelled rows",
             "Texts without labels belong in data.transfer.",
         )
     if len(order.names) < 2:
         raise DataError(
-            f"{train.rows.source} has only the label '{order.names[0]}'; a classifier needs two or more",
+            f"{rows.source} has only the label '{order.names[0]}'; a classifier needs two or more",
             "Check data.label, or name all classes with data.labels.",
         )
     return order
@@ -170,12 +186,17 @@ def _split_off(train: _Split, fraction: float, seed: int) -> tuple[_Split, _Spli
     ]
     rest = [not side for side in chosen]
     if not any(chosen) or not any(rest):
-        raise DataError(
-            f"data.validation_fraction = {fraction} splits the {len(chosen):,} rows of {train.rows.source} into "
-            f"{sum(rest):,} for training and {sum(chosen):,} for validation; both need some",
-            "Give another data.validation_fraction or data.seed, or a validation file.",
-        )
+        raise unsplit(fraction, train.rows.source, len(chosen), sum(chosen))
     return train.take(rest), replace(train.take(chosen), empty=0)
+
+
+def unsplit(fraction: float, source: str, rows: int, chosen: int) -> DataError:
+    """The error for a split that would be empty."""
+    return DataError(
+        f"data.validation_fraction = {fraction} splits the {rows:,} rows of {source} into "
+        f"{rows - chosen:,} for training and {chosen:,} for validation; both need some",
+        "Give another data.validation_fraction or data.seed, or a validation file.",
+    )
 
 
 def _transfer(section: DataSection, splits: dict[str, _Split]) -> tuple[dict[bytes, tuple[str, ...]], dict[str, int]]:
@@ -247,11 +268,16 @@ def rows_with_text(rows: Rows, names: Sequence[str]) -> tuple[Rows, list[tuple[s
     if not left_out:
         return rows, texts, 0
     if left_out == len(keep):
-        columns = " and ".join(f"'{name}'" for name in names)
-        raise DataError(
-            f"{rows.source} has no text in any row of {columns}", "Name the column that holds the text in data.text."
-        )
+        raise no_text(rows.source, names)
     return rows.take(keep), list(compress(texts, keep)), left_out
+
+
+def no_text(source: str, names: Sequence[str]) -> DataError:
+    """The error for a file without any text."""
+    columns = " and ".join(f"'{name}'" for name in names)
+    return DataError(
+        f"{source} has no text in any row of {columns}", "Name the column that holds the text in data.text."
+    )
 
 
 def _unusable(rows: Rows, row: int, name: str, value: object) -> DataError:

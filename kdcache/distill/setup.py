@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from dataclasses import dataclass, replace
@@ -16,11 +17,11 @@ from kdcache.distill.objective import DistillationModel, ObjectiveSettings, obje
 from kdcache.distill.target_source import open_source
 from kdcache.distill.teacher_weights import TeacherWeights, WeightedTeachers, chosen_weights
 from kdcache.distill.teachers_at_hand import teachers_beside
-from kdcache.errors import RecipeError
+from kdcache.errors import MismatchError, RecipeError
 from kdcache.loading.cached import CachedBatches
 from kdcache.loading.choice import chosen_window
 from kdcache.loading.data import SplitJoin, StudentData, join_counts, student_data, with_rows
-from kdcache.loading.examples import TRANSFER
+from kdcache.loading.examples import TRANSFER, join_examples
 from kdcache.progress import format_bytes
 from kdcache.recipe.training import ARITHMETIC
 from kdcache.report.metrics import scores
@@ -257,18 +258,18 @@ def _note_logits_only(data: StudentData, cache: Cache, progress: Progress) -> No
     """Say how many transfer texts have no hidden states in the cache."""
     if TRANSFER not in data.splits or not any(spec.layers for spec in cache.teachers.values()):
         return
-    parts, _ = cache.locate(data.splits[TRANSFER].text_ids)
-    full = np.array([part.scope == "full" for part in cache.parts] + [True])[parts]
-    if not full.all():
-        progress.note(
-            f"{int((~full).sum()):,} of {len(full):,} transfer texts are stored with logits only (dump.hidden_transfer)"
-        )
+    count, others = len(data.splits[TRANSFER]), 0
+    with contextlib.suppress(MismatchError):  # the cache has none of them, which the training says
+        marked = join_examples(cache, data.examples, (TRANSFER,), missing="skip").logits_only
+        others = 0 if marked is None else int(np.count_nonzero(marked))
+    if others:
+        progress.note(f"{others:,} of {count:,} transfer texts are stored with logits only (dump.hidden_transfer)")
 
 
 def _note_few_labels(section: DistillSection, data: StudentData, progress: Progress) -> None:
     """Say where the few labelled rows of a step weigh as much as all its other rows together."""
-    labels = np.concatenate([data.splits[name].labels for name in ("train", TRANSFER) if name in data.splits])
-    labelled, rows = int((labels >= 0).sum()), len(labels)
+    labels = [data.splits[name].labels for name in ("train", TRANSFER) if name in data.splits]
+    labelled, rows = sum(int(np.count_nonzero(own >= 0)) for own in labels), sum(map(len, labels))
     if section.task_mean is None and not section.stages and section.weights.task and 0 < labelled < rows * _FEW_LABELS:
         progress.note(
             f"{labelled:,} of {rows:,} rows have a label, and the task loss is the mean over these: one of them weighs "

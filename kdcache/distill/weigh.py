@@ -124,7 +124,7 @@ def labelled_logits(
     ``examples`` gives the rows of a split; those of the cache by default. Raises DataError where labels are missing or
     too few, MismatchError where the cache lacks the split or its texts.
     """
-    joined = join_examples(cache, examples or cache.examples, (split,), missing=missing)
+    joined = join_examples(cache, examples, (split,), missing=missing)
     labels = joined.labels[:]
     known = np.flatnonzero(labels >= 0)
     place = joined.parts[known].astype(np.int64) << 32 | joined.rows[known]

@@ -21,10 +21,12 @@ from kdcache.cache.reader import open_cache
 from kdcache.cache.spec import Settings, needs_tokens
 from kdcache.cache.stale import check_task as check_cache_task
 from kdcache.cache.stale import check_teacher
-from kdcache.data.encoding import encode, truncation_note
+from kdcache.cache.text_table import TextTable, ids_of_texts, list_of
+from kdcache.data.encoding import count_tokens, encode, truncation_note
 from kdcache.data.task import load_task
 from kdcache.dump.run import open_teacher, text_batches
 from kdcache.dump.specs import (
+    NO_IDS,
     PreparedTeacher,
     check_counts,
     check_task,
@@ -169,7 +171,7 @@ def estimate_dump(recipe: Recipe, teachers_dir: Path, cache_dir: Path, *, progre
     cache = _published(cache_dir)
     if cache is not None:
         _refuse_stale(cache, recipe, task_spec(task), teachers)
-    there = () if cache is None else {one for ids in _ids(cache, "full") for one in id_list(ids)}
+    there = np.concatenate([NO_IDS, *(_ids(cache, "full") if cache is not None else ())])
     wanted = scopes(task, recipe.dump.hidden_transfer, there)
     check_counts(settings_of(recipe.dump, len(task.texts), cache_dir), teachers, wanted)
     full, logits_only = wanted.full, wanted.logits_only
@@ -246,16 +248,17 @@ def _refuse_stale(cache: Cache, recipe: Recipe, task: TaskSpec, teachers: Sequen
             check_teacher(cache.path, old, teacher.spec, set(old.layers))
 
 
-def _unknown(cache: Cache | None, texts: Mapping[bytes, Text], scope: Scope) -> list[Text]:
+def _unknown(cache: Cache | None, texts: Mapping[bytes, Text], scope: Scope) -> Sequence[Text]:
     """The texts that the cache lacks in parts of that scope."""
-    if cache is None or not texts:
-        return list(texts.values())
-    known = _ids(cache, scope)
+    known = [] if cache is None or not texts else _ids(cache, scope)
     if not known:
-        return list(texts.values())
+        return list_of(texts)
     index = IdIndex(np.concatenate(known))
-    absent = index.find(id_array(texts)) < 0
-    return [text for text, new in zip(texts.values(), absent.tolist(), strict=True) if new]
+    ids = ids_of_texts(texts)
+    new = ids[index.find(ids) < 0]
+    if isinstance(texts, TextTable):
+        return texts.view(new).texts()
+    return [texts[one] for one in id_list(new)]
 
 
 def _ids(cache: Cache, scope: Scope) -> list[np.ndarray]:
@@ -290,8 +293,8 @@ def _count_teacher(
     hidden = {layer: 0 for group in groups for layer in sorted(group.layers)}
     texts = tokens = outputs = spans = full = truncated = 0
     for group in groups:
-        encoded = encode(teacher.tokenizer, group.texts, spec.max_length)
-        count, truncated = int(encoded.lengths.sum()), truncated + encoded.truncated_count
+        count, cut = count_tokens(teacher.tokenizer, group.texts, spec.max_length)
+        truncated += cut
         texts, tokens = texts + len(group.texts), tokens + count
         outputs += outputs_bytes(len(group.texts), spec) if group.outputs else 0
         wanted = {layer: spec.layers[layer] for layer in group.layers}

@@ -22,9 +22,10 @@ import torch
 
 from kdcache.cache.ids import id_array
 from kdcache.cache.spec import needs_tokens
+from kdcache.cache.text_table import list_of
 from kdcache.codecs.registry import format_of, storage_formats
 from kdcache.codecs.token_selection import select_tokens
-from kdcache.data.encoding import encode
+from kdcache.data.encoding import count_tokens
 from kdcache.data.task import load_task
 from kdcache.dump.fidelity import Fidelity, candidates, measure, rebuilt, soft_label_kl
 from kdcache.dump.fitting import Sample, fit_basis
@@ -144,15 +145,14 @@ def plan_storage(
         )
     wanted = scopes(task, recipe.dump.hidden_transfer)
     full, logits_only = wanted.full, wanted.logits_only
-    sample = _sample(list(full.values()), recipe.dump.sample_texts, unseen, recipe.dump.seed)
+    sample = _sample(list_of(full), recipe.dump.sample_texts, unseen, recipe.dump.seed)
     layers: list[LayerCandidates] = []
     forward: dict[str, float] = {}  # seconds per text
     truncated: dict[str, TruncationPlan] = {}
     fixed = 0
     for teacher in teachers:
-        encoded = encode(teacher.tokenizer, list(full.values()), teacher.spec.max_length)
-        tokens = int(encoded.lengths.sum())
-        cut = encoded.truncated_count + _truncated(teacher, list(wanted.transfer.values()))
+        tokens, cut = count_tokens(teacher.tokenizer, list_of(full), teacher.spec.max_length)
+        cut += count_tokens(teacher.tokenizer, list_of(wanted.transfer), teacher.spec.max_length)[1]
         truncated[teacher.name] = TruncationPlan(len(wanted.trained_on), cut, teacher.spec.max_length)
         fixed += outputs_bytes(len(full) + len(logits_only), teacher.spec)
         fixed += tokens_bytes(tokens, len(full)) if needs_tokens(teacher.spec.layers) else 0
@@ -170,11 +170,6 @@ def plan_storage(
         tuple(layers), len(full), fixed, seconds, budget, recommended, truncated, student, len(logits_only),
         folds_plan(recipe, task, bundle, forward),
     )  # fmt: skip
-
-
-def _truncated(teacher: PreparedTeacher, texts: Sequence[tuple[str, ...]]) -> int:
-    """How many of ``texts`` the teacher truncates."""
-    return encode(teacher.tokenizer, texts, teacher.spec.max_length).truncated_count if texts else 0
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,14 @@ bytes are exact for a given number of texts and tokens.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from kdcache.cache.ids import ID_BYTES, IdIndex, id_list
 from kdcache.cache.opening import existing_settings
 from kdcache.cache.schema import MAX_FILES, MAX_PARTS
 from kdcache.cache.spec import (
@@ -24,6 +27,7 @@ from kdcache.cache.spec import (
     chosen_part_size,
     needs_tokens,
 )
+from kdcache.cache.text_table import TextTable
 from kdcache.codecs.registry import format_of
 from kdcache.data.custom_code import code_not_run, wants_code
 from kdcache.data.encoding import TRUNCATION, padding_id, tokenizer_json
@@ -49,7 +53,8 @@ if TYPE_CHECKING:
 _CONTROL = re.compile("[\\x00-\\x1f\\x7f-\\x9f]")
 _TEACHER_PREFIX = "teacher:"
 
-Texts = dict[bytes, tuple[str, ...]]
+Texts = Mapping[bytes, tuple[str, ...]]
+NO_IDS = np.zeros((0, ID_BYTES), np.uint8)
 
 
 @dataclass(frozen=True)
@@ -67,11 +72,15 @@ class TextScopes:
     @property
     def logits_only(self) -> Texts:
         """All texts that get logits only."""
-        return self.evaluation | self.transfer
+        if isinstance(self.evaluation, TextTable) and isinstance(self.transfer, TextTable):
+            return self.evaluation | self.transfer
+        return {**self.evaluation, **self.transfer}
 
     @property
-    def trained_on(self) -> list[tuple[str, ...]]:
+    def trained_on(self) -> Sequence[tuple[str, ...]]:
         """Train and transfer texts."""
+        if isinstance(self.full, TextTable) and isinstance(self.transfer, TextTable):
+            return (self.full | self.transfer).texts()
         return [*self.full.values(), *self.transfer.values()]
 
 
@@ -104,18 +113,21 @@ def task_spec(task: TaskData) -> TaskSpec:
     return TaskSpec(text_columns=task.text_columns, label_names=task.label_names)
 
 
-def scopes(task: TaskData, hidden_transfer: int | None = None, in_full: Collection[bytes] = ()) -> TextScopes:
+def scopes(task: TaskData, hidden_transfer: int | None = None, in_full: np.ndarray = NO_IDS) -> TextScopes:
     """What is stored of each text.
 
     Train texts get everything, validation and test texts logits only. ``hidden_transfer`` transfer texts get
     everything (None: all of them): those that the cache has ``in_full`` already, then the next ones in the seeded order
     of the task. So a larger number adds texts and never exchanges any.
     """
+    if isinstance(task.texts, TextTable):
+        return _scopes_of_table(task, task.texts, hidden_transfer, in_full)
+    stored = set(id_list(in_full))
     ids = {split: [bytes(row) for row in examples.text_ids] for split, examples in task.splits.items()}
     full = {one: task.texts[one] for one in ids.get("train", ())}
     transfer = ids.pop("transfer", [])
-    there = [one for one in transfer if one in in_full]
-    others = [one for one in transfer if one not in in_full]
+    there = [one for one in transfer if one in stored]
+    others = [one for one in transfer if one not in stored]
     new = others if hidden_transfer is None else others[: max(0, hidden_transfer - len(there))]
     chosen = {*there, *new}
     full |= {one: task.texts[one] for one in transfer if one in chosen}
@@ -125,6 +137,25 @@ def scopes(task: TaskData, hidden_transfer: int | None = None, in_full: Collecti
         {one: text for one, text in evaluation.items() if one not in full},
         {one: task.texts[one] for one in transfer if one not in chosen},
     )
+
+
+def _scopes_of_table(task: TaskData, texts: TextTable, hidden_transfer: int | None, in_full: np.ndarray) -> TextScopes:
+    """``scopes`` by arrays of ids, without an object for each text."""
+
+    def distinct(ids: np.ndarray) -> np.ndarray:
+        _, first = np.unique(texts.numbers(ids), return_index=True)
+        return ids[np.sort(first)]
+
+    splits = {split: examples.text_ids for split, examples in task.splits.items()}
+    train, transfer = distinct(splits.pop("train", NO_IDS)), splits.pop("transfer", NO_IDS)
+    there = IdIndex(in_full).find(transfer) >= 0
+    new = np.flatnonzero(~there)
+    chosen = there.copy()
+    chosen[new if hidden_transfer is None else new[: max(0, hidden_transfer - int(there.sum()))]] = True
+    full = np.concatenate([train, transfer[chosen]])
+    evaluation = distinct(np.concatenate([NO_IDS, *splits.values()]))
+    evaluation = evaluation[IdIndex(full).find(evaluation) < 0]
+    return TextScopes(texts.view(full), texts.view(evaluation), texts.view(transfer[~chosen]))
 
 
 def settings_of(dump: DumpSection, texts: int, cache_dir: Path) -> Settings:

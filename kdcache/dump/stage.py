@@ -16,6 +16,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from kdcache.cache.card import cache_card
 from kdcache.cache.ids import id_list, ids_digest
 from kdcache.cache.layout import MANIFEST
@@ -26,6 +28,7 @@ from kdcache.dump.dry_run import check_free_space
 from kdcache.dump.provenance import dump_provenance, forget_runs, remember_run, with_folds
 from kdcache.dump.run import OpenTeacher, TeacherRun, lacks_bases, open_teacher, run_teacher
 from kdcache.dump.specs import (
+    NO_IDS,
     check_counts,
     check_task,
     folds_notes,
@@ -250,11 +253,11 @@ def refuse_stale(writer: CacheWriter, teachers: Sequence[PreparedTeacher]) -> No
             writer.declare_teacher(teacher.spec, teacher.tokenizer_json)
 
 
-def texts_in_full(writer: CacheWriter) -> set[bytes]:
-    """Ids of the texts of which the cache has, or will have, hidden states; none where an id file is damaged."""
+def texts_in_full(writer: CacheWriter) -> np.ndarray:
+    """Ids uint8 [n, 16] of the texts with hidden states in the cache, or to come; none where an id file is damaged."""
     with contextlib.suppress(DamageError):  # under repair: the ids come back with the texts
-        return {one for part in writer.parts if part.scope == "full" for one in id_list(part.text_ids)}
-    return set()
+        return np.concatenate([NO_IDS, *(part.text_ids for part in writer.parts if part.scope == "full")])
+    return NO_IDS
 
 
 def refuse_forgotten_teachers(writer: CacheWriter, teachers: Sequence[PreparedTeacher], texts: TextScopes) -> None:

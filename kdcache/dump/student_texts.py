@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kdcache.data.encoding import encode, load_tokenizer, truncation_note
+from kdcache.data.encoding import count_tokens, load_tokenizer, truncation_note
 from kdcache.errors import KdcacheError
 
 if TYPE_CHECKING:
@@ -52,10 +52,10 @@ def student_truncation(
         return None
     max_length = section.max_length or recipe.data.max_length
     try:
-        encoded = encode(_tokenizer(section, teachers_dir, teachers), texts, max_length)
+        _, cut = count_tokens(_tokenizer(section, teachers_dir, teachers), texts, max_length)
     except KdcacheError as error:
         return TruncationPlan(len(texts), 0, max_length, error.message)
-    return TruncationPlan(len(texts), encoded.truncated_count, max_length)
+    return TruncationPlan(len(texts), cut, max_length)
 
 
 def _tokenizer(

@@ -32,7 +32,7 @@ from kdcache.loading.choice import (
 )
 from kdcache.loading.examples import join_examples, stored_logits
 from kdcache.loading.joined import JoinedSource
-from kdcache.loading.order import BatchSettings
+from kdcache.loading.order import BatchSettings, distinct_parts
 from kdcache.loading.parts import DecodedPart, PartDecoder, Texts
 from kdcache.loading.prefetch import (
     READ_AHEAD,
@@ -98,7 +98,7 @@ class CachedBatches(JoinedSource):
     ) -> None:
         super().__init__(cache, settings, choice, splits, examples, texts)
         self._background = background
-        parts = np.unique(self._examples.parts).tolist()
+        parts = distinct_parts(self._examples.parts)
         cache.check_present(files_used(cache, parts, choice.teachers, choice.used, logits=choice.logits))
         self._pad_token_id = int(student_tokenizer.pad_token_id or 0)
         student = StudentTokens(student_tokenizer, settings.max_length)
@@ -114,7 +114,7 @@ class CachedBatches(JoinedSource):
         used = [(name, layer) for name, layers in self._choice.used.items() for layer in layers]
         specs = {key: self.cache.teachers[key[0]].layers[key[1]] for key in used}
         row_bytes = {key: format_of(spec).row_bytes(spec) for key, spec in specs.items()}
-        parts = [self.cache.parts[index] for index in np.unique(self.epochs.parts).tolist()]
+        parts = [self.cache.parts[index] for index in distinct_parts(self.epochs.parts)]
         sizes = [
             sum(self.cache.row_count(name, part.name, layer) * row_bytes[name, layer] for name, layer in used)
             for part in parts
@@ -179,7 +179,7 @@ class CachedBatches(JoinedSource):
     def _walk(self, epoch: int, first_step: int) -> Generator[list[Batch]]:
         order, layers = self.epochs.order(epoch), self.layers_at(epoch)
         mine, steps = self.epochs.shares(order, first_step)
-        lifetimes = PartLifetimes.of(self.epochs.parts[mine], steps)
+        lifetimes = PartLifetimes.of(self.epochs.parts_of(mine), steps)
         del mine, steps  # as long as the data; the epoch is longer
         with ThreadPoolExecutor(layer_readers(), "kdcache-layer") as pool:
             window = PartWindow(lambda index: self._decoded(index, pool), self._part_cache, lifetimes)

@@ -15,11 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kdcache.cache.ids import Examples, IdIndex, id_list
+from kdcache.cache import buckets
+from kdcache.cache.ids import Examples, IdIndex, id_list, match
 from kdcache.cache.spec import check_same_task
+from kdcache.cache.text_table import look_up
 from kdcache.data.task import load_task
 from kdcache.errors import DataError, MismatchError
 from kdcache.loading.examples import TRANSFER
+from kdcache.loading.order import blocks
+from kdcache.runs import home
 
 if TYPE_CHECKING:
     from kdcache.cache.reader import Cache
@@ -49,14 +53,21 @@ class StudentData:
 
     def texts_of(self, split: str) -> list[tuple[str, ...]]:
         """The text of every example of ``split``, in its order."""
-        return [self.texts[identity] for identity in id_list(self.splits[split].text_ids)]
+        ids = self.splits[split].text_ids
+        found = [text for some in blocks(len(ids)) for text in look_up(self.texts, id_list(ids[some]))]
+        texts = [text for text in found if text is not None]
+        if len(texts) < len(found):
+            raise KeyError(ids[found.index(None)].tobytes())
+        return texts
 
     def digest(self) -> str:
         """sha256 over ids and labels of every split; a resumed training must have the same."""
         digest = hashlib.sha256()
         for name in sorted(self.splits):
             split = self.splits[name]
-            digest.update(name.encode() + split.text_ids.tobytes() + split.labels.astype(np.int64).tobytes())
+            digest.update(name.encode())
+            for array in (split.text_ids, split.labels.astype(np.int64, copy=False)):
+                digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
 
 
@@ -156,13 +167,46 @@ def join_counts(data: StudentData, cache: Cache | None) -> tuple[SplitJoin, ...]
 
 def _join(data: StudentData, cache: Cache, split: str) -> SplitJoin:
     ids = np.asarray(data.splits[split].text_ids)
+    if len(ids) > buckets.LARGE and _own_ids(cache, split, ids):
+        return SplitJoin(split, len(ids), 0, 0)  # a cache has the texts of its examples
     missing = np.flatnonzero(cache.locate(ids)[0] < 0)
-    stored = np.unique(cache.examples(split).text_ids, axis=0) if split in cache.splits else ids[:0]
-    extra = np.flatnonzero(IdIndex(ids).find(stored) < 0)
+    extra = _extra(ids, cache, split) if split in cache.splits else ids[:0]
     first = ""
     if len(missing):
         text_id = ids[missing[0]].tobytes()
         first = f"{text_id.hex()} {' | '.join(data.texts[text_id])[:60]!r}"
-    return SplitJoin(
-        split, len(ids), len(missing), len(extra), first, stored[extra[0]].tobytes().hex() if len(extra) else ""
-    )
+    return SplitJoin(split, len(ids), len(missing), len(extra), first, extra[0].tobytes().hex() if len(extra) else "")
+
+
+def _own_ids(cache: Cache, split: str, ids: np.ndarray) -> bool:
+    """Whether ``ids`` are those of the cache's own examples, in their order."""
+    if split not in cache.splits or cache.example_count(split) != len(ids):
+        return False
+    first = 0
+    for own in cache.example_ids(split):
+        if not np.array_equal(own, ids[first : first + len(own)]):
+            return False
+        first += len(own)
+    return True
+
+
+def _extra(ids: np.ndarray, cache: Cache, split: str) -> np.ndarray:
+    """The distinct ids of the cache's ``split`` that are not in ``ids``, in their order."""
+    if max(len(ids), cache.example_count(split)) <= buckets.LARGE:
+        stored = cache.examples(split).text_ids
+        return np.unique(stored[IdIndex(ids).find(stored) < 0], axis=0)
+    lacking = np.ones(cache.example_count(split), np.bool_)
+
+    def take(asked: np.ndarray, _: np.ndarray) -> None:
+        lacking[asked] = False
+
+    known = buckets.numbered(ids[some] for some in blocks(len(ids)))
+    try:
+        buckets.match_in_buckets(known, buckets.numbered(cache.example_ids(split)), len(ids), home() / "joins", take)
+    except buckets.NoRoomError:
+        match(ids, cache.examples(split).text_ids, take)
+    found, first = [ids[:0]], 0
+    for own in cache.example_ids(split):
+        found.append(own[lacking[first : first + len(own)]])
+        first += len(own)
+    return np.unique(np.concatenate(found), axis=0)

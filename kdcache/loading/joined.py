@@ -35,7 +35,7 @@ class JoinedSource:
         texts: Texts | None,
     ) -> None:
         self.cache, self._texts, self._choice = cache, texts, choice
-        self._examples_of = examples or cache.examples
+        self._examples_of = examples
         choice.check(cache)
         self.teachers, self.layer_map, self.layers_at = choice.teachers, choice.layer_map, choice.at_epoch
         self._examples = join_examples(

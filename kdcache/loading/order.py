@@ -17,6 +17,8 @@ distributions (NEP 19).
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -30,6 +32,21 @@ if TYPE_CHECKING:
 
 
 Window = int | Literal["all"]  # in parts
+_ROWS_AT_ONCE = 1 << 20
+
+
+def blocks(count: int) -> Iterator[slice]:
+    """Slices that cover ``count`` rows: temporary arrays of a block are small."""
+    return (slice(start, start + _ROWS_AT_ONCE) for start in range(0, count, _ROWS_AT_ONCE))
+
+
+def distinct_parts(parts: np.ndarray) -> list[int]:
+    """The numbers that are in ``parts`` [n], in order."""
+    there = np.zeros(0, np.bool_)
+    for some in blocks(len(parts)):
+        there = np.pad(there, (0, max(0, int(parts[some].max()) + 1 - len(there))))
+        there[parts[some]] = True
+    return list(np.flatnonzero(there).tolist())
 
 
 def epoch_order(
@@ -46,7 +63,7 @@ def epoch_order(
     """
     dtype = np.int32 if len(parts) < 2**31 else np.int64
     if logits_only is None:
-        return _window_order(parts, seed, epoch, window, 0).astype(dtype)
+        return _window_order(parts, seed, epoch, window, 0).astype(dtype, copy=False)
     groups = [np.flatnonzero(~logits_only), np.flatnonzero(logits_only)]
     orders = [
         group[_window_order(parts[group], seed, epoch, window, purpose)]
@@ -62,14 +79,43 @@ def _window_order(
     """Positions in an order whose random numbers are those of ``purpose`` and ``purpose + 1``."""
     key = _uniform(seed, epoch, len(parts), purpose)
     if window != "all":
-        numbers = np.flatnonzero(np.bincount(parts)) if len(parts) else np.zeros(0, np.int64)
+        numbers = np.array(distinct_parts(parts), np.int64)
         place = np.zeros(int(numbers[-1]) + 1 if len(numbers) else 0)  # of a part in the order of parts
         place[numbers[np.argsort(_uniform(seed, epoch, len(numbers), purpose + 1), kind="stable")]] = np.arange(
             len(numbers)
         )
         key *= window
-        key += place[parts]
-    return _stable_order(key)
+        for some in blocks(len(parts)):
+            key[some] += place[parts[some]]
+    return _stable_order(key) if len(key) <= _MANY else _order_in_pieces(key)
+
+
+def _order_in_pieces(key: NDArray[np.float64]) -> NDArray[np.integer]:
+    """``_stable_order`` of many keys with 12 bytes of a key in memory: keys are divided by size, and each piece sorted.
+
+    A key lies at or after its place among evenly spread ones, so dividing never exchanges two keys.
+    """
+    least, most = float(key.min()), float(key.max())
+    pieces = min(-(-len(key) // _MANY), 1 << 15)
+    scale = pieces / (most - least) if most > least else 0.0
+
+    def divided() -> Iterator[tuple[int, NDArray[np.integer], NDArray[np.integer]]]:
+        for some in blocks(len(key)):
+            piece = np.minimum((key[some] - least) * scale, pieces - 1).astype(np.uint16)
+            yield some.start, piece, np.bincount(piece, minlength=pieces)
+
+    starts = np.concatenate([[0], np.cumsum(sum(counts for _, _, counts in divided()))])
+    order: NDArray[np.integer] = np.empty(len(key), np.int32 if len(key) < 2**31 else np.int64)
+    next_ = starts[:-1].copy()
+    for first, piece, counts in divided():
+        rows = np.argsort(piece, kind="stable")  # by digits
+        offset = np.repeat(next_ - np.concatenate([[0], np.cumsum(counts)[:-1]]), counts)
+        order[offset + np.arange(len(rows))] = rows + first
+        next_ += counts
+    for start, end in itertools.pairwise(starts.tolist()):
+        own = order[start:end]
+        order[start:end] = own[_stable_order(key[own])]
+    return order
 
 
 def _stable_order(key: NDArray[np.float64]) -> NDArray[np.integer]:
@@ -99,14 +145,16 @@ def step_rows(
 
 
 def _uniform(seed: int, epoch: int, count: int, purpose: int) -> NDArray[np.float64]:
-    raw = np.asarray(np.random.PCG64(np.random.SeedSequence([seed, epoch, purpose])).random_raw(count), np.uint64)
-    raw >>= np.uint64(11)
-    uniform = raw.astype(np.float64)
+    generator, uniform = np.random.PCG64(np.random.SeedSequence([seed, epoch, purpose])), np.empty(count)
+    for some in blocks(count):
+        raw = np.asarray(generator.random_raw(len(uniform[some])), np.uint64)
+        raw >>= np.uint64(11)
+        uniform[some] = raw
     uniform *= 2.0**-53
     return uniform
 
 
-_MANY = 1 << 18  # examples; ordering more allocates temporary arrays of megabytes
+_MANY = 1 << 18  # examples; more are ordered in pieces of this size
 
 
 @dataclass(frozen=True)
@@ -176,6 +224,13 @@ class Epochs:
         settings = self.settings
         return step_rows(order, step, settings.batch_size, rank=settings.rank, world=settings.world)
 
+    def parts_of(self, rows: np.ndarray) -> np.ndarray:
+        """The part of each of these examples [m]."""
+        parts = np.empty(len(rows), self.parts.dtype)
+        for some in blocks(len(rows)):  # numpy copies an index to 8 bytes a row
+            parts[some] = self.parts[rows[some]]
+        return parts
+
     def steps_here(self, order: np.ndarray, first_step: int) -> range:
         """The steps from ``first_step`` on in which this process has rows: all but perhaps the last."""
         empty = self.steps > first_step and not len(self.rows(order, self.steps - 1))
@@ -186,9 +241,10 @@ class Epochs:
         rank, world, batch_size = self.settings.rank, self.settings.world, self.settings.batch_size
         end = min(len(order), self.steps * batch_size)
         place = np.arange(first_step * batch_size, end, dtype=order.dtype)
-        step = place // batch_size
         if world == 1:
-            return order[first_step * batch_size : end], step
+            place //= batch_size
+            return order[first_step * batch_size : end], place
+        step = place // batch_size
         size = np.minimum(len(order) - step * batch_size, batch_size)
         within = place - step * batch_size
         mine = (within >= rank * size // world) & (within < (rank + 1) * size // world)

@@ -16,9 +16,11 @@ import numpy as np
 import torch
 
 from kdcache.cache.ids import id_list
+from kdcache.cache.text_table import look_up
 from kdcache.codecs.registry import format_of
 from kdcache.errors import DamageError, MismatchError
 from kdcache.loading.alignment import PartAlignment, local_places
+from kdcache.loading.order import blocks
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor
@@ -160,7 +162,7 @@ class PartDecoder:
     def __call__(self, index: int, pool: Executor) -> DecodedPart:
         name, logits_only = self.cache.parts[index].name, self.cache.parts[index].scope != "full"
         text_ids = self.cache.text_ids(name)
-        keep = self.texts is None or all(text_id in self.texts for text_id in id_list(text_ids))
+        keep = self.texts is None or None not in look_up(self.texts, id_list(text_ids))
         student = self.student.encoded(text_ids, lambda: texts_of(self.cache, name, self.texts), keep=keep)
         if logits_only:
             teachers = tuple(self._logits_only(teacher, name, len(student)) for teacher in self.teachers)
@@ -235,11 +237,15 @@ def check_texts(cache: Cache, texts: Texts | None, examples: JoinedExamples) -> 
             f"cache '{cache.path}' came without its texts, which the student's tokenizer needs",
             "Give them as texts={text id: columns}, or pull the cache with its texts.",
         )
-    lacking = [] if texts is None else [text_id for text_id in id_list(examples.text_ids[:]) if text_id not in texts]
+    lacking, first = 0, b""
+    for some in blocks(len(examples)) if texts is not None else ():
+        ids = id_list(examples.text_ids[some])
+        absent = [one for one, text in zip(ids, look_up(texts or {}, ids), strict=True) if text is None]
+        lacking, first = lacking + len(absent), first or next(iter(absent), b"")
     if lacking:
         raise MismatchError(
-            f"{len(lacking)} of the {len(examples)} examples have a text that is not among the texts given; the first "
-            f"is {lacking[0].hex()}",
+            f"{lacking} of the {len(examples)} examples have a text that is not among the texts given; the first "
+            f"is {first.hex()}",
             "Give the texts of the data that the cache was dumped from.",
         )
 
@@ -249,7 +255,7 @@ def texts_of(cache: Cache, part: str, texts: Texts | None) -> Sequence[tuple[str
     if texts is None:
         return cache.texts(part)
     empty = ("",) * len(cache.task.text_columns)
-    return [texts.get(text_id, empty) for text_id in id_list(cache.text_ids(part))]
+    return [text or empty for text in look_up(texts, id_list(cache.text_ids(part)))]
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,6 +18,8 @@ from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 
+from kdcache.loading.order import blocks
+
 READERS = 2  # threads that put decoded parts together
 MOST_LAYER_READERS = (
     8  # threads that read, check and decode layers: one decodes about 1.2 GB/s, sha256 taking most of it
@@ -79,7 +81,10 @@ class PartLifetimes:
     def of(cls, parts: np.ndarray, steps: np.ndarray) -> PartLifetimes:
         """From the part and the step of every row of an epoch; steps ascend."""
         first, last = np.full(int(parts.max(initial=-1)) + 1, -1), np.empty(int(parts.max(initial=-1)) + 1, np.int64)
-        first[parts[::-1]], last[parts] = steps[::-1], steps  # for repeated indices numpy keeps the last value
+        for some in blocks(len(parts)):
+            last[parts[some]] = steps[some]  # for repeated indices numpy keeps the last value
+            new = np.flatnonzero(first[parts[some]] < 0)[::-1]
+            first[parts[some][new]] = steps[some][new]
         numbers = np.flatnonzero(first >= 0)
         order = numbers[np.argsort(first[numbers], kind="stable")].tolist()
         return cls(

@@ -100,6 +100,9 @@ class MemoryCache:
             groups=None,
         )
 
+    def example_count(self, split: str) -> int:
+        return len(self.split_rows[split])
+
     def locate(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         found = self._index.find(ids)
         starts = np.concatenate([[0], np.cumsum([len(part) for part in self._ids])])

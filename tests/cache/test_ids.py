@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdcache.cache.ids import IdIndex, id_array, id_list, match, seeded_order, text_id
+from kdcache.cache.ids import IdIndex, id_array, id_list, ids_digest, match, seeded_order, seeded_rows, text_id
 from kdcache.errors import DataError
 
 
@@ -27,6 +27,17 @@ def test_worked_vector() -> None:
 
 def test_columns_are_kept_apart() -> None:
     assert len({text_id(columns) for columns in (["ab", "c"], ["a", "bc"], ["abc"], ["abc", ""], ["", "abc"])}) == 5
+
+
+@pytest.mark.parametrize("count", [0, 1, 700])
+def test_the_digest_of_a_set_of_texts_is_that_of_its_sorted_ids(count: int) -> None:
+    ids = np.random.default_rng(0).integers(0, 256, (count, 16), np.uint8)
+    ids[::5, :9] = 200
+    given = [ids[:300], ids[100:], ids[::-1]]
+    wanted = hashlib.sha256(b"".join(sorted(set(id_list(ids))))).hexdigest()
+    assert ids_digest(given) == ids_digest([ids]) == wanted
+    rows = seeded_rows(np.unique(ids, axis=0), 4)
+    assert id_list(np.unique(ids, axis=0)[rows]) == seeded_order(id_list(np.unique(ids, axis=0)), 4)
 
 
 def find_sorted(ids: np.ndarray, query: np.ndarray) -> np.ndarray:

@@ -148,7 +148,7 @@ def test_absent_things_are_named_with_what_there_is(pristine: Path) -> None:
 def test_a_text_that_was_test_and_becomes_train_is_found_in_its_full_part(
     kept: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kdcache.cache.reader._KEPT", kept)
+    monkeypatch.setattr("kdcache.cache.places._KEPT", kept)
     plan = made_plan(4, 3, ["bert"])
     dump(tmp_path / "c", plan)
     moved = dict(list(plan.test.items())[:1])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from kdcache.cache.ids import Examples
+from kdcache.errors import MismatchError
 from kdcache.loading.examples import join_examples
 from kdcache.testing import tiny
 from kdcache.testing.memory_cache import MemoryCache
@@ -34,3 +36,9 @@ def test_what_stays_of_an_example_is_a_few_bytes(cache: MemoryCache) -> None:
     kept = [joined.parts, vars(joined.rows)["_values"], vars(joined.labels)["_values"]]
     assert all(array.base is None for array in kept), "a view keeps the bytes of a whole file"
     assert sum(array.nbytes for array in kept) <= 8 * len(joined)
+
+
+def test_a_split_without_rows_has_nothing_to_join(cache: MemoryCache) -> None:
+    nothing = Examples(np.zeros((0, 16), np.uint8), np.zeros(0, np.int64), None)
+    with pytest.raises(MismatchError, match="the text of none of the 0 examples of 'train'"):
+        join_examples(cache, lambda _: nothing, ("train",))  # type: ignore[arg-type]

@@ -11,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdcache.cache.spec import Settings
+from kdcache.loading import order
 from kdcache.loading.choice import chosen_window
 from kdcache.loading.order import BatchSettings, Epochs, _stable_order, epoch_order, step_count, step_rows
+from kdcache.loading.prefetch import PartLifetimes
 
 
 def parts_of(texts: int, part_size: int, seed: int = 0) -> np.ndarray:
@@ -117,6 +119,41 @@ def test_equal_keys_keep_their_order(distinct: int) -> None:
     key = np.random.default_rng(distinct).integers(0, distinct, 1000).astype(np.float64)
     assert _stable_order(key).tolist() == np.argsort(key, kind="stable").tolist()
     assert _stable_order(key[:0]).tolist() == []
+
+
+@pytest.mark.parametrize("distinct", [1, 2, 700, 10**9])
+def test_many_keys_are_ordered_in_pieces_as_all_at_once(distinct: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(order, "_MANY", 64)
+    monkeypatch.setattr(order, "_ROWS_AT_ONCE", 300)
+    key = np.random.default_rng(distinct).integers(0, distinct, 5000) / distinct * 7.3 + 2
+    assert order._order_in_pieces(key).tolist() == np.argsort(key, kind="stable").tolist()
+
+
+@pytest.mark.parametrize("window", [1, 3, "all"])
+@pytest.mark.parametrize("transfer", [False, True])
+def test_a_large_epoch_has_the_order_of_its_definition(
+    window: Any, transfer: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = parts_of(3000, 100).astype(np.int32)
+    logits_only = parts % 5 == 4 if transfer else None
+    wanted = epoch_order(parts, seed=2, epoch=3, window=window, logits_only=logits_only)
+    assert len(wanted) < order._MANY
+    monkeypatch.setattr(order, "_MANY", 64)
+    monkeypatch.setattr(order, "_ROWS_AT_ONCE", 300)
+    found = epoch_order(parts, seed=2, epoch=3, window=window, logits_only=logits_only)
+    assert found.tolist() == wanted.tolist() and found.dtype == wanted.dtype
+    epochs = Epochs(parts, BatchSettings(8, 8, window=window))
+    assert epochs.parts_of(found).tolist() == parts[found].tolist()
+
+
+def test_lifetimes_are_first_and_last_step_of_every_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(order, "_ROWS_AT_ONCE", 7)
+    parts, steps = np.random.default_rng(0).integers(0, 9, 60) * 2, np.arange(60) // 4
+    found = PartLifetimes.of(parts, steps)
+    assert found.first == {part: steps[parts == part].min() for part in set(parts.tolist())}
+    assert found.last == {part: steps[parts == part].max() for part in set(parts.tolist())}
+    assert found.order == tuple(sorted(found.first, key=lambda part: (found.first[part], part)))
+    assert order.distinct_parts(parts) == sorted(set(parts.tolist())) and order.distinct_parts(parts[:0]) == []
 
 
 def test_another_process_finds_the_same_order() -> None:

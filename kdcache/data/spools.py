@@ -1,0 +1,96 @@
+"""Arrays that grow in files without names, in the home directory: rows are added while they are read, then mapped.
+
+The files are gone when they are closed, also where the process is killed.
+"""
+
+from __future__ import annotations
+
+import mmap
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+
+from kdcache.cache.buckets import NoRoomError
+from kdcache.cache.ids import ID_BYTES, id_array
+from kdcache.runs import home
+
+KIND = "data"  # the directory under the home directory
+
+
+class Spool:
+    """An array that grows in a file without a name."""
+
+    def __init__(self, files: ExitStack, dtype: Any, width: int = 0) -> None:
+        self._dtype, self._width = np.dtype(dtype), width
+        try:
+            (home() / KIND).mkdir(parents=True, exist_ok=True)
+            self._file = files.enter_context(tempfile.TemporaryFile(dir=home() / KIND, buffering=0))  # noqa: SIM115
+        except OSError as error:
+            raise NoRoomError(str(error)) from error
+
+    def add(self, values: Any) -> None:
+        view = np.ascontiguousarray(values, self._dtype).reshape(-1).view(np.uint8).data
+        while len(view):
+            try:
+                view = view[self._file.write(view) or 0 :]
+            except OSError as error:
+                raise NoRoomError(str(error)) from error
+
+    def array(self) -> np.ndarray:
+        """All values so far, mapped."""
+        shape = (-1, self._width) if self._width else (-1,)
+        if not self._file.tell():
+            return np.zeros(0, self._dtype).reshape(shape)
+        data = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
+        return np.frombuffer(data, self._dtype).reshape(shape)
+
+
+class TextSpool:
+    """Ids and columns of all rows with text, one file after the other."""
+
+    def __init__(self, files: ExitStack, columns: int) -> None:
+        self.rows = 0
+        self._ids = Spool(files, np.uint8, ID_BYTES)
+        self._ends = [0] * columns
+        self._offsets = [Spool(files, "<i8") for _ in range(columns)]
+        self._values = [Spool(files, "u1") for _ in range(columns)]
+        for offsets in self._offsets:
+            offsets.add([0])
+
+    def add(self, ids: Sequence[bytes], texts: Sequence[tuple[str, ...]]) -> None:
+        self._ids.add(id_array(ids))
+        for column, (offsets, values) in enumerate(zip(self._offsets, self._values, strict=True)):
+            encoded = [text[column].encode() for text in texts]
+            ends = self._ends[column] + np.cumsum([len(one) for one in encoded], dtype=np.int64)
+            offsets.add(ends)
+            values.add(np.frombuffer(b"".join(encoded), np.uint8))
+            self._ends[column] = int(ends[-1]) if len(ends) else self._ends[column]
+        self.rows += len(ids)
+
+    def ids(self) -> np.ndarray:
+        return self._ids.array()
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        pairs = enumerate(zip(self._offsets, self._values, strict=True))
+        return {
+            name: spool.array()
+            for column, (offsets, values) in pairs
+            for name, spool in ((f"offsets.{column}", offsets), (f"values.{column}", values))
+        }
+
+
+class CodeSpool:
+    """A column of few distinct values, as numbers in the order of their first use."""
+
+    def __init__(self, files: ExitStack) -> None:
+        self.names: dict[Any, int] = {}
+        self._spool = Spool(files, "<i4")
+
+    def add(self, values: Sequence[Any]) -> None:
+        self._spool.add([self.names.setdefault(value, len(self.names)) for value in values])
+
+    def array(self) -> np.ndarray:
+        return self._spool.array()
