@@ -162,6 +162,7 @@ class CachedBatches(JoinedSource):
     def forget_parts(self) -> None:
         """Free the memory of decoded parts; they are read again when they are needed."""
         self._part_cache = PartCache(self._part_cache.limit)
+        self._decode.memory.clear()
 
     def target_dim(self, teacher: str, layer: int) -> int:
         """Width of the stored targets of a teacher's layer."""

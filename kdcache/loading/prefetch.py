@@ -63,9 +63,6 @@ class PartCache(Generic[S]):
             while self._bytes > self.limit and self._parts:
                 self._bytes -= self._parts.popitem(last=False)[1].nbytes
 
-    def has_room(self) -> bool:
-        return self._bytes < self.limit
-
 
 @dataclass(frozen=True)
 class PartLifetimes:
@@ -123,9 +120,7 @@ class PartWindow(Generic[S]):
         order, first = self._lifetimes.order, self._lifetimes.first
         while self._next < len(order):
             beyond = sum(first[part] > step for part in (*self._decoded, *self._reading))
-            if first[order[self._next]] > step and (
-                beyond >= READ_AHEAD or (beyond and not self._part_cache.has_room())
-            ):
+            if first[order[self._next]] > step and beyond >= READ_AHEAD:
                 return
             self._start(order[self._next])
             self._next += 1
