@@ -40,9 +40,9 @@ from kdcache.loading.prefetch import (
     PartLifetimes,
     PartWindow,
     bundled,
-    in_background,
     layer_readers,
     runs_of_steps,
+    where_it_pays,
 )
 from kdcache.loading.targets import Batch
 
@@ -73,8 +73,8 @@ class CachedBatches(JoinedSource):
         examples: gives the rows of a split; the cache's own by default.
         texts: text id -> columns, in the place of the cache's texts.
         memory_bytes: bounds the decoded parts that are kept besides those in the window.
-        background: False puts batches together in the caller's thread, which gives the most batches per second where
-            nothing else is done with them. Parts are read ahead by threads either way.
+        background: False puts batches together in the caller's thread. By default a thread does it while the caller
+            works with them, and the caller's thread while it does not. Parts are read ahead by threads either way.
 
     Raises:
         MismatchError: teachers, layers, splits or texts are not in the cache.
@@ -98,7 +98,7 @@ class CachedBatches(JoinedSource):
     ) -> None:
         super().__init__(cache, settings, choice, splits, examples, texts)
         self._background = background
-        parts = np.unique(self._examples.parts).tolist()
+        parts = distinct(self._examples.parts)[0].tolist()
         cache.check_present(files_used(cache, parts, choice.teachers, choice.used, logits=choice.logits))
         self._pad_token_id = int(student_tokenizer.pad_token_id or 0)
         student = StudentTokens(student_tokenizer, settings.max_length)
@@ -114,7 +114,7 @@ class CachedBatches(JoinedSource):
         used = [(name, layer) for name, layers in self._choice.used.items() for layer in layers]
         specs = {key: self.cache.teachers[key[0]].layers[key[1]] for key in used}
         row_bytes = {key: format_of(spec).row_bytes(spec) for key, spec in specs.items()}
-        parts = [self.cache.parts[index] for index in np.unique(self.epochs.parts).tolist()]
+        parts = [self.cache.parts[index] for index in distinct(self.epochs.parts)[0].tolist()]
         sizes = [
             sum(self.cache.row_count(name, part.name, layer) * row_bytes[name, layer] for name, layer in used)
             for part in parts
@@ -147,7 +147,7 @@ class CachedBatches(JoinedSource):
         Closing the iterator ends its threads.
         """
         walk = functools.partial(self._walk, epoch, first_step)
-        bundles = in_background(walk) if self._background else walk()
+        bundles = where_it_pays(walk) if self._background else walk()
         try:
             for bundle in bundles:
                 yield from bundle
@@ -263,7 +263,7 @@ def loader(
         world: how many processes there are.
         texts: text id -> columns, where the cache came without its texts.
         memory_bytes: bounds the decoded parts that are kept besides those in the window.
-        background: False puts batches together in the caller's thread.
+        background: False puts batches together in the caller's thread, whatever it does with them.
 
     Returns:
         A source of ``Batch``. ``batches(epoch, first_step)`` iterates over one epoch, ``steps_per_epoch`` counts its
