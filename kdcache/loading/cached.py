@@ -1,9 +1,9 @@
 """Batches with targets from a cache; no teacher runs.
 
 Two threads put whole parts together, a few beyond the window from which batches are drawn; their layers are read,
-checked and decoded by one thread per core. One more thread makes batches and holds a short queue of them. The order of
-rows is that of ``kdcache.loading.order``, so three integers (seed, epoch, step) are the state of an epoch, and any
-machine can resume it. The reader checks a file's digest before its rows are used.
+checked and decoded by one thread per core. While the consumer works, one more thread makes batches and holds a short
+queue of them. The order of rows is that of ``kdcache.loading.order``, so three integers (seed, epoch, step) are the
+state of an epoch, and any machine can resume it. The reader checks a file's digest before its rows are used.
 """
 
 from __future__ import annotations

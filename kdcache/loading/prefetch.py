@@ -1,7 +1,7 @@
 """Read-ahead: a few threads decode parts, one more puts batches together, the consumer takes them from a queue.
 
-The result does not depend on thread scheduling: one thread makes the batches, in order. An error in a thread is raised
-unchanged in the consumer. When the consumer stops, for whatever reason, the threads end.
+The result does not depend on thread scheduling: one thread at a time makes the batches, in order. An error in a thread
+is raised unchanged in the consumer. When the consumer stops, for whatever reason, the threads end.
 """
 
 from __future__ import annotations
