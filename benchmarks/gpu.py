@@ -66,6 +66,7 @@ def _usual(recipe: Path, teachers: Path, cache: Path) -> list[Piece]:
         dump(f"torch, {precision}, int8", f"--set dump.precision={precision}")
         for precision in ("float32", "bf16", "fp16")
     ]
+    found.append(dump("torch, bf16, int8, compiled", "--set dump.compile=true"))
     found.append(dump("torch, bf16, float32 at full width", "--set dump.projection=none --set dump.dtype=float32"))
     found.append(dump("torch, bf16, trellis 96", "--set dump.dtype=trellis --set dump.bytes=96"))
     for words in WORDS_OF_TEXTS:
@@ -80,9 +81,11 @@ def _usual(recipe: Path, teachers: Path, cache: Path) -> list[Piece]:
 
 def _quick(recipe: Path, teachers: Path, cache: Path) -> list[Piece]:
     steps = f"{HERE / 'steps.py'} {recipe} --teachers {teachers} --cache {cache}"
+    dump = _dump(recipe, teachers, "--texts 16 --rounds 1")
     return [
         _piece("steps, 2 layers", f"{steps} {STEPS} --steps 1 --rounds 1"),
-        _dump(recipe, teachers, "--texts 16 --rounds 1")("torch, bf16, int8", ""),
+        dump("torch, bf16, int8", ""),
+        dump("torch, bf16, int8, compiled", "--set dump.compile=true"),
         _piece("cofinetune", f"{HERE / 'cofinetune.py'} {recipe} --rows 8 --rounds 1"),
     ]
 

@@ -2,8 +2,8 @@
 
 The bytes are those that zarr-python writes for a sharded array: one shard of inner chunks, with a crc32c on each chunk
 and on the index. A test compares them. This module has its own encoder because digests must not depend on the installed
-version of zarr. It has its own decoder because the size of a shard follows from its shape: the decoder reads straight
-into the result, checks every chunk, and never allocates the size that a file claims.
+version of zarr. It has its own decoder because the size of a shard follows from its shape: the decoder reads into the
+result, checks every chunk, and never allocates the size that a file claims.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from kdcache.files import Buffer
 
 CHUNK_BYTES = 1 << 20  # largest size of an inner chunk; at least half of it if an array has several
+_CHUNKS_TOGETHER = 4  # larger blocks leave the processor's cache
 _CRC = 4
 _INDEX_ENTRY = 16  # offset and size, uint64 each
 _FILLS = {"int8": -128, "uint8": 255}  # in int8 no code has this value, in uint8 one may; NaN for other dtypes
@@ -117,34 +118,66 @@ def encode_shard(values: np.ndarray) -> list[Buffer]:
     return [*buffers, *_index(index)]
 
 
-def decode_shard(source: Source, shape: tuple[int, ...], dtype: str) -> np.ndarray:
-    """Read the array of a shard of known shape into one buffer. Raises ArrayDamageError.
+def decode_shard(source: Source, shape: tuple[int, ...], dtype: str, into: np.ndarray | None = None) -> np.ndarray:
+    """Read the array of a shard of known shape. Raises ArrayDamageError.
 
-    The caller has checked that the file has ``shard_bytes``.
+    ``into`` takes the values: an array of this shape and dtype, of any strides, such as a field of records; a new one
+    by default. The caller has checked that the file has ``shard_bytes``.
     """
-    values = np.empty(shape, dtype=np.dtype(dtype).newbyteorder("<"))
+    values = np.empty(shape, dtype=np.dtype(dtype).newbyteorder("<")) if into is None else into
     if not shape[0]:
         return values
-    step = chunk_rows(shape, values.itemsize)
-    crc = bytearray(_CRC)
-    sizes = []
-    for start in range(0, shape[0], step):
-        chunk = values[start : start + step]
-        padded = chunk if len(chunk) == step else np.empty((step, *shape[1:]), dtype=values.dtype)
-        view = padded.data.cast("B")
-        source.readinto(view)
-        source.readinto(memoryview(crc))
-        if _checksum(view) != crc:
-            raise ArrayDamageError(f"rows {start} to {start + len(chunk) - 1} do not match their crc32c")
-        if padded is not chunk:
-            chunk[...] = padded[: len(chunk)]
-        sizes.append(len(view) + _CRC)
-    expected = b"".join(_index([(start * size, size) for start, size in enumerate(sizes)]))
+    step, count = chunk_rows(shape, values.itemsize), chunk_count(shape, values.itemsize)
+    read = _read_chunks if values.flags.c_contiguous else _read_blocks
+    size = read(source, values, step, count) + _CRC
+    expected = b"".join(_index([(number * size, size) for number in range(count)]))
     index = bytearray(len(expected))
     source.readinto(memoryview(index))
     if index != expected:
         raise ArrayDamageError("the index of its chunks is not that of an array of this shape")
     return values
+
+
+def _read_chunks(source: Source, values: np.ndarray, step: int, count: int) -> int:
+    """Read ``count`` chunks of ``step`` rows straight into contiguous ``values``; returns the bytes of a chunk."""
+    crc, size = bytearray(_CRC), 0
+    for number in range(count):
+        chunk = values[number * step : (number + 1) * step]
+        padded = chunk if len(chunk) == step else np.empty((step, *values.shape[1:]), dtype=values.dtype)
+        view = padded.data.cast("B")
+        source.readinto(view)
+        source.readinto(memoryview(crc))
+        _check(view, crc, number * step, len(chunk))
+        if padded is not chunk:
+            chunk[...] = padded[: len(chunk)]
+        size = len(view)
+    return size
+
+
+def _read_blocks(source: Source, values: np.ndarray, step: int, count: int) -> int:
+    """Read ``count`` chunks of ``step`` rows into ``values`` of any strides; returns the bytes of a chunk.
+
+    Several chunks are read, hashed and copied at once: each of these calls hands the interpreter lock over.
+    """
+    size = step * values.itemsize * int(np.prod(values.shape[1:], dtype=np.int64))
+    block = np.empty((min(count, _CHUNKS_TOGETHER), size + _CRC), np.uint8)
+    for first in range(0, count, _CHUNKS_TOGETHER):
+        chunks, rows = block[: count - first], values[first * step : (first + _CHUNKS_TOGETHER) * step]
+        source.readinto(chunks.data.cast("B"))
+        for number, chunk in enumerate(chunks):
+            start = (first + number) * step
+            _check(chunk[:-_CRC].data, chunk[-_CRC:].tobytes(), start, min(step, len(values) - start))
+        data = chunks[:, :-_CRC].view(values.dtype).reshape(len(chunks), step, *values.shape[1:])
+        whole = len(rows) // step
+        rows[: whole * step].reshape(whole, step, *values.shape[1:])[...] = data[:whole]
+        if whole < len(chunks):
+            rows[whole * step :] = data[whole, : len(rows) - whole * step]
+    return size
+
+
+def _check(data: Buffer, crc: Buffer, start: int, rows: int) -> None:
+    if _checksum(data) != crc:
+        raise ArrayDamageError(f"rows {start} to {start + rows - 1} do not match their crc32c")
 
 
 def _index(entries: Iterable[tuple[int, int]]) -> list[bytes]:

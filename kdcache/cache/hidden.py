@@ -63,22 +63,30 @@ def encode_layers(
     return files
 
 
-def decode_layer(files: CheckedFiles, teacher: str, part: str, layer: int, spec: LayerSpec, rows: int) -> HiddenBlock:
-    """Read one layer of a part with ``rows`` rows. Raises DamageError, which names the file."""
+def decode_layer(
+    files: CheckedFiles, teacher: str, part: str, layer: int, spec: LayerSpec, rows: int, into: HiddenBlock | None
+) -> HiddenBlock:
+    """Read one layer of a part with ``rows`` rows, into the arrays of ``into`` where it is given.
+
+    Raises DamageError, which names the file.
+    """
     files.read(layout.group_file(teacher, part))
+    given = (None, None) if into is None else (into.values, into.scales)
     arrays = []
-    for name, (shape, dtype) in layout.array_shapes(layer, spec, rows).items():
+    for (name, (shape, dtype)), own in zip(layout.array_shapes(layer, spec, rows).items(), given, strict=False):
         metadata, shard = layout.array_files(teacher, part, name, shape)
         files.read(metadata)  # checked: this shape and dtype allow one content only
-        arrays.append(_read_array(files, shard, shape, dtype))
+        arrays.append(_read_array(files, shard, shape, dtype, own))
     return HiddenBlock(arrays[0], arrays[1] if len(arrays) > 1 else None)
 
 
-def _read_array(files: CheckedFiles, shard: str | None, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+def _read_array(
+    files: CheckedFiles, shard: str | None, shape: tuple[int, ...], dtype: str, into: np.ndarray | None
+) -> np.ndarray:
     if shard is None:
-        return np.empty(shape, dtype=dtype)
+        return np.empty(shape, dtype=dtype) if into is None else into
     try:
         with files.open(shard) as file, enough_memory(files.root / shard, file.left):
-            return decode_shard(file, shape, dtype)
+            return decode_shard(file, shape, dtype, into)
     except ArrayDamageError as error:
         raise files.damage(shard, error) from error

@@ -241,10 +241,13 @@ class Cache:
             )
         return tokens
 
-    def hidden(self, teacher: str, part_name: str, layer: int) -> HiddenBlock:
-        """Stored hidden states of one layer of a part: one row per token, or per text if ``LayerSpec.per_text``."""
-        spec = self._layer(teacher, layer)
-        return decode_layer(self._files, teacher, part_name, layer, spec, self.row_count(teacher, part_name, layer))
+    def hidden(self, teacher: str, part_name: str, layer: int, into: HiddenBlock | None = None) -> HiddenBlock:
+        """Stored hidden states of one layer of a part: one row per token, or per text if ``LayerSpec.per_text``.
+
+        ``into``: a block of ``row_count`` rows that takes them; its arrays may be fields of records.
+        """
+        spec, rows = self._layer(teacher, layer), self.row_count(teacher, part_name, layer)
+        return decode_layer(self._files, teacher, part_name, layer, spec, rows, into)
 
     def basis(self, teacher: str, layer: int) -> Basis:
         """Projection, mean and variances of one layer."""

@@ -29,6 +29,7 @@ IMPORTED = "imported"  # the backend of a teacher whose logits come from a file;
 # ends the precision of a teacher whose head ran in float32 behind an encoder in half precision; without it the head ran
 # as the encoder, as in 0.1.0
 FLOAT32_HEAD = "+float32-head"
+COMPILED = "+compiled"  # ends the precision of a teacher that ran as graphs of torch.compile
 _INTEGER = re.compile(r"-?[0-9]+")
 
 
@@ -174,6 +175,16 @@ class FoldsSpec:
         return f"{len(self.weights)} folds ({self.logits[:12]})"
 
 
+def uncompiled(precision: str) -> str:
+    """A precision of a specification without ``COMPILED``."""
+    return precision.removesuffix(COMPILED)
+
+
+def number_format(precision: str) -> str:
+    """The first part of a precision: ``float32``, ``bf16`` or ``fp16``."""
+    return uncompiled(precision).removesuffix(FLOAT32_HEAD)
+
+
 @dataclass(frozen=True)
 class TeacherSpec:
     """A teacher, and how it was run."""
@@ -186,7 +197,7 @@ class TeacherSpec:
     max_length: int  # tokens
     truncation: str  # such as 'longest_first'
     backend: str  # 'torch' or 'onnxruntime'
-    precision: str  # of the forward pass; may end with FLOAT32_HEAD
+    precision: str  # of the forward pass; may end with FLOAT32_HEAD, COMPILED, or both in this order
     target: TargetSpec
     pooled: int | None  # width of the stored pooled vector
     sample_texts: int  # number of texts that bases and variances were fitted on
@@ -196,7 +207,17 @@ class TeacherSpec:
     @property
     def encoder_precision(self) -> str:
         """The precision without regard to the head: ``float32``, ``bf16`` or ``fp16``."""
-        return self.precision.removesuffix(FLOAT32_HEAD)
+        return number_format(self.precision)
+
+    @property
+    def uncompiled(self) -> str:
+        """The precision for a run that is compared within a tolerance, for which nothing is compiled."""
+        return uncompiled(self.precision)
+
+    @property
+    def compiled(self) -> bool:
+        """Whether it ran as graphs of torch.compile."""
+        return self.precision.endswith(COMPILED)
 
     @property
     def imported(self) -> bool:

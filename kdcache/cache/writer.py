@@ -154,7 +154,7 @@ class CacheWriter:
         published = self.base.contents if self.base else None
         existing = existing_layers(self._contents, published, spec.name)
         if old is not None and (existing or has_any(self._contents, published, spec.name)):
-            if spec.encoder_precision == old.encoder_precision:
+            if (spec.encoder_precision, spec.compiled) == (old.encoder_precision, old.compiled):
                 spec = replace(spec, precision=old.precision)
             check_teacher(self.root, old, spec, existing)
             kept = {layer: old.layers[layer] for layer in existing}

@@ -159,7 +159,7 @@ def _audit_teacher(
         result.worst["folds"] = 0.0
     if (teacher.depth, teacher.width) != (spec.depth, spec.width):
         return result
-    backend = open_backend(spec.backend, teacher, tuple(spec.layers), precision=spec.precision, work_dir=home())
+    backend = open_backend(spec.backend, teacher, tuple(spec.layers), precision=spec.uncompiled, work_dir=home())
     try:
         progress.start(f"audit {teacher.name}", sum(len(part) for part in chosen), "texts")
         parts = [LivePart(teacher, spec, part) for part in chosen]

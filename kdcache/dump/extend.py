@@ -291,8 +291,9 @@ def _settings_of(like: TeacherSpec | None, contents: Contents) -> DumpSection:
         return DumpSection(seed=contents.settings.seed)
     return DumpSection.model_validate(
         {
-            "backend": like.backend, "precision": like.encoder_precision, "pooled": like.pooled is not None,
-            "seed": contents.settings.seed, "sample_texts": max(1, like.sample_texts),
+            "backend": like.backend, "precision": like.encoder_precision, "compile": like.compiled,
+            "pooled": like.pooled is not None, "seed": contents.settings.seed,
+            "sample_texts": max(1, like.sample_texts),
         }
     )  # fmt: skip
 

@@ -222,7 +222,7 @@ def _measured(
     """Fidelity of the formats of every layer, and seconds per text of the forward pass."""
     spec = teacher.spec
     loaded = load_teacher(teachers_dir, spec.name, trust_remote_code=teacher.trust_remote_code)
-    backend = open_backend(spec.backend, loaded, tuple(spec.layers), precision=spec.precision, work_dir=home())
+    backend = open_backend(spec.backend, loaded, tuple(spec.layers), precision=spec.uncompiled, work_dir=home())
     batches = text_batches(teacher, sample.texts, id_array([bytes(16)] * len(sample.texts)), tokens_per_batch)
     lengths = batches.encoded.lengths
     apart = np.arange(len(sample.texts)) >= sample.fit

@@ -89,7 +89,9 @@ def open_teacher(teacher: PreparedTeacher, teachers_dir: Path) -> Iterator[Teach
 @contextmanager
 def on_device(loaded: Teacher, spec: TeacherSpec) -> Iterator[TeacherBackend]:
     """A loaded teacher on the device while the block runs; its memory is freed afterwards."""
-    backend = open_backend(spec.backend, loaded, tuple(spec.layers), precision=spec.precision, work_dir=home())
+    backend = open_backend(
+        spec.backend, loaded, tuple(spec.layers), precision=spec.precision, max_length=spec.max_length, work_dir=home()
+    )
     try:
         yield backend
     finally:

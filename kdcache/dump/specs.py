@@ -18,6 +18,7 @@ from kdcache.cache.ids import ID_BYTES, IdIndex, id_list
 from kdcache.cache.opening import existing_settings
 from kdcache.cache.schema import MAX_FILES, MAX_PARTS
 from kdcache.cache.spec import (
+    COMPILED,
     FLOAT32_HEAD,
     Settings,
     TargetSpec,
@@ -296,7 +297,7 @@ def prepare(
         max_length=max_length,
         truncation=TRUNCATION,
         backend=dump.backend,
-        precision=_with_head(dump.precision, teacher),
+        precision=_with_head(dump.precision, teacher) + (COMPILED if dump.compile else ""),
         target=TargetSpec(shape=(classes,)),
         pooled=_pooled_width(teacher) if dump.pooled else None,
         sample_texts=dump.sample_texts,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kdcache.cache.spec import FLOAT32_HEAD
+from kdcache.cache.spec import number_format
 from kdcache.codecs.projection import project
 from kdcache.codecs.registry import format_of
 
@@ -37,13 +37,13 @@ class Tolerance:
 
 def tolerance(precision: str, hidden_noise: float, logits_noise: float) -> Tolerance:
     """The tolerance for measured relative changes by padding, which count up to ``max_noise``."""
-    floor, most = _FLOOR.get(precision.removesuffix(FLOAT32_HEAD), _FLOOR["bf16"]), max_noise(precision)
+    floor, most = _FLOOR.get(number_format(precision), _FLOOR["bf16"]), max_noise(precision)
     return Tolerance(floor + _MARGIN * min(hidden_noise, most), floor + _MARGIN * min(logits_noise, most))
 
 
 def max_noise(precision: str) -> float:
     """The largest relative change of a state or a logit by padding that rounding can explain."""
-    return _MAX_NOISE.get(precision.removesuffix(FLOAT32_HEAD), _MAX_NOISE["bf16"])
+    return _MAX_NOISE.get(number_format(precision), _MAX_NOISE["bf16"])
 
 
 def relative_change(rows: np.ndarray, others: np.ndarray) -> float:

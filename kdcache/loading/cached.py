@@ -1,9 +1,9 @@
 """Batches with targets from a cache; no teacher runs.
 
 Two threads put whole parts together, a few beyond the window from which batches are drawn; their layers are read,
-checked and decoded by one thread per core. One more thread makes batches and holds a short queue of them. The order of
-rows is that of ``kdcache.loading.order``, so three integers (seed, epoch, step) are the state of an epoch, and any
-machine can resume it. The reader checks a file's digest before its rows are used.
+checked and decoded by one thread per core. While the consumer works, one more thread makes batches and holds a short
+queue of them. The order of rows is that of ``kdcache.loading.order``, so three integers (seed, epoch, step) are the
+state of an epoch, and any machine can resume it. The reader checks a file's digest before its rows are used.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ from kdcache.loading.prefetch import (
     PartLifetimes,
     PartWindow,
     bundled,
-    in_background,
     layer_readers,
     runs_of_steps,
+    where_it_pays,
 )
 from kdcache.loading.targets import Batch
 
@@ -73,8 +73,8 @@ class CachedBatches(JoinedSource):
         examples: gives the rows of a split; the cache's own by default.
         texts: text id -> columns, in the place of the cache's texts.
         memory_bytes: bounds the decoded parts that are kept besides those in the window.
-        background: False puts batches together in the caller's thread, which gives the most batches per second where
-            nothing else is done with them. Parts are read ahead by threads either way.
+        background: False puts batches together in the caller's thread. By default a thread does it while the caller
+            works with them, and the caller's thread while it does not. Parts are read ahead by threads either way.
 
     Raises:
         MismatchError: teachers, layers, splits or texts are not in the cache.
@@ -147,7 +147,7 @@ class CachedBatches(JoinedSource):
         Closing the iterator ends its threads.
         """
         walk = functools.partial(self._walk, epoch, first_step)
-        bundles = in_background(walk) if self._background else walk()
+        bundles = where_it_pays(walk) if self._background else walk()
         try:
             for bundle in bundles:
                 yield from bundle
@@ -162,6 +162,7 @@ class CachedBatches(JoinedSource):
     def forget_parts(self) -> None:
         """Free the memory of decoded parts; they are read again when they are needed."""
         self._part_cache = PartCache(self._part_cache.limit)
+        self._decode.memory.clear()
 
     def target_dim(self, teacher: str, layer: int) -> int:
         """Width of the stored targets of a teacher's layer."""
@@ -262,7 +263,7 @@ def loader(
         world: how many processes there are.
         texts: text id -> columns, where the cache came without its texts.
         memory_bytes: bounds the decoded parts that are kept besides those in the window.
-        background: False puts batches together in the caller's thread.
+        background: False puts batches together in the caller's thread, whatever it does with them.
 
     Returns:
         A source of ``Batch``. ``batches(epoch, first_step)`` iterates over one epoch, ``steps_per_epoch`` counts its

@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from kdcache.cache.digests import enough_memory
 from kdcache.cache.ids import id_list
 from kdcache.cache.text_table import look_up
+from kdcache.codecs.base import HiddenBlock
 from kdcache.codecs.registry import format_of
 from kdcache.errors import DamageError, MismatchError
 from kdcache.loading.alignment import PartAlignment, local_places
+from kdcache.loading.buffers import Buffers
 from kdcache.loading.order import blocks
 
 if TYPE_CHECKING:
@@ -27,7 +30,7 @@ if TYPE_CHECKING:
 
     from kdcache.cache.reader import Cache
     from kdcache.cache.tokens import Tokens
-    from kdcache.codecs.base import HiddenBlock, TokenSelection
+    from kdcache.codecs.base import LayerSpec, TokenSelection
     from kdcache.data.encoding import EncodedTexts
     from kdcache.loading.alignment import StudentTokens
     from kdcache.loading.examples import JoinedExamples
@@ -158,6 +161,7 @@ class PartDecoder:
     layers: Mapping[str, tuple[int, ...]]
     logits: bool
     texts: Texts | None = None
+    memory: Buffers = field(default_factory=Buffers)
 
     def __call__(self, index: int, pool: Executor) -> DecodedPart:
         name, logits_only = self.cache.parts[index].name, self.cache.parts[index].scope != "full"
@@ -173,11 +177,7 @@ class PartDecoder:
     def _logits_only(self, teacher: str, part: str, texts: int) -> TeacherPart:
         """The outputs of a part without hidden states: no text has a token of the teacher."""
         logits = self.cache.outputs(teacher, part).logits if self.logits else None
-        blocks: dict[TokenSelection, dict[int, HiddenBlock]] = {}
-        for layer in sorted(set(self.layers.get(teacher, ()))):
-            spec = self.cache.teachers[teacher].layers[layer]
-            blocks.setdefault(spec.tokens, {})[layer] = format_of(spec).empty(spec, 0)
-        hidden = {tokens: Interleaved.of_layers(together) for tokens, together in blocks.items()}
+        hidden = {tokens: Interleaved.empty(specs, 0) for tokens, specs in self._by_tokens(teacher).items()}
         return TeacherPart(logits, np.zeros(texts + 1, np.int64) if "all" in hidden else None, hidden, None)
 
     def _teacher(
@@ -187,7 +187,7 @@ class PartDecoder:
         layers = self.layers.get(teacher, ())
         if not layers:
             return TeacherPart(logits, None, {}, None)
-        hidden = self._hidden(teacher, part, layers, pool)
+        hidden = self._hidden(teacher, part, pool)
         if "all" not in hidden:
             return TeacherPart(logits, None, hidden, None)
         tokens = self.cache.tokens(teacher, part)
@@ -197,19 +197,31 @@ class PartDecoder:
             )
         return TeacherPart(logits, tokens.offsets, hidden, self._alignment(teacher, text_ids, student, tokens, keep))
 
-    def _hidden(
-        self, teacher: str, part: str, layers: tuple[int, ...], pool: Executor
-    ) -> dict[TokenSelection, Interleaved]:
-        blocks: dict[TokenSelection, dict[int, HiddenBlock]] = {}
-        wanted = sorted(set(layers))
-        read = pool.map(lambda layer: self.cache.hidden(teacher, part, layer), wanted)
-        for layer, block in zip(wanted, read, strict=True):
-            together = blocks.setdefault(self.cache.teachers[teacher].layers[layer].tokens, {})
-            together[layer] = block
-            expected = len(next(iter(together.values())).values)
-            if len(block.values) != expected:
-                raise self._wrong(teacher, part, layer, len(block.values), f"another layer {expected}")
-        return {tokens: Interleaved.of_layers(together) for tokens, together in blocks.items()}
+    def _by_tokens(self, teacher: str) -> dict[TokenSelection, dict[int, LayerSpec]]:
+        """The specs of the layers to read, by the tokens that they are stored for."""
+        specs: dict[TokenSelection, dict[int, LayerSpec]] = {}
+        for layer in sorted(set(self.layers.get(teacher, ()))):
+            spec = self.cache.teachers[teacher].layers[layer]
+            specs.setdefault(spec.tokens, {})[layer] = spec
+        return specs
+
+    def _hidden(self, teacher: str, part: str, pool: Executor) -> dict[TokenSelection, Interleaved]:
+        """The layers, each read straight into its place in the records."""
+        found = {tokens: self._empty(teacher, part, specs) for tokens, specs in self._by_tokens(teacher).items()}
+        blocks = {layer: block for records in found.values() for layer, block in records.blocks().items()}
+        for _ in pool.map(lambda layer: self.cache.hidden(teacher, part, layer, blocks[layer]), blocks):
+            pass
+        return found
+
+    def _empty(self, teacher: str, part: str, specs: Mapping[int, LayerSpec]) -> Interleaved:
+        """Records for layers that are stored for the same tokens; DamageError where they are not."""
+        counts = {layer: self.cache.row_count(teacher, part, layer) for layer in specs}
+        first = next(iter(counts.values()))
+        for layer, count in counts.items():
+            if count != first:
+                raise self._wrong(teacher, part, layer, count, f"another layer {first}")
+        with enough_memory(self.cache.path, first * sum(format_of(spec).row_bytes(spec) for spec in specs.values())):
+            return Interleaved.empty(specs, first, self.memory)
 
     def _wrong(self, teacher: str, part: str, layer: int, count: int, other: str) -> DamageError:
         return DamageError(
@@ -277,6 +289,27 @@ class Interleaved:
         for name, array in fields.items():
             mixed[name] = array
         return cls(mixed.view(np.uint8).reshape(count, dtype.itemsize), dtype)
+
+    @classmethod
+    def empty(cls, specs: Mapping[int, LayerSpec], count: int, memory: Buffers | None = None) -> Interleaved:
+        """Uninitialised records for layers that are stored as ``specs``; ``blocks`` gives their arrays."""
+        fields = {
+            name: (array.dtype, array.shape[1:])
+            for layer, spec in specs.items()
+            for name, array in _fields(layer, format_of(spec).empty(spec, 0))
+        }
+        dtype = np.dtype([(name, *field) for name, field in fields.items()], align=True)
+        size = count * dtype.itemsize
+        rows = np.empty(size, np.uint8) if memory is None else memory.empty(size)
+        return cls(rows.reshape(count, dtype.itemsize), dtype)
+
+    def blocks(self) -> dict[int, HiddenBlock]:
+        """Each layer as a block whose arrays are views of the records."""
+        table = fields_of(self.rows, self.dtype)
+        return {
+            layer: HiddenBlock(table[values], None if scales is None else table[scales])
+            for layer, values, scales in _names(self.dtype)
+        }
 
     @classmethod
     def of_layers(cls, blocks: Mapping[int, HiddenBlock]) -> Interleaved:

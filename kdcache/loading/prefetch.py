@@ -1,11 +1,12 @@
 """Read-ahead: a few threads decode parts, one more puts batches together, the consumer takes them from a queue.
 
-The result does not depend on thread scheduling: one thread makes the batches, in order. An error in a thread is raised
-unchanged in the consumer. When the consumer stops, for whatever reason, the threads end.
+The result does not depend on thread scheduling: one thread at a time makes the batches, in order. An error in a thread
+is raised unchanged in the consumer. When the consumer stops, for whatever reason, the threads end.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import queue
@@ -14,6 +15,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
@@ -28,6 +30,8 @@ READ_AHEAD = 2  # parts beyond those that the current batch needs
 BUNDLES_AHEAD = 2
 BUNDLE_BYTES, BUNDLE_STEPS = 2 << 20, 8  # at most per queue item: passing one costs as much as a small batch
 STEPS_TOGETHER = 32  # steps whose rows are looked up at once
+DECIDED_EVERY = 16  # items after which it is decided where the next ones are made
+_TRIED, _WORKS = 2.0, 0.5  # time of the consumer relative to making: up to which its own thread is tried, and enough
 
 T = TypeVar("T")
 
@@ -64,9 +68,6 @@ class PartCache(Generic[S]):
             self._parts[index] = part
             while self._bytes > self.limit and self._parts:
                 self._bytes -= self._parts.popitem(last=False)[1].nbytes
-
-    def has_room(self) -> bool:
-        return self._bytes < self.limit
 
 
 @dataclass(frozen=True)
@@ -128,9 +129,7 @@ class PartWindow(Generic[S]):
         order, first = self._lifetimes.order, self._lifetimes.first
         while self._next < len(order):
             beyond = sum(first[part] > step for part in (*self._decoded, *self._reading))
-            if first[order[self._next]] > step and (
-                beyond >= READ_AHEAD or (beyond and not self._part_cache.has_room())
-            ):
+            if first[order[self._next]] > step and beyond >= READ_AHEAD:
                 return
             self._start(order[self._next])
             self._next += 1
@@ -195,6 +194,81 @@ def in_background(items: Callable[[], Iterator[T]], ahead: int = BUNDLES_AHEAD) 
         stop.set()
         room.put(None)
         thread.join()
+
+
+def where_it_pays(items: Callable[[], Iterator[T]]) -> Generator[T]:
+    """Run an iterator in a thread while the consumer works, and in the consumer's own thread while it does not.
+
+    A thread makes the next items while the consumer is busy. A consumer that asks for the next one at once gains
+    nothing by that, and waits longer: the two take the interpreter from each other, and what one processor core wrote
+    the other has to fetch. Items and their order are the same. Errors and closing are as in ``in_background``.
+    """
+    iterator = items()
+    shared, balance = _Shared(iterator), _Balance()
+    try:
+        while not shared.ended:
+            shared.paused = False
+            with contextlib.closing(in_background(lambda: shared)) as made:
+                for item in made:
+                    began = perf_counter()
+                    yield item
+                    shared.paused = not balance.add(perf_counter() - began, shared.took)
+            shared.paused = False
+            for item in shared:
+                began = perf_counter()
+                yield item
+                if balance.add(perf_counter() - began, shared.took):
+                    break
+    finally:
+        close = getattr(iterator, "close", None)
+        if close is not None:
+            close()
+
+
+class _Shared(Generic[T]):
+    """An iterator that two threads use in turns: it seems to end where it is paused."""
+
+    def __init__(self, iterator: Iterator[T]) -> None:
+        self._iterator = iterator
+        self.paused = self.ended = False
+        self.took = 0.0  # seconds for the last item
+
+    def __iter__(self) -> Iterator[T]:
+        return self
+
+    def __next__(self) -> T:
+        if self.paused:
+            raise StopIteration
+        began = perf_counter()
+        try:
+            item = next(self._iterator)
+        except StopIteration:
+            self.ended = True
+            raise
+        self.took = perf_counter() - began
+        return item
+
+
+class _Balance:
+    """Whether the consumer works long enough with the items for a thread to pay, decided every few items.
+
+    While a thread makes items, the consumer's time has its waits for the interpreter in it. So the consumer's own
+    thread is tried where this time is not much longer than making, and tried less often each time that it was wrong.
+    """
+
+    def __init__(self) -> None:
+        self.in_thread = True  # until it is known better
+        self._patience, self._count, self._working, self._making = DECIDED_EVERY, 0, 0.0, 0.0
+
+    def add(self, working: float, making: float) -> bool:
+        """Take an item into account: the seconds that the consumer and making took. Returns ``in_thread``."""
+        self._count, self._working, self._making = self._count + 1, self._working + working, self._making + making
+        if self._count >= (self._patience if self.in_thread else DECIDED_EVERY):
+            before, limit = self.in_thread, _TRIED if self.in_thread else _WORKS
+            self.in_thread = self._working > limit * self._making
+            self._patience *= 1 + (self.in_thread and not before)
+            self._count, self._working, self._making = 0, 0.0, 0.0
+        return self.in_thread
 
 
 def _produce(

@@ -78,7 +78,16 @@ class DumpSection(Section):
         TOKENS_PER_BATCH  # padded tokens of one forward pass; "auto": by memory of a GPU
     )
     precision: Precision = "float32"  # of the forward pass of the teachers
+    compile: Annotated[bool | None, AfterValidator(lambda value: value or None)] = (
+        None  # torch.compile of the teachers, with texts padded to one of eight lengths; for backend "torch"
+    )
     seed: Seed = 0  # of the order of the texts and of the sample
+
+    @model_validator(mode="after")
+    def _backend_compiles(self) -> DumpSection:
+        if self.compile and self.backend != "torch":
+            raise ValueError(f'compile = true is for backend = "torch"; the recipe has backend = "{self.backend}"')
+        return self
 
     @model_validator(mode="after")
     def _storage_is_consistent(self) -> DumpSection:

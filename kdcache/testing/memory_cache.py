@@ -142,14 +142,17 @@ class MemoryCache:
         self._read(f"tokens {teacher}", part)
         return student_tokens(self.encoded(teacher, part))
 
-    def hidden(self, teacher: str, part: str, layer: int) -> HiddenBlock:
+    def hidden(self, teacher: str, part: str, layer: int, into: HiddenBlock | None = None) -> HiddenBlock:
         texts = self.part_texts[self._read(f"hidden {teacher} {layer}", part)]
         lengths = self.encoded(teacher, part).lengths.tolist()
         spec = self.teachers[teacher].layers[layer]
         values = np.concatenate(
             [truth(teacher, layer, text, length, spec.dim) for text, length in zip(texts, lengths, strict=True)]
         )
-        return format_of(spec).encode(values, spec, self.basis(teacher, layer))
+        block = format_of(spec).encode(values, spec, self.basis(teacher, layer))
+        if into is not None:
+            into.put(np.arange(len(block)), block)
+        return block
 
     def basis(self, teacher: str, layer: int) -> Basis:
         assert layer in self.teachers[teacher].layers

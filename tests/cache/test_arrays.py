@@ -105,5 +105,38 @@ def test_every_flipped_bit_is_found() -> None:
             decode_shard(Bytes(bytes(damaged)), values.shape, "float32")
 
 
+@given(
+    values=hnp.arrays(
+        st.sampled_from([np.float32, np.float16, np.int8]), hnp.array_shapes(min_dims=1, max_dims=2, max_side=40)
+    ),
+    chunk=st.integers(1, 64),
+    together=st.integers(1, 5),
+)
+def test_values_are_read_into_fields_of_records(values: np.ndarray, chunk: int, together: int) -> None:
+    """Whatever the number of chunks and blocks; what lies beside the field stays."""
+    table = np.zeros(len(values), np.dtype([("a", "i2"), ("it", values.dtype, values.shape[1:]), ("z", "u1")]))
+    table["a"], table["z"] = 7, np.arange(len(values)) % 256
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(arrays, "CHUNK_BYTES", chunk)
+        patch.setattr(arrays, "_CHUNKS_TOGETHER", together)
+        found = decode_shard(Bytes(encoded(values)), values.shape, values.dtype.name, table["it"])
+    assert np.shares_memory(found, table) and found.tobytes() == values.tobytes()
+    assert (table["a"] == 7).all() and np.array_equal(table["z"], np.arange(len(values)) % 256)
+
+
+def test_every_flipped_bit_is_found_on_its_way_into_a_field(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = np.arange(-10, 11, dtype=np.int8).reshape(7, 3)
+    table = np.zeros(7, np.dtype([("it", np.int8, (3,)), ("scale", np.float32)]))
+    monkeypatch.setattr(arrays, "CHUNK_BYTES", 6)  # two rows
+    data = encoded(values)
+    decode_shard(Bytes(data), values.shape, "int8", table["it"])
+    assert np.array_equal(table["it"], values)
+    for bit in range(8 * len(data)):
+        damaged = bytearray(data)
+        damaged[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(ArrayDamageError, match=r"rows \d to \d do not|index of its chunks"):
+            decode_shard(Bytes(bytes(damaged)), values.shape, "int8", table["it"])
+
+
 def _buffer(data: bytes) -> object:
     return zarr.core.buffer.default_buffer_prototype().buffer.from_bytes(data)

@@ -49,11 +49,13 @@ def test_every_piece_runs_once_and_the_page_has_its_tables(
     tmp_path: Path, page: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     programs_inside(monkeypatch)
+    monkeypatch.setattr("kdcache.training.compiled._BACKEND", "eager")  # graphs that run as they are
     results = tmp_path / "gpu.jsonl"
     words = ("--quick", "--work", tmp_path / "work", "--results", results, "--to", page, "--minutes", 60)
     _run("gpu.py", *words)
     assert _names(results) == [
-        "material", "teachers", "cache", "steps, 2 layers", "dump, torch, bf16, int8", "cofinetune",
+        "material", "teachers", "cache", "steps, 2 layers", "dump, torch, bf16, int8",
+        "dump, torch, bf16, int8, compiled", "cofinetune",
     ]  # fmt: skip
     written = page.read_text()
     for title in (
@@ -71,7 +73,7 @@ def test_every_piece_runs_once_and_the_page_has_its_tables(
     assert str(ROOT) not in results.read_text().replace(str(tmp_path), "")
     capsys.readouterr()
     _run("gpu.py", *words)  # nothing is run again
-    assert len(_names(results)) == 6
+    assert len(_names(results)) == 7
     assert page.read_text() == written
     assert capsys.readouterr().out == f"{page}\n"
 

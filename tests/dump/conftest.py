@@ -103,8 +103,8 @@ def forward_passes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[tuple[st
     make: Callable[..., None] = TorchBackend.__init__
     run = TorchBackend.run
 
-    def counting_init(self: TorchBackend, teacher: object, *, precision: str) -> None:
-        make(self, teacher, precision=precision)
+    def counting_init(self: TorchBackend, teacher: object, **settings: object) -> None:
+        make(self, teacher, **settings)
         names[id(self)] = teacher.name  # type: ignore[attr-defined]
 
     def counting_run(self: TorchBackend, inputs: dict, layers: tuple[int, ...], pooled: bool) -> object:  # type: ignore[type-arg]

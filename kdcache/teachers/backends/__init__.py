@@ -16,11 +16,13 @@ __all__ = ["TeacherBackend", "TeacherOutput", "open_backend"]
 
 
 def open_backend(
-    kind: str, teacher: Teacher, layers: Sequence[int], *, precision: str, work_dir: Path
+    kind: str, teacher: Teacher, layers: Sequence[int], *, precision: str, work_dir: Path, max_length: int | None = None
 ) -> TeacherBackend:
     """A backend for ``teacher`` that can return ``layers``; exported graphs are stored in ``work_dir``.
 
-    With a ``precision`` such as ``bf16+float32-head``, adapter, pooling and prediction run in float32.
+    With a ``precision`` such as ``bf16+float32-head``, adapter, pooling and prediction run in float32; with one such as
+    ``float32+compiled`` the encoder runs as graphs of torch.compile, for texts of up to ``max_length`` tokens (by
+    default that of the teacher).
 
     Raises ModelError for a layer that the teacher lacks, an unknown kind, or a precision that the kind lacks.
     """
@@ -30,7 +32,7 @@ def open_backend(
     if kind == "torch":
         from kdcache.teachers.backends.torch_backend import TorchBackend
 
-        return TorchBackend(teacher, precision=precision)
+        return TorchBackend(teacher, precision=precision, max_length=max_length)
     if kind == "onnxruntime":
         from kdcache.teachers.backends.onnx_backend import OnnxBackend
 

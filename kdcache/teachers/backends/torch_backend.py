@@ -3,22 +3,26 @@
 Lower precisions run under autocast: weights, layer norms and softmax stay in float32. So a dump in bf16 is as close to
 float32 as the tensor cores allow. With a float32 head, logits are what float32 gives for the last hidden states.
 
+With a precision that ends with ``+compiled``, the encoder runs as graphs of ``torch.compile``: one for each of eight
+lengths, with any number of rows.
+
 ``run`` starts work and waits for nothing, apart from what the network itself waits for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from kdcache.cache.spec import FLOAT32_HEAD
+from kdcache.cache.spec import number_format, uncompiled
 from kdcache.errors import ModelError
 from kdcache.teachers.backends.base import TeacherOutput, packed, valid_places
 from kdcache.teachers.head import head_modules, in_float32
+from kdcache.training.compiled import compiled_forward, padded_inputs
 from kdcache.training.device import default_device
 
 if TYPE_CHECKING:
@@ -32,8 +36,8 @@ class TorchBackend:
 
     name = "torch"
 
-    def __init__(self, teacher: Teacher, *, precision: str) -> None:
-        encoder = precision.removesuffix(FLOAT32_HEAD)
+    def __init__(self, teacher: Teacher, *, precision: str, max_length: int | None = None) -> None:
+        encoder = number_format(precision)
         if encoder not in _AUTOCAST:
             raise ModelError(
                 f"precision '{precision}' is not known; expected float32, bf16 or fp16", "Set dump.precision."
@@ -42,7 +46,13 @@ class TorchBackend:
         self.device = default_device().type
         self._dtype = _AUTOCAST[encoder]
         self._model = teacher.model.to(self.device).eval()
-        self._float32 = head_modules(teacher.model) if precision != encoder else ()
+        self._float32 = head_modules(teacher.model) if uncompiled(precision) != encoder else ()
+        self._longest = None if precision == uncompiled(precision) else max_length or teacher.max_length
+        self._for_good = ExitStack()
+        if self._longest is not None:  # a graph has the forward methods that were there when it was made
+            self._for_good.enter_context(in_float32(self._float32, self.device))
+            self._for_good.enter_context(compiled_forward(teacher.model.encoder.base_model))
+            self._float32 = ()
 
     @property
     def record(self) -> Mapping[str, str]:
@@ -50,6 +60,8 @@ class TorchBackend:
         return {"device": name}
 
     def run(self, inputs: dict[str, Tensor], layers: Sequence[int], pooled: bool) -> TeacherOutput:
+        if self._longest is not None:
+            inputs = padded_inputs(self._model.encoder, inputs, self._longest)
         placed = {name: self._sent(tensor) for name, tensor in inputs.items()}
         places = self._sent(valid_places(inputs["attention_mask"]))
         with torch.inference_mode(), self._autocast(), in_float32(self._float32, self.device):
@@ -64,6 +76,7 @@ class TorchBackend:
         return tensor.pin_memory().to(self.device, non_blocking=True)
 
     def close(self) -> None:
+        self._for_good.close()
         if self.device == "cuda":
             self._model.cpu()
             torch.cuda.empty_cache()
