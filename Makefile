@@ -27,7 +27,7 @@ $(VENV)/.docs: $(VENV)/.kdcache
 	$(RUN)/python -m pip install -c constraints.txt --group docs
 	@touch $@
 
-# The whole pipeline on real text with two real teachers: about eight minutes on two cores, downloads about 120 MB.
+# The whole pipeline on real text with two real teachers: nine to ten minutes on two cores, downloads about 120 MB.
 demo: setup
 	$(RUN)/kdcache pipelines prepare quickstart
 	$(RUN)/kdcache run quickstart/quickstart.toml
