@@ -1,7 +1,7 @@
 """Finds many ids among many others in bounded memory: both sides are divided by the first bits of their ids.
 
-Sorting both sides in memory needs 64 bytes of a row. Here each side goes into a file, divided into buckets, and one
-bucket after the other is joined in memory. The files have no names: they lie in ``directory`` and are gone when they
+A search in memory needs 24 bytes of a row of one side. Here each side goes into a file, divided into buckets, and the
+buckets are joined in memory, two at a time. The files have no names: they lie in ``directory`` and are gone when they
 are closed, also where the process is killed.
 """
 
@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import os
 import tempfile
+import threading
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 
@@ -17,9 +19,10 @@ import numpy as np
 
 from kdcache.cache.ids import ID_BYTES, Take, gather_ids, match
 
-LARGE = 2_000_000  # rows from which ids are joined in buckets
-_ROWS = 1 << 21  # of a bucket, about: 250 MB while it is joined
+LARGE = 2_000_000  # rows above which ids are searched through buckets, and what was found is kept
+_ROWS = 1 << 20  # of a bucket, at most on average: 125 MB while it is joined
 _MOST_BITS = 10
+_THREADS = 2  # one for each side, then one for each bucket that is joined
 
 Blocks = Iterable[tuple[np.ndarray, np.ndarray]]  # ids uint8 [m, 16] and a value of each, int64 [m], at most a few MB
 
@@ -39,11 +42,12 @@ def numbered(blocks: Iterable[np.ndarray]) -> Blocks:
 def match_in_buckets(known: Blocks, query: Blocks, rows: int, directory: Path, take: Take) -> None:
     """``take`` gets values of ``query`` and the value of the first row of ``known`` that has the id of each.
 
-    It is called several times; each row of ``query`` comes once, a row without an id in ``known`` never.
+    It is called several times and from two threads; each row of ``query`` comes once, a row without an id in ``known``
+    never.
 
     Args:
-        known: the ids that are searched, block by block.
-        query: the ids that are looked for, block by block.
+        known: the ids that are searched, block by block; read in a thread of its own.
+        query: the ids that are looked for, block by block; read in another one.
         rows: of the larger side, about; the number of buckets depends on it.
         directory: for the files, 24 bytes of a row of both sides.
         take: gets two arrays int64 [m].
@@ -52,12 +56,32 @@ def match_in_buckets(known: Blocks, query: Blocks, rows: int, directory: Path, t
         NoRoomError: ``directory`` takes no files, or no more.
     """
     bits = min(max(0, (rows // _ROWS).bit_length()), _MOST_BITS)
-    with _Buckets(directory, bits) as first, _Buckets(directory, bits) as second:
-        for buckets, blocks in ((first, known), (second, query)):
+    stop = threading.Event()  # at an error in the other thread, and where the user interrupts
+
+    def divide(buckets: _Buckets, blocks: Blocks) -> None:
+        try:
             for ids, values in blocks:
+                if stop.is_set():
+                    break
                 buckets.add(ids, values)
-        for number in range(1 << bits):
+        except BaseException:
+            stop.set()
+            raise
+
+    def join(number: int) -> None:
+        if not stop.is_set():
             _match_bucket(first.read(number), second.read(number), take)
+
+    with (
+        _Buckets(directory, bits) as first,
+        _Buckets(directory, bits) as second,
+        ThreadPoolExecutor(_THREADS, "kdcache-buckets") as pool,
+    ):
+        try:
+            list(pool.map(divide, (first, second), (known, query)))
+            list(pool.map(join, range(1 << bits)))
+        finally:
+            stop.set()
 
 
 def _match_bucket(known: tuple[np.ndarray, np.ndarray], query: tuple[np.ndarray, np.ndarray], take: Take) -> None:
@@ -67,7 +91,7 @@ def _match_bucket(known: tuple[np.ndarray, np.ndarray], query: tuple[np.ndarray,
     def note(mine: np.ndarray, found: np.ndarray) -> None:
         rows[mine] = found
 
-    match(ids, sought, note)
+    match(ids, [sought], note)
     there = rows >= 0
     take(asked[there], values[rows[there]])  # in the order of the queries, so that writes walk through memory
 

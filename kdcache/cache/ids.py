@@ -7,7 +7,8 @@ depends only on the text. So examples, targets and students are joined by id on 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -151,34 +152,54 @@ class IdIndex:
 Take = Callable[[np.ndarray, np.ndarray], None]
 
 
-def match(ids: np.ndarray, query: np.ndarray, take: Take) -> None:
+def match(ids: np.ndarray, query: Iterable[np.ndarray], take: Take) -> None:
     """``IdIndex(ids).find(query)`` for a search that is done once: both sides are sorted, and no index is made.
 
     A sort key is one word: the first bits of an id, and behind them its row. So values are sorted and no permutation,
     and sorted queries walk through sorted keys in the order of memory. Needs 8 bytes per row of ``ids``.
 
-    ``take`` gets some rows of ``query`` and the first row of ``ids`` that has the id of each. It is called several
-    times and from two threads; each row comes once, a row without an id in ``ids`` never.
+    ``query`` comes in blocks uint8[m, 16]. ``take`` gets some of its rows, counted over all blocks, and the first row
+    of ``ids`` that has the id of each. It is called several times and from two threads; each row comes once, a row
+    without an id in ``ids`` never.
     """
-    if not len(ids) or not len(query):
+    if not len(ids):
         return
     bits = max(len(ids), _QUERIES).bit_length()
     keys, values = _sorted_keys(ids, bits), _values(ids)
-    if not ((keys[_ALIKE:] ^ keys[:-_ALIKE]) >> np.uint64(bits)).all():  # no hashes: an index bounds the steps
-        rows = IdIndex(ids).find(query)
-        there = np.flatnonzero(rows >= 0)
-        take(there, rows[there])
-        return
+    hashes = ((keys[_ALIKE:] ^ keys[:-_ALIKE]) >> np.uint64(bits)).all()
+    index = None if hashes else IdIndex(ids)  # which bounds the steps
 
-    def some(first: int) -> None:
-        own = query[first : first + _QUERIES]
+    def some(group: tuple[int, np.ndarray]) -> None:
+        first, own = group
+        if index is not None:
+            rows = index.find(own)
+            there = np.flatnonzero(rows >= 0)
+            take(there + first, rows[there])
+            return
         asked, sought = _sorted_keys(own, bits), _values(own)
         for start in range(0, len(asked), _BLOCK):
             mine, found = _matches_of((values, sought), keys, asked[start : start + _BLOCK], bits)
             take(mine + first, found)
 
+    groups = _grouped(query)
     with ThreadPoolExecutor(_SEARCHERS, "kdcache-ids") as pool:
-        list(pool.map(some, range(0, len(query), _QUERIES)))
+        while together := list(itertools.islice(groups, _SEARCHERS)):
+            list(pool.map(some, together))
+
+
+def _grouped(blocks: Iterable[np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
+    """Up to ``_QUERIES`` ids together, and how many came before."""
+    first, count, waiting = 0, 0, list[np.ndarray]()
+    for block in blocks:
+        for start in range(0, len(block), _QUERIES):
+            piece = block[start : start + _QUERIES]
+            if count + len(piece) > _QUERIES:
+                yield first, np.concatenate(waiting)
+                first, count, waiting = first + count, 0, []
+            waiting.append(piece)
+            count += len(piece)
+    if waiting:
+        yield first, waiting[0] if len(waiting) == 1 else np.concatenate(waiting)
 
 
 def _sorted_keys(ids: np.ndarray, bits: int) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Where the texts of a cache lie: part and row of a text, by its id.
 
-How ids are searched depends on their number: an index that stays in memory, a sort of both sides for one search, or
-buckets in temporary files, which need 8 bytes of a row where the sort needs 64.
+How ids are searched depends on the number of texts: an index that stays in memory, a sort for one search, which needs
+24 bytes of a text, or buckets in temporary files.
 """
 
 from __future__ import annotations
@@ -27,6 +27,10 @@ Found = tuple[np.ndarray, np.ndarray]  # index of the part and row in it, int32 
 log = logging.getLogger(__name__)
 
 
+def _nowhere(count: int) -> Found:
+    return np.full(count, -1, np.int32), np.full(count, -1, np.int32)
+
+
 class TextPlaces:
     """``text_ids`` reads the ids of a part. Thread-safe."""
 
@@ -37,36 +41,32 @@ class TextPlaces:
 
     def locate(self, ids: np.ndarray) -> Found:
         """The places of ``ids`` uint8 [m, 16]; a text that is in several parts is found in the first full one."""
-        if max(self._texts, len(ids)) > buckets.LARGE:
-            found = self.locate_blocks(
-                lambda: (ids[start : start + _BLOCK] for start in range(0, len(ids), _BLOCK)), len(ids)
-            )
-            if found is not None:
-                return found
-        return self._in_memory(ids)
+        starts = range(0, len(ids), _BLOCK)
+        return self.locate_blocks(lambda: (ids[start : start + _BLOCK] for start in starts), len(ids))
 
-    def locate_blocks(self, blocks: Callable[[], Iterable[np.ndarray]], count: int) -> Found | None:
-        """``locate`` of ``count`` ids that come block by block, through temporary files in the home directory.
+    def locate_blocks(self, blocks: Callable[[], Iterable[np.ndarray]], count: int) -> Found:
+        """``locate`` of ``count`` ids that come block by block."""
+        if sum(part.texts for part in self._parts) > buckets.LARGE:
+            try:
+                return self._in_buckets(blocks(), count)
+            except buckets.NoRoomError as error:
+                log.warning("ids are joined in memory, 24 bytes of a row, for lack of temporary files: %s", error)
+        return self._in_memory(blocks(), count)
 
-        None where these cannot be written.
-        """
-        parts, rows = np.full(count, -1, np.int32), np.full(count, -1, np.int32)
+    def _in_buckets(self, blocks: Iterable[np.ndarray], count: int) -> Found:
+        parts, rows = _nowhere(count)
 
         def take(asked: np.ndarray, found: np.ndarray) -> None:
             parts[asked] = found >> 32
             rows[asked] = found & 0xFFFFFFFF
 
-        larger, place = max(count, self._texts), home() / "joins"
-        try:
-            buckets.match_in_buckets(self._places(), buckets.numbered(blocks()), larger, place, take)
-        except buckets.NoRoomError as error:
-            log.warning("ids are joined in memory, 64 bytes of a row, for lack of temporary files: %s", error)
-            return None
+        larger = max(count, sum(part.texts for part in self._parts))
+        buckets.match_in_buckets(self._places(), buckets.numbered(blocks), larger, home() / "joins", take)
         return parts, rows
 
-    def _in_memory(self, ids: np.ndarray) -> Found:
+    def _in_memory(self, blocks: Iterable[np.ndarray], count: int) -> Found:
         order, bounds = self._in_order()
-        parts, rows = np.full(len(ids), -1, np.int32), np.full(len(ids), -1, np.int32)
+        parts, rows = _nowhere(count)
         numbers = np.arange(len(order), dtype=np.min_scalar_type(len(order)))
         place_of = np.repeat(numbers, np.diff(bounds))  # of every text: the place of its part in ``order``
 
@@ -76,16 +76,14 @@ class TextPlaces:
             rows[asked] = found - bounds[places]
 
         if bounds[-1] > _KEPT:
-            match(self._all_ids(order, bounds), ids, take)
+            match(self._all_ids(order, bounds), blocks, take)
         else:
-            places = self._kept_index(order, bounds).find(ids)
-            there = np.flatnonzero(places >= 0)
-            take(there, places[there])
+            index = self._kept_index(order, bounds)
+            for ids, numbers in buckets.numbered(blocks):
+                found = index.find(ids)
+                there = np.flatnonzero(found >= 0)
+                take(numbers[there], found[there])
         return parts, rows
-
-    @property
-    def _texts(self) -> int:
-        return sum(part.texts for part in self._parts)
 
     def _places(self) -> buckets.Blocks:
         """The ids of all texts, full parts first, and where each lies: the part in the upper half of the number."""

@@ -184,8 +184,8 @@ class Cache:
         """Find texts by id.
 
         A text that is in a 'full' and in a 'logits' part is found in the full one. The first call reads all text ids;
-        in a cache of many texts every call does. Millions of ids are joined in temporary files of the
-        home directory.
+        in a cache of many texts every call does. Tens of millions are searched through temporary files of the home
+        directory.
 
         Args:
             ids: ``uint8[m, 16]``.
@@ -195,10 +195,8 @@ class Cache:
         """
         return self._places.locate(ids)
 
-    def locate_blocks(
-        self, blocks: Callable[[], Iterable[np.ndarray]], count: int
-    ) -> tuple[np.ndarray, np.ndarray] | None:
-        """``locate`` of ``count`` ids that come block by block; None where no temporary files can be written."""
+    def locate_blocks(self, blocks: Callable[[], Iterable[np.ndarray]], count: int) -> tuple[np.ndarray, np.ndarray]:
+        """``locate`` of ``count`` ids that come block by block; ``blocks`` may be called twice."""
         return self._places.locate_blocks(blocks, count)
 
     def outputs(self, teacher: str, part_name: str) -> Outputs:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kdcache.cache import buckets
-from kdcache.cache.ids import Examples, IdIndex, id_list, match
+from kdcache.cache.ids import Examples, id_list, match
 from kdcache.cache.spec import check_same_task
 from kdcache.cache.text_table import look_up
 from kdcache.data.task import load_task
@@ -192,19 +192,20 @@ def _own_ids(cache: Cache, split: str, ids: np.ndarray) -> bool:
 
 def _extra(ids: np.ndarray, cache: Cache, split: str) -> np.ndarray:
     """The distinct ids of the cache's ``split`` that are not in ``ids``, in their order."""
-    if max(len(ids), cache.example_count(split)) <= buckets.LARGE:
-        stored = cache.examples(split).text_ids
-        return np.unique(stored[IdIndex(ids).find(stored) < 0], axis=0)
     lacking = np.ones(cache.example_count(split), np.bool_)
 
     def take(asked: np.ndarray, _: np.ndarray) -> None:
         lacking[asked] = False
 
-    known = buckets.numbered(ids[some] for some in blocks(len(ids)))
-    try:
-        buckets.match_in_buckets(known, buckets.numbered(cache.example_ids(split)), len(ids), home() / "joins", take)
-    except buckets.NoRoomError:
-        match(ids, cache.examples(split).text_ids, take)
+    if len(ids) <= buckets.LARGE:
+        match(ids, cache.example_ids(split), take)
+    else:
+        known = buckets.numbered(ids[some] for some in blocks(len(ids)))
+        stored = buckets.numbered(cache.example_ids(split))
+        try:
+            buckets.match_in_buckets(known, stored, len(ids), home() / "joins", take)
+        except buckets.NoRoomError:
+            match(ids, cache.example_ids(split), take)
     found, first = [ids[:0]], 0
     for own in cache.example_ids(split):
         found.append(own[lacking[first : first + len(own)]])

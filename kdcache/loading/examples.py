@@ -166,12 +166,7 @@ class _Table:
 
     def places(self, cache: Cache) -> tuple[np.ndarray, np.ndarray]:
         """``Cache.locate`` of all ids."""
-        if len(self.labels) > buckets.LARGE:
-            found = cache.locate_blocks(self.ids, len(self.labels))
-            if found is not None:
-                return found
-        ids = list(self.ids())
-        return cache.locate(ids[0] if len(ids) == 1 else np.concatenate([np.zeros((0, ID_BYTES), np.uint8), *ids]))
+        return cache.locate_blocks(self.ids, len(self.labels))
 
 
 def _table(cache: Cache, examples: ExamplesOf | None, splits: Sequence[str]) -> _Table:

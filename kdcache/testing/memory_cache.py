@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kdcache.cache.ids import IdIndex, id_array, text_id
+from kdcache.cache.ids import ID_BYTES, IdIndex, id_array, text_id
 from kdcache.cache.spec import Fingerprints, Settings, TargetSpec, TaskSpec, TeacherSpec
 from kdcache.cache.tokens import Outputs
 from kdcache.codecs.base import Basis, HiddenBlock, LayerSpec
@@ -108,6 +108,11 @@ class MemoryCache:
         starts = np.concatenate([[0], np.cumsum([len(part) for part in self._ids])])
         part = np.where(found < 0, -1, np.searchsorted(starts, found, side="right") - 1).astype(np.int32)
         return part, np.where(found < 0, -1, found - starts[np.maximum(part, 0)])
+
+    def locate_blocks(self, blocks: Callable[[], Iterable[np.ndarray]], count: int) -> tuple[np.ndarray, np.ndarray]:
+        ids = np.concatenate([np.zeros((0, ID_BYTES), np.uint8), *blocks()])
+        assert len(ids) == count
+        return self.locate(ids)
 
     def text_ids(self, part: str) -> np.ndarray:
         return self._ids[self._at(part)]

@@ -40,9 +40,9 @@ def test_the_digest_of_a_set_of_texts_is_that_of_its_sorted_ids(count: int) -> N
     assert id_list(np.unique(ids, axis=0)[rows]) == seeded_order(id_list(np.unique(ids, axis=0)), 4)
 
 
-def find_sorted(ids: np.ndarray, query: np.ndarray) -> np.ndarray:
-    """What ``IdIndex(ids).find(query)`` gives, from ``match``."""
-    rows = np.full(len(query), -1)
+def find_sorted(ids: np.ndarray, *query: np.ndarray) -> np.ndarray:
+    """What ``IdIndex(ids).find(query)`` gives, from ``match``; ``query`` in blocks."""
+    rows = np.full(sum(map(len, query)), -1)
 
     def take(asked: np.ndarray, found: np.ndarray) -> None:
         assert (rows[asked] == -1).all()
@@ -101,6 +101,8 @@ def test_index_finds_many_rows_in_blocks_also_where_ids_are_not_hashes(
     rows = [first.get(one, -1) for one in id_list(ids[places])]
     assert IdIndex(ids[:3000]).find(ids[places]).tolist() == rows
     assert find_sorted(ids[:3000], ids[places]).tolist() == rows
+    for blocks in ([1000, 1000], [999, 1001, 1002], [1, 3000, 1]):  # cut and put together to 1000
+        assert find_sorted(ids[:3000], *np.split(ids[places], np.cumsum(blocks))).tolist() == rows
 
 
 def test_index_refuses_other_arrays() -> None:

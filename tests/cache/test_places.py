@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -131,6 +133,28 @@ def test_without_room_for_temporary_files_ids_are_joined_in_memory(
     found = open_cache(path).locate(ids)
     assert all(np.array_equal(one, other) for one, other in zip(found, wanted, strict=True))
     assert "joined in memory" in caplog.text
+
+
+@pytest.mark.parametrize("failing", ["known", "query"])
+def test_an_error_on_one_side_ends_the_other(failing: str, tmp_path: Path) -> None:
+    """Also an interrupt: without this, dividing 10^8 ids would go on for seconds."""
+    taken, waiting = [], threading.Event()
+
+    def endless() -> Iterator[np.ndarray]:
+        for number in range(10_000):
+            taken.append(number)
+            waiting.set()
+            yield np.zeros((10, 16), np.uint8)
+
+    def broken() -> Iterator[np.ndarray]:
+        waiting.wait()
+        raise DamageError("a part", "a cure")
+        yield  # a generator
+
+    sides = [numbered(broken()), numbered(endless())]
+    with pytest.raises(DamageError, match="a part"):
+        match_in_buckets(*(sides if failing == "known" else sides[::-1]), 10, tmp_path, lambda *_: None)
+    assert 0 < len(taken) < 10_000
 
 
 def test_examples_of_a_mapped_file_are_those_that_are_read(
