@@ -36,6 +36,7 @@ from kdcache.loading.order import BatchSettings, distinct_parts
 from kdcache.loading.parts import DecodedPart, PartDecoder, Texts
 from kdcache.loading.prefetch import (
     READ_AHEAD,
+    Balance,
     PartCache,
     PartLifetimes,
     PartWindow,
@@ -97,7 +98,7 @@ class CachedBatches(JoinedSource):
         background: bool = True,
     ) -> None:
         super().__init__(cache, settings, choice, splits, examples, texts)
-        self._background = background
+        self._background, self._balance = background, Balance()
         parts = distinct_parts(self._examples.parts)
         cache.check_present(files_used(cache, parts, choice.teachers, choice.used, logits=choice.logits))
         self._pad_token_id = int(student_tokenizer.pad_token_id or 0)
@@ -147,7 +148,7 @@ class CachedBatches(JoinedSource):
         Closing the iterator ends its threads.
         """
         walk = functools.partial(self._walk, epoch, first_step)
-        bundles = where_it_pays(walk) if self._background else walk()
+        bundles = where_it_pays(walk, self._balance) if self._background else walk()
         try:
             for bundle in bundles:
                 yield from bundle

@@ -196,29 +196,31 @@ def in_background(items: Callable[[], Iterator[T]], ahead: int = BUNDLES_AHEAD) 
         thread.join()
 
 
-def where_it_pays(items: Callable[[], Iterator[T]]) -> Generator[T]:
+def where_it_pays(items: Callable[[], Iterator[T]], balance: Balance) -> Generator[T]:
     """Run an iterator in a thread while the consumer works, and in the consumer's own thread while it does not.
 
     A thread makes the next items while the consumer is busy. A consumer that asks for the next one at once gains
     nothing by that, and waits longer: the two take the interpreter from each other, and what one processor core wrote
     the other has to fetch. Items and their order are the same. Errors and closing are as in ``in_background``.
+    ``balance`` decides, and knows in the next epoch what was found in this one.
     """
     iterator = items()
-    shared, balance = _Shared(iterator), _Balance()
+    shared = _Shared(iterator)
     try:
         while not shared.ended:
             shared.paused = False
-            with contextlib.closing(in_background(lambda: shared)) as made:
-                for item in made:
+            if balance.in_thread:
+                with contextlib.closing(in_background(lambda: shared)) as made:
+                    for item in made:
+                        began = perf_counter()
+                        yield item
+                        shared.paused = not balance.add(perf_counter() - began, shared.took)
+            else:
+                for item in shared:
                     began = perf_counter()
                     yield item
-                    shared.paused = not balance.add(perf_counter() - began, shared.took)
-            shared.paused = False
-            for item in shared:
-                began = perf_counter()
-                yield item
-                if balance.add(perf_counter() - began, shared.took):
-                    break
+                    if balance.add(perf_counter() - began, shared.took):
+                        break
     finally:
         close = getattr(iterator, "close", None)
         if close is not None:
@@ -249,7 +251,7 @@ class _Shared(Generic[T]):
         return item
 
 
-class _Balance:
+class Balance:
     """Whether the consumer works long enough with the items for a thread to pay, decided every few items.
 
     While a thread makes items, the consumer's time has its waits for the interpreter in it. So the consumer's own

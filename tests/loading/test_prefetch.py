@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kdcache.loading import prefetch
-from kdcache.loading.prefetch import DECIDED_EVERY, where_it_pays
+from kdcache.loading.prefetch import DECIDED_EVERY, Balance, where_it_pays
 
 OURS = "kdcache-batches"
 
 
-class Scripted:
+class Scripted(Balance):
     """Decides as it is told; beyond that a thread makes the items."""
 
-    answers: Iterator[bool] = iter(())
+    def __init__(self, answers: Sequence[bool], *, in_thread: bool = True) -> None:
+        super().__init__()
+        self.answers, self.in_thread = iter(answers), in_thread
 
     def add(self, _working: float, _making: float) -> bool:
-        return next(self.answers, True)
+        self.in_thread = next(self.answers, True)
+        return self.in_thread
 
 
 def made_in(count: int, closed: list[bool], fail_at: int = -1) -> Iterator[tuple[int, str]]:
@@ -37,49 +39,48 @@ def made_in(count: int, closed: list[bool], fail_at: int = -1) -> Iterator[tuple
 
 @given(
     answers=st.lists(st.booleans(), max_size=40),
+    in_thread=st.booleans(),
     count=st.integers(0, 40),
     stop=st.integers(0, 45),
     fail_at=st.integers(-1, 45),
 )
 def test_items_and_errors_are_the_same_wherever_they_are_made(
-    answers: list[bool], count: int, stop: int, fail_at: int
+    answers: list[bool], in_thread: bool, count: int, stop: int, fail_at: int
 ) -> None:
     closed: list[bool] = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prefetch, "_Balance", Scripted)
-        patch.setattr(Scripted, "answers", iter(answers))
-        items, seen = where_it_pays(lambda: made_in(count, closed, fail_at)), []
-        try:
-            for number, _ in items:
-                if len(seen) == stop:
-                    break
-                seen.append(number)
-        except RuntimeError:
-            assert len(seen) == fail_at
-        else:
-            assert len(seen) == min(stop, count)
-        finally:
-            items.close()
+    balance = Scripted(answers, in_thread=in_thread)
+    items, seen = where_it_pays(lambda: made_in(count, closed, fail_at), balance), []
+    try:
+        for number, _ in items:
+            if len(seen) == stop:
+                break
+            seen.append(number)
+    except RuntimeError:
+        assert len(seen) == fail_at
+    else:
+        assert len(seen) == min(stop, count)
+    finally:
+        items.close()
     assert seen == list(range(len(seen)))
     assert closed == [True] or not seen
     assert OURS not in [thread.name for thread in threading.enumerate()]
 
 
-def test_a_consumer_that_does_nothing_makes_them_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    answers = [True] * 5 + [False] * 10 + [True] * 5
-    monkeypatch.setattr(prefetch, "_Balance", Scripted)
-    monkeypatch.setattr(Scripted, "answers", iter(answers))
-    threads = [name for _, name in where_it_pays(lambda: made_in(30, []))]
+def test_a_consumer_that_does_nothing_makes_them_itself() -> None:
+    balance = Scripted([True] * 5 + [False] * 10 + [True] * 14 + [False] * 2)
+    threads = [name for _, name in where_it_pays(lambda: made_in(30, []), balance)]
     own = threading.current_thread().name
     begin, end = threads.index(own), len(threads) - threads[::-1].index(own)
     assert 6 <= begin <= 6 + prefetch.BUNDLES_AHEAD + 1, "what the thread had made comes first"
     assert set(threads[begin:end]) == {own} and set(threads[:begin] + threads[end:]) == {OURS}
     assert end == 16
+    threads = [name for _, name in where_it_pays(lambda: made_in(30, []), Scripted([False] * 30, in_thread=False))]
+    assert set(threads) == {own}, "it was found in the epoch before"
 
 
 def test_the_balance() -> None:
-    def after(*times: tuple[float, float], balance: prefetch._Balance | None = None) -> prefetch._Balance:
-        balance = balance or prefetch._Balance()
+    def after(*times: tuple[float, float], balance: Balance | None = None) -> Balance:
+        balance = balance or Balance()
         for working, making in times:
             balance.add(working, making)
         return balance
