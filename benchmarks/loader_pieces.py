@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kdcache.codecs.base import HiddenBlock
+from kdcache.codecs.base import LayerSpec
 from kdcache.loading.cached import loader
 from kdcache.loading.parts import Interleaved, layers_of
 from kdcache.testing import tiny
@@ -77,11 +77,12 @@ def _layers() -> dict[str, int]:
         rng.integers(-127, 127, (PARTS, 3, 9000, 128)).astype(np.int8),
         rng.random((PARTS, 3, 9000), np.float32),
     )
-    blocks = [
-        {layer: HiddenBlock(values[part, place], scales[part, place]) for place, layer in enumerate(layers)}
-        for part in range(PARTS)
-    ]
-    mixed = [Interleaved.of_layers(part) for part in blocks]
+    mixed = [Interleaved.empty({layer: LayerSpec("none", 128, "int8") for layer in layers}, 9000) for _ in range(PARTS)]
+    for part, records in enumerate(mixed):
+        for place, layer in enumerate(layers):
+            block = records.blocks()[layer]
+            assert block.scales is not None
+            block.values[...], block.scales[...] = values[part, place], scales[part, place]
     chosen = zip(rng.integers(0, PARTS, 32).tolist(), rng.integers(0, 8900, 32).tolist(), strict=True)
     spans = [(part, start, start + 32) for part, start in chosen]
     space = np.empty((1024, mixed[0].dtype.itemsize), np.uint8)

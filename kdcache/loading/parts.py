@@ -311,11 +311,6 @@ class Interleaved:
             for layer, values, scales in _names(self.dtype)
         }
 
-    @classmethod
-    def of_layers(cls, blocks: Mapping[int, HiddenBlock]) -> Interleaved:
-        """From blocks by layer, all with the same number of rows; see ``layers_of``."""
-        return cls.of({name: array for layer, block in blocks.items() for name, array in _fields(layer, block)})
-
     @property
     def bytes(self) -> memoryview:
         """All records as one buffer."""

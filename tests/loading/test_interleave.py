@@ -7,39 +7,42 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdcache.codecs.base import HiddenBlock
+from kdcache.codecs.base import LayerSpec
+from kdcache.codecs.registry import format_of
 from kdcache.loading import parts as interleave
 from kdcache.loading.parts import Interleaved, gather_spans, layers_of
 
-WIDTHS = st.lists(
-    st.tuples(st.sampled_from(["float32", "float16", "int8", "uint8"]), st.integers(1, 9)), min_size=1, max_size=4
+LAYERS = st.lists(
+    st.tuples(st.sampled_from(["float32", "float16", "int8", "float8"]), st.integers(1, 9)), min_size=1, max_size=4
 )
 
 
-@given(widths=WIDTHS, rows=st.integers(0, 5), seed=st.integers(0, 99))
-def test_every_layer_comes_back(widths: list[tuple[str, int]], rows: int, seed: int) -> None:
+@given(layers=LAYERS, rows=st.integers(0, 5), seed=st.integers(0, 99))
+def test_every_layer_comes_back(layers: list[tuple[str, int]], rows: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
-    blocks = {
-        layer: HiddenBlock(
-            rng.integers(0, 100, (rows, dim)).astype(dtype), rng.random(rows, np.float32) if dtype == "int8" else None
-        )
-        for layer, (dtype, dim) in enumerate(widths, start=3)
-    }
-    mixed = Interleaved.of_layers(blocks)
+    specs = {layer: LayerSpec("none", dim, dtype) for layer, (dtype, dim) in enumerate(layers, start=3)}
+    mixed = Interleaved.empty(specs, rows)
+    written = {}
+    for layer, block in mixed.blocks().items():
+        arrays = [array for array in (block.values, block.scales) if array is not None]
+        for array in arrays:
+            array[...] = rng.integers(0, 100, array.shape)
+        written[layer] = [array.copy() for array in arrays]
     order = rng.permutation(rows)
     found = layers_of(mixed.rows[order], mixed.dtype)
-    assert found.keys() == blocks.keys()
-    for layer, block in blocks.items():
-        values, scales = found[layer]
-        assert values.numpy().dtype == block.values.dtype
-        assert np.array_equal(values.numpy(), block.values[order])
-        assert (scales is None) == (block.scales is None)
-        assert scales is None or block.scales is None or np.array_equal(scales.numpy(), block.scales[order])
+    assert found.keys() == specs.keys()
+    for layer, spec in specs.items():
+        stored = [array.numpy() for array in found[layer] if array is not None]
+        assert [(array.shape, array.dtype) for array in stored] == [
+            (array.shape, np.dtype(array.dtype)) for array in format_of(spec).arrays(spec, rows)
+        ]
+        for one, other in zip(stored, written[layer], strict=True):
+            assert np.array_equal(one, other[order])
 
 
 def test_a_layer_alone_is_not_copied() -> None:
     values = np.zeros((4, 3), np.float16)
-    assert np.shares_memory(Interleaved.of_layers({6: HiddenBlock(values)}).rows, values)
+    assert np.shares_memory(Interleaved.of({"values 6": values}).rows, values)
 
 
 @given(
