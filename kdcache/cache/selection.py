@@ -65,10 +65,6 @@ class Selection:
             return False
         return place.layer in layers if place.layer is not None else bool(layers) or not place.of_layers
 
-    def lacks(self, other: Selection, contents: Contents) -> bool:
-        """Whether ``other`` includes a file of ``contents`` that this one does not."""
-        return not other.covers(contents) <= self.covers(contents)
-
 
 @dataclass(frozen=True)
 class LocalSelection:

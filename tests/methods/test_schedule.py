@@ -13,7 +13,7 @@ from kdcache.methods.parts.hidden_states import HiddenRelations, HiddenStates
 from kdcache.methods.parts.layer_map import EVEN, LAST, RANDOM, TeacherLayers
 from kdcache.methods.parts.mixing import mean_probability
 from kdcache.methods.parts.relations import cosine_relation
-from kdcache.methods.parts.schedule import Annealed, DroppedTeachers, SampledTeacher, Stages
+from kdcache.methods.parts.schedule import Annealed, SampledTeacher, Stages
 from kdcache.methods.parts.soft_labels import SoftLabels
 from kdcache.methods.parts.task_loss import TaskLoss
 from kdcache.recipe import DistillSection
@@ -62,12 +62,6 @@ def test_one_teacher_is_drawn_per_step_by_its_probability() -> None:
     assert drawn != [choose(Moment(step, seed=8), 3).index(1.0) for step in range(400)]
     with pytest.raises(ValueError, match="3 probabilities were given for 2 teachers"):
         choose(Moment(), 2)
-
-
-def test_dropped_teachers_never_all_go() -> None:
-    chosen = [DroppedTeachers(0.7)(Moment(step), 3) for step in range(300)]
-    assert all(any(factors) for factors in chosen)
-    assert {sum(factors) for factors in chosen} == {1.0, 2.0, 3.0}
 
 
 @pytest.mark.parametrize("mixed", [False, True])

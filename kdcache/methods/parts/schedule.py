@@ -124,17 +124,6 @@ class SampledTeacher:
 
 
 @dataclass(frozen=True)
-class DroppedTeachers:
-    """Each teacher is left out of a step with probability ``rate``; if all would be, all stay."""
-
-    rate: float
-
-    def __call__(self, moment: Moment, count: int, /) -> tuple[float, ...]:
-        kept = _uniform(moment, count) >= self.rate
-        return tuple(kept.astype(float).tolist()) if kept.any() else (1.0,) * count
-
-
-@dataclass(frozen=True)
 class BestTeacher:
     """The teacher with the best validation score, in every step. Of equal ones it is the first."""
 
