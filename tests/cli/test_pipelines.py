@@ -11,7 +11,7 @@ from kdcache.cli import pipelines
 from kdcache.recipe import load_recipe
 from tests.cli.commands import kdcache
 
-NAMES = ["mind-few", "mind", "quickstart", "rte", "sst2-ablations", "sst2"]
+NAMES = ["mind-few", "mind", "quickstart", "rte", "sst2-ablations", "sst2-transfer", "sst2"]
 
 
 def test_ls() -> None:
