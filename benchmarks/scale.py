@@ -132,11 +132,11 @@ def measured_data(path: Path, rows: int) -> dict[str, Any]:
 
 def read_data(path: Path, *, in_memory: bool) -> dict[str, float]:
     """The data of a recipe, and what of it stays in memory; a file of any size is read as a large one."""
-    from kdcache.data import large
+    from kdcache.data import task as of_recipe
     from kdcache.data.task import load_task
     from kdcache.recipe import DataSection
 
-    large.LARGE = sys.maxsize if in_memory else 0
+    of_recipe.LARGE = sys.maxsize if in_memory else 0
     section = DataSection(train=str(path), text=["sentence"], label="label")
     before, own = resident_mb(), own_mb()
     forget_peak()

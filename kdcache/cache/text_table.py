@@ -59,6 +59,10 @@ class TextTable(Mapping[bytes, Text]):
         """The texts alone, in their order."""
         return TextList(self)
 
+    def pairs(self) -> Iterator[tuple[bytes, Text]]:
+        """``items()``, many at a time."""
+        return zip(self, self.texts(), strict=True)
+
     def lookup(self, ids: np.ndarray) -> list[Text | None]:
         """The texts of ``ids`` uint8 [m, 16]; None where there is none."""
         numbers = self.numbers(ids)

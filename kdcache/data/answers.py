@@ -18,7 +18,7 @@ import numpy as np
 
 from kdcache.cache.ids import id_array
 from kdcache.data.reading import read_rows
-from kdcache.data.task import column_texts, has_text, ids_of
+from kdcache.data.texts import column_texts, has_text, ids_of
 from kdcache.errors import DataError, RecipeError
 from kdcache.files import FileDigest, digest_bytes
 from kdcache.progress import listed

@@ -21,7 +21,7 @@ from hashlib import blake2b
 from typing import TYPE_CHECKING, Literal
 
 from kdcache.cache.ids import id_list
-from kdcache.data.task import has_text, seeded_keys
+from kdcache.data.texts import has_text, seeded_keys
 from kdcache.errors import DataError
 
 if TYPE_CHECKING:

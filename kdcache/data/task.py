@@ -1,39 +1,43 @@
 """A task: the examples of every split, and each distinct text once under an id that depends only on the text.
 
-    Rows (reading.py)  ->  texts, labels, groups of a split  ->  Examples by text id + texts  ->  TaskData
-
-Examples keep duplicates and the order of their file; a text is stored and run once. A seeded hash of text ids selects
-validation and transfer texts, so the choice depends neither on row order nor on a library's version. ``DataCounts``
-reports irregularities that are no errors: duplicates, conflicting labels, texts that train and test share, transfer
-texts that would leak the evaluation.
-
 Rows of train may lack a label (an empty cell, or null): they get label -1 and are distilled like transfer texts. Rows
 of validation and test need one, because they are scored. A row without any text is skipped and counted. A pair with one
 empty column is a valid text.
+
+Data files of millions of rows are read into mapped arrays, and kept under the home directory under a digest of the
+files and of the settings that they are read by.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from hashlib import blake2b
-from itertools import compress
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from kdcache.cache.buckets import NoRoomError
-from kdcache.cache.ids import Examples, id_array, text_id
-from kdcache.data.counts import DataCounts, count_rows
-from kdcache.data.labels import NO_LABEL, ClassOrder, class_order, label_cells, label_numbers, label_warnings
-from kdcache.data.reading import Rows, read_rows
-from kdcache.errors import DataError
+from kdcache.cache.ids import Examples, id_array
+from kdcache.cache.memory import give_back_freed
+from kdcache.cache.text_table import TextTable
+from kdcache.data.counts import DataCounts
+from kdcache.data.labels import NO_LABEL, ClassOrder, class_order, label_cells, label_numbers
+from kdcache.data.reading import read_rows
+from kdcache.data.splits import read_splits, sources
+from kdcache.data.spools import KIND, Spool, spools_in
+from kdcache.data.texts import ids_of, rows_with_text
+from kdcache.kept import Kept, kept_or_made
 
 if TYPE_CHECKING:
-    from kdcache.data.reading import Rows
     from kdcache.recipe import DataSection
 
+LARGE = 250_000_000  # bytes of data files from which they are mapped and kept: two million rows
+_FORMAT = 1  # of what is kept: raise it when the same files give another result
 
 log = logging.getLogger(__name__)
 
@@ -61,60 +65,51 @@ class LabelledTexts:
     empty: int = 0  # skipped rows without text
 
 
-@dataclass(frozen=True)
-class _Split:
-    rows: Rows
-    texts: list[tuple[str, ...]]
-    ids: list[bytes]
-    labels: list[str | None]
-    groups: tuple[str, ...] | None
-    empty: int = 0  # skipped rows without text
-
-    def take(self, keep: Sequence[bool]) -> _Split:
-        """The rows where ``keep`` is true."""
-        return replace(
-            self,
-            rows=replace(self.rows, columns={}).take(keep),
-            texts=list(compress(self.texts, keep)),
-            ids=list(compress(self.ids, keep)),
-            labels=list(compress(self.labels, keep)),
-            groups=None if self.groups is None else tuple(compress(self.groups, keep)),
-        )
-
-
 def load_task(section: DataSection) -> TaskData:
     """Read every file of the section. Raises DataError (exit 2) with file, line and hint.
 
-    Hundreds of megabytes of data files are read into mapped arrays, which are kept (large.py).
+    With several faults in a file of more than 65,536 rows, one in its first rows is told of first.
     """
-    from kdcache.data.large import is_large, load_large_task
-
-    if is_large(section):
+    if _is_large(section):
         try:
-            return load_large_task(section)
+            kept = kept_or_made(KIND, _key(section), lambda: _in_files(section))
         except NoRoomError as error:
             log.warning("the data are read into memory, about 0.6 KB of a row: %s", error)
-    splits = {"train": _read_split(section, section.train, "train")}
-    order = ordered_classes(section, splits["train"].rows, splits["train"].labels)
-    names = order.names
-    if section.validation_fraction:
-        splits["train"], splits["validation"] = _split_off(splits["train"], section.validation_fraction, section.seed)
-    elif section.validation is not None:
-        splits["validation"] = _read_split(section, section.validation, "validation", names)
-    if section.test is not None:
-        splits["test"] = _read_split(section, section.test, "test", names)
-    examples = {name: _examples(name, split, order, section.label) for name, split in splits.items()}
-    texts = {identity: text for split in splits.values() for identity, text in zip(split.ids, split.texts, strict=True)}
-    transfer, dropped = _transfer(section, splits)
-    if transfer:
-        texts |= transfer
-        examples["transfer"] = Examples(id_array(transfer), np.full(len(transfer), NO_LABEL, dtype=np.int64), None)
-    ids = {name: split.ids for name, split in splits.items()}
-    labels = {name: examples[name].labels for name in splits}
-    empty = {name: split.empty for name, split in splits.items()}
-    warnings = label_warnings(order, labels["train"])
-    counts = count_rows(ids, labels, names, transfer=len(transfer), dropped=dropped, empty=empty, warnings=warnings)
-    return TaskData(texts, examples, names, tuple(section.text), counts, labels_declared=bool(order.declared))
+        else:
+            give_back_freed()
+            return _task(section, kept, TextTable(kept.arrays, kept.arrays["ids"]))
+    made = read_splits(section, Spool)
+    return _task(section, made, dict(TextTable(made.arrays, made.arrays["ids"]).pairs()))
+
+
+def _in_files(section: DataSection) -> Kept:
+    with ExitStack() as files:
+        return read_splits(section, spools_in(files))
+
+
+def _task(section: DataSection, read: Kept, texts: Mapping[bytes, tuple[str, ...]]) -> TaskData:
+    arrays, document, splits = read.arrays, read.document, {}
+    for split, names in document["groups"].items():
+        groups = None if names is None else tuple(names[code] for code in arrays[f"{split}.groups"].tolist())
+        splits[split] = Examples(arrays[f"{split}.ids"], arrays[f"{split}.labels"], groups)
+    counts, names = DataCounts(**document["counts"]), tuple(document["label_names"])
+    return TaskData(texts, splits, names, tuple(section.text), counts, labels_declared=document["declared"])
+
+
+def _is_large(section: DataSection) -> bool:
+    """Whether the data of a recipe are files, and many bytes of them."""
+    paths = [Path(source).expanduser() for _, source in sources(section)]
+    return all(path.is_file() for path in paths) and sum(path.stat().st_size for path in paths) > LARGE
+
+
+def _key(section: DataSection) -> str:
+    files = []
+    for split, source in sources(section):
+        with Path(source).expanduser().open("rb") as file:
+            files.append([split, Path(source).suffix.lower(), hashlib.file_digest(file, "sha256").hexdigest()])
+    names = ("validation_fraction", "transfer_rows", "text", "label", "group", "labels", "seed")
+    document = [_FORMAT, files, *(getattr(section, name) for name in names)]
+    return hashlib.sha256(json.dumps(document).encode()).hexdigest()
 
 
 def read_examples(
@@ -145,165 +140,3 @@ def read_examples(
         order = of_model if names else class_order(rows, cells, label)
         labels, names = label_numbers(rows, cells, order, label, scored=True), order.names
     return LabelledTexts(tuple(texts), id_array(ids), labels, names, empty)
-
-
-def _read_split(section: DataSection, source: str, split: str, known: Sequence[str] | None = None) -> _Split:
-    rows, texts, empty = rows_with_text(read_rows(source, split), section.text)
-    groups = None
-    if section.group is not None:
-        groups = tuple("" if value is None else str(value) for value in rows.column(section.group, "group"))
-    known = known or section.labels or rows.class_names.get(section.label, ())
-    return _Split(rows, texts, ids_of(rows, texts), label_cells(rows, section.label, known), groups, empty)
-
-
-def ordered_classes(section: DataSection, rows: Rows, labels: Sequence[str | None]) -> ClassOrder:
-    """The classes of the training rows. Raises DataError where these are fewer than two."""
-    order = class_order(rows, labels, section.label, section.labels)
-    if all(label is None for label in labels):
-        raise DataError(
-            f"{rows.source} has no label in its column '{section.label}'; training needs labelled rows",
-            "Texts without labels belong in data.transfer.",
-        )
-    if len(order.names) < 2:
-        raise DataError(
-            f"{rows.source} has only the label '{order.names[0]}'; a classifier needs two or more",
-            "Check data.label, or name all classes with data.labels.",
-        )
-    return order
-
-
-def _examples(name: str, split: _Split, order: ClassOrder, column: str) -> Examples:
-    labels = label_numbers(split.rows, split.labels, order, column, scored=name != "train")
-    return Examples(id_array(split.ids), labels, split.groups)
-
-
-def _split_off(train: _Split, fraction: float, seed: int) -> tuple[_Split, _Split]:
-    """Split off validation by text, so that no text is in both; texts with an unlabelled row stay in train."""
-    unlabelled = {identity for identity, label in zip(train.ids, train.labels, strict=True) if label is None}
-    keys = seeded_keys(train.ids, seed, "validation")
-    chosen = [
-        key < fraction * 2**64 and identity not in unlabelled for identity, key in zip(train.ids, keys, strict=True)
-    ]
-    rest = [not side for side in chosen]
-    if not any(chosen) or not any(rest):
-        raise unsplit(fraction, train.rows.source, len(chosen), sum(chosen))
-    return train.take(rest), replace(train.take(chosen), empty=0)
-
-
-def unsplit(fraction: float, source: str, rows: int, chosen: int) -> DataError:
-    """The error for a split that would be empty."""
-    return DataError(
-        f"data.validation_fraction = {fraction} splits the {rows:,} rows of {source} into "
-        f"{rows - chosen:,} for training and {chosen:,} for validation; both need some",
-        "Give another data.validation_fraction or data.seed, or a validation file.",
-    )
-
-
-def _transfer(section: DataSection, splits: dict[str, _Split]) -> tuple[dict[bytes, tuple[str, ...]], dict[str, int]]:
-    """The used transfer texts in seeded order, and the number of dropped rows by reason."""
-    evaluation = {identity for name, split in splits.items() if name != "train" for identity in split.ids}
-    train = set(splits["train"].ids)
-    texts_by_id: dict[bytes, tuple[str, ...]] = {}
-    dropped = {
-        "without text": 0,
-        "found in validation or test": 0,
-        "already in train": 0,
-        "duplicates": 0,
-        "beyond transfer_rows": 0,
-    }
-    for source in section.transfer:
-        rows = read_rows(source, "train")
-        texts = column_texts(rows, section.text)
-        for identity, text in zip(ids_of(rows, texts), texts, strict=True):
-            if not has_text(text):
-                dropped["without text"] += 1
-            elif identity in evaluation:
-                dropped["found in validation or test"] += 1
-            elif identity in train:
-                dropped["already in train"] += 1
-            elif identity in texts_by_id:
-                dropped["duplicates"] += 1
-            else:
-                texts_by_id[identity] = text
-    keys = seeded_keys(list(texts_by_id), section.seed, "transfer")
-    order = [identity for _, identity in sorted(zip(keys, texts_by_id, strict=True))]
-    used = order[: section.transfer_rows]
-    dropped["beyond transfer_rows"] = len(order) - len(used)
-    return {identity: texts_by_id[identity] for identity in used}, dropped
-
-
-def column_texts(rows: Rows, names: Sequence[str]) -> list[tuple[str, ...]]:
-    """One tuple of the columns ``names`` per row, unchanged: the input of tokenizers and of text ids.
-
-    A null becomes the empty string. Raises DataError for a missing column, and for texts that are no strings or hold a
-    NUL.
-    """
-    columns = []
-    for name in names:
-        values = ["" if value is None else value for value in rows.column(name, "text")]
-        for row, value in enumerate(values):
-            if not isinstance(value, str) or "\0" in value:
-                raise _unusable(rows, row, name, value)
-        columns.append(values)
-    return list(zip(*columns, strict=True))
-
-
-def has_text(text: tuple[str, ...]) -> bool:
-    """Whether a column has more than white space, as Python defines it.
-
-    A pair with one empty column has text. Other invisible characters, such as U+200B, count as text, because some
-    tokenizers make tokens of them.
-    """
-    return any(column.strip() for column in text)
-
-
-def rows_with_text(rows: Rows, names: Sequence[str]) -> tuple[Rows, list[tuple[str, ...]], int]:
-    """The rows with text in a column of ``names``, their texts, and the number of other rows.
-
-    Raises DataError if no row has text, and as ``column_texts``.
-    """
-    texts = column_texts(rows, names)
-    keep = [has_text(text) for text in texts]
-    left_out = keep.count(False)
-    if not left_out:
-        return rows, texts, 0
-    if left_out == len(keep):
-        raise no_text(rows.source, names)
-    return rows.take(keep), list(compress(texts, keep)), left_out
-
-
-def no_text(source: str, names: Sequence[str]) -> DataError:
-    """The error for a file without any text."""
-    columns = " and ".join(f"'{name}'" for name in names)
-    return DataError(
-        f"{source} has no text in any row of {columns}", "Name the column that holds the text in data.text."
-    )
-
-
-def _unusable(rows: Rows, row: int, name: str, value: object) -> DataError:
-    place = f"{rows.place(row)}, column '{name}'"
-    if isinstance(value, str):
-        return DataError(f"{place}: the text holds a NUL character", "Remove it from the row.")
-    return DataError(
-        f"{place}: {value!r} is no text but {type(value).__name__}",
-        "Name a text column in data.text, or store it as a string.",
-    )
-
-
-def ids_of(rows: Rows, texts: Sequence[tuple[str, ...]]) -> list[bytes]:
-    """Text ids; DataError with the line for invalid Unicode (a lone surrogate from a JSON escape)."""
-    ids = []
-    for row, text in enumerate(texts):
-        try:
-            ids.append(text_id(text))
-        except DataError as error:
-            raise DataError(f"{rows.place(row)}: {error.message}", error.hint) from error
-    return ids
-
-
-def seeded_keys(ids: Sequence[bytes], seed: int, purpose: str) -> list[int]:
-    """A uniform number in 0 .. 2^64 - 1 per text: a pure function of text, seed and purpose."""
-    key, person = seed.to_bytes(8, "little"), purpose.encode()
-    return [
-        int.from_bytes(blake2b(identity, digest_size=8, key=key, person=person).digest(), "little") for identity in ids
-    ]

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kdcache.data.labels import class_order, label_cells
-from kdcache.data.task import column_texts, has_text, load_task
+from kdcache.data.task import load_task
+from kdcache.data.texts import column_texts, has_text
 from kdcache.errors import DataError, RecipeError
 from kdcache.first import models
 from kdcache.first.columns import label_guesses, text_guess

@@ -25,7 +25,7 @@ import numpy as np
 
 from kdcache.cache.ids import IdIndex, id_list
 from kdcache.cache.spec import FoldsSpec
-from kdcache.data.task import seeded_keys
+from kdcache.data.texts import seeded_keys
 from kdcache.errors import DamageError, DataError, MismatchError, first_line
 from kdcache.files import make_directory, write_file
 from kdcache.progress import counted

@@ -15,7 +15,7 @@ from pyarrow import parquet
 
 from kdcache.cache.ids import Examples, id_array, text_id
 from kdcache.data.augment import Augmented, AugmentSettings, Text, augment, key, parents_of
-from kdcache.data.counts import count_rows
+from kdcache.data.counts import DataCounts
 from kdcache.data.encoding import encode
 from kdcache.data.masked_lm import MaskedLanguageModel
 from kdcache.data.task import TaskData, load_task
@@ -37,9 +37,7 @@ def task_of(**splits: list[Text]) -> TaskData:
         for name, split in splits.items()
     }
     columns = tuple(f"column{number}" for number in range(len(next(iter(texts.values())))))
-    none = {name: np.zeros(0, dtype=np.int64) for name in splits}
-    counts = count_rows({name: [] for name in splits}, none, ("0", "1"), 0, {}, {}, ())
-    return TaskData(texts, examples, ("0", "1"), columns, counts)
+    return TaskData(texts, examples, ("0", "1"), columns, DataCounts({}, {}, {}, {}, {}, {}, {}))
 
 
 def run(task: TaskData, rows: int = 40, **changes: Any) -> Augmented:

@@ -1,4 +1,4 @@
-"""Data files of millions of rows: what is read into mapped arrays is what is read into memory, and it is read once."""
+"""The arrays of a recipe's data are what a plain loop reads; those of millions of rows are mapped and read once."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ from hypothesis import strategies as st
 from kdcache import kept
 from kdcache.cache.ids import id_array, text_id
 from kdcache.cache.text_table import TextTable, ids_of_texts, list_of, look_up
-from kdcache.data import large, spools
+from kdcache.data import splits, spools, task
 from kdcache.data.task import TaskData, load_task
 from kdcache.errors import DataError
 from kdcache.recipe import DataSection
 from kdcache.runs import home
+from tests.data import reference
 
 
 @pytest.fixture(autouse=True)
@@ -79,7 +80,6 @@ def section(tmp_path: Path, ending: str, **keys: Any) -> DataSection:
 
 
 def same(found: TaskData, wanted: TaskData) -> bool:
-    assert isinstance(found.texts, TextTable) and isinstance(wanted.texts, dict)
     assert list(found.texts) == list(wanted.texts) and len(found.texts) == len(wanted.texts)
     assert list(found.texts.values()) == list(wanted.texts.values())
     assert list(found.splits) == list(wanted.splits)
@@ -111,16 +111,19 @@ def refuse(*_: Any) -> Any:
         {"validation": None, "test": None, "transfer": [], "labels": ["good", "bad"]},
     ],
 )
-def test_large_files_give_what_small_ones_give(
+def test_data_are_what_a_plain_loop_reads(
     ending: str, keys: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = section(tmp_path, ending, **keys)
-    wanted = load_task(data)
+    wanted = reference.load_task(data)
+    found = load_task(data)
+    assert same(found, wanted) and isinstance(found.texts, dict)
     assert not home().exists(), "small files write nothing"
-    monkeypatch.setattr(large, "LARGE", 10)
-    assert same(load_task(data), wanted)
+    monkeypatch.setattr(task, "LARGE", 10)
+    found = load_task(data)
+    assert same(found, wanted) and isinstance(found.texts, TextTable)
     kept._found_whole.clear()
-    monkeypatch.setattr(large, "_read_task", refuse)
+    monkeypatch.setattr(task, "read_splits", refuse)
     assert same(load_task(data), wanted)
     (file,) = (home() / "data").glob("*.bin")
     assert wanted.counts.duplicates and (keys or wanted.counts.transfer_dropped)
@@ -128,7 +131,7 @@ def test_large_files_give_what_small_ones_give(
 
 
 def test_what_the_result_depends_on_makes_it_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(large, "LARGE", 10)
+    monkeypatch.setattr(task, "LARGE", 10)
     load_task(section(tmp_path, ".tsv"))
 
     def changed_file() -> DataSection:
@@ -165,7 +168,7 @@ def test_damage_and_a_home_that_takes_nothing_change_nothing(
 ) -> None:
     data = section(tmp_path, ".tsv")
     wanted = load_task(data)
-    monkeypatch.setattr(large, "LARGE", 10)
+    monkeypatch.setattr(task, "LARGE", 10)
     load_task(data)
     (file,) = (home() / "data").glob("*.bin")
     sound = file.read_bytes()
@@ -186,7 +189,7 @@ def test_a_disk_that_is_full_while_reading_changes_nothing(
 ) -> None:
     data = section(tmp_path, ".tsv")
     wanted = load_task(data)
-    monkeypatch.setattr(large, "LARGE", 10)
+    monkeypatch.setattr(task, "LARGE", 10)
     real = spools.tempfile.TemporaryFile
 
     def full(**arguments: Any) -> Any:
@@ -222,7 +225,7 @@ FAULTS: list[tuple[str, Callable[[list[dict[str, Any]]], object], dict[str, Any]
 
 @pytest.mark.parametrize("number", range(len(FAULTS)))
 @pytest.mark.parametrize("ending", [".tsv", ".jsonl"])
-def test_faults_are_told_of_as_in_small_files(
+def test_faults_are_told_of_as_by_a_plain_loop(
     number: int, ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     split, fault, keys = FAULTS[number]
@@ -232,17 +235,18 @@ def test_faults_are_told_of_as_in_small_files(
     fault(rows)
     write(tmp_path / f"{split}{ending}", rows)
 
-    def message() -> str:
+    def message(load: Callable[[DataSection], TaskData]) -> str:
         try:
-            load_task(data)
+            load(data)
         except DataError as error:
             return f"{error.message} | {error.hint}"
         return "none"
 
-    wanted = message()
+    wanted = message(reference.load_task)
     assert wanted != "none" or ending == ".jsonl", "tabs are no fault of JSON"
-    monkeypatch.setattr(large, "LARGE", 10)
-    assert message() == wanted
+    assert message(load_task) == wanted
+    monkeypatch.setattr(task, "LARGE", 10)
+    assert message(load_task) == wanted
     assert wanted == "none" or not list((home() / "data").glob("*.bin"))
 
 
@@ -261,12 +265,12 @@ def test_bytes_that_are_no_text_are_told_of_with_their_line(tmp_path: Path) -> N
 def test_a_table_is_a_dict(texts: list[tuple[str, str]], data: st.DataObject) -> None:
     plain = {text_id(text): text for text in texts}
     with ExitStack() as files:
-        spool = spools.TextSpool(files, 2)
+        spool = spools.TextSpool(spools.spools_in(files), 2)
         spool.add(list(plain), list(plain.values()))
         rows = np.arange(len(plain))
-        numbers, distinct = large._numbered(spool.ids())
+        numbers, distinct = splits._numbered(spool.ids())
         assert distinct == len(plain)
-        arrays = large._texts_in_order({}, rows, numbers, spool.ids()) | spool.arrays()
+        arrays = splits._texts_in_order({}, rows, numbers, spool.ids()) | spool.arrays()
     table = TextTable(arrays, arrays["ids"])
     assert dict(table) == plain and list(table) == list(plain) and table == plain
     some = data.draw(st.lists(st.sampled_from(list(plain)), unique=True))
@@ -289,8 +293,8 @@ def test_ids_that_share_half_are_told_apart() -> None:
     ids = np.zeros((40, 16), np.uint8)
     ids[:, 9] = np.random.default_rng(0).permutation(40) // 2 * 2
     ids = np.unique(ids, axis=0)[np.random.default_rng(1).permutation(20)]
-    high, low = large.id_words(ids)
-    order = large.order_of_words(high, low)
+    high, low = splits.id_words(ids)
+    order = splits.order_of_words(high, low)
     offsets = np.arange(21, dtype=np.int64)
     arrays = {
         "high": high[order], "low": low[order], "place": order, "ids": ids,

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from kdcache.cache.ids import id_list, text_id
-from kdcache.data.task import TaskData, load_task, read_examples, seeded_keys
+from kdcache.data.task import TaskData, load_task, read_examples
+from kdcache.data.texts import seeded_keys
 from kdcache.errors import DataError
 from kdcache.recipe import DataSection
 

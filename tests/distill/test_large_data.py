@@ -17,7 +17,7 @@ from kdcache.cache.layout import MANIFEST
 from kdcache.cache.reader import open_cache
 from kdcache.cache.text_table import TextTable
 from kdcache.cache.verify import verify
-from kdcache.data import large
+from kdcache.data import task
 from kdcache.data.task import load_task
 from kdcache.distill.setup import Training, prepare
 from kdcache.dump.dry_run import estimate_dump
@@ -45,7 +45,7 @@ def from_here(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """From its call on, everything is large."""
 
     def mapped() -> None:
-        monkeypatch.setattr(large, "LARGE", 10)
+        monkeypatch.setattr(task, "LARGE", 10)
         monkeypatch.setattr(buckets, "LARGE", 10)
         monkeypatch.setattr(buckets, "_ROWS", 16)
         monkeypatch.setattr("kdcache.data.reading._BATCH", 20)

@@ -1,92 +1,46 @@
-"""Data files of millions of rows: read in batches into mapped arrays, which are kept for the next process.
+"""The data of a recipe as arrays: the rows of every split, and each distinct text once.
 
-The result is that of ``load_task``, without an object for each text, row or id. Texts and ids of all rows with text go
-into files without names as they are read; numbers take the place of ids in everything that is counted or compared.
-What was read is kept under the home directory, under a digest of the files and of the settings that they are read by.
+    Rows (reading.py), batch by batch  ->  texts, labels, groups of a split  ->  ids, labels and texts in arrays
+
+Examples keep duplicates and the order of their file; a text is stored and run once. A seeded hash of text ids selects
+validation and transfer texts, so the choice depends neither on row order nor on a library's version. ``DataCounts``
+reports irregularities that are no errors: duplicates, conflicting labels, texts that train and test share, transfer
+texts that would leak the evaluation.
+
+No object is made for a text, row or id that stays: texts and ids go into arrays as they are read, in memory or in files
+(spools.py), and numbers take the place of ids in everything that is counted or compared.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kdcache.cache.ids import Examples, id_list, id_words, order_of_words
-from kdcache.cache.memory import give_back_freed
-from kdcache.cache.text_table import TextTable
+from kdcache.cache.ids import id_list, id_words, order_of_words
 from kdcache.data.counts import DataCounts
-from kdcache.data.labels import NO_LABEL, ClassOrder, label_cells, label_numbers, label_warnings
-from kdcache.data.reading import Rows, read_batches
-from kdcache.data.spools import KIND, CodeSpool, Spool, TextSpool
-from kdcache.data.task import TaskData, column_texts, has_text, ids_of, no_text, ordered_classes, seeded_keys, unsplit
-from kdcache.kept import Kept, kept_or_made
+from kdcache.data.labels import NO_LABEL, ClassOrder, class_order, label_cells, label_numbers, label_warnings
+from kdcache.data.reading import Rows, read_batches, read_rows
+from kdcache.data.spools import CodeSpool, Spools, TextSpool
+from kdcache.data.texts import column_texts, has_text, ids_of, no_text, seeded_keys
+from kdcache.errors import DataError
+from kdcache.kept import Kept
 
 if TYPE_CHECKING:
     from kdcache.recipe import DataSection
 
-LARGE = 250_000_000  # bytes of the data files from which they are read in this way: two million rows
-_FORMAT = 1  # of what is kept: raise it when the same files give another result
 _TOGETHER = 1 << 16
-
-
-def is_large(section: DataSection) -> bool:
-    """Whether the data of a recipe are files, and many bytes of them."""
-    paths = [Path(source).expanduser() for _, source in _sources(section)]
-    return all(path.is_file() for path in paths) and sum(path.stat().st_size for path in paths) > LARGE
-
-
-def load_large_task(section: DataSection) -> TaskData:
-    """``load_task`` for files; raises as it does. With several faults in a file another one may be told of first.
-
-    Raises NoRoomError where the home directory takes no files.
-    """
-    kept = kept_or_made(KIND, _key(section), partial(_read_task, section))
-    give_back_freed()
-    arrays, document = kept.arrays, kept.document
-    splits = {}
-    for split, names in document["groups"].items():
-        groups = None
-        if names is not None:
-            groups = tuple(names[code] for code in arrays[f"{split}.groups"].tolist())
-        splits[split] = Examples(arrays[f"{split}.ids"], arrays[f"{split}.labels"], groups)
-    return TaskData(
-        TextTable(arrays, arrays["ids"]),
-        splits,
-        tuple(document["label_names"]),
-        tuple(section.text),
-        DataCounts(**document["counts"]),
-        labels_declared=document["declared"],
-    )
-
-
-def _sources(section: DataSection) -> list[tuple[str, str]]:
-    named = [(split, getattr(section, split)) for split in ("train", "validation", "test")]
-    return [(split, source) for split, source in named if source] + [("transfer", one) for one in section.transfer]
-
-
-def _key(section: DataSection) -> str:
-    files = []
-    for split, source in _sources(section):
-        with Path(source).expanduser().open("rb") as file:
-            files.append([split, Path(source).suffix.lower(), hashlib.file_digest(file, "sha256").hexdigest()])
-    names = ("validation_fraction", "transfer_rows", "text", "label", "group", "labels", "seed")
-    document = [_FORMAT, files, *(getattr(section, name) for name in names)]
-    return hashlib.sha256(json.dumps(document).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class _Split:
     """The rows with text of one split: numbers of rows among all, their lines, labels and groups."""
 
-    source: Rows  # without rows, for messages
+    source: Rows  # without rows: for messages, and the names of classes in a data set
     numbers: np.ndarray  # int64 [n], or a slice of them
     lines: np.ndarray  # int64 [n]
     labels: np.ndarray  # int32 [n], into ``label_names``
@@ -106,8 +60,7 @@ class _Split:
         """The first row of every label, in their order: places, names, and codes."""
         codes, first = np.unique(self.labels, return_index=True)
         order = np.argsort(first)
-        lines = self.lines[first[order]].tolist()
-        rows = Rows(self.source.source, {}, lines, self.source.unit)
+        rows = replace(self.source, lines=self.lines[first[order]].tolist())
         return rows, [self.label_names[code] for code in codes[order].tolist()], codes[order]
 
     def label_numbers(self, order: ClassOrder, column: str, *, scored: bool) -> np.ndarray:
@@ -118,22 +71,30 @@ class _Split:
         return found
 
 
-def _read_task(section: DataSection) -> Kept:
-    with ExitStack() as files:
-        return _read_files(section, files)
+def sources(section: DataSection) -> list[tuple[str, str]]:
+    """Every file or hub data set of a recipe, with its split."""
+    named = [(split, getattr(section, split)) for split in ("train", "validation", "test")]
+    return [(split, source) for split, source in named if source] + [("transfer", one) for one in section.transfer]
 
 
-def _read_files(section: DataSection, files: ExitStack) -> Kept:
-    texts = TextSpool(files, len(section.text))
-    splits = {"train": _read_split(section, files, texts, "train")}
+def read_splits(section: DataSection, spools: Spools) -> Kept:
+    """Read every file of the section. Raises DataError (exit 2) with file, line and hint.
+
+    Returns:
+        The arrays of a ``TextTable`` with all texts, ``ids`` uint8 [t, 16] in the order of their first use; per split
+        ``SPLIT.ids`` uint8 [n, 16], ``SPLIT.labels`` int64 [n] and, with a group column, ``SPLIT.groups``. Its document
+        has the label names, the counts, and the names of the groups.
+    """
+    texts = TextSpool(spools, len(section.text))
+    splits = {"train": _read_split(section, spools, texts, "train")}
     rows, names, _ = splits["train"].first_labels()
-    order = ordered_classes(section, rows, names)
+    order = _ordered_classes(section, rows, names)
     if section.validation_fraction:
         splits["train"], splits["validation"] = _split_off(splits["train"], texts.ids(), section)
-    sources = dict(_sources(section))
+    there = dict(sources(section))
     for split in ("validation", "test"):
-        if split in sources:
-            splits[split] = _read_split(section, files, texts, split, order.names)
+        if split in there:
+            splits[split] = _read_split(section, spools, texts, split, order.names)
     labels = {split: own.label_numbers(order, section.label, scored=split != "train") for split, own in splits.items()}
     transfer, no_texts = _read_transfer(section, texts)
     ids = texts.ids()
@@ -155,42 +116,65 @@ def _read_files(section: DataSection, files: ExitStack) -> Kept:
     return Kept(kept, document)
 
 
+def _ordered_classes(section: DataSection, rows: Rows, labels: Sequence[str | None]) -> ClassOrder:
+    """The classes of the training rows. Raises DataError where these are fewer than two."""
+    order = class_order(rows, labels, section.label, section.labels)
+    if all(label is None for label in labels):
+        raise DataError(
+            f"{rows.source} has no label in its column '{section.label}'; training needs labelled rows",
+            "Texts without labels belong in data.transfer.",
+        )
+    if len(order.names) < 2:
+        raise DataError(
+            f"{rows.source} has only the label '{order.names[0]}'; a classifier needs two or more",
+            "Check data.label, or name all classes with data.labels.",
+        )
+    return order
+
+
 def _read_split(
-    section: DataSection, files: ExitStack, texts: TextSpool, split: str, known: Sequence[str] | None = None
+    section: DataSection, spools: Spools, texts: TextSpool, split: str, known: Sequence[str] | None = None
 ) -> _Split:
-    source = Path(getattr(section, split)).expanduser()
     wanted = (*section.text, *([section.group] if section.group else []), section.label)
-    first, lines, empty, named = texts.rows, Spool(files, "<i8"), 0, Rows("", {}, [])
-    labels, groups = CodeSpool(files), CodeSpool(files)
-    for rows in _batches(source, wanted, section):
+    first, lines, empty, named = texts.rows, spools("<i8"), 0, Rows("", {}, [])
+    labels, groups = CodeSpool(spools), CodeSpool(spools)
+    for rows in _batches(getattr(section, split), split, wanted, section):
         found = column_texts(rows, section.text)
         keep = [has_text(text) for text in found]
-        left_out, named = keep.count(False), rows
+        left_out, named = keep.count(False), replace(rows, columns={}, lines=[])
         if left_out:
             rows, found, empty = rows.take(keep), [text for text in found if has_text(text)], empty + left_out
         if section.group is not None:
             groups.add(["" if one is None else str(one) for one in rows.column(section.group, "group")])
         texts.add(ids_of(rows, found), found)
-        labels.add(label_cells(rows, section.label, known or section.labels or ()))
+        of_data_set = rows.class_names.get(section.label, ())
+        labels.add(label_cells(rows, section.label, known or section.labels or of_data_set))
         lines.add(list(rows.lines))
     if texts.rows == first:
-        raise no_text(str(source), section.text)
+        raise no_text(named.source, section.text)
     numbers, own = np.arange(first, texts.rows), labels.array()
     return _Split(
-        Rows(str(source), {}, [], named.unit), numbers, lines.array(), own, list(labels.names),
+        named, numbers, lines.array(), own, list(labels.names),
         groups.array() if section.group is not None else None, list(groups.names), empty,
     )  # fmt: skip
 
 
-def _batches(path: Path, wanted: Sequence[str], section: DataSection) -> Iterator[Rows]:
-    """The rows of a file; columns that some JSON lines lack are None there. DataError where no row has a column."""
+def _batches(source: str, split: str, wanted: Sequence[str], section: DataSection) -> Iterator[Rows]:
+    """The rows of a file or of a hub data set; DataError where none has a column of ``wanted``.
+
+    Columns that some JSON lines lack are None there.
+    """
+    path = Path(source).expanduser()
+    if not path.is_file():
+        yield read_rows(source, "train" if split == "transfer" else split)
+        return
     names: dict[str, None] = {}
     for rows in read_batches(path):
         names |= dict.fromkeys(rows.columns)
         columns = {name: rows.columns.get(name, [None] * len(rows)) for name in wanted}
         if path.suffix.lower() not in (".jsonl", ".ndjson"):
             columns = dict(rows.columns)
-        yield Rows(rows.source, columns, rows.lines, rows.unit)
+        yield replace(rows, columns=columns)
     every = Rows(str(path), dict.fromkeys(names, ()), [])
     for name in wanted:
         every.column(name, "group" if name == section.group else "label" if name == section.label else "text")
@@ -200,7 +184,7 @@ def _read_transfer(section: DataSection, texts: TextSpool) -> tuple[np.ndarray, 
     """Numbers of the rows of transfer files, and how many more have no text."""
     first, empty = texts.rows, 0
     for source in section.transfer:
-        for rows in _batches(Path(source).expanduser(), section.text, section):
+        for rows in _batches(source, "transfer", section.text, section):
             found = column_texts(rows, section.text)
             ids = ids_of(rows, found)
             keep = [has_text(text) for text in found]
@@ -231,7 +215,7 @@ def _taken(ids: np.ndarray, rows: np.ndarray) -> np.ndarray:
 
 
 def _split_off(train: _Split, ids: np.ndarray, section: DataSection) -> tuple[_Split, _Split]:
-    """As ``task._split_off``."""
+    """Split off validation by text, so that no text is in both; texts with an unlabelled row stay in train."""
     own, _ = _numbered(_taken(ids, train.numbers))
     unlabelled = np.zeros(int(own.max(initial=-1)) + 1, np.bool_)
     none = np.array([name is None for name in train.label_names])
@@ -239,8 +223,17 @@ def _split_off(train: _Split, ids: np.ndarray, section: DataSection) -> tuple[_S
     keys = _keys(_taken(ids, train.numbers), section.seed, "validation")
     chosen = np.array([int(key) < section.validation_fraction * 2**64 for key in keys]) & ~unlabelled[own]
     if not chosen.any() or chosen.all():
-        raise unsplit(section.validation_fraction, train.source.source, len(chosen), int(chosen.sum()))
+        raise _unsplit(section.validation_fraction, train.source.source, len(chosen), int(chosen.sum()))
     return replace(train.take(~chosen), empty=train.empty), train.take(chosen)
+
+
+def _unsplit(fraction: float, source: str, rows: int, chosen: int) -> DataError:
+    """The error for a split that would be empty."""
+    return DataError(
+        f"data.validation_fraction = {fraction} splits the {rows:,} rows of {source} into "
+        f"{rows - chosen:,} for training and {chosen:,} for validation; both need some",
+        "Give another data.validation_fraction or data.seed, or a validation file.",
+    )
 
 
 def _keys(ids: np.ndarray, seed: int, purpose: str) -> np.ndarray:
@@ -300,7 +293,7 @@ def _counts(
     transfer: int,
     dropped: Mapping[str, int],
 ) -> DataCounts:
-    """As ``count_rows``, by the numbers of texts."""
+    """Counts over the labelled splits and the transfer texts, without zeros; texts by their numbers."""
 
     def there(rows: np.ndarray) -> np.ndarray:
         found = np.zeros(distinct, np.bool_)
