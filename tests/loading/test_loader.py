@@ -15,6 +15,7 @@ import torch
 from kdcache.cache.ids import Examples, text_id
 from kdcache.data.encoding import encode, pad
 from kdcache.errors import DamageError, MismatchError, RecipeError
+from kdcache.loading import prefetch
 from kdcache.loading.alignment import align, student_tokens
 from kdcache.loading.assembly import PaddedBatches, StepRows, student_inputs
 from kdcache.loading.cached import CachedBatches, loader
@@ -358,6 +359,22 @@ def test_batches_made_in_the_callers_thread_are_the_same(tokenizers: dict[str, A
     assert "kdcache-batches" not in threads()
     held.close()  # type: ignore[attr-defined]
     assert not threads()
+
+
+def test_an_epoch_is_made_where_the_one_before_ended(
+    tokenizers: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = batches_of(cache_of(tokenizers), tokenizers)
+    whole = [list(source.batches(epoch)) for epoch in range(2)]
+    source._balance.in_thread = False
+    monkeypatch.setattr(source._balance, "add", lambda *_: False)
+
+    def refuse(*_: Any) -> Any:
+        raise AssertionError("a thread was started for a consumer that does nothing")
+
+    monkeypatch.setattr(prefetch, "in_background", refuse)
+    for epoch, batches in enumerate(whole):
+        assert all(same(one, other) for one, other in zip(source.batches(epoch), batches, strict=True))
 
 
 def test_a_process_that_ends_with_an_open_iterator_does_not_hang() -> None:
