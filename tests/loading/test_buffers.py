@@ -85,6 +85,7 @@ def test_threads_may_take_and_drop() -> None:
             array[:] = number
             if not (array == number).all():
                 wrong.append(turn)
+            del array  # else a thread that takes the next one has two
 
     threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
     for thread in threads:
