@@ -46,7 +46,7 @@ class TextPlaces:
 
     def locate_blocks(self, blocks: Callable[[], Iterable[np.ndarray]], count: int) -> Found:
         """``locate`` of ``count`` ids that come block by block."""
-        if sum(part.texts for part in self._parts) > buckets.LARGE:
+        if self._texts > buckets.LARGE:
             try:
                 return self._in_buckets(blocks(), count)
             except buckets.NoRoomError as error:
@@ -60,8 +60,8 @@ class TextPlaces:
             parts[asked] = found >> 32
             rows[asked] = found & 0xFFFFFFFF
 
-        larger = max(count, sum(part.texts for part in self._parts))
-        buckets.match_in_buckets(self._places(), buckets.numbered(blocks), larger, home() / "joins", take)
+        larger, place = max(count, self._texts), home() / "joins"
+        buckets.match_in_buckets(self._places(), buckets.numbered(blocks), larger, place, take)
         return parts, rows
 
     def _in_memory(self, blocks: Iterable[np.ndarray], count: int) -> Found:
@@ -79,11 +79,15 @@ class TextPlaces:
             match(self._all_ids(order, bounds), blocks, take)
         else:
             index = self._kept_index(order, bounds)
-            for ids, numbers in buckets.numbered(blocks):
+            for ids, asked in buckets.numbered(blocks):
                 found = index.find(ids)
                 there = np.flatnonzero(found >= 0)
-                take(numbers[there], found[there])
+                take(asked[there], found[there])
         return parts, rows
+
+    @property
+    def _texts(self) -> int:
+        return sum(part.texts for part in self._parts)
 
     def _places(self) -> buckets.Blocks:
         """The ids of all texts, full parts first, and where each lies: the part in the upper half of the number."""

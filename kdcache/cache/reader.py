@@ -184,8 +184,7 @@ class Cache:
         """Find texts by id.
 
         A text that is in a 'full' and in a 'logits' part is found in the full one. The first call reads all text ids;
-        in a cache of many texts every call does. Tens of millions are searched through temporary files of the home
-        directory.
+        in a cache of many texts every call does. Millions are searched through temporary files of the home directory.
 
         Args:
             ids: ``uint8[m, 16]``.
