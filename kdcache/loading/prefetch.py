@@ -254,13 +254,15 @@ class _Shared(Generic[T]):
 class Balance:
     """Whether the consumer works long enough with the items for a thread to pay, decided every few items.
 
-    While a thread makes items, the consumer's time has its waits for the interpreter in it. So the consumer's own
-    thread is tried where this time is not much longer than making, and tried less often each time that it was wrong.
+    The first items are made in the consumer's own thread, where its work and making are told apart best. While a thread
+    makes items, the consumer's time has its waits for the interpreter in it. So the consumer's own thread is tried
+    where this time is not much longer than making, and tried less often each time that it was wrong.
     """
 
     def __init__(self) -> None:
-        self.in_thread = True  # until it is known better
-        self._patience, self._count, self._working, self._making = DECIDED_EVERY, 0, 0.0, 0.0
+        self.in_thread = False
+        self._patience = DECIDED_EVERY // 2  # items that a thread makes until it is judged; doubled when one starts
+        self._count, self._working, self._making = 0, 0.0, 0.0
 
     def add(self, working: float, making: float) -> bool:
         """Take an item into account: the seconds that the consumer and making took. Returns ``in_thread``."""
@@ -268,7 +270,8 @@ class Balance:
         if self._count >= (self._patience if self.in_thread else DECIDED_EVERY):
             before, limit = self.in_thread, _TRIED if self.in_thread else _WORKS
             self.in_thread = self._working > limit * self._making
-            self._patience *= 1 + (self.in_thread and not before)
+            if self.in_thread and not before:
+                self._patience *= 2
             self._count, self._working, self._making = 0, 0.0, 0.0
         return self.in_thread
 

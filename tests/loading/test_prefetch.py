@@ -86,10 +86,13 @@ def test_the_balance() -> None:
         return balance
 
     idle, waiting, working = ((0.1, 1.0),), ((1.5, 1.0),), ((5.0, 1.0),)
+    assert not after(*working * (DECIDED_EVERY - 1)).in_thread, "not by a few"
     assert after(*working * 100).in_thread
-    assert after(*idle * (DECIDED_EVERY - 1)).in_thread, "not by a few"
-    assert not after(*idle * DECIDED_EVERY).in_thread
-    tried = after(*waiting * DECIDED_EVERY)
+    assert not after(*idle * 100).in_thread
+    threaded = after(*working * DECIDED_EVERY, *idle * (DECIDED_EVERY - 1))
+    assert threaded.in_thread, "not by a few"
+    assert not after(*idle, balance=threaded).in_thread
+    tried = after(*working * DECIDED_EVERY, *waiting * DECIDED_EVERY)
     assert not tried.in_thread, "it may have waited for the interpreter only"
     after(*waiting * DECIDED_EVERY, balance=tried)
     assert tried.in_thread, "it did work"
