@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from kdcache.codecs.trellis import TRELLIS, codebook_of
 from kdcache.codecs.trellis.codebook import Codebook, decode_rows, table_sizes
 from kdcache.codecs.trellis.coder import Coder, best_windows, search_on_device
 from kdcache.codecs.trellis.fit import DISTORTION, allot_bits, train_codebook
+from kdcache.codecs.trellis.viterbi import Viterbi
 from kdcache.dump.fitting import LayerFit
 
 
@@ -89,8 +91,15 @@ def _fitted(hidden: torch.Tensor, row_bytes: int) -> Basis:
     return fit.basis(name="t", layer=1)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("window", [0, 3, 6])
-def test_the_search_of_the_cpu_finds_what_that_of_a_gpu_finds(window: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_search_of_the_cpu_finds_what_that_of_a_gpu_finds(
+    window: int, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if compiled:
+        pytest.importorskip("numba")
+    else:
+        monkeypatch.setitem(sys.modules, "kdcache.codecs.trellis.compiled", None)
     generator = torch.Generator().manual_seed(window)
     bits = [8, 7, 5, 5, 4, 3, 2, 2, 1, 1, 1, 1]
     levels = [torch.randn(1 << max(window, depth), generator=generator) * depth for depth in bits]
@@ -99,6 +108,43 @@ def test_the_search_of_the_cpu_finds_what_that_of_a_gpu_finds(window: int, monke
     assert (
         best_windows(coordinates, levels, bits, window) == search_on_device(coordinates, levels, bits, window)
     ).all()
+
+
+@given(
+    st.lists(st.integers(1, 8), min_size=1, max_size=24), st.integers(0, 8), st.integers(0, 300), st.integers(0, 2**16)
+)
+@settings(deadline=None, max_examples=60)
+def test_the_compiled_search_finds_the_same_rows(depths: list[int], window: int, tokens: int, seed: int) -> None:
+    """To the byte: whether numba is installed is no part of what a cache says of itself."""
+    pytest.importorskip("numba")
+    from kdcache.codecs.trellis.compiled import CompiledSearch
+
+    generator = torch.Generator().manual_seed(seed)
+    levels = [torch.randn(1 << max(window, depth), generator=generator) for depth in depths]
+    coordinates = torch.randn(tokens, len(depths), generator=generator)
+    plain = Viterbi(levels, depths, window)
+    plain._compiled = None
+    np.testing.assert_array_equal(
+        CompiledSearch(levels, depths, window).windows_of(coordinates.numpy()), plain.windows_of(coordinates)
+    )
+
+
+def test_equal_costs_are_resolved_alike() -> None:
+    pytest.importorskip("numba")
+    from kdcache.codecs.trellis.compiled import CompiledSearch
+
+    bits = [3, 2, 5, 1, 1, 4]
+    levels = [torch.zeros(1 << max(4, depth)) for depth in bits]
+    plain = Viterbi(levels, bits, 4)
+    plain._compiled = None
+    assert not plain.windows_of(torch.ones(3, 6)).any()
+    levels = [torch.arange(1 << max(4, depth)).remainder(3).float() for depth in bits]  # the same few levels, often
+    coordinates = torch.arange(200 * 6).remainder(7).float().view(200, 6) / 2
+    plain = Viterbi(levels, bits, 4)
+    plain._compiled = None
+    np.testing.assert_array_equal(
+        CompiledSearch(levels, bits, 4).windows_of(coordinates.numpy()), plain.windows_of(coordinates)
+    )
 
 
 def test_a_token_gets_the_same_row_in_any_batch() -> None:

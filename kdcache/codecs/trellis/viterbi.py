@@ -2,8 +2,8 @@
 
 The entry of a coordinate is a window over the bits of the row. The next coordinate drops the oldest bits of the window.
 Each dropped bit is a choice between two halves of the costs: a comparison and a minimum. So only the costs of one
-coordinate are in memory. For the backward pass one byte per remaining window is kept: the dropped bits.
-docs/decisions/0014 has measurements.
+coordinate are in memory. For the backward pass one byte per remaining window is kept: the dropped bits. With numba
+``compiled`` does the same in one loop. docs/decisions/0014 has measurements.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from kdcache.codecs.trellis.compiled import CompiledSearch
+
 _TOKENS = 4096  # of a block: in smaller blocks, Python's time per step outweighs the better use of the CPU cache
-_NEVER = 1e30
+NEVER = 1e30
 # the minimum is subtracted from the costs when few are left, and at every 16th coordinate: small sums are exact
-_FEW, _OFTEN = 4, 16
+FEW, OFTEN = 4, 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,9 +50,12 @@ class Viterbi:
             for before, left, depth, table in zip(shared, [*shared[1:], 1], bits, levels, strict=True)
         ]
         self._widest = max((step.entries for step in self._steps), default=0)
+        self._compiled = _compiled(levels, bits, window)
 
     def windows_of(self, coordinates: Tensor) -> np.ndarray:
         """Entries uint8 [dim, n] of the rows with the least squared error from ``coordinates`` float32 [n, dim]."""
+        if self._compiled is not None:
+            return self._compiled.windows_of(coordinates.numpy())
         entries = np.empty((len(self._steps), len(coordinates)), np.uint8)
         blocks = -(-len(coordinates) // _TOKENS)
         borders = [len(coordinates) * number // max(1, blocks) for number in range(blocks + 1)]
@@ -67,7 +72,7 @@ class Viterbi:
         window, up to a constant per token.
         """
         best, row = block.best, 0
-        best[: self._steps[0].shared] = _NEVER
+        best[: self._steps[0].shared] = NEVER
         best[0] = 0.0  # the bits before a row are zeros
         for place, (step, column) in enumerate(zip(self._steps, columns, strict=True)):
             before, by_window, costs = block.views(step.shared, step.entries)
@@ -75,7 +80,7 @@ class Viterbi:
             costs.addcmul_(step.table, column, value=-2.0)
             block.drop(step.entries, step.left, block.choices[row : row + step.left])
             row += step.left
-            if step.left <= _FEW or place % _OFTEN == 0:
+            if step.left <= FEW or place % OFTEN == 0:
                 best[: step.left] -= best[: step.left].min(axis=0)
 
     def _backward(self, block: _Block, entries: np.ndarray) -> None:
@@ -91,6 +96,15 @@ class Viterbi:
             np.right_shift(entry, step.depth, out=window)
             np.multiply(window, count, out=where, dtype=np.int64)
             where += tokens
+
+
+def _compiled(levels: Sequence[Tensor], bits: Sequence[int], window: int) -> CompiledSearch | None:
+    """The compiled search; None where numba is not installed."""
+    try:
+        from kdcache.codecs.trellis.compiled import CompiledSearch
+    except ImportError:
+        return None
+    return CompiledSearch(levels, bits, window)
 
 
 class _Memory:
