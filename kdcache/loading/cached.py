@@ -41,6 +41,7 @@ from kdcache.loading.prefetch import (
     PartLifetimes,
     PartWindow,
     bundled,
+    closed_at_exit,
     layer_readers,
     runs_of_steps,
     where_it_pays,
@@ -148,7 +149,7 @@ class CachedBatches(JoinedSource):
         Closing the iterator ends its threads.
         """
         walk = functools.partial(self._walk, epoch, first_step)
-        bundles = where_it_pays(walk, self._balance) if self._background else walk()
+        bundles = closed_at_exit(where_it_pays(walk, self._balance) if self._background else walk())
         try:
             for bundle in bundles:
                 yield from bundle

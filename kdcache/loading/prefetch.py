@@ -6,17 +6,19 @@ is raised unchanged in the consumer. When the consumer stops, for whatever reaso
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import itertools
 import os
 import queue
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
@@ -225,6 +227,22 @@ def where_it_pays(items: Callable[[], Iterator[T]], balance: Balance) -> Generat
         close = getattr(iterator, "close", None)
         if close is not None:
             close()
+
+
+_open: weakref.WeakSet[Generator[Any]] = weakref.WeakSet()
+
+
+def closed_at_exit(items: Generator[T]) -> Generator[T]:
+    """``items``; they are closed when the interpreter ends, before that is too late for their threads."""
+    _open.add(items)
+    return items
+
+
+@atexit.register
+def _close_open() -> None:
+    for items in list(_open):
+        with contextlib.suppress(ValueError):  # another thread is in it
+            items.close()
 
 
 class _Shared(Generic[T]):

@@ -390,16 +390,29 @@ def test_an_epoch_is_made_where_the_one_before_ended(
         assert all(same(one, other) for one, other in zip(source.batches(epoch), batches, strict=True))
 
 
-def test_a_process_that_ends_with_an_open_iterator_does_not_hang() -> None:
+@pytest.mark.parametrize("in_thread", [True, False])
+def test_a_process_that_ends_with_an_open_iterator_ends_in_peace(in_thread: bool) -> None:
     import subprocess
     import sys
 
     code = (
-        "from kdcache.loading.prefetch import in_background; import itertools\n"
-        "held = in_background(lambda: itertools.count())\nprint(next(held))"
+        "import itertools\n"
+        "import torch\n"  # keeps this program's names until other modules are emptied
+        "from concurrent.futures import ThreadPoolExecutor\n"
+        "from kdcache.loading.prefetch import Balance, closed_at_exit, where_it_pays\n"
+        "def items():\n"
+        "    pool = ThreadPoolExecutor(2)\n"
+        "    try:\n"
+        "        yield from (pool.submit(int, n).result() for n in itertools.count())\n"
+        "    finally:\n"
+        "        pool.shutdown(wait=True, cancel_futures=True)\n"
+        "balance = Balance()\n"
+        f"balance.in_thread = {in_thread}\n"
+        "held = closed_at_exit(where_it_pays(items, balance))\n"
+        "print(next(held))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
-    assert (done.returncode, done.stdout) == (0, "0\n")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "0\n", "")
 
 
 def test_timing_of_the_threads_changes_nothing(tokenizers: dict[str, Any]) -> None:
