@@ -80,6 +80,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--cache", type=Path, required=True)
     parser.add_argument("--counts", type=int, nargs="*", default=[1, 2, 3], help="numbers of teachers to measure with")
     parser.add_argument("--contenders", nargs="*", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("--warm-up", type=int, default=2, help="steps before; compiled graphs need more")
     parser.add_argument(
         "--steps", type=int, default=20, help="of one contender's turn; a quarter of it with live teachers"
     )
@@ -102,7 +103,7 @@ def compare(arguments: argparse.Namespace, count: int) -> dict[str, Any]:
     """All contenders with the first ``count`` teachers of the cache: steps per second, ratios, phases, memory."""
     runners = {name: Runner.of(name, arguments, count) for name in arguments.contenders}
     for runner in runners.values():
-        runner.steps(2)  # warm-up: allocations, kernels, digests of the first parts
+        runner.steps(arguments.warm_up)  # allocations, kernels, digests of the first parts
         runner.seconds = dict.fromkeys(PHASES, 0.0)
     steps = {name: max(1, arguments.steps // (LIVE_SHARE if name == "live" else 1)) for name in runners}
     turns = rounds(

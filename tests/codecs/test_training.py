@@ -15,6 +15,7 @@ from kdcache.codecs.base import Basis, LayerSpec
 from kdcache.codecs.trellis import TRELLIS, codebook_of
 from kdcache.codecs.trellis.codebook import Codebook, decode_rows, table_sizes
 from kdcache.codecs.trellis.coder import Coder, best_windows, search_on_device
+from kdcache.codecs.trellis.compiled import CompiledSearch
 from kdcache.codecs.trellis.fit import DISTORTION, allot_bits, train_codebook
 from kdcache.codecs.trellis.viterbi import Viterbi
 from kdcache.dump.fitting import LayerFit
@@ -96,9 +97,7 @@ def _fitted(hidden: torch.Tensor, row_bytes: int) -> Basis:
 def test_the_search_of_the_cpu_finds_what_that_of_a_gpu_finds(
     window: int, compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if compiled:
-        pytest.importorskip("numba")
-    else:
+    if not compiled:
         monkeypatch.setitem(sys.modules, "kdcache.codecs.trellis.compiled", None)
     generator = torch.Generator().manual_seed(window)
     bits = [8, 7, 5, 5, 4, 3, 2, 2, 1, 1, 1, 1]
@@ -116,34 +115,31 @@ def test_the_search_of_the_cpu_finds_what_that_of_a_gpu_finds(
 @settings(deadline=None, max_examples=60)
 def test_the_compiled_search_finds_the_same_rows(depths: list[int], window: int, tokens: int, seed: int) -> None:
     """To the byte: whether numba is installed is no part of what a cache says of itself."""
-    pytest.importorskip("numba")
-    from kdcache.codecs.trellis.compiled import CompiledSearch
-
     generator = torch.Generator().manual_seed(seed)
     levels = [torch.randn(1 << max(window, depth), generator=generator) for depth in depths]
     coordinates = torch.randn(tokens, len(depths), generator=generator)
-    plain = Viterbi(levels, depths, window)
-    plain._compiled = None
     np.testing.assert_array_equal(
-        CompiledSearch(levels, depths, window).windows_of(coordinates.numpy()), plain.windows_of(coordinates)
+        CompiledSearch(levels, depths, window).windows_of(coordinates.numpy()),
+        _plain(levels, depths, window).windows_of(coordinates),
     )
 
 
-def test_equal_costs_are_resolved_alike() -> None:
-    pytest.importorskip("numba")
-    from kdcache.codecs.trellis.compiled import CompiledSearch
+def _plain(levels: list[torch.Tensor], bits: list[int], window: int) -> Viterbi:
+    """The search without numba."""
+    search = Viterbi(levels, bits, window)
+    search._compiled = None
+    return search
 
+
+def test_equal_costs_are_resolved_alike() -> None:
     bits = [3, 2, 5, 1, 1, 4]
     levels = [torch.zeros(1 << max(4, depth)) for depth in bits]
-    plain = Viterbi(levels, bits, 4)
-    plain._compiled = None
-    assert not plain.windows_of(torch.ones(3, 6)).any()
+    assert not _plain(levels, bits, 4).windows_of(torch.ones(3, 6)).any()
     levels = [torch.arange(1 << max(4, depth)).remainder(3).float() for depth in bits]  # the same few levels, often
     coordinates = torch.arange(200 * 6).remainder(7).float().view(200, 6) / 2
-    plain = Viterbi(levels, bits, 4)
-    plain._compiled = None
     np.testing.assert_array_equal(
-        CompiledSearch(levels, bits, 4).windows_of(coordinates.numpy()), plain.windows_of(coordinates)
+        CompiledSearch(levels, bits, 4).windows_of(coordinates.numpy()),
+        _plain(levels, bits, 4).windows_of(coordinates),
     )
 
 

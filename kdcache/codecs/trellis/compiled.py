@@ -34,14 +34,14 @@ class CompiledSearch:
         self._shared = np.int64(1) << (np.maximum(self._bits, window) - self._bits)
         self._left = np.append(self._shared[1:], 1)
         self._tables = np.concatenate([*tables, np.zeros(0, np.float32)])
+        self._squares = self._tables * self._tables
         self._starts = np.cumsum([0, *map(len, tables)])[:-1]
-        self._ranks = np.array([rank for count in range(9) for rank in _reversed(count)], np.int32)
 
     def windows_of(self, coordinates: np.ndarray) -> np.ndarray:
         """Entries uint8 [dim, n] of the rows with the least squared error from ``coordinates`` float32 [n, dim]."""
         entries = np.empty((len(self._bits), len(coordinates)), np.uint8)
         if len(self._bits):
-            plan = (self._bits, self._shared, self._left, self._tables, self._tables**2, self._starts, self._ranks)
+            plan = (self._bits, self._shared, self._left, self._tables, self._squares, self._starts, _RANKS)
             _search(np.ascontiguousarray(coordinates, np.float32), *plan, entries)
         return entries
 
@@ -49,6 +49,9 @@ class CompiledSearch:
 def _reversed(count: int) -> list[int]:
     """The numbers of ``count`` bits by their bits read backwards: of equal costs the first one is taken."""
     return [int(f"{number:0{count}b}"[::-1], 2) if count else 0 for number in range(1 << count)]
+
+
+_RANKS = np.array([rank for count in range(9) for rank in _reversed(count)], np.int32)
 
 
 @_compiled
