@@ -129,7 +129,7 @@ def _trainings(recipe: FirstRecipe) -> list[str]:
         f"epochs = {recipe.cofinetune_epochs}",
         "batch_size = 32",
         f"learning_rate = {quoted(recipe.learning_rate)}     # of the shared head",
-        'precision = "float32"     # "bf16" is faster on GPUs and new processors',
+        'precision = "float32"     # "bf16" is faster on GPUs and some processors',
         "seed = 0",
         "",
         "[dump]                    # what the cache keeps; kdcache plan RECIPE compares the choices",
