@@ -22,7 +22,7 @@ _ALIGNED = 16  # bytes; divisible by the size of every number
 
 
 class BackgroundWriter(Generic[T]):
-    """Runs actions in order in one thread; at most ``ahead`` of them wait or run.
+    """Runs actions in order in one thread; at most ``ahead`` of them wait or run. With 0 the caller runs them itself.
 
     ``on_done`` gets the result of each. An error of an action is raised by a later ``start``, or at the end; the
     actions after it do not run.
@@ -36,6 +36,9 @@ class BackgroundWriter(Generic[T]):
 
     def start(self, action: Callable[[], T]) -> None:
         """Wait until fewer than ``ahead`` actions are left, then queue ``action``."""
+        if not self._ahead:
+            self._on_done(action())
+            return
         self._settle(self._ahead - 1)
         self._pending.append(self._executor.submit(self._run, action))
 

@@ -4,7 +4,9 @@ Texts run sorted by length, in batches of a token budget, because padding is was
 of their texts. Batches are a pure function of the part and the settings: a part that is dumped again after a crash gets
 the same bytes. Each batch is projected and encoded on its device before it goes to the host, so a part is never in
 memory at full width. On an accelerator this is queued right after the forward pass, and a thread waits for the result.
-On the CPU, and where encoding is a search of thousands of operations, the thread does it while the next batch runs.
+Where encoding is a search of thousands of operations, the thread does it while the next batch runs. On the CPU the
+thread does it too if a core is free; beside a forward pass on all cores it would delay each of the pass's barriers, and
+cost more than between two passes (docs/decisions/0014).
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from kdcache.cache.tokens import Outputs, Tokens
 from kdcache.codecs.base import largest_on_device
@@ -22,14 +25,13 @@ from kdcache.codecs.plain import FLOAT32
 from kdcache.codecs.projection import Projector
 from kdcache.codecs.registry import format_of
 from kdcache.codecs.token_selection import select_tokens
+from kdcache.cores import usable_cores
 from kdcache.data.encoding import EncodedTexts, pad, token_budget_batches
 from kdcache.dump.behind import BackgroundWriter, fetch
 from kdcache.dump.fitting import LayerFit
 from kdcache.errors import NonFiniteError
 
 if TYPE_CHECKING:
-    import torch
-
     from kdcache.cache.spec import TeacherSpec
     from kdcache.codecs.base import Basis, HiddenBlock, LayerSpec, StorageFormat
     from kdcache.dump.behind import Arrays
@@ -140,13 +142,24 @@ _STORED_BEHIND = 4  # batches that may wait for the host if they are encoded alr
 
 
 def store_thread(spec: TeacherSpec, device: str) -> BackgroundWriter[None]:
-    """The thread that stores batches; one behind if they wait for it at full width."""
-    return BackgroundWriter("kdcache-store", ahead=1 if _encodes_behind(spec, device) else _STORED_BEHIND)
+    """The thread that stores batches; one behind if they wait for it at full width.
+
+    On the CPU the caller stores, if the teacher has all cores (ONNX Runtime too takes as many as there are).
+    """
+    if _searches(spec):
+        return BackgroundWriter("kdcache-store", ahead=1)
+    if device == "cpu":
+        return BackgroundWriter("kdcache-store", ahead=int(torch.get_num_threads() < usable_cores()))
+    return BackgroundWriter("kdcache-store", ahead=_STORED_BEHIND)
 
 
 def _encodes_behind(spec: TeacherSpec, device: str) -> bool:
-    """Whether the storing thread encodes, and not the one that runs the teacher."""
-    return device == "cpu" or any(format_of(layer).searches for layer in spec.layers.values())
+    """Whether batches wait for the storing thread at full width, and it encodes them."""
+    return device == "cpu" or _searches(spec)
+
+
+def _searches(spec: TeacherSpec) -> bool:
+    return any(format_of(layer).searches for layer in spec.layers.values())
 
 
 class PartRun:

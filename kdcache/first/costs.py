@@ -7,11 +7,11 @@ per core), rounded down.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from kdcache.cores import usable_cores
 from kdcache.progress import counted, format_bytes
 
 if TYPE_CHECKING:
@@ -52,16 +52,11 @@ class Costs:
         ]
 
 
-def cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def estimate(
     work: Work, trained: Sequence[ModelFacts], used: Sequence[ModelFacts], student: ModelFacts, layers: int | None
 ) -> Costs:
     """The costs of a run. ``trained``: the teachers that are co-finetuned; ``used``: all of them."""
-    rate = RATE * cores()
+    rate = RATE * usable_cores()
     kept = layers or student.blocks or 12
     blocks = student.blocks or 12
     of_student = student.encoder_parameters * kept / blocks
@@ -74,7 +69,7 @@ def estimate(
     studied = seconds(of_student, (work.texts + work.train) * work.distill_epochs, 3)
     cache = len(used) * work.texts * (kept * work.tokens * _STORED + 12 * work.tokens + 16)
     disk = 4 * sum(facts.parameters for facts in used)
-    return Costs(cores(), taught, seconds(every, work.texts, 1), studied, round(cache), disk)
+    return Costs(usable_cores(), taught, seconds(every, work.texts, 1), studied, round(cache), disk)
 
 
 def _about(seconds: float) -> str:

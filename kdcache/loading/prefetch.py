@@ -9,7 +9,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import itertools
-import os
 import queue
 import threading
 import weakref
@@ -22,6 +21,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
+from kdcache.cores import usable_cores
 from kdcache.loading.order import blocks
 
 READERS = 2  # threads that put decoded parts together
@@ -99,8 +99,7 @@ class PartLifetimes:
 
 def layer_readers() -> int:
     """How many threads read layers: one per core that this process may use, within bounds."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(max(cores, READERS), MOST_LAYER_READERS)
+    return min(max(usable_cores(), READERS), MOST_LAYER_READERS)
 
 
 class PartWindow(Generic[S]):

@@ -33,6 +33,19 @@ def test_an_error_is_raised_at_the_next_action_or_at_the_end(last: bool) -> None
     assert not ran
 
 
+def test_without_a_thread_the_caller_runs_the_actions() -> None:
+    ran: list[int] = []
+
+    def fail() -> int:
+        raise OSError("disk full")
+
+    with BackgroundWriter[int]("test", ran.append, ahead=0) as writer:
+        writer.start(threading.get_ident)
+        assert ran == [threading.get_ident()]
+        with pytest.raises(OSError, match="disk full"):
+            writer.start(fail)
+
+
 def test_after_an_error_of_the_caller_the_action_before_still_ends() -> None:
     go, ran = threading.Event(), []
 

@@ -15,7 +15,7 @@ import torch
 
 from kdcache.cache.reader import open_cache
 from kdcache.cache.writer import CacheWriter
-from kdcache.codecs.base import TokenSelection
+from kdcache.codecs.base import HiddenBlock, TokenSelection
 from kdcache.codecs.registry import format_of
 from kdcache.dump import run as dump_run
 from kdcache.dump.behind import BackgroundWriter, fetch
@@ -68,6 +68,31 @@ def test_parts_are_tokenised_ahead_and_written_behind_the_teacher(
     assert not late
     assert len(encoded) == len(ran) == len(wrote) == parts == report.parts
     assert threading.get_ident() not in encoded
+
+
+@pytest.mark.parametrize("cores", [2, 4])
+def test_on_the_cpu_a_thread_stores_where_the_teacher_leaves_a_core(
+    cores: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cache has the same bytes; a thread beside passes on all cores would take longer than none."""
+    monkeypatch.setattr("kdcache.dump.engine.usable_cores", lambda: cores)
+    monkeypatch.setattr("torch.get_num_threads", lambda: 2)
+    put, stored_by = HiddenBlock.put, set[int]()
+
+    def putting(self: HiddenBlock, *arguments: Any) -> None:
+        stored_by.add(threading.get_ident())
+        put(self, *arguments)
+
+    monkeypatch.setattr(HiddenBlock, "put", putting)
+    layers = dict(enumerate(form for form in FORMS.values() if not format_of(form).searches))
+    bases = {layer: basis(spec) for layer, spec in layers.items()}
+    _, found = run_part(exact_texts(), Numbers(), exact_teacher(layers), tuple(layers), bases, lambda _: None)
+    assert (threading.get_ident() in stored_by) == (cores == 2)
+    assert len(stored_by) == 1
+    monkeypatch.undo()
+    _, expected = run_part(exact_texts(), Numbers(), exact_teacher(layers), tuple(layers), bases, lambda _: None)
+    for layer, block in expected.items():
+        np.testing.assert_array_equal(found[layer].values, block.values)
 
 
 class NumbersElsewhere(Numbers):

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any, Generic, TypeVar
 
+from kdcache.cores import usable_cores
+
 T = TypeVar("T")
 
 
@@ -75,7 +77,7 @@ def run_all(
 def threads_each(jobs: int) -> int:
     """The threads of each of ``jobs`` processes that share this machine's cores, or those of OMP_NUM_THREADS."""
     given = os.environ.get("OMP_NUM_THREADS", "")
-    cores = int(given) if given.isdecimal() and int(given) else len(os.sched_getaffinity(0))
+    cores = int(given) if given.isdecimal() and int(given) else usable_cores()
     return max(1, cores // jobs)
 
 
