@@ -119,7 +119,7 @@ class _Rate:
         self._dumping = False
         self._done: list[tuple[float, int]] = []
 
-    def start(self, title: str, total: int, unit: str) -> None:  # noqa: ARG002
+    def start(self, title: str, total: int, unit: str, *, done: int = 0) -> None:  # noqa: ARG002
         self._dumping = title.startswith("dump")
 
     def advance(self, count: int, *, bytes_done: int = 0, **values: float) -> None:  # noqa: ARG002

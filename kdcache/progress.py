@@ -23,8 +23,11 @@ _UNITS = ("B", "kB", "MB", "GB", "TB")
 class Progress(Protocol):
     """Receives the progress of a stage; one task at a time."""
 
-    def start(self, title: str, total: int, unit: str) -> None:
-        """Begin a task of ``total`` units, e.g. ``start("dump bert", 6920, "rows")``; ends the previous one."""
+    def start(self, title: str, total: int, unit: str, *, done: int = 0) -> None:
+        """Begin a task of ``total`` units, e.g. ``start("dump bert", 6920, "rows")``; ends the previous one.
+
+        ``done``: units that an earlier run did; they count for the position, not for the rate.
+        """
 
     def advance(self, count: int, *, bytes_done: int = 0, **values: float) -> None:
         """Add ``count`` units and ``bytes_done`` bytes; ``values`` (``loss=0.31``) are shown as they are."""
@@ -39,7 +42,7 @@ class Progress(Protocol):
 class SilentProgress:
     """Prints nothing."""
 
-    def start(self, title: str, total: int, unit: str) -> None: ...
+    def start(self, title: str, total: int, unit: str, *, done: int = 0) -> None: ...
 
     def advance(self, count: int, *, bytes_done: int = 0, **values: float) -> None: ...
 
@@ -56,6 +59,7 @@ class _Task:
     total: int
     unit: str
     began: float
+    earlier: int = 0  # units that an earlier run did, part of ``done``
     done: int = 0
     bytes_done: int = 0
     values: dict[str, float] = field(default_factory=dict)
@@ -63,16 +67,17 @@ class _Task:
     def measures(self, now: float, *, ended: bool = False) -> str:
         """``210 rows/s · 3.1 MB/s · loss 0.3102 · 0:42 left``."""
         elapsed = now - self.began
+        new = self.done - self.earlier
         parts = []
-        if self.done and elapsed > 0 and self.unit != "bytes":
-            parts.append(f"{format_rate(self.done / elapsed)} {self.unit}/s")
+        if new and elapsed > 0 and self.unit != "bytes":
+            parts.append(f"{format_rate(new / elapsed)} {self.unit}/s")
         if self.bytes_done and elapsed > 0:
             parts.append(f"{format_bytes(self.bytes_done)} ({format_bytes(self.bytes_done / elapsed)}/s)")
         parts += [f"{name} {value:.4g}" for name, value in self.values.items()]
         if ended:
             parts.append(f"took {format_seconds(elapsed)}")
-        elif self.done and self.total > self.done:
-            parts.append(f"{format_seconds(elapsed / self.done * (self.total - self.done))} left")
+        elif new and self.total > self.done:
+            parts.append(f"{format_seconds(elapsed / new * (self.total - self.done))} left")
         return " · ".join(parts)
 
     def line(self, now: float, *, ended: bool = False) -> str:
@@ -82,7 +87,7 @@ class _Task:
 
 
 class RichProgress:
-    """A live line on a terminal, plain lines elsewhere; on stderr. Rates are means since the start of the task."""
+    """A live line on a terminal, plain lines elsewhere; on stderr. Rates are means of this run of the task."""
 
     def __init__(self, stream: TextIO | None = None, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._stream = stream if stream is not None else sys.stderr
@@ -92,15 +97,15 @@ class RichProgress:
         self._row: Any = None
         self._last_line = 0.0
 
-    def start(self, title: str, total: int, unit: str) -> None:
+    def start(self, title: str, total: int, unit: str, *, done: int = 0) -> None:
         self.finish()
         now = self._clock()
-        self._task = _Task(title, total, unit, began=now)
+        self._task = _Task(title, total, unit, began=now, earlier=done, done=done)
         self._last_line = now
         if self._stream.isatty():
             self._live = _live_line(self._stream)
             self._live.start()
-            self._row = self._live.add_task(title, total=total, unit=unit, measures="")
+            self._row = self._live.add_task(title, total=total, completed=done, unit=unit, measures="")
 
     def advance(self, count: int, *, bytes_done: int = 0, **values: float) -> None:
         task = self._task
@@ -147,9 +152,9 @@ class NotebookProgress:
         self._task: _Task | None = None
         self._shown = 0.0
 
-    def start(self, title: str, total: int, unit: str) -> None:
+    def start(self, title: str, total: int, unit: str, *, done: int = 0) -> None:
         self.finish()
-        self._task = _Task(title, total, unit, began=self._clock())
+        self._task = _Task(title, total, unit, began=self._clock(), earlier=done, done=done)
         self._show()
 
     def advance(self, count: int, *, bytes_done: int = 0, **values: float) -> None:

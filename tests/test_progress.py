@@ -38,6 +38,15 @@ def test_plain_lines_come_every_ten_seconds_and_at_the_end() -> None:
     ]
 
 
+def test_units_of_an_earlier_run_do_not_count_for_the_rate() -> None:
+    stream, clock = io.StringIO(), Clock()
+    progress = RichProgress(stream, clock=clock)
+    progress.start("train", 400, "steps", done=200)
+    clock.now = 10.0
+    progress.advance(5)
+    assert stream.getvalue() == "train: 205/400 steps (51%) · 0.5 steps/s · 6:30 left\n"
+
+
 def test_a_new_task_ends_the_one_before() -> None:
     stream = io.StringIO()
     progress = RichProgress(stream, clock=Clock())

@@ -138,8 +138,7 @@ def train(
         run = _Run(task, settings, checkpoints, progress, on_metrics, shared)
         try:
             run.resume()
-            progress.start("train", settings.epochs * task.steps_per_epoch, "steps")
-            progress.advance(run.place.step)
+            progress.start("train", settings.epochs * task.steps_per_epoch, "steps", done=run.place.step)
             while run.place.epoch < settings.epochs and not run.place.stopped:
                 run.epoch()
             run.writer.wait()

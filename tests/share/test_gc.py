@@ -388,7 +388,7 @@ class Told(SilentProgress):
         self.tasks: list[tuple[str, int, str]] = []
         self.done, self.bytes, self.finished = 0, 0, 0
 
-    def start(self, title: str, total: int, unit: str) -> None:
+    def start(self, title: str, total: int, unit: str, *, done: int = 0) -> None:  # noqa: ARG002
         self.tasks.append((title, total, unit))
 
     def advance(self, count: int, *, bytes_done: int = 0, **values: float) -> None:  # noqa: ARG002

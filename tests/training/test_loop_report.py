@@ -40,8 +40,8 @@ class Told(SilentProgress):
         self.calls: list[tuple[Any, ...]] = []
         self.notes: list[str] = []
 
-    def start(self, title: str, total: int, unit: str) -> None:
-        self.calls.append(("start", title, total, unit))
+    def start(self, title: str, total: int, unit: str, *, done: int = 0) -> None:
+        self.calls.append(("start", title, total, unit, done))
 
     def advance(self, count: int, *, bytes_done: int = 0, **values: float) -> None:  # noqa: ARG002
         self.calls.append(("advance", count, *values))
@@ -151,8 +151,8 @@ def test_progress_and_lines_go_on_where_the_training_stopped(tmp_path: Path) -> 
     with pytest.raises(KeyboardInterrupt):
         run(Regression(die_at=8), tmp_path, first)
     _, lines = run(Regression(), tmp_path, second)
-    assert first.calls == [("start", "train", 15, "steps"), ("advance", 0), *[("advance", 1, "loss")] * 8]
-    assert second.calls == [("start", "train", 15, "steps"), ("advance", 8), *[("advance", 1, "loss")] * 7, ("finish",)]
+    assert first.calls == [("start", "train", 15, "steps", 0), *[("advance", 1, "loss")] * 8]
+    assert second.calls == [("start", "train", 15, "steps", 8), *[("advance", 1, "loss")] * 7, ("finish",)]
     assert second.notes[0] == "resumed at step 8 (epoch 2)"
     assert lines[0] == {"event": "start", "step": 8, "epoch": 2}
     steps = [line for line in lines if line["event"] == "steps"]
