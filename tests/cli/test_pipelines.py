@@ -11,7 +11,7 @@ from kdcache.cli import pipelines
 from kdcache.recipe import load_recipe
 from tests.cli.commands import kdcache
 
-NAMES = ["mind-few", "mind", "quickstart", "rte", "sst2-ablations", "sst2-transfer", "sst2"]
+NAMES = ["mind-few", "mind", "quickstart", "rte", "sst2-ablations", "sst2-alone", "sst2-transfer", "sst2"]
 
 
 def test_ls() -> None:
@@ -48,6 +48,10 @@ def test_the_ablations_are_those_of_the_paper_on_the_cache_of_sst2_transfer() ->
     assert len({tuple(cell.teachers or ()) for cell in fewer}) == 6
     assert {cell.weights.soft * len(cell.teachers or ()) for cell in fewer} == {float(len(recipe.teachers))}
     assert cells[-1].teacher_weights == "fitted"
+    alone = load_recipe(pipelines.folder() / "sst2-alone.toml")
+    assert alone.data == recipe.data
+    assert [(each.name, each.head) for each in alone.teachers] == [(each.name, "own") for each in recipe.teachers]
+    assert (alone.dump, alone.student, alone.distill) == (recipe.dump, recipe.student, recipe.distill)
     assert f"# Costs:  {len(cells) * len(recipe.sweep.seeds)} students" in path.read_text()
 
 
