@@ -46,6 +46,7 @@ imports: $(VENV)/.dev
 TESTS := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(RUN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 test: $(VENV)/.dev
 	$(TESTS)
+	if $(RUN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then $(RUN)/python -m pytest -q -m cuda; fi
 
 coverage: $(VENV)/.dev
 	$(TESTS) --cov --cov-report=term:skip-covered

@@ -23,7 +23,12 @@ from pieces import HERE, Piece
 
 FILLED = "--set dump.tokens_per_batch=16384"  # enough to fill a large GPU
 STEPS = "--contenders fine-tune memory cached live --counts 3 --free-running"
-OPTIONS = {"compile": "distill.compile=true", "tf32": "distill.tf32=true", "adamw": "distill.fused_adamw=false"}
+OPTIONS = {  # each against the steps of the student with 6 layers, tf32 against float32
+    "compile": "--set distill.compile=true",
+    "adamw": "--set distill.fused_adamw=false",
+    "float32": "--set distill.precision=float32",
+    "float32 with tf32": "--set distill.precision=float32 --set distill.tf32=true",
+}
 
 
 def main() -> None:
@@ -59,9 +64,9 @@ def _usual(recipe: Path, teachers: Path, cache: Path) -> list[Piece]:
         _piece(f"steps, {layers} layers", f"{steps} {STEPS} --set student.layers={layers} --steps 40 --rounds 5")
         for layers in (6, 3)
     ]
-    for name, override in OPTIONS.items():
+    for name, settings in OPTIONS.items():
         only = "--contenders fine-tune cached --counts 3 --free-running --steps 40 --rounds 5"
-        found.append(_piece(f"options, {name}", f"{steps} {only} --set {override}"))
+        found.append(_piece(f"options, {name}", f"{steps} {only} {settings}"))
     found += [
         dump(f"torch, {precision}, int8", f"--set dump.precision={precision}")
         for precision in ("float32", "bf16", "fp16")

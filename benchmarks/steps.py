@@ -9,6 +9,7 @@
 Every contender trains the same student on the same rows. Contenders are interleaved: some steps of one, then some of
 the next. Plain fine-tuning has its own order of rows, so a turn must be long enough to have batches of all lengths.
 `memory` is the step of `cached` with its targets in the memory of the device: the difference is the time of the cache.
+On a GPU its peak memory includes those of the batches that it repeats.
 `ideal` for `cached` against `fine-tune` is student FLOPs / (student + projection FLOPs), counted by torch. `predicted`
 for `live` is a step plus the teachers' forward passes, measured alone on the same batches. Peak memory is that of a
 process with one contender. Prints JSON.
@@ -42,7 +43,7 @@ from kdcache.distill.stage import compiled_student
 from kdcache.loading.transfer import on_device, pack
 from kdcache.progress import SilentProgress
 from kdcache.recipe import load_recipe
-from kdcache.students.model import takes_full_mask
+from kdcache.teachers.network import takes_full_mask
 from kdcache.training.device import default_device, float32_products
 from kdcache.training.optim import adamw
 from kdcache.training.row_gradients import RowGradients
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
 
 CONTENDERS = ("fine-tune", "cached", "memory", "logits only", "live")
 METHODS = {"fine-tune": ["distill.method=fine-tune"], "logits only": ["distill.weights.hidden=0.0"]}
+IN_MEMORY = 64  # batches of `memory`
 LIVE_SHARE = 4  # steps of the others per step with live teachers, which takes about ten times as long
 PHASES = ("data", "forward", "loss", "backward", "optimizer")
 
@@ -63,6 +65,7 @@ def main() -> None:
         runner = Runner.of(arguments.alone, arguments, arguments.counts[0])
         runner.steps(2)  # warm-up
         found = {"steps/s": arguments.steps / runner.steps(arguments.steps), "peak_mb": peak_memory_mb()}
+        runner.close()
         json.dump(found | {"gpu_peak_mb": torch.cuda.max_memory_allocated() / 1e6}, sys.stdout)
         return
     report: dict[str, Any] = {"machine": machine(), "recipe": arguments.recipe, "steps per turn": arguments.steps}
@@ -174,7 +177,8 @@ class Runner:
     settings: contextlib.ExitStack  # compiled graphs and TF32, until it is closed
     free: bool = False  # the host does not wait for the device
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
-    fed: Iterator[tuple[Any, Sequence[Batch]]] | None = None  # counts and pieces of steps, on their way to the device
+    ready: Iterator[tuple[Any, Sequence[Batch]]] | None = None  # counts and pieces of steps, on the device
+    fed: Iterator[tuple[Any, Sequence[Batch]]] | None = None  # the same, on their way to the device
 
     @classmethod
     def of(cls, name: str, arguments: argparse.Namespace, count: int) -> Runner:
@@ -193,18 +197,19 @@ class Runner:
         torch.manual_seed(0)
         section, model = recipe.distill, training.model()
         eager = device.type != "cpu" and not section.compile
-        model.student.full_mask = eager and takes_full_mask(model.student, training.student.max_length)
+        model.student.full_mask = eager and takes_full_mask(model.student.network, training.student.max_length)
         model = model.to(device).train()
         options = contextlib.ExitStack()
         options.enter_context(float32_products(section.tf32))
         options.enter_context(compiled_student(training))
         plain = section.compile or arguments.dense_embeddings
-        return cls(
+        batches = repeated(training) if name == "memory" else endless(training.source.batches)
+        made = cls(
             name,
             training,
             model,
             adamw(model.named_parameters(), section.learning_rate, section.weight_decay, fused=section.fused_adamw),
-            from_memory(training, device) if name == "memory" else endless(training.source.batches),
+            batches,
             section.accumulation,
             section.precision == "bf16",
             device,
@@ -212,6 +217,9 @@ class Runner:
             options,
             arguments.free_running,
         )
+        if name == "memory" and device.type != "cpu":
+            made.ready = itertools.cycle([made.placed(*one) for one in itertools.islice(made.on_host(), IN_MEMORY)])
+        return made
 
     def steps(self, count: int) -> float:
         """Seconds of ``count`` optimizer steps; adds the time of each phase to ``seconds``."""
@@ -233,14 +241,18 @@ class Runner:
 
     def pieces(self) -> tuple[Any, Sequence[Batch]]:
         """Counts of the next step, and its micro-batches on the device."""
-        if self.free and self.device.type != "cpu" and self.name != "memory":
+        if self.ready is not None:
+            return next(self.ready)
+        if self.free and self.device.type != "cpu":
             if self.fed is None:
                 self.fed = on_device(self.on_host, self.device, in_thread=self.name != "live")
             return next(self.fed)
         counts, pieces = next(self.on_host())
-        if self.device.type != "cpu":
-            pieces = pack(pieces, pin=self.device.type == "cuda").to(self.device)
-        return counts, pieces
+        return (counts, pieces) if self.device.type == "cpu" else self.placed(counts, pieces)
+
+    def placed(self, counts: Any, pieces: Sequence[Batch]) -> tuple[Any, Sequence[Batch]]:
+        """With the pieces on the accelerator."""
+        return counts, pack(pieces, pin=self.device.type == "cuda").to(self.device)
 
     def on_host(self) -> Iterator[tuple[Any, tuple[Batch, ...]]]:
         for batch in self.batches:
@@ -273,6 +285,7 @@ class Runner:
         """FLOPs of forward and backward pass of one batch; torch counts matrix products."""
         from torch.utils.flop_counter import FlopCounterMode
 
+        self.stop_feeding()
         batch = next(self.batches)
         with FlopCounterMode(display=False) as counter:
             loss, _ = self.model(batch.to(self.device), self.model.counts([batch]))
@@ -284,18 +297,29 @@ class Runner:
 
     def teachers_alone(self, steps: int = 4) -> float:
         """Seconds per step for live targets only."""
+        self.stop_feeding()
+        waits = self.device.type == "cuda"
+        if waits:
+            torch.cuda.synchronize()
         began = time.perf_counter()
         for _ in range(steps):
             next(self.batches)
+        if waits:
+            torch.cuda.synchronize()
         return (time.perf_counter() - began) / steps
 
     def close(self) -> None:
         self.settings.close()
-        if self.fed is not None:
-            self.fed.close()  # type: ignore[attr-defined]  # a generator, whose thread reads ``batches``
+        self.stop_feeding()
         close = getattr(self.batches, "close", None)
         if close is not None:
             close()
+
+    def stop_feeding(self) -> None:
+        """End the thread that reads ``batches``."""
+        if self.fed is not None:
+            self.fed.close()  # type: ignore[attr-defined]  # a generator
+            self.fed = None
 
 
 class Clock:
@@ -339,12 +363,9 @@ def endless(batches: Callable[[int], Iterator[Batch]]) -> Iterator[Batch]:
         yield from batches(epoch)
 
 
-def from_memory(training: Training, device: torch.device, count: int = 64) -> Iterator[Batch]:
-    """The first batches of the cache, made once and repeated; on a GPU their targets are already there."""
-    ready: Sequence[Batch] = list(itertools.islice(training.source.batches(0), count))
-    if device.type == "cuda":
-        ready = [batch.to(device) for batch in ready]
-    return itertools.cycle(ready)
+def repeated(training: Training) -> Iterator[Batch]:
+    """The first batches of the cache, made once."""
+    return itertools.cycle(list(itertools.islice(training.source.batches(0), IN_MEMORY)))
 
 
 if __name__ == "__main__":

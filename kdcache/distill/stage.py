@@ -37,10 +37,10 @@ from kdcache.report.cards import model_card
 from kdcache.report.metrics import scores
 from kdcache.report.predictions import write_predictions
 from kdcache.runs import RunDirectory
-from kdcache.students.model import takes_full_mask
 from kdcache.students.save import save_student, student_record
 from kdcache.students.score import EncodedSplit, encode_split, selection_score, split_logits, split_scores
 from kdcache.students.speed import measure_speed
+from kdcache.teachers.network import takes_full_mask
 from kdcache.training import processes as together
 from kdcache.training.best_epoch import BestEpoch
 from kdcache.training.compiled import compiled
@@ -210,7 +210,7 @@ def _train(
         weights[log] = {term.name: stage.settings.weight(term) for term in stage.settings.terms}
         model = stage.model(model)
         eager = default_device().type != "cpu" and not section.compile
-        model.student.full_mask = eager and takes_full_mask(model.student, stage.student.max_length)
+        model.student.full_mask = eager and takes_full_mask(model.student.network, stage.student.max_length)
         identity = stage.identity(model)
         best = BestEpoch(place / "best", place, identity)
         task = DistillTask(

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from kdcache.loading.prefetch import in_background
+from kdcache.loading.prefetch import closed_at_exit, in_background
 
 if TYPE_CHECKING:
     from kdcache.loading.targets import Batch
@@ -139,7 +139,7 @@ def on_device(
                     there, copied = packed.to(device), stream.record_event()
                 yield _Moved(step, there, copied)
 
-    items = in_background(moved) if in_thread else moved()
+    items = closed_at_exit(in_background(moved) if in_thread else moved())
     try:
         for item in items:
             if item.copied is not None:

@@ -11,10 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-import torch
 from torch import Tensor, nn
 
-from kdcache.teachers.network import accepted_inputs, run_network
+from kdcache.teachers.network import accepted_inputs, full_mask, run_network
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -70,7 +69,7 @@ class StudentModel(nn.Module):
         """Run on ``input_ids`` and ``attention_mask`` [batch, tokens], padded on the right, and ``token_type_ids``."""
         taken = inputs
         if self.full_mask and self.training:
-            taken = {**inputs, "attention_mask": _full_mask(inputs["attention_mask"])}
+            taken = {**inputs, "attention_mask": full_mask(inputs["attention_mask"])}
         output = run_network(self.network, taken, hidden_states=hidden_states)
         if self.head is None:
             assert output.logits is not None
@@ -79,45 +78,6 @@ class StudentModel(nn.Module):
         last = output.last if self.adapter is None else self.adapter(output.last)
         logits, _ = self.head(last, inputs["attention_mask"])
         return StudentOutput(logits.float(), output.hidden_states)
-
-
-def takes_full_mask(model: StudentModel, max_length: int) -> bool:
-    """Whether the network gives the same for a mask [batch, 1, tokens, tokens], tried on made-up ids.
-
-    These have ``max_length`` tokens: networks whose tokens read only their neighbours differ for long texts.
-
-    With a mask [batch, tokens] transformers asks in every forward pass whether anything is padding, and an accelerator
-    waits for the answer.
-    """
-    device = next(model.parameters()).device
-    places = torch.arange(max_length, device=device)
-    mask = torch.stack([places >= 0, places < (max_length + 1) // 2]).long()
-    inputs = {"input_ids": (5 + places % 5) * mask, "attention_mask": mask}
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            plain, full = (
-                run_network(model.network, inputs | {"attention_mask": given}, hidden_states=True)
-                for given in (mask, _full_mask(mask))
-            )
-    except Exception:  # whatever a model raises: it does not take it
-        return False
-    finally:
-        model.train(training)
-    pairs = [
-        (one[mask.bool()], other[mask.bool()])
-        for one, other in zip(plain.hidden_states, full.hidden_states, strict=True)
-    ]
-    if plain.logits is not None and full.logits is not None:
-        pairs.append((plain.logits, full.logits))
-    return all(torch.allclose(one, other, rtol=1e-4, atol=1e-4 * float(one.abs().max())) for one, other in pairs)
-
-
-def _full_mask(mask: Tensor) -> Tensor:
-    """Which token may read which: bool [batch, 1, tokens, tokens] from [batch, tokens]."""
-    rows, tokens = mask.shape
-    return mask.bool()[:, None, None, :].expand(rows, 1, tokens, tokens)
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,13 @@ from kdcache.data.encoding import EncodedTexts, encode, pad, padding_id, truncat
 from kdcache.errors import DataError
 from kdcache.recipe.training import ARITHMETIC
 from kdcache.report.metrics import scores
+from kdcache.teachers.network import takes_full_mask
 from kdcache.teachers.placement import united
 from kdcache.teachers.sources import TOKEN_TYPES
 from kdcache.training import loop
 from kdcache.training.best_epoch import BestEpoch
 from kdcache.training.compiled import compiled
+from kdcache.training.device import default_device, sent
 from kdcache.training.loop import micro_batches
 from kdcache.training.predict import predict
 from kdcache.training.processes import current
@@ -134,6 +136,9 @@ def train(
     lines = united(lines) if apart else lines
     for line in itertools.chain(*(lines[name] for name in teachers.trained)):
         progress.note(line)
+    eager = default_device().type != "cpu" and not settings.compile
+    for name, model in models.items():
+        model.full_mask = eager and takes_full_mask(model.encoder, sources[name].max_length)
     if settings.gradient_checkpointing:
         for source in sources.values():
             _checkpoint_activations(source.network)
@@ -271,8 +276,8 @@ class CofinetuneTask:
 
     def _cross_entropy(self, model: TeacherModel, texts: TeacherTexts, rows: np.ndarray) -> Tensor:
         device = next(model.parameters()).device
-        inputs = {key: tensor.to(device) for key, tensor in pad(texts.train, rows, texts.pad_token_id).items()}
-        labels = torch.from_numpy(self._labels.train[rows]).to(device)
+        inputs = {key: sent(tensor, device) for key, tensor in pad(texts.train, rows, texts.pad_token_id).items()}
+        labels = sent(torch.from_numpy(self._labels.train[rows]), device)
         logits = model(inputs).logits
         return functional.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels)
 

@@ -76,6 +76,44 @@ def run_network(network: PreTrainedModel, inputs: Mapping[str, Tensor], *, hidde
     return NetworkOutput(getattr(output, "logits", None), states[-1] if last is None and states else last, states)
 
 
+def takes_full_mask(network: PreTrainedModel, max_length: int) -> bool:
+    """Whether the network gives the same for a mask [batch, 1, tokens, tokens], tried on made-up ids.
+
+    These have ``max_length`` tokens: networks whose tokens read only their neighbours differ for long texts.
+
+    With a mask [batch, tokens] transformers asks in every forward pass whether anything is padding, and an accelerator
+    waits for the answer.
+    """
+    places = torch.arange(max_length, device=next(network.parameters()).device)
+    mask = torch.stack([places >= 0, places < (max_length + 1) // 2]).long()
+    inputs = {"input_ids": (5 + places % 5) * mask, "attention_mask": mask}
+    training = network.training
+    network.eval()
+    try:
+        with torch.no_grad():
+            plain, full = (
+                run_network(network, inputs | {"attention_mask": given}, hidden_states=True)
+                for given in (mask, full_mask(mask))
+            )
+    except Exception:  # whatever a model raises: it does not take it
+        return False
+    finally:
+        network.train(training)
+    pairs = [
+        (one[mask.bool()], other[mask.bool()])
+        for one, other in zip(plain.hidden_states, full.hidden_states, strict=True)
+    ]
+    if plain.logits is not None and full.logits is not None:
+        pairs.append((plain.logits, full.logits))
+    return all(torch.allclose(one, other, rtol=1e-4, atol=1e-4 * float(one.abs().max())) for one, other in pairs)
+
+
+def full_mask(mask: Tensor) -> Tensor:
+    """Which token may read which: bool [batch, 1, tokens, tokens] from [batch, tokens]."""
+    rows, tokens = mask.shape
+    return mask.bool()[:, None, None, :].expand(rows, 1, tokens, tokens)
+
+
 def reads_last_position(network: PreTrainedModel) -> bool:
     """Whether the classifier's head reads the last position, be it a token or padding (XLNet)."""
     return hasattr(network, "sequence_summary") and getattr(network.config, "summary_type", None) == "last"

@@ -18,7 +18,7 @@ from kdcache.data.custom_code import code_not_run, wants_code
 from kdcache.errors import ModelError, first_line
 from kdcache.progress import listed_apart
 from kdcache.teachers.network import accepted_inputs as accepted_inputs
-from kdcache.teachers.network import at_last_token, head_reads_the_end, run_network
+from kdcache.teachers.network import at_last_token, full_mask, head_reads_the_end, run_network
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -60,6 +60,7 @@ class TeacherModel(nn.Module):
         self.encoder = encoder
         self.adapter = adapter
         self.head = head
+        self.full_mask = False  # of an encoder that ``takes_full_mask``, while it trains on an accelerator
         order = None if class_order is None else torch.tensor(list(class_order))
         self.register_buffer("class_order", order, persistent=False)
 
@@ -69,7 +70,8 @@ class TeacherModel(nn.Module):
         Names that the encoder does not take are ignored.
         """
         mask = inputs["attention_mask"]
-        output = run_network(self.encoder, inputs, hidden_states=hidden_states or self.head is None)
+        taken = {**inputs, "attention_mask": full_mask(mask)} if self.full_mask and self.training else inputs
+        output = run_network(self.encoder, taken, hidden_states=hidden_states or self.head is None)
         states, last = output.hidden_states if hidden_states else None, output.last
         assert last is not None
         if self.head is not None:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from accelerate import Accelerator
+    from torch import Tensor
 
 
 def default_device() -> torch.device:
@@ -25,6 +26,11 @@ def check_precision(precision: str, device: torch.device) -> None:
     """RecipeError if ``device`` cannot train in ``precision``: fp16 needs the gradient scaler of a GPU."""
     if precision == "fp16" and device.type == "cpu":
         raise RecipeError("precision 'fp16' needs a GPU; this machine trains on the CPU", "Use float32, or bf16.")
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on ``device``. A GPU copies it from pinned memory, so that the host does not wait."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 @contextlib.contextmanager

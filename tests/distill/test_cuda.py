@@ -17,7 +17,7 @@ from kdcache.progress import SilentProgress
 from kdcache.training import loop
 from tests.conftest import TinyRun
 
-pytestmark = pytest.mark.cuda
+pytestmark = [pytest.mark.cuda, pytest.mark.filterwarnings("ignore:Synchronization debug mode")]
 
 _READ, _WARM = 4, 2  # losses are read after every fourth step; the first two steps fill caches
 

@@ -15,7 +15,7 @@ from kdcache.dump.engine import PartRun, layer_encoders, run_part, store_thread
 from kdcache.teachers.backends import TeacherOutput
 from tests.codecs.test_of_0_1_0 import FORMS, Numbers, basis, exact_teacher, exact_texts
 
-pytestmark = pytest.mark.cuda
+pytestmark = [pytest.mark.cuda, pytest.mark.filterwarnings("ignore:Synchronization debug mode")]
 
 
 class NumbersOnTheGpu(Numbers):
@@ -42,8 +42,8 @@ def test_batches_are_stored_without_a_wait(tokens: TokenSelection) -> None:
     _, expected = run_part(batches, Numbers(), teacher, tuple(layers), bases, lambda _: None)
     run_part(batches, NumbersOnTheGpu(), teacher, tuple(layers), bases, lambda _: None)  # kernels are loaded now
     part = PartRun(batches, NumbersOnTheGpu(), teacher, tuple(layers), layer_encoders(teacher, layers, bases, "cuda"))
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         with store_thread(teacher, "cuda") as store:
             part.run(store, lambda _: None)
     finally:

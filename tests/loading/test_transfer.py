@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator, Mapping
 
@@ -124,3 +126,20 @@ def test_an_error_of_the_thread_is_raised_where_the_steps_are_used() -> None:
 
     with fake_accelerator() as device, pytest.raises(ValueError, match="here"):
         list(on_device(steps, device))
+
+
+def test_a_process_that_ends_with_steps_on_their_way_ends_in_peace() -> None:
+    """Also where the thread's iterator and what holds it are a cycle, which is not collected before the threads end."""
+    code = (
+        "import itertools\n"
+        "import torch\n"
+        "from kdcache.loading.transfer import on_device\n"
+        "class Holder:\n"
+        "    def steps(self):\n"
+        "        yield from ((number, []) for number in itertools.count() if self)\n"
+        "holder = Holder()\n"
+        "holder.fed = on_device(holder.steps, torch.device('cpu'))\n"
+        "print(next(holder.fed))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "(0, ())\n", "")

@@ -18,11 +18,12 @@ from safetensors.torch import load_file, save_file
 from kdcache.errors import ModelError
 from kdcache.recipe import StudentSection
 from kdcache.students.build import build_student
-from kdcache.students.model import Student, takes_full_mask
+from kdcache.students.model import Student
 from kdcache.students.save import load_student, save_student, student_record
 from kdcache.students.score import encode_split, split_logits
 from kdcache.teachers import network
 from kdcache.teachers.bundle import HEAD_FILE
+from kdcache.teachers.network import takes_full_mask
 from kdcache.testing.architectures import ARCHITECTURES, DEPTH
 from kdcache.testing.student_check import TEXTS, StudentVerdict, student_verdict
 from kdcache.testing.teachers import make_teachers
@@ -87,7 +88,7 @@ FULL_MASK = {"BERT": True, "MPNet": None, "DeBERTa-v2": None, "GPT-2": False, "X
 def test_a_full_mask_is_used_only_where_it_gives_the_same(name: str, tmp_path: Path) -> None:
     """In training; a causal decoder and XLNet read other tokens with it."""
     model = build(ARCHITECTURES[name].save(tmp_path / "source")).model
-    taken = takes_full_mask(model, 48)
+    taken = takes_full_mask(model.network, 48)
     assert FULL_MASK[name] in (taken, None)
     mask = (torch.arange(48) < torch.tensor([48, 48, 30, 1])[:, None]).long()
     inputs = {"input_ids": (5 + torch.arange(4 * 48).reshape(4, 48) % 5) * mask, "attention_mask": mask}
@@ -103,7 +104,7 @@ def test_a_full_mask_is_tried_on_long_texts(tmp_path: Path) -> None:
     """The tokens of ModernBERT read neighbours only, in some layers; short texts do not show it."""
     source = ARCHITECTURES["ModernBERT"].save(tmp_path / "source")
     model = build(resaved(source, tmp_path / "local", {"local_attention": 8})).model
-    assert not takes_full_mask(model, 48)
+    assert not takes_full_mask(model.network, 48)
 
 
 def test_a_decoder_whose_tokenizer_ends_every_text_is_read_at_that_end(tmp_path: Path) -> None:

@@ -7,8 +7,8 @@ import torch
 
 from kdcache.data.encoding import encode, pad, padding_id
 from kdcache.errors import ModelError, NonFiniteError
-from kdcache.teachers.backends import onnx_backend, open_backend
 from kdcache.teachers.backends import onnx_backend as onnx_export
+from kdcache.teachers.backends import open_backend
 from kdcache.teachers.backends.onnx_backend import OnnxBackend
 from kdcache.teachers.bundle import load_teacher
 from kdcache.teachers.fingerprints import fingerprint_teacher
@@ -200,9 +200,16 @@ def test_bf16_is_refused_with_the_cure(bundle: Path, tmp_path: Path) -> None:
         open_backend("onnxruntime", load_teacher(bundle, "distil"), [2], precision="bf16", work_dir=tmp_path)
 
 
-def test_cuda_is_asked_of_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(name: str) -> None:
-        raise OSError(name)
+def test_what_onnx_runtime_prints_is_no_result(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It prints to stdout where a library of CUDA is missing, and the teacher runs on the CPU."""
+    import onnxruntime
 
-    monkeypatch.setattr(onnx_backend.ctypes, "CDLL", missing)
-    assert not onnx_backend.cuda_loads()
+    directory = onnx_export.exported(load_teacher(bundle, "distil"), precision="float32", work_dir=tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: print("Failed to load libcublas.so"), raising=False)
+    assert onnx_export._session(directory).get_providers() == ["CPUExecutionProvider"]
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "Failed to load libcublas.so" in said.err
