@@ -221,6 +221,8 @@ def stage_inputs(recipe: Recipe, stage: Stage, *, upstream: str = "") -> Inputs:
     labelled = {key: value for key, value in data.items() if key not in _TRANSFER}
     trained = [{key: value for key, value in teacher.items() if key not in _STORED} for teacher in document["teachers"]]
     optimisation = {key: value for key, value in alone.items() if key not in _SOFT}
+    if not recipe.distill.weights.task:
+        optimisation["task"] = alone["weights"]["task"]  # 0.2.0 took that of [distill], and learned nothing
     parts: dict[Stage, dict[str, Any]] = {
         "teachers": {"data": labelled, "teachers": trained, "cofinetune": document["cofinetune"]},
         "cache": {

@@ -195,7 +195,7 @@ def run_all(job: Job, *, baseline_too: bool = True, replace: bool = False) -> No
     from kdcache.distill.objective import objective_settings
     from kdcache.training.trackers import check_trackers
 
-    for part in (job.recipe.distill, *job.recipe.distill.in_stages()):
+    for part in job.recipe.distill.in_stages():
         objective_settings(part)
     check_trackers(job.recipe.cofinetune, "cofinetune")
     check_trackers(job.recipe.distill, "distill")

@@ -245,6 +245,12 @@ def _keys(ids: np.ndarray, seed: int, purpose: str) -> np.ndarray:
     return keys
 
 
+def transfer_order(ids: np.ndarray, seed: int) -> np.ndarray:
+    """The places of transfer texts in the order in which ``data.transfer_rows`` takes them; ``ids`` uint8 [n, 16]."""
+    high, low = id_words(ids)
+    return np.lexsort((low, high, _keys(ids, seed, "transfer")))
+
+
 def _used_transfer(
     section: DataSection, splits: Mapping[str, _Split], rows: np.ndarray, numbers: np.ndarray, ids: np.ndarray
 ) -> tuple[np.ndarray, dict[str, int]]:
@@ -259,9 +265,7 @@ def _used_transfer(
     left = rows[~(in_evaluation | in_train)]
     _, first = np.unique(numbers[left], return_index=True)
     new = left[np.sort(first)]
-    high, low = id_words(ids[new])
-    order = np.lexsort((low, high, _keys(ids[new], section.seed, "transfer")))
-    used = new[order[: section.transfer_rows]]
+    used = new[transfer_order(ids[new], section.seed)[: section.transfer_rows]]
     return used, {
         "found in validation or test": int(in_evaluation.sum()),
         "already in train": int(in_train.sum()),

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from kdcache.errors import RecipeError
@@ -98,6 +99,12 @@ def objective_settings(section: DistillSection) -> ObjectiveSettings:
     settings = replace(
         settings, student_scores=section.student_scores or {}, task_over_rows=section.task_mean == "rows"
     )
+    if not any(settings.weight(term) for term in settings.terms):
+        keys = " and ".join(f"{key} = 0" for key in dict.fromkeys(term.weight for term in method.terms))
+        raise RecipeError(
+            f"nothing would be learned: method '{method.name}' has the loss 0 with {keys} in distill.weights",
+            "Give one of them a weight above 0.",
+        )
     across = [term.name for term in settings.terms if term.scope == "batch"]
     if across and section.accumulation > 1:
         raise RecipeError(
@@ -175,6 +182,11 @@ class DistillationModel(nn.Module):
             self.owned |= bound.owned
         for name, owned in self.owned.items():
             self.add_module(name, owned.module)
+
+    def trains_classifier(self, moment: Moment) -> bool:
+        """Whether a term that reads the student's logits counts at this point, and not hidden states alone."""
+        terms = [term for term in self.settings.terms if term.needs.hidden is None]
+        return any(self.settings.weight(term) * self.settings.method.schedule(term.name, moment) for term in terms)
 
     def take_over(self, before: DistillationModel) -> None:
         """Take the parameters that terms own, such as projections, from a model of the same method."""
@@ -274,4 +286,6 @@ class DistillationModel(nn.Module):
             return targets, factors, None
         scaled = own.scaled(targets.logits)
         by_choice = constants(chosen, scaled)[:, None]
-        return replace(targets, logits=scaled), factors, by_choice * own.row_factors(scaled)
+        rows = by_choice * own.row_factors(scaled)
+        rows = torch.where(rows.sum(dim=0) > 0, rows, by_choice)  # class weights may leave out all that were chosen
+        return replace(targets, logits=scaled), factors, rows

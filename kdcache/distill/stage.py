@@ -333,6 +333,7 @@ class DistillTask:
         self._select_by = select_by
         self._processes = together.current()
         self._first_epoch = first_epoch  # of this stage, so that no two stages have the same order of rows
+        self._moment = Moment()  # of the last step
 
     def batches(self, epoch: int, first_step: int) -> Iterator[Step]:
         """One ``Step`` per optimizer step; on an accelerator the next ones are copied there while a step runs."""
@@ -367,16 +368,22 @@ class DistillTask:
 
         Terms are those before their weights.
         """
+        self._moment = step.moment
         for piece in step.pieces:
             loss, terms = self.model(piece, step.counts, step.moment)
             yield loss, dict(terms)
 
     def evaluate(self, epoch: int) -> dict[str, float]:  # noqa: ARG002 - of the protocol
-        """Scores on validation; nothing without one, which makes the last epoch the best."""
+        """Scores on validation; nothing without one, which makes the last epoch the best.
+
+        While hidden states alone are learned, the classifier is not judged: no ``score``.
+        """
         if self._validation is None:
             return {}
         scores = split_scores(self._student, self._validation)
         named = {f"validation/{name}": value for name, value in scores.items()}
+        if not self._distillation.trains_classifier(self._moment):
+            return named
         return {"score": selection_score(scores, self._select_by), **named}
 
     def keep_best(self, mark: int, metrics: dict[str, float]) -> None:  # noqa: ARG002 - of the protocol

@@ -19,6 +19,7 @@ from kdcache.cache import buckets
 from kdcache.cache.ids import Examples, id_list, match
 from kdcache.cache.spec import check_same_task
 from kdcache.cache.text_table import look_up
+from kdcache.data.splits import transfer_order
 from kdcache.data.task import load_task
 from kdcache.errors import DataError, MismatchError
 from kdcache.loading.examples import TRANSFER
@@ -87,6 +88,8 @@ def with_rows(data: StudentData, rows: str | None) -> StudentData:
 def student_data(section: DataSection, cache: Cache | None) -> StudentData:
     """The recipe's data, or the cache's own where the recipe's training file does not exist.
 
+    Of the cache's transfer texts those are taken that the recipe asks for.
+
     Raises DataError for unusable files, and for missing files without a cache that has texts; MismatchError where
     labels or text columns are not those of the cache.
     """
@@ -100,7 +103,7 @@ def student_data(section: DataSection, cache: Cache | None) -> StudentData:
                 f"cache '{cache.path}' came without its texts, and the data files are missing too: {error.message}",
                 "Name the data that the cache was made from in [data]: rows join by their text.",
             ) from error
-        return _data_of(cache)
+        return _data_of(cache, section)
     empty = task.counts.empty
     notes = tuple(task.counts.notes())
     data = StudentData(
@@ -112,16 +115,24 @@ def student_data(section: DataSection, cache: Cache | None) -> StudentData:
     return data
 
 
-def _data_of(cache: Cache) -> StudentData:
+def _data_of(cache: Cache, section: DataSection) -> StudentData:
     texts = {
         identity: text
         for part in cache.parts
         for identity, text in zip(id_list(cache.text_ids(part.name)), cache.texts(part.name), strict=True)
     }
     splits = {name: cache.examples(name) for name in cache.splits}
+    notes = [f"there is no file '{section.train}': the rows are those of cache '{cache.path}'"]
+    if TRANSFER in splits and not section.transfer:
+        notes.append(f"data.transfer is empty: the cache's {len(splits.pop(TRANSFER)):,} transfer texts are left out")
+    elif TRANSFER in splits and len(splits[TRANSFER]) > (section.transfer_rows or len(splits[TRANSFER])):
+        kept = splits[TRANSFER]
+        first = transfer_order(kept.text_ids[:], section.seed)[: section.transfer_rows]
+        splits[TRANSFER] = Examples(kept.text_ids[first], kept.labels[first], None)
     names = tuple(cache.task.label_names)
     declared = names != tuple(sorted(names))  # a sorted order may be declared too; that is not stored
-    return StudentData(texts, splits, names, tuple(cache.task.text_columns), "cache", declared)
+    columns = tuple(cache.task.text_columns)
+    return StudentData(texts, splits, names, columns, "cache", declared, notes=tuple(notes))
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,8 @@ from kdcache.recipe.values import (
     Trackers,
 )
 
+FINE_TUNE = "fine-tune"  # the method without teachers
+
 
 def _equal_is_none(value: Any) -> Any:
     """``equal`` is the absence of the key, so that records of recipes are those of 0.1.0."""
@@ -221,19 +223,29 @@ class DistillSection(OptimSection):
         weights = self.weights.model_copy(update=stage.weights.model_dump(exclude_none=True))
         return self.model_copy(update={**changed, "weights": weights})
 
+    def plain(self) -> DistillSection:
+        """For the method ``fine-tune`` the gold labels alone: a task loss of weight 1, in the same stages.
+
+        Stages give no method, temperature or weight then. With other methods these settings as they are.
+        """
+        if self.method != FINE_TUNE:
+            return self
+        of_teachers = {"method": None, "temperature": None, "t_squared": None, "weights": StageWeights()}
+        stages = self.stages and [stage.model_copy(update=of_teachers) for stage in self.stages]
+        weights = self.weights.model_copy(update={"task": 1.0})
+        return self.model_copy(update={"stages": stages, "weights": weights})
+
     def without_teachers(self, own: BaselineSection | None = None) -> DistillSection:
         """The settings of the baseline: the same training on gold labels alone, in as many stages, or its ``own``.
 
         Raises ValueError where its own batch has fewer rows than micro-batches.
         """
-        of_teachers = {"method": None, "temperature": None, "t_squared": None, "weights": StageWeights()}
         given = own.model_dump(exclude_none=True) if own else {}
-        stages = self.stages and [stage.model_copy(update=of_teachers) for stage in self.stages] if not given else None
+        plain = self.model_copy(update={"method": FINE_TUNE}).plain()
+        stages = None if given else plain.stages
         if given.get("schedule") == "linear":
             given["schedule"] = None  # as for the key outside of this section
-        alone = self.model_copy(
-            update={"method": "fine-tune", "paper": False, "task_mean": None, "stages": stages, **given}
-        )
+        alone = plain.model_copy(update={"paper": False, "task_mean": None, "stages": stages, **given})
         if alone.accumulation > alone.batch_size:
             raise ValueError(
                 f"[baseline] has batches of {alone.batch_size} rows in {alone.accumulation} micro-batches "

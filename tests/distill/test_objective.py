@@ -388,6 +388,16 @@ def test_equal_weights_change_nothing(student: Student, batch: Batch, method: st
     assert settings.state_dict().keys() == weighted(student, method, None).state_dict().keys()
 
 
+def test_a_row_whose_only_teacher_has_no_weight_for_its_class_counts(student: Student, batch: Batch) -> None:
+    """One teacher is chosen, and its weight is 0 on the rows where it predicts a class: they have its target."""
+    split = Mixture(np.array([0.5, 0.5]), np.ones(2), np.array([[0.0, 1.0], [1.0, 0.0]]))
+    model = weighted(student, "kd", split)
+    model._choice = lambda _moment, _count: (1.0, 0.0)
+    alone = weighted(student, "kd", None)
+    alone._choice = model._choice
+    assert total(model, batch)[1]["soft"] == pytest.approx(total(alone, batch)[1]["soft"], rel=1e-6)
+
+
 BY_CLASS = np.array([[0.9, 0.25], [0.1, 0.75]])
 
 

@@ -230,6 +230,42 @@ def test_a_method_of_a_stage_is_checked_before_the_first_step(tiny_run: TinyRun,
     assert not (tmp_path / "checkpoints").exists()
 
 
+@pytest.mark.parametrize(
+    "override",
+    [
+        "distill.weights={task=0, soft=0, hidden=0}",
+        'distill.stages=[{}, { method = "kd", weights = { task = 0.0, soft = 0.0 } }]',
+    ],
+)
+def test_a_loss_of_zero_is_refused(tiny_run: TinyRun, tmp_path: Path, override: str) -> None:
+    with pytest.raises(RecipeError, match=r"nothing would be learned: method '.*' has the loss 0 with task = 0 and"):
+        distill(tiny_run.recipe(override), tiny_run.cache, tmp_path, progress=SilentProgress())
+
+
+def test_patience_begins_where_the_classifier_is_trained(tiny_run: TinyRun, tmp_path: Path) -> None:
+    """Hidden states alone leave the scores where they are: in a stage of theirs, and in the first half of TinyBERT."""
+    stages = "distill.stages=[{ epochs = 4, weights = { task = 0.0, soft = 0.0 } }, {}]"
+    halves = ("distill.method=tinybert", "distill.epochs=6", "distill.learning_rate=1e-9")
+    for name, overrides in (("stages", (stages,)), ("halves", halves)):
+        recipe = tiny_run.recipe(*overrides, "distill.patience=2")
+        found = distill(recipe, tiny_run.cache, tmp_path / name, progress=SilentProgress()).results
+        if name == "stages":
+            first = found["stages"][0]
+            assert (first["stopped_early"], first["steps"], first["best_epoch"]) == (False, 4 * 8, 4)
+            assert first["best_score"] is None
+        else:
+            assert found["best_epoch"] == 4  # the first of the second half, which nothing after it beats
+
+
+def test_fine_tuning_reads_gold_labels_alone_in_every_stage(tiny_run: TinyRun) -> None:
+    """Weights of the recipe are for its method: gold labels may count little there, or nothing in a first stage."""
+    small = tiny_run.recipe("distill.weights.task=0").distill.without_teachers()
+    assert small.weights.task == 1.0
+    recipe = tiny_run.recipe(*STAGES, "distill.method=fine-tune")
+    assert [(one.method, one.weights.task) for one in recipe.distill.plain().in_stages()] == [("fine-tune", 1.0)] * 2
+    assert tiny_run.recipe(*STAGES).distill.plain() == tiny_run.recipe(*STAGES).distill
+
+
 def test_it_stops_by_validation_only_where_there_is_one(tiny_run: TinyRun, tmp_path: Path) -> None:
     recipe = tiny_run.recipe("distill.patience=2")
     data: Any = recipe.data.model_copy(update={"validation": None})

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -17,6 +18,7 @@ from kdcache.cache.verify import unreferenced, verify
 from kdcache.distill.stage import DistillResult, distill
 from kdcache.dump.stage import dump_teachers
 from kdcache.errors import DataError, MismatchError
+from kdcache.loading.data import student_data
 from kdcache.progress import SilentProgress
 from kdcache.recipe import Recipe
 from kdcache.share.push import without_text
@@ -91,6 +93,22 @@ def test_rows_that_do_not_join_are_counted_and_named(tiny_run: TinyRun, bare: Pa
     results = train(skipping, bare, tmp_path / "skipped").results
     assert results["skipped_rows"] == 1
     assert (results["joined"]["train"]["missing"], results["joined"]["train"]["extra"]) == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "transfer"), [((), 24), (("data.transfer_rows=7",), 7), (("data.transfer=[]",), 0)]
+)
+def test_a_cache_stands_in_for_the_data_and_says_so(
+    tiny_run: TinyRun, tmp_path: Path, changes: tuple[str, ...], transfer: int
+) -> None:
+    recipe, progress = tiny_run.recipe('data.train="/nowhere/train.tsv"', *changes), Listening()
+    result = train(recipe, tiny_run.cache, tmp_path / "run", progress).results
+    assert progress.notes[0].startswith("there is no file '/nowhere/train.tsv': the rows are those of cache '")
+    assert result["rows"].get("transfer", 0) == transfer
+    if transfer == 7:
+        own = student_data(tiny_run.recipe("data.transfer_rows=7").data, None).splits["transfer"]
+        ids = student_data(recipe.data, open_cache(tiny_run.cache)).splits["transfer"].text_ids
+        np.testing.assert_array_equal(ids, own.text_ids[:])
 
 
 def test_without_the_data_it_is_said_that_they_are_needed(tiny_run: TinyRun, bare: Path, tmp_path: Path) -> None:
