@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,16 +26,18 @@ from kdcache.report.quality import (
     class_names,
     cost_section,
     models_of,
+    same_rows,
     score_section,
 )
 from kdcache.report.rows import by_class, counted
 from kdcache.report.sweep import short
-from kdcache.runs import RunDirectory
+from kdcache.runs import RunDirectory, read_record
 
 if TYPE_CHECKING:
     from kdcache.report.predictions import Answers
 
 _CLASSES = 30  # that are compared
+_DIGEST = len("sha256:") + 12  # characters that are shown
 Runs = Mapping[str, LoadedRun]  # by the name on the page
 
 
@@ -113,15 +116,48 @@ def _teachers(runs: Runs) -> list[Model]:
 
 
 def same_but_seed(runs: Runs) -> list[list[str]]:
-    """Names of the runs in groups that differ in their seed alone, in order."""
+    """Names of the runs in groups that differ in their seed alone, in order; a seed occurs once in a group."""
     groups: dict[str, list[str]] = {}
+    seen: Counter[str] = Counter()
     for name, loaded in runs.items():
-        results = loaded.results
-        settings = {key: value for key, value in results.get("settings", {}).items() if key != "seed"}
-        student = {key: results.get("student", {}).get(key) for key in ("init_from", "head", "layers", "width")}
-        key = [results.get("method"), settings, student, results.get("cache_identity"), results.get("max_length")]
-        groups.setdefault(json.dumps(key, sort_keys=True), []).append(name)
+        key = json.dumps(_all_but_seed(loaded), sort_keys=True)
+        with_seed = f"{_seed(loaded)} {key}"
+        groups.setdefault(f"{seen[with_seed]} {key}", []).append(name)  # one more with this seed is of another group
+        seen[with_seed] += 1
     return list(groups.values())
+
+
+def _all_but_seed(loaded: LoadedRun) -> list[Any]:
+    """What the student was made from. Older runs lack some of it, which is None then."""
+    results, recorded = loaded.results, _inputs(loaded.run)
+    settings = {key: value for key, value in results.get("settings", {}).items() if key != "seed"}
+    of_student = ("init_from", "head", "width", "parameters")
+    student = {key: results.get("student", {}).get(key) for key in of_student}
+    data = {key: value for key, value in recorded.items() if key.startswith("data.")}
+    identity = [results.get(key) for key in ("method", "cache_identity", "max_length", "rows")]
+    return [*identity, settings, student, _layers(loaded, recorded), data]
+
+
+def _seed(loaded: LoadedRun) -> int:
+    return int(loaded.results.get("seed", 0))
+
+
+def _inputs(run: RunDirectory) -> Mapping[str, str]:
+    """What run.json says the student was made from: data files by their sha256; empty without a record."""
+    whole, stage = run, "student"
+    if run.root.name == "baseline" and not run.record.exists():  # recorded in the run that it belongs to
+        whole, stage = RunDirectory(run.root.parent), "baseline"
+    entry = read_record(whole).get("stages", {}).get(stage, {})
+    inputs: Mapping[str, str] = entry.get("inputs", {})
+    return inputs
+
+
+def _layers(loaded: LoadedRun, recorded: Mapping[str, str]) -> int | list[int] | None:
+    """The blocks that the student kept: K for the first K, else their numbers; without a record how many it has."""
+    kept: int | list[int] | None = json.loads(recorded.get("student.layers", "null"))
+    if kept is None:
+        kept = loaded.results.get("student", {}).get("layers")
+    return len(kept) if isinstance(kept, list) and kept == [*range(1, len(kept) + 1)] else kept
 
 
 def _seeds_section(runs: Runs, split: str) -> Section | None:
@@ -130,10 +166,7 @@ def _seeds_section(runs: Runs, split: str) -> Section | None:
     if all(len(group) == 1 for group in groups):
         return None
     by_seed = [
-        {
-            int(runs[name].results.get("seed", 0)): float(runs[name].results["scores"][split]["accuracy"])
-            for name in group
-        }
+        {_seed(runs[name]): float(runs[name].results["scores"][split]["accuracy"]) for name in group}
         for group in groups
     ]
     rows: list[list[Cell]] = []
@@ -156,7 +189,8 @@ def _seeds_section(runs: Runs, split: str) -> Section | None:
         "spread over seeds",
         f"points against {groups[0][0]}, …, by seed",
     ]
-    note = "The spread is the sample standard deviation; the interval is Student's t over seeds, 95 %."
+    note = "The spread is the sample standard deviation; the interval is Student's t over seeds, 95 %. "
+    note += "A row has each seed once: runs with the same seed are on rows of their own."
     table = Table(columns, rows, left=frozenset((0, 1)))
     return Section("seeds", "How much do seeds matter?", [table, Text(note, muted=True)])
 
@@ -189,9 +223,7 @@ def _agreement_section(models: Sequence[Model], first: LoadedRun) -> Section | N
     if rows is None:
         return None
     answers: dict[str, Answers] = {
-        model.name: model.answers
-        for model in models
-        if model.answers is not None and model.labels is not None and model.labels.tolist() == rows.labels.tolist()
+        model.name: model.answers for model in models if model.answers is not None and same_rows(model, models[0])
     }
     blocks = list(agreement_blocks(rows.labels, answers, first.split))
     return Section("agreement", "Do the students agree, and are they calibrated?", blocks) if blocks else None
@@ -227,21 +259,30 @@ def _training_section(runs: Runs) -> Section | None:
 
 def _differences(runs: Runs) -> Block:
     """The settings that are not the same in all runs."""
-    flat = {name: _settings(loaded.results) for name, loaded in runs.items()}
+    flat = {name: _settings(loaded) for name, loaded in runs.items()}
     keys = dict.fromkeys(key for values in flat.values() for key in values)
     differing = [key for key in keys if len({json.dumps(values.get(key)) for values in flat.values()}) > 1]
     if not differing:
-        return Text("Nothing that results.json records.")
+        return Text("Nothing that results.json and run.json record.")
     rows = [[key, *(short(values.get(key)) for values in flat.values())] for key in differing]
     return Table(["setting", *flat], rows)
 
 
-def _settings(results: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of the training by dotted key, and what the student was made of."""
+def _settings(loaded: LoadedRun) -> dict[str, Any]:
+    """Settings of the training by dotted key, its data, and what the student was made of."""
+    results, recorded = loaded.results, _inputs(loaded.run)
     found: dict[str, Any] = {}
     for key, value in results.get("settings", {}).items():
         inner = value.items() if isinstance(value, Mapping) else [("", value)]
         found |= {f"distill.{key}{'.' if name else ''}{name}": each for name, each in inner}
-    student = {f"student.{key}": results.get("student", {}).get(key) for key in ("init_from", "layers", "parameters")}
+    student = {f"student.{key}": results.get("student", {}).get(key) for key in ("init_from", "head", "parameters")}
+    student["student.layers"] = _layers(loaded, recorded)
+    rows = {f"rows of {split}": count for split, count in results.get("rows", {}).items()}
+    files = {
+        key: value[:_DIGEST] if value.startswith("sha256:") else value
+        for key, value in recorded.items()
+        if key.startswith("data.")
+    }
     whole = {"teachers": ", ".join(results.get("teachers", {})), "cache": str(results.get("cache_identity") or "")[:12]}
-    return {"method": results.get("method"), **found, **student, **whole, "max_length": results.get("max_length")}
+    data = {**rows, **files, "max_length": results.get("max_length")}
+    return {"method": results.get("method"), **found, **student, **whole, **data}

@@ -32,7 +32,7 @@ _AGREEING = 12  # models of an agreement matrix and of reliability curves
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """One model of the page; ``answers`` to the rows of the split, with their ``labels``, where they were kept."""
+    """One model of the page; ``answers`` to the rows of the split where they were kept, with their labels and ids."""
 
     name: str
     role: str
@@ -42,6 +42,7 @@ class Model:
     labels: np.ndarray | None = None
     answers: Answers | None = None
     fits: bool = True  # whether the answers give the recorded score
+    text_ids: np.ndarray | None = None
 
     @functools.cached_property
     def intervals(self) -> dict[str, Interval]:
@@ -81,12 +82,12 @@ def _model(
     rows: SplitPredictions | None,
     answers: Answers | None,
 ) -> Model:
-    labels = None if rows is None or answers is None else rows.labels
+    labels, ids = (None, None) if rows is None or answers is None else (rows.labels, rows.text_ids)
     recorded, fits = scores.get(split, {}).get("accuracy"), True
     if labels is not None and answers is not None and recorded is not None:
         known = labels >= 0
         fits = bool(abs(accuracy(labels[known], answers.predictions[known]) - recorded) < 1e-9)
-    return Model(name, role, scores, entry.get("parameters"), entry.get("latency_ms"), labels, answers, fits)
+    return Model(name, role, scores, entry.get("parameters"), entry.get("latency_ms"), labels, answers, fits, ids)
 
 
 def _answers(rows: SplitPredictions | None, name: str) -> Answers | None:
@@ -143,7 +144,7 @@ def difference_table(models: Sequence[Model]) -> Table | None:
     *others, ours = models
     rows: list[list[Cell]] = []
     for other in others:
-        if ours.answers is None or other.answers is None or not _same_rows(ours, other) or ours.labels is None:
+        if ours.answers is None or other.answers is None or not same_rows(ours, other) or ours.labels is None:
             continue
         found = accuracy_difference(ours.labels, ours.answers.predictions, other.answers.predictions)
         if found is None:
@@ -154,8 +155,11 @@ def difference_table(models: Sequence[Model]) -> Table | None:
     return Table([ours.name, "points", ""], rows, left=frozenset((0, 2))) if rows else None
 
 
-def _same_rows(one: Model, two: Model) -> bool:
-    return one.labels is not None and two.labels is not None and np.array_equal(one.labels, two.labels)
+def same_rows(one: Model, two: Model) -> bool:
+    """Whether both answered the same texts with the same labels, in one order; False where answers were not kept."""
+    if one.labels is None or two.labels is None or one.text_ids is None or two.text_ids is None:
+        return False
+    return np.array_equal(one.labels, two.labels) and np.array_equal(one.text_ids, two.text_ids)
 
 
 def cost_section(models: Sequence[Model], split: str, machine: Mapping[str, Any]) -> Section | None:

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from kdcache.cli.guard import explain
-from kdcache.distill.sweep.cells import SweepStudent
+from kdcache.distill.sweep.cells import SweepCell, SweepStudent, resolve_cells, value_of
 from kdcache.distill.sweep.costs import cost_document, texts_read
 from kdcache.distill.sweep.running import Failure, Worker, run_all, threads_each
 from kdcache.distill.sweep.search import Trial, propose
@@ -27,6 +27,7 @@ from kdcache.errors import LockedError, MismatchError, RecipeError
 from kdcache.locks import exclusive
 from kdcache.progress import SilentProgress
 from kdcache.recipe import SearchSection, load_recipe
+from kdcache.report.sweep import varying_keys
 from kdcache.runs import RunDirectory
 
 RECIPE = """
@@ -134,6 +135,43 @@ cells = [ {}, { distill.method = "mt-bert" }, { distill.weights.hidden = 0.1, di
 seeds = [0]
 """
     assert len(sweep(make_job(tmp_path, section))["cells"]) == 1
+
+
+def test_keys_of_stages_are_shown_by_their_number(tmp_path: Path) -> None:
+    section = """
+[[distill.stages]]
+[[distill.stages]]
+epochs = 2
+[sweep]
+seeds = [0]
+grid = { distill.stages.2.epochs = [4, 5], distill.stages.1.weights.hidden = [0.5] }
+"""
+    document = sweep(make_job(tmp_path, section))
+    hidden = {"distill.stages.1.weights.hidden": 0.5}
+    assert [cell["settings"] for cell in document["cells"]] == [
+        {"distill.stages.2.epochs": epochs, **hidden} for epochs in (4, 5)
+    ]
+    assert varying_keys(document) == ["distill.stages.2.epochs"]
+
+
+def test_values_of_teachers_are_found_by_names_with_dots(tmp_path: Path) -> None:
+    teacher = '[[teachers]]\nname = "bert.v1.5"\nmodel = "other"\nhead = "own"\n'
+    cell = SweepCell("0" * 64, make_job(tmp_path, teacher).recipe, None)
+    found = {name: value_of(cell, f"teachers.{name}.model") for name in ("bert", "bert.v1.5", "bert.v1")}
+    assert found == {"bert": "google-bert/bert-base-uncased", "bert.v1.5": "other", "bert.v1": None}
+
+
+def test_a_method_of_a_cell_counts_in_every_stage_or_is_refused(tmp_path: Path) -> None:
+    job = make_job(tmp_path)
+    stages = [{"method": "mt-bert"}, {"method": "kd", "weights": {"task": 0.0}}]
+
+    def cells(method: str) -> list[SweepCell]:
+        return resolve_cells([{"distill.method": method, "distill.stages": stages}], job.load, job.identity)
+
+    (alone,) = cells("fine-tune")
+    assert [(one.method, one.weights.task) for one in alone.recipe.distill.in_stages()] == [("fine-tune", 1.0)] * 2
+    with pytest.raises(RecipeError, match=r"distill\.method = 'dkd' of a sweep's cell changes nothing: each of the 2"):
+        cells("dkd")
 
 
 def test_another_cache_is_another_cell(tmp_path: Path) -> None:
@@ -386,3 +424,24 @@ def test_costs_are_those_of_the_texts_that_live_teachers_would_have_read(tmp_pat
     assert (found["students"], found["seconds"], found["live_texts"], found["dump_seconds"]) == (1, 5.0, 320, 50)
     for forged in ({}, {"teachers": {"bert": {"texts_per_second": "nan"}}}, {"teachers": [1]}):
         assert cost_document({cell: [student]}, {student.name: result}, lambda _, f=forged: f)["live_seconds"] is None
+
+
+def test_stages_cost_the_texts_of_each_and_live_teachers_those_of_stages_with_a_method_for_them(tmp_path: Path) -> None:
+    section = """
+[distill]
+batch_size = 8
+[[distill.stages]]
+batch_size = 32
+[[distill.stages]]
+[[distill.stages]]
+method = "fine-tune"
+batch_size = 2
+"""
+    student = SweepStudent(make_job(tmp_path, section).recipe, RunDirectory(tmp_path), None)
+    (tmp_path / "metrics.jsonl").write_text('{"event": "steps", "step": 7}\n')
+    result = {"seconds": 5.0, "targets": "cache", "teachers": {"bert": {}}}
+    result["stages"] = [{"steps": steps} for steps in (10, 100, 1000)]
+    rates = {"teachers": {"bert": {"texts_per_second": 10, "seconds": 1}}}
+    found = cost_document({"cell": [student]}, {student.name: result}, lambda _: rates)
+    assert found["cells"]["cell"]["texts"] == 320 + 800 + 2000
+    assert (found["live_texts"], found["live_seconds"]) == (1120, 112)

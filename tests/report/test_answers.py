@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,13 @@ import vl_convert
 
 from kdcache.errors import DamageError, RecipeError
 from kdcache.report.comparison import comparison, load_runs, same_but_seed, write_comparison
-from kdcache.report.html import Page, Table
+from kdcache.report.html import Page, Side, Table
 from kdcache.report.loaded import load_baseline, load_run
 from kdcache.report.metrics import calibration_error
 from kdcache.report.page import page, write_page
 from kdcache.report.predictions import Answers, read_predictions, write_predictions
 from kdcache.report.rows import agreement, by_class, calibration, counted, disagreements, most_confused
-from kdcache.runs import RunDirectory
+from kdcache.runs import RunDirectory, mark_finished
 from tests.report.made_runs import make_run
 
 
@@ -123,6 +124,71 @@ def test_several_runs_are_compared_and_seeds_are_grouped(tmp_path: Path) -> None
     assert written.stat().st_size < 2_000_000
     for spec in specs(written):
         assert vl_convert.vegalite_to_vega(spec)["marks"]
+
+
+def recorded(run: RunDirectory, **changes: str) -> RunDirectory:
+    """The run, with a record of its student like that of ``kdcache distill``."""
+    data = {"data.train": f"sha256:{'0' * 64}", "data.transfer_rows": "180", "student.layers": "3"}
+    mark_finished(run, "student", data | {key.replace("__", "."): value for key, value in changes.items()}, 1.0)
+    return run
+
+
+def test_runs_on_other_data_or_of_other_blocks_are_no_seeds_of_one_another(tmp_path: Path) -> None:
+    first = recorded(make_run(tmp_path / "first"))
+    seed = recorded(make_run(tmp_path / "seed", seed=1), student__layers="[1, 2, 3]")  # the first three: no difference
+    blocks = recorded(make_run(tmp_path / "blocks", seed=2), student__layers="[1, 3, 5]")
+    file = recorded(make_run(tmp_path / "file", seed=3), data__train=f"sha256:{'1' * 64}")
+    rows = recorded(make_run(tmp_path / "rows", seed=4))
+    document = json.loads(rows.results.read_text())
+    document["rows"]["transfer"] = 20
+    rows.results.write_text(json.dumps(document))
+    loaded = load_runs([first, seed, blocks, file, rows])
+    assert same_but_seed(loaded) == [["first", "seed"], ["blocks"], ["file"], ["rows"]]
+    (differing,) = tables(comparison(loaded), "settings")
+    assert {row[0]: row[1:] for row in differing.rows} == {
+        "distill.seed": ["0", "1", "2", "3", "4"],
+        "student.layers": ["3", "3", "[1, 3, 5]", "3", "3"],
+        "rows of transfer": ["", "", "", "", "20"],
+        "data.train": [f"sha256:{digit * 12}" for digit in "00010"],
+    }
+
+
+def test_baselines_are_grouped_by_what_the_run_they_belong_to_records(tmp_path: Path) -> None:
+    runs = [RunDirectory(tmp_path / name) for name in ("a", "b", "c")]
+    for seed, (run, train) in enumerate(zip(runs, "001", strict=True)):
+        make_run(run.baseline.root, seed=seed, method="fine-tune")
+        mark_finished(run, "baseline", {"data.train": train}, 1.0)
+    loaded = load_runs([run.baseline for run in runs])
+    a, b, c = loaded
+    assert same_but_seed(loaded) == [[a, b], [c]]
+
+
+def test_two_runs_of_one_seed_are_both_in_the_table_of_seeds(tmp_path: Path) -> None:
+    names = {"a-0": 0, "a-1": 1, "b-0": 0}
+    loaded = load_runs([make_run(tmp_path / name, seed=seed, answer=seed) for name, seed in names.items()])
+    (seeds,) = tables(comparison(loaded), "seeds")
+    assert [row[:2] for row in seeds.rows] == [["a-0, a-1", "0, 1"], ["b-0", "0"]]
+
+
+def test_answers_to_other_texts_are_not_compared_row_by_row(tmp_path: Path) -> None:
+    first, second = make_run(tmp_path / "first"), make_run(tmp_path / "second", seed=1)
+    shown = comparison(load_runs([first, second]))
+    assert len(tables(shown, "agreement")[0].rows) == 2
+    assert "against first" in [row[0] for row in differences(shown)]
+    splits = read_predictions(second.predictions)  # the same labels, of other texts
+    write_predictions(
+        second.predictions, {name: replace(rows, text_ids=rows.text_ids[::-1]) for name, rows in splits.items()}
+    )
+    shown = comparison(load_runs([first, second]))
+    assert len(tables(shown, "agreement")[0].rows) == 1
+    assert differences(shown) == []
+
+
+def differences(shown: Page) -> list[Any]:
+    """Rows of the table of differences from the last run."""
+    blocks = next(each for each in shown.sections if each.id == "scores").blocks
+    inner = [part for block in blocks if isinstance(block, Side) for part in block.blocks if isinstance(part, Table)]
+    return [row for table in inner for row in table.rows]
 
 
 def test_runs_of_other_classes_are_not_compared(tmp_path: Path) -> None:

@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kdcache.errors import RecipeError
 from kdcache.recipe import Recipe
 from kdcache.recipe.sweep import CACHE, Cell
+from kdcache.recipe.training import FINE_TUNE
 from kdcache.runs import RunDirectory, student_digest
 
 LoadRecipe = Callable[[Mapping[str, Any]], Recipe]  # the recipe with these keys changed
@@ -47,10 +49,22 @@ def resolve_cells(settings: Iterable[Cell], load: LoadRecipe, identity: CacheIde
     for given in settings:
         cache = given.get(CACHE)
         recipe = load({key: value for key, value in given.items() if key != CACHE})
-        recipe = recipe.model_copy(update={"sweep": None})
+        _check_method(recipe, given)
+        recipe = recipe.model_copy(update={"sweep": None, "distill": recipe.distill.plain()})
         digest = student_digest(recipe, upstream=identity(cache))
         found.setdefault(digest, SweepCell(digest, recipe, cache))
     return list(found.values())
+
+
+def _check_method(recipe: Recipe, given: Mapping[str, Any]) -> None:
+    """RecipeError for a method that no stage takes."""
+    method, stages = given.get("distill.method"), recipe.distill.stages or ()
+    if method not in (None, FINE_TUNE) and stages and all(stage.method is not None for stage in stages):
+        raise RecipeError(
+            f"distill.method = '{method}' of a sweep's cell changes nothing: each of the {len(stages)} stages has a "
+            "method of its own",
+            "Vary distill.stages.1.method, or leave method out of the stages.",
+        )
 
 
 def students_of(cells: Sequence[SweepCell], seeds: Sequence[int], run: RunDirectory) -> list[SweepStudent]:
@@ -70,6 +84,23 @@ def value_of(cell: SweepCell, key: str) -> Any:
     if key == CACHE:
         return cell.cache
     value: Any = cell.recipe.model_dump(mode="json")
-    for step in key.split("."):
-        value = value.get(step) if isinstance(value, Mapping) else None
+    steps = [step.strip() for step in key.split(".")]
+    while steps:
+        if isinstance(value, list):
+            value = _entry(value, steps)
+        else:
+            step = steps.pop(0)
+            value = value.get(step) if isinstance(value, Mapping) else None
     return value
+
+
+def _entry(entries: Sequence[Any], steps: list[str]) -> Any:
+    """What comes next of a list, as ``--set`` names it; removes its name, which may contain dots, or its number."""
+    for length in range(len(steps), 0, -1):
+        for entry in entries:
+            if isinstance(entry, Mapping) and entry.get("name") == ".".join(steps[:length]):
+                del steps[:length]
+                return entry
+    number = steps.pop(0)
+    place = int(number) - 1 if number.isdecimal() else -1
+    return entries[place] if 0 <= place < len(entries) else None

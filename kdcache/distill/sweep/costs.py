@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kdcache.recipe.training import FINE_TUNE
+
 if TYPE_CHECKING:
     from kdcache.distill.sweep.cells import SweepStudent
 
@@ -40,7 +42,7 @@ def cost_document(
         cells[cell] = {"students": len(finished), "seconds": 0.0, "texts": 0}
         for each in finished:
             result = results[each.name]
-            texts = texts_read(each.run.metrics, each.recipe.distill.batch_size)
+            texts, with_teachers = _texts(each, result)
             cells[cell]["seconds"] += float(result["seconds"])
             cells[cell]["texts"] += texts
             cells[cell] |= _size(result.get("student", {}))
@@ -51,8 +53,8 @@ def cost_document(
             own = {name: _number(record.get("texts_per_second")) for name, record in records.items()}
             rates |= {name: rate for name, rate in own.items() if rate is not None}
             dumps |= {(each.cache, name): _number(record.get("seconds")) or 0.0 for name, record in records.items()}
-            read_live += texts
-            live.append(None if None in own.values() else sum(texts / rate for rate in own.values() if rate))
+            read_live += with_teachers
+            live.append(None if None in own.values() else sum(with_teachers / rate for rate in own.values() if rate))
     return {
         "students": sum(len(finished) for finished in students.values()),
         "seconds": sum(cell["seconds"] for cell in cells.values()),
@@ -68,6 +70,18 @@ def cost_document(
 def _size(model: Mapping[str, Any]) -> dict[str, Any]:
     """Latency and parameters of a model, as a student measured them."""
     return {"latency_ms": model.get("latency_ms"), "parameters": model.get("parameters")}
+
+
+def _texts(student: SweepStudent, result: Mapping[str, Any]) -> tuple[int, int]:
+    """Texts that the training read, and those of them in stages that learn from teachers."""
+    section = student.recipe.distill
+    if not result.get("stages"):
+        texts = texts_read(student.run.metrics, section.batch_size)
+        return texts, texts
+    read = {True: 0, False: 0}
+    for own, stage in zip(section.in_stages(), result["stages"], strict=True):
+        read[own.method != FINE_TUNE] += int(stage["steps"]) * own.batch_size
+    return sum(read.values()), read[True]
 
 
 def texts_read(metrics: Path, batch_size: int) -> int:
