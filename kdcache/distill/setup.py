@@ -220,7 +220,7 @@ def prepare(
         progress.note(line)
     if opened is not None and uses_teachers:
         _note_logits_only(data, opened, progress)
-    teachers_dir = live_teachers or teachers_beside(None if opened is None else opened.path, run_root)
+    teachers_dir = live_teachers or teachers_beside(opened, run_root)
     if uses_teachers:
         _note_few_labels(recipe.distill, data, progress)
     student = build_student(
@@ -230,6 +230,7 @@ def prepare(
         seed=recipe.distill.seed,
         dropout=recipe.distill.dropout,
         teachers_dir=teachers_dir,
+        labels_declared=data.labels_declared,
     )
     weights = chosen_weights(recipe.distill, data, opened) if opened and uses_teachers else None
     if weights is not None:

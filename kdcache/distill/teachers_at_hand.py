@@ -35,13 +35,22 @@ class TeacherFacts:
     measured_on: str | None = None
 
 
-def teachers_beside(cache: Path | None, run_root: Path) -> Path | None:
-    """The directory of co-finetuned teachers: that of the run, or the one beside the cache; None without either."""
+def teachers_beside(cache: Cache | None, run_root: Path) -> Path | None:
+    """The directory of co-finetuned teachers: that of the run, or the one beside the cache; None without either.
+
+    A student of a sweep may have another cache than the sweep: then the one beside it, or that of the run if its
+    teachers are the cache's.
+    """
     from kdcache.teachers.bundle import is_bundle
 
-    own = dict.fromkeys((RunDirectory(run_root).teachers, RunDirectory(run_root).whole.teachers))
-    candidates = [*own, *([cache.parent / "teachers"] if cache is not None else [])]
-    return next((directory for directory in candidates if is_bundle(directory)), None)
+    run = RunDirectory(run_root)
+    own = [one for one in dict.fromkeys((run.teachers, run.whole.teachers)) if is_bundle(one)]
+    if cache is None:
+        return next(iter(own), None)
+    beside = [one for one in (cache.path.parent / "teachers",) if is_bundle(one)]
+    if run.whole.root == run.root or cache.path.resolve() == run.whole.cache.resolve():
+        return next(iter((*own, *beside)), None)
+    return next(iter((*beside, *(one for one in own if not _differing(one, cache)))), None)
 
 
 def teacher_facts(
@@ -87,16 +96,29 @@ def _counted(directory: Path, cache: Cache, names: Sequence[str], trusted: Colle
     """Parameters of the teachers whose files are in ``directory``, compared with the cache's."""
     from kdcache.teachers.bundle import read_bundle
 
-    known, counts = read_bundle(directory).teachers, {}
+    known, changed, counts = read_bundle(directory).teachers, _differing(directory, cache), {}
     for name in [name for name in names if name in known]:
-        changed = differing(cache.teachers[name].fingerprints, known[name].fingerprints)
-        if changed:
+        if name in changed:
             raise MismatchError(
-                f"teacher '{name}' in '{directory}' is not the one of cache '{cache.path}'; they differ in {changed}",
+                f"teacher '{name}' in '{directory}' is not the one of cache '{cache.path}'; they differ in "
+                f"{changed[name]}",
                 "Dump again with kdcache dump-teachers, or move those teachers away from beside the cache.",
             )
         counts[name] = _checked(_Files(directory, name, name in trusted, _stamp(directory, name)))
     return counts
+
+
+def _differing(directory: Path, cache: Cache) -> dict[str, str]:
+    """Names of teachers in ``directory`` that are others than the cache's, with what is different."""
+    from kdcache.teachers.bundle import read_bundle
+
+    known = read_bundle(directory).teachers
+    changed = {
+        name: differing(spec.fingerprints, known[name].fingerprints)
+        for name, spec in cache.teachers.items()
+        if name in known
+    }
+    return {name: what for name, what in changed.items() if what}
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -16,6 +16,7 @@ from kdcache.data.encoding import load_tokenizer
 from kdcache.errors import ModelError, RecipeError, first_line
 from kdcache.students.cut import blocks_to_keep, keep_blocks, set_dropout
 from kdcache.students.model import Student, StudentModel, StudentOutput
+from kdcache.students.output_layer import outputs_of_teacher, settle_output_layer
 from kdcache.students.padding import declares_causal_attention, require_pad_token, settle_padding
 from kdcache.teachers.teacher import be_quiet, position_limit
 from kdcache.teachers.trial import try_model
@@ -41,12 +42,15 @@ def build_student(
     seed: int,
     dropout: float | None = None,
     teachers_dir: Path | None = None,
+    labels_declared: bool = True,
 ) -> Student:
     """The untrained student of a recipe, on the CPU in float32.
 
     Weights that no checkpoint gives are drawn from ``seed``. ``max_length`` is that of the data, for a section without
-    its own. ``teachers_dir`` is needed for ``init_from = "teacher:NAME"`` and for the shared head. Raises ModelError
-    and RecipeError, also for a model whose outputs depend on the other rows of a batch.
+    its own. ``teachers_dir`` is needed for ``init_from = "teacher:NAME"`` and for the shared head. A classifier keeps
+    its output layer, in the order of ``label_names``, if these are its classes; one with classes LABEL_0 … if the order
+    of integers is known, as for teachers (``labels_declared``). Raises ModelError and RecipeError, also for a model
+    whose outputs depend on the other rows of a batch.
     """
     source = _source(section, teachers_dir)
     config = _config(section, source)
@@ -60,13 +64,12 @@ def build_student(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if section.head == "standard":
-            config.id2label = dict(enumerate(label_names))
-            config.label2id = {name: index for index, name in enumerate(label_names)}
-            network = _network(section, source, config)
+            outputs = _outputs(section, config, teachers_dir)
+            network = _classifier(section, source, config, outputs, label_names, labels_declared=labels_declared)
             encoder = cast("PreTrainedModel", network.base_model)
             model = StudentModel(network)
         else:
-            network = encoder = _network(section, source, config)
+            network = encoder = _network(section, source, config)[0]
             head, adapter = _shared_head(teachers_dir, int(config.hidden_size), len(label_names), dropout)
             check_pooling(network, head.pooling_name, source)
             model = StudentModel(network, head, adapter)
@@ -191,8 +194,37 @@ def _usable(config: PretrainedConfig, source: str) -> PretrainedConfig:
     return config
 
 
-def _network(section: StudentSection, source: str, config: PretrainedConfig) -> PreTrainedModel:
-    """The classifier, or the bare model without pooler for the shared head; new weights where none are given."""
+def _outputs(section: StudentSection, config: PretrainedConfig, teachers_dir: Path | None) -> Mapping[Any, str]:
+    """The class of each output of the model that the student starts from."""
+    named = None
+    if teachers_dir is not None and (section.init_from or "").startswith(TEACHER_PREFIX):
+        named = outputs_of_teacher(teachers_dir, str(section.init_from).removeprefix(TEACHER_PREFIX))
+    return named or config.id2label or {}
+
+
+def _classifier(
+    section: StudentSection,
+    source: str,
+    config: PretrainedConfig,
+    outputs: Mapping[Any, str],
+    label_names: Sequence[str],
+    *,
+    labels_declared: bool,
+) -> PreTrainedModel:
+    """The classifier for the classes of the task; its output layer is in their order, or new."""
+    config.id2label = dict(enumerate(label_names))
+    config.label2id = {name: index for index, name in enumerate(label_names)}
+    network, absent = _network(section, source, config)
+    if section.config is None:
+        settle_output_layer(network, source, outputs, label_names, absent, labels_declared=labels_declared)
+    return network
+
+
+def _network(section: StudentSection, source: str, config: PretrainedConfig) -> tuple[PreTrainedModel, Collection[str]]:
+    """The classifier, or the bare model without pooler for the shared head; new weights where none are given.
+
+    Also the names of those that the checkpoint lacks.
+    """
     standard = section.head == "standard"
     model_class = _model_class(section, config, source)
     options: dict[str, bool] = {} if standard else without_pooler(model_class)
@@ -200,7 +232,7 @@ def _network(section: StudentSection, source: str, config: PretrainedConfig) -> 
         options = {"trust_remote_code": True}
     try:
         if section.config is not None:
-            return cast("PreTrainedModel", model_class(config, **options).float())
+            return cast("PreTrainedModel", model_class(config, **options).float()), ()
         model, report = model_class.from_pretrained(
             source,
             config=config,
@@ -211,8 +243,7 @@ def _network(section: StudentSection, source: str, config: PretrainedConfig) -> 
         )
     except Exception as error:  # as above; also broken weight files
         raise _not_loadable(source, error) from error
-    _check_complete(model, report, source)
-    return cast("PreTrainedModel", model)
+    return cast("PreTrainedModel", model), _checked_absent(model, report, source)
 
 
 def _model_class(section: StudentSection, config: PretrainedConfig, source: str) -> Any:
@@ -243,8 +274,8 @@ def without_pooler(model_class: Any) -> dict[str, bool]:
     return {"add_pooling_layer": False} if "add_pooling_layer" in takes else {}
 
 
-def _check_complete(model: PreTrainedModel, report: Mapping[str, Any], source: str) -> None:
-    """Raise ModelError where weights other than those of heads and poolers are missing."""
+def _checked_absent(model: PreTrainedModel, report: Mapping[str, Any], source: str) -> list[str]:
+    """The missing weights; ModelError where there are others than those of heads and poolers."""
     prefix = "" if model.base_model is model else model.base_model_prefix + "."
     absent = [
         *report["missing_keys"],
@@ -256,6 +287,7 @@ def _check_complete(model: PreTrainedModel, report: Mapping[str, Any], source: s
             f"the weights of '{source}' lack {', '.join(encoder[:3])}{' …' if len(encoder) > 3 else ''}",
             "Take a directory made by save_pretrained, or give student.config for a student with random weights.",
         )
+    return absent
 
 
 def _shared_head(

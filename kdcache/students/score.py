@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING
 
 from kdcache.data.encoding import EncodedTexts, encode, padding_id
 from kdcache.data.task import read_examples
-from kdcache.errors import RecipeError
+from kdcache.errors import ModelError, RecipeError
 from kdcache.progress import listed_apart
 from kdcache.report.metrics import scores
 from kdcache.students.save import load_student, read_record
 from kdcache.students.speed import measure_speed
 from kdcache.teachers.bundle import is_bundle, load_teacher, read_bundle
+from kdcache.teachers.teacher import TeacherModel, position_limit
 from kdcache.training.device import default_device
 from kdcache.training.predict import predict
 
@@ -87,7 +88,8 @@ def evaluate_model(
         source: a file, or the name of a hub data set.
         text: one column, or two for pairs.
         label: the label column.
-        max_length: tokens that are read of a text.
+        max_length: tokens that are read of a text; for a model from elsewhere its tokenizer's, at most 512 and its
+            positions.
         batch: rows of 128 tokens in one forward pass.
         labels: class names by the numbers that the file has for labels, where the model's order is another.
         speed: whether to time forward passes too, in float32 on the device that training would take.
@@ -101,7 +103,7 @@ def evaluate_model(
     Raises:
         RecipeError: the columns are not known, or ``labels`` are not the model's.
         DataError: the file cannot be read.
-        ModelError: the model cannot be loaded.
+        ModelError: the model cannot be loaded, or has fewer positions than ``max_length``.
         DamageError: the model's files are damaged.
     """
     directory = Path(model_dir)
@@ -113,6 +115,7 @@ def evaluate_model(
             "Name them: --text COLUMN (twice for pairs) and --label COLUMN.",
         )
     opened = _opened(directory, trust_remote_code=trust_remote_code)
+    length = _length(directory, opened, max_length)
     if labels is not None and sorted(labels) != sorted(opened.label_names):
         ours, theirs = listed_apart(tuple(labels), opened.label_names)
         raise RecipeError(f"--labels are {ours}; model '{directory}' knows {theirs}", "Name each of its classes once.")
@@ -120,13 +123,13 @@ def evaluate_model(
         source, list(text), label, opened.label_names, labels_declared=known.labels_declared, numbered_as=labels
     )
     opened.model.to(default_device())
-    encoded = encode(opened.tokenizer, rows.texts, max_length or opened.max_length)
+    encoded = encode(opened.tokenizer, rows.texts, length)
     split = EncodedSplit(encoded, rows.labels, padding_id(opened.tokenizer))
     odd = {"left_out": rows.empty, "truncated": encoded.truncated_count}
     found = {**split_scores(opened.model, split, batch), "rows": len(rows.labels)}
     found |= {name: count for name, count in odd.items() if count}
     if speed and len(encoded):
-        timed = measure_speed(opened.model, opened.tokenizer, max_length or opened.max_length, rows.texts)
+        timed = measure_speed(opened.model, opened.tokenizer, length, rows.texts)
         found |= {"latency_ms": timed.latency_ms, "texts_per_second": timed.texts_per_second}
     return found
 
@@ -142,7 +145,7 @@ class _Columns:
 
 def _columns(directory: Path) -> _Columns:
     if (bundle := _bundle(directory)) is not None:
-        return _Columns(bundle.text_columns)
+        return _Columns(bundle.text_columns, labels_declared=bundle.labels_declared)
     record = read_record(directory)
     if record is None:
         return _Columns()
@@ -159,3 +162,17 @@ def _opened(directory: Path, *, trust_remote_code: bool) -> Student | Teacher:
     if _bundle(directory) is not None:
         return load_teacher(directory.parent, directory.name, trust_remote_code=trust_remote_code)
     return load_student(directory, trust_remote_code=trust_remote_code)
+
+
+def _length(directory: Path, opened: Student | Teacher, asked: int | None) -> int:
+    """Tokens of a text: ``asked``, or what the model was made for; ModelError for more than its positions."""
+    model = opened.model
+    limit = position_limit(model.encoder if isinstance(model, TeacherModel) else model.network)
+    if asked is None:
+        return opened.max_length if limit is None else min(opened.max_length, limit)
+    if limit is not None and asked > limit:
+        raise ModelError(
+            f"max_length is {asked}, but the model '{directory}' has positions for {limit} tokens",
+            f"Set --max-length to at most {limit}, or leave it out.",
+        )
+    return asked

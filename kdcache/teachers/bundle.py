@@ -80,6 +80,11 @@ class Bundle:
     mean_scores: Mapping[str, float] = field(default_factory=dict)  # of the mean probability, on validation
     training: Mapping[str, Any] = field(default_factory=dict)  # settings, data digests, the best epoch
 
+    @property
+    def labels_declared(self) -> bool:
+        """Whether the order of ``label_names`` was; false for bundles of 0.1.0, which did not record it."""
+        return self.training.get("labels_declared") is True
+
 
 def is_bundle(directory: Path) -> bool:
     return (directory / RECORD).is_file()

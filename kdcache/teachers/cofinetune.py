@@ -154,7 +154,8 @@ def _make(job: _Job, identity: Mapping[str, Any]) -> CofinetuneResult:
     bundle = Bundle(job.task.label_names, job.task.text_columns, {})
     if head is not None:
         bundle = replace(bundle, pooling=head.pooling_name, width=head.width, dropout=head.dropout_rate)
-    bundle = replace(bundle, training={"identity": identity, "best_epoch": best, "added": {}})
+    record = {"identity": identity, "best_epoch": best, "added": {}, "labels_declared": job.task.labels_declared}
+    bundle = replace(bundle, training=record)
     return _register(job, bundle, head, models, best)
 
 

@@ -248,6 +248,13 @@ def test_evaluate_names_the_columns_there_are(finished: FinishedRun, tmp_path: P
     check(kdcache("evaluate", finished.root / "student", "--data", data, "--text", "review"), 2, "label")
 
 
+def test_evaluate_names_the_positions_there_are(finished: FinishedRun, tmp_path: Path) -> None:
+    data = tmp_path / "data.tsv"
+    data.write_text("sentence\tlabel\n" + "good " * 600 + "\t1\n")
+    arguments = ("evaluate", finished.root / "student", "--data", data, "--max-length")
+    check(kdcache(*arguments, 600), 1, "max_length is 600", "--max-length to at most 80")
+
+
 def test_an_output_directory_that_is_a_file(review_recipe: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     check(kdcache("cofinetune", review_recipe, "--output-dir", tmp_path / "file"), 1, "run directory", "--output-dir")

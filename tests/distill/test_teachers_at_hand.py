@@ -110,3 +110,23 @@ def test_a_student_of_a_sweep_finds_the_teachers_of_its_run(tiny_run: TinyRun, t
     assert teachers_beside(None, student) == run / "teachers"
     assert teachers_beside(None, run) == run / "teachers"
     assert teachers_beside(None, run / "sweep" / "something-else") is None
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_student_of_a_cache_of_its_own_takes_teachers_that_made_it(
+    tiny_run: TinyRun, tmp_path: Path, same: bool
+) -> None:
+    """A cell of a sweep may name another cache, of the same teachers or of others with the same names."""
+    run, other = tmp_path / "runs" / "reviews", tmp_path / "runs" / "other"
+    student = run / "sweep" / "0123456789ab-s0"
+    for directory in (student, other):
+        directory.mkdir(parents=True)
+    (other / "cache").symlink_to(tiny_run.cache)
+    cache = open_cache(other / "cache")
+    (run / "teachers").symlink_to(
+        tiny_run.teachers if same else make_teachers(tmp_path / "new", {"bert": "bert"}, seed=5)
+    )
+    assert teachers_beside(cache, student) == (run / "teachers" if same else None)
+    assert teachers_beside(cache, run) == run / "teachers"
+    (other / "teachers").symlink_to(tiny_run.teachers)
+    assert teachers_beside(cache, student) == other / "teachers"

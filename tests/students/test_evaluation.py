@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ from kdcache.students.build import build_student
 from kdcache.students.model import Student
 from kdcache.students.save import save_student, student_record
 from kdcache.students.score import encode_split, evaluate_model, selection_score, split_logits
-from kdcache.teachers.bundle import load_teacher
+from kdcache.teachers.bundle import load_teacher, read_bundle, write_bundle
 from kdcache.testing.teachers import make_teachers
 from kdcache.testing.tiny import make_model, reviews, write_reviews
 from kdcache.training.predict import predict
@@ -126,9 +128,49 @@ def test_numbers_in_a_file_against_declared_names_are_class_numbers(tmp_path: Pa
     assert evaluate_model(student, _file(tmp_path, ["0", "1", "2", "0"])) == expected
 
 
-def test_a_record_of_0_1_0_is_read(tmp_path: Path) -> None:
-    import json
+@pytest.mark.parametrize("recorded", [{}, {"labels_declared": False}, {"labels_declared": True}])
+def test_numbers_in_a_file_for_a_teacher_need_their_meaning_too(tmp_path: Path, recorded: dict[str, bool]) -> None:
+    """{}: teachers of 0.1.0, which did not say whether the order of the names was declared."""
+    teachers = make_teachers(
+        tmp_path / "teachers", {"bert": "bert"}, label_names=("bad", "good", "mixed"), text_columns=("text",), depth=1
+    )
+    write_bundle(teachers, replace(read_bundle(teachers), training=recorded))
+    expected = evaluate_model(teachers / "bert", _file(tmp_path, ["good", "mixed", "bad", "good"]), label="label")
+    file = _file(tmp_path, ["0", "1", "2", "0"])
+    if recorded.get("labels_declared"):
+        assert evaluate_model(teachers / "bert", file, label="label")["rows"] == 4
+    else:
+        with pytest.raises(DataError, match=r"the label is '0', and .* has 'bad', 'good', 'mixed'") as caught:
+            evaluate_model(teachers / "bert", file, label="label")
+        assert "--labels" in caught.value.hint
+    assert evaluate_model(teachers / "bert", file, label="label", labels=["good", "mixed", "bad"]) == expected
 
+
+def test_a_length_beyond_the_positions_is_refused(tmp_path: Path, saved: Path) -> None:
+    path = tmp_path / "test.tsv"
+    path.write_text("sentence\tlabel\nthe film is good\t1\n" + "the film is " * 60 + "bad\t0\n")
+    teachers = make_teachers(tmp_path / "teachers", {"roberta": "roberta"}, depth=1)
+    for model, limit in ((saved, 80), (teachers / "roberta", 78)):
+        assert evaluate_model(model, str(path), label="label", max_length=limit)["truncated"] == 1
+        with pytest.raises(ModelError, match=f"max_length is {limit + 1}, but .* has positions for {limit} tokens"):
+            evaluate_model(model, str(path), label="label", max_length=limit + 1)
+
+
+def test_a_model_from_elsewhere_reads_what_it_has_positions_for(tmp_path: Path) -> None:
+    """Where its tokenizer does not say how many these are."""
+    model = make_model(tmp_path / "classifier", "roberta", depth=1, classes=2)
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    settings.pop("model_max_length", None)
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    path = tmp_path / "data.csv"
+    path.write_text("words,gold\n" + "the film is " * 60 + "good,1\n")
+    found = evaluate_model(model, str(path), text=["words"], label="gold", speed=True)
+    assert found["truncated"] == 1
+    same = evaluate_model(model, str(path), text=["words"], label="gold", max_length=78)
+    assert found["loss"] == same["loss"]
+
+
+def test_a_record_of_0_1_0_is_read(tmp_path: Path) -> None:
     student = _named(tmp_path, declared=True)
     record = json.loads((student / "kdcache.json").read_text())
     del record["labels_declared"]

@@ -85,6 +85,7 @@ def copied(trained: Path, tmp_path: Path) -> Path:
 def test_the_bundle_says_how_its_pieces_belong_together(recipe: Recipe, trained: Path) -> None:
     bundle = read_bundle(trained / "teachers")
     assert teacher_names(trained / "teachers") == ["bert", "roberta"]
+    assert not bundle.labels_declared
     assert (bundle.pooling, bundle.width, bundle.label_names, bundle.text_columns) == (
         "attention",
         24,
@@ -298,7 +299,8 @@ def test_a_classifier_that_only_numbers_its_labels_needs_a_declared_order(recipe
         run(ready, tmp_path)
     assert "data.labels" in caught.value.hint
     run(changed(ready, data={"labels": ["positive", "negative"]}), tmp_path)
-    assert read_bundle(tmp_path / "teachers").label_names == ("positive", "negative")
+    bundle = read_bundle(tmp_path / "teachers")
+    assert (bundle.label_names, bundle.labels_declared) == (("positive", "negative"), True)
 
 
 def test_a_classifier_of_another_task_is_refused(recipe: Recipe, tmp_path: Path) -> None:
