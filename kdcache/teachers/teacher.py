@@ -250,11 +250,13 @@ def depth_and_width(model: PreTrainedModel) -> tuple[int, int]:
 def position_limit(model: PreTrainedModel) -> int | None:
     """The longest input in tokens, with special ones; None if positions are only relative.
 
-    RoBERTa and similar models number positions from ``padding_idx + 1``; the rows before that are unused.
+    RoBERTa and similar models number positions from ``padding_idx + 1``, OPT and BART from ``offset``; the rows before
+    that are unused.
     """
     for name, module in model.named_modules():
-        if name.endswith(("position_embeddings", "wpe")) and isinstance(module, nn.Embedding):  # wpe: GPT-2
-            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+        if name.endswith(("position_embeddings", "wpe", "embed_positions")) and isinstance(module, nn.Embedding):
+            unused = getattr(module, "offset", 0 if module.padding_idx is None else module.padding_idx + 1)
+            return module.num_embeddings - int(unused)
     return None
 
 

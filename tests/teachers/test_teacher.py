@@ -66,6 +66,19 @@ def test_roberta_positions_start_after_the_padding(tiny_models: dict[str, Path])
         check_max_length("roberta", roberta, 79)
 
 
+def test_positions_of_opt_are_those_that_it_can_read() -> None:
+    from transformers import OPTConfig, OPTModel
+
+    sizes = {"hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 16, "num_hidden_layers": 1, "vocab_size": 50}
+    model = OPTModel(OPTConfig(num_attention_heads=2, max_position_embeddings=20, **sizes)).eval()
+    limit = position_limit(model)
+    assert limit == 20
+    ids = torch.full((1, limit + 1), 5)
+    model(ids[:, :limit], torch.ones_like(ids[:, :limit]))
+    with pytest.raises(IndexError):
+        model(ids, torch.ones_like(ids))
+
+
 def test_a_checkpoint_without_all_weights_is_refused(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
