@@ -24,6 +24,7 @@ from kdcache.cache.card import front_matter, subtable
 from kdcache.cache.frame import locate_rows, text_values, values_of_rows
 from kdcache.cache.ids import Examples, id_list
 from kdcache.cache.selection import Selection
+from kdcache.data.labels import other_integers
 from kdcache.data.table_files import Column, as_jsonl, as_parquet
 from kdcache.errors import DamageError, MismatchError, RecipeError
 from kdcache.files import remove_leftovers, write_file, write_stream
@@ -154,7 +155,7 @@ def _job(cache: Cache, choice: ExportChoice, texts: Mapping[bytes, tuple[str, ..
         )
     grouped = any(cache.examples(split).groups is not None for split in splits)
     columns = [
-        Column("label", "int64"),
+        Column("label", "string" if other_integers(cache.task.label_names) else "int64"),
         *(Column(f"{choice.values}_{name}", "float32", classes) for name in teachers),
         *(Column(f"pooled_{name}", "float32", width) for name, width in pooled.items() if choice.pooled and width),
         *([Column("group", "string")] if grouped else []),
@@ -239,6 +240,9 @@ def _table(
     ids = id_list(np.asarray(examples.text_ids)[rows])
     texts, teachers = _texts(job, name, ids, of_part), job.choice.teachers or ()
     values = values_of_rows(job.cache, examples, rows, name, of_part, teachers)
+    if other_integers(job.cache.task.label_names):  # read again, a number would be the class of that name
+        classes = job.cache.task.label_names
+        values["label"] = [classes[number] if number >= 0 else None for number in values["label"].tolist()]
     values["group"] = [None if examples.groups is None else examples.groups[row] for row in rows.tolist()]
     for teacher in teachers:
         if job.choice.values == "probabilities":
@@ -290,7 +294,7 @@ def _card(job: _Job, rows: Mapping[str, int]) -> str:
         }
     )
     about = {
-        "label": "class number; empty where there is none",
+        "label": f"class {'name' if other_integers(cache.task.label_names) else 'number'}; empty where there is none",
         "group": "group of the row",
         "row": "number of the row in its split",
         "text_id": "id of the text in the cache",

@@ -131,7 +131,13 @@ def class_order(
     _refuse_several(rows, labels, column, names)
     integers = sorted((name for name in names if _INTEGER.fullmatch(name)), key=lambda name: (int(name), name))
     words = sorted(names - set(integers))
-    if len(words) > 1 and integers and all(0 <= int(name) < len(words) for name in integers):
+    booleans = {word.lower() for word in words} <= {"false", "true"}
+    if (
+        words
+        and integers
+        and all(0 <= int(name) < (2 if booleans else len(words)) for name in integers)
+        and (booleans or len(words) > 1)
+    ):
         _refuse_mixed(rows, labels.index(integers[0]), column, integers[0], words, "the same column")
     return ClassOrder(tuple(integers if not words else sorted(names)), "", rows.source)
 
@@ -193,7 +199,7 @@ def label_numbers(
     name is an integer, integers are class numbers: a file with 0 and 1 fits names from the recipe or a data set.
     """
     numbers: dict[str | None, int] = {name: number for number, name in enumerate(order.names)}
-    if order.numbered and not _other_integers(rows.class_names.get(column, ())):
+    if order.numbered and not other_integers(rows.class_names.get(column, ())):
         numbers |= {str(number): number for number in range(len(order.names))}
     if not scored:
         numbers[None] = NO_LABEL
@@ -203,7 +209,7 @@ def label_numbers(
     return np.fromiter((numbers[label] for label in labels), dtype=np.int64, count=len(labels))
 
 
-def _other_integers(class_names: Sequence[str]) -> bool:
+def other_integers(class_names: Sequence[str]) -> bool:
     """Whether the class names of a data set are integers other than their numbers."""
     return any(_INTEGER.fullmatch(name) and name != str(number) for number, name in enumerate(class_names))
 

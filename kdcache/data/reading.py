@@ -9,6 +9,7 @@ the quoting of spreadsheets; JSON lines have one object per line; pyarrow reads 
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import itertools
 import json
@@ -239,9 +240,15 @@ def _read_jsonl(path: Path) -> Iterator[Rows]:
             yield Rows(str(path), columns, list(records))
 
 
+def _first_record(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of the first line, whose names are those of the columns."""
+    _checked_header(path, [name for name, _ in pairs])
+    return dict(pairs)
+
+
 def _record(path: Path, number: int, line: str) -> dict[str, Any]:
     try:
-        record = json.loads(line)
+        record = json.loads(line, object_pairs_hook=None if number > 1 else functools.partial(_first_record, path))
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}, line {number} is not JSON: {error}", "Each line holds one JSON object.") from error
     if not isinstance(record, dict):
@@ -257,7 +264,8 @@ def _read_parquet(path: Path) -> Iterator[Rows]:
 
     try:
         file, first = parquet.ParquetFile(path), 1
-        yield Rows(str(path), dict.fromkeys(file.schema_arrow.names, ()), range(1, 1), unit="row")
+        names = _checked_header(path, file.schema_arrow.names)
+        yield Rows(str(path), dict.fromkeys(names, ()), range(1, 1), unit="row")
         for batch in file.iter_batches(_BATCH):
             columns = {name: batch.column(index).to_pylist() for index, name in enumerate(batch.schema.names)}
             yield Rows(str(path), columns, range(first, first + batch.num_rows), unit="row")
@@ -269,7 +277,7 @@ def _read_parquet(path: Path) -> Iterator[Rows]:
 def _checked_header(path: Path, header: list[str]) -> list[str]:
     for name in header:
         if header.count(name) > 1:
-            raise DataError(f"{path}, line 1 names the column '{name}' twice", "Columns need names of their own.")
+            raise DataError(f"{path} names the column '{name}' twice", "Columns need names of their own.")
     return header
 
 

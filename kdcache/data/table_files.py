@@ -64,7 +64,7 @@ def _schema(text: Sequence[str], columns: Sequence[Column], label_names: Sequenc
     for column in columns:
         kind: Any = getattr(pa, column.kind)()
         value: dict[str, Any] = {"dtype": column.kind, "_type": "Value"}
-        if column.name == "label":
+        if column.name == "label" and column.kind == "int64":
             value = {"names": list(label_names), "_type": "ClassLabel"}
         if column.width:
             kind, value = pa.list_(kind, column.width), {"feature": value, "length": column.width, "_type": "List"}
@@ -76,7 +76,7 @@ def _schema(text: Sequence[str], columns: Sequence[Column], label_names: Sequenc
 def _array(values: Any, field: Any) -> Any:
     import pyarrow as pa
 
-    if field.name == "label":
+    if field.name == "label" and isinstance(values, np.ndarray):
         return pa.array(values, type=field.type, mask=values < 0)
     if pa.types.is_fixed_size_list(field.type):
         return pa.FixedSizeListArray.from_arrays(np.ascontiguousarray(values).reshape(-1), type=field.type)

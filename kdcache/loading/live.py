@@ -7,7 +7,7 @@ Order, alignment and batch structure are those of ``CachedBatches``; only the va
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -183,6 +183,7 @@ class LiveBatches(JoinedSource):
                 f"teacher '{teacher.name}' is not the one of cache '{self.cache.path}': {changed}",
                 "Give the teachers that the cache was dumped from, or dump these into a new cache.",
             )
+        teacher = replace(teacher, max_length=self.cache.teachers[teacher.name].max_length)  # as the dump cut texts
         layers = self._choice.used.get(teacher.name, ())
         same = self._student.agrees_with(tokenizer_fingerprint(teacher.tokenizer), teacher.max_length, TRUNCATION)
         backend = backend or TorchBackend(teacher, precision="float32")

@@ -40,9 +40,13 @@ def quantise(source: Path, target: Path) -> None:
     graph = onnx.load(str(source))
     del graph.graph.value_info[:]  # the exporter's shapes of weights, some of which onnxruntime transposes
     cure = "Export without --int8."
+    dimensions = {weight.name: len(weight.dims) for weight in graph.graph.initializer}
+    vectors = [node.name for node in graph.graph.node if dimensions.get((*node.input, "", "")[1], 2) < 2]
     try:
-        with _quiet_root():
-            quantize_dynamic(graph, str(target), weight_type=QuantType.QInt8, per_channel=True)
+        with _quiet_root():  # a product with a vector, as in attention pooling, has no channels: it would not run
+            quantize_dynamic(
+                graph, str(target), weight_type=QuantType.QInt8, per_channel=True, nodes_to_exclude=vectors
+            )
     except Exception as error:  # onnx and onnxruntime raise many unrelated classes
         reason = first_line(error)
         raise ModelError(f"onnxruntime cannot quantise the student: {reason}", cure) from error

@@ -19,6 +19,8 @@ from kdcache import open_cache
 from kdcache.cache.ids import text_id
 from kdcache.cache.reader import Cache
 from kdcache.data.cache_export import ExportChoice, export_cache
+from kdcache.data.labels import ClassOrder, label_cells, label_numbers
+from kdcache.data.reading import read_rows
 from kdcache.data.table_files import _cells
 from kdcache.errors import MismatchError, StorageError
 from kdcache.files import use_disk
@@ -80,6 +82,22 @@ def test_every_value_is_exact(cache: Path, tmp_path: Path, to: Any) -> None:
     assert report.rows == {"train": 10, "test": 5}
     for split in opened.splits:
         assert read(tmp_path / "out", split) == expected(opened, split)
+
+
+@pytest.mark.parametrize("to", ["parquet", "jsonl"])
+def test_an_export_read_as_data_has_the_same_classes(tmp_path: Path, to: Any) -> None:
+    """Also where the classes are integers in another order: a number in the file would be the class of that name."""
+    plan = made_plan()
+    dump(tmp_path / "cache", replace(plan, task=replace(plan.task, label_names=("1", "0"))))
+    opened = open_cache(tmp_path / "cache")
+    export_cache(opened, tmp_path / "out", ExportChoice(to), progress=SILENT)
+    rows = read_rows(str(next((tmp_path / "out" / "data").glob("train-*"))))
+    found = label_numbers(
+        rows, label_cells(rows, "label"), ClassOrder(opened.task.label_names, "data.labels"), "label", scored=False
+    )
+    expected = opened.examples("train").labels[:][rows.columns["row"]]
+    assert found.tolist() == expected.tolist()
+    assert set(found.tolist()) == {-1, 0, 1}
 
 
 @given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1))

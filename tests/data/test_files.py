@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
+from kdcache.data.labels import class_order, label_cells
 from kdcache.data.reading import _READERS, read_rows
 from kdcache.errors import DataError
 from kdcache.recipe import DATA_FILE_ENDINGS
@@ -99,6 +100,19 @@ def test_parquet_dictionaries_large_strings_and_nulls_are_read(tmp_path: Path) -
     assert rows.place(1).endswith("a.parquet, row 2")
 
 
+def test_parquet_with_two_columns_of_one_name(tmp_path: Path) -> None:
+    table = pa.table([["a"], ["b"]], names=["text", "text"])
+    parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a\.parquet names the column 'text' twice"):
+        read_rows(str(tmp_path / "a.parquet"))
+
+
+def test_booleans_beside_their_numbers_are_no_classes_of_their_own(tmp_path: Path) -> None:
+    rows = read_rows(write(tmp_path, "a.jsonl", b'{"label": true}\n{"label": false}\n{"label": 1}\n'))
+    with pytest.raises(DataError, match=r"line 3.* the label is '1', and the same column has 'false', 'true'"):
+        class_order(rows, label_cells(rows, "label"), "label")
+
+
 BAD = [
     ("a.tsv", b"text\tlabel\nfine\t1\nno tab\n", "a.tsv, line 3 has 1 fields; the header has 2: text, label"),
     ("a.tsv", b"text\tlabel\nfine\t1\t2\n", "a.tsv, line 2 has 3 fields"),
@@ -106,7 +120,7 @@ BAD = [
     ("a.tsv", b"text\tlabel\nok\t1\nbad \xff\t0\n", "a.tsv, line 3 is not UTF-8: byte 0xff"),
     ("a.tsv", b"text\tlabel\nok\t1\nbad \x00\t0\n", "a.tsv, line 3 holds a NUL byte"),
     ("a.tsv", "text\n".encode("utf-16"), "a.tsv, line 1 holds a NUL byte"),
-    ("a.tsv", b"text\ttext\na\tb\n", "a.tsv, line 1 names the column 'text' twice"),
+    ("a.tsv", b"text\ttext\na\tb\n", "a.tsv names the column 'text' twice"),
     ("a.tsv", b"", "is empty; a header and rows were expected"),
     ("a.tsv", b"\n\n", "is empty; a header and rows were expected"),
     ("a.tsv", b"text\tlabel\n", "holds no rows, only a header"),
@@ -118,6 +132,7 @@ BAD = [
     ("a.csv", b"text,label\na,1\n\xe9,0\n", "a.csv, line 3 is not UTF-8: byte 0xe9"),
     ("a.jsonl", b'{"text": "a"}\n{"text": }\n', "a.jsonl, line 2 is not JSON: Expecting value"),
     ("a.jsonl", b'["a"]\n', 'a.jsonl, line 1 is not a JSON object but: ["a"]'),
+    ("a.jsonl", b'{"text": "a", "text": "b"}\n', "a.jsonl names the column 'text' twice"),
     ("a.jsonl", b"[" * 100_000, "a.jsonl, line 1 is not JSON"),
     ("a.jsonl", b"\n", "is empty"),
     ("a.parquet", b"PAR1 but not really", "is not readable Parquet"),

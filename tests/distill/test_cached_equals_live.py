@@ -61,6 +61,18 @@ def test_loss_terms_agree_in_every_step(tiny_run: TinyRun, tmp_path: Path, overr
         assert ours == pytest.approx(theirs, rel=1e-5), step
 
 
+def test_live_teachers_cut_texts_where_the_dump_did(tiny_run: TinyRun, tmp_path: Path) -> None:
+    shorter = ("teachers.bert.max_length=5", "teachers.roberta.max_length=7", "distill.dropout=0.0")
+    start = f'student.init_from="{tiny_run.teachers / "bert"}"'
+    recipe = tiny_run.recipe(*shorter, start, "dump.projection=none", "dump.dtype=float32")
+    dump_teachers(recipe, tiny_run.teachers, tmp_path / "cache", progress=SilentProgress())
+    cached = list(losses(recipe, tiny_run, tmp_path / "cache", False, tmp_path))
+    live = list(losses(recipe, tiny_run, tmp_path / "cache", True, tmp_path))
+    for step, (ours, theirs) in enumerate(zip(cached, live, strict=True)):
+        assert ours == pytest.approx(theirs, rel=1e-5), step
+    assert cached[0] != pytest.approx(next(losses(recipe, tiny_run, tiny_run.exact, False, tmp_path)), rel=1e-5)
+
+
 @pytest.mark.parametrize("name", AMPLIFIES_ROUNDING)
 def test_loss_terms_and_gradients_agree_at_equal_weights(tiny_run: TinyRun, tmp_path: Path, name: str) -> None:
     recipe = tiny_run.recipe(f"distill.method={name}", "distill.dropout=0.0")

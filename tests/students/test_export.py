@@ -15,6 +15,7 @@ import torch
 
 from kdcache.data.encoding import encode, pad
 from kdcache.data.task import load_task
+from kdcache.distill.stage import distill
 from kdcache.errors import ModelError
 from kdcache.progress import SilentProgress
 from kdcache.recipe import load_recipe
@@ -26,6 +27,7 @@ from kdcache.students.score import evaluate_model
 from kdcache.testing.architectures import ARCHITECTURES
 from kdcache.testing.tiny import make_model, reviews, write_reviews
 from tests.cli.commands import kdcache
+from tests.conftest import TinyRun
 
 FILES = {
     "README.md", "config.json", "export.json", "model.onnx", "model_quantized.onnx", "tokenizer.json",
@@ -172,6 +174,16 @@ def test_other_families_export_with_int8(name: str, tmp_path: Path, few: None) -
     with torch.no_grad():
         expected = load_student(directory).model(pad(lone, [0], 0)).logits
     np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_a_student_with_the_shared_head_exports_with_int8(tiny_run: TinyRun, tmp_path: Path, few: None) -> None:  # noqa: ARG001
+    """Its attention pooling multiplies by a vector, which has no channels to quantise."""
+    recipe = tiny_run.recipe("student.head=shared", "distill.method=fine-tune", "distill.epochs=1", "data.transfer=[]")
+    student = distill(recipe, tiny_run.cache, tmp_path, progress=SilentProgress()).student
+    rows = write_reviews(tmp_path / "rows.tsv", reviews(24, seed=2))
+    settings = ExportSettings(int8=True, data=str(rows), text=["sentence"], label="label", int8_tolerance=1.0)
+    report = export_student(student, None, settings, progress=SilentProgress())
+    assert [variant.parity is not None for variant in report.variants] == [False, True, True]
 
 
 def test_a_student_that_torch_cannot_export_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
