@@ -131,13 +131,8 @@ def class_order(
     _refuse_several(rows, labels, column, names)
     integers = sorted((name for name in names if _INTEGER.fullmatch(name)), key=lambda name: (int(name), name))
     words = sorted(names - set(integers))
-    booleans = {word.lower() for word in words} <= {"false", "true"}
-    if (
-        words
-        and integers
-        and all(0 <= int(name) < (2 if booleans else len(words)) for name in integers)
-        and (booleans or len(words) > 1)
-    ):
+    count = 2 if {word.lower() for word in words} <= {"false", "true"} else len(words)
+    if words and integers and count > 1 and all(0 <= int(name) < count for name in integers):
         _refuse_mixed(rows, labels.index(integers[0]), column, integers[0], words, "the same column")
     return ClassOrder(tuple(integers if not words else sorted(names)), "", rows.source)
 
