@@ -28,7 +28,7 @@ from kdcache.students.build import runs_own_code, without_pooler
 from kdcache.students.model import Student, StudentModel
 from kdcache.students.padding import require_pad_token, settle_padding
 from kdcache.teachers.backends.onnx_graph import write_graph
-from kdcache.teachers.teacher import be_quiet
+from kdcache.teachers.teacher import be_quiet, position_limit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -181,7 +181,7 @@ def load_student(directory: Path, *, trust_remote_code: bool = False) -> Student
     if record is None:
         id2label = {int(index): str(name) for index, name in (network.config.id2label or {}).items()}
         names = tuple(id2label[index] for index in sorted(id2label))
-        longest = min(int(tokenizer.model_max_length), 512)
+        longest = min(int(tokenizer.model_max_length), 512, position_limit(network) or 512)
         return Student(StudentModel(network).eval(), tokenizer, names, longest, str(directory), own_code)
     model = StudentModel(network) if record.shared_head is None else _with_shared_head(network, record, directory)
     return Student(model.eval(), tokenizer, record.label_names, record.max_length, str(directory), own_code)

@@ -166,10 +166,10 @@ def _opened(directory: Path, *, trust_remote_code: bool) -> Student | Teacher:
 
 def _length(directory: Path, opened: Student | Teacher, asked: int | None) -> int:
     """Tokens of a text: ``asked``, or what the model was made for; ModelError for more than its positions."""
+    if asked is None:
+        return opened.max_length
     model = opened.model
     limit = position_limit(model.encoder if isinstance(model, TeacherModel) else model.network)
-    if asked is None:
-        return opened.max_length if limit is None else min(opened.max_length, limit)
     if limit is not None and asked > limit:
         raise ModelError(
             f"max_length is {asked}, but the model '{directory}' has positions for {limit} tokens",

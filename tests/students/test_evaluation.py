@@ -16,7 +16,7 @@ from kdcache.recipe import StudentSection
 from kdcache.report.metrics import scores
 from kdcache.students.build import build_student
 from kdcache.students.model import Student
-from kdcache.students.save import save_student, student_record
+from kdcache.students.save import load_student, save_student, student_record
 from kdcache.students.score import encode_split, evaluate_model, selection_score, split_logits
 from kdcache.teachers.bundle import load_teacher, read_bundle, write_bundle
 from kdcache.testing.teachers import make_teachers
@@ -168,6 +168,7 @@ def test_a_model_from_elsewhere_reads_what_it_has_positions_for(tmp_path: Path) 
     assert found["truncated"] == 1
     same = evaluate_model(model, str(path), text=["words"], label="gold", max_length=78)
     assert found["loss"] == same["loss"]
+    assert load_student(model).max_length == 78  # what an export cuts texts to
 
 
 def test_a_record_of_0_1_0_is_read(tmp_path: Path) -> None:
