@@ -7,7 +7,7 @@ read.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -41,12 +41,7 @@ class Difference:
             old, new = texts["with_hidden"]
             lines.append(f"texts with hidden states: - {old:,}  + {new:,}")
         for split, counts in self.facts["splits"].items():
-            shown = {
-                "only_first": "- {:,} rows",
-                "only_second": "+ {:,} rows",
-                "other_label": "{:,} with another label",
-            }
-            rows = ", ".join(text.format(counts[key]) for key, text in shown.items() if counts[key])
+            rows = ", ".join(text.format(counts[key]) for key, text in _ROWS.items() if counts[key])
             lines.append(f"split {split}: {rows or 'the same rows in another order'}")
         for name, teacher in self.facts["teachers"].items():
             lines += [f"teacher {name}: {line}" for line in _teacher_lines(teacher)]
@@ -56,6 +51,14 @@ class Difference:
             f"{format_bytes(size['shared'])}"
         )
         return lines
+
+
+_ROWS = {
+    "only_first": "- {:,} rows",
+    "only_second": "+ {:,} rows",
+    "other_label": "{:,} with another label",
+    "other_group": "{:,} with another group",
+}
 
 
 def diff(first: Cache, second: Cache) -> Difference:
@@ -93,7 +96,7 @@ def _texts(first: Cache, second: Cache) -> dict[str, Any]:
 
 
 def _splits(first: Cache, second: Cache) -> Iterator[tuple[str, dict[str, int]]]:
-    """Rows are texts with their label. They are counted: a text that occurs twice counts twice."""
+    """Rows are texts with their class and group. They are counted: a text that occurs twice counts twice."""
     for split in dict.fromkeys([*first.splits, *second.splits]):
         files = [
             cache.manifest.contents.splits[split].file if split in cache.splits else None for cache in (first, second)
@@ -101,11 +104,23 @@ def _splits(first: Cache, second: Cache) -> Iterator[tuple[str, dict[str, int]]]
         if files[0] == files[1]:
             continue
         rows = [_rows(cache, split) for cache in (first, second)]
-        old, new = (Counter(text for text, _ in rows_of) for rows_of in rows)
-        old_rows, new_rows = (Counter(rows_of) for rows_of in rows)
+        old, new = (Counter(row[0] for row in rows_of) for rows_of in rows)
         only_first = (old - new).total()
-        other_label = (old_rows - new_rows).total() - only_first
-        yield split, {"only_first": only_first, "only_second": (new - old).total(), "other_label": other_label}
+        with_label, whole = (_lacking([[row[:kept] for row in rows_of] for rows_of in rows]) for kept in (2, 3))
+        yield (
+            split,
+            {
+                "only_first": only_first,
+                "only_second": (new - old).total(),
+                "other_label": with_label - only_first,
+                "other_group": whole - with_label,
+            },
+        )
+
+
+def _lacking(rows: Sequence[Sequence[Any]]) -> int:
+    """How many of the first rows the second lack."""
+    return (Counter(rows[0]) - Counter(rows[1])).total()
 
 
 def _teachers(first: Cache, second: Cache) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -159,11 +174,15 @@ def _bytes(first: Cache, second: Cache) -> dict[str, int]:
     return {"first": sum(sizes[0].values()), "second": sum(sizes[1].values()), "shared": shared}
 
 
-def _rows(cache: Cache, split: str) -> list[tuple[bytes, int]]:
+def _rows(cache: Cache, split: str) -> list[tuple[bytes, str | None, str]]:
+    """Text id, class (None without a label) and group (empty without groups) of each row."""
     if split not in cache.splits:
         return []
-    table = cache.examples(split)
-    return list(zip((row.tobytes() for row in table.text_ids), table.labels.tolist(), strict=True))
+    table, names = cache.examples(split), cache.task.label_names
+    ids = (row.tobytes() for row in table.text_ids)
+    classes = (None if label < 0 else names[label] for label in table.labels.tolist())
+    groups = table.groups or [""] * len(table.labels)
+    return list(zip(ids, classes, groups, strict=True))
 
 
 def _distinct_ids(cache: Cache) -> np.ndarray:

@@ -16,7 +16,7 @@ was valid when they were made. Once another one is in place, they are obsolete a
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,11 +61,13 @@ class Journal:
         """What an unfinished dump started from; None if there is none."""
         return self._read_if_there(self.directory / "base.json")
 
-    def clear(self) -> None:
-        """Remove all records; ``base.json`` first, because the others are ignored without it."""
+    def clear(self, keep: Collection[str] = ()) -> None:
+        """Remove all records but those of the teachers ``keep``; ``base.json`` first: without it, all are ignored."""
         remove_file(self.directory / "base.json")
+        kept = {self.directory / "teachers" / name for name in keep}
         for path in self._records():
-            remove_file(path)
+            if path.parent not in kept:
+                remove_file(path)
 
     def apply(self, contents: Contents) -> None:
         """Add the components of all records to ``contents``. Raises DamageError for a damaged record."""

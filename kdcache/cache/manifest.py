@@ -78,14 +78,14 @@ def make_manifest(contents: Contents, provenance: Mapping[str, Any]) -> Manifest
 def read_manifest(root: Path) -> Manifest:
     """Read and check the manifest of a cache directory. Raises DamageError; MismatchError for a newer format."""
     path = root / layout.MANIFEST
-    if path.is_symlink() or not path.is_file():
-        raise DamageError(
-            f"'{root}' has no {layout.MANIFEST}: it is not a cache, or its dump was not finished",
-            "Finish the dump by running the same kdcache dump-teachers command again, or name another directory.",
-        )
-    if path.stat().st_size > MAX_BYTES:
-        raise DamageError(f"'{path}' has {path.stat().st_size} bytes; a manifest has at most {MAX_BYTES}")
     try:
+        if path.is_symlink() or not path.is_file():
+            raise DamageError(
+                f"'{root}' has no {layout.MANIFEST}: it is not a cache, or its dump was not finished",
+                "Finish the dump by running the same kdcache dump-teachers command again, or name another directory.",
+            )
+        if path.stat().st_size > MAX_BYTES:
+            raise DamageError(f"'{path}' has {path.stat().st_size} bytes; a manifest has at most {MAX_BYTES}")
         return parse_manifest(path.read_bytes(), f"'{path}'")
     except OSError as error:
         raise DamageError(f"'{path}' cannot be read: {error.strerror}") from error

@@ -15,6 +15,7 @@ states, basis and array metadata, and the teacher's tokens. So a student can be 
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -237,7 +238,7 @@ def not_here(root: Path, local: LocalSelection, path: str) -> MismatchError:
     name = local.origin or "NAME"
     return MismatchError(
         f"cache '{root}' was pulled in part: {what} was not pulled",
-        f"Fetch it with: kdcache cache pull {name} {' '.join(flags)} --to {root}",
+        f"Fetch it with: kdcache cache pull {name} {' '.join(flags)} --to {shlex.quote(str(root))}",
     )
 
 
@@ -251,9 +252,9 @@ def not_yet_here(root: Path, local: LocalSelection, path: str) -> MismatchError:
         numbers = sorted({layer for layers in teachers.values() for layer in layers})
         flags.append(f"--layers {','.join(map(str, numbers))}")
     flags += [] if local.selection.text else ["--no-text"]
+    command = ["kdcache cache pull", local.origin or "NAME", *flags, "--to", shlex.quote(str(root))]
     return MismatchError(
-        f"cache '{root}' is not complete: '{path}' was not fetched yet",
-        f"Complete it with: {' '.join(['kdcache cache pull', local.origin or 'NAME', *flags])} --to {root}",
+        f"cache '{root}' is not complete: '{path}' was not fetched yet", f"Complete it with: {' '.join(command)}"
     )
 
 

@@ -35,8 +35,16 @@ def check_task(root: Path, old: tuple[TaskSpec, Settings, bool], new: tuple[Task
         raise MismatchError(f"cache '{root}' was made {_text(old[2])}; now it is requested {_text(new[2])}", _HINT)
 
 
-def check_teacher(root: Path, old: TeacherSpec, new: TeacherSpec, existing_layers: set[int]) -> None:
-    """Raises MismatchError if a teacher, or an existing layer of it, differs from the request."""
+def check_teacher(
+    root: Path, old: TeacherSpec, new: TeacherSpec, existing_layers: set[int], *, published: bool = True
+) -> None:
+    """Raises MismatchError if a teacher, or an existing layer of it, differs from the request.
+
+    ``published``: False if all of it is from an interrupted dump, which may be discarded.
+    """
+    left = root / layout.STATE / "teachers" / old.name
+    discard = f"Ask for the same, or discard what an interrupted dump left of it: delete '{left}'."
+    hint = _TEACHER_HINT if published else discard
     for name, before, now in differing_fields(old, new, "{} (sha256)"):
         if name == "folds":
             shown = [str(folds or "the teacher itself") for folds in (before, now)]
@@ -46,17 +54,17 @@ def check_teacher(root: Path, old: TeacherSpec, new: TeacherSpec, existing_layer
                 _FOLDS_HINT,
             )
         if name not in _OF_LAYERS:
-            raise _mismatch(root, old.name, name, before, now)
+            raise _mismatch(root, old.name, name, before, now, hint)
     if existing_layers and new.layers and old.sample_texts != new.sample_texts:
-        raise _mismatch(root, old.name, "sample_texts", old.sample_texts, new.sample_texts)
+        raise _mismatch(root, old.name, "sample_texts", old.sample_texts, new.sample_texts, hint)
     for layer in sorted(existing_layers & new.layers.keys()):
         for name, before, now in differing_fields(old.layers[layer], new.layers[layer]):
-            raise _mismatch(root, old.name, f"{name} of layer {layer}", before, now)
+            raise _mismatch(root, old.name, f"{name} of layer {layer}", before, now, hint)
 
 
-def _mismatch(root: Path, teacher: str, name: str, before: Any, now: Any) -> MismatchError:
+def _mismatch(root: Path, teacher: str, name: str, before: Any, now: Any, hint: str) -> MismatchError:
     message = f"cache '{root}' holds teacher '{teacher}' with {name} {_show(before)}; now it is {_show(now)}"
-    return MismatchError(message, _TEACHER_HINT)
+    return MismatchError(message, hint)
 
 
 def _show(value: Any) -> str:

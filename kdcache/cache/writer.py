@@ -30,7 +30,14 @@ from kdcache.cache.manifest import Manifest, make_manifest
 from kdcache.cache.opening import hold_lock, open_contents, refuse_links, refuse_other_directory
 from kdcache.cache.selection import local_selection, selection_here, write_selection
 from kdcache.cache.spec import needs_tokens
-from kdcache.cache.stale import check_teacher, existing_layers, has_any, refuse_case_twin, refuse_partial_layers
+from kdcache.cache.stale import (
+    check_teacher,
+    existing_layers,
+    has_any,
+    published_layers,
+    refuse_case_twin,
+    refuse_partial_layers,
+)  # fmt: skip
 from kdcache.cache.texts import Part as Part
 from kdcache.cache.texts import PartTask as PartTask
 from kdcache.cache.texts import TextPlan, Texts
@@ -123,6 +130,11 @@ class CacheWriter:
         return self._journal
 
     @property
+    def files(self) -> CheckedFiles:
+        """The files of ``contents``; those of a working copy that are not here are fetched."""
+        return self._files
+
+    @property
     def parts(self) -> tuple[Part, ...]:
         """All parts, old and new, in their order."""
         return tuple(Part(part.name, part.scope, self._texts.ids(part)) for part in self._contents.parts)
@@ -156,7 +168,8 @@ class CacheWriter:
         if old is not None and (existing or has_any(self._contents, published, spec.name)):
             if (spec.encoder_precision, spec.compiled) == (old.encoder_precision, old.compiled):
                 spec = replace(spec, precision=old.precision)
-            check_teacher(self.root, old, spec, existing)
+            in_manifest = published is not None and spec.name in published.teachers
+            check_teacher(self.root, old, spec, existing, published=in_manifest)
             kept = {layer: old.layers[layer] for layer in existing}
             if existing and not spec.layers:
                 spec = replace(spec, sample_texts=old.sample_texts)
@@ -284,8 +297,9 @@ class CacheWriter:
     def publish(self, provenance: Mapping[str, Any], card: Callable[[Manifest], str] | None = None) -> Manifest:
         """Write the card, then the manifest, and remove the commit records. Returns the manifest.
 
-        If nothing changed, the manifest stays the same. Raises MismatchError if a teacher lacks some of the new texts,
-        KdcacheError if a declared teacher is incomplete.
+        If nothing changed, the manifest stays the same. A teacher or layer that this writer did not declare and that is
+        not complete is left out; its records stay, and whoever declares it again continues. Raises MismatchError if a
+        teacher lacks some of the new texts, KdcacheError if a declared teacher is incomplete.
         """
         published = self.base.contents if self.base else None
         contents = complete_contents(self.root, self._contents, published, self._asked)
@@ -298,9 +312,21 @@ class CacheWriter:
         if self._local is not None:
             here = selection_here(self.root, manifest.contents)
             write_selection(self.root, here, origin=self._local.origin if manifest.identity == self._identity else "")
-        self._journal.clear()
+        unfinished = self._unfinished(manifest.contents)
+        self._journal.clear(keep=unfinished)
+        if unfinished:
+            self._journal.begin({"identity": manifest.identity, **contents.settings_record()})
         self.base = manifest
         return manifest
+
+    def _unfinished(self, published: Contents) -> list[str]:
+        """The teachers of which something was run that is not in ``published``: of an interrupted dump."""
+        names = []
+        for name in self._contents.teachers:
+            begun = existing_layers(self._contents, None, name) - published_layers(published, name)
+            if begun or (name not in published.teachers and has_any(self._contents, None, name)):
+                names.append(name)
+        return names
 
     def _write(self, files: Mapping[str, Any]) -> dict[str, FileDigest]:
         written = {path: write_file(self.root / path, data) for path, data in files.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import secrets
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -90,7 +91,11 @@ def _verify_directory(path: Path) -> None:
     for stray in strays:
         out.note(f"not part of the cache: {stray}")
     _refuse_damage(
-        damages, f"cache '{path}'", "file", "Dump again only what is damaged: kdcache dump-teachers RECIPE --repair"
+        damages,
+        f"cache '{path}'",
+        "file",
+        f"Dump again only what is damaged: kdcache dump-teachers RECIPE --repair; or, if it was pulled, pull it again: "
+        f"kdcache cache pull NAME --to {shlex.quote(str(path))}",
     )
     if coming:
         out.text(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kdcache.cli.options import CacheReference, Json, RemoteUrl, Settings, find_cache, layer_numbers
+from kdcache.cli.options import CacheReference, Json, RemoteUrl, Settings, check_teacher_name, find_cache, layer_numbers
 from kdcache.cli.output import out
 from kdcache.errors import RecipeError
 from kdcache.progress import counted, format_bytes
@@ -62,6 +62,8 @@ def extend(
     from kdcache.recipe import load_recipe
     from kdcache.share.local_store import default_store
 
+    if settings and recipe is None:
+        raise RecipeError("--set changes keys of a recipe, and none is given", "Name the recipe: --recipe RECIPE")
     loaded = load_recipe(recipe, settings) if recipe is not None else None
     wanted = Wanted(_teachers(teacher or []), layer_numbers(layers), loaded)
     place, progress = find_cache(reference, remote), RichProgress()
@@ -89,6 +91,7 @@ def _teachers(given: list[str]) -> dict[str, Path]:
             raise RecipeError(f"--teacher {flag} is not NAME=DIR", "Such as: --teacher deberta=runs/deberta/teachers")
         if name in teachers:
             raise RecipeError(f"--teacher names '{name}' twice", "Name each teacher once.")
+        check_teacher_name(name)
         teachers[name] = Path(path)
     return teachers
 

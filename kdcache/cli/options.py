@@ -143,6 +143,27 @@ def find_version(reference: str, url: str | None = None) -> tuple[Remote, Ref]:
     return remote, resolve(remote, reference)
 
 
+def is_published(reference: str) -> bool:
+    """Whether KDCACHE_REMOTE is set and has a version that ``reference`` means. Raises as ``find_version``."""
+    if not default_url() or not _REFERENCE.fullmatch(reference):
+        return False
+    from kdcache.share.refs import names_of, resolve
+
+    remote, name = open_team(), layout.split_reference(reference)[0]
+    return name in names_of(remote, layout.refs_of(name)) and bool(resolve(remote, reference))
+
+
+def check_teacher_name(name: str) -> None:
+    """Raises RecipeError if a cache cannot have a teacher of that name."""
+    from kdcache.cache.layout import TEACHER_NAME
+
+    if not TEACHER_NAME.fullmatch(name):
+        raise RecipeError(
+            f"'{name}' is no name of a teacher: letters, digits, '.', '_' and '-', at most 64",
+            "Choose a name such as: deberta",
+        )
+
+
 def open_team(url: str | None = None) -> Remote:
     """The remote at ``url``, else at KDCACHE_REMOTE. Raises RecipeError if neither names one."""
     from kdcache.share.stores.registry import default_remote, open_remote

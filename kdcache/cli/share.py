@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -295,9 +296,11 @@ def status(path: CachePath, remote: RemoteUrl = None, json: Json = False) -> Non
     out.document({**asdict(standing), "remote": store.url})
     for line in _standing(standing, store.url):
         out.text(line)
+    for name, problem in standing.problems.items():
+        out.note(f"{name}: {problem}")
     for reference in standing.newest.values():
         if reference not in standing.pushed_as:
-            out.hint(f"See row by row what differs with: kdcache cache diff {path} {reference}")
+            out.hint(f"See row by row what differs with: kdcache cache diff {shlex.quote(str(path))} {reference}")
 
 
 def _standing(standing: Status, url: str) -> list[str]:

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
-from kdcache.cli.options import CacheReference, Json, RemoteUrl, Settings, find_cache
+from kdcache.cli.options import (
+    CacheReference,
+    Json,
+    RemoteUrl,
+    Settings,
+    check_teacher_name,
+    find_cache,
+    is_published,
+)  # fmt: skip
 from kdcache.cli.output import out
 from kdcache.errors import RecipeError
 from kdcache.progress import counted, format_bytes
@@ -64,7 +72,7 @@ def export(
     if to not in get_args(TableFormat):
         raise RecipeError(f"--to is '{to}'; the formats are parquet and jsonl", "Such as: --to parquet")
     values = "probabilities" if probabilities else "logits"
-    names = tuple(split) if split else None, tuple(teacher) if teacher else None
+    names = tuple(dict.fromkeys(split)) if split else None, tuple(dict.fromkeys(teacher)) if teacher else None
     choice = ExportChoice(to, *names, values, temperature, pooled)  # type: ignore[arg-type]
     found = find_cache(cache, remote)
     if isinstance(found, Path):
@@ -176,8 +184,13 @@ def import_(
         found = read_answers(Path(file), task, how)
         return ImportedTeacher(found, source or Path(file).name, licence, write_missing)
 
-    _check_name(name)
-    if recipe is not None and remote is None and not (Path(cache) / "manifest.json").is_file():
+    check_teacher_name(name)
+    if recipe is not None and not _exists(cache, remote):
+        if tag is not None:
+            raise RecipeError(
+                f"there is no cache '{cache}' yet; --tag belongs to a name on the remote",
+                "Import into a new directory, then: kdcache cache push PATH --name NAME --tag TAG",
+            )
         identity, run = _into_new_cache(Path(cache), recipe, settings, name, imported)
         document = {"cache": cache, "before": None, "identity": identity, "teachers": {name: run.as_dict()}}
         published = None
@@ -189,14 +202,11 @@ def import_(
     out.text(f"identity {document['identity']}" + (f", published as {published}" if published else ""))
 
 
-def _check_name(name: str) -> None:
-    from kdcache.cache.layout import TEACHER_NAME
-
-    if not TEACHER_NAME.fullmatch(name):
-        raise RecipeError(
-            f"'{name}' is no name of a teacher: letters, digits, '.', '_' and '-', at most 64",
-            "Such as: --teacher judge=FILE",
-        )
+def _exists(cache: str, url: str | None) -> bool:
+    """Whether a reference means a cache: a directory that holds one, or a name on the remote, if one is set."""
+    if Path(cache).is_dir():
+        return (Path(cache) / "manifest.json").is_file()
+    return url is not None or is_published(cache)
 
 
 def _answer_format(

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kdcache.cache import layout, tables
-from kdcache.cache.digests import CheckedFiles
 from kdcache.cache.ids import id_list
 from kdcache.cache.spec import check_same_task
 from kdcache.errors import ModelError
@@ -125,7 +124,7 @@ def validation_scores(writer: CacheWriter, name: str) -> dict[str, float]:
     split = contents.splits.get(SPLIT)
     if split is None:
         return {}
-    files, spec = CheckedFiles(writer.root, contents.files), contents.teachers[name]
+    files, spec = writer.files, contents.teachers[name]
     classes = len(contents.task.label_names)
     ids, labels, _ = files.decode(split.file, lambda data: tables.decode_examples(data, split.examples, classes))
     wanted = id_list(ids)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kdcache.cache.spec import differing, needs_tokens
+from kdcache.cache.spec import check_same_task, differing, needs_tokens
 from kdcache.codecs.token_selection import select_tokens
 from kdcache.data.encoding import EncodedTexts, encode, padding_id
 from kdcache.dump.engine import TextBatches
@@ -34,7 +34,7 @@ from kdcache.dump.tolerance import (
 from kdcache.errors import MismatchError
 from kdcache.runs import home
 from kdcache.teachers.backends import open_backend
-from kdcache.teachers.bundle import load_teacher, teacher_names
+from kdcache.teachers.bundle import load_teacher, read_bundle, teacher_names
 
 if TYPE_CHECKING:
     from kdcache.cache.reader import Cache
@@ -120,7 +120,7 @@ def audit(
     """Compare ``rows`` texts of the cache with the present outputs of the teachers in ``teachers_dir``.
 
     ``trust_remote_code`` allows the teachers to run Python code from their directories. Raises MismatchError if the
-    cache has no texts or none of its teachers is in the directory, and the backends' errors.
+    cache has no texts, none of its teachers is in the directory, or they have other classes, and the backends' errors.
     """
     if not cache.has_text:
         raise MismatchError(
@@ -134,6 +134,8 @@ def audit(
             f"none of the teachers of cache '{cache.path}' ({', '.join(cache.teachers)}) is in '{teachers_dir}'",
             "Name the directory that the cache was dumped from with --teachers.",
         )
+    cure = "Audit with the teachers that the cache was dumped from: --teachers DIR"
+    check_same_task(read_bundle(teachers_dir), cache.task, ("the teachers", "the cache"), cure, same_column_names=False)
     chosen = choose_rows(cache, rows, seed)
     audits = tuple(  # one teacher in memory at a time
         _audit_teacher(

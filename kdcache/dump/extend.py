@@ -9,6 +9,8 @@ layer number and text id. The old manifest stays valid until the new one is publ
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -59,6 +61,26 @@ class Wanted:
     layers: tuple[int, ...] | None = None
     recipe: Recipe | None = None
     answers: Mapping[str, ImportedTeacher] = field(default_factory=dict)
+
+    def digest(self) -> str:
+        """sha256 of what is added, in hex: another teacher or file under the same name has another one."""
+        asked = {
+            "teachers": {name: _stamp(path) for name, path in sorted(self.teachers.items())},
+            "layers": self.layers,
+            "recipe": None if self.recipe is None else self.recipe.model_dump(mode="json", include=_RECIPE_PARTS),
+            "answers": {name: imported.answers.fingerprint for name, imported in sorted(self.answers.items())},
+        }
+        return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+
+
+_RECIPE_PARTS = {"data", "teachers", "dump", "student"}  # those that decide what is stored
+
+
+def _stamp(directory: Path) -> list[tuple[str, int, int]]:
+    """Name, bytes and time of each file of a teacher."""
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    stats = [(path, path.stat()) for path in files]
+    return [(str(path.absolute()), stat.st_size, stat.st_mtime_ns) for path, stat in stats]
 
 
 @dataclass(frozen=True)
@@ -154,7 +176,7 @@ def extend_cache(
         record = with_folds(extended_provenance(old.provenance, records, cache_dir, provenance or {}), teachers)
         record["text_ids"] = ids_digest(part.text_ids for part in writer.parts)
         new = writer.publish(record, card=cache_card)
-        forget_runs(cache_dir)
+        forget_runs(cache_dir, new.contents.teachers)
     shared, added = shared_bytes(old, new)
     return ExtendReport(
         cache_dir, old.identity, new.identity, new_texts, runs, added, shared, time.perf_counter() - started
@@ -264,8 +286,8 @@ def _new_layers(
     specs_like = [spec for _, spec in sorted(like.layers.items())] if like is not None else []
     if wanted.layers is not None:
         numbers = sorted(wanted.layers)
-    else:  # a new teacher gets as many layers as the other has, at the same relative depths
-        numbers = sorted(set(even_layers(teacher.depth, len(specs_like)))) if known is None and specs_like else []
+    else:
+        numbers = _same_depths(like, teacher.depth) if known is None and like is not None else []
     new = [check_layer(layer, teacher.depth, teacher.name) for layer in numbers if layer not in there]
     if new and not specs_like:
         raise RecipeError(
@@ -277,6 +299,14 @@ def _new_layers(
         layer: spec_like(specs_like[place if matching else 0], teacher.name, layer, teacher.width)
         for place, layer in enumerate(new)
     }
+
+
+def _same_depths(like: TeacherSpec, depth: int) -> list[int]:
+    """The layers of a teacher with ``depth`` blocks at the relative depths of those that ``like`` stores."""
+    stored = sorted(like.layers)
+    if stored == sorted(set(even_layers(like.depth, len(stored)))):  # as a dump with layers = "even" has them
+        return sorted(set(even_layers(depth, len(stored))))
+    return sorted({max(min(layer, 1), round(layer * depth / like.depth)) for layer in stored})
 
 
 def _example(contents: Contents) -> TeacherSpec | None:

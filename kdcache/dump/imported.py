@@ -10,6 +10,7 @@ answers.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import time
@@ -131,15 +132,19 @@ def refuse_missing(
         return
     cache = open_cache(cache_dir, incomplete=True)
     splits = {split: cache.examples(split) for split in cache.splits} | ({} if task is None else task.splits)
-    texts = {} if task is None else dict(task.texts)
-    if cache.has_text_here:
-        wanted = set(id_list(lacking))
-        for part in cache.parts:
-            here = id_list(cache.text_ids(part.name))
-            if not wanted.isdisjoint(here):
-                found = zip(here, cache.texts(part.name), strict=True)
-                texts |= {one: text for one, text in found if one in wanted}
+    texts = {**_texts_of(writer, lacking), **({} if task is None else task.texts)}
     _refuse(name, imported, lacking, splits, texts, cache.task.text_columns)
+
+
+def _texts_of(writer: CacheWriter, ids: np.ndarray) -> dict[bytes, tuple[str, ...]]:
+    """The texts with these ids; empty where the cache does not store texts, or they were not pulled."""
+    wanted, texts = set(id_list(ids)), dict[bytes, tuple[str, ...]]()
+    for part in writer.parts if writer.contents.has_text else ():
+        here = id_list(part.text_ids)
+        if not wanted.isdisjoint(here):
+            with contextlib.suppress(MismatchError):  # not pulled
+                texts |= {one: text for one, text in zip(here, writer.texts_of(part), strict=True) if one in wanted}
+    return texts
 
 
 def _all_ids(writer: CacheWriter) -> np.ndarray:
@@ -212,5 +217,5 @@ def import_into_new_cache(
         record = extended_provenance({}, records, cache_dir, provenance or {}) | about
         record["text_ids"] = ids_digest(part.text_ids for part in writer.parts)
         manifest = writer.publish(record, card=cache_card)
-        forget_runs(cache_dir)
+        forget_runs(cache_dir, manifest.contents.teachers)
     return manifest, run

@@ -65,7 +65,7 @@ def extend_version(
     publish all the time. Teacher outputs are kept: the same command does not run teachers again.
     """
     newest = newest_of(history(remote, ref.name))
-    with working_copy(remote, ref, store=store, progress=progress) as copy:
+    with working_copy(remote, ref, wanted.digest(), store=store, progress=progress) as copy:
         with other_copies(ref.name, copy, store=store) as earlier:
             report = extend_cache(
                 copy.path, wanted, progress=progress, arrivals=copy.arrivals, provenance=provenance, earlier=earlier
@@ -113,7 +113,7 @@ def _copy_for(job: _Extension, ref: Ref) -> contextlib.AbstractContextManager[Wo
     """A working copy of ``ref``; the first copy if it has the same content."""
     if ref.identity == job.first.manifest.identity:
         return contextlib.nullcontext(job.first)
-    return working_copy(job.remote, ref, store=job.store, progress=job.progress)
+    return working_copy(job.remote, ref, job.wanted.digest(), store=job.store, progress=job.progress)
 
 
 def _together(job: _Extension, copy: WorkingCopy, report: ExtendReport) -> ExtendReport:

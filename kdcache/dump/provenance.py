@@ -79,7 +79,8 @@ def with_folds(provenance: dict[str, Any], teachers: Iterable[PreparedTeacher]) 
 
 def _published(given: Mapping[str, Any], teachers: Mapping[str, Any], cache_dir: Path) -> dict[str, Any]:
     """``given`` with versions, time, and the records of ``teachers`` with those of their runs."""
-    runs = {name: {**teachers.get(name, {}), **record} for name, record in _remembered(cache_dir).items()}
+    remembered = _remembered(cache_dir)
+    runs = {name: {**teachers[name], **remembered[name]} for name in teachers if name in remembered}
     versions = {**library_versions(), **given.get("versions", {})}
     return {**given, "versions": versions, "published": _now(), "teachers": {**teachers, **runs}}
 
@@ -129,10 +130,10 @@ def inherit_run(source: Path, cache_dir: Path, name: str) -> None:
         write_file(cache_dir / STATE / f"{name}{_SUFFIX}", json.dumps(known).encode())
 
 
-def forget_runs(cache_dir: Path) -> None:
-    """Remove the records of runs, which the manifest has now."""
-    for path in (cache_dir / STATE).glob(f"*{_SUFFIX}"):
-        remove_file(path)
+def forget_runs(cache_dir: Path, teachers: Iterable[str]) -> None:
+    """Remove the records of the runs of ``teachers``, which the manifest has now."""
+    for name in teachers:
+        remove_file(cache_dir / STATE / f"{name}{_SUFFIX}")
 
 
 def _remembered(cache_dir: Path) -> dict[str, dict[str, Any]]:

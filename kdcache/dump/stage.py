@@ -198,9 +198,9 @@ def publish_dump(writer: CacheWriter, job: DumpJob, runs: Sequence[TeacherRun]) 
     write_examples(writer, job.task)
     record = with_folds(dump_provenance(job.recipe, job.bundle, job.cache_dir, job.provenance), job.teachers)
     record["text_ids"] = ids_digest(part.text_ids for part in writer.parts)
-    identity = writer.publish(record, card=cache_card).identity
-    forget_runs(job.cache_dir)
-    return report_dump(writer, job, runs, identity)
+    manifest = writer.publish(record, card=cache_card)
+    forget_runs(job.cache_dir, manifest.contents.teachers)
+    return report_dump(writer, job, runs, manifest.identity)
 
 
 def report_dump(

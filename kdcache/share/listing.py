@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from kdcache.cache.layout import MANIFEST
 from kdcache.cache.manifest import read_manifest
 from kdcache.cache.selection import local_selection
-from kdcache.errors import KdcacheError
+from kdcache.errors import DamageError, KdcacheError
 from kdcache.progress import counted
 from kdcache.share import keys as layout
 from kdcache.share.presence import missing_of
@@ -69,18 +69,22 @@ class Status:
     not_pulled: int  # number of files that are not in the directory
     bytes_not_pulled: int
     selection: dict[str, Any] | None
+    problems: dict[str, str]  # name -> why its refs cannot be read
 
 
 def status(remote: Remote, path: Path) -> Status:
-    """Compare a cache directory with the published versions. Raises DamageError, RemoteError."""
+    """Compare a cache directory with the published versions.
+
+    Raises DamageError if the directory, or the manifest of a version to compare with, is damaged; RemoteError.
+    """
     manifest = read_manifest(path)
     contents = manifest.contents
     local = local_selection(path, contents)
     here = set(contents.files) if local is None else local.selection.covers(contents)
     away = contents.files.keys() - here
     pushed, newest, differences = [], {}, {}
-    for name, refs in all_histories(remote).items():
-        versions = live(refs)
+    listed = _all_names(remote)
+    for name, versions in ((entry.name, entry.versions) for entry in listed):
         mine = [ref for ref in versions if ref.identity == manifest.identity]
         origin = local is not None and local.origin.partition("@")[0] == name
         if not mine and not (origin and versions):
@@ -102,7 +106,16 @@ def status(remote: Remote, path: Path) -> Status:
         not_pulled=len(away),
         bytes_not_pulled=sum(contents.files[file].size for file in away),
         selection=None if local is None else asdict(local.selection),
+        problems={entry.name: entry.problem for entry in listed if entry.problem},
     )
+
+
+def _all_names(remote: Remote) -> list[Name]:
+    """Every name, from one listing; from one for each name where a ref is damaged."""
+    try:
+        return [Name(name, live(refs)) for name, refs in all_histories(remote).items()]
+    except DamageError:
+        return names(remote)
 
 
 def differing(mine: Contents, other: Contents) -> list[str]:
@@ -148,7 +161,14 @@ class LocalCache:
 
 def find_caches(places: Iterable[Path]) -> list[LocalCache]:
     """The caches among ``places``, which may or may not be directories, in their order."""
-    return [_look(place) for place in places if (place / MANIFEST).is_file()]
+    return [_look(place) for place in places if _has_manifest(place)]
+
+
+def _has_manifest(place: Path) -> bool:
+    try:
+        return (place / MANIFEST).is_file()
+    except OSError:  # a directory that this user may not read, such as lost+found
+        return False
 
 
 def _look(place: Path) -> LocalCache:

@@ -140,9 +140,12 @@ class LocalStore:
             return True
 
     def adopt(self, place: Path, manifest: Manifest) -> Path:
-        """Move a cache directory of the same file system into the store."""
+        """Move a cache directory of the same file system into the store.
+
+        The cache may be in use, also by this process: nothing that is there changes.
+        """
         target = self.directory(manifest.identity)
-        with self._locked(), hold(self.root / "locks" / manifest.identity):
+        with self._locked():
             if target.exists():
                 shutil.rmtree(place, ignore_errors=True)
                 return target

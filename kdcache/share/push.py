@@ -176,8 +176,11 @@ def _publish(job: _Job, lease: Lease) -> tuple[Ref, bool]:
     """Run the protocol; returns the ref and whether it is new."""
     history = refs.history(job.remote, job.name)
     before = {ref.key for ref in history}
-    if job.after is not None and refs.newest_like(history, job.manifest_sha, job.tag) is None:
-        refs.check_newest(history, job.after)  # before anything is sent; checked again when the ref is made
+    there = refs.newest_like(history, job.manifest_sha, job.tag)
+    if there is None:  # before anything is sent; checked again when the ref is made
+        refs.refuse_taken_tag(history, job.manifest_sha, job.tag)
+        if job.after is not None:
+            refs.check_newest(history, job.after)
     ref: Ref | None = None
     for _ in range(_ROUNDS):
         lease.renew()
@@ -240,6 +243,8 @@ def _would(job: _Job) -> PushReport:
     missing = job.missing(job.objects)
     history = refs.history(job.remote, job.name)
     newest = refs.newest_like(history, job.manifest_sha, job.tag)
+    if newest is None:
+        refs.refuse_taken_tag(history, job.manifest_sha, job.tag)
     number = newest.number if newest else (history[-1].number if history else 0) + 1
     return _report(job, f"{job.name}@{number}", newest is None, missing, dry_run=True)
 

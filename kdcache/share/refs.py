@@ -114,9 +114,8 @@ def publish(
 
     def already(refs: Sequence[Ref]) -> Ref | None:
         newest = newest_like(refs, manifest_sha, tag)
-        taken = next((ref for ref in live(refs) if tag and ref.tag == tag and ref.manifest != manifest_sha), None)
-        if newest is None and taken:
-            raise MismatchError(f"tag '{tag}' of '{name}' is version {taken.number} already", "Choose another tag.")
+        if newest is None:
+            refuse_taken_tag(refs, manifest_sha, tag)
         if newest is None and after is not None:
             check_newest(refs, after)
         return newest
@@ -145,6 +144,13 @@ def check_newest(refs: Sequence[Ref], after: Collection[Ref]) -> None:
             f"this version was made from {expected}, but {there}",
             "Run the same command again: it starts from the newest version.",
         )
+
+
+def refuse_taken_tag(refs: Sequence[Ref], manifest_sha: str, tag: str | None) -> None:
+    """Raises MismatchError if another version of the name has the tag."""
+    for ref in live(refs):
+        if tag and ref.tag == tag and ref.manifest != manifest_sha:
+            raise MismatchError(f"tag '{tag}' of '{ref.name}' is version {ref.number} already", "Choose another tag.")
 
 
 def newest_like(refs: Sequence[Ref], manifest_sha: str, tag: str | None) -> Ref | None:

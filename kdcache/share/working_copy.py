@@ -1,14 +1,18 @@
 """A version of a remote cache in a local directory where it can be extended; its files are hard links, not copies.
 
+    store/extending/<name>-<identity, 16 hex>-<what is added, 12 hex>/
+
 The working copy starts with the manifest alone. A file that the writer reads is fetched into the local store and
 hard-linked here; files that the writer adds are here only. So the old version does not change, unchanged files are
-shared, and a push of the working copy sends the new ones. An interrupted extension continues in the same copy.
+shared, and a push of the working copy sends the new ones. An interrupted extension continues in the same copy. One
+that adds something else has a copy of its own, so it does not publish what was left behind.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -42,10 +46,13 @@ class WorkingCopy:
 
 @contextlib.contextmanager
 def working_copy(
-    remote: Remote, ref: Ref, *, store: LocalStore, progress: Progress | None = None
+    remote: Remote, ref: Ref, added: str, *, store: LocalStore, progress: Progress | None = None
 ) -> Iterator[WorkingCopy]:
-    """Open a working copy. Raises LockedError if another process has the same one open, and as ``read_through``."""
-    path = store.root / "extending" / f"{ref.name}-{ref.identity[:16]}"
+    """Open the working copy for what ``added``, a digest in hex, stands for.
+
+    Raises LockedError if another process has the same one open, and as ``read_through``.
+    """
+    path = store.root / "extending" / f"{ref.name}-{ref.identity[:16]}-{added[:12]}"
     with attempt(store.root / "locks" / f"extending-{path.name}") as free:
         if not free:
             raise LockedError(
@@ -64,14 +71,13 @@ def working_copy(
 
 @contextlib.contextmanager
 def other_copies(name: str, copy: WorkingCopy, *, store: LocalStore) -> Iterator[tuple[Path, ...]]:
-    """Working copies of other versions of the name, locked while the block runs; those in use are left out."""
+    """Other working copies of versions of the name, locked while the block runs; those in use are left out."""
+    of_name = re.compile(rf"{re.escape(name)}-[0-9a-f]{{16}}(-[0-9a-f]{{12}})?")  # 0.1.0 had one for each version
     with contextlib.ExitStack() as stack:
         copies = []
         for path in sorted((store.root / "extending").glob(f"{name}-*")):
-            same_name = (
-                path.name.rpartition("-")[0] == name and path != copy.path and (path / layout.MANIFEST).is_file()
-            )
-            if same_name and stack.enter_context(attempt(store.root / "locks" / f"extending-{path.name}")):
+            there = of_name.fullmatch(path.name) and path != copy.path and (path / layout.MANIFEST).is_file()
+            if there and stack.enter_context(attempt(store.root / "locks" / f"extending-{path.name}")):
                 copies.append(path)
         yield tuple(copies)
 

@@ -71,8 +71,27 @@ def test_labels_and_rows_are_counted_as_rows(tmp_path: Path) -> None:
         writer.write_examples("train", id_array([*ids, ids[0]]), np.append(labels, labels[0]), None)
         writer.publish({})
     found = diff(open_cache(tmp_path / "a"), open_cache(tmp_path / "b"))
-    assert found.facts["splits"] == {"train": {"only_first": 0, "only_second": 1, "other_label": 2}}
+    assert found.facts["splits"] == {"train": {"only_first": 0, "only_second": 1, "other_label": 2, "other_group": 0}}
     assert found.facts["texts"] == {}
+
+
+def test_rows_are_compared_by_class_and_group(tmp_path: Path) -> None:
+    """The numbers of the classes depend on their order, which may differ."""
+    from kdcache.cache.writer import open_writer
+
+    turned = replace(BASE, task=replace(BASE.task, label_names=tuple(reversed(BASE.task.label_names))))
+    for name, plan, groups in (("a", BASE, "x"), ("b", BASE, "y"), ("c", turned, "x")):
+        dump(tmp_path / name, plan)
+        with open_writer(tmp_path / name, plan.task, plan.settings) as writer:
+            rows = open_cache(tmp_path / name).examples("train")
+            labels = np.arange(len(rows)) % 2
+            labels = 1 - labels if plan is turned else labels
+            writer.write_examples("train", rows.text_ids, labels, [groups] * len(rows))
+            writer.publish({})
+    a, b, c = (diff(open_cache(tmp_path / "a"), open_cache(tmp_path / name)).facts["splits"] for name in "abc")
+    assert a == {}
+    assert b["train"] == {"only_first": 0, "only_second": 0, "other_label": 0, "other_group": 8}
+    assert not any(c["train"].values())
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -215,6 +216,15 @@ def test_what_another_run_began_and_left_is_not_published(tmp_path: Path) -> Non
         writer.write_part("electra", task.part, outputs=outputs, tokens=made_tokens(texts), hidden={})
     assert dump(tmp_path / "c", plan).identity == undisturbed.identity
     assert verify(tmp_path / "c") == []
+    with open_writer(tmp_path / "c", TASK, SETTINGS) as writer:  # whoever asks for it goes on
+        left = writer.declare_teacher(spec, tokenizer_json("electra"))
+        assert [one.part.name for one in left if not one.outputs] == [task.part.name]
+        with pytest.raises(MismatchError, match="holds teacher 'electra' with max_length 16; now it is 8") as caught:
+            writer.declare_teacher(made_teacher("electra", max_length=8), tokenizer_json("electra"))
+        shutil.rmtree(caught.value.hint.split("'")[1])  # as the hint says
+    with open_writer(tmp_path / "c", TASK, SETTINGS) as writer:
+        short = made_teacher("electra", max_length=8)
+        assert all(one.outputs for one in writer.declare_teacher(short, tokenizer_json("electra")))
 
 
 def test_a_layer_that_another_run_began_is_left_out(pristine: Path, plan: Plan, copy_of: Copy) -> None:
@@ -232,6 +242,9 @@ def test_a_layer_that_another_run_began_is_left_out(pristine: Path, plan: Plan, 
         assert writer.publish({}).identity == open_cache(pristine).identity
     assert all("layer-03" in file for file in unreferenced(path))
     assert verify(path) == []
+    with open_writer(path, TASK, SETTINGS) as writer:
+        left = writer.declare_teacher(spec, tokenizer_json("bert"))
+        assert left and task.part.name not in {one.part.name for one in left}
 
 
 def test_an_unfinished_teacher_is_not_published(tmp_path: Path, plan: Plan) -> None:

@@ -210,5 +210,8 @@ def test_bad_input_is_one_line_and_nothing_is_lost(cache: Path, tmp_path: Path) 
         assert [line.split(":")[0] for line in said.err.splitlines()] == ["error", "hint"]
     assert not (tmp_path / "x").exists()
     assert [path.name for path in other.iterdir()] == ["notes.txt"]
+    twice = ("--teacher", "bert", "--teacher", "bert", "--split", "test", "--split", "test")
+    said = kdcache("cache", "export", cache, "--output-dir", tmp_path / "twice", *twice, "--json")
+    assert said.document["columns"] == ["sentence", "label", "logits_bert", "row", "text_id"]
     again = kdcache("cache", "export", cache, "--output-dir", done, "--json")
     assert again.document["files_kept"] == again.document["files"] == 2

@@ -149,3 +149,6 @@ def test_teachers_that_are_not_there(bench: Workbench, tmp_path: Path) -> None:
     none = make_teachers(tmp_path / "none", {"other": "bert"})
     with pytest.raises(MismatchError, match="none of the teachers"):
         _audit(bench, none)
+    three = make_teachers(tmp_path / "three", {"roberta": "roberta"}, label_names=("a", "b", "c"))
+    with pytest.raises(MismatchError, match="the labels of the teachers are"):
+        _audit(bench, three)

@@ -78,6 +78,16 @@ def test_a_newcomer_is_run_as_the_others_were(bench: Workbench, grown: Path) -> 
     assert again.identity == report.identity and not again.runs
 
 
+def test_a_newcomer_gets_layers_at_the_depths_that_the_cache_has(bench: Workbench) -> None:
+    """[1, 3] of four is not what 'even' takes: that would be [2, 4]."""
+    settings = (TOKENS, "dump.layers=[1,3]")
+    bench.only("bert").dump(*settings)
+    extend(bench.cache, {"roberta": bench.teachers})
+    assert sorted(open_cache(bench.cache).teachers["roberta"].layers) == [1, 3]
+    both = bench.only("bert", "roberta").dump(*settings, cache=bench.cache.parent / "both")
+    assert read_manifest(bench.cache).identity == both.identity
+
+
 def test_layers_and_rows(bench: Workbench, grown: Path, tmp_path: Path) -> None:
     report = extend(grown, {"bert": bench.teachers}, layers=(3,))
     assert [run.teacher for run in report.runs] == ["bert"]
@@ -183,8 +193,13 @@ def test_a_name_gets_its_next_version(
     assert (tmp_path / "home/store/caches" / read_manifest(pair).identity / "text/part-00000.arrow").samefile(
         kept / "text/part-00000.arrow"
     )
-    said = kdcache("cache", "extend", "reviews@1", "--teacher", f"xlm={bench.teachers}", "--teacher", "gpt")
-    assert said.code == 2 and "is not NAME=DIR" in said.err
+    for flags, message in (
+        (("--teacher", f"xlm={bench.teachers}", "--teacher", "gpt"), "is not NAME=DIR"),
+        (("--teacher", f"a/b={bench.teachers}"), "'a/b' is no name of a teacher"),
+        (("--teacher", f"xlm={bench.teachers}", "--set", "dump.dim=6"), "none is given"),
+    ):
+        said = kdcache("cache", "extend", "reviews@1", *flags)
+        assert said.code == 2 and message in said.err, said.err
 
 
 def test_an_extension_whose_push_failed_goes_on_without_running_the_teacher_again(
@@ -194,7 +209,7 @@ def test_an_extension_whose_push_failed_goes_on_without_running_the_teacher_agai
     push(remote, pair, "reviews")
     counting = FaultyRemote(remote)
     ref = resolve(remote, "reviews")
-    with pytest.raises(RemoteError), working_copy(counting, ref, store=store) as copy:
+    with pytest.raises(RemoteError), working_copy(counting, ref, "a" * 64, store=store) as copy:
         extend_cache(copy.path, Wanted({"xlm": bench.teachers}), progress=SilentProgress(), arrivals=copy.arrivals)
         raise RemoteError("the cable")
     fetched = {parse_file_key(line.split()[1]) for line in counting.log if line.startswith("read files/")}
@@ -202,7 +217,7 @@ def test_an_extension_whose_push_failed_goes_on_without_running_the_teacher_agai
     assert fetched == {
         digest.sha256 for path, digest in files.items() if path.split("/")[0] in ("texts", "text", "data")
     }
-    with working_copy(remote, ref, store=store) as copy:
+    with working_copy(remote, ref, "a" * 64, store=store) as copy:
         report = extend_cache(
             copy.path, Wanted({"xlm": bench.teachers}), progress=SilentProgress(), arrivals=copy.arrivals
         )

@@ -317,12 +317,36 @@ def test_a_name_on_the_remote_gets_a_new_version(cache: Path, tmp_path: Path, mo
     (tmp_path / "remote").mkdir()
     push(open_remote(str(tmp_path / "remote")), cache, "made")
     file = write(tmp_path / "a.jsonl", [{"sentence": line, "p": 0.3} for line in sentences(open_cache(cache))])
-    said = kdcache("cache", "import", "made", "--teacher", f"judge={file}", "--column", "good=p", "--json")
-    assert said.code == 0, said.err
-    assert said.document["reference"] == "made@2"
+    few = write(tmp_path / "few.jsonl", [{"sentence": line, "p": 0.3} for line in sentences(open_cache(cache))[:4]])
+    listed = tmp_path / "missing.jsonl"
+    column = ("--column", "good=p")
+    said = kdcache("cache", "import", "made", "--teacher", f"judge={few}", *column, "--write-missing", listed)
+    assert said.code == 4 and len(listed.read_text().splitlines()) == len(sentences(open_cache(cache))) - 4
+    for _ in range(2):  # the second time nothing is missing
+        said = kdcache("cache", "import", "made", "--teacher", f"judge={file}", *column, "--json")
+        assert said.code == 0, said.err
+        assert said.document["reference"] == "made@2"
     exported = kdcache("cache", "export", "made@2", "--teacher", "judge", "--output-dir", tmp_path / "out", "--json")
     assert exported.code == 0, exported.err
     assert exported.document["columns"] == ["sentence", "label", "logits_judge", "row", "text_id"]
+
+
+def test_a_recipe_beside_a_name_on_the_remote_makes_no_directory(
+    tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KDCACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("KDCACHE_REMOTE", str(tmp_path / "remote"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "remote").mkdir()
+    kdcache("cache", "push", tiny_run.cache, "--name", "made")
+    file = write(tmp_path / "a.jsonl", [{"sentence": line, "p": 0.3} for line in sentences(open_cache(tiny_run.cache))])
+    arguments = ("--teacher", f"judge={file}", "--column", "1=p", "--recipe", tiny_run.recipe_file)
+    said = kdcache("cache", "import", "made", *arguments, "--tag", "judged", "--json")
+    assert said.code == 0, said.err
+    assert said.document["reference"] == "made@2" and not (tmp_path / "made").exists()
+    said = kdcache("cache", "import", "new", *arguments, "--tag", "judged")
+    assert said.code == 2 and "there is no cache 'new' yet" in said.err
+    assert kdcache("cache", "import", "new", *arguments).code == 0 and (tmp_path / "new/manifest.json").is_file()
 
 
 def test_a_cache_with_an_imported_teacher_alone_can_get_a_teacher_that_runs(tiny_run: TinyRun, tmp_path: Path) -> None:

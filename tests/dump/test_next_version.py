@@ -141,6 +141,34 @@ def test_what_an_interrupted_command_ran_is_kept_for_another_version(
     assert read_manifest(report.cache).provenance["teachers"]["xlm"]["texts_run"] == 184
 
 
+def test_what_an_interrupted_command_ran_is_not_published_by_another(
+    bench: Workbench, base: Path, all_three: str, tmp_path: Path, forward_passes: Passes
+) -> None:
+    team = Team(bench, base, tmp_path)
+
+    def fail() -> None:
+        raise RemoteError("the cable")
+
+    with pytest.raises(RemoteError):
+        team.extend("ada", "xlm", remote=team.meanwhile(fail, ("list", "files/")))
+    _, reference = team.extend("ada", "roberta")
+    assert reference == "reviews@2" and set(open_manifest(team, 2)) == {"bert", "roberta"}
+    report, reference = team.extend("ada", "xlm")
+    assert reference == "reviews@3" and report.identity == all_three and not report.runs
+    assert texts(forward_passes) == {"roberta": 64 + 184, "xlm": 64 + 184}
+
+
+def test_the_same_command_again_ends_and_makes_no_version(
+    bench: Workbench, base: Path, tmp_path: Path, forward_passes: Passes
+) -> None:
+    team = Team(bench, base, tmp_path)
+    first, reference = team.extend("ada", "xlm")
+    again, same = team.extend("ada", "xlm")
+    assert (reference, same) == ("reviews@2", "reviews@2") and again.identity == first.identity
+    assert not again.runs and again.cache == first.cache and verify(again.cache) == []
+    assert texts(forward_passes) == {"xlm": 64 + 184}
+
+
 def test_others_who_never_stop_end_in_an_error_that_loses_nothing(
     bench: Workbench, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forward_passes: Passes
 ) -> None:

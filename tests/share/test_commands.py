@@ -75,6 +75,29 @@ def test_status_says_where_a_cache_stands(caches: Caches) -> None:
     assert kdcache("cache", "status", caches["two"], "--json").document["pushed_as"] == ["sst2@2"]
 
 
+def test_a_damaged_ref_or_a_closed_directory_does_not_hide_other_caches(
+    team: Path, caches: Caches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kdcache("cache", "push", caches["one"], "--name", "sst2")
+    kdcache("cache", "push", caches["two"], "--name", "other")
+    (team / "refs/other/1.json").write_text("garbage")
+    said = kdcache("cache", "status", caches["one"])
+    assert said.code == 0 and "as sst2@1" in said.out and "other: " in said.err
+    kdcache("cache", "pull", "sst2")
+    Path("lost+found").mkdir()
+    real = Path.is_file
+
+    def is_file(path: Path) -> bool:
+        if path.parent.name == "lost+found":
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(Path, "is_file", is_file)
+    assert [cache["path"] for cache in kdcache("cache", "ls", "--json").document["caches"]][:1] == ["sst2"]
+    said = kdcache("cache", "info", "lost+found")
+    assert said.code == 3 and "cannot be read: Permission denied" in said.err
+
+
 def test_versions_are_listed_dropped_and_collected(team: Path, caches: Caches) -> None:
     kdcache("cache", "push", caches["one"], "--name", "sst2")
     kdcache("cache", "push", caches["other"], "--name", "sst2")

@@ -76,6 +76,15 @@ def test_a_dry_run_reports_what_the_push_then_does(world: World, caches: Caches)
         )
 
 
+def test_a_tag_that_is_taken_is_refused_before_anything_is_sent(world: World, caches: Caches) -> None:
+    push(world.remote, caches["one"], "sst2", tag="v1", timing=world.timing)
+    before = set(world.remote.objects)
+    for dry_run in (True, False):
+        with pytest.raises(MismatchError, match="tag 'v1' of 'sst2' is version 1 already"):
+            push(world.remote, caches["two"], "sst2", tag="v1", timing=world.timing, dry_run=dry_run)
+        assert {key for key in world.remote.objects if key.startswith("files/")} <= before
+
+
 def test_files_come_before_the_manifest_and_the_ref_comes_last(world: World, caches: Caches) -> None:
     remote, requests = watched(world)
     told = Told()

@@ -95,7 +95,8 @@ def _end(
         remember_run(job.cache_dir, run, shared=True)
     recorded = {name: writer.journal.recorded_parts(name) for name in missing}
     left = sum(task.part.name not in recorded[name] for name, tasks in missing.items() for task in tasks)
-    if left and writer.journal.base() is not None:
+    begun = writer.journal.base()
+    if left and begun is not None and begun["identity"] == joint.identity:
         return report_dump(writer, job, runs, missing=left)
     writer = joint.open(job.task_spec, job.settings, store_text=job.store_text)
     left = sum(len(tasks) for tasks in declare(writer, job.teachers).values())
