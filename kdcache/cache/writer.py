@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from kdcache.cache import layout, tables
 from kdcache.cache.bases import check_basis, decode_basis, encode_basis
+from kdcache.cache.complete import complete_contents, unfinished_teachers
 from kdcache.cache.contents import Contents, PartInfo, SplitInfo
 from kdcache.cache.digests import CheckedFiles
 from kdcache.cache.hidden import encode_layers
@@ -30,19 +31,12 @@ from kdcache.cache.manifest import Manifest, make_manifest
 from kdcache.cache.opening import hold_lock, open_contents, refuse_links, refuse_other_directory
 from kdcache.cache.selection import local_selection, selection_here, write_selection
 from kdcache.cache.spec import needs_tokens
-from kdcache.cache.stale import (
-    check_teacher,
-    existing_layers,
-    has_any,
-    published_layers,
-    refuse_case_twin,
-    refuse_partial_layers,
-)  # fmt: skip
+from kdcache.cache.stale import check_teacher, existing_layers, has_any, refuse_case_twin, refuse_partial_layers
 from kdcache.cache.texts import Part as Part
 from kdcache.cache.texts import PartTask as PartTask
 from kdcache.cache.texts import TextPlan, Texts
 from kdcache.cache.tokens import check_outputs, check_tokens
-from kdcache.errors import DamageError, KdcacheError, MismatchError
+from kdcache.errors import MismatchError
 from kdcache.files import FileDigest, digest_bytes, write_file
 
 if TYPE_CHECKING:
@@ -312,21 +306,12 @@ class CacheWriter:
         if self._local is not None:
             here = selection_here(self.root, manifest.contents)
             write_selection(self.root, here, origin=self._local.origin if manifest.identity == self._identity else "")
-        unfinished = self._unfinished(manifest.contents)
+        unfinished = unfinished_teachers(self._contents, manifest.contents)
         self._journal.clear(keep=unfinished)
         if unfinished:
             self._journal.begin({"identity": manifest.identity, **contents.settings_record()})
         self.base = manifest
         return manifest
-
-    def _unfinished(self, published: Contents) -> list[str]:
-        """The teachers of which something was run that is not in ``published``: of an interrupted dump."""
-        names = []
-        for name in self._contents.teachers:
-            begun = existing_layers(self._contents, None, name) - published_layers(published, name)
-            if begun or (name not in published.teachers and has_any(self._contents, None, name)):
-                names.append(name)
-        return names
 
     def _write(self, files: Mapping[str, Any]) -> dict[str, FileDigest]:
         written = {path: write_file(self.root / path, data) for path, data in files.items()}
@@ -381,49 +366,3 @@ class CacheWriter:
             if part.name == name:
                 return part
         raise ValueError(f"there is no {name} in cache '{self.root}'")
-
-
-def complete_contents(
-    root: Path, contents: Contents, published: Contents | None, asked: Mapping[str, TeacherSpec]
-) -> Contents:
-    """The contents to publish. Raises MismatchError, KdcacheError or DamageError if a component is not complete."""
-    before = published.teachers if published else {}
-    teachers = {}
-    for name, spec in contents.teachers.items():
-        if not contents.teacher_is_complete(name):
-            _refuse(root, contents, name, name in asked, name in before, f"teacher '{name}'")
-            continue
-        layers = {}
-        for layer, layer_spec in spec.layers.items():
-            if contents.layer_is_complete(name, layer):
-                layers[layer] = layer_spec
-                continue
-            wanted = name in asked and layer in asked[name].layers
-            kept = name in before and layer in before[name].layers
-            _refuse(root, contents, name, wanted, kept, f"layer {layer} of teacher '{name}'")
-        teachers[name] = replace(spec, layers=layers)
-    tokens = {
-        name: {
-            part.name: contents.tokens[name][part.name] for part in contents.parts if contents.has_tokens(name, part)
-        }
-        for name in teachers
-    }
-    made = replace(contents, teachers=teachers, tokens=tokens, lost={})
-    expected = made.expected_files()
-    for path, file in expected.items():
-        if path not in contents.files:
-            raise DamageError(f"cache '{root}' lacks '{path}' ({file.what})", "Run the dump again with --repair.")
-    return replace(made, files={path: contents.files[path] for path in expected})
-
-
-def _refuse(root: Path, contents: Contents, name: str, asked: bool, published: bool, what: str) -> None:
-    lacking = [part.name for part in contents.parts if not contents.has_outputs(name, part)]
-    where = f" (from {lacking[0]} on)" if lacking else ""
-    if asked:
-        raise KdcacheError(f"cache '{root}': {what} is not complete{where}", "Run the same dump again: it continues.")
-    if published:
-        raise MismatchError(
-            f"cache '{root}' holds {what}, which lacks the texts that were added{where}",
-            "Name every teacher of the cache in the recipe, so that each gets the new texts; or dump into a new "
-            "directory.",
-        )
