@@ -291,6 +291,8 @@ def test_a_training_continues_with_another_number(done: dict[str, Done], disturb
         assert_close(ours, theirs, 2e-4)
     ours, theirs = (load_file(each.root / "student" / "model.safetensors") for each in (disturbed["continued"], whole))
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-5)
+    found, expected = (json.loads((each.root / "results.json").read_text()) for each in (disturbed["continued"], whole))
+    assert (found["coverage"], found["truncated"]) == (expected["coverage"], expected["truncated"])
 
 
 def test_the_first_process_killed_ends_the_others(disturbed: dict[str, Done]) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from kdcache.errors import RecipeError
 from kdcache.recipe import Recipe, load_recipe
+from kdcache.recipe.number_keys import is_known_key, number_type
 
 RECIPE = """
 name = "small"
@@ -63,6 +64,38 @@ def test_nested_tables_are_dotted_keys_and_quoted_keys_keep_their_tables(tmp_pat
     assert recipe.sweep.cells == [{"distill.teacher_layers.bert": [2, 4]}, {"distill.weights": {"hidden": 1}}]
 
 
+def test_keys_beside_a_table_that_does_not_hold_them_are_no_conflict(tmp_path: Path) -> None:
+    section = """
+[sweep]
+cells = [{ "distill.teacher_weights" = { bert = 1 }, distill.teachers = ["bert"], distill.weights = { hidden = 1 } }]
+grid = { "distill.weights" = [{ soft = 1.0 }, { soft = 2.0 }], distill.weights.hidden = [0, 1] }
+"""
+    recipe = load(tmp_path, section)
+    assert recipe.sweep is not None
+    (cell, *combinations) = recipe.sweep.settings()
+    assert cell == {"distill.teacher_weights": {"bert": 1}, "distill.teachers": ["bert"], "distill.weights.hidden": 1}
+    assert len(combinations) == 4
+
+
+@pytest.mark.parametrize(
+    ("key", "known", "number"),
+    [
+        ("distill.epochs", True, int),
+        ("distill.stages.2.batch_size", True, int),
+        ("student.layers", True, int),
+        ("distill.weights.hidden", True, float),
+        ("distill.ema", True, float),
+        ("distill.teacher_weights.bert", True, float),
+        ("distill.stages.1.weights.soft", True, float),
+        ("student.config.hidden_size", True, None),
+        ("distill.method", True, None),
+        ("distill.weights.hiden", False, None),
+    ],
+)
+def test_the_numbers_of_a_key_are_those_of_its_type(key: str, known: bool, number: type | None) -> None:
+    assert (is_known_key(key), number_type(key)) == (known, number)
+
+
 def test_a_range_is_a_value_of_a_search(tmp_path: Path) -> None:
     section = "[sweep.search]\ntrials = 3\n[sweep.search.space]\ndistill.learning_rate = { low = 1e-5, high = 1e-3 }"
     recipe = load(tmp_path, section + "\nstudent.layers = [1, 2]")
@@ -97,6 +130,17 @@ def test_keys_of_students_may_vary(tmp_path: Path, key: str) -> None:
         ("cells = [{ student = 1 }]", "'student' cannot vary in a sweep; keys of distill and student can"),
         ("grid = { distill.method = 'kd' }", 'sweep.grid.distill.method is "kd"; a list, in brackets, was expected'),
         ("grid = { distill.method = [] }", "'distill.method' has no values"),
+        ("cells = [{ 'distill.method' = 'kd', distill.method = 'mt-bert' }]", "'distill.method' is given twice"),
+        ("grid = { 'distill.method' = ['kd'], distill.method = ['mt-bert'] }", "'distill.method' is given twice"),
+        (
+            "baseline = { 'distill.weights' = { soft = 1 }, distill.weights.hidden = 1 }",
+            "'distill.weights.hidden' is a part of 'distill.weights', and both are given",
+        ),
+        (
+            "cells = [{ distill.weights.hidden = 1, 'distill.weights' = { soft = 1 } }]",
+            "'distill.weights.hidden' is a part of 'distill.weights', and both are given",
+        ),
+        ("grid = { distill.weights.hidden = [1], 'distill.weights' = [{soft = 1}] }", "is a part of 'distill.weights'"),
         ("", "give cells, a grid or a search"),
         ("cells = [{}]\nseeds = [1, 1]", r"each seed may be given once: \[1, 1\]"),
         ("cells = [{}]\nseed = 1", "unknown key 'sweep.seed'"),

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdcache.cache.memory import keep_freed_blocks
-from kdcache.data.encoding import truncation_note
 from kdcache.distill.predictions import split_predictions
-from kdcache.distill.results import SCORED, STAGE, Measured, build_results, teacher_scores
+from kdcache.distill.results import STAGE, Measured, build_results, teacher_scores
+from kdcache.distill.scored import encoded_splits, final_logits, finite_logits, truncated
 from kdcache.distill.setup import NEWER_KEYS, Training, prepare, with_window
 from kdcache.distill.teachers_at_hand import teacher_facts
 from kdcache.files import remove_directory, write_file
@@ -38,7 +38,7 @@ from kdcache.report.metrics import scores
 from kdcache.report.predictions import write_predictions
 from kdcache.runs import RunDirectory
 from kdcache.students.save import save_student, student_record
-from kdcache.students.score import EncodedSplit, encode_split, selection_score, split_logits, split_scores
+from kdcache.students.score import selection_score
 from kdcache.students.speed import measure_speed
 from kdcache.teachers.network import takes_full_mask
 from kdcache.training import processes as together
@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from kdcache.loading.targets import Batch, TargetSource
     from kdcache.progress import Progress
     from kdcache.recipe import DistillSection, Recipe
+    from kdcache.students.score import EncodedSplit
     from kdcache.training.processes import Processes
 
 
@@ -94,7 +95,7 @@ def distill(
         ModelError: the student cannot be built.
         MismatchError: data, cache and teachers do not belong together.
         DamageError: the cache or a checkpoint is damaged.
-        NonFiniteError: the loss is not finite.
+        NonFiniteError: the loss, or an output of the student on a split that is scored, is not finite.
         StorageError: a file cannot be written.
     """
     run, started, processes = RunDirectory(run_root), time.perf_counter(), together.current()
@@ -110,7 +111,7 @@ def distill(
     of_teachers = teacher_scores(source, training.data, mixture, missing=recipe.distill.missing)  # fails early
     if source.skipped:
         progress.note(f"{source.skipped} rows are left out: the cache lacks their texts")
-    splits = _encoded_splits(training, progress)
+    splits = encoded_splits(training, progress)
     for stage in prepared.stages:
         check_evaluation(stage.recipe.distill, "distill", validation="validation" in splits)
 
@@ -121,7 +122,7 @@ def distill(
     training_seconds = time.perf_counter() - training_started
     source.count_together(processes)
 
-    logits = {name: split_logits(student.model, split) for name, split in splits.items()}
+    logits = final_logits(training, splits, trained.stages[-1]["steps"])
     of_student = {name: scores(split.labels, logits[name]) for name, split in splits.items()}
     speed = measure_speed(student.model, student.tokenizer, student.max_length, training.some_texts())
     seconds = time.perf_counter() - started
@@ -133,7 +134,7 @@ def distill(
         trained.best_epoch,
         training_seconds,
         seconds,
-        _truncated(source, splits),
+        truncated(source, splits),
         trained.stages if recipe.distill.stages else (),
         trained.term_weights,
     )
@@ -152,28 +153,6 @@ def _help(prepared: Training, run: RunDirectory, processes: Processes) -> Distil
     _train(prepared.stages, None, run, SilentProgress())
     next((stage for stage in prepared.stages if stage.source.teachers), prepared).source.count_together(processes)
     return DistillResult(run.student, processes.from_first(dict))
-
-
-def _encoded_splits(training: Training, progress: Progress) -> dict[str, EncodedSplit]:
-    """The splits that are scored, as the student reads them."""
-    student, data = training.student, training.data
-    splits = {
-        name: encode_split(student, data.texts_of(name), data.splits[name].labels)
-        for name in SCORED
-        if name in data.splits
-    }
-    for name, split in splits.items():
-        cut, rows = split.encoded.truncated_count, len(split.encoded)
-        for line in truncation_note(f"student, {name}", cut, rows, student.max_length):
-            progress.note(line)
-    return splits
-
-
-def _truncated(source: TargetSource, splits: Mapping[str, EncodedSplit]) -> dict[str, float]:
-    """Per split, the share of the texts that the student reads cut."""
-    train = {} if source.truncated is None else {"train": source.truncated}
-    encoded = {name: split.encoded for name, split in splits.items() if len(split.encoded)}
-    return train | {name: texts.truncated_count / len(texts) for name, texts in encoded.items()}
 
 
 @dataclass(frozen=True)
@@ -228,8 +207,8 @@ def _train(
         settings = replace(settings, log_steps=1, lr_by_prefix=_lr_by_prefix(section, model))
         metrics = MetricsLog(run.metrics, log)
         tracking = tracked(metrics, section, name=stage.recipe.name, progress=progress)
-        with tracking as on_metrics, compiled_student(stage):
-            outcome = train(task, settings, checkpoints=place, progress=progress, on_metrics=on_metrics)
+        with tracking as lines, compiled_student(stage):
+            outcome = train(task, settings, checkpoints=place, progress=progress, on_metrics=lines, counts=task.counts)
         if number == len(stages) or section.patience is not None:
             task.load_best(outcome.best_mark)
         found.append(_stage_result(stage, outcome))
@@ -326,6 +305,7 @@ class DistillTask:
         self.steps_per_epoch = source.steps_per_epoch
         self._student = distillation.student
         self._source = source
+        self.counts = source if isinstance(source, CachedBatches | LiveBatches) else None  # others count all rows
         self._validation = validation
         self._best = best
         self._total_steps, self._seed = epochs * source.steps_per_epoch, seed
@@ -376,15 +356,17 @@ class DistillTask:
     def evaluate(self, epoch: int) -> dict[str, float]:  # noqa: ARG002 - of the protocol
         """Scores on validation; nothing without one, which makes the last epoch the best.
 
-        While hidden states alone are learned, the classifier is not judged: no ``score``.
+        While hidden states alone are learned, the classifier is not judged: no ``score``. Raises NonFiniteError for
+        logits that are not finite.
         """
         if self._validation is None:
             return {}
-        scores = split_scores(self._student, self._validation)
-        named = {f"validation/{name}": value for name, value in scores.items()}
+        logits = finite_logits(self._student, self._validation, "validation", self._moment.step + 1)
+        found = scores(self._validation.labels, logits)
+        named = {f"validation/{name}": value for name, value in found.items()}
         if not self._distillation.trains_classifier(self._moment):
             return named
-        return {"score": selection_score(scores, self._select_by), **named}
+        return {"score": selection_score(found, self._select_by), **named}
 
     def keep_best(self, mark: int, metrics: dict[str, float]) -> None:  # noqa: ARG002 - of the protocol
         """Keep the student's weights durably; the projections are needed for training only."""

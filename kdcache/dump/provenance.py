@@ -1,13 +1,15 @@
 """The provenance of a cache: the part of the manifest outside the identity, as strings and integers.
 
 A teacher that does not run keeps the record of its last run, so that extending a cache or continuing an interrupted
-dump loses no record.
+dump loses no record. The counts of a part are written before its commit record: however the process ends, what it ran
+is counted, each part once.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import secrets
 import time
 from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -30,6 +32,7 @@ _PACKAGES = ("torch", "transformers", "tokenizers", "zarr", "pyarrow", "numpy", 
 _OF_ORIGIN = ("source", "revision", "licence", "scores")  # of a teacher, not of its run
 BATCH = "tokens_per_batch"  # in the record of a run, if it was chosen by the memory of a GPU
 _SUFFIX = ".run"  # of records in the directory of a dump in progress
+_COUNTS = ".counts"  # of what one run of a teacher counted, there too: NAME.RUN.counts
 
 
 def dump_provenance(recipe: Recipe, bundle: Bundle, cache_dir: Path, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -85,30 +88,44 @@ def _published(given: Mapping[str, Any], teachers: Mapping[str, Any], cache_dir:
     return {**given, "versions": versions, "published": _now(), "teachers": {**teachers, **runs}}
 
 
+class RunCounts:
+    """Counts of one run of a teacher, by part. Every run has a file of its own, so several may run at a time."""
+
+    def __init__(self, cache_dir: Path, name: str) -> None:
+        self._path = cache_dir / STATE / f"{name}.{secrets.token_hex(4)}{_COUNTS}"
+        self._parts: dict[str, tuple[int, int, float]] = {}
+        self._since = time.perf_counter()
+
+    def add(self, part: str, texts: int, truncated: int) -> None:
+        """Write the counts of a part, and the seconds since the part before, ahead of its commit record.
+
+        Raises StorageError.
+        """
+        now = time.perf_counter()
+        self._parts[part] = texts, truncated, round(now - self._since, 3)
+        self._since = now
+        write_file(self._path, json.dumps(self._parts).encode())
+
+
 def remember_run(cache_dir: Path, run: TeacherRun, *, shared: bool = False) -> None:
     """Write the record of a finished run; it outlives this process until the cache is published.
 
-    ``shared``: the run is one of several that share the work, so its counts are added to those of the others. Seconds
-    are then those of all workers together.
+    Counts that the run wrote by part are not written again. ``shared``: the run is one of several that share the work,
+    so its counts are added to those of the others. Seconds are then those of all workers together.
     """
-    before = _remembered(cache_dir).get(run.teacher, {}) if shared else {}
-    texts = run.texts + int(before.get("texts_run", 0))
-    seconds = run.seconds + float(before.get("seconds", 0.0))
-    record = {
-        "dumped": _now(),
-        "texts_run": texts,
-        "texts_truncated": run.truncated + int(before.get("texts_truncated", 0)),  # of those
-        "seconds": f"{seconds:.1f}",
-        "texts_per_second": f"{texts / seconds:.1f}" if seconds else "",
-        **run.record,
-    }
-    write_file(cache_dir / STATE / f"{run.teacher}{_SUFFIX}", json.dumps(record).encode())
+    before = _records(cache_dir).get(run.teacher, {}) if shared or run.counted else {}
+    counts = {} if run.counted else _added(before, run.texts, run.truncated, run.seconds)
+    _write_record(cache_dir, run.teacher, {**before, "dumped": _now(), **counts, **run.record})
 
 
 def remember_batch(cache_dir: Path, name: str, tokens: int) -> None:
     """Write the size of a teacher's batches before its first part: what comes later takes the same."""
-    record = {**_remembered(cache_dir).get(name, {}), BATCH: str(tokens)}
-    write_file(cache_dir / STATE / f"{name}{_SUFFIX}", json.dumps(record).encode())
+    _write_record(cache_dir, name, {**_records(cache_dir).get(name, {}), BATCH: str(tokens)})
+
+
+def remembered_run(cache_dir: Path, name: str) -> dict[str, Any] | None:
+    """What is recorded of a teacher's runs since the cache was published; None if it did not run."""
+    return _remembered(cache_dir).get(name)
 
 
 def remembered_batch(cache_dir: Path, name: str) -> int | None:
@@ -127,18 +144,62 @@ def inherit_run(source: Path, cache_dir: Path, name: str) -> None:
         {key: value for key, value in record.items() if key not in _OF_ORIGIN} if isinstance(record, Mapping) else {}
     )
     if known:
-        write_file(cache_dir / STATE / f"{name}{_SUFFIX}", json.dumps(known).encode())
+        _write_record(cache_dir, name, known)
 
 
 def forget_runs(cache_dir: Path, teachers: Iterable[str]) -> None:
     """Remove the records of the runs of ``teachers``, which the manifest has now."""
+    counts = _counts_files(cache_dir)
     for name in teachers:
-        remove_file(cache_dir / STATE / f"{name}{_SUFFIX}")
+        for path in (*counts.get(name, ()), cache_dir / STATE / f"{name}{_SUFFIX}"):
+            remove_file(path)
 
 
 def _remembered(cache_dir: Path) -> dict[str, dict[str, Any]]:
+    """Per teacher that ran since the cache was published, the record of its runs."""
+    records, counts = _records(cache_dir), _counts_files(cache_dir)
+    return {name: _with_counts(records.get(name, {}), counts.get(name, ())) for name in {**records, **counts}}
+
+
+def _records(cache_dir: Path) -> dict[str, dict[str, Any]]:
+    """The records without the counts by part."""
     paths = sorted((cache_dir / STATE).glob(f"*{_SUFFIX}"))
     return {path.name.removesuffix(_SUFFIX): json.loads(path.read_bytes()) for path in paths}
+
+
+def _write_record(cache_dir: Path, name: str, record: Mapping[str, Any]) -> None:
+    write_file(cache_dir / STATE / f"{name}{_SUFFIX}", json.dumps(record).encode())
+
+
+def _counts_files(cache_dir: Path) -> dict[str, list[Path]]:
+    """The files of ``RunCounts``, by teacher."""
+    found: dict[str, list[Path]] = {}
+    for path in sorted((cache_dir / STATE).glob(f"*{_COUNTS}")):
+        found.setdefault(path.name.removesuffix(_COUNTS).rpartition(".")[0], []).append(path)
+    return found
+
+
+def _with_counts(record: Mapping[str, Any], files: Iterable[Path]) -> dict[str, Any]:
+    """``record`` with the counts by part; a part that ran twice counts once."""
+    parts: dict[str, tuple[int, int, float]] = {}
+    for path in files:
+        parts |= json.loads(path.read_bytes())
+    if not parts:
+        return dict(record)
+    texts, truncated, seconds = zip(*parts.values(), strict=True)
+    return {**record, **_added(record, sum(texts), sum(truncated), sum(seconds))}
+
+
+def _added(record: Mapping[str, Any], texts: int, truncated: int, seconds: float) -> dict[str, Any]:
+    """The counts of ``record`` and these together."""
+    texts += int(record.get("texts_run", 0))
+    seconds += float(record.get("seconds", 0.0))
+    return {
+        "texts_run": texts,
+        "texts_truncated": truncated + int(record.get("texts_truncated", 0)),  # of those
+        "seconds": f"{seconds:.1f}",
+        "texts_per_second": f"{texts / seconds:.1f}" if seconds else "",
+    }
 
 
 def _earlier(cache_dir: Path) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from kdcache.cache.spec import needs_tokens
 from kdcache.data.encoding import encode, truncation_note
 from kdcache.dump.behind import BackgroundWriter
 from kdcache.dump.engine import PartRun, TextBatches, fit_bases, layer_encoders, run_part, store_thread
-from kdcache.dump.provenance import BATCH, remember_batch, remembered_batch
+from kdcache.dump.provenance import BATCH, RunCounts, remember_batch, remembered_batch, remembered_run
 from kdcache.loading.prefetch import in_background
 from kdcache.progress import counted, format_bytes, format_rate, format_seconds, format_share
 from kdcache.recipe.storage import TOKENS_PER_BATCH
@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from kdcache.teachers.backends import TeacherBackend
     from kdcache.teachers.teacher import Teacher
 
+_LATENCY = "latency_ms"  # in the record of a run that ended with timing the teacher
+
 OpenTeacher = Callable[["PreparedTeacher", Path], AbstractContextManager["TeacherBackend"]]
 
 
@@ -58,6 +60,7 @@ class TeacherRun:
     seconds: float
     record: Mapping[str, str]
     truncated: int = 0  # texts that were cut to max_length
+    counted: bool = False  # its texts are in ``provenance.RunCounts``
 
     def as_dict(self) -> dict[str, Any]:
         """The JSON document."""
@@ -114,7 +117,7 @@ def run_teacher(
 
     Raises NonFiniteError (teacher, text, layer), StorageError, and the backend's errors.
     """
-    started = time.perf_counter()
+    started, counts = time.perf_counter(), RunCounts(writer.root, teacher.name)
     texts = sum(len(task.part.text_ids) for task in missing)
     with opener(teacher, teachers_dir) as opened:
         backend = FittingBackend(opened, teacher.name, progress.note)
@@ -122,13 +125,14 @@ def run_teacher(
         tokens_per_batch = tokens_per_batch or int(chosen.get(BATCH, TOKENS_PER_BATCH))
         bases = _bases(writer, teacher, missing, backend, tokens_per_batch, progress)
         progress.start(f"dump {teacher.name}", texts, "texts")
-        ran = _run_parts(writer, teacher, missing, backend, bases, tokens_per_batch, progress)
+        ran = _run_parts(writer, teacher, missing, backend, bases, tokens_per_batch, progress, counts)
         progress.finish()
         record = {**backend.record, **chosen}
-        if ran.last is not None and not _has_speed(writer, teacher.name):
-            record |= measured_record(backend, ran.last, teachers_dir)
+        if not _has_speed(writer, teacher.name):
+            some = ran.last or _texts_of_last_part(writer, teacher, tokens_per_batch)
+            record |= measured_record(backend, some, teachers_dir)
     seconds = time.perf_counter() - started
-    return TeacherRun(teacher.name, len(missing), texts, ran.tokens, ran.bytes, seconds, record, ran.truncated)
+    return TeacherRun(teacher.name, len(missing), texts, ran.tokens, ran.bytes, seconds, record, ran.truncated, True)
 
 
 @dataclass
@@ -149,6 +153,7 @@ def _run_parts(
     bases: Mapping[int, Basis],
     tokens_per_batch: int,
     progress: Progress,
+    counts: RunCounts,
 ) -> _Parts:
     """Run and write the parts, each step of a part beside other steps of others."""
     written, found = _Written(progress), _Parts()
@@ -170,7 +175,7 @@ def _run_parts(
             found.truncated += cut
             found.tokens += _token_count(teacher, task, batches)
             found.last = batches
-            store.start(functools.partial(_hand_over, writing, writer, teacher, task, part))
+            store.start(functools.partial(_hand_over, writing, writer, teacher, task, part, counts))
     written.advance(0)
     found.bytes = written.total
     return found
@@ -199,14 +204,26 @@ def measured_record(backend: TeacherBackend, batches: TextBatches, teachers_dir:
     )
     return {
         "parameters": str(parameters_on_disk(teachers_dir, batches.teacher)),
-        "latency_ms": f"{speed.latency_ms:.3f}",
+        _LATENCY: f"{speed.latency_ms:.3f}",
         "forward_texts_per_second": f"{speed.texts_per_second:.1f}",
     }
 
 
 def _has_speed(writer: CacheWriter, name: str) -> bool:
     """Whether the published cache that is extended says how fast the teacher is; its record stays."""
-    return writer.base is not None and "latency_ms" in subtable(writer.base.provenance, "teachers", name)
+    return writer.base is not None and _LATENCY in subtable(writer.base.provenance, "teachers", name)
+
+
+def lacks_speed(writer: CacheWriter, name: str) -> bool:
+    """Whether a teacher ran, and its dump was interrupted before it was timed. False for what is published."""
+    ran = remembered_run(writer.root, name)
+    published = writer.base is not None and name in writer.base.contents.teachers
+    return (ran is not None or not published) and _LATENCY not in (ran or {}) and not _has_speed(writer, name)
+
+
+def _texts_of_last_part(writer: CacheWriter, teacher: PreparedTeacher, tokens_per_batch: int) -> TextBatches:
+    part = writer.parts[-1]
+    return text_batches(teacher, writer.texts_of(part), part.text_ids, tokens_per_batch)
 
 
 class _Written:
@@ -239,13 +256,21 @@ def _tokenised(
 
 
 def _hand_over(
-    writing: BackgroundWriter[int], writer: CacheWriter, teacher: PreparedTeacher, task: PartTask, part: PartRun
+    writing: BackgroundWriter[int],
+    writer: CacheWriter,
+    teacher: PreparedTeacher,
+    task: PartTask,
+    part: PartRun,
+    counts: RunCounts,
 ) -> None:
     """Queue the write of a part whose batches are all stored."""
     ran = _piece_result(teacher, task, part.batches, *part.results())
-    writing.start(
-        lambda: writer.write_part(teacher.name, task.part, outputs=ran.outputs, tokens=ran.tokens, hidden=ran.hidden)
-    )
+
+    def write() -> int:
+        counts.add(task.part.name, len(task.part.text_ids), ran.truncated)
+        return writer.write_part(teacher.name, task.part, outputs=ran.outputs, tokens=ran.tokens, hidden=ran.hidden)
+
+    writing.start(write)
 
 
 @dataclass(frozen=True)

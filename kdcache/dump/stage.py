@@ -26,7 +26,7 @@ from kdcache.cache.writer import open_writer
 from kdcache.data.task import load_task
 from kdcache.dump.dry_run import check_free_space
 from kdcache.dump.provenance import dump_provenance, forget_runs, remember_run, with_folds
-from kdcache.dump.run import OpenTeacher, TeacherRun, lacks_bases, open_teacher, run_teacher
+from kdcache.dump.run import OpenTeacher, TeacherRun, lacks_bases, lacks_speed, open_teacher, run_teacher
 from kdcache.dump.specs import (
     NO_IDS,
     check_counts,
@@ -225,12 +225,15 @@ def run_missing(
     progress: Progress,
     opener: OpenTeacher = open_teacher,
 ) -> tuple[TeacherRun, ...]:
-    """Run one teacher after the other over its missing parts; complete teachers are not loaded."""
+    """Run one teacher after the other over its missing parts; complete teachers are not loaded.
+
+    Only one that an interrupted dump completed, and did not time, is loaded and timed.
+    """
     missing = declare(writer, teachers)
     check_free_space(writer, teachers, missing)
     runs = []
     for teacher in teachers:
-        if missing[teacher.name] or lacks_bases(writer, teacher):
+        if missing[teacher.name] or lacks_bases(writer, teacher) or lacks_speed(writer, teacher.name):
             run = run_teacher(
                 writer, as_declared(writer, teacher), missing[teacher.name], teachers_dir, tokens_per_batch, progress,
                 opener,

@@ -161,6 +161,16 @@ class CachedBatches(JoinedSource):
         for covered, truncated in processes.gathered((self._covered, self._truncated)):
             self._covered, self._truncated = self._covered | covered, self._truncated | truncated
 
+    def counted(self) -> tuple[dict[int, list[tuple[int, int]]], dict[int, tuple[int, int]]]:
+        """What ``coverage`` and ``truncated`` are computed from, by part."""
+        return dict(self._covered), dict(self._truncated)
+
+    def count_on(self, counted: tuple[dict[int, list[tuple[int, int]]], dict[int, tuple[int, int]]]) -> None:
+        """Add what ``counted`` gave before an interruption; a part that is read again counts once."""
+        covered, truncated = counted
+        self._covered.update(covered)
+        self._truncated.update(truncated)
+
     def forget_parts(self) -> None:
         """Free the memory of decoded parts; they are read again when they are needed."""
         self._part_cache = PartCache(self._part_cache.limit)

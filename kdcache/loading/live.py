@@ -143,6 +143,16 @@ class LiveBatches(JoinedSource):
         covered, truncated = zip(*processes.gathered((self._covered, self._truncated)), strict=True)
         self._covered, self._truncated = np.sum(covered, axis=0), np.sum(truncated, axis=0)
 
+    def counted(self) -> tuple[list[list[int]], list[int]]:
+        """What ``coverage`` and ``truncated`` are computed from."""
+        return self._covered.tolist(), self._truncated.tolist()
+
+    def count_on(self, counted: tuple[list[list[int]], list[int]]) -> None:
+        """Add what ``counted`` gave before an interruption."""
+        covered, truncated = counted
+        self._covered += np.array(covered, np.int64).reshape(self._covered.shape)
+        self._truncated += np.array(truncated, np.int64)
+
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """The share of process ``rank`` of every step of ``epoch`` from ``first_step`` on.
 

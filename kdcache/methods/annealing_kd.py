@@ -5,8 +5,8 @@
 
 f and the shares are those of the released code: a highest temperature of 10, and 200 and 100 epochs. The squared errors
 are averaged over the classes, as in that code. Of several teachers it takes the mean of the logits, which gives the
-gradient of the mean of the losses. Rows without a label have a loss in the first part only. ``distill.temperature`` is
-not used.
+gradient of the mean of the losses. Rows without a label have a loss in the first part only. ``distill.temperature`` and
+``t_squared`` are not used.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ METHOD = Method(
     "annealing-kd",
     "Annealing-KD",
     "Jafari, Rezagholizadeh, Sharma, Ghodsi, EACL 2021, arXiv 2104.07163, section 3",
-    terms=(TaskLoss(), SoftLabels(logit_squared_error, mean_logit, target_scale=Staircase(10, _SOFT))),
+    terms=(TaskLoss(), SoftLabels(logit_squared_error, mean_logit, target_scale=Staircase(10, _SOFT), softened=False)),
     schedule=Stages(((_SOFT, ("soft",)), (1.0, ("task",)))),
     note="squared error of logits that grow to the teachers', then the gold labels alone",
 )

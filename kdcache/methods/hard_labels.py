@@ -4,7 +4,8 @@
 
 On labelled rows this is the hard-label distillation of DeiT, where both terms weigh 1/2. On rows without a label it is
 pseudo-labelling (Lee, 2013). Of several teachers each has one vote. Of classes with equally many votes, the one with
-the highest mean probability wins. ``weights.task = 0`` trains on the teachers' labels alone.
+the highest mean probability wins. ``weights.task = 0`` trains on the teachers' labels alone. ``distill.temperature``
+softens the probabilities of that mean only, and ``t_squared`` is not used.
 """
 
 from __future__ import annotations
@@ -18,6 +19,6 @@ METHOD = Method(
     "hard-labels",
     "hard pseudo-labels",
     "Touvron et al., ICML 2021, arXiv 2012.12877, hard-label distillation; the majority of several teachers",
-    terms=(TaskLoss(), SoftLabels(hard_cross_entropy, majority_vote)),
+    terms=(TaskLoss(), SoftLabels(hard_cross_entropy, majority_vote, softened=False)),
     note="the majority of the teachers' most probable classes as labels, on rows with and without gold labels",
 )

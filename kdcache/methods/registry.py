@@ -70,15 +70,18 @@ def method_text(name: str) -> str:
 
 
 def check_method(name: str) -> None:
-    """Raise RecipeError where there is no method of that name, with the reason if a cache rules it out."""
-    names = method_names()
-    if name not in names and name in _NOT_CACHED:
+    """Raise RecipeError where there is no method of that name, with the reason if a cache rules it out.
+
+    Methods of the literature that a cache rules out are known in any case, with "_" or "-".
+    """
+    names, usual = method_names(), name.lower().replace("_", "-")
+    if name not in names and usual in _NOT_CACHED:
         raise RecipeError(
-            f"method '{name}' cannot learn from a cache: {_NOT_CACHED[name]}",
+            f"method '{name}' cannot learn from a cache: {_NOT_CACHED[usual]}",
             "Choose one of: " + ", ".join(names) + ".",
         )
     if name not in names:
-        near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+        near = difflib.get_close_matches(usual, names, n=1, cutoff=0.5)
         hint = f"Did you mean distill.method = '{near[0]}'?" if near else "Set distill.method to one of these."
         raise RecipeError(f"there is no distillation method '{name}'; there are: {', '.join(names)}", hint)
 

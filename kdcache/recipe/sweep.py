@@ -54,7 +54,36 @@ def _leaves(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 
 def _flat(table: Any) -> Any:
-    return dict(_leaves(table)) if isinstance(table, Mapping) else table
+    """``table`` with dotted keys; ValueError where a key replaces another that was given before it."""
+    if not isinstance(table, Mapping):
+        return table
+    found: dict[str, Any] = {}
+    for key, value in _leaves(table):
+        for other in found:
+            if _steps(other)[: len(_steps(key))] == _steps(key):
+                raise _given_twice(key, other)
+        found[key] = value
+    return found
+
+
+def _flat_cell(table: Any) -> Any:
+    """As ``_flat``; ValueError too where a key changes a part of another one's value."""
+    table = _flat(table)
+    keys = list(table) if isinstance(table, Mapping) else []
+    for whole, part in itertools.permutations(keys, 2):
+        if _steps(part)[: len(_steps(whole))] == _steps(whole):
+            raise _given_twice(whole, part)
+    return table
+
+
+def _steps(key: str) -> list[str]:
+    return [step.strip() for step in key.split(".")]
+
+
+def _given_twice(whole: str, part: str) -> ValueError:
+    if _steps(whole) == _steps(part):
+        return ValueError(f"'{whole}' is given twice; give it once")
+    return ValueError(f"'{part}' is a part of '{whole}', and both are given; give one of them")
 
 
 def _filled(table: dict[str, Any]) -> dict[str, Any]:
@@ -76,7 +105,7 @@ def _distinct(seeds: list[int]) -> list[int]:
     return seeds
 
 
-CellTable = Annotated[Cell, BeforeValidator(_flat), AfterValidator(_checked)]
+CellTable = Annotated[Cell, BeforeValidator(_flat_cell), AfterValidator(_checked)]
 Grid = Annotated[dict[str, list[Any]], BeforeValidator(_flat), AfterValidator(_filled), AfterValidator(_checked)]
 Seeds = Annotated[
     list[Annotated[int, Field(ge=0, lt=2**32)]], Field(min_length=1, max_length=1000), AfterValidator(_distinct)
@@ -88,7 +117,7 @@ class _Section(BaseModel):
 
 
 class RangeSection(_Section):
-    """The values of a key in a search: from ``low`` to ``high``; whole numbers where both are whole."""
+    """The values of a key in a search: from ``low`` to ``high``; whole numbers for a key that takes whole numbers."""
 
     low: int | float  # the smallest value
     high: int | float  # the largest value

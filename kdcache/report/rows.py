@@ -135,9 +135,12 @@ def agreement(answers: Mapping[str, Answers]) -> dict[tuple[str, str], float]:
 
 
 def calibration(labels: np.ndarray, answers: Answers) -> Calibration | None:
-    """Whether answers are as often right as their probability says; None without labelled rows."""
+    """Whether answers are as often right as their probability says; None without labelled rows, and for NaN.
+
+    A student of kdcache 0.2 that diverged in its last step has a probability of NaN.
+    """
     labels, answers = labelled(labels, answers)
-    if not len(labels):
+    if not len(labels) or not np.isfinite(answers.confidence).all():
         return None
     right = answers.predictions == labels
     which = np.minimum((answers.confidence * BINS).astype(np.int64), BINS - 1)

@@ -7,10 +7,11 @@ from scores, because they differ from run to run.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 from kdcache.progress import counted, format_seconds
 from kdcache.report.intervals import paired_difference, spread
@@ -32,9 +33,19 @@ class CellResults:
     proposed: bool = False  # by a search
 
     def scores(self, metric: str, split: str = SPLIT) -> dict[int, float]:
-        """Scores by seed."""
-        found = {seed: result["scores"].get(split, {}).get(metric) for seed, result in self.results.items()}
-        return {seed: float(score) for seed, score in sorted(found.items()) if score is not None}
+        """Scores by seed, without seeds that have a score in this split that is not finite (``not_finite``)."""
+        found = {seed: result["scores"].get(split, {}) for seed, result in sorted(self.results.items())}
+        finite = {seed: scores for seed, scores in found.items() if not_finite(scores) is None}
+        return {seed: float(scores[metric]) for seed, scores in finite.items() if scores.get(metric) is not None}
+
+
+def not_finite(scores: Mapping[str, float | None]) -> str | None:
+    """The first metric of a split's scores that is NaN or infinite; None where all are finite.
+
+    That is so without labels. With labels it is a student that diverged in its last step (kdcache 0.2): its loss is
+    NaN, and its accuracy is that of class 0.
+    """
+    return next((name for name, score in scores.items() if score is not None and not math.isfinite(score)), None)
 
 
 def sweep_document(
@@ -58,7 +69,7 @@ def sweep_document(
     """
     base = next(cell for cell in cells if cell.name == baseline)
     whole = [cell for cell in cells if len(cell.scores(metric)) == len(seeds)]
-    sign = -1 if metric == "loss" else 1
+    sign = _sign(metric)
     best = max(whole, key=lambda cell: sign * statistics.fmean(cell.scores(metric).values()), default=None)
     teacher = _best_teacher(cells, metric, sign)
     shown = [cell for cell in (best, base) if cell is not None and cell.scores(metric, "test")]
@@ -90,7 +101,7 @@ def sweep_document(
 
 
 def _warnings(cells: Sequence[CellResults], base: CellResults) -> list[str]:
-    """Students that learned nothing, and teachers below the student without teachers, each once."""
+    """Students without finite scores or that learned nothing, and teachers below the student alone, each once."""
     alone = next(iter(base.results.values()), None)
     alone = alone if alone is not None and alone["method"] == "fine-tune" else None
     found = [
@@ -98,6 +109,13 @@ def _warnings(cells: Sequence[CellResults], base: CellResults) -> list[str]:
         for cell in cells
         for seed, result in cell.results.items()
         for line in remarks({**result, "teachers": {}})
+    ]
+    found += [
+        f"{cell.name}, seed {seed}: {metric} on {SPLIT} is not finite, so this student counts as missing: it diverged, "
+        "or no row has a label."
+        for cell in cells
+        for seed, result in cell.results.items()
+        if (metric := not_finite(result["scores"].get(SPLIT, {}))) is not None
     ]
     if alone is not None:
         found += [line for cell in cells for result in cell.results.values() for line in weak_teachers(result, alone)]
@@ -114,20 +132,23 @@ def _compared(
         "mean": statistics.fmean(ours.values()) if ours else None,
         "spread": spread(list(ours.values())),
         "difference": None if difference is None else asdict(difference),
-        "gap_closed": _gap_closed(ours, theirs, base, None if teacher is None else teacher.get(split)),
+        "gap_closed": _gap_closed(ours, theirs, base, None if teacher is None else teacher.get(split), metric),
     }
 
 
 def _gap_closed(
-    ours: Mapping[int, float], theirs: Mapping[int, float], base: CellResults, teacher: float | None
+    ours: Mapping[int, float], theirs: Mapping[int, float], base: CellResults, teacher: float | None, metric: str
 ) -> float | None:
-    """(student - alone) / (best teacher - alone), where the baseline is the student alone."""
+    """(student - alone) / (best teacher - alone), where the baseline is the student alone and the teacher is better."""
     alone = {result["method"] for result in base.results.values()} == {"fine-tune"}
     seeds = sorted(ours.keys() & theirs.keys())
-    if not alone or not seeds or teacher is None:
+    if not alone or not seeds or not _is_number(teacher):
         return None
-    start = statistics.fmean(theirs[seed] for seed in seeds)
-    return None if teacher == start else (statistics.fmean(ours[seed] for seed in seeds) - start) / (teacher - start)
+    start, reached = (statistics.fmean(scores[seed] for seed in seeds) for scores in (theirs, ours))
+    gap = teacher - start
+    if _sign(metric) * gap <= 0:
+        return None
+    return (reached - start) / gap + 0.0  # no -0.0
 
 
 def _best_teacher(cells: Sequence[CellResults], metric: str, sign: int) -> dict[str, Any] | None:
@@ -138,7 +159,7 @@ def _best_teacher(cells: Sequence[CellResults], metric: str, sign: int) -> dict[
             for name, entry in result.get("teachers", {}).items():
                 scores = entry.get("scores", {})
                 score = {split: scores.get(split, {}).get(metric) for split in (SPLIT, "test")}
-                if score[SPLIT] is not None:
+                if _is_number(score[SPLIT]):
                     found.append({"name": name, **score})
     return max(found, key=lambda teacher: sign * float(teacher[SPLIT]), default=None)
 
@@ -180,8 +201,8 @@ def sweep_lines(document: Mapping[str, Any]) -> list[str]:
     for name, test in document["test"].items():
         role = "the chosen cell" if name == document["chosen"] else "the baseline"
         difference, interval = _difference(test)
-        compared = f"; difference {difference} ({interval})" if difference else ""
-        closed = "" if test["gap_closed"] is None else f"; {test['gap_closed']:.2f} of the gap to the best teacher"
+        compared = f"; difference {difference}{f' ({interval})' if interval else ''}" if difference else ""
+        closed = "" if test["gap_closed"] is None else f"; {test['gap_closed']:z.2f} of the gap to the best teacher"
         lines.append(f"Test {document['metric']} of {role}: {_mean(test)}{compared}{closed}.")
     failed = [(cell, seed, text) for cell in cells.values() for seed, text in cell["failed"].items()]
     lines += [f"Failed: {cell['cell']}, seed {seed}: {text}" for cell, seed, text in failed]
@@ -243,4 +264,13 @@ def _mean(cell: Mapping[str, Any]) -> str:
 
 
 def _score(value: float | None, digits: int = 4) -> str:
-    return "" if value is None else f"{value:.{digits}f}"
+    return "" if value is None else f"{value:z.{digits}f}"  # z: no -0.00
+
+
+def _is_number(score: float | None) -> TypeGuard[float]:
+    return score is not None and math.isfinite(score)
+
+
+def _sign(metric: str) -> int:
+    """-1 where a smaller score is the better one."""
+    return -1 if metric == "loss" else 1

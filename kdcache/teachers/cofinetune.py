@@ -11,8 +11,9 @@ refused, because caches may depend on it.
 
 from __future__ import annotations
 
+import functools
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,12 +28,12 @@ from kdcache.progress import SilentProgress
 from kdcache.teachers import joint
 from kdcache.teachers.bundle import Bundle, is_bundle, load_shared_head, read_bundle, write_bundle
 from kdcache.teachers.fingerprints import fingerprint_tensors
+from kdcache.teachers.fold_checks import Folds, check_possible, folds_there, folds_to_make, refuse_other_fold
 from kdcache.teachers.folds import (
     assign_folds,
     begin_folds,
     fold_directory,
     folds_complete,
-    folds_cure,
     texts_of_fold,
     without_fold,
 )
@@ -106,14 +107,18 @@ def cofinetune(
         log = MetricsLog(metrics or work_dir / "metrics.jsonl", "cofinetune")
         job = _Job(recipe, task, teachers, teachers_dir, work_dir / "joint", log, progress)
         identity = joint.identity(recipe, task, teachers.identities())
+        rest = replace(job, place=work_dir, teachers=Opened({}, {}))
         if existing is not None:
             made = _reuse(job, existing, identity, existing.training.get("identity", {}))
         else:
-            _begin_folds(job)
+            check_possible(recipe, task, teachers.trained)
+            if recipe.cofinetune.folds is not None:
+                begin_folds(teachers_dir)
             made = _make(job, identity)
-        rest = replace(job, place=work_dir, teachers=Opened({}, {}))
         del job, teachers  # frees the models before others are trained
-        return _with_folds(rest, made)
+        if processes.world > 1:  # folds that are asked for were refused
+            return made
+        return _with_folds(rest, made, _folds_to_make(rest, read_bundle(teachers_dir)))
 
 
 def add_teacher(
@@ -122,7 +127,7 @@ def add_teacher(
     """Train teacher ``name`` of the recipe against the frozen shared head of ``teachers_dir``, and add it there.
 
     Besides the new teacher, only teachers.json changes. Raises as ``cofinetune``, and MismatchError if the recipe's
-    labels or text columns are not those of the bundle.
+    labels or text columns are not those of the bundle, or if folds could not be made as the teachers were.
     """
     section, processes = recipe.teacher(name), current()
     progress = progress if processes.first else SilentProgress()
@@ -137,14 +142,15 @@ def add_teacher(
         log = MetricsLog(metrics or work_dir / "metrics.jsonl", f"add {name}")
         job = _Job(recipe, task, teachers, teachers_dir, work_dir / f"add-{name}", log, progress)
         identity = joint.identity(recipe, task, teachers.identities(), shared_head=digest)
-        added = bundle.training.get("added", {})
-        if name in bundle.teachers:
-            made = _reuse(job, bundle, identity, added.get(name, {}))
-        else:
-            made = _make_added(job, bundle, head, identity)
         rest = replace(job, place=work_dir, teachers=Opened({}, {}))
+        if name in bundle.teachers:
+            made = _reuse(job, bundle, identity, bundle.training.get("added", {}).get(name, {}))
+            folds = _folds_to_make(rest, bundle)
+        else:
+            folds = _folds_to_make(rest, bundle, section)  # refuses before a training of hours
+            made = _make_added(job, bundle, head, identity)
         del job, teachers
-        return _with_folds(rest, made)
+        return made if processes.world > 1 else _with_folds(rest, made, folds)
 
 
 def _make(job: _Job, identity: Mapping[str, Any]) -> CofinetuneResult:
@@ -180,92 +186,49 @@ def _locked(work_dir: Path, processes: Processes) -> AbstractContextManager[None
     return exclusive(work_dir / ".lock", busy=lambda: f"another process is training the teachers in '{work_dir}'")
 
 
-def _with_folds(job: _Job, made: CofinetuneResult) -> CofinetuneResult:
-    """Train what is missing of the folds that the recipe asks for, or that the teachers have; ``made`` with them.
-
-    ``job.place`` is the directory of all trainings.
-    """
-    if current().world > 1:  # folds that are asked for were refused
-        return made
+def _with_folds(job: _Job, made: CofinetuneResult, folds: Folds | None) -> CofinetuneResult:
+    """Train what is missing of ``folds``; ``made`` with their record. ``job.place`` is that of all trainings."""
     bundle = read_bundle(job.teachers_dir)
-    record = bundle.training.get("folds")
-    if record is not None and not fold_directory(job.teachers_dir, 0).is_dir():  # somebody removed the folds
+    record = folds_there(job.teachers_dir, bundle)
+    if record is None and "folds" in bundle.training:  # somebody removed the folds
         rest = {key: value for key, value in bundle.training.items() if key != "folds"}
-        bundle, record = replace(bundle, training=rest), None
+        bundle = replace(bundle, training=rest)
         write_bundle(job.teachers_dir, bundle)
-    count = job.recipe.cofinetune.folds or (record["count"] if record else None)
-    if count is None:
+    if folds is None:
         return made
-    trained = [name for name, teacher in bundle.teachers.items() if teacher.head == "shared"]
-    _refuse_other_rows(job, bundle, trained)
-    _begin_folds(job, trained)
-    if record is not None and record["count"] != count:
-        raise MismatchError(
-            f"the teachers in '{job.teachers_dir}' have {record['count']} folds; the recipe asks for {count}",
-            folds_cure(job.teachers_dir),
-        )
-    if record is None or not folds_complete(job.teachers_dir, trained, record):
-        record = _train_folds(job, bundle, trained, count)
+    if record is None or not folds_complete(job.teachers_dir, folds.trained, record):
+        record = _train_folds(job, bundle, folds)
         write_bundle(job.teachers_dir, replace(bundle, training={**bundle.training, "folds": record}))
     return replace(made, folds=record)
 
 
-def _refuse_other_rows(job: _Job, bundle: Bundle, trained: Collection[str]) -> None:
-    """MismatchError for a teacher that was added with other train rows: these may be of every fold."""
-    rows = joint.examples_digest(job.task.splits["train"])
-    for name, identity in bundle.training.get("added", {}).items():
-        if name in trained and identity["data.train"] != rows:
-            raise MismatchError(
-                f"teacher '{name}' was added with other train rows than the recipe's, so it may have seen texts of "
-                "every fold",
-                "Use the recipe that it was added with, or train the teachers together in another --output-dir.",
-            )
+def _folds_to_make(job: _Job, bundle: Bundle, newcomer: TeacherSection | None = None) -> Folds | None:
+    load = functools.partial(_open, job.recipe, job.task)
+    return folds_to_make(job.recipe, job.task, job.teachers_dir, bundle, load, newcomer)
 
 
-def _begin_folds(job: _Job, trained: Collection[str] | None = None) -> None:
-    """Refuse impossible folds before a training of hours, and mark them as begun: no dump will go without them.
-
-    ``trained``: the teachers with a shared head; those of ``job`` if not given.
-    """
-    count = job.recipe.cofinetune.folds
-    if count is None:
-        return
-    if current().world > 1:
-        raise RecipeError(
-            f"cofinetune.folds is {count}, and folds are trained in one process; there are {current().world}",
-            "Train the teachers in several processes without cofinetune.folds, then the folds in one: --folds K.",
-        )
-    if trained is None:
-        trained = list(job.teachers.trained)
-    if not trained:
-        raise RecipeError(
-            f"cofinetune.folds is {count}, and every teacher has a head of its own: none of them is trained here",
-            'Leave out cofinetune.folds, or give a teacher without head = "own".',
-        )
-    assign_folds(job.task.splits["train"], count, job.recipe.cofinetune.seed)
-    begin_folds(job.teachers_dir)
-
-
-def _train_folds(job: _Job, bundle: Bundle, trained: Sequence[str], count: int) -> dict[str, Any]:
+def _train_folds(job: _Job, bundle: Bundle, folds: Folds) -> dict[str, Any]:
     """Train the bundles of all folds, and compute the logits of the texts that each has not seen; their record."""
+    count = folds.count
     assigned = assign_folds(job.task.splits["train"], count, job.recipe.cofinetune.seed)
     job.progress.note(
         f"{count} folds: {count - 1} times the steps of the training on all rows, and one pass over the train texts"
     )
-    weights: dict[str, list[str]] = {name: [] for name in trained}
+    weights: dict[str, list[str]] = {name: [] for name in folds.trained}
     for fold in range(count):
         task = without_fold(job.task, assigned, fold)
-        there = _fold_bundle(replace(job, task=task), bundle, fold, count)
+        there = _fold_bundle(replace(job, task=task), bundle, fold, folds)
         ids = texts_of_fold(job.task, assigned, fold)
         for name, made_by in fold_logits(job.recipe, job.task, fold_directory(job.teachers_dir, fold), there, ids):
-            weights[name].append(made_by)
+            if name in weights:
+                weights[name].append(made_by)
     job.progress.note("the teachers trained on all rows are scored on them, to compare")
     return folds_record(job.recipe, job.task, job.teachers_dir, bundle, weights)
 
 
-def _fold_bundle(job: _Job, full: Bundle, fold: int, count: int) -> Bundle:
+def _fold_bundle(job: _Job, full: Bundle, fold: int, folds: Folds) -> Bundle:
     """The bundle without the rows of ``fold``: trained as ``full`` was, teacher added by teacher added."""
-    directory = fold_directory(job.teachers_dir, fold)
+    directory, count = fold_directory(job.teachers_dir, fold), folds.count
     apart = {"data.train": joint.examples_digest(job.task.splits["train"]), "folds": count, "fold": fold + 1}
     own = {name for name, record in full.teachers.items() if record.head == "own"}
     added: Mapping[str, Mapping[str, Any]] = full.training.get("added", {})
@@ -273,16 +236,16 @@ def _fold_bundle(job: _Job, full: Bundle, fold: int, count: int) -> Bundle:
     names = [name for name in full.teachers if name not in own and name not in added]
     there = read_bundle(directory) if is_bundle(directory) else None
     if there is not None:
-        _refuse_other_fold(directory, there.training["identity"], identity)
+        refuse_other_fold(directory, there.training["identity"], identity)
     elif names:
         _make(_of_fold(job, names, fold, count), identity)
-    for name in (name for name in added if name not in own):
+    for name in (name for name in added if name in folds.trained):
         there = read_bundle(directory)
         head = load_shared_head(directory, there)
         digest = fingerprint_tensors(head.state_dict().items())
         identity = {**added[name], **apart, "shared_head": digest}
         if name in there.teachers:
-            _refuse_other_fold(directory, there.training["added"][name], identity)
+            refuse_other_fold(directory, there.training["added"][name], identity)
         else:
             _make_added(_of_fold(job, [name], fold, count, there.pooling), there, head, identity)
     return read_bundle(directory)
@@ -299,15 +262,6 @@ def _of_fold(job: _Job, names: Sequence[str], fold: int, count: int, pooling: Po
         place=job.place / (f"fold-{fold + 1}" if pooling is None else f"fold-{fold + 1}-add-{names[0]}"),
         metrics=MetricsLog(job.metrics.path, where),
     )
-
-
-def _refuse_other_fold(directory: Path, existing: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
-    differing = list(identity_changes(existing, identity))
-    if differing:
-        raise MismatchError(
-            f"the fold in '{directory}' was made with other inputs; what differs: {', '.join(differing[:6])}",
-            folds_cure(directory.parent.parent),
-        )
 
 
 def _load(recipe: Recipe, progress: Progress) -> TaskData:

@@ -38,8 +38,8 @@ from kdcache.training.apart import Apart
 from kdcache.training.device import float32_products, make_accelerator
 from kdcache.training.optim import AveragedWeights, WarmupSchedule, adamw
 from kdcache.training.row_gradients import RowGradients
-from kdcache.training.seeding import own_seed, rng_state, seed_everything
-from kdcache.training.state import TrainingState
+from kdcache.training.seeding import own_seed, seed_everything
+from kdcache.training.state import Counts, TrainingState
 from kdcache.training.step_log import Place, StepLog
 from kdcache.training.step_sums import StepSums
 
@@ -106,6 +106,7 @@ def train(
     progress: Progress,
     on_metrics: Callable[[dict[str, Any]], None],
     shared: Sequence[nn.Parameter] | None = None,
+    counts: Counts | None = None,
 ) -> Outcome:
     """Train to the end, from the newest checkpoint if there is one.
 
@@ -121,6 +122,7 @@ def train(
             ``checkpoint`` says that a checkpoint or the best weights follow.
         shared: of several processes that hold different modules, the parameters that all of them hold, in the same
             order. None where each holds the whole model.
+        counts: what this process counts meanwhile; checkpoints keep it.
 
     Raises:
         NonFiniteError: for NaN or infinity, naming step and term.
@@ -135,7 +137,7 @@ def train(
     busy = f"another process is training in '{checkpoints}'"
     locked = exclusive(checkpoints / ".lock", busy=lambda: busy) if first else contextlib.nullcontext()
     with locked, float32_products(settings.tf32):
-        run = _Run(task, settings, checkpoints, progress, on_metrics, shared)
+        run = _Run(task, settings, checkpoints, progress, on_metrics, shared, counts)
         try:
             run.resume()
             progress.start("train", settings.epochs * task.steps_per_epoch, "steps", done=run.place.step)
@@ -168,9 +170,10 @@ class _Run:
         progress: Progress,
         on_metrics: Callable[[dict[str, Any]], None],
         shared: Sequence[nn.Parameter] | None,
+        counts: Counts | None,
     ) -> None:
         self.task, self.settings, self.checkpoints = task, settings, checkpoints
-        self.progress, self.on_metrics = progress, on_metrics
+        self.progress, self.on_metrics, self.counts = progress, on_metrics, counts
         self.place, self.processes = Place(), together.current()
         self.identity = settings.full_identity(task.steps_per_epoch)
         self.accelerator = make_accelerator(settings.precision)
@@ -190,10 +193,9 @@ class _Run:
         self.average = None
         if settings.ema is not None:
             self.average = AveragedWeights(task.model.named_parameters(), settings.ema)
-        every = settings.read_steps or (1 if self.accelerator.device.type == "cpu" else _READ_STEPS)
-        threads = (
-            self.accelerator.device.type != "cpu" if settings.write_in_thread is None else settings.write_in_thread
-        )
+        accelerated = self.accelerator.device.type != "cpu"
+        every = settings.read_steps or (_READ_STEPS if accelerated else 1)
+        threads = accelerated if settings.write_in_thread is None else settings.write_in_thread
         self.writer = checkpoint_files.CheckpointWriter(in_thread=threads and shared is None)
         self.saved_at = time.monotonic()
         self.rows = None if settings.compile else RowGradients(task.model)
@@ -210,7 +212,7 @@ class _Run:
         """What a checkpoint holds of this process."""
         names = {} if self.apart is None else self.apart.names
         model, scaler = self.task.model, self.accelerator.scaler
-        return TrainingState(model, self.optimizer, self.schedule, scaler, self.average, self.place, names)
+        return TrainingState(model, self.optimizer, self.schedule, scaler, self.average, self.place, names, self.counts)
 
     @property
     def best_mark(self) -> int:
@@ -248,9 +250,7 @@ class _Run:
         steps = self.settings.checkpoint_steps
         if steps is not None and self.place.step % steps == 0:
             return True
-        if self.processes.world > 1:
-            return self.save_is_due
-        return self._time_has_come()
+        return self.save_is_due if self.processes.world > 1 else self._time_has_come()
 
     def _time_has_come(self) -> bool:
         minutes = self.settings.checkpoint_minutes
@@ -355,13 +355,13 @@ class _Run:
         """Write a checkpoint; metrics up to it are durable before. ``settle``: then remove all but the best weights."""
         self.log.read()
         self.saved_at = time.monotonic()
-        generators = self.processes.gathered(rng_state())
+        owns = self.processes.gathered(self.state.own())
         self._say("checkpoint")
         if self.apart is not None:
-            self._save_pieces(generators, settle=settle)
+            self._save_pieces(owns, settle=settle)
         if self.apart is not None or not self.processes.first:
             return
-        state = self.state.whole(generators)
+        state = self.state.whole(owns)
         step, best = self.place.step, self.best_mark
         self.writer.wait()  # before the copy, so that there is one at a time
         saved = checkpoint_files.copied(state) if self.writer.in_thread else state
@@ -374,8 +374,8 @@ class _Run:
         self.writer.start(write)
         self.saved_at = time.monotonic()
 
-    def _save_pieces(self, generators: list[dict[str, Any]], *, settle: bool) -> None:
-        files, rest, piece = self.checkpoints, {"rest": self.state.rest(generators)}, self.state.piece()
+    def _save_pieces(self, owns: Sequence[tuple[dict[str, Any], Any]], *, settle: bool) -> None:
+        files, rest, piece = self.checkpoints, {"rest": self.state.rest(owns)}, self.state.piece()
         step, identity = self.place.step, self.identity
         checkpoint_files.save_pieces(files, rest, piece, step=step, identity=identity, processes=self.processes)
         if settle and self.processes.first:

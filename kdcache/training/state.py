@@ -3,15 +3,17 @@
 One process writes whole files: the model, the optimizer with its moments in the order of its parameters, the averaged
 weights, and the rest. Processes that hold different modules write pieces, in which moments and averages stand by the
 names of parameters in the whole model. Either is read by one process that holds everything, and by several that do not.
+
+What the processes count beside the training goes on from the checkpoint too, whatever their number is then.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from kdcache.training.seeding import restore_own
+from kdcache.training.seeding import restore_own, rng_state
 
 if TYPE_CHECKING:
     from torch import nn
@@ -22,6 +24,18 @@ if TYPE_CHECKING:
     from kdcache.training.step_log import Place
 
 Named = dict[str, dict[str, Any]]  # model, optimizer, average -> name in the whole model -> value
+
+
+class Counts(Protocol):
+    """What a process counts during a training, and what does not change the training."""
+
+    def counted(self) -> Any:
+        """The counts of this process so far, in types that ``torch.load(weights_only=True)`` accepts."""
+        ...
+
+    def count_on(self, counted: Any) -> None:
+        """Add what this process, or another one, had counted until a checkpoint."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -35,25 +49,33 @@ class TrainingState:
     average: AveragedWeights | None
     place: Place
     names: Mapping[str, str] = field(default_factory=dict)
+    counts: Counts | None = None
 
-    def whole(self, generators: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """As one process writes it. ``generators``: the states of those of each process."""
+    def own(self) -> tuple[dict[str, Any], Any]:
+        """What each process has of its own: the state of its random generators, and its counts."""
+        return rng_state(), None if self.counts is None else self.counts.counted()
+
+    def whole(self, owns: Sequence[tuple[dict[str, Any], Any]]) -> dict[str, Any]:
+        """As one process writes it. ``owns``: ``own`` of each process."""
         state = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "rest": self.rest(generators),
+            "rest": self.rest(owns),
         }
         return state if self.average is None else {**state, "average": self.average.state_dict()}
 
-    def rest(self, generators: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """What does not belong to parameters."""
+    def rest(self, owns: Sequence[tuple[dict[str, Any], Any]]) -> dict[str, Any]:
+        """What does not belong to parameters. ``owns``: ``own`` of each process."""
+        generators = [generator for generator, _ in owns]
         rest: dict[str, Any] = {
             "place": dict(vars(self.place)),
             "schedule": self.schedule.state_dict(),
             "scaler": self.scaler.state_dict() if self.scaler else None,
             "rng": generators[0],
         }
-        return rest if len(generators) == 1 else {**rest, "processes": list(generators)}
+        if self.counts is not None:
+            rest["counts"] = [counted for _, counted in owns]
+        return rest if len(generators) == 1 else {**rest, "processes": generators}
 
     def piece(self) -> Named:
         """What belongs to the parameters of this process."""
@@ -85,6 +107,9 @@ class TrainingState:
         if self.scaler and rest["scaler"]:
             self.scaler.load_state_dict(rest["scaler"])
         vars(self.place).update(rest["place"])
+        if self.counts is not None:
+            for counted in rest.get("counts", ())[processes.rank :: processes.world]:  # 0.1.0 wrote none
+                self.counts.count_on(counted)
         return restore_own(rest, seed, processes, self.place.step)
 
     def _order(self) -> list[str]:

@@ -15,6 +15,8 @@ from kdcache.errors import NonFiniteError
 if TYPE_CHECKING:
     from kdcache.progress import Progress
 
+NOT_FINITE_HINT = "Lower learning_rate, raise warmup, or use precision bf16 or float32 instead of fp16."
+
 
 @dataclass
 class Place:
@@ -97,7 +99,7 @@ class StepLog:
         if bad:
             raise NonFiniteError(
                 f"training is not finite at step {step.step} (epoch {self._place.epoch + 1}): {', '.join(bad)}",
-                "Lower learning_rate, raise warmup, or use precision bf16 or float32 instead of fp16.",
+                NOT_FINITE_HINT,
             )
 
     def _log(self, step: _Unread, values: Mapping[str, float]) -> None:

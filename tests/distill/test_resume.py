@@ -16,12 +16,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from kdcache.distill import stage
 from kdcache.distill.stage import DistillResult, distill
 from kdcache.dump.stage import dump_teachers
 from kdcache.errors import DamageError, MismatchError
 from kdcache.progress import SilentProgress
 from kdcache.recipe import Recipe
 from kdcache.testing.tiny import wordpiece_tokenizer
+from kdcache.training import checkpoints
 from tests.conftest import TinyRun
 
 OVERRIDES = [
@@ -150,6 +152,31 @@ class Interrupting(SilentProgress):
             raise KeyboardInterrupt
 
 
+@pytest.mark.parametrize("targets", ["cache", "live"])
+def test_what_a_killed_training_had_read_is_in_its_results(
+    tiny_run: TinyRun, tmp_path: Path, targets: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after a checkpoint in the epoch, then between the last checkpoint and the saved student."""
+    recipe = tiny_run.recipe("distill.epochs=1", "distill.checkpoint_steps=3", "student.max_length=7")
+    live = tiny_run.teachers if targets == "live" else None
+
+    def run(name: str, progress: SilentProgress) -> Any:
+        found = distill(recipe, tiny_run.cache, tmp_path / name, live_teachers=live, progress=progress).results
+        return found["coverage"], found["truncated"]["student"]
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run("killed", Interrupting(5))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(stage, "_save", killed)
+        run("killed", SilentProgress())
+    coverage, truncated = whole = run("whole", SilentProgress())
+    assert run("killed", SilentProgress()) == whole
+    assert coverage.keys() == {"bert", "roberta", "xlm"} and 0 < truncated["train"] < 1
+
+
 # What a checkpoint of kdcache 0.1.0 says of its training besides the keys of [distill].
 OLD_KEYS = {
     "epochs", "learning_rate", "warmup", "weight_decay", "max_grad_norm", "precision", "log_steps", "seed",
@@ -187,7 +214,10 @@ class Begun:
                 key: identity[key] for key in identity if key in OLD_KEYS or key.startswith("distill.")
             }
             assert document["identity"].keys() >= OLD_KEYS
-            record.write_text(json.dumps(document))
+            state = checkpoints.load(record.parent)
+            del state["rest"]["counts"]
+            shutil.rmtree(record.parent)
+            checkpoints.save(record.parent.parent, state, step=document["step"], identity=document["identity"])
         return root
 
 

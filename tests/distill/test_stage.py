@@ -13,7 +13,7 @@ import torch
 from kdcache.distill.setup import Training
 from kdcache.distill.stage import DistillResult, DistillTask, distill
 from kdcache.dump.stage import dump_teachers
-from kdcache.errors import DamageError, KdcacheError, MismatchError, ModelError, RecipeError
+from kdcache.errors import DamageError, KdcacheError, MismatchError, ModelError, NonFiniteError, RecipeError
 from kdcache.methods.base import Feature, Method
 from kdcache.methods.parts.hidden_states import HiddenStates
 from kdcache.methods.parts.layer_map import LayerMapping
@@ -351,6 +351,26 @@ def test_the_best_epoch_is_what_is_saved_and_scored(
     assert all(torch.equal(saved[name], weights_of[1][name]) for name in saved)
     assert any(not torch.equal(saved[name], weights_of[2][name]) for name in saved)
     assert result.scores["validation"]["loss"] == pytest.approx(losses[1], rel=1e-6)
+
+
+ONE_HUGE_STEP = [
+    f"distill.{setting}" for setting in ("batch_size=300", "warmup=0.0", "schedule=constant", "learning_rate=1e30")
+]
+
+
+@pytest.mark.parametrize("lacking", [(), ("validation",), ("validation", "test")], ids=str)
+def test_a_student_that_diverges_in_its_last_step_is_refused_and_not_saved(
+    tiny_run: TinyRun, tmp_path: Path, lacking: tuple[str, ...]
+) -> None:
+    recipe = tiny_run.recipe(*ONE_HUGE_STEP)
+    data = recipe.data.model_copy(update=dict.fromkeys(lacking))
+    rows = {(): "32 of 32 validation", ("validation",): "32 of 32 test"}.get(lacking, "96 of 96 train")
+    for _ in range(2):  # the same command again
+        with pytest.raises(NonFiniteError, match=f"not finite after step 1.*: {rows} rows have logits") as caught:
+            run(recipe.model_copy(update={"data": data}), tiny_run.cache, tmp_path)
+        assert "Lower learning_rate" in caught.value.hint
+    assert not (tmp_path / "results.json").exists()
+    assert not (tmp_path / "student").exists()
 
 
 def test_damage_is_found_before_the_rows_are_used(tiny_run: TinyRun, tmp_path: Path, copied: Copy) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -21,7 +22,7 @@ from kdcache.cli.guard import explain
 from kdcache.distill.sweep.cells import SweepCell, SweepStudent, resolve_cells, value_of
 from kdcache.distill.sweep.costs import cost_document, texts_read
 from kdcache.distill.sweep.running import Failure, Worker, run_all, threads_each
-from kdcache.distill.sweep.search import Trial, propose
+from kdcache.distill.sweep.search import Trial, check_search, propose, score_of
 from kdcache.distill.sweep.stage import SweepJob, sweep
 from kdcache.errors import LockedError, MismatchError, RecipeError
 from kdcache.locks import exclusive
@@ -341,6 +342,7 @@ def test_failures_are_put_into_the_words_of_the_command(monkeypatch: pytest.Monk
 
 # Searches
 
+PROPOSED = [[0.0003135, 3, [3, 4], 29], [0.0001196, 2, [3, 4], 29]]
 SPACE: dict[str, Any] = {
     "distill.learning_rate": {"low": 1e-5, "high": 1e-3, "log": True},
     "distill.epochs": {"low": 1, "high": 4},
@@ -399,6 +401,83 @@ distill.weights.hidden = [0.01, 7]
     assert document["baseline"] == document["cells"][0]["cell"]
     assert {cell["seeds"] for cell in document["cells"] if cell["settings"][HIDDEN] == 7} == {0}
     assert document["cells"][0]["settings"] == {"distill.learning_rate": 5e-5, HIDDEN: 0.1}
+
+
+REFUSED = """
+[sweep]
+seeds = [0, 1]
+[sweep.search]
+trials = 24
+sampler = "random"
+seed = SEED
+[sweep.search.space]
+distill.batch_size = [8, 32]
+distill.accumulation = [1, 16]
+"""
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_proposal_that_no_recipe_may_have_is_a_failed_cell_and_the_search_goes_on(tmp_path: Path, seed: int) -> None:
+    job = make_job(tmp_path, REFUSED.replace("SEED", str(seed)))
+    document = sweep(job)
+    cells = {tuple(cell["settings"].values()): cell for cell in document["cells"]}
+    assert cells.keys() == {(8, 1), (8, 16), (32, 1), (32, 16)}
+    refused = cells.pop((8, 16))
+    assert (refused["seeds"], refused["mean"], refused["proposed"]) == (0, None, True)
+    assert refused["failed"].keys() == {"0", "1"}
+    assert all("accumulation 16 cuts a batch of 8" in reason for reason in refused["failed"].values())
+    assert all(cell["seeds"] == 2 and not cell["failed"] for cell in cells.values())
+    assert document["baseline"] != refused["cell"]
+    assert sweep(job) == sweep(job, train=False) == document
+    assert len(trained(job)) == 6
+
+
+def test_a_search_of_refused_proposals_ends_with_their_reasons(tmp_path: Path) -> None:
+    document = sweep(make_job(tmp_path, REFUSED.replace("SEED", "0").replace("[8, 32]", "[8]").replace("[1, ", "[")))
+    (cell,) = document["cells"]
+    assert cell["failed"].keys() == {"0", "1"}
+    assert document["chosen"] is None
+
+
+def test_a_grid_with_a_cell_that_no_recipe_may_have_and_an_unknown_key_are_refused_at_the_start(tmp_path: Path) -> None:
+    grid = "[sweep]\ngrid = { distill.batch_size = [8, 32], distill.accumulation = [1, 16] }"
+    unknown = "[sweep]\ncells = [{}]\n[sweep.search]\ntrials = 2\nsampler = 'random'\nspace = { distill.epoch = [1] }"
+    for section, message in ((grid, "accumulation 16 cuts a batch of 8"), (unknown, r"unknown key 'distill\.epoch'")):
+        job = make_job(tmp_path, section)
+        with pytest.raises(RecipeError, match=message):
+            sweep(job)
+        assert not job.run.root.exists()
+
+
+@pytest.mark.parametrize("sampler", ["random", "tpe"])
+def test_a_range_gives_the_numbers_that_its_key_takes(sampler: str) -> None:
+    if sampler == "tpe" and importlib.util.find_spec("optuna") is None:
+        pytest.skip("needs optuna")
+    space = {HIDDEN: {"low": 0, "high": 1}, "distill.epochs": {"low": 1.0, "high": 4.0}}
+    section = SearchSection.model_validate({"trials": 12, "sampler": sampler, "space": space})
+    trials: list[Trial] = []
+    while batch := propose(section, trials):
+        trials += [Trial(cell, cell[HIDDEN]) for cell in batch]
+    hidden, epochs = ([trial.cell[key] for trial in trials] for key in (HIDDEN, "distill.epochs"))
+    assert sum(0 < value < 1 for value in hidden) > 8
+    assert set(epochs) <= {1, 2, 3, 4}
+    assert all(isinstance(value, int) for value in epochs)
+    fractions = SearchSection.model_validate({"trials": 1, "space": {"distill.epochs": {"low": 1.5, "high": 4}}})
+    with pytest.raises(RecipeError, match=r"has low = 1\.5, and distill\.epochs takes whole numbers"):
+        check_search(fractions)
+
+
+def test_the_proposals_of_a_search_stay_what_they_were() -> None:
+    """Students of earlier versions are found again. Ranges over keys of either kind, and of a key without a type."""
+    space = SPACE | {"student.config.hidden_size": {"low": 16, "high": 64}}
+    section = SearchSection.model_validate({"trials": 2, "batch": 2, "sampler": "random", "space": space})
+    assert [list(cell.values()) for cell in propose(section, [])] == PROPOSED
+
+
+def test_a_score_that_is_not_finite_is_none() -> None:
+    assert score_of({0: 0.5, 1: math.nan}, [0, 1], lower_is_better=True) is None
+    assert score_of({0: 0.5, 1: math.inf}, [0, 1], lower_is_better=False) is None
+    assert score_of({0: 0.5, 1: 0.25, 2: math.nan}, [0, 1], lower_is_better=True) == -0.375
 
 
 # Costs

@@ -22,6 +22,7 @@ from kdcache.cache.reader import open_cache
 from kdcache.cache.tokens import Outputs
 from kdcache.cache.verify import verify
 from kdcache.cache.writer import CacheWriter, Part, PartTask
+from kdcache.dump import run as dump_run
 from kdcache.dump.engines.shards import Shard, parse_shard
 from kdcache.dump.run import open_teacher
 from kdcache.dump.specs import PreparedTeacher
@@ -83,6 +84,22 @@ def test_a_shard_that_is_run_again_after_the_end_changes_nothing(
     assert report.published
     assert not forward_passes
     assert digests(tmp_path / "cache") == before
+
+
+def test_the_texts_of_a_killed_shard_are_counted_once(
+    local: Workbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object) -> dict[str, str]:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(dump_run, "measured_record", killed)
+        local.shard(0, 2, cache=tmp_path / "cache")
+    for index in (0, 1):
+        local.shard(index, 2, cache=tmp_path / "cache")
+    found, expected = (read_manifest(one).provenance["teachers"] for one in (tmp_path / "cache", local.cache))
+    assert {name: one["texts_run"] for name, one in found.items()} == dict.fromkeys(expected, 12)
+    assert {name: one["texts_run"] for name, one in expected.items()} == dict.fromkeys(expected, 12)
 
 
 def test_a_dump_without_shard_runs_what_is_missing_and_publishes(local: Workbench, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from kdcache.cache.reader import open_cache
+from kdcache.cache.writer import CacheWriter
 from kdcache.codecs.int8 import INT8
 from kdcache.data.encoding import encode, pad
 from kdcache.dump import run
@@ -388,6 +389,37 @@ def test_an_interruption_does_not_lose_how_a_teacher_was_run(bench: Workbench, m
         "xlm",
     }
     assert not list((bench.cache / ".dump").glob("*.run"))
+
+
+def test_what_a_killed_dump_ran_is_in_the_provenance(
+    bench: Workbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after some parts, then between a teacher's last part and its record."""
+    only, measured = bench.only("bert"), {"texts_run", "texts_truncated", "parameters", "device", "texts_per_second"}
+    commit, left = CacheWriter._commit_part, [2]
+
+    def interrupted(writer: CacheWriter, *arguments: Any) -> int:
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return commit(writer, *arguments)
+
+    def never(*_: object) -> dict[str, str]:
+        raise KeyboardInterrupt
+
+    for owner, name, instead in ((CacheWriter, "_commit_part", interrupted), (run, "measured_record", never)):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(owner, name, instead)
+            only.dump("data.max_length=8")
+    assert only.dump("data.max_length=8").identity == only.dump("data.max_length=8", cache=tmp_path / "whole").identity
+    found, expected = (
+        open_cache(cache).manifest.provenance["teachers"]["bert"] for cache in (only.cache, tmp_path / "whole")
+    )
+    assert found.keys() == expected.keys() >= measured | {"latency_ms"}
+    assert expected["texts_truncated"] > 0
+    for key in ("texts_run", "texts_truncated", "parameters", "device"):
+        assert found[key] == expected[key]
+    assert not list((only.cache / ".dump").glob("bert*"))
 
 
 def test_pairs_of_texts(bench: Workbench, tmp_path: Path) -> None:

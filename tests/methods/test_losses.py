@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from kdcache.distill.objective import ObjectiveSettings
+from kdcache.distill.objective import ObjectiveSettings, objective_settings
 from kdcache.loading.targets import Hidden
 from kdcache.methods.base import Method
 from kdcache.methods.losses import (
@@ -31,6 +33,7 @@ from kdcache.methods.losses import (
     teacher_cross_entropy,
 )
 from kdcache.methods.parts.soft_labels import SoftLabels, SoftLoss
+from kdcache.recipe import DistillSection
 from kdcache.testing.steps import loop_model, step_batch, step_loss
 
 TEACHERS, ROWS, CLASSES = 3, 5, 4
@@ -207,6 +210,20 @@ def test_a_term_has_a_loss_of_its_own(loss: SoftLoss) -> None:
     expected = loss(model.student(batch.inputs).logits, batch.targets.logits, 2.0, batch.labels).mean(dim=1)
     assert [terms["soft/a"], terms["soft/b"]] == pytest.approx(expected.tolist(), rel=1e-12)
     assert total == pytest.approx(expected.sum().item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["hard-labels", "annealing-kd"])
+def test_losses_that_do_not_use_the_temperature_are_not_multiplied_by_its_square(name: str) -> None:
+    """All teachers answer alike: the temperature would decide between classes with equally many votes."""
+    batch = step_batch()
+    assert batch.targets is not None
+    alike = replace(batch.targets, logits=batch.targets.logits[:1].expand(2, -1, -1))
+
+    def soft(**keys: Any) -> float:
+        settings = objective_settings(DistillSection(method=name, **keys))
+        return step_loss(loop_model(settings), replace(batch, targets=alike))[1]["soft"]
+
+    assert soft(temperature=3.0, t_squared=True) == soft(temperature=3.0) == soft() != 0
 
 
 @pytest.mark.parametrize("temperature", [1.0, 3.0])

@@ -24,6 +24,9 @@ def test_unknown_method_names_the_known_ones() -> None:
         find_method("mt_bert")
     assert "'mt-bert'" in caught.value.hint
     assert caught.value.exit_code == 2
+    with pytest.raises(RecipeError, match="no distillation method 'MT-BERT'; there are: ") as caught:
+        find_method("MT-BERT")
+    assert "'mt-bert'" in caught.value.hint
 
 
 def test_paper_means_plain_sums_teacher_to_student_and_all_weights_one() -> None:
@@ -74,6 +77,14 @@ def test_what_cannot_be_cached_is_refused_with_the_reason(name: str, reason: str
     assert caught.value.exit_code == 2
     assert "mt-bert" in caught.value.hint
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["GKD", "MiniLM", "MiniLLM", "MobileBERT", "MetaDistil", "BERT-of-Theseus", "bert_of_theseus", "on_policy"]
+)
+def test_what_cannot_be_cached_is_refused_with_the_reason_in_any_spelling(name: str) -> None:
+    with pytest.raises(RecipeError, match=f"method '{name}' cannot learn from a cache: "):
+        find_method(name)
 
 
 def test_no_method_is_refused_and_registered_at_once() -> None:

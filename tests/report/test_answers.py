@@ -106,6 +106,19 @@ def test_a_teacher_below_the_student_alone_is_a_warning_and_answers_of_another_t
     assert "The kept answers of the student without teachers do not give its score" in found
 
 
+def test_answers_of_a_student_that_diverged_have_a_page(tmp_path: Path) -> None:
+    """Kdcache 0.2 saved a student whose last step made its logits NaN."""
+    run = make_run(tmp_path / "run", classes=3)
+    splits = {
+        name: replace(split, logits=np.full_like(split.logits, np.nan))
+        for name, split in read_predictions(run.predictions).items()
+    }
+    write_predictions(run.predictions, splits)
+    assert splits["test"].student.predictions.tolist() == [0] * 120
+    assert calibration(splits["test"].labels, splits["test"].student) is None
+    assert write_page(run).exists()
+
+
 def test_several_runs_are_compared_and_seeds_are_grouped(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / f"kd-{seed}", seed=seed, method="kd") for seed in (0, 1)]
     runs.append(make_run(tmp_path / "mt-bert", seed=0))

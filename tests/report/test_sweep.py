@@ -114,6 +114,60 @@ def test_the_gap_is_measured_from_the_student_alone_to_the_best_teacher() -> Non
     assert document(BETTER, LUCKY_ON_TEST)["cells"][1]["gap_closed"] is None  # the baseline is not the student alone
 
 
+def test_a_teacher_that_is_not_better_than_the_student_alone_leaves_no_gap() -> None:
+    alone = CellResults("alone", {}, {seed: result(0.85, 0.85, "fine-tune", teacher=0.8) for seed in (0, 1)})
+    worse = CellResults("worse", {}, {seed: result(0.82, 0.82, teacher=0.8) for seed in (0, 1)})
+    made = document(alone, worse)
+    assert [cell["gap_closed"] for cell in made["cells"]] == [None, None]
+    assert made["test"]["alone"]["gap_closed"] is None
+    assert "gap closed" not in sweep_table(made)[0]
+    assert "of the gap" not in " ".join(sweep_lines(made))
+
+
+def test_a_gap_of_losses_is_closed_downwards_and_no_share_is_minus_zero() -> None:
+    alone, half, more = (
+        CellResults(name, {}, {0: {"method": method, "scores": {"validation": {"loss": loss}}}})
+        for name, method, loss in (("alone", "fine-tune", 0.5), ("half", "kd", 0.4), ("more", "kd", 0.5001))
+    )
+    half.results[0]["teachers"] = {"bert": {"scores": {"validation": {"loss": 0.3}}}}
+    made = document(alone, half, more, metric="loss", seeds=[0])
+    assert [row[-1] for row in sweep_table(made)[1]] == ["0.00", "0.50", "0.00"]
+    half.results[0]["teachers"]["bert"]["scores"]["validation"]["loss"] = 0.6
+    assert document(alone, half, metric="loss", seeds=[0])["cells"][1]["gap_closed"] is None
+
+
+def test_an_interval_of_one_seed_is_not_named() -> None:
+    text = " ".join(sweep_lines(document(cell("a", {0: (0.8, 0.7)}), cell("b", {0: (0.9, 0.8)}), seeds=[0])))
+    assert "difference +0.1000." in text
+    assert "()" not in text
+    assert "difference +0.0500 (-" in " ".join(sweep_lines(document(ALONE, BETTER)))
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "loss"])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_student_whose_loss_is_not_finite_is_missing(metric: str, first: bool) -> None:
+    """A student of kdcache 0.2 that diverged in its last step has an accuracy, that of class 0, and a loss of NaN."""
+    broken = cell("broken", {0: (0.9, 0.9), 1: (0.91, 0.9)}, hidden=7)
+    for scores in broken.results[1]["scores"].values():
+        scores["loss"] = math.nan
+    made = document(*([broken, ALONE, BETTER] if first else [ALONE, BETTER, broken]), metric=metric)
+    found = {each["cell"]: each for each in made["cells"]}["broken"]
+    assert list(found["scores"]) == ["0"]
+    assert found["seeds"] == 1
+    assert made["chosen"] == "better"
+    assert any("broken, seed 1: loss on validation is not finite" in line for line in made["warnings"])
+    assert json.dumps([made, specs_of(sweep_page(made))], allow_nan=False)
+
+
+def test_a_validation_split_without_labels_has_no_scores() -> None:
+    cells = [cell(name, {0: (math.nan, 0.7), 1: (math.nan, 0.7)}) for name in ("a", "b")]
+    for result_of in (cells[0].results[0], cells[1].results[0]):
+        result_of["teachers"]["mpnet"]["scores"]["validation"]["accuracy"] = math.nan
+    made = document(*cells)
+    assert (made["chosen"], [each["mean"] for each in made["cells"]]) == (None, [None, None])
+    assert made["best_teacher"]["validation"] == 0.9  # of the students whose teachers have a score
+
+
 def test_failures_are_named_and_empty_cells_have_no_score() -> None:
     broken = CellResults("broken", {"hidden": 7}, {}, {0: "no such layer", 1: "no such layer"})
     made = document(ALONE, broken)

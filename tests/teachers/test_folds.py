@@ -365,6 +365,62 @@ def test_a_newcomer_that_saw_other_rows_has_no_folds(
         add_teacher(fewer, "new", tmp_path / "teachers", tmp_path / "work", progress=SilentProgress())
         with pytest.raises(MismatchError, match="'new' was added with other train rows"):
             run(changed(larger, cofinetune={"folds": 2}), tmp_path)
+        others = run(changed(short, cofinetune={"folds": 2}), tmp_path)
+    assert [*others.folds["teachers"]] == ["bert", "roberta"]
+
+
+def test_folds_are_made_with_what_their_teachers_were_made_with(
+    recipe: Recipe, tmp_path: Path, shallow_models: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What would be trained otherwise is refused before the first fold, and the cure of the message works."""
+    bert, new = recipe.teachers[0].model_dump(), {"name": "new", "model": str(shallow_models["distilbert"])}
+    one = with_teachers(changed(recipe, cofinetune={"epochs": 1}), bert)
+    two, longer = with_teachers(one, bert, new), {"epochs": 2}
+    other = with_teachers(one, bert, new | {"model": str(shallow_models["bert"])})
+    folds = {"folds": 2}
+
+    def add(recipe: Recipe) -> CofinetuneResult:
+        return add_teacher(recipe, "new", tmp_path / "teachers", tmp_path / "work", progress=SilentProgress())
+
+    with files.use_disk(UnsyncedDisk()):
+        run(one, tmp_path)
+        seen = _trained_on(monkeypatch)
+        with pytest.raises(MismatchError, match=r"'bert' would be made .* differs: cofinetune\.epochs$") as caught:
+            add(changed(two, cofinetune=folds | longer))
+        assert "kdcache cofinetune RECIPE --folds 2" in caught.value.hint and not seen
+        add(changed(two, cofinetune=longer))
+        with pytest.raises(MismatchError, match=r"'new' would be made .* differs: cofinetune\.epochs$") as caught:
+            run(changed(two, cofinetune=folds), tmp_path)
+        assert "--add new --folds 2" in caught.value.hint
+        with pytest.raises(MismatchError, match=r"differs: .*teachers\.new\.weights$"):
+            run(changed(other, cofinetune=folds), tmp_path)
+        assert [name for name, _ in seen] == ["add-new"]
+        assert [*run(changed(one, cofinetune=folds), tmp_path).folds["teachers"]] == ["bert"]
+        assert [*add(changed(two, cofinetune=folds | longer)).folds["teachers"]] == ["bert", "new"]
+    lines = [json.loads(line) for line in (tmp_path / "work" / "metrics.jsonl").read_text().splitlines()]
+    epochs = Counter(line["stage"] for line in lines if line["event"] == "epoch")
+    assert (epochs["cofinetune, fold 1 of 2"], epochs["add new, fold 1 of 2"]) == (1, 2)
+
+
+def test_a_newcomer_that_can_have_no_folds_is_not_trained(
+    folded: Recipe, copied: Path, tmp_path: Path, shallow_models: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = Path(folded.data.train).read_text().splitlines()
+    (tmp_path / "fewer.tsv").write_text("\n".join(rows[:60]) + "\n")
+    new = {"name": "new", "model": str(shallow_models["distilbert"])}
+    larger = with_teachers(folded, *(teacher.model_dump() for teacher in folded.teachers), new)
+    fewer = changed(larger, data={"train": str(tmp_path / "fewer.tsv")}, cofinetune={"folds": None})
+    seen = _trained_on(monkeypatch)
+    for wrong, message in (
+        (fewer, "other train rows than the teachers in"),
+        (changed(larger, cofinetune={"folds": 3}), "have 2 folds; the recipe asks for 3"),
+    ):
+        with pytest.raises(MismatchError, match=message):
+            add_teacher(wrong, "new", copied / "teachers", copied / "work", progress=SilentProgress())
+    with pytest.raises(DataError, match="100 folds need as many"):
+        hundred = changed(larger, cofinetune={"folds": 100})
+        add_teacher(hundred, "new", copied / "teachers", copied / "work", progress=SilentProgress())
+    assert not seen and "new" not in read_bundle(copied / "teachers").teachers
 
 
 def test_ready_classifiers_have_no_folds(recipe: Recipe, tmp_path: Path, shallow_models: Mapping[str, Path]) -> None:

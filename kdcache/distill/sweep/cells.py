@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +33,19 @@ class SweepCell:
 
 
 @dataclass(frozen=True)
+class RefusedCell:
+    """Settings that a search proposed and that no recipe may have together: no student can be trained with them."""
+
+    settings: Cell
+    reason: str
+
+    @property
+    def name(self) -> str:
+        """Short, for tables."""
+        return hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True)
 class SweepStudent:
     """A student to train: a cell with a seed. Sent to other processes."""
 
@@ -54,6 +69,14 @@ def resolve_cells(settings: Iterable[Cell], load: LoadRecipe, identity: CacheIde
         digest = student_digest(recipe, upstream=identity(cache))
         found.setdefault(digest, SweepCell(digest, recipe, cache))
     return list(found.values())
+
+
+def resolve_proposed(settings: Cell, load: LoadRecipe, identity: CacheIdentity) -> SweepCell | RefusedCell:
+    """The cell of a search's proposal, or why no recipe may have these settings."""
+    try:
+        return resolve_cells([settings], load, identity)[0]
+    except RecipeError as error:
+        return RefusedCell(settings, error.message)
 
 
 def _check_method(recipe: Recipe, given: Mapping[str, Any]) -> None:
@@ -81,9 +104,12 @@ def student(cell: SweepCell, seed: int, run: RunDirectory) -> SweepStudent:
 
 def value_of(cell: SweepCell, key: str) -> Any:
     """What the cell has for a dotted key, its default included; None if it is not set."""
-    if key == CACHE:
-        return cell.cache
-    value: Any = cell.recipe.model_dump(mode="json")
+    return cell.cache if key == CACHE else recipe_value(cell.recipe, key)
+
+
+def recipe_value(recipe: Recipe, key: str) -> Any:
+    """What the recipe has for a dotted key, its default included; None if it is not set."""
+    value: Any = recipe.model_dump(mode="json")
     steps = [step.strip() for step in key.split(".")]
     while steps:
         if isinstance(value, list):

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kdcache.errors import RecipeError
+from kdcache.recipe.number_keys import number_type
 from kdcache.recipe.sweep import RangeSection
 
 if TYPE_CHECKING:
@@ -42,8 +43,20 @@ def propose(section: SearchSection, trials: Sequence[Trial]) -> list[Cell]:
     return sampler(section, trials, count) if count > 0 else []
 
 
-def check_sampler(section: SearchSection) -> None:
-    """Raises RecipeError if the sampler needs a package that is not installed, before any student is trained."""
+def check_search(section: SearchSection) -> None:
+    """Raises RecipeError for a search that cannot work, before any student is trained.
+
+    That is one whose sampler needs a package that is not installed, and one with a range between fractions for a key
+    of whole numbers.
+    """
+    for key, values in section.space.items():
+        if isinstance(values, RangeSection) and _whole(key, values):
+            for name, end in (("low", values.low), ("high", values.high)):
+                if end != int(end):
+                    raise RecipeError(
+                        f"sweep.search.space.{key} has {name} = {end}, and {key} takes whole numbers",
+                        f"Give a whole number as {name}.",
+                    )
     if section.sampler == "tpe":
         _import_optuna()
 
@@ -52,23 +65,23 @@ def _at_random(section: SearchSection, trials: Sequence[Trial], count: int) -> l
     cells = []
     for number in range(len(trials), len(trials) + count):
         generator = random.Random(_seed(section.seed, number))
-        cells.append({key: _draw(generator, values) for key, values in section.space.items()})
+        cells.append({key: _draw(generator, key, values) for key, values in section.space.items()})
     return cells
 
 
-def _draw(generator: random.Random, values: list[Any] | RangeSection) -> Any:
+def _draw(generator: random.Random, key: str, values: list[Any] | RangeSection) -> Any:
     if not isinstance(values, RangeSection):
         return values[generator.randrange(len(values))]
     low, high = values.low, values.high
-    if _whole(values) and not values.log:
+    if _whole(key, values) and not values.log:
         return generator.randint(int(low), int(high))
     drawn = math.exp(generator.uniform(math.log(low), math.log(high))) if values.log else generator.uniform(low, high)
-    return _rounded(drawn, values)
+    return _rounded(drawn, key, values)
 
 
 def _by_optuna(section: SearchSection, trials: Sequence[Trial], count: int) -> list[Cell]:
     optuna = _import_optuna()
-    spread = {key: _distribution(optuna, values) for key, values in section.space.items()}
+    spread = {key: _distribution(optuna, key, values) for key, values in section.space.items()}
     sampler = optuna.samplers.TPESampler(seed=_seed(section.seed, len(trials)), constant_liar=True)
     study = optuna.create_study(direction="maximize", sampler=sampler)
     for trial in trials:
@@ -76,32 +89,38 @@ def _by_optuna(section: SearchSection, trials: Sequence[Trial], count: int) -> l
             told = {key: _told(section.space[key], trial.cell[key]) for key in spread}
             study.add_trial(optuna.trial.create_trial(params=told, distributions=spread, value=trial.score))
     asked = [study.ask(spread).params for _ in range(count)]
-    return [{key: _read(values, params[key]) for key, values in section.space.items()} for params in asked]
+    return [{key: _read(key, values, params[key]) for key, values in section.space.items()} for params in asked]
 
 
-def _distribution(optuna: Any, values: list[Any] | RangeSection) -> Any:
+def _distribution(optuna: Any, key: str, values: list[Any] | RangeSection) -> Any:
     if not isinstance(values, RangeSection):
         return optuna.distributions.CategoricalDistribution(range(len(values)))  # by place: values may be lists
-    kind = optuna.distributions.IntDistribution if _whole(values) else optuna.distributions.FloatDistribution
-    return kind(values.low, values.high, log=values.log)
+    if _whole(key, values):
+        return optuna.distributions.IntDistribution(int(values.low), int(values.high), log=values.log)
+    return optuna.distributions.FloatDistribution(values.low, values.high, log=values.log)
 
 
 def _told(values: list[Any] | RangeSection, value: Any) -> Any:
     return value if isinstance(values, RangeSection) else values.index(value)
 
 
-def _read(values: list[Any] | RangeSection, value: Any) -> Any:
-    return _rounded(value, values) if isinstance(values, RangeSection) else values[value]
+def _read(key: str, values: list[Any] | RangeSection, value: Any) -> Any:
+    return _rounded(value, key, values) if isinstance(values, RangeSection) else values[value]
 
 
-def _rounded(value: float, values: RangeSection) -> int | float:
+def _rounded(value: float, key: str, values: RangeSection) -> int | float:
     """Few digits, and within the range."""
-    near = round(value) if _whole(values) else float(f"{value:.{_DIGITS}g}")
-    return min(max(near, values.low), values.high)
+    if _whole(key, values):
+        return min(max(round(value), int(values.low)), int(values.high))
+    return min(max(float(f"{value:.{_DIGITS}g}"), values.low), values.high)
 
 
-def _whole(values: RangeSection) -> bool:
-    return isinstance(values.low, int) and isinstance(values.high, int)
+def _whole(key: str, values: RangeSection) -> bool:
+    """Whether ``key`` takes whole numbers; where its type does not say it, whether both ends are written so."""
+    kind = number_type(key)
+    if kind is None:
+        return isinstance(values.low, int) and isinstance(values.high, int)
+    return kind is int
 
 
 def _seed(seed: int, number: int) -> int:
@@ -121,8 +140,8 @@ def _import_optuna() -> Any:
 
 
 def score_of(scores: Mapping[int, float], seeds: Sequence[int], *, lower_is_better: bool) -> float | None:
-    """The mean over all seeds as a score to maximize; None if a seed is missing."""
-    if any(seed not in scores for seed in seeds):
+    """The mean over all seeds as a score to maximize; None if a seed is missing, or has a score that is not finite."""
+    if not all(math.isfinite(scores.get(seed, math.nan)) for seed in seeds):
         return None
     mean = sum(scores[seed] for seed in seeds) / len(seeds)
     return -mean if lower_is_better else mean

@@ -16,27 +16,32 @@ from typing import TYPE_CHECKING, Any
 from kdcache.distill.sweep.cells import (
     CacheIdentity,
     LoadRecipe,
+    RefusedCell,
     SweepCell,
     SweepStudent,
+    recipe_value,
     resolve_cells,
+    resolve_proposed,
     student,
     students_of,
     value_of,
 )
 from kdcache.distill.sweep.costs import CacheProvenance, cost_document
 from kdcache.distill.sweep.running import Failure, Worker, run_all
-from kdcache.distill.sweep.search import Trial, check_sampler, propose, score_of
+from kdcache.distill.sweep.search import Trial, check_search, propose, score_of
 from kdcache.errors import DamageError, RecipeError
 from kdcache.files import make_directory, remove_file, replace_file
 from kdcache.locks import exclusive
 from kdcache.methods.registry import check_method
+from kdcache.recipe.number_keys import is_known_key
+from kdcache.recipe.sweep import CACHE
 from kdcache.report.loaded import read_results
 from kdcache.report.sweep import CellResults, sweep_document
 from kdcache.report.sweep_page import sweep_page
 
 if TYPE_CHECKING:
     from kdcache.progress import Progress
-    from kdcache.recipe import Recipe, SweepSection
+    from kdcache.recipe import Recipe, SearchSection, SweepSection
     from kdcache.recipe.sweep import Cell
     from kdcache.runs import RunDirectory
 
@@ -85,8 +90,8 @@ def sweep(job: SweepJob, *, train: bool = True) -> dict[str, Any]:
     """Train what is missing, compare all, write ``sweep.json`` and ``sweep.html``; returns the contents of sweep.json.
 
     ``train=False`` compares the students that are there, and writes nothing. A student that fails is recorded and the
-    others go on. Raises RecipeError for a section that cannot be used, LockedError if another process works on this
-    sweep.
+    others go on; so is a proposal of a search that no recipe may have. Raises RecipeError for a section that cannot be
+    used, LockedError if another process works on this sweep.
     """
     section, data = job.section, job.recipe.data
     if data.validation is None and not data.validation_fraction:
@@ -97,7 +102,8 @@ def sweep(job: SweepJob, *, train: bool = True) -> dict[str, Any]:
     cells = resolve_cells(section.settings(), job.load, job.identity)
     methods = [cell.recipe.distill.method for cell in cells]
     if section.search is not None:
-        check_sampler(section.search)
+        check_search(section.search)
+        _check_keys(job, section.search)
         proposed = section.search.space.get("distill.method", [])
         methods += proposed if isinstance(proposed, list) else []
     for method in dict.fromkeys(methods):
@@ -112,22 +118,30 @@ def sweep(job: SweepJob, *, train: bool = True) -> dict[str, Any]:
     return document
 
 
+def _check_keys(job: SweepJob, search: SearchSection) -> None:
+    """RecipeError for an unknown key of the search, with which every proposal would fail."""
+    for key, values in search.space.items():
+        if key != CACHE and not is_known_key(key):
+            job.load({key: values[0] if isinstance(values, list) else values.low})
+
+
 def _all_cells(
     job: SweepJob, cells: Sequence[SweepCell], train: Callable[[list[SweepStudent]], None]
-) -> tuple[list[SweepCell], set[str], _Found]:
+) -> tuple[list[SweepCell | RefusedCell], set[str], _Found]:
     """All cells, those of the search included; the names of the latter; and what is known of their students."""
     section, found = job.section, _Found()
-    known = {cell.name: cell for cell in cells}
+    known: dict[str, SweepCell | RefusedCell] = {cell.name: cell for cell in cells}
     _bring(job, cells, found, train)
     trials: list[Trial] = []
     proposed: set[str] = set()
     while section.search is not None and (batch := propose(section.search, trials)):
-        new = [resolve_cells([values], job.load, job.identity)[0] for values in batch]
-        _bring(job, new, found, train)
+        new = [resolve_proposed(values, job.load, job.identity) for values in batch]
+        possible = [cell for cell in new if isinstance(cell, SweepCell)]
+        _bring(job, possible, found, train)
         trials += [Trial(values, _score(job, cell, found)) for values, cell in zip(batch, new, strict=True)]
         proposed |= {cell.name for cell in new} - {cell.name for cell in cells}
         known |= {cell.name: cell for cell in new if cell.name not in known}
-        students = [each.name for cell in new for each in _students(job, cell)]
+        students = [each.name for cell in possible for each in _students(job, cell)]
         if any(name not in found.results and name not in found.failures for name in students):
             break  # nothing is trained: what comes next depends on these
     return list(known.values()), proposed, found
@@ -177,26 +191,35 @@ def _read_failure(run: RunDirectory) -> Failure | None:
         raise DamageError(f"'{path}' is not readable: {error}", "Delete it and run the same command again.") from error
 
 
-def _score(job: SweepJob, cell: SweepCell, found: _Found) -> float | None:
+def _score(job: SweepJob, cell: SweepCell | RefusedCell, found: _Found) -> float | None:
     scores = _cell_results(job, cell, found, proposed=True, keys=()).scores(job.metric)
     return score_of(scores, job.section.seeds, lower_is_better=job.metric == "loss")
 
 
-def _compared(job: SweepJob, cells: Sequence[SweepCell], proposed: set[str], found: _Found) -> dict[str, Any]:
+def _compared(
+    job: SweepJob, cells: Sequence[SweepCell | RefusedCell], proposed: set[str], found: _Found
+) -> dict[str, Any]:
     keys = _swept_keys(job.section)
     compared = [_cell_results(job, cell, found, proposed=cell.name in proposed, keys=keys) for cell in cells]
-    students = {cell.name: [each for each in _students(job, cell) if each.name in found.results] for cell in cells}
+    possible = [cell for cell in cells if isinstance(cell, SweepCell)]
+    students = {cell.name: [each for each in _students(job, cell) if each.name in found.results] for cell in possible}
     return sweep_document(
         job.recipe.name,
         compared,
         seeds=job.section.seeds,
         metric=job.metric,
-        baseline=cells[0].name,
+        baseline=(possible or cells)[0].name,
         cost=cost_document(students, found.results, job.provenance),
     )
 
 
-def _cell_results(job: SweepJob, cell: SweepCell, found: _Found, *, proposed: bool, keys: Sequence[str]) -> CellResults:
+def _cell_results(
+    job: SweepJob, cell: SweepCell | RefusedCell, found: _Found, *, proposed: bool, keys: Sequence[str]
+) -> CellResults:
+    if isinstance(cell, RefusedCell):
+        usual = {key: None if key == CACHE else recipe_value(job.recipe, key) for key in keys}
+        settings = {key: cell.settings.get(key, value) for key, value in usual.items()}
+        return CellResults(cell.name, settings, {}, dict.fromkeys(job.section.seeds, cell.reason), proposed)
     students = dict(zip(job.section.seeds, _students(job, cell), strict=True))
     results = {seed: found.results[each.name] for seed, each in students.items() if each.name in found.results}
     failures = {

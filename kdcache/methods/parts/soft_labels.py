@@ -200,12 +200,15 @@ class SoftLabels:
         mixing: M.
         target_scale: The teachers' logits are multiplied by it; None leaves them as they are.
         reads_labels: Whether ``loss`` uses gold labels.
+        softened: Whether ``loss`` divides logits by the temperature. T² makes up for that, so a loss that does not is
+            never multiplied by it.
     """
 
     loss: SoftLoss = soft_cross_entropy
     mixing: Mixing = each_teacher
     target_scale: Callable[[Moment], float] | None = None
     reads_labels: bool = False
+    softened: bool = True
     name: str = "soft"
     weight: Weight = "soft"
     scope: Scope = "row"
@@ -238,7 +241,7 @@ class BoundSoftLabels:
             view.teacher_logits if scale is None else scale(view.moment) * view.teacher_logits,
             view.weights,
             temperature=self._setup.temperature,
-            t_squared=self._setup.t_squared,
+            t_squared=self._setup.t_squared and self._term.softened,
             mixing=self._term.mixing,
             soft_loss=self._term.loss,
             labels=view.labels,
