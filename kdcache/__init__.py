@@ -2,9 +2,10 @@
 
 The stages of a recipe as functions (docs/python.md)::
 
-    run = kdcache.run("sst2.toml")                             # all of them
-    run = kdcache.distill("sst2.toml", {"distill.seed": 1})    # one more student from the cache
+    run = kdcache.run("sst2.toml")    # all of them
     run.scores["test"]["accuracy"]
+    # one more student from the cache, in a run directory of its own
+    kdcache.distill("sst2.toml", {"distill.seed": 1, "name": "sst2-seed1"}, cache="runs/sst2/cache")
 
 In your own training loop (docs/examples)::
 

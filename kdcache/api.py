@@ -1,7 +1,7 @@
 """The stages as functions, for scripts and notebooks: the work, run directory and records of the commands.
 
-    run = kdcache.run("sst2.toml")                             # all stages
-    run = kdcache.distill("sst2.toml", {"distill.seed": 1})    # one stage
+    run = kdcache.run("sst2.toml")        # all stages
+    run = kdcache.distill("sst2.toml")    # one stage
     run.scores["test"]["accuracy"]
 
 A recipe is a file or a ``Recipe``; ``values`` are its overrides, as ``--set`` on the command line. A stage that is

@@ -228,6 +228,11 @@ def _put(
         raise
 
 
+def absolute(path: Path) -> Path:
+    """The absolute path; links are followed, but a file keeps the name that it was given, which has its ending."""
+    return path.parent.resolve() / path.name if path.is_file() else path.resolve()
+
+
 def make_directory(path: Path) -> None:
     """Make ``path`` and its missing parents, durably. Raises StorageError."""
     missing = []

@@ -188,6 +188,17 @@ def test_paths_are_relative_to_the_recipe_and_hub_names_stay(tmp_path: Path, mon
     assert recipe.require_student().init_from == str(elsewhere / "typed")  # as typed on the command line
 
 
+def test_a_linked_file_keeps_its_name_and_a_linked_directory_is_followed(tmp_path: Path) -> None:
+    """Version control of data links train.tsv to a file that is named by its digest, without an ending."""
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / "3fa9c1").touch()
+    (tmp_path / "train.tsv").symlink_to("blobs/3fa9c1")
+    (tmp_path / "bert").symlink_to("blobs")
+    recipe = load(tmp_path, "teachers.bert.model=./bert")
+    assert recipe.data.train == str(tmp_path / "train.tsv")
+    assert recipe.teacher("bert").model == str(tmp_path / "blobs")
+
+
 def test_paths_that_look_like_paths_become_absolute_even_where_nothing_is_there(tmp_path: Path) -> None:
     recipe = load(tmp_path, "teachers.bert.model=./none", "student.init_from=~/none")
     assert Path(recipe.teacher("bert").model) == tmp_path / "none"

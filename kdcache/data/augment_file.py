@@ -18,7 +18,7 @@ from kdcache import __version__
 from kdcache.data.augment import Augmented, AugmentSettings, augment
 from kdcache.data.task import load_task
 from kdcache.errors import MismatchError, RecipeError
-from kdcache.files import make_directory, replace_file
+from kdcache.files import absolute, make_directory, replace_file
 
 if TYPE_CHECKING:
     from kdcache.progress import Progress
@@ -84,7 +84,7 @@ def make_file(
             f"the text column '{clash[0]}' has the name of a column that augment writes: {', '.join(OWN_COLUMNS)}",
             "Rename the column in the data files and in data.text.",
         )
-    others = [source for source in section.transfer if Path(source) != path.resolve()]
+    others = [source for source in section.transfer if Path(source) != absolute(path)]
     transfer = others if "transfer" in settings.sources else []
     task = load_task(section.model_copy(update={"transfer": transfer}))
     described: dict[str, Any] = {**asdict(settings), "versions": _versions(mlm is not None)}

@@ -10,6 +10,7 @@ for a withheld label. Each is refused, unless ``data.labels`` declares these cla
     -1              beside two or more other classes, none of them negative: a class, or no label
     ["a", "b"]      a list; also ``a|b`` where ``a`` and ``b`` are classes of their own
     0, 1, 2         if the classes are names, and only their alphabetical order determines which is number 0
+    "pos", "pos "   names that differ in white space only
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 _SEPARATORS = "|;,"  # of several labels in one cell
 _WITHHELD = "-1"
 _DECLARE = "name every class in data.labels, in class order"
+_CONTROL = re.compile("[\\x00-\\x1f\\x7f-\\x9f]")
 _FEW_ROWS, _MANY_CLASSES = 8, 10
 
 
@@ -66,7 +68,7 @@ def numbers_known(names: Sequence[str], *, declared: bool) -> bool:
 
 
 def label_cells(rows: Rows, column: str, known: Iterable[str] = ()) -> list[str | None]:
-    """The label column as names, None for empty cells and nulls. Raises DataError for values that are no class.
+    """The label column as names, None for cells without text and nulls. Raises DataError for values that are no class.
 
     ``known``: names that are always accepted as classes.
     """
@@ -78,6 +80,8 @@ def _name(value: Any, rows: Rows, row: int, column: str, known: frozenset[str]) 
     if value is None or value == "":
         return None
     if isinstance(value, str):
+        if not value.strip() and value not in known:
+            return None
         if value not in known and _NUMBER.fullmatch(value) and not _is_whole(float(value)):
             _refuse_number(rows, row, column, value)
         return value
@@ -127,6 +131,7 @@ def class_order(
     if declared:
         return ClassOrder(declared, "the data set")
     names = {label for label in labels if label is not None}
+    _refuse_twins(rows, labels, column)
     _refuse_withheld(rows, labels, column, names)
     _refuse_several(rows, labels, column, names)
     integers = sorted((name for name in names if _INTEGER.fullmatch(name)), key=lambda name: (int(name), name))
@@ -135,6 +140,26 @@ def class_order(
     if words and integers and count > 1 and all(0 <= int(name) < count for name in integers):
         _refuse_mixed(rows, labels.index(integers[0]), column, integers[0], words, "the same column")
     return ClassOrder(tuple(integers if not words else sorted(names)), "", rows.source)
+
+
+def refuse_odd_names(what: str, names: Iterable[str]) -> None:
+    """Raises DataError for names of classes or columns that a cache cannot hold."""
+    odd = next((name for name in names if not name or _CONTROL.search(name)), None)
+    if odd is not None:
+        raise DataError(f"{what} {odd!r} is empty or holds a control character", "Rename it in the data.")
+
+
+def _refuse_twins(rows: Rows, labels: Sequence[str | None], column: str) -> None:
+    """Refuse ``pos `` beside ``pos``: a stray space, which would be a class of its own."""
+    of_stripped: dict[str, str] = {}
+    for name in (label for label in labels if label is not None):
+        twin = of_stripped.setdefault(name.strip(), name)
+        if twin != name:
+            place = _cell(rows, labels.index(name), column)
+            raise DataError(
+                f"{place}: the label is {name!r}, and the same column has {twin!r}: they differ in white space only",
+                f"Correct the file; if both are classes, {_DECLARE}.",
+            )
 
 
 def _refuse_withheld(rows: Rows, labels: Sequence[str | None], column: str, names: set[str]) -> None:

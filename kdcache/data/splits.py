@@ -23,7 +23,15 @@ import numpy as np
 
 from kdcache.cache.ids import id_list, id_words, order_of_words
 from kdcache.data.counts import DataCounts
-from kdcache.data.labels import NO_LABEL, ClassOrder, class_order, label_cells, label_numbers, label_warnings
+from kdcache.data.labels import (
+    NO_LABEL,
+    ClassOrder,
+    class_order,
+    label_cells,
+    label_numbers,
+    label_warnings,
+    refuse_odd_names,
+)  # fmt: skip
 from kdcache.data.reading import Rows, read_batches, read_rows
 from kdcache.data.spools import CodeSpool, Spools, TextSpool
 from kdcache.data.texts import column_texts, has_text, ids_of, no_text, seeded_keys
@@ -117,8 +125,10 @@ def read_splits(section: DataSection, spools: Spools) -> Kept:
 
 
 def _ordered_classes(section: DataSection, rows: Rows, labels: Sequence[str | None]) -> ClassOrder:
-    """The classes of the training rows. Raises DataError where these are fewer than two."""
+    """The classes of the training rows. Raises DataError where these are fewer than two, or cannot be named."""
     order = class_order(rows, labels, section.label, section.labels)
+    refuse_odd_names("label", order.names)
+    refuse_odd_names("text column", section.text)
     if all(label is None for label in labels):
         raise DataError(
             f"{rows.source} has no label in its column '{section.label}'; training needs labelled rows",

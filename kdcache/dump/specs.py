@@ -6,7 +6,6 @@ bytes are exact for a given number of texts and tokens.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +32,7 @@ from kdcache.codecs.registry import format_of
 from kdcache.data.custom_code import code_not_run, wants_code
 from kdcache.data.encoding import TRUNCATION, padding_id, tokenizer_json
 from kdcache.dump.layers import check_names, layer_spec, resolve_layers
-from kdcache.errors import DataError, ModelError, RecipeError, first_line
+from kdcache.errors import ModelError, RecipeError, first_line
 from kdcache.teachers.bundle import load_teacher
 from kdcache.teachers.folds import choose_folds
 from kdcache.teachers.head import head_modules
@@ -51,7 +50,6 @@ if TYPE_CHECKING:
     from kdcache.teachers.teacher import Teacher
 
 
-_CONTROL = re.compile("[\\x00-\\x1f\\x7f-\\x9f]")
 _TEACHER_PREFIX = "teacher:"
 
 Texts = Mapping[bytes, tuple[str, ...]]
@@ -106,11 +104,7 @@ class PreparedTeacher:
 
 
 def task_spec(task: TaskData) -> TaskSpec:
-    """Columns and labels of the task; DataError for names that are empty or have control characters."""
-    for what, names in (("text column", task.text_columns), ("label", task.label_names)):
-        odd = next((name for name in names if not name or _CONTROL.search(name)), None)
-        if odd is not None:
-            raise DataError(f"{what} {odd!r} is empty or holds a control character", "Rename it in the data.")
+    """Columns and labels of the task."""
     return TaskSpec(text_columns=task.text_columns, label_names=task.label_names)
 
 

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 from kdcache.data.labels import class_order, label_cells
 from kdcache.data.task import load_task
-from kdcache.data.texts import column_texts, has_text
+from kdcache.data.texts import column_texts, has_text, ids_of
 from kdcache.errors import DataError, RecipeError
+from kdcache.files import absolute
 from kdcache.first import models
 from kdcache.first.columns import label_guesses, text_guess
 from kdcache.first.costs import Costs, Work, estimate
@@ -106,8 +107,10 @@ def propose(texts: Sequence[tuple[str, ...]]) -> tuple[list[str], str]:
 
 
 def texts_of(rows: Rows, columns: Sequence[str]) -> list[tuple[str, ...]]:
-    """The rows that have text. Raises DataError for a missing column and for a file without text."""
-    texts = [text for text in column_texts(rows, columns) if has_text(text)]
+    """The rows that have text. Raises DataError for a missing column, text that is not Unicode, and no text at all."""
+    every = column_texts(rows, columns)
+    ids_of(rows, every)
+    texts = [text for text in every if has_text(text)]
     if not texts:
         raise DataError(
             f"{rows.source} has no text in any row of {listed(columns, quoted=True)}", "Name the column with --text."
@@ -244,11 +247,14 @@ def _model_path(facts: ModelFacts, output: Path) -> str:
 
 
 def _written(source: str, output: Path) -> str:
-    """A path as the recipe has it: relative to the recipe if both are below one working directory, else absolute."""
-    path, base, here = Path(source).expanduser().resolve(), output.resolve().parent, Path.cwd().resolve()
+    """A path as the recipe has it: relative to the recipe if both are below one working directory, else absolute.
+
+    Absolute too where the recipe's directory is still to be made: nothing can be found from there yet.
+    """
+    path, base, here = absolute(Path(source).expanduser()), output.resolve().parent, Path.cwd().resolve()
     if path.is_relative_to(base):
         return "./" + path.relative_to(base).as_posix()
-    if path.is_relative_to(here) and base.is_relative_to(here):
+    if path.is_relative_to(here) and base.is_relative_to(here) and base.is_dir():
         return Path(os.path.relpath(path, base)).as_posix()
     return path.as_posix()
 

@@ -17,6 +17,7 @@ import pydantic
 from pydantic import BaseModel
 
 from kdcache.errors import RecipeError
+from kdcache.files import absolute
 from kdcache.recipe.sections import DATA_FILE_ENDINGS, Recipe
 
 if TYPE_CHECKING:
@@ -194,7 +195,7 @@ def _absolute_paths(recipe: Recipe, base: Path) -> Recipe:
         path = Path(value).expanduser()
         for root in (base, Path.cwd()):
             if (root / path).exists():
-                return str((root / path).resolve())
+                return str(absolute(root / path))
         means_a_path = value.startswith((".", "~", "/")) or path.suffix.lower() in DATA_FILE_ENDINGS
         return str(base / path) if means_a_path else value
 

@@ -218,6 +218,20 @@ def test_bad_input(
     assert [path.name for path in tmp_path.iterdir()] == ["bad.tsv"]
 
 
+def test_a_recipe_in_a_directory_that_is_not_there_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("films.tsv").write_text(GOOD)
+    assert kdcache("init", "films.tsv", "--output", "new/films.toml").code == 0
+    assert load_recipe(Path("new/films.toml")).data.train == str(tmp_path / "films.tsv")
+
+
+def test_half_an_emoji_is_named_with_its_line(tmp_path: Path, tiny_models: dict[str, Path]) -> None:
+    rows = [{"text": f"film {row}", "label": row % 2} for row in range(9)] + [{"text": "half \ud83d", "label": 1}]
+    (tmp_path / "films.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said = kdcache("init", tmp_path / "films.jsonl", "--teacher", tiny_models["bert"], "--yes")
+    assert said.code == 2 and "films.jsonl, line 10: text" in said.err and "not valid Unicode" in said.err
+
+
 def test_a_recipe_is_not_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("films.tsv").write_text(GOOD)

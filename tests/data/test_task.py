@@ -379,6 +379,23 @@ def test_minus_one_is_a_class_or_no_label_and_the_recipe_says_which(tmp_path: Pa
         assert "score on a split that has labels" in caught.value.hint
 
 
+def test_white_space_makes_no_class(tmp_path: Path) -> None:
+    rows = [("a", "sad"), ("b", " "), ("c", "glad"), ("d", "sad ")]
+    with pytest.raises(DataError, match="line 4, column 'label': the label is 'sad ', and the same column has 'sad'"):
+        load_task(section(jsonl(tmp_path, "t.jsonl", [{"text": text, "label": label} for text, label in rows])))
+    data = load_task(section(tsv(tmp_path, "t.tsv", rows[:3])))
+    assert (data.label_names, data.splits["train"].labels.tolist()) == (("glad", "sad"), [1, -1, 0])
+    declared = load_task(section(tsv(tmp_path, "t.tsv", rows), labels=["sad", "glad", "sad ", " "]))
+    assert declared.splits["train"].labels.tolist() == [0, 3, 1, 2]
+
+
+def test_names_that_no_cache_can_hold_are_refused_with_the_data(tmp_path: Path) -> None:
+    """Before a teacher is trained on them."""
+    lines = [{"text": "a", "label": "sad\x07"}, {"text": "b", "label": "glad"}]
+    with pytest.raises(DataError, match=r"label 'sad\\x07' is empty or holds a control character"):
+        load_task(section(jsonl(tmp_path, "t.jsonl", lines)))
+
+
 @pytest.mark.parametrize("separator", ["|", ";", ",", ", "])
 def test_several_labels_in_a_cell_are_refused_where_each_is_a_class_of_its_own(tmp_path: Path, separator: str) -> None:
     rows = [("a", "sad"), ("b", "glad"), ("c", separator.join(["sad", "glad"]))]
