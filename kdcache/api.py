@@ -91,9 +91,13 @@ class Run:
         import html
 
         from kdcache.cache.shown import html_rows
+        from kdcache.report.same_student import other_settings
         from kdcache.report.table import data_notes, remarks
 
-        notes = [*remarks(self.results, self.baseline), *data_notes(self.results)]
+        alone = self.baseline
+        if alone is not None and other_settings(self.paths, self.results, alone):
+            alone = None
+        notes = [*remarks(self.results, alone), *data_notes(self.results)]
         lines = "".join(f"<p>{html.escape(note)}</p>" for note in notes)
         title = f"<p><b>Run</b> {html.escape(str(self.paths.root))}</p>"
         return f"<div>{title}{html_rows(*self.table())}{lines}</div>"

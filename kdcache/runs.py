@@ -12,6 +12,10 @@
 A stage record is written when the stage is finished. It holds, by key, everything the result depends on: the values of
 recipe keys and the sha256 of every local file they name. If the record equals the current inputs, the stage is skipped;
 otherwise the differing keys are named, and the stage decides: teachers and cache compare their own fingerprints.
+
+Keys that begin with ``OF_TEACHERS`` stand for what the student without teachers takes over from co-finetuned ones.
+Earlier records do not have them, and they are not known where the teachers' files are gone. A missing one is no
+difference.
 """
 
 from __future__ import annotations
@@ -37,6 +41,7 @@ _LONGEST_VALUE = 200  # characters of a value in a message
 _SWEEP = "sweep"
 _OF_A_SWEEP = re.compile(r"[0-9a-f]{12}-s[0-9]+")  # the directory of a student: digest of its settings, seed
 Inputs = dict[str, str]  # recipe key or file path -> JSON value or sha256
+OF_TEACHERS = "teachers/"  # begins the keys of what a student takes over from co-finetuned teachers
 
 
 @dataclass(frozen=True)
@@ -118,9 +123,17 @@ class RunDirectory:
 
 
 def changes(run: RunDirectory, stage: Stage, inputs: Inputs) -> list[str] | None:
-    """The differences between ``inputs`` and those the stage was finished with; None if it is not finished."""
+    """The differences between ``inputs`` and those the stage was finished with; None if it is not finished.
+
+    Keys of ``OF_TEACHERS`` count where both have them.
+    """
     entry = read_record(run).get("stages", {}).get(stage)
-    return None if entry is None else differences(entry["inputs"], inputs)
+    if entry is None:
+        return None
+    recorded: Inputs = entry["inputs"]
+    unknown = {key for key in recorded.keys() ^ inputs.keys() if key.startswith(OF_TEACHERS)}
+    old, new = ({key: value for key, value in each.items() if key not in unknown} for each in (recorded, inputs))
+    return differences(old, new)
 
 
 def mark_finished(run: RunDirectory, stage: Stage, inputs: Inputs, seconds: float) -> None:
@@ -179,7 +192,7 @@ def digest(inputs: Inputs) -> str:
     return hashlib.sha256(json.dumps(inputs, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-_TRANSFER = {"transfer", "transfer_rows"}  # keys of the data section for the dump and the student only
+TRANSFER_KEYS = frozenset(("transfer", "transfer_rows"))  # of the data section, for the dump and the student only
 _SOFT = {
     "method",
     "paper",
@@ -214,15 +227,9 @@ _PART_SIZE, _WINDOW = 4096, 8  # where a recipe has none: the defaults of 0.1.0,
 def stage_inputs(recipe: Recipe, stage: Stage, *, upstream: str = "") -> Inputs:
     """Everything the stage's result depends on; ``upstream``: the identity of the previous stage's result."""
     document = recipe.model_dump(mode="json")
-    data, distill = document["data"], document["distill"]
-    alone = recipe.without_teachers().model_dump(mode="json") if stage == "baseline" else distill
-    for section in (distill, alone):
-        section["window"] = section["window"] or _WINDOW
-    labelled = {key: value for key, value in data.items() if key not in _TRANSFER}
+    data = document["data"]
+    labelled = {key: value for key, value in data.items() if key not in TRANSFER_KEYS}
     trained = [{key: value for key, value in teacher.items() if key not in _STORED} for teacher in document["teachers"]]
-    optimisation = {key: value for key, value in alone.items() if key not in _SOFT}
-    if not recipe.distill.weights.task:
-        optimisation["task"] = alone["weights"]["task"]  # 0.2.0 took that of [distill], and learned nothing
     parts: dict[Stage, dict[str, Any]] = {
         "teachers": {"data": labelled, "teachers": trained, "cofinetune": document["cofinetune"]},
         "cache": {
@@ -231,10 +238,24 @@ def stage_inputs(recipe: Recipe, stage: Stage, *, upstream: str = "") -> Inputs:
             "dump": {**document["dump"], "part_size": document["dump"]["part_size"] or _PART_SIZE},
             "student": _layers(document),
         },
-        "student": {"data": data, "student": document["student"], "distill": distill},
-        "baseline": {"data": labelled, "student": document["student"], "distill": optimisation},
+        "student": {"data": data, "student": document["student"]},
+        "baseline": {"data": labelled, "student": document["student"]},
     }
-    return dict(_flatten(parts[stage])) | ({"upstream": upstream} if upstream else {})
+    training = training_inputs(recipe, stage) if stage in ("student", "baseline") else {}
+    return dict(_flatten(parts[stage])) | training | ({"upstream": upstream} if upstream else {})
+
+
+def training_inputs(recipe: Recipe, stage: Literal["student", "baseline"]) -> Inputs:
+    """The ``distill`` keys of ``stage_inputs``, for which no file is read."""
+    section = recipe.distill if stage == "student" else recipe.without_teachers()
+    values = section.model_dump(mode="json")
+    values["window"] = values["window"] or _WINDOW
+    if stage == "student":
+        return dict(_flatten({"distill": values}))
+    optimisation = {key: value for key, value in values.items() if key not in _SOFT}
+    if not recipe.distill.weights.task:
+        optimisation["task"] = values["weights"]["task"]  # 0.2.0 took that of [distill], and learned nothing
+    return dict(_flatten({"distill": optimisation}))
 
 
 def student_digest(recipe: Recipe, *, upstream: str = "") -> str:

@@ -98,6 +98,18 @@ def test_an_added_teacher_is_named(recipe: Path, tmp_path: Path) -> None:
     assert 'teachers.new.model: none -> "hub/new"' in lines
 
 
+def test_what_a_record_does_not_say_of_teachers_is_no_difference(recipe: Path, tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    run.create()
+    plain = stage_inputs(load_recipe(recipe), "baseline")
+    started, other = ({**plain, "teachers/bert": f"sha256:{digit}"} for digit in "12")
+    mark_finished(run, "baseline", plain, 1.0)  # as 0.1.0 did
+    assert changes(run, "baseline", started) == []
+    mark_finished(run, "baseline", started, 1.0)
+    assert changes(run, "baseline", plain) == []  # the teachers' files are gone
+    assert changes(run, "baseline", other) == ["teachers/bert: contents differ"]
+
+
 def test_what_the_stage_before_made_is_an_input(recipe: Path) -> None:
     loaded = load_recipe(recipe)
     assert stage_inputs(loaded, "student", upstream="a") != stage_inputs(loaded, "student", upstream="b")

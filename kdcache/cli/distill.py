@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -20,6 +21,9 @@ from kdcache.cli.options import (
     open_job,
 )
 from kdcache.cli.output import out
+
+if TYPE_CHECKING:
+    from kdcache.runs import RunDirectory
 
 
 def distill(
@@ -52,7 +56,7 @@ def distill(
     """
     from kdcache.methods.registry import check_method
     from kdcache.report.loaded import read_results
-    from kdcache.report.table import data_notes, remarks, result_rows, table, weak_teachers
+    from kdcache.report.table import data_notes, remarks, result_rows, table
 
     stages.join_processes()
     job = open_job(recipe, settings, output_dir, cache=None if cache is None else find_cache(cache, remote))
@@ -68,9 +72,20 @@ def distill(
     results = read_results(job.run)
     out.document(results)
     out.table(*table(result_rows(results)))
-    baseline = read_results(job.run.baseline) if job.run.baseline.results.exists() else None
-    weak = [] if baseline is None else weak_teachers(results, baseline)
-    for line in (*remarks(results), *weak, *data_notes(results)):
+    for line in (*remarks(results), *_beside_baseline(job.run, results), *data_notes(results)):
         out.text(line)
     out.note(f"student: {job.run.student}")
     out.hint(f"Score it elsewhere with: kdcache evaluate {job.run.student} --data FILE")
+
+
+def _beside_baseline(run: RunDirectory, results: Mapping[str, Any]) -> list[str]:
+    """What the student without teachers says of the teachers, or that it is another student; empty without one."""
+    from kdcache.report.loaded import read_results
+    from kdcache.report.same_student import not_compared, other_settings
+    from kdcache.report.table import weak_teachers
+
+    if not run.baseline.results.exists():
+        return []
+    baseline = read_results(run.baseline)
+    other = other_settings(run, results, baseline)
+    return [not_compared(other)] if other else weak_teachers(results, baseline)

@@ -60,6 +60,7 @@ def report_run(directory: RunDirectory, page: Path | None = None) -> None:
     """The table of one run, and its page."""
     from kdcache.report.loaded import read_results
     from kdcache.report.page import write_page
+    from kdcache.report.same_student import not_compared, other_settings
     from kdcache.report.table import data_notes, remarks, result_rows, table, verdict
 
     results = read_results(directory)
@@ -67,14 +68,15 @@ def report_run(directory: RunDirectory, page: Path | None = None) -> None:
     written = write_page(directory, page)
     out.document({"results": results, "baseline": baseline, "page": str(written)})
     out.table(*table(result_rows(results, baseline)))
-    lines = [*remarks(results, baseline), *data_notes(results)]
+    other = [] if baseline is None else other_settings(directory, results, baseline)
+    lines = [*remarks(results, None if other else baseline), *data_notes(results)]
     if lines:
         out.text()
     for line in lines:
         out.text(line)
     if baseline is not None:
         out.text()
-        out.text(verdict(results, baseline))
+        out.text(not_compared(other) if other else verdict(results, baseline))
     out.note(f"page: {written}")
 
 

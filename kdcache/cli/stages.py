@@ -170,9 +170,8 @@ def distill(job: Job, *, live_teachers: Path | None = None, replace: bool = Fals
 def baseline(job: Job, *, replace: bool = False) -> DistillResult:
     """Train the same student without teachers in ``baseline/``: same seed and order of rows, settings of [baseline]."""
     from kdcache.distill.stage import distill as train
-    from kdcache.runs import stage_inputs
 
-    inputs = stage_inputs(job.recipe, "baseline")
+    inputs = baseline_inputs(job)
     _keep_or_replace(job.run, "baseline", inputs, replace=replace)
     alone = job.recipe.model_copy(update={"distill": job.recipe.without_teachers(), "baseline": None})
     with _recorded(replaced(job, recipe=alone), job.run.baseline, "baseline", inputs):
@@ -256,16 +255,23 @@ def _record(job: Job, place: RunDirectory, stage: Stage, inputs: Inputs, started
     mark_finished(job.run, stage, inputs, time.perf_counter() - started)
 
 
-def is_finished(job: Job, stage: Stage, *, live: bool = False) -> bool:
-    """Whether the stage is recorded as finished with the current inputs, and its result exists."""
+def is_finished(job: Job, stage: Stage, *, live: bool = False, weights: bool = True) -> bool:
+    """Whether the stage is recorded as finished with the current inputs, and its result exists.
+
+    ``weights``: False where the scores of a student are enough, as in a sweep, whose students may be deleted.
+    """
     from kdcache.runs import changes, stage_inputs
 
     if stage == "cache":
         return (job.cache / "manifest.json").exists() and changes(job.run, stage, _cache_inputs(job)) == []
-    if stage == "student":
-        return job.run.results.exists() and changes(job.run, stage, student_inputs(job, live=live)) == []
-    result = job.teachers / "teachers.json" if stage == "teachers" else job.run.baseline.results
-    return result.exists() and changes(job.run, stage, stage_inputs(job.recipe, stage)) == []
+    if stage == "teachers":
+        made = (job.teachers / "teachers.json").exists()
+        return made and changes(job.run, stage, stage_inputs(job.recipe, stage)) == []
+    place = job.run if stage == "student" else job.run.baseline
+    if not place.results.exists() or (weights and not (place.student / "config.json").exists()):
+        return False
+    inputs = student_inputs(job, live=live) if stage == "student" else baseline_inputs(job)
+    return changes(job.run, stage, inputs) == []
 
 
 def cache_at_hand(job: Job) -> Path | None:
@@ -310,6 +316,19 @@ def _cache_inputs(job: Job) -> Inputs:
     from kdcache.runs import file_identity, stage_inputs
 
     return stage_inputs(job.recipe, "cache", upstream=file_identity(job.teachers / "teachers.json"))
+
+
+def baseline_inputs(job: Job) -> Inputs:
+    """Inputs of the student without teachers, with what it takes over from co-finetuned ones.
+
+    A baseline that an earlier version recorded does not say from which teachers it started; it stays finished.
+    """
+    from kdcache.distill.teachers_at_hand import taken_over, teachers_beside_cache
+    from kdcache.runs import stage_inputs
+
+    cache = cache_at_hand(job)
+    teachers = None if cache is None else teachers_beside_cache(cache)
+    return stage_inputs(job.recipe, "baseline") | taken_over(job.recipe.require_student(), teachers)
 
 
 def student_inputs(job: Job, *, live: bool = False) -> Inputs:

@@ -121,8 +121,8 @@ def train(student: SweepStudent, *, caches: Caches, remote: str | None, replace:
 
 
 def is_there(student: SweepStudent, *, caches: Caches, remote: str | None) -> bool:
-    """Whether the student is finished with these settings."""
-    return student.run.results.exists() and stages.is_finished(_job(student, caches, remote), "student")
+    """Whether the student is finished with these settings; its weights may have been deleted."""
+    return student.run.results.exists() and stages.is_finished(_job(student, caches, remote), "student", weights=False)
 
 
 def _job(student: SweepStudent, caches: Caches, remote: str | None) -> Job:

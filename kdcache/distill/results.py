@@ -13,6 +13,7 @@ import torch
 
 from kdcache import __version__
 from kdcache.distill.predictions import mean_logits, mixture_logits, teacher_answers
+from kdcache.distill.teachers_at_hand import taken_over
 from kdcache.errors import MismatchError
 from kdcache.report.losses import read_curves, scales
 from kdcache.report.metrics import scores
@@ -133,8 +134,10 @@ def _weights(training: Training, teachers: TeacherScores) -> dict[str, Any]:
 
 def _student(training: Training, speed: Speed) -> dict[str, Any]:
     section, student = training.recipe.require_student(), training.student
+    teachers = taken_over(section, training.teachers_dir)
     return {
         "init_from": section.init_from or student.source,
+        **({"taken_over": teachers} if teachers else {}),
         "head": section.head,
         "layers": student.model.depth,
         "width": student.model.width,

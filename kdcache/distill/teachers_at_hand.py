@@ -10,16 +10,17 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdcache.cache.spec import differing
 from kdcache.errors import MismatchError
-from kdcache.runs import RunDirectory
+from kdcache.runs import OF_TEACHERS, Inputs, RunDirectory, digest, file_identity
 
 if TYPE_CHECKING:
     from kdcache.cache.reader import Cache
+    from kdcache.recipe import StudentSection
 
 
 @dataclass(frozen=True)
@@ -47,10 +48,42 @@ def teachers_beside(cache: Cache | None, run_root: Path) -> Path | None:
     own = [one for one in dict.fromkeys((run.teachers, run.whole.teachers)) if is_bundle(one)]
     if cache is None:
         return next(iter(own), None)
-    beside = [one for one in (cache.path.parent / "teachers",) if is_bundle(one)]
+    place = teachers_beside_cache(cache.path)
+    beside = [] if place is None else [place]
     if run.whole.root == run.root or cache.path.resolve() == run.whole.cache.resolve():
         return next(iter((*own, *beside)), None)
     return next(iter((*beside, *(one for one in own if not _differing(one, cache)))), None)
+
+
+def teachers_beside_cache(cache: Path) -> Path | None:
+    """The directory of co-finetuned teachers beside the directory of a cache; None if there is none."""
+    from kdcache.teachers.bundle import is_bundle
+
+    place = cache.parent / "teachers"
+    return place if is_bundle(place) else None
+
+
+def taken_over(student: StudentSection, directory: Path | None) -> Inputs:
+    """What the student takes over from the co-finetuned teachers of ``directory``: ``teachers/NAME`` -> sha256.
+
+    These are the teacher of ``init_from = "teacher:NAME"``, by its fingerprints, and the shared head with ``head =
+    "shared"``. teachers.json as a whole does not count, since a teacher that is added changes it. Empty for other
+    students, and where no directory is known. Raises DamageError for an unreadable teachers.json.
+    """
+    from kdcache.students.build import TEACHER_PREFIX
+    from kdcache.teachers.bundle import HEAD_FILE, read_bundle
+
+    origin, shared = student.init_from or "", student.head == "shared"
+    if directory is None or not (shared or origin.startswith(TEACHER_PREFIX)):
+        return {}
+    bundle, found = read_bundle(directory), {}
+    teacher = bundle.teachers.get(origin.removeprefix(TEACHER_PREFIX)) if origin.startswith(TEACHER_PREFIX) else None
+    if teacher is not None:
+        found[origin.removeprefix(TEACHER_PREFIX)] = asdict(teacher.fingerprints)
+    if shared:
+        settings = {"pooling": str(bundle.pooling), "dropout": str(bundle.dropout)}
+        found[HEAD_FILE] = {"tensors": file_identity(directory / HEAD_FILE), **settings}
+    return {f"{OF_TEACHERS}{name}": f"sha256:{digest(parts)}" for name, parts in found.items()}
 
 
 def teacher_facts(

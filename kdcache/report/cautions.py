@@ -21,9 +21,14 @@ NO_EFFECT = 0.01  # share of the loss, below which a term has hardly an effect
 _NAMES = 8  # classes that are named
 
 
-def cautions(loaded: LoadedRun, baseline: LoadedRun | None, models_that_differ: Sequence[str] = ()) -> list[Caution]:
-    """The warnings of a run, the gravest first. ``models_that_differ``: whose rows do not give their score."""
-    alone = None if baseline is None else baseline.results
+def cautions(
+    loaded: LoadedRun, baseline: LoadedRun | None, models_that_differ: Sequence[str] = (), *, compared: bool = True
+) -> list[Caution]:
+    """The warnings of a run, the gravest first.
+
+    ``models_that_differ``: whose rows do not give their score. ``compared``: whether the baseline is the same student.
+    """
+    alone = None if baseline is None or not compared else baseline.results
     return [
         *_stale(models_that_differ),
         *_one_class(loaded, "student"),

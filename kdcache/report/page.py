@@ -19,6 +19,7 @@ from kdcache.report.quality import (
     models_of,
     score_section,
 )
+from kdcache.report.same_student import not_compared, other_settings
 from kdcache.report.table import data_notes, verdict
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ def write_page(run: RunDirectory, path: Path | None = None) -> Path:
 def page(loaded: LoadedRun, baseline: LoadedRun | None) -> Page:
     """The contents of the page."""
     results, split = loaded.results, loaded.split
+    other = [] if baseline is None else other_settings(loaded.run, results, baseline.results)
     models = models_of(loaded, baseline)
     notes = data_notes(results)
     cache = cache_section(loaded, notes)
@@ -51,9 +53,9 @@ def page(loaded: LoadedRun, baseline: LoadedRun | None) -> Page:
     return Page(
         loaded.name,
         [section for section in sections if section is not None],
-        cautions(loaded, baseline, [model.name for model in models if not model.fits]),
+        cautions(loaded, baseline, [model.name for model in models if not model.fits], compared=not other),
         subtitle=_subtitle(results, split),
-        lead="" if baseline is None else verdict(results, baseline.results),
+        lead="" if baseline is None else not_compared(other) if other else verdict(results, baseline.results),
     )
 
 

@@ -103,6 +103,50 @@ def test_replace_makes_the_student_anew_and_leaves_the_rest(copied: FinishedRun)
     )  # teachers, cache, baseline: none depends on the temperature
 
 
+def test_the_baseline_is_made_again_where_the_teachers_that_it_starts_from_were(copied: FinishedRun) -> None:
+    for made in ("teachers", "cache"):
+        shutil.rmtree(copied.root / made)
+    others = ("--set", "cofinetune.epochs=2")
+    refused = copied.call("run", *others)
+    assert refused.code == 4
+    assert "baseline' holds a student made with other settings: teachers/bert: contents differ" in refused.err
+    assert copied.call("distill", *others, "--replace").code == 0
+    assert "(teachers/bert)" in said_of_both(copied)
+    record = (copied.root / "run.json").read_text()
+    said = copied.call("run", *others, "--replace")
+    assert said.code == 0, said.err
+    assert said.err.count("finished already, skipped") == 3
+    assert "baseline: the student without teachers" in said.err
+    assert "(teachers/bert)" not in said_of_both(copied)
+
+    document = json.loads(record)  # a record of 0.1.0: nobody knows which teachers the baseline started from
+    del document["stages"]["baseline"]["inputs"]["teachers/bert"]
+    (copied.root / "run.json").write_text(json.dumps(document))
+    assert copied.call("run", *others).err.count("finished already, skipped") == 4
+
+
+def said_of_both(finished: FinishedRun) -> str:
+    """The last line of the report: the verdict, or why there is none."""
+    return kdcache("report", finished.root).out.splitlines()[-1]
+
+
+def test_no_verdict_where_the_student_alone_was_made_again_with_other_layers(copied: FinishedRun) -> None:
+    said = copied.call("distill", "--replace", "--set", "student.layers=1")
+    line = "The student without teachers was made with other settings (student.layers)"
+    assert line in said.out
+    assert said_of_both(copied).startswith(line)
+    assert line in (copied.root / "report.html").read_text()
+
+
+@pytest.mark.parametrize("place", ["student", "baseline/student"])
+def test_a_student_that_was_deleted_is_trained_again(copied: FinishedRun, place: str) -> None:
+    shutil.rmtree(copied.root / place)
+    said = copied.call("run")
+    assert said.code == 0, said.err
+    assert said.err.count("finished already, skipped") == 3
+    assert (copied.root / place / "model.safetensors").is_file()
+
+
 def test_replace_where_there_is_nothing_to_replace(copied: FinishedRun) -> None:
     arguments = ("--cache", copied.root / "cache", "--set", "name=fresh", "--replace", "--json")
     said = copied.call("distill", *arguments)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -73,13 +74,14 @@ def test_the_document_says_what_the_students_cost(swept: tuple[Path, Said]) -> N
 
 
 def test_students_that_are_there_are_not_trained_again(
-    tiny_run: TinyRun, swept: tuple[Path, Said], monkeypatch: pytest.MonkeyPatch
+    tiny_run: TinyRun, swept: tuple[Path, Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("a finished student was trained again")
 
     monkeypatch.setattr(stages, "distill", refuse)
-    output, said = swept
+    output, said = Path(shutil.copytree(swept[0], tmp_path / "copy")), swept[1]
+    shutil.rmtree(next(output.rglob("student")))  # its scores are what a sweep needs
     reordered = 'sweep.grid={"distill.weights.hidden"=[1, 0.1], distill={method=["mt-bert", "kd"]}}'
     again = call(tiny_run, output, reordered, ALONE, "sweep.seeds=[1, 0]")
     assert again.code == 0, again.err

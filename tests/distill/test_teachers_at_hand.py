@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -11,7 +12,7 @@ from typing import Any, cast
 import pytest
 
 from kdcache.cache.reader import open_cache
-from kdcache.distill.teachers_at_hand import TeacherFacts, teacher_facts, teachers_beside
+from kdcache.distill.teachers_at_hand import TeacherFacts, taken_over, teacher_facts, teachers_beside
 from kdcache.errors import MismatchError
 from kdcache.teachers import bundle
 from kdcache.teachers.bundle import load_teacher
@@ -53,6 +54,30 @@ def test_a_process_reads_the_files_of_a_teacher_once_until_they_change(
     weights.write_bytes(weights.read_bytes()[:-4] + bytes(4))
     with pytest.raises(MismatchError, match="xlm"):
         teacher_facts(teachers, cache, ["xlm"])
+
+
+def test_a_student_takes_over_its_teacher_and_the_shared_head_and_nothing_of_an_added_teacher(
+    tiny_run: TinyRun, copied: Callable[[Path], Path]
+) -> None:
+    teachers = copied(tiny_run.teachers)
+
+    def found(*overrides: str) -> dict[str, str]:
+        return taken_over(tiny_run.recipe(*overrides).require_student(), teachers)
+
+    before, shared = found(), found("student.head=shared")
+    assert list(shared) == ["teachers/bert", "teachers/shared_head.safetensors"]
+    assert before == {"teachers/bert": shared["teachers/bert"]}
+    assert found("student.init_from=hub/bert") == {} == taken_over(tiny_run.recipe().require_student(), None)
+    described = bundle.read_bundle(teachers)
+    added = {**described.teachers, "late": described.teachers["roberta"]}
+    bundle.write_bundle(teachers, replace(described, teachers=added, training={"added": {"late": {}}}))
+    assert found("student.head=shared") == shared
+    prints = replace(described.teachers["bert"].fingerprints, weights="other")
+    added["bert"] = replace(described.teachers["bert"], fingerprints=prints)
+    bundle.write_bundle(teachers, replace(described, teachers=added))
+    (teachers / bundle.HEAD_FILE).write_bytes(b"other")
+    after = found("student.head=shared")
+    assert after.keys() == shared.keys() and not after.items() & shared.items()
 
 
 @pytest.mark.parametrize("file", ["adapter.safetensors", "../shared_head.safetensors"])
