@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from kdcache.cache import layout
 from kdcache.cache.stale import existing_layers, has_any, published_layers
 from kdcache.errors import DamageError, KdcacheError, MismatchError
 
@@ -62,11 +63,23 @@ def _refuse(root: Path, contents: Contents, name: str, asked: bool, published: b
         )
 
 
-def unfinished_teachers(contents: Contents, published: Contents) -> list[str]:
-    """The teachers of which ``contents`` has outputs, a layer or a basis that ``published`` has not."""
+def unfinished_teachers(contents: Contents, published: Contents, fitted_on: int) -> list[str]:
+    """The teachers of which ``contents`` has outputs, a layer or a basis that ``published`` has not.
+
+    ``fitted_on``: texts with hidden states when bases were fitted. Where more came since, and these were fewer than the
+    sample, a dump of all texts would fit other bases; such a teacher is not to be continued, and left out.
+    """
     names = []
-    for name in contents.teachers:
+    for name, spec in contents.teachers.items():
         begun = existing_layers(contents, None, name) - published_layers(published, name)
+        fitted = any(layout.basis_file(name, layer) in contents.files for layer in begun)
+        if fitted and fitted_on < min(spec.sample_texts, full_texts(contents)):
+            continue
         if begun or (name not in published.teachers and has_any(contents, None, name)):
             names.append(name)
     return names
+
+
+def full_texts(contents: Contents) -> int:
+    """The number of texts with hidden states."""
+    return sum(part.texts for part in contents.parts if part.scope == "full")

@@ -23,7 +23,7 @@ from kdcache.cache.selection import component, read_local
 from kdcache.cache.spec import Settings, TaskSpec
 from kdcache.cache.stale import check_task
 from kdcache.errors import DamageError, MismatchError
-from kdcache.files import make_directory, remove_temporaries, write_file
+from kdcache.files import make_directory, remove_file, remove_temporaries, write_file
 from kdcache.locks import exclusive
 
 
@@ -110,6 +110,8 @@ def open_contents(
         remove_temporaries(root)
     if begun is None:
         journal.clear()
+        for counts in journal.directory.glob("*.counts"):  # of runs that an earlier version of kdcache published
+            remove_file(counts)
         journal.begin({"identity": identity, **contents.settings_record()})
     else:
         journal.apply(contents)

@@ -36,15 +36,16 @@ def check_task(root: Path, old: tuple[TaskSpec, Settings, bool], new: tuple[Task
 
 
 def check_teacher(
-    root: Path, old: TeacherSpec, new: TeacherSpec, existing_layers: set[int], *, published: bool = True
+    root: Path, old: TeacherSpec, new: TeacherSpec, existing_layers: set[int], *, published: set[int] | None
 ) -> None:
     """Raises MismatchError if a teacher, or an existing layer of it, differs from the request.
 
-    ``published``: False if all of it is from an interrupted dump, which may be discarded.
+    ``published``: its layers in the manifest, None if it is not there. The rest is from an interrupted dump, and may be
+    discarded.
     """
     left = root / layout.STATE / "teachers" / old.name
     discard = f"Ask for the same, or discard what an interrupted dump left of it: delete '{left}'."
-    hint = _TEACHER_HINT if published else discard
+    hint = discard if published is None else _TEACHER_HINT
     for name, before, now in differing_fields(old, new, "{} (sha256)"):
         if name == "folds":
             shown = [str(folds or "the teacher itself") for folds in (before, now)]
@@ -56,8 +57,10 @@ def check_teacher(
         if name not in _OF_LAYERS:
             raise _mismatch(root, old.name, name, before, now, hint)
     if existing_layers and new.layers and old.sample_texts != new.sample_texts:
+        hint = _TEACHER_HINT if published else discard
         raise _mismatch(root, old.name, "sample_texts", old.sample_texts, new.sample_texts, hint)
     for layer in sorted(existing_layers & new.layers.keys()):
+        hint = _TEACHER_HINT if layer in (published or ()) else discard
         for name, before, now in differing_fields(old.layers[layer], new.layers[layer]):
             raise _mismatch(root, old.name, f"{name} of layer {layer}", before, now, hint)
 

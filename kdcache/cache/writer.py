@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from kdcache.cache import layout, tables
 from kdcache.cache.bases import check_basis, decode_basis, encode_basis
-from kdcache.cache.complete import complete_contents, unfinished_teachers
+from kdcache.cache.complete import complete_contents, full_texts, unfinished_teachers
 from kdcache.cache.contents import Contents, PartInfo, SplitInfo
 from kdcache.cache.digests import CheckedFiles
 from kdcache.cache.hidden import encode_layers
@@ -31,7 +31,14 @@ from kdcache.cache.manifest import Manifest, make_manifest
 from kdcache.cache.opening import hold_lock, open_contents, refuse_links, refuse_other_directory
 from kdcache.cache.selection import local_selection, selection_here, write_selection
 from kdcache.cache.spec import needs_tokens
-from kdcache.cache.stale import check_teacher, existing_layers, has_any, refuse_case_twin, refuse_partial_layers
+from kdcache.cache.stale import (
+    check_teacher,
+    existing_layers,
+    has_any,
+    published_layers,
+    refuse_case_twin,
+    refuse_partial_layers,
+)  # fmt: skip
 from kdcache.cache.texts import Part as Part
 from kdcache.cache.texts import PartTask as PartTask
 from kdcache.cache.texts import TextPlan, Texts
@@ -110,6 +117,7 @@ class CacheWriter:
         self._identity = base.identity if base else ""
         self._contents = contents
         self._journal = journal
+        self._fitted_on = full_texts(base.contents if base else contents)
         self._files = CheckedFiles(root, contents.files, local=local, arrivals=arrivals)
         self._texts = TextPlan(root, contents, journal, self._files)
         self._asked: dict[str, TeacherSpec] = {}
@@ -163,7 +171,8 @@ class CacheWriter:
             if (spec.encoder_precision, spec.compiled) == (old.encoder_precision, old.compiled):
                 spec = replace(spec, precision=old.precision)
             in_manifest = published is not None and spec.name in published.teachers
-            check_teacher(self.root, old, spec, existing, published=in_manifest)
+            layers = published_layers(published, spec.name) if in_manifest else None
+            check_teacher(self.root, old, spec, existing, published=layers)
             kept = {layer: old.layers[layer] for layer in existing}
             if existing and not spec.layers:
                 spec = replace(spec, sample_texts=old.sample_texts)
@@ -306,7 +315,7 @@ class CacheWriter:
         if self._local is not None:
             here = selection_here(self.root, manifest.contents)
             write_selection(self.root, here, origin=self._local.origin if manifest.identity == self._identity else "")
-        unfinished = unfinished_teachers(self._contents, manifest.contents)
+        unfinished = unfinished_teachers(self._contents, manifest.contents, self._fitted_on)
         self._journal.clear(keep=unfinished)
         if unfinished:
             self._journal.begin({"identity": manifest.identity, **contents.settings_record()})

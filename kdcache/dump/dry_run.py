@@ -245,7 +245,7 @@ def _refuse_stale(cache: Cache, recipe: Recipe, task: TaskSpec, teachers: Sequen
     for teacher in teachers:
         old = cache.teachers.get(teacher.name)
         if old is not None:
-            check_teacher(cache.path, old, teacher.spec, set(old.layers))
+            check_teacher(cache.path, old, teacher.spec, set(old.layers), published=set(old.layers))
 
 
 def _unknown(cache: Cache | None, texts: Mapping[bytes, Text], scope: Scope) -> Sequence[Text]:

@@ -138,13 +138,21 @@ def remembered_batch(cache_dir: Path, name: str) -> int | None:
 
 
 def inherit_run(source: Path, cache_dir: Path, name: str) -> None:
-    """Copy the record of a teacher's run from the directory that its files were taken from."""
-    record = _remembered(source).get(name) or dict(_earlier(source).get("teachers", {})).get(name, {})
+    """Copy the record of a teacher's runs from the directory that its files were taken from.
+
+    Counts stay by part: what is not taken runs again, and counts once.
+    """
+    counts = _counts_files(source).get(name, [])
+    record = _records(source).get(name, {})
+    if not record and not counts:
+        record = dict(_earlier(source).get("teachers", {})).get(name, {})
     known = (
         {key: value for key, value in record.items() if key not in _OF_ORIGIN} if isinstance(record, Mapping) else {}
     )
     if known:
         _write_record(cache_dir, name, known)
+    for path in counts:
+        write_file(cache_dir / STATE / path.name, path.read_bytes())
 
 
 def forget_runs(cache_dir: Path, teachers: Iterable[str]) -> None:

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from kdcache.runs import Inputs, RunDirectory
 
 _MOST = 4  # settings in a message
-_OF_TEACHERS = "distill.projection_learning_rate"  # is an input of the baseline, which has no projections
+_NOT_COMPARED = {
+    "distill.projection_learning_rate",  # is an input of the baseline, which has no projections
+    "distill.task",  # there only where the student has task weight 0; the baseline always has its own
+}
 
 
 def other_settings(run: RunDirectory, results: Mapping[str, Any], baseline: Mapping[str, Any]) -> list[str]:
@@ -74,7 +77,7 @@ def _of_training(run: RunDirectory, ours: Inputs, alone: Inputs) -> list[str]:
     if training_inputs(recipe, "student") != _training_keys(ours):
         return []  # a later command brought another recipe
     wanted, found = training_inputs(recipe, "baseline"), _training_keys(alone)
-    keys = sorted((wanted.keys() | found.keys()) - {_OF_TEACHERS})
+    keys = sorted((wanted.keys() | found.keys()) - _NOT_COMPARED)
     return [key for key in keys if wanted.get(key) != found.get(key)]
 
 

@@ -227,6 +227,24 @@ def test_what_another_run_began_and_left_is_not_published(tmp_path: Path) -> Non
         assert all(one.outputs for one in writer.declare_teacher(short, tokenizer_json("electra")))
 
 
+@pytest.mark.parametrize(("texts", "kept"), [(5, False), (9, True)])
+def test_a_basis_is_kept_where_a_dump_of_all_texts_would_have_the_same(tmp_path: Path, texts: int, kept: bool) -> None:
+    """It is fitted on a sample of eight texts, or on all of fewer."""
+    plan, spec = made_plan(texts, 2, ["bert"]), made_teacher("electra")
+    dump(tmp_path / "c", plan)
+    with open_writer(tmp_path / "c", TASK, SETTINGS) as writer:
+        task = writer.declare_teacher(spec, tokenizer_json("electra"))[0]
+        writer.write_bases("electra", {layer: made_basis(spec, layer) for layer in spec.layers})
+        tokens = made_tokens(writer.texts_of(task.part))
+        writer.write_part(
+            "electra", task.part, outputs=made_outputs(spec, task.part.text_ids), tokens=tokens, hidden={}
+        )
+    dump(tmp_path / "c", replace(plan, train=plan.train | made_texts(3, "more")))
+    with open_writer(tmp_path / "c", TASK, SETTINGS) as writer:
+        writer.declare_teacher(spec, tokenizer_json("electra"))
+        assert bool(writer.layers_with_basis("electra")) is kept
+
+
 def test_a_layer_that_another_run_began_is_left_out(pristine: Path, plan: Plan, copy_of: Copy) -> None:
     path = copy_of(pristine)
     spec = made_teacher("bert", MORE_LAYERS)
@@ -245,6 +263,10 @@ def test_a_layer_that_another_run_began_is_left_out(pristine: Path, plan: Plan, 
     with open_writer(path, TASK, SETTINGS) as writer:
         left = writer.declare_teacher(spec, tokenizer_json("bert"))
         assert left and task.part.name not in {one.part.name for one in left}
+        other = made_teacher("bert", {**MORE_LAYERS, 3: replace(MORE_LAYERS[3], dtype="float32")})
+        with pytest.raises(MismatchError, match="dtype of layer 3") as caught:
+            writer.declare_teacher(other, tokenizer_json("bert"))
+        assert f"delete '{path / '.dump/teachers/bert'}'" in caught.value.hint
 
 
 def test_an_unfinished_teacher_is_not_published(tmp_path: Path, plan: Plan) -> None:

@@ -32,6 +32,7 @@ def made(root: Path, recipe: Path, *changes: str) -> RunDirectory:
         (["data.test=dev.tsv"], ["data.test"]),
         (["baseline.epochs=8"], ["distill.epochs"]),
         (["distill.epochs=5", "distill.method=kd", "distill.temperature=2.0", "distill.weights.task=0.5"], []),
+        (["distill.weights.task=0"], []),
         (["data.transfer=[]", "distill.teachers=['bert']", "distill.projection_learning_rate=0.1"], []),
     ],
 )
