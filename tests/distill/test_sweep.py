@@ -451,8 +451,6 @@ def test_a_grid_with_a_cell_that_no_recipe_may_have_and_an_unknown_key_are_refus
 
 @pytest.mark.parametrize("sampler", ["random", "tpe"])
 def test_a_range_gives_the_numbers_that_its_key_takes(sampler: str) -> None:
-    if sampler == "tpe" and importlib.util.find_spec("optuna") is None:
-        pytest.skip("needs optuna")
     space = {HIDDEN: {"low": 0, "high": 1}, "distill.epochs": {"low": 1.0, "high": 4.0}}
     section = SearchSection.model_validate({"trials": 12, "sampler": sampler, "space": space})
     trials: list[Trial] = []

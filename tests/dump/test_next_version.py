@@ -67,6 +67,15 @@ class Team:
 
         return cast("Remote", Watched(self.remote, hear))
 
+    def fail_to_push(self, who: str, teacher: str) -> None:
+        """The teacher runs, and then the remote is gone."""
+
+        def fail() -> None:
+            raise RemoteError("the cable")
+
+        with pytest.raises(RemoteError):
+            self.extend(who, teacher, remote=self.meanwhile(fail, ("list", "files/")))
+
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory, review_recipe: Path, tiny_teachers: Path) -> Path:
@@ -127,12 +136,7 @@ def test_what_an_interrupted_command_ran_is_kept_for_another_version(
     bench: Workbench, base: Path, all_three: str, tmp_path: Path, forward_passes: Passes
 ) -> None:
     team = Team(bench, base, tmp_path)
-
-    def fail() -> None:
-        raise RemoteError("the cable")
-
-    with pytest.raises(RemoteError):
-        team.extend("ada", "xlm", remote=team.meanwhile(fail, ("list", "files/")))
+    team.fail_to_push("ada", "xlm")
     team.extend("ben", "roberta")
     report, reference = team.extend("ada", "xlm")
     assert reference == "reviews@3" and report.identity == all_three and not report.runs
@@ -145,12 +149,7 @@ def test_what_an_interrupted_command_ran_is_not_published_by_another(
     bench: Workbench, base: Path, all_three: str, tmp_path: Path, forward_passes: Passes
 ) -> None:
     team = Team(bench, base, tmp_path)
-
-    def fail() -> None:
-        raise RemoteError("the cable")
-
-    with pytest.raises(RemoteError):
-        team.extend("ada", "xlm", remote=team.meanwhile(fail, ("list", "files/")))
+    team.fail_to_push("ada", "xlm")
     (left,) = (tmp_path / "ada/extending").iterdir()
     left.rename(left.with_name(left.name.rpartition("-")[0]))  # as 0.1.0 named it
     _, reference = team.extend("ada", "roberta")
