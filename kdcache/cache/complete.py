@@ -67,19 +67,14 @@ def unfinished_teachers(contents: Contents, published: Contents, fitted_on: int)
     """The teachers of which ``contents`` has outputs, a layer or a basis that ``published`` has not.
 
     ``fitted_on``: texts with hidden states when bases were fitted. Where more came since, and these were fewer than the
-    sample, a dump of all texts would fit other bases; such a teacher is not to be continued, and left out.
+    sample, a dump of all texts would fit other bases; such a teacher is left out, and starts again.
     """
     names = []
     for name, spec in contents.teachers.items():
         begun = existing_layers(contents, None, name) - published_layers(published, name)
         fitted = any(layout.basis_file(name, layer) in contents.files for layer in begun)
-        if fitted and fitted_on < min(spec.sample_texts, full_texts(contents)):
+        if fitted and fitted_on < min(spec.sample_texts, contents.full_texts):
             continue
         if begun or (name not in published.teachers and has_any(contents, None, name)):
             names.append(name)
     return names
-
-
-def full_texts(contents: Contents) -> int:
-    """The number of texts with hidden states."""
-    return sum(part.texts for part in contents.parts if part.scope == "full")

@@ -83,6 +83,11 @@ class Contents:
         values = {**vars(self.task), **vars(self.settings), "text": "stored" if self.has_text else "absent"}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
+    @property
+    def full_texts(self) -> int:
+        """The number of texts with hidden states."""
+        return sum(part.texts for part in self.parts if part.scope == "full")
+
     def has_outputs(self, teacher: str, part: PartInfo) -> bool:
         return layout.outputs_file(teacher, part.name) in self.files
 

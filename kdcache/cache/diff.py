@@ -86,7 +86,7 @@ def _texts(first: Cache, second: Cache) -> dict[str, Any]:
     files = [
         [cache.manifest.contents.files[layout.ids_file(part.name)] for part in cache.parts] for cache in (first, second)
     ]
-    full = [sum(part.texts for part in cache.parts if part.scope == "full") for cache in (first, second)]
+    full = [cache.manifest.contents.full_texts for cache in (first, second)]
     with_hidden = {"with_hidden": full} if full[0] != full[1] else {}
     if files[0] == files[1] and not with_hidden:
         return {}

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from kdcache.cache import layout, tables
 from kdcache.cache.bases import check_basis, decode_basis, encode_basis
-from kdcache.cache.complete import complete_contents, full_texts, unfinished_teachers
+from kdcache.cache.complete import complete_contents, unfinished_teachers
 from kdcache.cache.contents import Contents, PartInfo, SplitInfo
 from kdcache.cache.digests import CheckedFiles
 from kdcache.cache.hidden import encode_layers
@@ -117,7 +117,7 @@ class CacheWriter:
         self._identity = base.identity if base else ""
         self._contents = contents
         self._journal = journal
-        self._fitted_on = full_texts(base.contents if base else contents)
+        self._fitted_on = (base.contents if base else contents).full_texts
         self._files = CheckedFiles(root, contents.files, local=local, arrivals=arrivals)
         self._texts = TextPlan(root, contents, journal, self._files)
         self._asked: dict[str, TeacherSpec] = {}
